@@ -1,0 +1,322 @@
+"""Compile Triton kernels for GPUs that need not be there, and read registers, spills, accesses and instructions.
+
+    compiled = compile_for(kernel, {"x_ptr": "*fp32", "N": "i32", "tau": "fp64"}, {"BLOCK": 1024}, "cuda:90")
+    row = inspect(compiled, elements_per_thread=8)
+    print(markdown_table([row | limits_h100(row)]))
+
+Needs Triton (3.6 to 3.8, whose wheel brings NVIDIA's cuobjdump) and neither a GPU nor a driver. The counts are static,
+per thread: what stands in the code, not how often it runs; so a kernel with loops is judged by its loop bodies.
+Register counts differ between Triton versions.
+"""
+
+import collections
+import re
+import subprocess
+import tempfile
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
+
+
+# ---- compile ---------------------------------------------------------------------------------------------------------
+
+
+def compile_for(kernel, signature, constexprs, target, aligned=None, num_warps=4, pointers_32bit=True, **options):
+    """The CompiledKernel of a @triton.jit function for a target such as "cuda:90" or "hip:gfx942".
+
+    signature:      {argument: type}, such as "*fp32", "i32", "fp64"; an annotated argument may be left out.
+    constexprs:     {argument: value}; also for what a launch would fold: an integer that is 1, a pointer that is None.
+    aligned:        the pointers and integers that are multiples of 16 (default: all), as torch's allocations and the
+                    common sizes are; without it an access is no wider than one element.
+    pointers_32bit: on AMD, whether every tensor is below 2 GiB, which a launch finds out by itself.
+    options:        num_stages, maxnreg (NVIDIA), waves_per_eu (AMD), enable_fp_fusion, ...
+    """
+    while not isinstance(kernel, triton.runtime.JITFunction):  # under @triton.autotune or @triton.heuristics
+        if not hasattr(kernel, "fn"):
+            raise TypeError("not a compiled kernel: it was defined under TRITON_INTERPRET=1, or without @triton.jit")
+        kernel = kernel.fn
+    backend, arch = target.split(":")
+    warp = 64 if arch.startswith("gfx9") else 32
+    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp)
+    defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
+    constexprs = defaults | constexprs
+
+    types, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):  # ASTSource wants every argument, in order
+        name = parameter.name
+        types[name] = "constexpr" if name in constexprs else signature.get(name) or parameter.annotation_type
+        if not types[name]:
+            raise ValueError(f"signature: the type of {name!r} is missing")
+        is_pointer = types[name].startswith("*")
+        found = []
+        if (is_pointer or types[name][0] in "iu") if aligned is None else name in aligned:
+            found.append(["tt.divisibility", 16])
+        if is_pointer and backend == "hip" and pointers_32bit:
+            found.append(["tt.pointer_range", 32])
+        if found:
+            attributes[(i,)] = found
+    unknown = (set(signature) | set(constexprs) | set(aligned or ())) - set(types)
+    if unknown:
+        raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
+
+    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps, **options})
+    unknown = [name for name in options if name not in compiled.metadata._fields]  # Triton drops what it does not know
+    if unknown:
+        raise ValueError(f"{target} has no option {', '.join(unknown)}")
+    return compiled
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------------
+
+# Group of an instruction: the first pattern that matches. Same names for both vendors where the meaning is the same.
+NVIDIA_GROUPS = {
+    "load": r"LDG(?!DEPBAR)",
+    "store": r"STG",
+    "bulk": r"UTMA|UBLKCP",  # tensor memory accelerator: the width is not in the code
+    "shared": r"LDS|STS|LDSM|STSM",
+    "spill": r"LDL|STL",
+    "atomic": r"ATOM|RED\b|RED\.",
+    "special": r"MUFU",
+    "tensor": r"[HIDQB]MMA|[HQIB]GMMA|UTC|LDTM|STTM",
+    "fp64": r"D(ADD|MUL|FMA|SETP|MNMX)|F2F\.F(32|16)\.F64|F2F\.F64",
+    "fma": r"FFMA|HFMA2",
+    "mul": r"FMUL|HMUL2",
+    "add": r"FADD|HADD2",
+    "select": r"FSETP|FSET|HSETP|HSET|FMNMX|HMNMX|FSEL|SEL|USEL|FCHK",
+    "convert": r"F2|I2|FRND",
+    "sync": r"BAR|SYNCS|DEPBAR|LDGDEPBAR|ARRIVES|WARPSYNC|WARPGROUP|MEMBAR|FENCE|ERRBAR|NANOSLEEP",
+    "shuffle": r"SHFL|VOTE|MATCH|REDUX|ELECT",
+    "branch": r"BRA|BRX|BSSY|BSYNC|BREAK|CALL|RET|EXIT|ACQBULK|PREEXIT",
+    "move": r"MOV|UMOV|CS2R|S2R|S2UR|CS2UR|R2UR|LDC|ULDC|P2R|R2P|PRMT|UPRMT|NOP",
+    "integer": r"U?(IMAD|IADD|LOP|SHF|LEA|ISETP|PLOP|IABS|POPC|FLO|BREV|SGXT|BMSK|VIADD|VIMNMX|IMNMX|PSETP)",
+}
+AMD_GROUPS = {
+    "load": r"(global|flat|buffer)_load",
+    "store": r"(global|flat|buffer)_store",
+    "shared": r"ds_",
+    "spill": r"scratch_",
+    "atomic": r"(global|flat|buffer)_atomic",
+    "special": r"v_(exp|log|rcp|rsq|sqrt|sin|cos)_",
+    "tensor": r"v_(mfma|wmma|smfmac)",
+    "fp64": r"v_\w+_f64",
+    "fma": r"v_(pk_|dual_)?(fma|mad_f|mac_f)",
+    "divide": r"v_div_",
+    "mul": r"v_(pk_|dual_)?mul_(legacy_|dx9_zero_)?f",
+    "add": r"v_(pk_|dual_)?(add|sub|subrev)_f",
+    "select": r"v_cmpx?_|v_(dual_)?cndmask|v_(pk_|dual_)?(min|max|med)",
+    "convert": r"v_(cvt|rndne|trunc|floor|ceil)",
+    "move": r"v_(dual_)?(mov|accvgpr|perm|bfi|readlane|writelane|readfirstlane|nop)",
+    "sync": r"s_(wait|delay|nop|clause|barrier|sleep)|buffer_(wbl2|inv|gl)",
+    "branch": r"s_(c?branch|endpgm|setpc|swappc|set_pc)",
+    "constant": r"s_(buffer_)?load",  # arguments and other uniform values, through the scalar cache
+    "scalar": r"s_",
+    "integer": r"v_",
+}
+
+
+def inspect(compiled, elements_per_thread=None) -> dict:
+    """What the machine code of a CompiledKernel tells. Keys:
+
+    kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; 0 wanted),
+    spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
+    loads, stores {width in bits: count} of global memory, bytes, instructions, special {operation: count},
+    histogram {group: count}; loops: the same six for the body of every innermost loop.
+    With elements_per_thread, such as BLOCK / threads: also `per_element` of the whole.
+    A dual instruction of RDNA3 is one in `instructions` and two elsewhere. A histogram with "fp64" in it shows where a
+    double scalar was not cast before it met a tensor.
+    """
+    read = _read_nvidia if "cubin" in compiled.asm else _read_amd
+    head, code, loops = read(compiled)
+    gpu, warps = compiled.metadata.target, compiled.metadata.num_warps
+    row = {"kernel": compiled.metadata.name, "target": f"{gpu.backend}:{gpu.arch}", "warps": warps}
+    row |= {"threads": warps * gpu.warp_size, **head, **_count(code)}
+    row["loops"] = [_count(code[start:end]) for start, end in _innermost(loops)]
+    return row | per_element(row, elements_per_thread) if elements_per_thread else row
+
+
+def per_element(part: dict, elements: float) -> dict:
+    """{instructions_, bytes_, special_}per_element of a row, or of a loop of it, with so many elements a thread."""
+    counts = {"instructions": part["instructions"], "bytes": part["bytes"], "special": sum(part["special"].values())}
+    return {f"{name}_per_element": n / elements for name, n in counts.items()}
+
+
+def _count(code: list) -> dict:
+    """Counts over [(group, operation, width in bits or None), ...]; a dual instruction is a list of two."""
+    parts = [part for instruction in code for part in (instruction if isinstance(instruction, list) else [instruction])]
+
+    def tally(items):
+        return dict(sorted(collections.Counter(items).items()))
+
+    loads = tally(width for group, _, width in parts if group == "load")
+    stores = tally(width for group, _, width in parts if group == "store")
+    return {
+        "loads": loads,
+        "stores": stores,
+        "bytes": sum(width * n for accesses in (loads, stores) for width, n in accesses.items()) // 8,
+        "instructions": len(code),
+        "special": tally(operation for group, operation, _ in parts if group == "special"),
+        "histogram": dict(collections.Counter(group for group, _, _ in parts).most_common()),
+    }
+
+
+def _without_returns(loops: list, ends: list) -> list:
+    """Less the jumps back out of code that was moved behind the end of the program, as rare cases are: no loops."""
+    return [(start, end) for start, end in loops if not any(start <= i < end for i in ends)]
+
+
+def _innermost(loops: list) -> list:
+    """Of (start, end) pairs, those that enclose no other."""
+    loops = set(loops)
+    return sorted(a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops))
+
+
+def _group(groups: dict, operation: str) -> str:
+    return next((name for name, pattern in groups.items() if re.match(pattern, operation)), "other")
+
+
+# NVIDIA: per SM the warps, blocks, registers and bytes of shared memory; sm_100 as sm_90
+NVIDIA_SM = {80: (64, 32, 65536, 164 << 10), 90: (64, 32, 65536, 228 << 10), 100: (64, 32, 65536, 228 << 10)}
+
+
+def _read_nvidia(compiled):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        command = [tool, "-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    #                            address               predicate      operation     operands
+    line = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);", re.MULTILINE)
+    lines = [(int(address, 16), *rest) for address, *rest in line.findall(text)]
+    while lines and _is_padding(*lines[-1]):
+        lines.pop()
+
+    code, loops, ends, index = [], [], [], {address: i for i, (address, *_) in enumerate(lines)}
+    for i, (address, predicate, operation, operands) in enumerate(lines):
+        group = _group(NVIDIA_GROUPS, operation)
+        code.append((group, operation, _nvidia_width(operation) if group in ("load", "store") else None))
+        if operation == "EXIT" and not predicate:
+            ends.append(i)
+        jump = re.search(r"0x([0-9a-f]+)\s*$", operands) if operation.startswith("BRA") else None
+        if jump and int(jump[1], 16) < address:
+            loops.append((index[int(jump[1], 16)], i + 1))
+    loops = _without_returns(loops, ends)
+
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    max_warps, max_blocks, sm_registers, sm_shared = NVIDIA_SM[compiled.metadata.target.arch]
+    per_warp = -(-registers * 32 // 256) * 256  # allocated by 256, in each of the four partitions of the SM
+    fits = {
+        "warps": max_warps // warps,
+        "blocks": max_blocks,
+        "registers": sm_registers // 4 // per_warp * 4 // warps,
+        "shared": sm_shared // (-(-(shared + 1024) // 128) * 128),  # the system keeps 1 KiB a block
+    }
+    head = {"registers": registers, "spills": sum(group == "spill" for group, _, _ in code), "spill_bytes": stack}
+    return head | {"shared": shared} | _occupancy(fits, warps, max_warps), code, loops
+
+
+def _is_padding(address: int, _predicate: str, operation: str, operands: str) -> bool:
+    """A NOP or a branch to itself, which fill the code up after its end."""
+    return operation == "NOP" or (operation.startswith("BRA") and operands.strip().endswith(f"{address:#x}"))
+
+
+def _nvidia_width(operation: str) -> int:
+    found = re.search(r"\.[US]?(256|128|64|16|8)\b", operation)
+    return int(found[1]) if found else 32
+
+
+# AMD, per CU (CDNA) or WGP (RDNA): four SIMDs; their waves each, work-groups of several waves, bytes of LDS
+AMD_CU = {"gfx942": (8, 16, 64 << 10), "gfx1100": (16, 32, 128 << 10)}
+AMD_WIDTHS = {128: "x4|b128", 96: "x3|b96", 64: "x2|b64", 16: "short|[iub]16", 8: "byte|[iub]8", 32: ""}
+
+
+def _read_amd(compiled):
+    text = compiled.asm["amdgcn"]
+    code, loops, ends, labels = [], [], [], {}
+    for line in text.splitlines():
+        line = line.split(";")[0]
+        if label := re.match(r"(\.?LBB\w+):", line):
+            labels[label[1]] = len(code)
+        parts = []
+        for half in line.split("::"):  # two operations in one instruction, on RDNA3
+            if operation := re.match(r"\s+((?:v|s|ds|global|flat|buffer|scratch)_\w+)", half):
+                name = re.sub(r"_e(32|64)$", "", operation[1])
+                group = _group(AMD_GROUPS, name)
+                parts.append((group, name, _amd_width(name) if group in ("load", "store") else None))
+        if parts:
+            code.append(parts[0] if len(parts) == 1 else parts)
+        if re.match(r"\s+s_endpgm", line):
+            ends.append(len(code) - 1)
+        jump = re.match(r"\s+s_c?branch\w*\s+(\.?LBB\w+)", line)
+        if jump and jump[1] in labels:
+            loops.append((labels[jump[1]], len(code)))
+    loops = _without_returns(loops, ends)
+
+    def note(key: str) -> int:  # from the metadata behind the code
+        return int(re.findall(rf"{key}:\s*(\d+)", text)[-1])
+
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    waves, groups, lds = AMD_CU[compiled.metadata.target.arch]
+    fits = {
+        "warps": 4 * waves // warps,
+        "blocks": groups if warps > 1 else 4 * waves,
+        "registers": 4 * note("Occupancy") // warps,
+        "shared": lds // shared if shared else 4 * waves,
+    }
+    head = {"registers": note(r"\.vgpr_count"), "scalar_registers": note(r"\.sgpr_count")}
+    head |= {"spills": note(r"\.vgpr_spill_count") + note(r"\.sgpr_spill_count")}
+    head |= {"spill_bytes": note(r"\.private_segment_fixed_size"), "shared": shared}
+    return head | _occupancy(fits, warps, 4 * waves), code, loops
+
+
+def _amd_width(operation: str) -> int:
+    return next(width for width, pattern in AMD_WIDTHS.items() if re.search(pattern, operation))
+
+
+def _occupancy(fits: dict, warps: int, max_warps: int) -> dict:
+    """`fits`: how many programs each resource has room for."""
+    least = min(fits, key=fits.get)
+    return {"warps_resident": fits[least] * warps, "warps_max": max_warps, "limited_by": least}
+
+
+# ---- report ----------------------------------------------------------------------------------------------------------
+
+
+def limits_h100(row: dict) -> dict:
+    """Lower limits on paper, in ms per 1e9 elements, of an H100 SXM at its boost clock; never a time measured.
+
+    From the counts per element: memory at 3.35 TB/s; special operations at 16, instructions at 128 (four warps of 32) a
+    clock and SM, 132 SMs at 1.755 GHz. `paper_bound_by` names the largest. Takes rows for cuda:90, and `per_element` of
+    their loops.
+    """
+    if row.get("target", "cuda:90") != "cuda:90":
+        raise ValueError(f"limits_h100: the code is for {row['target']}")
+    clocks = 132 * 1.755e9
+    limits = {
+        "memory": row["bytes_per_element"] / 3.35e12,
+        "special": row["special_per_element"] / (16 * clocks),
+        "issue": row["instructions_per_element"] / (128 * clocks),
+    }
+    times = {f"paper_limit_{name}_ms": 1e12 * seconds for name, seconds in limits.items()}
+    return times | {"paper_bound_by": max(limits, key=limits.get)}
+
+
+def markdown_table(rows: list[dict], columns=None) -> str:
+    """A Markdown table of rows from `inspect` or of any other dicts; by default of all keys but histogram and loops."""
+    if columns is None:
+        columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("histogram", "loops")]
+
+    def cell(value) -> str:
+        if isinstance(value, dict):  # {128: 4} -> 128 x 4
+            return ", ".join(f"{k} x {n}" for k, n in value.items()) or "-"
+        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    numeric = [all(isinstance(row.get(k), int | float | None) for row in rows) for k in columns]
+    lines = [[k.replace("_", " ") for k in columns], ["--:" if n else "---" for n in numeric]]
+    lines += [[cell(row.get(k)) for k in columns] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

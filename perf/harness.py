@@ -1,0 +1,422 @@
+"""What every script in perf/ shares: timing side by side, the correctness gate, memory, provenance, tables and figures.
+
+A script begins with these two lines, so that `python perf/bench_x.py` finds the checkout as `python -m perf.bench_x`:
+
+    import pathlib, sys
+    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+and then reads, from top to bottom:
+
+    from perf import harness
+    args = harness.parser("LIF against its peers").parse_args()
+    settings = harness.setup(args)                      # threads, and how long to measure
+    error = harness.check("lif", fused(), reference(), rtol=1e-5, atol=1e-6)
+    rows = harness.compare([harness.Contestant("fused", fused, bytes=moved, extra=error),
+                            harness.Contestant("eager", reference, bytes=moved),
+                            harness.Contestant("peer", peer, skip=harness.missing("spikingjelly")),
+                            harness.copy_contestant(moved, args.device)], baseline="eager", **settings)
+    harness.report("LIF, T=4", rows, args)
+"""
+
+import argparse
+import csv
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COPY = "copy"  # the contestant of this name is the bandwidth ceiling that `percent_of_copy` refers to
+PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "flash-linear-attention")
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments common to all scripts; a script may add its own."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--quick", action="store_true", help="few short rounds: does it run, not how fast")
+    p.add_argument("--json", metavar="PATH", help="write rows, samples and provenance")
+    p.add_argument("--csv", metavar="PATH", help="write the rows")
+    p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)")
+    # One thread unless asked: where cores are shared, threads that wait for each other measure the scheduler (seen: a
+    # copy, a product and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
+    p.add_argument("--threads", type=int, metavar="N", default=1, help="CPU threads (default: %(default)s)")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    return p
+
+
+def setup(args) -> dict:
+    """Set the threads, refuse a device that is not there, and return the keyword arguments for `compare`."""
+    torch.set_num_threads(args.threads)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no GPU")
+    min_time = 0.02 if args.quick else 0.1
+    if args.device == "cuda":
+        min_time /= 10  # of GPU time: between the calls the L2 cache is overwritten, which takes longer than a small op
+    return {"device": args.device, "rounds": 3 if args.quick else 21, "min_time": min_time}
+
+
+# ---- correctness gate ------------------------------------------------------------------------------------------------
+
+
+def check(name: str, got, want, rtol: float, atol: float) -> dict:
+    """Raise AssertionError unless |got - want| <= atol + rtol |want| everywhere (NaN equals NaN); return the errors.
+
+    Takes tensors, or sequences of tensors and None, of which the largest errors are returned: for `Contestant(extra=)`.
+    """
+    if isinstance(want, tuple | list):
+        if len(got) != len(want):
+            raise AssertionError(f"{name}: {len(got)} results, {len(want)} wanted")
+        errors = [check(f"{name}[{i}]", g, w, rtol, atol) for i, (g, w) in enumerate(zip(got, want, strict=True))]
+        return {key: max(e[key] for e in errors) for key in ("max_abs_error", "rel_rms_error")}
+    if got is None or want is None:
+        if got is not want:
+            raise AssertionError(f"{name}: got {type(got).__name__}, wanted {type(want).__name__}")
+        return {"max_abs_error": 0.0, "rel_rms_error": 0.0}
+    if got.shape != want.shape:
+        raise AssertionError(f"{name}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}")
+    g, w = got.detach().double().cpu().flatten(), want.detach().double().cpu().flatten()
+    same = (g == w) | (g.isnan() & w.isnan())
+    error = torch.where(same, 0.0, (g - w).abs()).nan_to_num(nan=math.inf)
+    wrong = ~torch.isclose(g, w, rtol=rtol, atol=atol, equal_nan=True)
+    if wrong.any():
+        i = int(error.argmax())
+        at = tuple(int(j) for j in numpy.unravel_index(i, tuple(got.shape)))
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements differ by more than rtol {rtol:g}, atol {atol:g}; "
+            f"worst at {at}: got {g[i].item():.9g}, wanted {w[i].item():.9g} ({got.dtype} against {want.dtype})"
+        )
+    rms = error.norm() / w.nan_to_num(0.0, 0.0, 0.0).norm().clamp_min(1e-300)
+    return {"max_abs_error": error.max().item() if error.numel() else 0.0, "rel_rms_error": rms.item()}
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Contestant(NamedTuple):
+    """One row of a comparison."""
+
+    name: str
+    fn: Callable[[], object] | None = None
+    prepare: Callable[[], object] | None = None  # before every sample, not timed
+    skip: str | None = None  # why it does not run; shown in the table
+    bytes: int | None = None  # read + written by one call, for GB/s and the share of the copy bandwidth
+    extra: dict | None = None  # further columns: the error measured, the case, ...
+
+
+def missing(module: str) -> str | None:
+    """Reason for `Contestant(skip=)` when a peer is not installed, else None."""
+    return None if importlib.util.find_spec(module) else f"{module} is not installed (make peers)"
+
+
+def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None, flush_l2=True) -> list[dict]:
+    """Time the contestants in turn (A B C, A B C, ...) and return one row each.
+
+    A sample repeats the call for `min_time` seconds. Machines drift and stall, but the samples of one round share that:
+    so the ratio to the `baseline` (default: the first that runs) is formed within each round, and the median of those
+    is reported; below 1 is faster than the baseline. `iqr` is the distance between the quartiles. On the CPU the calls
+    of a sample follow each other, so what fits in a cache stays there; on a GPU the L2 cache is overwritten before
+    every call, which also hides the launch, unless flush_l2=False.
+    """
+    run = [c for c in contestants if not c.skip]
+    if baseline is None and run:
+        baseline = run[0].name
+    sample = _cuda_sampler(flush_l2) if torch.device(device).type == "cuda" else _sample_cpu
+    repeats = {c.name: _calibrate(c, sample, min_time) for c in run}
+    if len(repeats) < len(run):
+        raise ValueError(f"names must differ: {[c.name for c in run]}")
+    times = {c.name: [] for c in run}
+    for _ in range(rounds):
+        for c in run:
+            if c.prepare:
+                c.prepare()
+            times[c.name].append(sample(c.fn, repeats[c.name]))
+    times = {name: numpy.array(t) for name, t in times.items()}
+    speeds = {c.name: c.bytes / times[c.name] / 1e9 for c in run if c.bytes}
+
+    rows = []
+    for c in contestants:
+        row = {"name": c.name, **(c.extra or {})}
+        if c.skip:
+            rows.append(row | {"note": f"skipped: {c.skip}"})
+            continue
+        t = times[c.name]
+        row |= {"median_s": _median(t), "iqr_s": _iqr(t), "min_s": float(t.min())}
+        if row["median_s"] > 1.5 * row["min_s"]:
+            row["note"] = f"unsteady: the median is {row['median_s'] / row['min_s']:.1f} times the minimum"
+        if baseline in times:
+            ratio = t / times[baseline]
+            row |= {"ratio": _median(ratio), "ratio_iqr": _iqr(ratio), "baseline": baseline}
+        if c.name in speeds:
+            row |= {"bytes": c.bytes, "gb_per_s": _median(speeds[c.name])}
+            if COPY in speeds:
+                row["percent_of_copy"] = 100 * _median(speeds[c.name] / speeds[COPY])
+        rows.append(row | {"repeats": repeats[c.name], "samples_s": [float(f"{x:.5g}") for x in t]})
+    return rows
+
+
+def copy_contestant(nbytes: int, device="cpu") -> Contestant:
+    """torch's copy_ reading nbytes/2 and writing nbytes/2: the ceiling for an op that moves `nbytes`.
+
+    On the CPU a large copy_ may store around the caches; an ordinary store first reads the line that it overwrites.
+    """
+    source = torch.ones(max(nbytes // 8, 1), dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    return Contestant(COPY, lambda: target.copy_(source), bytes=2 * source.nbytes)
+
+
+def copy_bandwidth(nbytes: int, device="cpu", *, rounds=7, min_time=0.02) -> float:
+    """GB/s (read + written) of a copy that moves `nbytes`. A comparison rather adds `copy_contestant`."""
+    return compare([copy_contestant(nbytes, device)], rounds=rounds, min_time=min_time, device=device)[0]["gb_per_s"]
+
+
+def _sample_cpu(fn, n: int) -> float:
+    start = time.perf_counter()
+    for _ in range(n):
+        fn()
+    return (time.perf_counter() - start) / n
+
+
+def _cuda_sampler(flush_l2: bool):
+    flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+
+    def sample(fn, n: int) -> float:
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        for start, end in events:
+            if flush_l2:
+                flush.zero_()
+            start.record()
+            fn()
+            end.record()
+        torch.cuda.synchronize()
+        return sum(start.elapsed_time(end) for start, end in events) / n / 1e3  # ms -> s
+
+    return sample
+
+
+def _calibrate(c: Contestant, sample, min_time: float) -> int:
+    """Warm up (compilation, caches, clocks) and find how many calls last `min_time`."""
+    if c.prepare:
+        c.prepare()
+    sample(c.fn, 2)
+    n = 1
+    while True:
+        seconds = sample(c.fn, n)
+        if n * seconds >= min_time:
+            return n
+        n = max(2 * n, min(10 * n, math.ceil(min_time / max(seconds, 1e-9))))
+
+
+def _median(x) -> float:
+    return float(numpy.median(x))
+
+
+def _iqr(x) -> float:
+    return float(numpy.subtract(*numpy.percentile(x, (75, 25))))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(fn, exclude=()) -> tuple[int, list[tuple]]:
+    """(bytes, [(shape, dtype, bytes), ...]) that autograd saves for backward in `fn`, every storage counted once.
+
+    `exclude`: tensors that live anyway (inputs, parameters). A saved view counts its whole storage.
+    Tensors hung on `ctx` as attributes escape autograd's hooks: `allocated_bytes` sees those.
+    """
+    seen = {t.untyped_storage()._cdata for t in exclude}
+    kept, tensors = [], []
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(storage)  # alive until we return, so that its identity cannot be used again
+            tensors.append((tuple(t.shape), str(t.dtype).removeprefix("torch."), storage.nbytes()))
+        return t.detach()  # the same memory; saving an output itself would tie a reference cycle
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = fn()
+    del result
+    return sum(n for _, _, n in tensors), tensors
+
+
+def allocated_bytes(fn, device="cpu") -> dict:
+    """{"kept_bytes", "peak_bytes"}: growth of torch's allocations once `fn` returned (result alive), and at most.
+
+    Counts the result and all that the graph holds. One call of `fn` goes before, for what is allocated only once. On
+    the CPU these are the profiler's allocation events: memory that numpy or numba takes for itself is not seen.
+    """
+    fn()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = fn()
+        torch.cuda.synchronize()
+        kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        del result
+        return {"kept_bytes": kept, "peak_bytes": peak}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = fn()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        trace = os.path.join(folder, "trace.json")
+        profile.export_chrome_trace(trace)
+        events = json.loads(pathlib.Path(trace).read_text())["traceEvents"]
+    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
+    level = numpy.cumsum([0, *(e["args"]["Bytes"] for e in events)])
+    return {"kept_bytes": int(level[-1]), "peak_bytes": int(level.max())}
+
+
+# ---- provenance ------------------------------------------------------------------------------------------------------
+
+
+def provenance(device="cpu") -> dict:
+    """What a reader needs to repeat a measurement; no paths and no host names."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    facts = {
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "command": " ".join([_without_folder(sys.argv[0]), *(re.sub(r"(^|=)/\S*/", r"\1", a) for a in sys.argv[1:])]),
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!perf/results")),
+        "versions": versions,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if torch.device(device).type == "cuda":
+        gpu = torch.cuda.get_device_properties()
+        facts |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "gpu_multiprocessors": gpu.multi_processor_count}
+        facts |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    return facts
+
+
+def _without_folder(script: str) -> str:
+    path = pathlib.Path(script).resolve()
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+
+
+def _git(*command: str) -> str | None:
+    try:
+        return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit yet
+        return None
+
+
+def _cpu_name() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[dict], columns=None) -> str:
+    """Aligned text. The key tells the unit: ..._s, ...bytes, gb_per_s, percent_...; lists and dicts are left out."""
+    if columns is None:
+        hidden = {"baseline", "repeats", "note"}
+        columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in hidden] + ["note"]
+        columns = [k for k in columns if any(isinstance(row.get(k), str | int | float) for row in rows)]
+    bases = {row["baseline"] for row in rows if "baseline" in row}
+    heads = {"gb_per_s": "bandwidth", "ratio": f"time / {bases.pop()}" if len(bases) == 1 else "ratio"}
+    heads = [heads.get(k) or k.removesuffix("_s").replace("_", " ") for k in columns]
+    cells = [[_cell(k, row.get(k)) for k in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    text = [any(isinstance(row.get(k), str) for row in rows) for k in columns]
+    lines = [[c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text, strict=True)] for line in [heads, *cells]]
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _cell(key: str, value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool | str):
+        return str(value)
+    if key.endswith("gb_per_s"):
+        return f"{value:.3g} GB/s"
+    if key.endswith("_s"):
+        unit, scale = ("s", 1) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
+        return f"{value * scale:.3g} {unit}"
+    if key.endswith("bytes"):
+        unit, scale = next((u for u in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if value >= u[1]), ("B", 1))
+        return f"{value / scale:.4g} {unit}"
+    if key.startswith("percent"):
+        return f"{value:.0f} %"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def report(title: str, rows: list[dict], args, columns=None) -> None:
+    """Print the table; write --json (provenance, and one row a line with every sample) and --csv (the rows)."""
+    facts = provenance(args.device)
+    print(f"\n{title}\n{facts.get('gpu') or facts['cpu']}, threads: {facts['threads']}, torch {torch.__version__}\n")
+    print(table(rows, columns))
+    if args.json:
+        head = json.dumps({"title": title, "provenance": facts}, indent=1).removesuffix("\n}")
+        body = ",\n  ".join(json.dumps(row, default=str) for row in rows)
+        _folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
+    if args.csv:
+        keys = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict))
+        with open(_folder_of(args.csv), "w", newline="") as file:
+            writer = csv.DictWriter(file, keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def _folder_of(path) -> pathlib.Path:
+    """The path, its folder made."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "") -> None:
+    """Log-log figure of {label: (x, y) or (x, y, spread)}; the band is as high as the spread, y in the middle."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
+    # Okabe and Ito's colours, told apart by colour-blind readers too; the marker says the same once more
+    styles = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True)
+    for (label, (x, y, *spread)), (color, marker) in zip(series.items(), styles, strict=False):
+        axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
+        if spread:
+            half = numpy.asarray(spread[0]) / 2
+            axes.fill_between(x, numpy.asarray(y) - half, numpy.asarray(y) + half, color=color, alpha=0.2, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    if max(max(x) for x, *_ in series.values()) < 1e5:  # else the ticks read 2^k
+        axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.grid(True, which="major", color="0.85", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(_folder_of(path), dpi=150)
+    pyplot.close(figure)

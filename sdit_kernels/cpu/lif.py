@@ -1,0 +1,574 @@
+"""LIF on the CPU. A task is a block of columns, whose membrane stays in L1 while the steps go by; LLVM vectorises over columns.
+
+The walk back needs the charge h of every step: it is rebuilt into a stack tile, STRIDE steps at a time, from v, or from the
+membrane that the forward pass left in ``checkpoint`` every STRIDE steps. Arithmetic follows reference/lif.py operation by
+operation. Parameter gradients are summed per task and then over tasks, in an order that no number of threads changes.
+"""
+
+import functools
+import math
+
+import numba
+import torch
+
+from ..layout import STRIDE, layout_of, place, place_state
+from ..reference.lif import state_dtype
+from ..surrogate import SURROGATES
+from .runtime import CODES, SIZES, U8, Kernel, exp_negative, load, num, state_code, store, store_spike, tile
+
+_BLOCK = 1024  # columns a forward task holds
+_BACK = 256  # columns a backward task holds: STRIDE tiles of them are 16 KiB
+_GROUPS = 64  # at most so many partial sums per channel
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _surrogate(kind, z, a, S):
+    one = num(1.0, S)
+    m = abs(z)
+    if kind == 0:
+        q = num(0.5 * math.pi, S) * a * z
+        return num(0.5, S) * a / (one + q * q)
+    if kind == 1:
+        e = exp_negative(-a * m, S)
+        return a * e / ((one + e) * (one + e))
+    if kind == 2:
+        p = a - a * a * m
+        return num(0.0, S) if p < num(0.0, S) else p
+    if kind == 3:
+        return num(0.5, S) * a * exp_negative(-a * m, S)
+    if kind == 4:
+        q = one / a + m
+        return one / (num(2.0, S) * a * q * q)
+    if kind == 5:
+        q = one + m
+        return a / (q * q)
+    if kind == 6:
+        q = a * z
+        return num(1.0 / math.sqrt(math.pi), S) * a * exp_negative(-q * q, S)
+    if kind == 7:
+        return a if m < num(0.5, S) / a else num(0.0, S)
+    q = one + a * m
+    return one / (q * q)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _sigmoid(x, S):
+    e = exp_negative(-abs(x), S)
+    p = num(1.0, S) / (num(1.0, S) + e)
+    return p if x >= num(0.0, S) else e * p
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _fill(target, n, source, offset, value, code, S):
+    """A tile of n elements from the array at ``source``, or of one value where there is no array."""
+    if source != 0:
+        for i in range(n):
+            store(target, i, load(source, offset + i, code), S)
+    else:
+        for i in range(n):
+            store(target, i, value, S)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _sum_tile(target, n, size, S):
+    """Sum of n elements by halving: vectorises, and errs less than one running sum. ``size`` is the power of two above n."""
+    for i in range(n, size):
+        store(target, i, num(0.0, S), S)
+    width = size >> 1
+    while width > 0:
+        for i in range(width):
+            store(target, i, load(target, i, S) + load(target, i + width, S), S)
+        width >>= 1
+    return load(target, 0, S)
+
+
+@functools.cache
+def _forward_kernel(X, O, V, SOFT, DECAY, PER_CHANNEL):
+    S = state_code(X)
+    xb, ob, vb, sb = SIZES[X], SIZES[O], SIZES[V], SIZES[S]
+    BLOCK = _BLOCK
+
+    def lif_forward(
+        T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r, r_, r, theta_, theta, reset_
+    ):
+        vr = num(reset_, S)
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(R * chunks):
+            row = task // chunks
+            c = (task - row * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            v, rs, ths = tile(BLOCK, S), tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            k, th = num(r_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(rs, n, r, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            _fill(v, n, v0, row * v0_r + c, vr, V, S)
+            for t in range(T):
+                if keep != 0 and t > 0 and t % STRIDE == 0:
+                    kept = keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb
+                    _fill(kept, n, v, 0, vr, S, S)
+                xt = x + (t * x_t + row * x_r + c) * xb
+                st = s + (t * s_t + row * s_r + c) * ob
+                for i in range(n):
+                    if PER_CHANNEL:
+                        k, th = load(rs, i, S), load(ths, i, S)
+                    vi = load(v, i, S)
+                    rest = vi if SOFT else vi - vr
+                    if DECAY:
+                        h = vi + (load(xt, i, X) - rest) * k
+                    else:
+                        h = vi - rest * k + load(xt, i, X)
+                    fired = h >= th
+                    store_spike(st, i, fired, O)
+                    if SOFT:
+                        store(v, i, h - th if fired else h, S)
+                    else:
+                        store(v, i, vr if fired else h, S)
+                if seq != 0:
+                    _fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, vr, S, S)
+            if v1 != 0:
+                _fill(v1 + (row * v1_r + c) * sb, n, v, 0, vr, S, S)
+
+    return Kernel(lif_forward, f"lif_forward_{X}{O}{V}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}")
+
+
+@functools.cache
+def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
+    S = state_code(X)
+    xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
+    BLOCK = _BACK
+    HISTORY = STRIDE * BLOCK
+
+    def lif_backward(
+        T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t, gseq_r,
+        dx, dx_t, dx_r, dv, dv_r, dr, dth, r_, r, theta_, theta, reset_, alpha_,
+    ):  # fmt: skip
+        vr, alpha, zero, one = num(reset_, S), num(alpha_, S), num(0.0, S), num(1.0, S)
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(groups * chunks):
+            block = task // chunks
+            c = (task - block * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            hs, start, carry = tile(HISTORY, S), tile(BLOCK, S), tile(BLOCK, S)
+            rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            sum_r, sum_th = tile(BLOCK if PARAMETERS else 1, S), tile(BLOCK if PARAMETERS else 1, S)
+            k, th = num(r_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(rs, n, r, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            if PARAMETERS:
+                for i in range(n):
+                    store(sum_r, i, zero, S)
+                    store(sum_th, i, zero, S)
+            for row in range(block * group, min(R, block * group + group)):
+                _fill(carry, n, gv, row * gv_r + c, zero, S, S)
+                for segment in range((T - 1) // STRIDE, -1, -1):
+                    t0 = segment * STRIDE
+                    steps = min(STRIDE, T - t0)
+                    if segment > 0:
+                        _fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
+                    else:
+                        _fill(start, n, v0, row * v0_r + c, vr, V, S)
+                    for t in range(steps):  # rebuild the charge
+                        xt = x + ((t0 + t) * x_t + row * x_r + c) * xb
+                        ht = hs + t * BLOCK * sb
+                        before = start if t == 0 else ht - BLOCK * sb
+                        for i in range(n):
+                            if PER_CHANNEL:
+                                k, th = load(rs, i, S), load(ths, i, S)
+                            vi = load(before, i, S)
+                            if t > 0:
+                                if SOFT:
+                                    vi = vi - th if vi >= th else vi
+                                else:
+                                    vi = vr if vi >= th else vi
+                            rest = vi if SOFT else vi - vr
+                            if DECAY:
+                                h = vi + (load(xt, i, X) - rest) * k
+                            else:
+                                h = vi - rest * k + load(xt, i, X)
+                            store(ht, i, h, S)
+                    for t in range(steps - 1, -1, -1):  # walk back
+                        if gseq != 0:
+                            for i in range(n):
+                                add = load(gseq + ((t0 + t) * gseq_t + row * gseq_r + c) * sb, i, S)
+                                store(carry, i, load(carry, i, S) + add, S)
+                        ht = hs + t * BLOCK * sb
+                        before = start if t == 0 else ht - BLOCK * sb
+                        xt = x + ((t0 + t) * x_t + row * x_r + c) * xb
+                        gt = g + ((t0 + t) * g_t + row * g_r + c * g_c) * xb
+                        dxt = dx + ((t0 + t) * dx_t + row * dx_r + c) * xb
+                        for i in range(n):
+                            if PER_CHANNEL:
+                                k, th = load(rs, i, S), load(ths, i, S)
+                            h = load(ht, i, S)
+                            ds, dvi = load(gt, i, X), load(carry, i, S)
+                            fired = h >= th
+                            slope = _surrogate(KIND, h - th, alpha, S)
+                            if DETACH:
+                                q = zero
+                            elif SOFT:
+                                q = -th
+                            else:
+                                q = vr - h
+                            through = ds + dvi * q  # what reaches the step function
+                            kept = dvi if SOFT or not fired else zero
+                            dh = through * slope + kept
+                            if PARAMETERS:
+                                vi = load(before, i, S)
+                                if t > 0:
+                                    if SOFT:
+                                        vi = vi - th if vi >= th else vi
+                                    else:
+                                        vi = vr if vi >= th else vi
+                                rest = vi if SOFT else vi - vr
+                                dk = dh * (load(xt, i, X) - rest) if DECAY else -dh * rest
+                                store(sum_r, i, load(sum_r, i, S) + dk, S)
+                                dt = through * slope
+                                if SOFT:
+                                    dt = dt + (dvi if fired else zero)
+                                store(sum_th, i, load(sum_th, i, S) - dt, S)
+                            store(dxt, i, dh * k if DECAY else dh, X)
+                            store(carry, i, dh * (one - k), S)
+                if dv != 0:
+                    for i in range(n):
+                        store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
+            if PARAMETERS:
+                if PER_CHANNEL:
+                    _fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
+                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                else:
+                    store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
+                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+
+    return Kernel(
+        lif_backward, f"lif_backward_{X}{V}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
+    )
+
+
+@functools.cache
+def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
+    S = state_code(X)
+    xb, ob = SIZES[X], SIZES[O]
+    BLOCK = _BLOCK
+    COUNTS = O == U8
+
+    def lif_rate_forward(T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
+        vr, zero, one, steps = num(reset_, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(R * chunks):
+            row = task // chunks
+            c = (task - row * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            current, v, count = tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
+            rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            k, th = num(r_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(rs, n, r, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            for i in range(n):
+                xi = load(x + (row * x_r + c) * xb, i, X)
+                if GATE:
+                    xi = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
+                store(current, i, xi, S)
+                store(v, i, vr, S)
+                store(count, i, zero, S)
+            for _ in range(T):
+                for i in range(n):
+                    if PER_CHANNEL:
+                        k, th = load(rs, i, S), load(ths, i, S)
+                    vi = load(v, i, S)
+                    rest = vi if SOFT else vi - vr
+                    if DECAY:
+                        h = vi + (load(current, i, S) - rest) * k
+                    else:
+                        h = vi - rest * k + load(current, i, S)
+                    fired = h >= th
+                    store(count, i, load(count, i, S) + (one if fired else zero), S)
+                    if SOFT:
+                        store(v, i, h - th if fired else h, S)
+                    else:
+                        store(v, i, vr if fired else h, S)
+            target = out + (row * out_r + c) * ob
+            if COUNTS:
+                for i in range(n):
+                    store(target, i, load(count, i, S), O)
+            elif y != 0:
+                for i in range(n):
+                    store(target, i, load(y + (row * y_r + c) * ob, i, O) + load(count, i, S) / steps, O)
+            else:
+                for i in range(n):
+                    store(target, i, load(count, i, S) / steps, O)
+
+    return Kernel(lif_rate_forward, f"lif_rate_forward_{X}{O}{GATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}")
+
+
+@functools.cache
+def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
+    """One input and one output per neuron: tangents d/dx, d/dr, d/dtheta run along with the state, so nothing is kept."""
+    S = state_code(X)
+    xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
+    BLOCK = _BACK
+    EXTRA = BLOCK if PARAMETERS else 1
+
+    def lif_rate_backward(
+        T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
+        r_, r, theta_, theta, reset_, alpha_,
+    ):  # fmt: skip
+        vr, alpha, zero, one, steps = num(reset_, S), num(alpha_, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(groups * chunks):
+            block = task // chunks
+            c = (task - block * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            current, v, v_x, s_x = tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
+            v_r, s_r, v_th, s_th = tile(EXTRA, S), tile(EXTRA, S), tile(EXTRA, S), tile(EXTRA, S)
+            sum_r, sum_th = tile(EXTRA, S), tile(EXTRA, S)
+            rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            k, th = num(r_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(rs, n, r, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            if PARAMETERS:
+                _fill(sum_r, n, 0, 0, zero, S, S)
+                _fill(sum_th, n, 0, 0, zero, S, S)
+            for row in range(block * group, min(R, block * group + group)):
+                for i in range(n):
+                    xi = load(x + (row * x_r + c) * xb, i, X)
+                    if GATE:
+                        xi = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
+                    store(current, i, xi, S)
+                    store(v, i, vr, S)
+                    store(v_x, i, zero, S)
+                    store(s_x, i, zero, S)
+                if PARAMETERS:
+                    for i in range(n):
+                        store(v_r, i, zero, S)
+                        store(s_r, i, zero, S)
+                        store(v_th, i, zero, S)
+                        store(s_th, i, zero, S)
+                for _ in range(T):
+                    for i in range(n):
+                        if PER_CHANNEL:
+                            k, th = load(rs, i, S), load(ths, i, S)
+                        vi, xi = load(v, i, S), load(current, i, S)
+                        rest = vi if SOFT else vi - vr
+                        if DECAY:
+                            h = vi + (xi - rest) * k
+                        else:
+                            h = vi - rest * k + xi
+                        fired = h >= th
+                        slope = _surrogate(KIND, h - th, alpha, S)
+                        if DETACH:
+                            q = zero
+                        elif SOFT:
+                            q = -th
+                        else:
+                            q = vr - h
+                        leak = one - k
+                        h_x = load(v_x, i, S) * leak + (k if DECAY else one)
+                        ds = slope * h_x
+                        store(s_x, i, load(s_x, i, S) + ds, S)
+                        store(v_x, i, (h_x if SOFT or not fired else zero) + q * ds, S)
+                        if PARAMETERS:
+                            h_r = load(v_r, i, S) * leak + (xi - rest if DECAY else -rest)
+                            ds = slope * h_r
+                            store(s_r, i, load(s_r, i, S) + ds, S)
+                            store(v_r, i, (h_r if SOFT or not fired else zero) + q * ds, S)
+                            h_th = load(v_th, i, S) * leak
+                            ds = slope * (h_th - one)
+                            store(s_th, i, load(s_th, i, S) + ds, S)
+                            if SOFT and fired:
+                                h_th = h_th - one
+                            store(v_th, i, (h_th if SOFT or not fired else zero) + q * ds, S)
+                        if SOFT:
+                            store(v, i, h - th if fired else h, S)
+                        else:
+                            store(v, i, vr if fired else h, S)
+                gt = g + (row * g_r + c * g_c) * ob
+                dxt = dx + (row * dx_r + c) * xb
+                for i in range(n):
+                    gi = load(gt, i, O) / steps
+                    di = gi * load(s_x, i, S)
+                    if GATE:
+                        p = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
+                        slope = load(x + (row * x_r + c) * xb, i, X) * p * (one - p)
+                        store(dgate + (row * dgate_r + c) * xb, i, di * slope, X)
+                        di = di * p
+                    store(dxt, i, di, X)
+                if PARAMETERS:
+                    for i in range(n):
+                        gi = load(gt, i, O) / steps
+                        store(sum_r, i, load(sum_r, i, S) + gi * load(s_r, i, S), S)
+                        store(sum_th, i, load(sum_th, i, S) + gi * load(s_th, i, S), S)
+            if PARAMETERS:
+                if PER_CHANNEL:
+                    _fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
+                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                else:
+                    store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
+                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+
+    return Kernel(
+        lif_rate_backward,
+        f"lif_rate_backward_{X}{O}{GATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}",
+    )
+
+
+class _Parameters:
+    """tau and v_threshold as a kernel takes them: r = 1/tau and theta, each one number or the address of one per channel."""
+
+    def __init__(self, tau, v_threshold, neuron, dtype):
+        self._dtype, self._alive = dtype, []
+        self.r = self._split(None if tau is None else 1.0 / tau.detach().to(dtype), 1.0 / neuron.tau)
+        self.theta = self._split(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
+        self.per_channel = bool(self._alive)
+
+    def _split(self, p, value):
+        if p is None or p.numel() == 1:
+            return value if p is None else p.item(), 0
+        self._alive.append(p.contiguous())
+        return 0.0, self._alive[-1].data_ptr()
+
+    def partial_sums(self, layout, wanted):
+        """Rows per task, number of such groups, and where wanted their sums: (2, groups, C) per channel, else (2, tasks)."""
+        group = -(-layout.R // _GROUPS) if wanted else 1
+        groups = -(-layout.R // group)
+        if not wanted:
+            return group, groups, None
+        shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // _BACK),)
+        return group, groups, torch.empty((2, *shape), dtype=self._dtype)
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def _gradient(layout, g, like):
+    """(tensor, strides of T and R, factor of the column offset) of an upstream gradient; one repeated value stays one tile."""
+    if g is None or (g.numel() > _BACK and not any(g.stride())):
+        value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
+        return value.repeat(_BACK), 0, 0, 0
+    return *place(layout, g.to(like.dtype)), 1
+
+
+def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    layout = layout_of(x, s, p.per_channel)
+    x, x_t, x_r = place(layout, x)
+    s, s_t, s_r = place(layout, s)
+    code = CODES[x.dtype]
+    v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
+    if checkpoint is not None:
+        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+    if v is not None:
+        v, v_r = place_state(layout, v)
+    if v_final is not None:
+        v_final, v1_r = place_state(layout, v_final)
+    if v_seq is not None:
+        v_seq, seq_t, seq_r = place(layout, v_seq)
+    kernel = _forward_kernel(
+        code,
+        CODES[s.dtype],
+        state_code(code) if v is None else CODES[v.dtype],
+        neuron.v_reset is None,
+        neuron.decay_input,
+        p.per_channel,
+    )
+    kernel(
+        x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, _address(v), v_r,
+        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta,
+        neuron.v_reset or 0.0,
+    )  # fmt: skip
+
+
+def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
+    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    state = state_dtype(x.dtype)
+    p = _Parameters(tau, v_threshold, neuron, state)
+    layout = layout_of(x, dx, p.per_channel)
+    code = CODES[x.dtype]
+    g, g_t, g_r, g_c = _gradient(layout, g, x)
+    x, x_t, x_r = place(layout, x)
+    dx, dx_t, dx_r = place(layout, dx)
+    v_r = dv_r = gv_r = gseq_t = gseq_r = keep_t = keep_r = 0
+    if checkpoint.numel():
+        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+    if v is not None:
+        v, v_r = place_state(layout, v)
+    if dv is not None:
+        dv, dv_r = place_state(layout, dv)
+    if g_v is not None:
+        g_v, gv_r = place_state(layout, g_v.to(state))
+    if g_seq is not None:
+        g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
+    group, groups, sums = p.partial_sums(layout, parameters)
+    kernel = _backward_kernel(
+        code,
+        state_code(code) if v is None else CODES[v.dtype],
+        neuron.v_reset is None,
+        neuron.decay_input,
+        neuron.detach_reset,
+        SURROGATES[neuron.surrogate].id,
+        p.per_channel,
+        parameters,
+    )
+    kernel(
+        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
+        _address(checkpoint), keep_t, keep_r, g.data_ptr(), g_t, g_r, g_c, _address(g_v), gv_r, _address(g_seq), gseq_t, gseq_r,
+        dx.data_ptr(), dx_t, dx_r, _address(dv), dv_r, *((0, 0) if sums is None else map(_address, sums)),
+        *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+    )  # fmt: skip
+    return sums
+
+
+def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
+    """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
+    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    layout = layout_of(x.unsqueeze(0), out.unsqueeze(0), p.per_channel)
+    x, x_r = place_state(layout, x)
+    out, out_r = place_state(layout, out)
+    gate_r = y_r = 0
+    if gate is not None:
+        gate, gate_r = place_state(layout, gate)
+    if residual is not None:
+        residual, y_r = place_state(layout, residual)
+    kernel = _rate_forward_kernel(
+        CODES[x.dtype], CODES[out.dtype], gate is not None, neuron.v_reset is None, neuron.decay_input, p.per_channel
+    )
+    kernel(
+        x.numel() * T, T, layout.R, layout.C, x.data_ptr(), x_r, _address(gate), gate_r, _address(residual), y_r,
+        out.data_ptr(), out_r, *p.r, *p.theta, neuron.v_reset or 0.0,
+    )  # fmt: skip
+
+
+def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters):
+    """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    layout = layout_of(x.unsqueeze(0), dx.unsqueeze(0), p.per_channel)
+    g, _, g_r, g_c = _gradient(layout, g.unsqueeze(0), g)
+    x, x_r = place_state(layout, x)
+    dx, dx_r = place_state(layout, dx)
+    gate_r = dgate_r = 0
+    if gate is not None:
+        gate, gate_r = place_state(layout, gate)
+        dgate, dgate_r = place_state(layout, dgate)
+    group, groups, sums = p.partial_sums(layout, parameters)
+    kernel = _rate_backward_kernel(
+        CODES[x.dtype],
+        CODES[g.dtype],
+        gate is not None,
+        neuron.v_reset is None,
+        neuron.decay_input,
+        neuron.detach_reset,
+        SURROGATES[neuron.surrogate].id,
+        p.per_channel,
+        parameters,
+    )
+    kernel(
+        2 * x.numel() * T, T, layout.R, layout.C, group, groups, x.data_ptr(), x_r, _address(gate), gate_r,
+        g.data_ptr(), g_r, g_c, dx.data_ptr(), dx_r, _address(dgate), dgate_r,
+        *((0, 0) if sums is None else map(_address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+    )  # fmt: skip
+    return sums

@@ -1,0 +1,254 @@
+"""What every CPU kernel stands on: typed loads and stores at an address, stack tiles, and how a kernel is compiled and launched.
+
+A kernel takes addresses and sizes (integers) and constants (floats), never arrays: a call costs half a microsecond, LLVM sees
+plain pointers whose stack tiles cannot alias them, and bf16 needs no array type that numpy lacks. Storage types are small
+integer codes; the state type of a code is float64 for F64, else float32.
+"""
+
+import math
+import os
+import threading
+import warnings
+import zlib
+from pathlib import Path
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+F32, F64, BF16, F16, U8 = range(5)
+CODES = {
+    torch.float32: F32,
+    torch.float64: F64,
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.uint8: U8,
+    torch.bool: U8,
+}
+SIZES = (4, 8, 2, 2, 1)
+_LLVM = (ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.HalfType(), ir.IntType(8))
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+
+def state_code(code: int) -> int:
+    return F64 if code == F64 else F32
+
+
+def _state_type(code):
+    return types.float64 if code == F64 else types.float32
+
+
+def _element(builder, address, index, code):
+    return builder.gep(builder.inttoptr(address, _LLVM[code].as_pointer()), [index])
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, address, index, code):
+    """Element ``index`` of the array at ``address``, in the state type."""
+    code_ = code.literal_value
+    state = _state_type(code_)
+
+    def codegen(context, builder, signature, args):
+        x = builder.load(_element(builder, args[0], args[1], code_))
+        if code_ == BF16:
+            return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), ir.FloatType())
+        return builder.fpext(x, ir.FloatType()) if code_ == F16 else x
+
+    return state(types.int64, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store(typingctx, address, index, value, code):
+    """Round ``value`` (state type) to the nearest even of the storage type and write it."""
+    code_ = code.literal_value
+    value_type = value if code_ == U8 else _state_type(code_)
+
+    def codegen(context, builder, signature, args):
+        x = args[2]
+        if code_ == BF16:
+            bits = builder.bitcast(x, _I32)
+            high = builder.lshr(bits, ir.Constant(_I32, 16))
+            bias = builder.add(ir.Constant(_I32, 0x7FFF), builder.and_(high, ir.Constant(_I32, 1)))
+            even = builder.lshr(builder.add(bits, bias), ir.Constant(_I32, 16))
+            nan = builder.or_(high, ir.Constant(_I32, 0x40))
+            x = builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), nan, even), ir.IntType(16))
+        elif code_ == F16:
+            x = builder.fptrunc(x, ir.HalfType())
+        elif code_ == U8:
+            x = builder.fptoui(x, ir.IntType(8))
+        builder.store(x, _element(builder, args[0], args[1], code_))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value_type, code), codegen
+
+
+_ONE_BITS = (0x3F800000, 0x3FF0000000000000, 0x3F80, 0x3C00, 1)
+
+
+@intrinsic(prefer_literal=True)
+def store_spike(typingctx, address, index, fired, code):
+    """Write one or zero: an integer select, with no rounding to vectorise around."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        bits = ir.IntType(8 * SIZES[code_])
+        pointer = builder.gep(builder.inttoptr(args[0], bits.as_pointer()), [args[1]])
+        fired_ = builder.trunc(args[2], ir.IntType(1)) if args[2].type.width > 1 else args[2]
+        builder.store(builder.select(fired_, ir.Constant(bits, _ONE_BITS[code_]), ir.Constant(bits, 0)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.boolean, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile(typingctx, elements, code):
+    """Address of an uninitialised stack array of the state type."""
+    count, state = elements.literal_value, _state_type(code.literal_value)
+
+    def codegen(context, builder, signature, args):
+        with builder.goto_entry_block():
+            array = builder.alloca(ir.ArrayType(context.get_data_type(state), count))
+            array.align = 64
+        return builder.ptrtoint(array, _I64)
+
+    return types.int64(elements, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def num(typingctx, value, code):
+    """A float64 constant, rounded once to the state type."""
+    state = _state_type(code.literal_value)
+
+    def codegen(context, builder, signature, args):
+        return args[0] if state == types.float64 else builder.fptrunc(args[0], ir.FloatType())
+
+    return state(types.float64, code), codegen
+
+
+@intrinsic
+def _float_from_bits(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _truncate(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return builder.fptosi(args[0], _I32)
+
+    return types.int32(types.float32), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def exp_negative(x, code):
+    """exp(x) for x <= 0, within 1.5 ulp; float32 by a polynomial, because a call into libm would stop the vectoriser."""
+    if code == F64:
+        return num(math.exp(x), code)
+    x = num(-87.0, code) if x < num(-87.0, code) else x  # a NaN stays
+    n = np.floor(x * num(1.4426950408889634, code) + num(0.5, code))
+    f = (x - n * num(0.693359375, code)) - n * num(-2.12194440054690583e-4, code)  # ln 2 in two parts
+    p = num(1.0 / 5040.0, code)
+    p = p * f + num(1.0 / 720.0, code)
+    p = p * f + num(1.0 / 120.0, code)
+    p = p * f + num(1.0 / 24.0, code)
+    p = p * f + num(1.0 / 6.0, code)
+    p = p * f + num(0.5, code)
+    p = p * f + num(1.0, code)
+    p = p * f + num(1.0, code)
+    return p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
+
+
+def _source_stamp() -> str:
+    """Changes when any file of this folder does: numba itself watches only the file that holds the kernel."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return f"{zlib.crc32(b''.join(f.read_bytes() for f in files)):08x}"
+
+
+_STAMP = _source_stamp()
+_SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
+_launch_lock = None  # a lock where numba's workqueue layer serves, which aborts when two threads enter it
+_started = False  # numba's threads run in this process
+_forked = False  # ... or ran in a parent of it: a forked child must not enter them
+
+
+def _after_fork():
+    global _forked, _launch_lock
+    _forked = _started
+    _launch_lock = threading.Lock() if _launch_lock is not None else None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+class Kernel:
+    """A numba function whose outermost loop is a ``prange``, compiled twice: serial, and parallel over that loop.
+
+    The serial twin serves small tensors, one thread, and children forked after the threads were started. Each is compiled at
+    first use and cached on disk in a file of its own (``name`` holds the variant's flags), so that processes that compile
+    different variants at the same time cannot take each other's code.
+    """
+
+    def __init__(self, function, name: str):
+        self._function, self._name = function, f"{name}_{_STAMP}"
+        self._serial = self._parallel = None
+        self._lock = threading.Lock()
+
+    def _compile(self, parallel):
+        self._function.__name__ = self._function.__qualname__ = self._name + ("_parallel" if parallel else "")
+        # Python's error model tests every divisor for zero, which stops the vectoriser.
+        options = dict(nogil=True, parallel=parallel, error_model="numpy")
+        try:
+            return numba.njit(self._function, cache=True, **options)
+        except RuntimeError:  # numba found no folder it may write to
+            _warn_uncached()
+            return numba.njit(self._function, **options)
+
+    def __call__(self, work: int, *args):
+        """``work`` in elementary steps decides between the twins."""
+        if work >= _SERIAL_BELOW and not _forked:
+            threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
+            if threads > 1:
+                return self._run_parallel(threads, args)
+        if self._serial is None:
+            with self._lock:
+                self._serial = self._serial or self._compile(False)
+        self._serial(*args)
+
+    def _run_parallel(self, threads, args):
+        global _started, _launch_lock
+        if self._parallel is None:
+            with self._lock:
+                self._parallel = self._parallel or self._compile(True)
+        if not _started:
+            with _start_lock:
+                if not _started:
+                    numba.set_num_threads(threads)  # starts the threads
+                    if numba.threading_layer() == "workqueue":
+                        _launch_lock = threading.Lock()
+                    _started = True
+        numba.set_num_threads(threads)
+        if _launch_lock is None:
+            self._parallel(*args)
+        else:
+            with _launch_lock:
+                self._parallel(*args)
+
+
+_start_lock = threading.Lock()
+_warned = False
+
+
+def _warn_uncached():
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "sdit_kernels: found no writable folder for compiled CPU kernels, so every process compiles them anew "
+            "(seconds per kernel). Set NUMBA_CACHE_DIR to a writable folder.",
+            stacklevel=2,
+        )

@@ -1,0 +1,138 @@
+"""Which implementation serves a call, and how a user overrides it.
+
+By default CPU tensors run the numba kernels ("cpu") and CUDA and ROCm tensors the Triton kernels ("triton"). A device that has no
+kernels here (MPS, XPU, ...) runs the reference and says so once. ``SDIT_KERNELS_BACKEND`` overrides this for the process, and
+``with sdit_kernels.backend(name):`` for the calls a thread makes inside the block; a request that cannot be met is an error.
+"""
+
+import functools
+import importlib.util
+import os
+import threading
+import warnings
+from contextlib import contextmanager
+
+BACKENDS = ("reference", "cpu", "triton")
+
+
+def _checked(name, where):
+    if name not in BACKENDS:
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}")
+    return name
+
+
+def _from_environment():
+    name = os.environ.get("SDIT_KERNELS_BACKEND")
+    return _checked(name, "SDIT_KERNELS_BACKEND") if name else None
+
+
+class _Choice(threading.local):
+    name = _from_environment()
+
+
+_choice = _Choice()
+
+
+@contextmanager
+def backend(name: str):
+    """Run the ops called in this block, and their backward passes, on one implementation.
+
+    Args:
+        name: "reference" (plain PyTorch, any device), "cpu" (numba; CPU tensors) or "triton" (GPU tensors; CPU tensors under
+            ``TRITON_INTERPRET=1`` or a Triton driver for the CPU).
+
+    Raises:
+        ValueError: unknown name. RuntimeError, from the op: the backend cannot serve its tensors.
+
+    Example:
+        >>> import torch, sdit_kernels
+        >>> with sdit_kernels.backend("reference"):
+        ...     s = sdit_kernels.lif(torch.ones(4, 3) * 2)
+    """
+    before, _choice.name = _choice.name, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _choice.name = before
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+@functools.cache
+def triton_on_cpu() -> bool:
+    """Triton kernels accept CPU tensors: the interpreter is on, or the active Triton driver is one for the CPU."""
+    if not _installed("triton"):
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    try:
+        from triton.runtime import driver
+
+        return driver.active.get_active_torch_device().type == "cpu"
+    except Exception:  # no driver at all: Triton raises RuntimeErrors and ImportErrors of many kinds here
+        return False
+
+
+def _triton_obstacle(device: str) -> str | None:
+    if not _installed("triton"):
+        return "triton is not installed; GPU builds of torch bring it, elsewhere: pip install 'sdit-kernels[triton]'"
+    if device == "cpu" and not triton_on_cpu():
+        return (
+            "Triton has no driver for CPU tensors here; move them to a GPU, or set TRITON_INTERPRET=1 before the program "
+            "starts to run the kernels in Triton's interpreter"
+        )
+    if device not in ("cpu", "cuda", "meta"):
+        return f"the Triton kernels serve CUDA and ROCm tensors, not {device!r}; use sdit_kernels.backend('reference')"
+    return None
+
+
+def _cpu_obstacle(device: str) -> str | None:
+    if device not in ("cpu", "meta"):
+        return f"it serves CPU tensors, not {device!r}; leave the choice out, or take 'reference'"
+    if not _installed("numba"):
+        return "numba is not installed; pip install numba, or take the slow path with SDIT_KERNELS_BACKEND=reference"
+    return None
+
+
+def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
+    """(backend that would serve ``device``, why), or (None, what stands in the way)."""
+    if name is None:
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _installed("triton"):
+            name, why = "triton", "TRITON_INTERPRET=1 sends CPU tensors through the Triton kernels"
+        elif device in ("cpu", "meta"):
+            name, why = "cpu", "numba kernels serve CPU tensors"
+        elif device == "cuda":
+            name, why = "triton", "Triton kernels serve CUDA and ROCm tensors"
+        else:
+            return "reference", f"no kernels for {device!r}"
+    else:
+        why = "asked for"
+    obstacle = {"reference": lambda d: None, "cpu": _cpu_obstacle, "triton": _triton_obstacle}[name](device)
+    return (None, f"backend {name!r}: {obstacle}") if obstacle else (name, why)
+
+
+_resolved = {}
+
+
+def _resolve(device: str, name: str | None) -> str:
+    if (device, name) not in _resolved:
+        chosen, why = explain(device, name)
+        if chosen is None:
+            raise RuntimeError(f"sdit_kernels cannot serve a {device!r} tensor with {why}")
+        if chosen == "reference" and name is None:
+            warnings.warn(f"sdit_kernels has {why}; the plain PyTorch reference serves it", stacklevel=4)
+        _resolved[device, name] = chosen
+    return _resolved[device, name]
+
+
+# torch.compile evaluates it once while tracing, instead of tracing a search for installed packages. What the decorator
+# torch.compiler.assume_constant_result sets; the decorator itself would import the whole compiler.
+_resolve._dynamo_marked_constant = True
+
+
+def choose(device: str) -> str:
+    """The backend for tensors on ``device`` (a ``torch.device.type``)."""
+    return _resolve(device, _choice.name)

@@ -1,0 +1,578 @@
+"""lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them.
+
+Each operator has a CPU and a CUDA implementation, a fake one and an autograd formula. The backend travels as an argument,
+because a backward pass may run on another thread than the one that chose it.
+"""
+
+import importlib
+import math
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
+from ..reference.lif import state_dtype
+from ..surrogate import SURROGATES
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_INFERENCE = (torch.uint8, torch.bool)
+_LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
+_NEURON = (
+    "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
+)
+
+
+class Neuron(NamedTuple):
+    """What every operator is told of the neuron; tau and v_threshold are overridden by tensors where those are given."""
+
+    tau: float
+    v_threshold: float
+    v_reset: float | None
+    decay_input: bool
+    detach_reset: bool
+    surrogate: str
+    alpha: float
+
+
+# --- argument checks --------------------------------------------------------------------------------------------------------
+
+
+def _is_number(value):
+    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+
+
+def _check_data(name, t, like=None):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if like is None:
+        if t.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; cast it, e.g. {name}.float()")
+    elif t.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of x, {tuple(like.shape)}, got {tuple(t.shape)}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
+
+
+def _check_state(name, t, shape, like):
+    """A state or residual: of x's dtype or of the dtype the arithmetic is done in."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor or None, got {type(t).__name__}")
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+    allowed = (like.dtype, state_dtype(like.dtype))
+    if t.dtype not in allowed:
+        names = " or ".join(str(d) for d in dict.fromkeys(allowed))
+        raise TypeError(f"{name} must be {names} where x is {like.dtype}, got {t.dtype}; cast it: {name}.to({allowed[1]})")
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
+
+
+def _check_parameter(name, p, x, channels):
+    """tau or v_threshold: (value, tensor or None)."""
+    if isinstance(p, Tensor):
+        if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
+            raise TypeError(f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; cast it: {name}.to({x.dtype})")
+        if p.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
+        if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
+            per_channel = f"({channels},), one per channel of x's last axis" if channels is not None else "one element"
+            raise ValueError(f"{name} must be a scalar or have shape {per_channel}, got {tuple(p.shape)}")
+        return 1.0, p
+    if not _is_number(p):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
+    return float(p), None
+
+
+def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+    """(Neuron, tau tensor, v_threshold tensor); the Neuron is None for a user's own surrogate."""
+    tau_value, tau = _check_parameter("tau", tau, x, channels)
+    threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels)
+    _check_tau(tau_value, decay_input)
+    if not math.isfinite(threshold_value):
+        raise ValueError(f"v_threshold must be finite, got {threshold_value}")
+    if v_reset is not None:
+        if not _is_number(v_reset):
+            raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
+        if not math.isfinite(v_reset):
+            raise ValueError(f"v_reset must be finite or None (soft reset), got {v_reset}")
+        v_reset = float(v_reset)
+    for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+    if callable(surrogate):
+        if alpha is not None:
+            raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
+        return None, tau, v_threshold
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)} or a function of z, got {surrogate!r}")
+    if alpha is None:
+        alpha = SURROGATES[surrogate].alpha
+    elif not _is_number(alpha):
+        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    elif not 0 < alpha < math.inf:
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, float(alpha))
+    return neuron, tau, v_threshold
+
+
+def _check_tau(tau, decay_input):
+    if not (1 <= tau < math.inf or (tau == math.inf and not decay_input)):
+        raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
+
+
+def _check_tau_tensor(tau, decay_input):
+    """The range of a tensor is looked at on the CPU only: on a GPU that would wait for it."""
+    if tau is not None and tau.numel():
+        _check_tau(tau.min().item(), decay_input)
+        _check_tau(tau.max().item(), decay_input)
+
+
+_warned_of_custom_surrogate = False
+
+
+def _warn_custom_surrogate():
+    global _warned_of_custom_surrogate
+    if not _warned_of_custom_surrogate:
+        _warned_of_custom_surrogate = True
+        warnings.warn("a surrogate function of your own runs on the plain PyTorch path, not on the fused kernels", stacklevel=4)
+
+
+def _wants_gradient(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------------
+
+_LIBRARY.define(
+    "lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, " + _NEURON + ", bool return_v, bool return_v_seq, "
+    "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
+    "Tensor checkpoint, " + _NEURON + ", bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, " + _NEURON + ", "
+    "bool return_counts, str backend) -> Tensor"
+)
+_LIBRARY.define(
+    "lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, " + _NEURON + ", "
+    "bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _kernels(backend):
+    return importlib.import_module(f"sdit_kernels.{backend}.lif")
+
+
+def _per_channel(tau, v_threshold):
+    return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
+
+
+def _empty(x, *sizes):
+    return x.new_empty(sizes or 0, dtype=state_dtype(x.dtype))
+
+
+def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
+    """s, v_final, v_seq, checkpoint, unfilled; an empty tensor for what is not asked for."""
+    state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
+    s = empty_like(x, spike_dtype or x.dtype, per_channel)
+    v_final = empty_state_like(s, state) if return_v else _empty(x)
+    v_seq = empty_like(x, state, per_channel) if return_v_seq else _empty(x)
+    checkpoint = empty_states_like(s, state, (x.shape[0] - 1) // STRIDE) if keep and x.shape[0] > STRIDE else _empty(x)
+    return s, v_final, v_seq, checkpoint
+
+
+def _lif(x, v, tau, v_threshold, *rest):
+    *neuron, return_v, return_v_seq, spike_dtype, keep, backend = rest
+    neuron = Neuron(*neuron)
+    outputs = _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
+    wanted = [t if t.numel() else None for t in outputs]
+    if x.device.type == "cpu":
+        _check_tau_tensor(tau, neuron.decay_input)
+    if x.numel():
+        _kernels(backend).lif_forward(x, v, tau, v_threshold, neuron, *wanted)
+    elif return_v:
+        outputs[1].copy_(v) if v is not None else outputs[1].fill_(neuron.v_reset or 0.0)
+    return outputs
+
+
+def _lif_fake(x, v, tau, v_threshold, *rest):
+    return _lif_outputs(x, tau, v_threshold, *rest[7:11])
+
+
+def _lif_backward_outputs(x, v, tau, v_threshold, parameters):
+    """dx, dv, d tau, d v_threshold; an empty tensor for what is not asked for."""
+    dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
+    dv = _empty(x) if v is None else empty_state_like(dx, v.dtype)
+    return dx, dv, *_parameter_outputs(x, tau, v_threshold, parameters)
+
+
+def _parameter_outputs(x, tau, v_threshold, parameters):
+    return [torch.empty_like(p) if parameters and p is not None else _empty(x) for p in (tau, v_threshold)]
+
+
+def _parameter_gradients(tau, v_threshold, sums, unused):
+    """Finish d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
+    if sums is None:
+        return unused
+    found = []
+    for p, partial, empty in zip((tau, v_threshold), sums, unused):
+        if p is None:
+            found.append(empty)
+            continue
+        d = partial.sum(0) if p.numel() > 1 else partial.sum()
+        if p is tau:  # r = 1 / tau
+            d = -d / p.to(d.dtype).reshape(d.shape) ** 2
+        found.append(d.reshape(p.shape).to(p.dtype))
+    return found
+
+
+def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
+    *neuron, parameters, backend = rest
+    neuron = Neuron(*neuron)
+    dx, dv, *d_parameters = _lif_backward_outputs(x, v, tau, v_threshold, parameters)
+    if x.numel() == 0:
+        if v is not None:
+            dv.zero_() if g_v is None else dv.copy_(g_v)
+        return dx, dv, *(d.zero_() for d in d_parameters)
+    if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+        checkpoint = _lif(x, v, tau, v_threshold, *neuron, False, False, None, True, backend)[3]
+    sums = _kernels(backend).lif_backward(
+        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters
+    )
+    return dx, dv, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+
+
+def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
+    dx, dv, dtau, dth = _lif_backward_outputs(x, v, tau, v_threshold, rest[-2])
+    return dx, dv, dtau, dth
+
+
+def _rate_output(x, residual, tau, v_threshold, return_counts):
+    dtype = torch.uint8 if return_counts else x.dtype if residual is None else residual.dtype
+    return empty_like(x.unsqueeze(0), dtype, _per_channel(tau, v_threshold)).squeeze(0)
+
+
+def _rate(x, residual, gate, tau, v_threshold, T, *rest):
+    *neuron, return_counts, backend = rest
+    neuron = Neuron(*neuron)
+    out = _rate_output(x, residual, tau, v_threshold, return_counts)
+    if x.device.type == "cpu":
+        _check_tau_tensor(tau, neuron.decay_input)
+    if x.numel():
+        _kernels(backend).lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
+    return out
+
+
+def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
+    return _rate_output(x, residual, tau, v_threshold, rest[7])
+
+
+def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
+    dx = _rate_output(x, None, tau, v_threshold, False)
+    dgate = _empty(x) if gate is None else torch.empty_like(dx)
+    return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
+
+
+def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
+    *neuron, parameters, backend = rest
+    dx, dgate, *d_parameters = _rate_backward_outputs(x, gate, tau, v_threshold, parameters)
+    if x.numel() == 0:
+        return dx, dgate, *(d.zero_() for d in d_parameters)
+    sums = _kernels(backend).lif_rate_backward(
+        g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters
+    )
+    return dx, dgate, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+
+
+def _rate_backward_fake(g, x, gate, tau, v_threshold, T, *rest):
+    return tuple(_rate_backward_outputs(x, gate, tau, v_threshold, rest[-2]))
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------------
+# torch.library.register_autograd costs 60 us a call more than this, and functorch refuses it.
+
+
+def _lif_save(ctx, inputs, output):
+    x, v, tau, v_threshold, *ctx.rest = inputs
+    ctx.save_for_backward(x, v, tau, v_threshold, output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _lif_gradient(ctx, g, g_v, g_seq, _):
+    x, v, tau, v_threshold, checkpoint = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    found = torch.ops.sdit_kernels.lif_backward(
+        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *ctx.rest[:7], needs[2] or needs[3], ctx.rest[-1]
+    )
+    return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
+
+
+def _rate_save(ctx, inputs, output):
+    x, _, gate, tau, v_threshold, *ctx.rest = inputs
+    ctx.save_for_backward(x, gate, tau, v_threshold)
+    ctx.set_materialize_grads(False)
+
+
+def _rate_gradient(ctx, g):
+    if g is None:
+        return (None,) * 15
+    x, gate, tau, v_threshold = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    d_residual = g if needs[1] else None
+    if not (needs[0] or needs[2] or needs[3] or needs[4]):
+        return None, d_residual, *[None] * 13
+    dx, dgate, dtau, dth = torch.ops.sdit_kernels.lif_rate_backward(
+        g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1]
+    )
+    found = (dx, d_residual, dgate, dtau, dth)
+    return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "the fused LIF kernels have no second derivative; run the forward pass under sdit_kernels.backend('reference')"
+    )
+
+
+def _register(name, implementation, fake, save, gradient):
+    """CPU, CUDA (which is ROCm's key too), fake and autograd for one operator; returns (operator, functorch's twin)."""
+    operator = getattr(torch.ops.sdit_kernels, name).default
+    below = torch._C._AutoDispatchBelowAutograd
+    _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
+
+    class Autograd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with below():
+                output = operator(*args)
+            save(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradient)
+
+    class Functorch(torch.autograd.Function):  # torch.func wants the context set up apart, which costs 18 us a call
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return operator(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs, output)
+
+        backward = staticmethod(gradient)
+
+    def autograd(*args):
+        if torch.is_grad_enabled():
+            return Autograd.apply(*args)
+        with below():
+            return operator(*args)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+    return operator, Functorch.apply
+
+
+def _nothing(ctx, inputs, output):
+    pass
+
+
+_lif_operator, _lif_functorch = _register("lif", _lif, _lif_fake, _lif_save, _lif_gradient)
+_rate_operator, _rate_functorch = _register("lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient)
+_register("lif_backward", _lif_backward, _lif_backward_fake, _nothing, _no_second_derivative)
+_register("lif_rate_backward", _rate_backward, _rate_backward_fake, _nothing, _no_second_derivative)
+
+
+def _in_functorch():
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------------
+
+
+def lif(
+    x: Tensor,
+    v: Tensor | None = None,
+    *,
+    tau=2.0,
+    v_threshold=1.0,
+    v_reset: float | None = 0.0,
+    decay_input: bool = True,
+    detach_reset: bool = False,
+    surrogate="atan",
+    alpha: float | None = None,
+    return_v: bool = False,
+    return_v_seq: bool = False,
+    spike_dtype: torch.dtype | None = None,
+):
+    r"""Multi-step leaky integrate-and-fire, fused over time, forward and backward.
+
+    For t = 0 .. T-1, with r = 1/tau and v[-1] = ``v``::
+
+        h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) * r      decay_input
+        h[t] = v[t-1] - (v[t-1] - v_reset) * r + x[t]        otherwise
+        s[t] = 1 where h[t] >= v_threshold, else 0
+        v[t] = v_reset where s[t], else h[t]                 hard reset
+        v[t] = h[t] - s[t] * v_threshold                     soft reset (v_reset=None; v_reset above is then 0)
+
+    The backward pass is back-propagation through time with ds/dh = surrogate(h - v_threshold). It recomputes h: kept for it are
+    x and, if given, v; for T > 16 also the membrane of every 16th step.
+
+    Args:
+        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32 (float64 for float64).
+        v: membrane before the first step, x.shape[1:], of x's dtype or float32 (float64). None: v_reset, or 0 with soft reset.
+        tau: time constant in steps, at least 1; a number, or a tensor: scalar, or (C,) for the C channels of x's last axis.
+            ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
+        v_threshold: firing threshold; a number or a tensor, as tau.
+        v_reset: membrane after a spike; None subtracts the threshold instead.
+        decay_input: whether the leak divides the input too.
+        detach_reset: let no gradient flow through the reset.
+        surrogate: a name of ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        alpha: sharpness of the surrogate; None: the surrogate's default.
+        return_v: also return the membrane after the last step, x.shape[1:], float32 (float64).
+        return_v_seq: also return the membrane after every step, x.shape, float32 (float64).
+        spike_dtype: None (x's dtype), or torch.uint8 or torch.bool for inference.
+
+    Returns:
+        s, of x's shape; or the tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, tau and v_threshold from each.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor tau are
+            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose LIFNode this equals.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import lif
+        >>> x = torch.tensor([[0.6], [2.0], [1.5], [1.5]])
+        >>> lif(x).flatten().tolist()
+        [0.0, 1.0, 0.0, 1.0]
+        >>> s, v = lif(x[:2], return_v=True)
+        >>> lif(x[2:], v).flatten().tolist()
+        [0.0, 1.0]
+    """
+    _check_data("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
+    shape = x.shape[1:]
+    if v is not None:
+        _check_state("v", v, shape, x)
+    channels = shape[-1] if shape else None
+    neuron, tau_tensor, threshold_tensor = _check_neuron(
+        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
+    )
+    if spike_dtype is not None and spike_dtype != x.dtype:
+        if spike_dtype not in _INFERENCE:
+            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
+        if _wants_gradient(x, v, tau_tensor, threshold_tensor):
+            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+    if neuron is None:
+        _warn_custom_surrogate()
+    backend = "reference" if neuron is None else dispatch.choose(x.device.type)
+    if backend == "reference":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch():
+            _check_tau_tensor(tau_tensor, decay_input)
+        return reference.lif(
+            x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
+            surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+        )  # fmt: skip
+    keep = x.shape[0] > STRIDE and _wants_gradient(x, v, tau_tensor, threshold_tensor)
+    run = _lif_functorch if _in_functorch() else _lif_operator
+    s, v_final, v_seq, _ = run(
+        x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
+    )
+    if return_v:
+        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
+    return (s, v_seq) if return_v_seq else s
+
+
+def lif_rate(
+    x: Tensor,
+    T: int = 4,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    tau=2.0,
+    v_threshold=1.0,
+    v_reset: float | None = 0.0,
+    decay_input: bool = True,
+    detach_reset: bool = False,
+    surrogate="atan",
+    alpha: float | None = None,
+    return_counts: bool = False,
+) -> Tensor:
+    r"""Firing rate of a LIF neuron under a constant current, with gate and residual, in one kernel: SDiT's neuron.
+
+    ::
+
+        current = x, or sigmoid(gate) * x
+        out     = residual + 1/T * sum over t < T of s[t],    s = lif(current repeated T times)
+
+    One read of x (and gate, residual) and one write. The backward pass keeps x (and gate) alone: tangents run along with the
+    recomputed membrane, so that its memory does not grow with T either.
+
+    Args:
+        x: current, any shape and strides, float32, float64, bfloat16 or float16.
+        T: simulation steps, at least 1.
+        residual: added to the rate; x's shape, x's dtype or float32 (float64). The output takes its dtype.
+        gate: logits of a gate on the current; x's shape and dtype.
+        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; the membrane starts at v_reset
+            (0 with soft reset) in every call.
+        return_counts: return the number of spikes instead, uint8, for inference; needs T <= 255 and no residual.
+
+    Returns:
+        A tensor of x's shape. Gradients reach x, residual, gate, tau and v_threshold.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lif`.
+
+    Source: Yang et al., SDiT, arXiv 2402.11588.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import lif_rate
+        >>> lif_rate(torch.tensor([1.0, 1.1, 1.5, 2.0])).tolist()
+        [0.0, 0.25, 0.5, 1.0]
+    """
+    _check_data("x", x)
+    if not isinstance(T, (int, torch.SymInt)) or isinstance(T, bool):
+        raise TypeError(f"T must be an int, got {type(T).__name__}")
+    if T < 1:
+        raise ValueError(f"T must be at least 1, got {T}")
+    if residual is not None:
+        _check_state("residual", residual, x.shape, x)
+    if gate is not None:
+        _check_data("gate", gate, x)
+        if gate.dtype != x.dtype:
+            raise TypeError(f"gate must have the dtype of x, {x.dtype}, got {gate.dtype}; cast it: gate.to({x.dtype})")
+    channels = x.shape[-1] if x.dim() else None
+    neuron, tau_tensor, threshold_tensor = _check_neuron(
+        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
+    )
+    if return_counts:
+        if T > 255:
+            raise ValueError(f"return_counts gives uint8 and needs T <= 255, got {T}")
+        if residual is not None:
+            raise ValueError("return_counts gives bare counts: leave residual out")
+        if _wants_gradient(x, gate, tau_tensor, threshold_tensor):
+            raise ValueError("return_counts carries no gradient: call under torch.no_grad(), or leave it out")
+    if neuron is None:
+        _warn_custom_surrogate()
+    backend = "reference" if neuron is None else dispatch.choose(x.device.type)
+    if backend == "reference":
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch():
+            _check_tau_tensor(tau_tensor, decay_input)
+        return reference.lif_rate(
+            x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,
+        )  # fmt: skip
+    run = _rate_functorch if _in_functorch() else _rate_operator
+    return run(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
