@@ -4,16 +4,23 @@
     row = inspect(compiled, elements_per_thread=8)
     print(markdown_table([row | limits_h100(row)]))
 
+    with launches("hip:gfx942") as found:              # what a user's call would launch there, compiled and not run
+        sdit_kernels.lif(x)
+    compiled, arguments = found[0]
+
 Needs Triton (3.6 to 3.8, whose wheel brings NVIDIA's cuobjdump) and neither a GPU nor a driver. The counts are static,
 per thread: what stands in the code, not how often it runs; so a kernel with loops is judged by its loop bodies.
 Register counts differ between Triton versions.
 """
 
 import collections
+import contextlib
+import inspect as python_inspect
 import re
 import subprocess
 import tempfile
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -38,9 +45,8 @@ def compile_for(kernel, signature, constexprs, target, aligned=None, num_warps=4
         if not hasattr(kernel, "fn"):
             raise TypeError("not a compiled kernel: it was defined under TRITON_INTERPRET=1, or without @triton.jit")
         kernel = kernel.fn
-    backend, arch = target.split(":")
-    warp = 64 if arch.startswith("gfx9") else 32
-    gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, warp)
+    gpu = _gpu(target)
+    backend = gpu.backend
     defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
     constexprs = defaults | constexprs
 
@@ -68,6 +74,55 @@ def compile_for(kernel, signature, constexprs, target, aligned=None, num_warps=4
     if unknown:
         raise ValueError(f"{target} has no option {', '.join(unknown)}")
     return compiled
+
+
+def _gpu(target: str) -> GPUTarget:
+    backend, arch = target.split(":")
+    return GPUTarget(backend, int(arch) if backend == "cuda" else arch, 64 if arch.startswith("gfx9") else 32)
+
+
+class _NoDriver:
+    """Stands where Triton's driver stands: names the target, takes CPU tensors, runs nothing."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def get_current_target(self):
+        return _gpu(self.target)
+
+    def get_current_device(self):
+        return f"compiled for {self.target}"  # Triton keeps compiled kernels per device
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def launches(target):
+    """While it is open, @triton.jit kernels launched on CPU tensors are compiled for the target and not run.
+
+    Yields the list of (CompiledKernel, {argument: value}) of those launches. Triton's own launch path specialises the
+    arguments and parses the options, so the code is that of the same call on the GPU; outputs are left as they were.
+    """
+    found = []
+    run, active = triton.runtime.JITFunction.run, triton.runtime.driver._active
+
+    def compile_only(kernel, *args, grid, warmup, **kwargs):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        names = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
+        found.append((compiled, dict(python_inspect.signature(kernel.fn).bind(*args, **names).arguments)))
+        return compiled
+
+    triton.runtime.JITFunction.run = compile_only
+    triton.runtime.driver.set_active(_NoDriver(target))
+    try:
+        yield found
+    finally:
+        triton.runtime.JITFunction.run = run
+        triton.runtime.driver._active = active
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------------
@@ -123,6 +178,7 @@ def inspect(compiled, elements_per_thread=None) -> dict:
 
     kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; 0 wanted),
     spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
+    on AMD also scalar_registers and scalar_spills (to lanes of vector registers, not to memory);
     loads, stores {width in bits: count} of global memory, bytes, instructions, special {operation: count},
     histogram {group: count}; loops: the same six for the body of every innermost loop.
     With elements_per_thread, such as BLOCK / threads: also `per_element` of the whole.
@@ -269,7 +325,7 @@ def _read_amd(compiled):
         "shared": lds // shared if shared else 4 * waves,
     }
     head = {"registers": note(r"\.vgpr_count"), "scalar_registers": note(r"\.sgpr_count")}
-    head |= {"spills": note(r"\.vgpr_spill_count") + note(r"\.sgpr_spill_count")}
+    head |= {"spills": note(r"\.vgpr_spill_count"), "scalar_spills": note(r"\.sgpr_spill_count")}
     head |= {"spill_bytes": note(r"\.private_segment_fixed_size"), "shared": shared}
     return head | _occupancy(fits, warps, 4 * waves), code, loops
 

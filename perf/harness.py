@@ -46,23 +46,25 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fl
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments common to all scripts; a script may add its own."""
+def parser(description: str, figure=None) -> argparse.ArgumentParser:
+    """The arguments common to all scripts; a script may add its own. ``figure``: the path of a --plot without one."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--quick", action="store_true", help="few short rounds: does it run, not how fast")
     p.add_argument("--json", metavar="PATH", help="write rows, samples and provenance")
     p.add_argument("--csv", metavar="PATH", help="write the rows")
-    p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)")
-    # One thread unless asked: where cores are shared, threads that wait for each other measure the scheduler (seen: a
-    # copy, a product and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
-    p.add_argument("--threads", type=int, metavar="N", default=1, help="CPU threads (default: %(default)s)")
+    optional = {"nargs": "?", "const": figure} if figure else {}
+    p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)", **optional)
+    # Where other processes take the cores, ask for one thread: threads that wait for each other measure the scheduler
+    # (seen: a copy, a product and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own, every core)")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     return p
 
 
 def setup(args) -> dict:
     """Set the threads, refuse a device that is not there, and return the keyword arguments for `compare`."""
-    torch.set_num_threads(args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU")
     min_time = 0.02 if args.quick else 0.1
@@ -272,6 +274,7 @@ def allocated_bytes(fn, device="cpu") -> dict:
         kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
         del result
         return {"kept_bytes": kept, "peak_bytes": peak}
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports every start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = fn()
     del result
@@ -371,11 +374,22 @@ def _cell(key: str, value) -> str:
 
 def report(title: str, rows: list[dict], args, columns=None) -> None:
     """Print the table; write --json (provenance, and one row a line with every sample) and --csv (the rows)."""
+    show(title, rows, args, columns)
+    save(title, rows, args)
+
+
+def show(title: str, rows: list[dict], args, columns=None) -> None:
+    """Print the table alone: for a script of several sections, which saves the rows of all of them at its end."""
     facts = provenance(args.device)
     print(f"\n{title}\n{facts.get('gpu') or facts['cpu']}, threads: {facts['threads']}, torch {torch.__version__}\n")
-    print(table(rows, columns))
+    print(table(rows, columns), flush=True)
+
+
+def save(title: str, rows: list[dict], args, **facts) -> None:
+    """Write --json and --csv alone; ``facts`` go to the head of the JSON."""
     if args.json:
-        head = json.dumps({"title": title, "provenance": facts}, indent=1).removesuffix("\n}")
+        head = {"title": title, "provenance": provenance(args.device), **facts}
+        head = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row, default=str) for row in rows)
         _folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.csv:
@@ -393,8 +407,11 @@ def _folder_of(path) -> pathlib.Path:
     return path
 
 
-def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "") -> None:
-    """Log-log figure of {label: (x, y) or (x, y, spread)}; the band is as high as the spread, y in the middle."""
+def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", guides=None) -> None:
+    """Log-log figure of {label: (x, y) or (x, y, spread)}; the band is as high as the spread, y in the middle.
+
+    ``guides``: {label: [(x, y), ...]}, drawn dashed in grey, such as a slope to compare with.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -406,8 +423,11 @@ def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "") ->
     for (label, (x, y, *spread)), (color, marker) in zip(series.items(), styles, strict=False):
         axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
         if spread:
-            half = numpy.asarray(spread[0]) / 2
-            axes.fill_between(x, numpy.asarray(y) - half, numpy.asarray(y) + half, color=color, alpha=0.2, linewidth=0)
+            factor = 1 + numpy.asarray(spread[0]) / 2 / numpy.asarray(y)  # as far down as up, on a logarithmic axis
+            axes.fill_between(x, y / factor, y * factor, color=color, alpha=0.2, linewidth=0)
+    for label, lines in (guides or {}).items():
+        for i, (x, y) in enumerate(lines):
+            axes.plot(x, y, "--", color="0.45", linewidth=1, zorder=1, label=None if i else label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     if max(max(x) for x, *_ in series.values()) < 1e5:  # else the ticks read 2^k

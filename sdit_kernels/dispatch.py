@@ -133,6 +133,11 @@ def _resolve(device: str, name: str | None) -> str:
 _resolve._dynamo_marked_constant = True
 
 
+def requested() -> str | None:
+    """The backend asked for in this thread, None where the device decides."""
+    return _choice.name
+
+
 def choose(device: str) -> str:
     """The backend for tensors on ``device`` (a ``torch.device.type``)."""
     return _resolve(device, _choice.name)

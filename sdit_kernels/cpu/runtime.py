@@ -5,8 +5,10 @@ plain pointers whose stack tiles cannot alias them, and bf16 needs no array type
 integer codes; the state type of a code is float64 for F64, else float32.
 """
 
+import ctypes
 import math
 import os
+import sys
 import threading
 import warnings
 import zlib
@@ -55,7 +57,9 @@ def load(typingctx, address, index, code):
         x = builder.load(_element(builder, args[0], args[1], code_))
         if code_ == BF16:
             return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), ir.FloatType())
-        return builder.fpext(x, ir.FloatType()) if code_ == F16 else x
+        if code_ == F16:
+            return builder.fpext(x, ir.FloatType())
+        return builder.uitofp(x, ir.FloatType()) if code_ == U8 else x
 
     return state(types.int64, types.int64, code), codegen
 
@@ -161,6 +165,31 @@ def exp_negative(x, code):
     p = p * f + num(1.0, code)
     p = p * f + num(1.0, code)
     return p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
+
+
+_HUGE = 32 << 20  # glibc gives every block above this fresh from the system; smaller ones it reuses
+
+
+def huge_pages(*tensors) -> None:
+    """Ask for 2 MiB pages under large outputs before they are first written. Where the system grants huge pages on request only,
+    as Linux distributions do by default, the faults on 4 KiB pages would cost several times what the kernel does."""
+    if _madvise is None:
+        return
+    for t in tensors:
+        if t is not None and t.nbytes >= _HUGE:
+            begin = -(-t.data_ptr() // 4096) * 4096
+            _madvise(begin, (t.data_ptr() + t.nbytes - begin) // 4096 * 4096, 14)  # MADV_HUGEPAGE; a hint, errors ignored
+
+
+def _load_madvise():
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_madvise = _load_madvise()
 
 
 def _source_stamp() -> str:

@@ -18,6 +18,7 @@ from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)
 _INFERENCE = (torch.uint8, torch.bool)
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _NEURON = (
@@ -91,12 +92,12 @@ def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_re
     tau_value, tau = _check_parameter("tau", tau, x, channels)
     threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels)
     _check_tau(tau_value, decay_input)
-    if not math.isfinite(threshold_value):
+    if not -math.inf < threshold_value < math.inf:
         raise ValueError(f"v_threshold must be finite, got {threshold_value}")
     if v_reset is not None:
         if not _is_number(v_reset):
             raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
-        if not math.isfinite(v_reset):
+        if not -math.inf < v_reset < math.inf:
             raise ValueError(f"v_reset must be finite or None (soft reset), got {v_reset}")
         v_reset = float(v_reset)
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
@@ -164,25 +165,26 @@ _LIBRARY.define(
 )
 
 
+_modules = {}
+
+
 def _kernels(backend):
-    return importlib.import_module(f"sdit_kernels.{backend}.lif")
+    if backend not in _modules:
+        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.lif")
+    return _modules[backend]
 
 
 def _per_channel(tau, v_threshold):
     return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
 
 
-def _empty(x, *sizes):
-    return x.new_empty(sizes or 0, dtype=state_dtype(x.dtype))
-
-
 def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
     """s, v_final, v_seq, checkpoint, unfilled; an empty tensor for what is not asked for."""
     state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
     s = empty_like(x, spike_dtype or x.dtype, per_channel)
-    v_final = empty_state_like(s, state) if return_v else _empty(x)
-    v_seq = empty_like(x, state, per_channel) if return_v_seq else _empty(x)
-    checkpoint = empty_states_like(s, state, (x.shape[0] - 1) // STRIDE) if keep and x.shape[0] > STRIDE else _empty(x)
+    v_final = empty_state_like(s, state) if return_v else x.new_empty(0)
+    v_seq = empty_like(x, state, per_channel) if return_v_seq else x.new_empty(0)
+    checkpoint = empty_states_like(s, state, (x.shape[0] - 1) // STRIDE) if keep and x.shape[0] > STRIDE else x.new_empty(0)
     return s, v_final, v_seq, checkpoint
 
 
@@ -207,12 +209,12 @@ def _lif_fake(x, v, tau, v_threshold, *rest):
 def _lif_backward_outputs(x, v, tau, v_threshold, parameters):
     """dx, dv, d tau, d v_threshold; an empty tensor for what is not asked for."""
     dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
-    dv = _empty(x) if v is None else empty_state_like(dx, v.dtype)
+    dv = x.new_empty(0) if v is None else empty_state_like(dx, v.dtype)
     return dx, dv, *_parameter_outputs(x, tau, v_threshold, parameters)
 
 
 def _parameter_outputs(x, tau, v_threshold, parameters):
-    return [torch.empty_like(p) if parameters and p is not None else _empty(x) for p in (tau, v_threshold)]
+    return [torch.empty_like(p) if parameters and p is not None else x.new_empty(0) for p in (tau, v_threshold)]
 
 
 def _parameter_gradients(tau, v_threshold, sums, unused):
@@ -274,7 +276,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
-    dgate = _empty(x) if gate is None else torch.empty_like(dx)
+    dgate = x.new_empty(0) if gate is None else torch.empty_like(dx)
     return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
 
 
@@ -305,9 +307,11 @@ def _lif_save(ctx, inputs, output):
 
 def _lif_gradient(ctx, g, g_v, g_seq, _):
     x, v, tau, v_threshold, checkpoint = ctx.saved_tensors
+    *neuron, return_v, return_v_seq, _, _, backend = ctx.rest
+    g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
     needs = ctx.needs_input_grad
-    found = torch.ops.sdit_kernels.lif_backward(
-        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *ctx.rest[:7], needs[2] or needs[3], ctx.rest[-1]
+    found = _lif_backward_call(
+        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend
     )
     return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
 
@@ -326,7 +330,7 @@ def _rate_gradient(ctx, g):
     d_residual = g if needs[1] else None
     if not (needs[0] or needs[2] or needs[3] or needs[4]):
         return None, d_residual, *[None] * 13
-    dx, dgate, dtau, dth = torch.ops.sdit_kernels.lif_rate_backward(
+    dx, dgate, dtau, dth = _rate_backward_call(
         g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1]
     )
     found = (dx, d_residual, dgate, dtau, dth)
@@ -339,19 +343,69 @@ def _no_second_derivative(ctx, *_):
     )
 
 
-def _register(name, implementation, fake, save, gradient):
-    """CPU, CUDA (which is ROCm's key too), fake and autograd for one operator; returns (operator, functorch's twin)."""
+def _batching_rule(operator, batch_axes, output_axes):
+    """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
+
+    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise; None
+    marks their gradients, which a batch must not sum over.
+    """
+
+    def rule(info, in_dims, *args):
+        n = info.batch_size
+        tensors, dims, rest = args[: len(batch_axes)], in_dims[: len(batch_axes)], args[len(batch_axes) :]
+        parameters = None in output_axes and rest[-2]
+        if parameters or any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None):
+            one = [
+                operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)
+            ]
+            columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
+            outputs = [torch.stack(column) for column in columns]
+            axes = [0] * len(outputs)
+        else:
+            moved = []
+            for t, dim, axis in zip(tensors, dims, batch_axes):
+                if t is not None and axis is not None and t.shape != (0,):
+                    t = t.movedim(dim, axis) if dim is not None else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
+                moved.append(t)
+            outputs = operator(*moved, *rest)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            axes = [None if out.shape == (0,) else axis for out, axis in zip(outputs, output_axes)]
+        return (tuple(outputs), tuple(axes)) if len(outputs) > 1 else (outputs[0], axes[0])
+
+    return rule
+
+
+def _register(name, implementation, fake, save, gradient, batch_axes, output_axes):
+    """CPU, CUDA (which is ROCm's key too), fake, autograd and vmap for one operator.
+
+    Returns what to call: the operator, or under torch.func's transforms its twin.
+    """
     operator = getattr(torch.ops.sdit_kernels, name).default
     below = torch._C._AutoDispatchBelowAutograd
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"sdit_kernels::{name}", _batching_rule(operator, batch_axes, output_axes), lib=_LIBRARY)
+
+    tensors = len(batch_axes)
+
+    def overheard(args):
+        """Whether a mode, the profiler, or a tensor that is no plain one wants the dispatcher to see the call. If none does, an
+        eager call need not pass it, twice 12 us."""
+        if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
+            return True
+        return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in args[:tensors])
+
+    def run(*args):
+        if not overheard(args):
+            return implementation(*args)
+        with below():
+            return operator(*args)
 
     class Autograd(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            with below():
-                output = operator(*args)
+            output = run(*args)
             save(ctx, args, output)
             return output
 
@@ -362,7 +416,8 @@ def _register(name, implementation, fake, save, gradient):
 
         @staticmethod
         def forward(*args):
-            return operator(*args)
+            with below():
+                return operator(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -371,27 +426,38 @@ def _register(name, implementation, fake, save, gradient):
         backward = staticmethod(gradient)
 
     def autograd(*args):
-        if torch.is_grad_enabled():
-            return Autograd.apply(*args)
-        with below():
-            return operator(*args)
+        return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
 
     _LIBRARY.impl(name, autograd, "Autograd")
-    return operator, Functorch.apply
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Functorch.apply(*args)
+        return operator(*args) if overheard(args) else autograd(*args)
+
+    return call
 
 
 def _nothing(ctx, inputs, output):
     pass
 
 
-_lif_operator, _lif_functorch = _register("lif", _lif, _lif_fake, _lif_save, _lif_gradient)
-_rate_operator, _rate_functorch = _register("lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient)
-_register("lif_backward", _lif_backward, _lif_backward_fake, _nothing, _no_second_derivative)
-_register("lif_rate_backward", _rate_backward, _rate_backward_fake, _nothing, _no_second_derivative)
-
-
-def _in_functorch():
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+_lif_call = _register(
+    "lif", _lif, _lif_fake, _lif_save, _lif_gradient, (1, 0, None, None), (1, 0, 1, 1)
+)
+_rate_call = _register(
+    "lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient, (0, 0, 0, None, None), (0,)
+)
+_lif_backward_call = _register(
+    "lif_backward", _lif_backward, _lif_backward_fake, _nothing, _no_second_derivative,
+    (1, 0, 1, 1, 0, None, None, 1), (1, 0, None, None),
+)  # fmt: skip
+_rate_backward_call = _register(
+    "lif_rate_backward", _rate_backward, _rate_backward_fake, _nothing, _no_second_derivative,
+    (0, 0, 0, None, None), (0, 0, None, None),
+)  # fmt: skip
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------
@@ -478,15 +544,14 @@ def lif(
         _warn_custom_surrogate()
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             _check_tau_tensor(tau_tensor, decay_input)
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     keep = x.shape[0] > STRIDE and _wants_gradient(x, v, tau_tensor, threshold_tensor)
-    run = _lif_functorch if _in_functorch() else _lif_operator
-    s, v_final, v_seq, _ = run(
+    s, v_final, v_seq, _ = _lif_call(
         x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
     )
     if return_v:
@@ -568,11 +633,10 @@ def lif_rate(
         _warn_custom_surrogate()
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not _in_functorch():
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             _check_tau_tensor(tau_tensor, decay_input)
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,
         )  # fmt: skip
-    run = _rate_functorch if _in_functorch() else _rate_operator
-    return run(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
+    return _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)

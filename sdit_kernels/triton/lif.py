@@ -21,6 +21,7 @@ from ..surrogate import SURROGATES
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the rows are spread where parameter gradients are summed
+_KEPT = 128  # values that a thread keeps for the walk back stay below this, else its share of the tile is halved (or registers spill)
 _ALPHA_PI_HALF: tl.constexpr = tl.constexpr(math.pi / 2)
 _INVERSE_ROOT_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(math.pi))
 
@@ -80,7 +81,7 @@ def _divide(a, b):
 def _parameter(ptr, value, cols, mask, CHANNELS: tl.constexpr, STATE: tl.constexpr):
     """A number, a scalar tensor, or one element per column, (1, BC) in the state type."""
     if ptr is None:
-        return value.to(STATE)
+        return tl.full([], value, STATE)
     elif CHANNELS:
         return tl.load(ptr + cols, mask=mask, other=1.0).to(STATE)
     else:
@@ -118,7 +119,7 @@ def lif_forward_kernel(
     mask = mask_c & (rows < R)
     r_ = _leak(tau_ptr, r, first + cols, mask_c, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, first + cols, mask_c, THETA_CHANNELS, STATE)
-    reset = v_reset.to(STATE)
+    reset = tl.full([], v_reset, STATE)
     if v_ptr is None:
         v = tl.zeros([BR, BC], STATE) + reset
     else:
@@ -159,7 +160,7 @@ def lif_backward_kernel(
     block, row, first, cols, mask_c = _tile(R, C, group, BR, BC)
     r_ = _leak(tau_ptr, r, first + cols, mask_c, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, first + cols, mask_c, THETA_CHANNELS, STATE)
-    reset, a = v_reset.to(STATE), alpha.to(STATE)
+    reset, a = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
     sum_r = tl.zeros([BR, BC], STATE)
     sum_theta = tl.zeros([BR, BC], STATE)
     for i in range(1 if dr_ptr is None else group):
@@ -180,34 +181,36 @@ def lif_backward_kernel(
             if LONG:  # noqa: SIM102
                 if segment > 0:
                     start = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
+            left = T - t0
             xs = ()
             gs = ()
             for k in tl.static_range(K):
-                m = mask & (t0 + k < T) if LONG else mask
+                m = mask & (k < left) if LONG else mask
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
             hs = ()
+            ds = ()
             v = start
             for k in tl.static_range(K):  # rebuild the charge
                 h, rest = _charge(xs[k].to(STATE), v, r_, reset, SOFT, DECAY)
                 hs = hs + (h,)
+                ds = ds + (xs[k].to(STATE) - rest if DECAY else -rest,)
                 v = _reset(h, th, reset, SOFT)
             for k in tl.static_range(K - 1, -1, -1):  # walk back
                 m = mask & (t0 + k < T) if LONG else mask
                 h = hs[k]
-                fired = h >= th
+                z = h - th
+                fired = z >= 0.0  # as h >= th, but no value of the pass above, which the compiler would keep in registers
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
-                slope = surrogate_derivative(h - th, a, KIND)
+                slope = surrogate_derivative(z, a, KIND)
                 through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # reaches the step function
                 if not DETACH:
                     through += carry * (-th if SOFT else reset - h)
                 dh = through * slope + (carry if SOFT else tl.where(fired, 0.0, carry))
                 if dr_ptr is not None:
-                    before = _reset(hs[k - 1], th, reset, SOFT) if k > 0 else start
-                    charge, rest = _charge(h, before, r_, reset, SOFT, DECAY)
-                    sum_r += tl.where(m, dh * (xs[k].to(STATE) - rest if DECAY else -rest), 0.0)
+                    sum_r += tl.where(m, dh * ds[k], 0.0)
                     d_theta = through * slope
                     if SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
@@ -262,7 +265,7 @@ def lif_rate_forward_kernel(
     mask = mask_c & (rows < R)
     r_ = _leak(tau_ptr, r, first + cols, mask_c, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, first + cols, mask_c, THETA_CHANNELS, STATE)
-    reset = v_reset.to(STATE)
+    reset = tl.full([], v_reset, STATE)
     current, x, p = _current(x_ptr, gate_ptr, first + rows * x_r + cols, first + rows * gate_r + cols, mask, STATE)
     v = tl.zeros([BR, BC], STATE) + reset
     count = tl.zeros([BR, BC], STATE)
@@ -333,7 +336,7 @@ def lif_rate_backward_kernel(
     block, row, first, cols, mask_c = _tile(R, C, group, BR, BC)
     r_ = _leak(tau_ptr, r, first + cols, mask_c, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, first + cols, mask_c, THETA_CHANNELS, STATE)
-    reset, a = v_reset.to(STATE), alpha.to(STATE)
+    reset, a = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
     PARAMETERS: tl.constexpr = dr_ptr is not None
     sum_r = tl.zeros([BR, BC], STATE)
     sum_theta = tl.zeros([BR, BC], STATE)
@@ -379,13 +382,15 @@ def _warps() -> int:
 
 
 class _Grid:
-    """Tiles of one 16-byte access per thread, and rows grouped so that partial sums stay few.
+    """Tiles of one 16-byte access per thread (of 8 or 4 bytes where it keeps so much that registers would spill), and rows grouped so that partial sums stay few.
 
     Tile sizes depend on the dtype and on C alone (where there are rows), so that no batch size compiles anew.
     """
 
-    def __init__(self, layout, dtype, parameters):
+    def __init__(self, layout, dtype, parameters, kept=0):
         elements = _THREADS * 16 // dtype.itemsize
+        while kept * elements // _THREADS >= _KEPT:
+            elements //= 2
         self.BC = elements if layout.R == 1 else min(triton.next_power_of_2(layout.C), elements)
         self.BR = 1 if layout.R == 1 else elements // self.BC
         chunks, blocks = triton.cdiv(layout.C, self.BC), triton.cdiv(layout.R, self.BR)
@@ -488,7 +493,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
     checkpoint, keep_t, keep_r = _placed(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_v_r = _placed_state(layout, None if g_v is None else g_v.to(state))
     g_seq, g_seq_t, g_seq_r = _placed(layout, None if g_seq is None else g_seq.to(state))
-    grid = _Grid(layout, x.dtype, parameters)
+    grid = _Grid(layout, x.dtype, parameters, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         lif_backward_kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),

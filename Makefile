@@ -1,0 +1,36 @@
+# Each target fills .venv by itself. Another interpreter or torch: make test PYTHON=python3.12 TORCH=torch==2.14.1
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: test check format peers bench clean
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python perf/compile_report.py --check --quick
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: peers
+	$(BIN)/python perf/bench_lif.py
+
+peers: .venv/installed
+	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib
+	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 snntorch==1.0.0
+
+# A torch with GPU support brings the Triton that fits it; only a CPU build of torch needs one beside it.
+.venv/installed: setup.py pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet triton==3.7.1
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

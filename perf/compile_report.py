@@ -1,0 +1,387 @@
+"""What the compilers make of the LIF kernels on GPUs that need not be there; compiler output, no time is measured.
+
+    python perf/compile_report.py                      every kernel, five targets: about 3 minutes, no GPU, no driver
+    python perf/compile_report.py --quick --check      T=4 on two targets, held against the committed figures
+
+The public functions are called; their launches are compiled as on that GPU and not run (`gpu_code.launches`): so tile
+sizes, warps, flags and specialisations are those of a user's call on contiguous tensors.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import sys
+from typing import NamedTuple
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+from perf import harness  # noqa: E402
+
+RESULTS = harness.ROOT / "perf" / "results" / "compile_lif.json"
+QUICK_TARGETS = ("cuda:90", "hip:gfx942")
+SHAPE = (2, 394, 384)  # batch, tokens, channels of SDiT
+STRETCH = 16  # steps that a LIF kernel holds in registers; a longer T is a loop over stretches
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = 1.10  # instructions, against the committed figures
+
+
+class Case(NamedTuple):
+    variant: str
+    op: str = "lif"
+    T: int = 4
+    v: bool = False  # membrane given, and its gradient wanted
+    parameters: str = ""  # tau and v_threshold that learn: "scalar" or "channel"
+    extras: bool = False  # lif_rate: residual and gate
+
+
+CASES = (
+    Case("T=4"),
+    Case("T=16", T=16),
+    Case("T=32", T=32),
+    Case("T=4, v given", v=True),
+    Case("T=4, learnt scalars", parameters="scalar"),
+    Case("T=4, learnt channels", parameters="channel"),
+    Case("T=16, learnt channels", T=16, parameters="channel"),
+    Case("T=32, learnt channels", T=32, parameters="channel"),
+    Case("T=4", "lif_rate"),
+    Case("T=32", "lif_rate", T=32),
+    Case("T=4, gate, residual", "lif_rate", extras=True),
+    Case("T=4, learnt scalars", "lif_rate", parameters="scalar"),
+    Case("T=4, learnt channels", "lif_rate", parameters="channel"),
+)
+PEER_CASES = tuple(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16, 32))
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def _ours(case: Case, dtype, target):
+    """The launches of one forward and backward pass."""
+    import sdit_kernels
+    from perf import gpu_code
+    from sdit_kernels.triton import lif as kernels
+
+    def tensor(*leading, wanted=True):
+        return torch.empty(*leading, *SHAPE, dtype=dtype, requires_grad=wanted)
+
+    inputs = [tensor(case.T) if case.op == "lif" else tensor()]
+    keywords = {}
+    if case.v:
+        inputs.append(tensor())
+    if case.parameters:
+        size = () if case.parameters == "scalar" else SHAPE[-1:]
+        keywords = {name: torch.full(size, 2.0, requires_grad=True) for name in ("tau", "v_threshold")}
+    if case.extras:
+        keywords |= {"residual": tensor(wanted=False), "gate": tensor()}
+    wanted = [t for t in (*inputs, *keywords.values()) if t.requires_grad]
+    kernels._warps.cache_clear()  # it remembers the warp size of the target before
+    with gpu_code.launches(target) as found, sdit_kernels.backend("triton"):
+        if case.op == "lif":
+            out = sdit_kernels.lif(*inputs, **keywords)
+        else:
+            out = sdit_kernels.lif_rate(*inputs, case.T, **keywords)
+        torch.autograd.grad(out, wanted, torch.empty_like(out))
+    kernels._warps.cache_clear()
+    return found
+
+
+def _peer(case: Case, dtype, target):
+    """The same of SpikingJelly's LIF: its launchers, talked out of their look at the device."""
+    import spikingjelly._ops.lif.triton as peer
+
+    from perf import gpu_code
+
+    neuron = (2.0, True, 1.0, 0.0, False, 2.0, False, 1)  # tau, decay_input, threshold, reset, detach, alpha, v_seq, ATan
+    no_check, no_device = mock.patch.object(torch, "_check"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext)
+    with gpu_code.launches(target) as found, no_check, no_device:
+        s, v, h = peer._forward_impl(torch.empty(case.T, *SHAPE, dtype=dtype), torch.empty(SHAPE), *neuron)
+        peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
+    return found
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def floor(case: Case, backward: bool, size: int, rows: int) -> float:
+    """Bytes per element of x that must move: MATH, section 1. `size` of an element; `rows` that share a channel in a tile.
+
+    States (membrane given, checkpoint) count once per neuron and stretch, vectors of parameters once per program.
+    """
+    steps = min(case.T, STRETCH) if case.op == "lif" else 1
+    passes = 3 if backward else 2
+    per_neuron = 0
+    if case.T > STRETCH and case.op == "lif":
+        per_neuron += 4  # checkpoint
+    if case.v:
+        per_neuron += 2 * size if backward else size
+    if case.extras:
+        passes += 2
+    if case.parameters == "channel":
+        per_neuron += (16 if backward else 8) / rows  # tau, threshold; partial sums of their gradients
+    return passes * size + per_neuron / steps
+
+
+def _row(case: Case, name: str, compiled, arguments) -> dict:
+    from perf import gpu_code
+
+    found = gpu_code.inspect(compiled)
+    tile = arguments["BR"] * arguments["BC"] if "BR" in arguments else arguments["BLOCK"]
+    size = arguments["x_ptr" if "x_ptr" in arguments else "gs_ptr"].element_size()
+    backward, peer = "backward" in compiled.metadata.name, case.op == "spikingjelly"
+    neurons = tile / found["threads"]
+    count = dict(found)
+    steps = min(case.T, STRETCH)  # of a neuron, that the code describes: one stretch stands for all
+    if peer or case.op == "lif_rate" and case.T > STRETCH:
+        steps = case.T
+        count = _whole(found, neurons, case, size, backward)
+    elements = neurons * (1 if case.op == "lif_rate" else steps)
+    loads, stores = dict(count["loads"]), dict(count["stores"])
+    if case.parameters == "scalar":  # one number that all threads load, and partial sums: one number a program
+        loads.pop(32, None)
+        stores.pop(32, None)
+    moved = sum(width * n for part in (loads, stores) for width, n in part.items()) / 8
+    row = {
+        "kernel": name,
+        "variant": case.variant,
+        "data": "fp32" if size == 4 else "bf16",
+        "target": found["target"],
+        "neurons_per_thread": neurons,
+        "registers": found["registers"],
+        "spills": found["spills"],
+        "spill_bytes": found["spill_bytes"],
+        "scalar_spills": found.get("scalar_spills"),
+        "shared": found["shared"],
+        "warps_resident": found["warps_resident"],
+        "warps_max": found["warps_max"],
+        "limited_by": found["limited_by"],
+        "loads": found["loads"],
+        "stores": found["stores"],
+        "narrowest": min(*loads, *stores),
+        "bytes_per_element": moved / elements,
+        "floor": floor(case._replace(op="lif", T=min(case.T, STRETCH)) if peer else case, backward, size, arguments.get("BR", 1)),
+        "instructions_per_step": count["instructions"] / neurons / steps,
+        "special_per_step": sum(count["special"].values()) / neurons / steps,
+    }
+    if found["target"] == "cuda:90":
+        per = {"bytes_per_element": row["bytes_per_element"]}
+        per["instructions_per_element"] = count["instructions"] / elements
+        per["special_per_element"] = sum(count["special"].values()) / elements
+        row |= gpu_code.limits_h100(per)
+    return row
+
+
+def _whole(found: dict, neurons: float, case: Case, size: int, backward: bool) -> dict:
+    """Counts with the loop over time gone round T times."""
+    if not found["loops"]:
+        return found
+    (body,) = found["loops"]
+    trips = case.T
+    if body["bytes"]:  # the peer's, which the compiler may have unrolled: a step reads x, or h and the gradient, ...
+        trips = case.T * neurons * (2 * size + 4) / body["bytes"]
+    whole = {"instructions": found["instructions"] + (trips - 1) * body["instructions"]}
+    for key in ("loads", "stores", "special"):
+        keys = found[key].keys() | body[key].keys()
+        whole[key] = {k: found[key].get(k, 0) + (trips - 1) * body[key].get(k, 0) for k in keys}
+    return whole
+
+
+def _peer_missing(name="spikingjelly") -> str | None:
+    return harness.missing(name)
+
+
+def rows_of(target: str, quick: bool) -> list[dict]:
+    """All rows of one target, this project's and, with a `note` where it cannot be had, SpikingJelly's."""
+    rows = []
+    for case in CASES:
+        if quick and case.T > 4:
+            continue
+        for dtype in TYPES.values():
+            for compiled, arguments in _ours(case, dtype, target):
+                rows.append(_row(case, compiled.metadata.name.removesuffix("_kernel"), compiled, arguments))
+    reason = harness.missing("spikingjelly")
+    for case in PEER_CASES:
+        if quick and case.T > 4:
+            continue
+        for name, dtype in TYPES.items():
+            note = {"kernel": "spikingjelly", "variant": case.variant, "data": name, "target": target}
+            try:
+                if reason:
+                    raise RuntimeError(reason)
+                for compiled, arguments in _peer(case, dtype, target):
+                    rows.append(_row(case, "spikingjelly" + compiled.metadata.name.removesuffix("_kernel"), compiled, arguments))
+            except Exception as error:  # another library, of any version
+                rows.append(note | {"note": f"skipped: {error}"})
+    return rows
+
+
+def measure(targets, quick: bool, jobs: int) -> list[dict]:
+    if jobs == 1:
+        return [row for target in targets for row in rows_of(target, quick)]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        return [row for rows in pool.map(rows_of, targets, [quick] * len(targets)) for row in rows]
+
+
+# ---- check -----------------------------------------------------------------------------------------------------------
+
+
+def is_ours(row: dict) -> bool:
+    return row["kernel"].startswith("lif")
+
+
+def key(row: dict) -> tuple:
+    return row["kernel"], row["variant"], row["data"], row["target"]
+
+
+def faults(rows: list[dict], committed: dict | None = None) -> list[str]:
+    """What is not as it should be, a line each. `committed`: the file of an earlier run, under the same Triton."""
+    found, before = [], {}
+    if committed:
+        before = {key(row): row for row in committed["rows"] if "note" not in row}
+    for row in filter(is_ours, rows):
+        where = " ".join(key(row))
+        if row["spills"] or row["spill_bytes"]:
+            found.append(f"{where}: spills {row['spills']}, {row['spill_bytes']} bytes a thread")
+        wanted = min(128, int(row["neurons_per_thread"] * 8 * (4 if row["data"] == "fp32" else 2)))
+        if row["narrowest"] < wanted:
+            found.append(f"{where}: an access of {row['narrowest']} bits, {wanted} wanted")
+        if row["bytes_per_element"] > 1.001 * row["floor"]:
+            found.append(f"{where}: {row['bytes_per_element']:.2f} bytes per element, the floor is {row['floor']:.2f}")
+        old = before.get(key(row))
+        if old and row["instructions_per_step"] > TOLERANCE * old["instructions_per_step"]:
+            change = f"{old['instructions_per_step']:.1f} -> {row['instructions_per_step']:.1f}"
+            found.append(f"{where}: instructions per neuron and step {change}")
+    return found
+
+
+# ---- output ----------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("kernel", "variant", "data", "registers", "spills", "shared", "resident", "loads", "stores", "bytes", "floor")
+COLUMNS += ("instructions", "special")
+PAPER = ("paper_memory", "paper_issue", "paper_special", "bound_by")
+
+
+def _shown(row: dict) -> dict:
+    if "note" in row:
+        return row
+    shown = {k: row[k] for k in ("kernel", "variant", "data", "registers", "shared", "loads", "stores", "floor")}
+    lanes = row["scalar_spills"]
+    shown["spills"] = f"{row['spills']} (+{lanes} scalar)" if lanes else str(row["spills"])
+    shown["resident"] = f"{row['warps_resident']}/{row['warps_max']}"
+    shown |= {"bytes": row["bytes_per_element"], "instructions": row["instructions_per_step"]}
+    shown |= {"special": row["special_per_step"]}
+    if row["target"] == "cuda:90":
+        shown |= {f"paper_{k}": row[f"paper_limit_{k}_ms"] for k in ("memory", "issue", "special")}
+        shown["bound_by"] = row["paper_bound_by"]
+    return shown
+
+
+def table(rows: list[dict]) -> str:
+    from perf import gpu_code
+
+    columns = COLUMNS + (PAPER if rows[0]["target"] == "cuda:90" else ())
+    text = gpu_code.markdown_table([_shown(row) for row in rows if "note" not in row], columns)
+    notes = dict.fromkeys(f"{row['kernel']}: {row['note']}" for row in rows if "note" in row)
+    return "\n".join([text, *(f"\n{note}" for note in notes)])
+
+
+HEAD = """# The LIF kernels as compiled
+
+Compiler output, read from machine code. **Nothing here was run and no time was measured**; no GPU took part.
+
+`{command}`, {date}, torch {torch}, Triton {triton}, SpikingJelly {spikingjelly}, commit {commit}.
+
+{verdict}
+
+How to read it:
+
+- *registers*, *spills* and *shared* (bytes per program) as the compiler reports them. *(+n scalar)*: on AMD, scalar registers
+  moved to lanes of a vector register; that costs an instruction, not memory. *resident*: warps (AMD: waves) that an SM, CU or
+  WGP holds at once, of how many.
+- *loads*, *stores*: width in bits x how often it stands in the code of a thread.
+- *bytes* per element of x (`lif`: T x neurons; `lif_rate`: neurons), against the *floor*: each tensor read or written once.
+  `lif` reads and writes 2 b forward and moves 3 b backward, b bytes being an element's size; on top of that a given membrane,
+  a checkpoint per 16 steps (T > 16), gate and residual, and a program's vectors of parameters.
+- *instructions* and *special* (reciprocals, exponentials) per neuron and step, everything included: addresses, loads, stores,
+  and what a program does once. On gfx1100 the scheduler's hints (`s_delay_alu`) count as instructions.
+- *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of x, and which is
+  the largest; arithmetic on paper, not a prediction.
+- learnt: tau and v_threshold are tensors whose gradients are wanted. T=32 is a loop over stretches of 16 steps. Backward
+  kernels that keep much per neuron take narrower tiles, so that nothing spills: their accesses have 64 or 32 bits, contiguous
+  across the warp.
+- `spikingjelly`: its Triton kernel for LIF with its own launch settings; it takes the membrane as an argument, saves the charge of
+  every step in fp32 for backward and writes it in every forward call.
+"""
+
+
+def verdict(rows: list[dict]) -> str:
+    ours = [row for row in rows if is_ours(row)]
+    narrow = sorted({f"{r['kernel']} {r['variant']} {r['data']}" for r in ours if r["narrowest"] < 128})
+    spilt = [r for r in ours if r["spills"] or r["spill_bytes"]]
+    over = [r for r in ours if r["bytes_per_element"] > 1.001 * r["floor"]]
+    text = f"{len(ours)} compilations of this project's kernels: {len(spilt)} with spills, {len(over)} above the floor of bytes; "
+    return text + f"accesses of 128 bits in all but: {', '.join(narrow) or 'none'}."
+
+
+def markdown(rows: list[dict], facts: dict) -> str:
+    versions = facts["versions"]
+    commit = f"{facts['commit']}{' with changes' if facts['dirty'] else ''}"
+    versions = {k: versions[k] or "(not installed)" for k in ("torch", "triton", "spikingjelly")}
+    text = HEAD.format(command=f"python {facts['command']}", date=facts["date"], commit=commit, verdict=verdict(rows), **versions)
+    for target in dict.fromkeys(row["target"] for row in rows):
+        text += f"\n## {target}\n\n{table([row for row in rows if row['target'] == target])}\n"
+    return text
+
+
+def main(arguments=None) -> int:
+    p = argparse.ArgumentParser(description="LIF kernels as compiled for five GPUs (compiler output, no timings)")
+    p.add_argument("--quick", action="store_true", help=f"T=4 only, {' and '.join(QUICK_TARGETS)}")
+    p.add_argument("--target", action="append", help="such as cuda:90; may be repeated (default: all)")
+    p.add_argument("--json", metavar="PATH", help="write the rows")
+    p.add_argument("--markdown", metavar="PATH", help="write the tables")
+    p.add_argument("--check", action="store_true", help=f"fail on spills, narrow accesses, bytes or growth over {RESULTS.name}")
+    p.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
+    args = p.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true"):
+        raise SystemExit("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")
+    if reason := harness.missing("triton"):
+        raise SystemExit(reason.split(" (")[0])
+    from perf import gpu_code
+
+    targets = args.target or (QUICK_TARGETS if args.quick else gpu_code.TARGETS)
+    rows = measure(targets, args.quick, min(args.jobs, len(targets)))
+    facts = harness.provenance()
+    facts = {k: facts[k] for k in ("date", "command", "commit", "dirty", "versions")}
+    for target in targets:
+        print(f"\n{target}: compiler output, no time was measured\n")
+        print(table([row for row in rows if row["target"] == target]))
+    print(f"\n{verdict(rows)}")
+    if args.json:
+        head = json.dumps({"title": "LIF kernels as compiled; no timings", "provenance": facts}, indent=1).removesuffix("\n}")
+        body = ",\n  ".join(json.dumps(row) for row in rows)
+        pathlib.Path(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
+    if args.markdown:
+        pathlib.Path(args.markdown).write_text(markdown(rows, facts))
+    if not args.check:
+        return 0
+    committed = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+    if not committed:
+        print(f"check: no {RESULTS.name}, so instructions are compared with nothing")
+    elif committed["provenance"]["versions"]["triton"] != facts["versions"]["triton"]:
+        other = committed["provenance"]["versions"]["triton"]
+        print(f"check: {RESULTS.name} is from Triton {other}, so instructions are compared with nothing")
+        committed = None
+    found = faults(rows, committed)
+    print("\n".join(["check: " + line for line in found] or ["check: passed"]))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""Spiking neurons as modules, over :func:`sdit_kernels.lif` and :func:`sdit_kernels.lif_rate`.
+
+The membrane of ``LIF``, ``IF`` and ``ParametricLIF`` is carried over from call to call until ``reset``. It is ordinary module
+state, ``.v``, with two exceptions: it is not in the state_dict, and it is not a registered buffer, because
+DistributedDataParallel would overwrite it with the membrane of rank 0 in every forward pass.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .dispatch import backend
+from .ops.lif import lif, lif_rate
+from .reference.lif import state_dtype
+
+__all__ = ["IF", "LIF", "LIFRate", "ParametricLIF", "detach", "reset"]
+
+
+class _Neuron(torch.nn.Module):
+    """What a neuron is told, under the names of the ops' arguments."""
+
+    _settings = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
+    _shown = _settings
+
+    def __init__(self, **settings):
+        super().__init__()
+        for name, value in settings.items():
+            if isinstance(value, Tensor) and not isinstance(value, torch.nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+
+    def _check(self, op, **arguments):
+        """The op's own checks, on no data at all; tensors wait for the data they must agree with."""
+        settings = {name: getattr(self, name) for name in self._settings}
+        settings = {name: 1.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
+        with backend("reference"):
+            op(torch.empty(0, device="cpu"), **arguments, **settings)
+
+    def _arguments(self, x):
+        return {name: getattr(self, name) for name in self._settings}
+
+    def extra_repr(self) -> str:
+        def show(value):
+            return f"{type(value).__name__}{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+        return ", ".join(f"{name}={show(getattr(self, name))}" for name in self._shown)
+
+
+class _Stateful(_Neuron):
+    """A neuron whose membrane lives on between calls."""
+
+    _state = ("v", "v_seq")
+    _shown = (*_Neuron._shown, "step_mode", "store_v_seq")
+
+    def __init__(self, step_mode, store_v_seq, **settings):
+        super().__init__(**settings)
+        self.step_mode = step_mode
+        self.store_v_seq = store_v_seq
+        self.reset()
+        self._check(lif)
+
+    @property
+    def step_mode(self) -> str:
+        return self._step_mode
+
+    @step_mode.setter
+    def step_mode(self, value):
+        if value not in ("m", "s"):
+            raise ValueError(f"step_mode must be 'm' (multi-step, (T, ...)) or 's' (single-step, (...)), got {value!r}")
+        self._step_mode = value
+
+    def reset(self) -> None:
+        """Forget the membrane: the next call starts from v_reset (0 with soft reset), with any batch shape."""
+        self.v = self.v_seq = None
+
+    def detach_(self) -> None:
+        """Keep the membrane, cut it off from the calls that led to it: truncated backpropagation through time."""
+        self._map_state(Tensor.detach)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        single = self.step_mode == "s"
+        if single:
+            x = x.unsqueeze(0)
+        if self.v is not None and self.v.shape != x.shape[1:]:
+            raise ValueError(
+                f"v, the membrane carried over from earlier calls, has shape {tuple(self.v.shape)}, and x asks for "
+                f"{tuple(x.shape[1:])}; call reset() before data of another shape"
+            )
+        out = lif(x, self.v, **self._arguments(x), return_v=True, return_v_seq=self.store_v_seq)
+        s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
+        return s.squeeze(0) if single else s
+
+    def _map_state(self, fn):
+        for name in self._state:
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else fn(value))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._map_state(fn)
+        return self
+
+    def __getstate__(self):
+        """Copies and pickles take the values of the state and leave its graph, which torch cannot copy."""
+        found = self.__dict__.copy()
+        for name in self._state:
+            if found[name] is not None:
+                found[name] = found[name].detach()
+        return found
+
+
+class LIF(_Stateful):
+    r"""Leaky integrate-and-fire neuron over T steps: :func:`sdit_kernels.lif` with the membrane kept between calls.
+
+    ::
+
+        h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) / tau        (decay_input=False: v[t-1] - (v[t-1] - v_reset) / tau + x[t])
+        s[t] = 1 where h[t] >= v_threshold, else 0
+        v[t] = v_reset where s[t], else h[t]                     (v_reset=None: h[t] - s[t] * v_threshold)
+
+    Args:
+        tau, decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset: as in :func:`sdit_kernels.lif`. A
+            ``torch.nn.Parameter`` as tau or v_threshold is learned, another tensor becomes a buffer of the module.
+        step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step a call.
+        store_v_seq: keep the membrane after every step of the last call in ``.v_seq``, (T, ...), T = 1 in single-step mode.
+
+    Attributes:
+        v: None, or the membrane after the last step, x's shape without T, float32 (float64 for float64 data). It keeps its
+            graph, so that gradients reach earlier calls; follows ``.to()``; is copied and pickled by value; is not in the
+            state_dict. A call that raises leaves it as it was.
+        v_seq: None, or the membranes that store_v_seq asks for.
+
+    Shape:
+        x: (T, ...), or (...) in single-step mode. Output: x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: at construction for a setting of the wrong type or range; in a call as :func:`sdit_kernels.lif`,
+            and for an x of another shape than the membrane's.
+
+    A membrane that outlives a call does not go together with torch.utils.checkpoint, which calls the module twice: reset within
+    the checkpointed function.
+
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose LIFNode this equals.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import LIF
+        >>> neuron = LIF(tau=2.0)
+        >>> x = torch.tensor([[0.6], [2.0], [1.5], [1.5]])
+        >>> torch.cat([neuron(x[:2]), neuron(x[2:])]).flatten().tolist()
+        [0.0, 1.0, 0.0, 1.0]
+        >>> neuron.reset()
+    """
+
+    def __init__(
+        self,
+        tau=2.0,
+        decay_input: bool = True,
+        v_threshold=1.0,
+        v_reset: float | None = 0.0,
+        *,
+        surrogate="atan",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_v_seq, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
+            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset,
+        )  # fmt: skip
+
+
+class IF(_Stateful):
+    r"""Integrate-and-fire neuron, without leak: h[t] = v[t-1] + x[t], else as :class:`LIF`.
+
+    Args:
+        v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode, store_v_seq: as in :class:`LIF`; so are attributes,
+            shapes and errors.
+
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose IFNode this equals.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import IF
+        >>> IF(v_reset=None)(torch.full((4, 1), 0.75)).flatten().tolist()
+        [0.0, 1.0, 1.0, 1.0]
+    """
+
+    tau, decay_input = math.inf, False
+    _shown = _Stateful._shown[2:]
+
+    def __init__(
+        self,
+        v_threshold=1.0,
+        v_reset: float | None = 0.0,
+        *,
+        surrogate="atan",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_v_seq, v_threshold=v_threshold, v_reset=v_reset, surrogate=surrogate, alpha=alpha,
+            detach_reset=detach_reset,
+        )  # fmt: skip
+
+
+class ParametricLIF(_Stateful):
+    r"""LIF neuron that learns its time constant: 1 / tau = sigmoid(w), else as :class:`LIF`.
+
+    Args:
+        init_tau: tau at the start, above 1: w = -log(init_tau - 1).
+        decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode, store_v_seq: as in :class:`LIF`; so are
+            attributes, shapes and errors.
+        channels: None for one w, of shape (), or C for one w per channel of x's last axis, (C,).
+
+    Attributes:
+        w: the parameter. Its dtype may be narrower than the arithmetic's; tau is computed in float32 (float64).
+        tau: 1 + exp(-w), what the neuron uses.
+
+    Source: Fang et al., Incorporating Learnable Membrane Time Constant, ICCV 2021; SpikingJelly's ParametricLIFNode.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import ParametricLIF
+        >>> neuron = ParametricLIF(init_tau=2.0, channels=3)
+        >>> neuron(torch.full((4, 3), 1.5)).sum().backward()
+        >>> neuron.tau.tolist(), neuron.w.grad.shape
+        ([2.0, 2.0, 2.0], torch.Size([3]))
+    """
+
+    _settings = _Stateful._settings[1:]  # tau is made of w in every call
+    _shown = ("init_tau", "channels", *_Stateful._shown[1:])
+
+    def __init__(
+        self,
+        init_tau: float = 2.0,
+        decay_input: bool = True,
+        v_threshold=1.0,
+        v_reset: float | None = 0.0,
+        *,
+        channels: int | None = None,
+        surrogate="atan",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+    ):
+        if not isinstance(init_tau, (int, float)) or isinstance(init_tau, bool):
+            raise TypeError(f"init_tau must be a number, got {type(init_tau).__name__}")
+        if not 1 < init_tau < math.inf:
+            raise ValueError(f"init_tau must be above 1 and finite, so that 1 / init_tau is a sigmoid, got {init_tau}")
+        if channels is not None and (not isinstance(channels, int) or isinstance(channels, bool)):
+            raise TypeError(f"channels must be an int or None (one w for all), got {type(channels).__name__}")
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels must be at least 1 or None (one w for all), got {channels}")
+        w = torch.nn.Parameter(torch.empty(() if channels is None else channels))
+        super().__init__(
+            step_mode, store_v_seq, w=w, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
+            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset,
+        )  # fmt: skip
+        self.init_tau, self.channels = init_tau, channels
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.constant_(self.w, -math.log(self.init_tau - 1))
+
+    @property
+    def tau(self) -> Tensor:
+        return self._tau(torch.float32)
+
+    def _tau(self, dtype):
+        return 1 + torch.exp(-self.w.to(torch.promote_types(self.w.dtype, dtype)))
+
+    def _arguments(self, x):
+        return super()._arguments(x) | {"tau": self._tau(state_dtype(x.dtype))}
+
+
+class LIFRate(_Neuron):
+    r"""Firing rate of a LIF neuron under a constant current: :func:`sdit_kernels.lif_rate`, stateless.
+
+    ::
+
+        current = x, or sigmoid(gate) * x
+        out     = residual + 1/T * sum over t < T of s[t],    s = lif(current repeated T times)
+
+    Args:
+        T: simulation steps, at least 1.
+        tau, decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset: as in :class:`LIF`.
+
+    Shape:
+        x: (..., C), any shape. residual: x's shape, x's dtype or float32 (float64). gate: x's shape and dtype. Output: x's
+        shape, the dtype of residual where there is one, else x's.
+
+    Raises:
+        TypeError, ValueError: at construction for a setting of the wrong type or range; in a call as
+            :func:`sdit_kernels.lif_rate`.
+
+    Source: Yang et al., SDiT, arXiv 2402.11588.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import LIFRate
+        >>> neuron = LIFRate(T=4)
+        >>> x = torch.tensor([1.0, 1.1, 1.5, 2.0])
+        >>> neuron(x).tolist(), neuron(x, residual=x).tolist()
+        ([0.0, 0.25, 0.5, 1.0], [1.0, 1.350000023841858, 2.0, 3.0])
+    """
+
+    _shown = ("T", *_Neuron._shown)
+
+    def __init__(
+        self,
+        T: int = 4,
+        *,
+        tau=2.0,
+        decay_input: bool = True,
+        v_threshold=1.0,
+        v_reset: float | None = 0.0,
+        surrogate="atan",
+        alpha: float | None = None,
+        detach_reset: bool = False,
+    ):
+        super().__init__(
+            T=T, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset, surrogate=surrogate,
+            alpha=alpha, detach_reset=detach_reset,
+        )  # fmt: skip
+        self._check(lif_rate, T=T)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        return lif_rate(x, self.T, residual, gate, **self._arguments(x))
+
+
+def reset(net: torch.nn.Module) -> None:
+    """Reset every neuron of a network, as SpikingJelly's ``functional.reset_net``: call it before each new batch.
+
+    Args:
+        net: any module; what is not a neuron of this file is left alone.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import LIF, reset
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3), LIF())
+        >>> net(torch.rand(4, 2, 3)).shape
+        torch.Size([4, 2, 3])
+        >>> reset(net)
+        >>> net(torch.rand(4, 5, 3)).shape
+        torch.Size([4, 5, 3])
+    """
+    for module in net.modules():
+        if isinstance(module, _Stateful):
+            module.reset()
+
+
+def detach(net: torch.nn.Module) -> None:
+    """Detach the membrane of every neuron of a network, as SpikingJelly's ``functional.detach_net``: call it after each
+    optimiser step of truncated backpropagation through time.
+
+    Args:
+        net: any module; what is not a neuron of this file is left alone.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import LIF, detach
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 3), LIF())
+        >>> for chunk in torch.rand(2, 4, 2, 3):
+        ...     net(chunk).sum().backward()
+        ...     detach(net)
+    """
+    for module in net.modules():
+        if isinstance(module, _Stateful):
+            module.detach_()

@@ -1,0 +1,45 @@
+"""Triton kernels run on CPU tensors in every test: natively compiled where that works, else in Triton's interpreter."""
+
+import os
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (str(ROOT), str(ROOT / "tests")):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+import native_triton  # noqa: E402
+
+MODE = native_triton.setup()  # before anything imports triton
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_report_header():
+    return f"Triton kernels on CPU tensors: {MODE}" + (f" ({native_triton.reason()})" if native_triton.reason() else "")
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_shows():
+    """Outputs start as NaN, so that an element no kernel wrote fails the comparison."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_tiles():
+    """Tiles of 32 float32: many programs, ragged edges everywhere, and a reduction compiles in a tenth of the time."""
+    if MODE == "native":
+        import sdit_kernels.triton.lif as kernels
+
+        kernels._THREADS = 8
+    yield

@@ -1,0 +1,170 @@
+"""The layout, made executable: rooms, the direction of imports, and what `import sdit_kernels` may cost."""
+
+import ast
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sdit_kernels
+import sdit_kernels.nn
+from sdit_kernels import reference
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "sdit_kernels"
+OPS = [name for name in sdit_kernels.__all__ if inspect.isfunction(getattr(sdit_kernels, name)) and name != "backend"]
+STEMS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_has_a_reference_of_equal_signature_and_a_documented_example(name):
+    op, definition = getattr(sdit_kernels, name), getattr(reference, name)
+
+    def shape(f):
+        return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
+
+    assert shape(op) == shape(definition)
+    for part in ("Args:", "Returns:", "Raises:", "Source:", ">>> "):
+        assert part in op.__doc__, f"{name}: its docstring lacks {part}"
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_stem_has_its_rooms(stem):
+    for room in ("reference", "cpu", "triton"):
+        assert (PACKAGE / room / f"{stem}.py").exists(), f"{room}/{stem}.py is missing"
+    tests, bench = ROOT / "tests" / f"test_{stem}.py", ROOT / "perf" / f"bench_{stem}.py"
+    for name in OPS:
+        if getattr(sdit_kernels, name).__module__.endswith(stem):
+            assert re.search(rf"\b{name}\(", tests.read_text()), f"no test of {name} in {tests.name}"
+            assert re.search(rf"\b{name}\b", bench.read_text()), f"no benchmark of {name} in {bench.name}"
+
+
+def test_one_stride_and_same_launchers_on_every_backend():
+    from sdit_kernels.cpu import lif as cpu
+    from sdit_kernels.triton import lif as triton
+
+    for name in ("lif_forward", "lif_backward", "lif_rate_forward", "lif_rate_backward"):
+        assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(triton, name))
+
+
+def imports(path):
+    """(absolute module, whether at module level) for every import of a file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    tree = ast.parse(path.read_text())
+    top = set(tree.body)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node in top
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(parts[: len(parts) - node.level]) if node.level else ""
+            module = ".".join(filter(None, (base, node.module)))
+            yield module, node in top
+            for alias in node.names:
+                yield f"{module}.{alias.name}", node in top
+
+
+FORBIDDEN = {  # room: what no file in it may import
+    "reference": ("numba", "triton", "numpy", "sdit_kernels.cpu", "sdit_kernels.triton", "sdit_kernels.ops", "sdit_kernels.nn"),
+    "cpu": ("triton", "sdit_kernels.triton", "sdit_kernels.ops", "sdit_kernels.nn"),
+    "triton": ("numba", "sdit_kernels.cpu", "sdit_kernels.ops", "sdit_kernels.nn"),
+    "ops": ("numba", "triton", "sdit_kernels.cpu", "sdit_kernels.triton", "sdit_kernels.nn"),
+}
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0]
+        forbidden = FORBIDDEN.get(room, ("numba", "sdit_kernels.cpu", "sdit_kernels.triton"))
+        for module, top in imports(path):
+            assert not (module == "sdit" or module.startswith("sdit.")), f"{path.name} imports {module}"
+            for name in (*forbidden, "perf", "tests"):
+                assert not (module == name or module.startswith(name + ".")), f"{room}/{path.name} imports {module}"
+            if module.split(".")[0] in ("triton", "numba") and room not in ("cpu", "triton"):
+                assert not top, f"{path.name} imports {module} when it is itself imported"
+    for path in (ROOT / "perf").glob("*.py"):
+        assert not any(module.startswith("tests") for module, _ in imports(path)), f"{path.name} knows the tests"
+
+
+BARE = """
+import sys, time, json
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"triton", "numba", "einops", "nvtx", "diffusers", "matplotlib", "hypothesis"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import torch
+before = time.perf_counter()
+import sdit_kernels, sdit_kernels.nn
+seconds = time.perf_counter() - before
+with sdit_kernels.backend("reference"):
+    spikes = sdit_kernels.lif(torch.full((2, 3), 2.0)).sum().item()
+try: sdit_kernels.lif(torch.ones(2, 3)); message = ""
+except RuntimeError as error: message = str(error)
+print(json.dumps([seconds, spikes, message, torch.cuda.is_initialized(), "torch._dynamo" in sys.modules]))
+"""
+
+
+def python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_is_light_and_needs_no_optional_package():
+    found = [json.loads(python(BARE, TRITON_INTERPRET="")) for _ in range(3)]
+    assert min(seconds for seconds, *_ in found) < 0.1
+    for _, spikes, message, initialised, dynamo in found:
+        assert spikes == 6.0 and not initialised and not dynamo
+        assert "pip install numba" in message
+
+
+def test_the_report():
+    text = python("import runpy; runpy.run_module('sdit_kernels', run_name='__main__')", TRITON_INTERPRET="")
+    assert "cpu: numba kernels serve CPU tensors" in text and "torch " in text
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "CPU"])
+def test_unknown_backend(name):
+    with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu', 'triton'"), sdit_kernels.backend(name):
+        pass
+
+
+def test_backend_from_the_environment():
+    code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
+    assert python(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
+    code = "\ntry: import sdit_kernels\nexcept ValueError as e: print(e)"
+    assert "SDIT_KERNELS_BACKEND must be one of" in python(code, SDIT_KERNELS_BACKEND="gpu")
+    code = "import torch, sdit_kernels\ntry: sdit_kernels.lif(torch.ones(2, 3))\nexcept RuntimeError as e: print(e)"
+    message = python(code, SDIT_KERNELS_BACKEND="triton", TRITON_INTERPRET="")
+    assert "TRITON_INTERPRET=1" in message and "move them to a GPU" in message
+    code = "import torch, sdit_kernels as k; print(k.dispatch.choose('cpu'), k.lif(torch.ones(2, 3) * 2).sum().item())"
+    assert python(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
+
+
+def test_backend_is_restored_and_per_thread():
+    import threading
+
+    seen = []
+    with pytest.raises(KeyError), sdit_kernels.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(sdit_kernels.dispatch.requested()))
+        thread.start()
+        thread.join()
+        raise KeyError
+    assert seen == [sdit_kernels.dispatch.requested()]
+
+
+def test_devices_without_kernels_run_the_reference_and_say_so_once(monkeypatch):
+    monkeypatch.setattr(sdit_kernels.dispatch, "_resolved", {})
+    with pytest.warns(UserWarning, match="plain PyTorch reference"):
+        assert sdit_kernels.dispatch.choose("mps") == "reference"
+    assert sdit_kernels.dispatch.choose("mps") == "reference"
+    with pytest.raises(RuntimeError, match="serves CPU tensors"), sdit_kernels.backend("cpu"):
+        sdit_kernels.dispatch.choose("cuda")

@@ -1,0 +1,710 @@
+"""lif and lif_rate: every backend against the reference, and the laws they obey."""
+
+import math
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import hypothesis.strategies as st
+import native_triton
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor
+
+import sdit_kernels
+from sdit_kernels import SURROGATES, backend, lif, lif_rate
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ["cpu", "triton"]
+KERNELS = {"lif_forward_kernel", "lif_backward_kernel", "lif_rate_forward_kernel", "lif_rate_backward_kernel"}
+HALF = (torch.bfloat16, torch.float16)
+
+
+def run(name, function, *args, **kwargs):
+    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    with backend(name), native_triton.launches() as counts:
+        out = function(*args, **kwargs)
+    if name == "triton":
+        assert KERNELS & set(counts), f"no Triton kernel ran, only {dict(counts)}"
+    return out
+
+
+def exact(shape, dtype, seed, low=-32, high=64):
+    """Multiples of 1/16: with tau a power of two every step is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(low, high, shape, generator=generator) / 16).to(dtype)
+
+
+def leaf(t):
+    return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def stretch(x, layout):
+    """The same values with other strides."""
+    if layout == "batch first" and x.dim() > 2:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "time last":
+        return x.movedim(0, -1).contiguous().movedim(-1, 0)
+    if layout == "slice of channels":
+        return torch.cat([x, x + 1], -1)[..., : x.shape[-1]]
+    if layout == "every other":
+        return torch.stack([x, x + 1], -1)[..., 0]
+    if layout == "channels last" and x.dim() == 4:
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x
+
+
+LAYOUTS = ["contiguous", "batch first", "time last", "slice of channels", "every other", "channels last"]
+DIMENSION = st.sampled_from([1, 2, 3, 7, 16, 31, 32, 33, 65])
+
+
+@st.composite
+def neurons(draw):
+    """Settings of a neuron and the tensors among its arguments: (kwargs, tau kind, threshold kind)."""
+    return dict(
+        v_reset=draw(st.sampled_from([0.0, None, -0.5])),
+        decay_input=draw(st.booleans()),
+        detach_reset=draw(st.booleans()),
+        surrogate=draw(st.sampled_from(sorted(SURROGATES))),
+    ), *draw(st.sampled_from([("number",) * 2] * 3 + [("scalar",) * 2, ("channel",) * 2, ("channel", "number"), ("number", "scalar")]))
+
+
+def parameter(kind, value, channels, dtype):
+    if kind == "number":
+        return value
+    dtype = torch.float32 if dtype in HALF else dtype
+    return torch.full((channels,) if kind == "channel" else (), value, dtype=dtype, requires_grad=True)
+
+
+def gradients(outputs, tensors, seed):
+    generator = torch.Generator().manual_seed(seed)
+    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
+    return torch.autograd.grad(loss, tensors)
+
+
+def assert_close(got, want, dtype, what):
+    assert got.dtype == want.dtype and got.shape == want.shape, what
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    scale = want.abs().max().item() if want.numel() else 0.0
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(scale, 1e-3), msg=lambda m: f"{what}: {m}")
+
+
+def compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs=("s", "v", "v_seq"), seed=0):
+    results = []
+    channels = x.shape[-1]
+    for which in (name, "reference"):
+        tensors = [leaf(x) if x.is_contiguous() else x.detach().requires_grad_()]
+        v_ = None if v is None else leaf(v)
+        tau_, theta_ = parameter(tau_kind, tau, channels, x.dtype), parameter(theta_kind, 1.0, channels, x.dtype)
+        tensors += [t for t in (v_, tau_, theta_) if isinstance(t, Tensor)]
+
+        def both(x=tensors[0], v=v_, tau=tau_, theta=theta_, tensors=tensors):
+            out = lif(x, v, tau=tau, v_threshold=theta, return_v=True, return_v_seq=True, **neuron)
+            used = [o for o, n in zip(out, ("s", "v", "v_seq")) if n in outputs]
+            return out, gradients(used, tensors, seed)
+
+        results.append(run(which, both))
+    (out, grads), (want, want_grads) = results
+    for o, w, what in zip(out, want, ("s", "v", "v_seq")):
+        assert torch.equal(o, w) and o.dtype == w.dtype, what
+    for g, w, what in zip(grads, want_grads, ("d0", "d1", "d2", "d3")):
+        assert_close(g, w, x.dtype, what)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_lif_equals_reference(name, data):
+    """Spikes and membranes bit for bit where the arithmetic is exact; gradients to rounding."""
+    neuron, tau_kind, theta_kind = data.draw(neurons())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    T = data.draw(st.sampled_from([1, 2, 4, 5, 16, 17, 40]))
+    shape = (T, *data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
+    seed = data.draw(st.integers(0, 99))
+    x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
+    v = None
+    if data.draw(st.booleans()):
+        v_dtype = torch.float32 if dtype in HALF and data.draw(st.booleans()) else dtype
+        v = exact(shape[1:], v_dtype, seed + 1, -16, 16)
+    outputs = data.draw(st.sampled_from([("s",), ("s",), ("v",), ("v_seq",), ("s", "v"), ("s", "v", "v_seq")]))
+    tau = data.draw(st.sampled_from([1.0, 2.0, 4.0]))
+    if T > 16:
+        tau = 2.0  # more steps than mantissa bits: only the bits that 1/2 shifts out are lost, and alike on both sides
+    compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs, seed)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("surrogate", sorted(SURROGATES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_surrogates(name, surrogate, dtype):
+    for alpha in (None, 0.7):
+        neuron = dict(surrogate=surrogate, alpha=alpha, v_reset=0.0)
+        compare_lif(name, exact((4, 37), dtype, 3), None, neuron, "number", "number", 2.0)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_arbitrary_numbers_give_the_same_spikes(name):
+    """One order of operations, no fused multiply-adds: equal even where nothing is exact."""
+    torch.manual_seed(0)
+    for tau, theta, reset, decay in ((1.7, 0.9, 0.1, True), (3.3, 1.1, None, False), (math.inf, 1.0, 0.0, False)):
+        x = torch.randn(20, 500) * 2
+        kwargs = dict(tau=tau, v_threshold=theta, v_reset=reset, decay_input=decay, return_v_seq=True)
+        for got, want in zip(run(name, lif, x, **kwargs), run("reference", lif, x, **kwargs)):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_at_the_threshold(name):
+    """h == v_threshold fires, the float below it does not."""
+    two = torch.tensor(2.0)
+    x = torch.stack([two, torch.nextafter(two, two * 0), torch.nextafter(two, two * 2)])[None]
+    assert run(name, lif, x).tolist() == [[1.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_long_T_and_chunks(name):
+    """T = 1000 at once equals chunks with the state handed over, forward and backward."""
+    x = exact((1000, 3, 11), torch.float32, 5)
+
+    def whole(x):
+        return lif(x, return_v=True)
+
+    def chunks(x):
+        v, spikes = None, []
+        for part in x.split([1, 15, 16, 17, 100, 851]):
+            s, v = lif(part, v, return_v=True)
+            spikes.append(s)
+        return torch.cat(spikes), v
+
+    a, b = leaf(x), leaf(x)
+    out, parts = run(name, whole, a), run(name, chunks, b)
+    assert all(torch.equal(o, p) for o, p in zip(out, parts))
+    assert torch.equal(out[0], run("reference", whole, x)[0])
+    with backend(name):
+        (ga,), (gb,) = gradients(out, [a], 1), gradients(parts, [b], 1)
+    assert_close(ga, gb, torch.float32, "dx")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_empty_and_zero_steps(name):
+    with backend(name):
+        v = torch.randn(3, requires_grad=True)
+        s, v_final, v_seq = lif(torch.empty(0, 3), v, return_v=True, return_v_seq=True)
+        assert s.shape == v_seq.shape == (0, 3) and torch.equal(v_final, v) and v_final.data_ptr() != v.data_ptr()
+        v_final.sum().backward()
+        assert torch.equal(v.grad, torch.ones(3))
+        assert torch.equal(lif(torch.empty(0, 3), v_reset=-0.5, return_v=True)[1], torch.full((3,), -0.5))
+        for shape in ((4, 0), (4, 2, 0), (4, 0, 5)):
+            x = torch.empty(shape, requires_grad=True)
+            tau = torch.tensor(2.0, requires_grad=True)
+            s, v_final = lif(x, tau=tau, return_v=True)
+            assert s.shape == shape and v_final.shape == shape[1:]
+            s.sum().backward()
+            assert x.grad.shape == shape and tau.grad == 0
+            assert lif_rate(x).shape == shape
+        assert lif(torch.tensor([2.0, 0.5])).tolist() == [1.0, 0.0]  # one neuron, no other axis
+        assert lif_rate(torch.tensor(2.0)).item() == 1.0
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_not_a_number_and_infinity(name):
+    x = torch.tensor([[math.nan, math.inf, -math.inf, 3.0]] * 3)
+    for kwargs in (dict(v_reset=0.0), dict(v_reset=-0.5), dict(v_reset=None), dict(decay_input=False)):
+        for got, want in zip(
+            run(name, lif, x, return_v_seq=True, **kwargs), run("reference", lif, x, return_v_seq=True, **kwargs)
+        ):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(run(name, lif_rate, x[0], **kwargs), run("reference", lif_rate, x[0], **kwargs))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_spike_dtypes(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        x = exact((5, 77), dtype, 1)
+        s = run(name, lif, x)
+        assert s.dtype == dtype
+        for spike_dtype in (torch.uint8, torch.bool, dtype):
+            other = run(name, lif, x, spike_dtype=spike_dtype)
+            assert other.dtype == spike_dtype and torch.equal(other.to(dtype), s)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_upstream_gradients_of_any_strides(name):
+    x = exact((4, 6, 40), torch.float32, 2)
+    for upstream in (
+        torch.ones(()).expand(4, 6, 40),
+        torch.randn(6, 40).expand(4, 6, 40),
+        torch.randn(4, 40, 6).transpose(1, 2),
+        torch.randn(4, 6, 1).expand(4, 6, 40),
+        torch.randn(4, 6, 80)[..., ::2],
+    ):
+        for function, xx, g in ((lif, x, upstream), (lif_rate, x[0], upstream[0])):
+            a, b = leaf(xx), leaf(xx)
+            with backend(name):
+                function(a).backward(g)
+            with backend("reference"):
+                function(b).backward(g)
+            assert_close(a.grad, b.grad, torch.float32, "dx")
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_lif_rate_equals_reference(name, data):
+    neuron, tau_kind, theta_kind = data.draw(neurons())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    T = data.draw(st.sampled_from([1, 2, 3, 4, 8, 16, 17, 50]))
+    shape = tuple(data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
+    seed = data.draw(st.integers(0, 99))
+    x = stretch(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
+    residual = gate = None
+    if data.draw(st.booleans()):
+        residual = exact(shape, torch.float32 if dtype in HALF and data.draw(st.booleans()) else dtype, seed + 1)
+    if data.draw(st.booleans()):
+        gate = exact(shape, dtype, seed + 2)
+    results = []
+    for which in (name, "reference"):
+        inputs = [None if t is None else t.detach().clone().requires_grad_() for t in (x, residual, gate)]
+        inputs[0] = x.detach().requires_grad_()
+        tau, theta = parameter(tau_kind, 2.0, shape[-1], dtype), parameter(theta_kind, 1.0, shape[-1], dtype)
+        tensors = [t for t in (*inputs, tau, theta) if isinstance(t, Tensor)]
+
+        def both(inputs=inputs, tau=tau, theta=theta, tensors=tensors):
+            out = lif_rate(inputs[0], T, *inputs[1:], tau=tau, v_threshold=theta, **neuron)
+            return out, gradients([out], tensors, seed)
+
+        results.append(run(which, both))
+    (out, grads), (want, want_grads) = results
+    if gate is None:
+        assert torch.equal(out, want) and out.dtype == want.dtype
+    else:  # a sigmoid is rounded: a spike may move where the membrane is within rounding of the threshold
+        assert out.dtype == want.dtype and (out != want).float().mean() < 0.02
+        if not torch.equal(out, want):
+            return
+    for g, w, what in zip(grads, want_grads, ("d0", "d1", "d2", "d3", "d4")):
+        assert_close(g, w, dtype, what)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("T", [1, 4, 7, 200, 255])
+def test_rate_is_the_mean_of_lif(name, T):
+    torch.manual_seed(T)
+    x = torch.cat([torch.randn(3000) * 3, torch.linspace(0.9, 2.2, 3000), torch.tensor([16 / 15, 4 / 3, 2.0, 1.0])])
+    for kwargs in (
+        dict(), dict(tau=1.7), dict(tau=3.0, v_threshold=0.4), dict(tau=50.0), dict(v_reset=-0.3), dict(v_reset=None),
+        dict(decay_input=False), dict(decay_input=False, tau=math.inf), dict(tau=1.0),
+    ):  # fmt: skip
+        s = run(name, lif, x.expand(T, -1), **kwargs)
+        counts = run(name, lif_rate, x, T, return_counts=True, **kwargs)
+        assert counts.dtype == torch.uint8
+        assert torch.equal(counts.long(), s.sum(0).long()), kwargs
+        assert torch.equal(run(name, lif_rate, x, T, **kwargs), s.sum(0) / T), kwargs
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_rate_staircase(name):
+    """The staircase of SDiT's neuron: 16/15, 4/3 and 2."""
+    x = torch.tensor([1.0666, 1.0667, 1.3333, 1.3334, 1.9999, 2.0])
+    assert run(name, lif_rate, x).tolist() == [0.0, 0.25, 0.25, 0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_permuting_the_batch(name):
+    x = exact((4, 9, 21), torch.float32, 7)
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(name, lif, x)[:, order], run(name, lif, x[:, order]))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_parameter_gradients_repeat_bit_for_bit(name):
+    x = torch.randn(4, 70, 130)
+    found = []
+    for threads in (1, 2, 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        tensors = [torch.full((130,), 2.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)]
+        with backend(name):
+            found.append(torch.autograd.grad(lif(x, tau=tensors[0], v_threshold=tensors[1]).square().sum(), tensors))
+        torch.set_num_threads(before)
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_offsets_beyond_31_bits(name):
+    torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
+    stride = (1 << 31) + 64
+    memory = torch.empty(stride + 64, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 40), (stride, 1))
+    x.copy_(exact((2, 40), torch.bfloat16, 1))
+    assert torch.equal(run(name, lif, x), run("reference", lif, x.contiguous()))
+
+
+@pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
+def test_tiles_as_on_a_gpu(monkeypatch):
+    """One case at the tile size that is launched on GPUs."""
+    import sdit_kernels.triton.lif as kernels
+
+    monkeypatch.setattr(kernels, "_THREADS", 128)
+    for dtype in (torch.float32, torch.bfloat16):
+        compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
+
+
+def test_triton_kernels_write_only_where_they_should():
+    from sdit_kernels.ops.lif import Neuron
+    from sdit_kernels.triton import lif as kernels
+
+    neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
+    for shape in ((4, 33), (3, 5, 7), (17, 70), (20, 9, 3)):
+        x = exact(shape, torch.float32, 1)
+        s, v, seq, dx = torch.empty_like(x), torch.empty(shape[1:]), torch.empty_like(x), torch.empty_like(x)
+        keep = torch.empty((shape[0] - 1) // 16, *shape[1:])
+        with native_triton.guarded(x, s, v, seq, dx) as (x_, s_, v_, seq_, dx_):
+            kernels.lif_forward(x_, None, None, None, neuron, s_, v_, seq_, keep if keep.numel() else None)
+            kernels.lif_backward(s_, None, None, x_, None, None, None, keep, neuron, dx_, None, False)
+            assert torch.equal(s_, run("reference", lif, x))
+            assert not dx_.isnan().any() and not seq_.isnan().any() and not v_.isnan().any()
+
+
+# --- what is kept for the backward pass -------------------------------------------------------------------------------------
+
+
+def saved(function):
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t.nbytes) and t if t.nbytes else t, lambda t: t
+    ):
+        out = function()
+    return sum(kept.values()), out
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_saved_bytes(name):
+    with backend(name):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.randn(4, 64, 32).to(dtype).requires_grad_()
+            v = torch.randn(64, 32, requires_grad=True)
+            assert saved(lambda x=x: lif(x))[0] == x.nbytes
+            assert saved(lambda x=x, v=v: lif(x, v, return_v=True))[0] == x.nbytes + v.nbytes
+            assert saved(lambda x=x: lif_rate(x[0]))[0] == x[0].nbytes
+            assert saved(lambda x=x: lif_rate(x[0], 4, x[1], x[2]))[0] <= x.nbytes
+            long = torch.randn(64, 8, 32).to(dtype).requires_grad_()
+            assert saved(lambda long=long: lif(long))[0] == long.nbytes + 3 * 8 * 32 * 4
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------------
+
+X = torch.zeros(4, 2, 3)
+BAD = [
+    (TypeError, "x must be a tensor", lambda f: f([1.0])),
+    (TypeError, "x must be float32.*int64", lambda f: f(torch.zeros(4, 3, dtype=torch.int64))),
+    (ValueError, "tau must be at least 1.*0.5", lambda f: f(X, tau=0.5)),
+    (ValueError, "tau must be at least 1.*nan", lambda f: f(X, tau=math.nan)),
+    (ValueError, "tau must be at least 1", lambda f: f(X, tau=math.inf)),
+    (ValueError, "tau must be at least 1", lambda f: f(X, tau=torch.tensor(0.5))),
+    (ValueError, "tau must be at least 1", lambda f: f(X, tau=torch.tensor([2.0, math.nan, 2.0]))),
+    (ValueError, r"tau must be a scalar or have shape \(3,\)", lambda f: f(X, tau=torch.ones(2))),
+    (ValueError, r"tau must be a scalar or have shape \(3,\)", lambda f: f(X, tau=torch.ones(2, 3))),
+    (TypeError, "tau must be a number or a tensor", lambda f: f(X, tau="2")),
+    (TypeError, "tau must be a floating tensor", lambda f: f(X, tau=torch.tensor(2))),
+    (TypeError, "v_threshold must be a floating tensor at least as wide", lambda f: f(X.double(), v_threshold=torch.ones(()))),
+    (ValueError, "v_threshold must be finite", lambda f: f(X, v_threshold=math.inf)),
+    (ValueError, "v_threshold must be on the device of x", lambda f: f(X, v_threshold=torch.ones((), device="meta"))),
+    (TypeError, "v_reset must be a number or None", lambda f: f(X, v_reset="hard")),
+    (ValueError, "v_reset must be finite", lambda f: f(X, v_reset=math.nan)),
+    (TypeError, "decay_input must be a bool", lambda f: f(X, decay_input=1)),
+    (TypeError, "detach_reset must be a bool", lambda f: f(X, detach_reset=None)),
+    (ValueError, "surrogate must be one of atan", lambda f: f(X, surrogate="arctan")),
+    (ValueError, "alpha must be positive", lambda f: f(X, alpha=0.0)),
+    (TypeError, "alpha must be a number", lambda f: f(X, alpha="2")),
+    (ValueError, "alpha belongs to the named surrogates", lambda f: f(X, surrogate=torch.sin, alpha=1.0)),
+]
+
+
+@pytest.mark.parametrize("function", [lif, lif_rate])
+@pytest.mark.parametrize("kind, message, call", BAD, ids=range(len(BAD)))
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_errors(function, kind, message, call, name):
+    with backend(name), pytest.raises(kind, match=message):
+        call(function)
+
+
+@pytest.mark.parametrize(
+    "kind, message, call",
+    [
+        (ValueError, r"v must have shape \(2, 3\), got \(2, 4\)", lambda: lif(X, torch.zeros(2, 4))),
+        (TypeError, "v must be torch.float32 where x is torch.float32, got torch.float64", lambda: lif(X, X[0].double())),
+        (TypeError, "v must be torch.bfloat16 or torch.float32", lambda: lif(X.bfloat16(), X[0].half())),
+        (TypeError, "v must be a tensor or None", lambda: lif(X, 0.0)),
+        (ValueError, "x must have a time axis", lambda: lif(torch.tensor(1.0))),
+        (ValueError, "spike_dtype must be None", lambda: lif(X, spike_dtype=torch.int32)),
+        (ValueError, "carries no gradient", lambda: lif(X.clone().requires_grad_(), spike_dtype=torch.uint8)),
+        (ValueError, "T must be at least 1", lambda: lif_rate(X, 0)),
+        (TypeError, "T must be an int", lambda: lif_rate(X, 4.0)),
+        (ValueError, "residual must have shape", lambda: lif_rate(X, residual=X[0])),
+        (TypeError, "residual must be", lambda: lif_rate(X, residual=X.bfloat16())),
+        (ValueError, "gate must have the shape of x", lambda: lif_rate(X, gate=X[0])),
+        (TypeError, "gate must have the dtype of x", lambda: lif_rate(X, gate=X.double())),
+        (ValueError, "T <= 255", lambda: lif_rate(X, 256, return_counts=True)),
+        (ValueError, "leave residual out", lambda: lif_rate(X, residual=X, return_counts=True)),
+        (ValueError, "carries no gradient", lambda: lif_rate(X.clone().requires_grad_(), return_counts=True)),
+    ],
+)
+def test_errors_of_one(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_own_surrogate_runs_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(sys.modules["sdit_kernels.ops.lif"], "_warned_of_custom_surrogate", False)
+    x = exact((4, 5), torch.float32, 0).requires_grad_()
+    with pytest.warns(UserWarning, match="plain PyTorch path"):
+        own = torch.autograd.grad(lif(x, surrogate=lambda z: 1 / (1 + (math.pi * z) ** 2)).sum(), x)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lif_rate(x, surrogate=lambda z: z)
+    torch.testing.assert_close(own, torch.autograd.grad(lif(x).sum(), x)[0])
+
+
+# --- PyTorch's machinery ----------------------------------------------------------------------------------------------------
+
+CONSTANTS = (2.0, 1.0, 0.0, True, False, "atan", 2.0)
+
+
+def random(*shape, grad=True):
+    return torch.randn(shape, requires_grad=grad)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_opcheck(name):
+    op = torch.ops.sdit_kernels
+    tau, theta = torch.tensor(2.0, requires_grad=True), torch.ones(5, requires_grad=True)
+    frozen = random(20, 3, 5, grad=False)
+    cases = [
+        (op.lif, (random(4, 3, 5), None, None, None, *CONSTANTS, False, False, None, False, name)),
+        (op.lif, (random(20, 3, 5), random(3, 5), tau, theta, *CONSTANTS, True, True, None, True, name)),
+        (op.lif, (frozen.transpose(0, 1), None, None, None, *CONSTANTS, True, True, torch.uint8, False, name)),
+        (op.lif, (random(2, 3, 4, 5).permute(0, 2, 3, 1), None, None, None, *CONSTANTS, True, True, None, False, name)),
+        (op.lif, (random(0, 3), random(3), None, None, *CONSTANTS, True, True, None, False, name)),
+        (op.lif_rate, (random(3, 5), None, None, None, None, 4, *CONSTANTS, False, name)),
+        (op.lif_rate, (random(3, 5), random(3, 5), random(3, 5), tau, theta, 4, *CONSTANTS, False, name)),
+        (op.lif_rate, (random(3, 5, grad=False), None, None, None, None, 20, *CONSTANTS, True, name)),
+        (
+            op.lif_backward,
+            (frozen, None, None, frozen, None, tau.detach(), None, torch.empty(0), *CONSTANTS, True, name),
+        ),
+        (
+            op.lif_rate_backward,
+            (frozen, frozen, frozen, None, theta.detach(), 4, *CONSTANTS, True, name),
+        ),
+    ]
+    torch.use_deterministic_algorithms(False)
+    for operator, args in cases:
+        torch.library.opcheck(operator.default, args)
+
+
+def network(x):
+    s, v = lif(x * 2, return_v=True)
+    return s.sum() + v.sum() + lif_rate(x[0] * 3, residual=x[1], gate=x[2]).sum()
+
+
+@pytest.mark.parametrize("options", [dict(), dict(dynamic=True), dict(backend="aot_eager")], ids=str)
+def test_compile(options):
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, **options)
+    for shape in ((4, 6, 5), (4, 7, 5)):
+        a, b = random(*shape), None
+        b = leaf(a)
+        compiled(a).backward()
+        network(b).backward()
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_compile_sees_the_backend_change():
+    x = exact((4, 9), torch.float32, 1)
+    compiled = torch.compile(lambda x: lif(x), fullgraph=True, backend="aot_eager")
+    want = lif(x)
+    for name in ("cpu", "reference", "cpu"):
+        with backend(name):
+            assert torch.equal(compiled(x), want)
+
+
+def test_export():
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return lif(x, return_v=True), lif_rate(x[0])
+
+    x = exact((4, 6, 5), torch.float32, 1)
+    program = torch.export.export(Net(), (x,), dynamic_shapes={"x": {1: torch.export.Dim("batch")}})
+    (s, v), rate = program.module()(x[:, :3])
+    assert torch.equal(s, lif(x[:, :3])) and torch.equal(rate, lif_rate(x[0, :3]))
+    assert any("sdit_kernels.lif" in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_vmap_and_grad(name):
+    from torch.func import grad, vmap
+
+    x, v = exact((7, 4, 6, 5), torch.float32, 1), exact((7, 6, 5), torch.float32, 2)
+    tau = torch.linspace(1, 4, 7)
+
+    def each(f, *args):
+        return torch.stack([f(*a) for a in zip(*args)])
+
+    def loss(x, tau):
+        return (lif(x, tau=tau) * x).sum()
+
+    with backend(name), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(vmap(lif)(x, v), each(lif, x, v))
+        assert torch.equal(vmap(lif, in_dims=(None, 0))(x[0], v), each(lambda v: lif(x[0], v), v))
+        assert torch.equal(vmap(lif, in_dims=2, out_dims=2)(x), each(lif, x.unbind(2)).movedim(0, 2))
+        assert torch.equal(vmap(lambda x, t: lif(x, tau=t))(x, tau), each(lambda x, t: lif(x, tau=t), x, tau))
+        assert torch.equal(vmap(lambda x, r: lif_rate(x, residual=r))(x, x), each(lambda x: lif_rate(x, residual=x), x))
+        torch.testing.assert_close(vmap(grad(loss), in_dims=(0, None))(x, 2.0), each(lambda x: grad(loss)(x, 2.0), x))
+        per_sample = vmap(grad(loss, 1), in_dims=(0, None))(x, torch.tensor(2.0))
+        torch.testing.assert_close(per_sample, each(lambda x: grad(loss, 1)(x, torch.tensor(2.0)), x))
+        long = exact((3, 20, 5), torch.float32, 4)
+        want = leaf(long[0])
+        lif(want).sum().backward()
+        torch.testing.assert_close(vmap(grad(lambda x: lif(x).sum()))(long)[0], want.grad)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast_runs_fused(dtype):
+    x = random(4, 6, 8)
+    linear = torch.nn.Linear(8, 8)
+    with torch.autocast("cpu", dtype=dtype), torch.profiler.profile() as profile:
+        current = linear(x)
+        s, v = lif(current, return_v=True)
+        rate = lif_rate(current, residual=x)
+    assert (s.dtype, v.dtype, rate.dtype) == (dtype, torch.float32, torch.float32)
+    (s.sum() + rate.sum()).backward()
+    assert x.grad.dtype == torch.float32 and linear.weight.grad.abs().sum() > 0
+    assert {"sdit_kernels::lif", "sdit_kernels::lif_rate"} <= {event.name for event in profile.events()}
+
+
+def test_fake_and_meta_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        x = mode.from_tensor(torch.randn(4, 3, 5, requires_grad=True))
+        s, v = lif(x, return_v=True)
+        assert s.shape == (4, 3, 5) and v.shape == (3, 5)
+    assert lif(torch.empty(4, 3, device="meta")).shape == (4, 3)
+
+
+def test_second_derivative_is_refused_or_right():
+    x = exact((4, 5), torch.float32, 1).requires_grad_()
+    (g,) = torch.autograd.grad(lif(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(g.sum(), x)
+    with backend("reference"):
+        (g,) = torch.autograd.grad(lif(x).sum(), x, create_graph=True)
+    assert torch.autograd.grad(g.sum(), x)[0].abs().sum() > 0
+
+
+# --- processes and threads --------------------------------------------------------------------------------------------------
+
+
+def test_two_threads_at_once():
+    x = exact((4, 40, 3000), torch.float32, 1)
+    want, found = lif(x), []
+
+    def work():
+        for _ in range(20):
+            found.append(torch.equal(lif(x), want))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert len(found) == 40 and all(found)
+
+
+def python(code, **environment):
+    environment = {**os.environ, **environment}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
+FORKED = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from sdit_kernels import lif
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i):
+        torch.set_num_threads(2)
+        return lif(torch.full((4, 100000), 2.0 + i)).mean()
+print(lif(torch.full((4, 100000), 2.0)).mean().item())
+print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")])
+"""
+
+
+@pytest.mark.parametrize("layer", ["default", "workqueue"])
+def test_forked_worker(layer):
+    done = python(FORKED, NUMBA_THREADING_LAYER=layer)
+    assert done.stdout.split("\n")[:2] == ["1.0", "[1.0, 1.0, 1.0, 1.0]"], done.stderr
+
+
+WORKQUEUE = """
+import torch, threading
+from sdit_kernels import lif
+x = torch.full((4, 100000), 2.0)
+def work():
+    for _ in range(50): assert lif(x).all()
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+import numba; print(numba.threading_layer())
+"""
+
+
+def test_workqueue_layer_survives_threads():
+    done = python(WORKQUEUE, NUMBA_THREADING_LAYER="workqueue")
+    assert done.stdout.strip() == "workqueue", done.stderr
+
+
+UNCACHED = """
+import numba.core.caching as caching, torch
+name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))
+getattr(caching, name).from_function = classmethod(lambda *args: None)  # as where the package's folder is read-only
+from sdit_kernels import lif, lif_rate
+print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())
+"""
+
+
+def test_nowhere_to_cache(tmp_path):
+    """No folder to write compiled code to: it runs, and says so once."""
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "folder")
+    done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere)
+    assert done.stdout.strip() == "12.0 3.0", done.stderr
+    assert done.stderr.count("no writable folder") == 1
+
+
+@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
+def test_in_the_interpreter():
+    """Second witness: small cases in Triton's own interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_lif.py", "-k",
+         "triton and (threshold or empty or staircase or not_a_number or spike_dtypes)"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_docstrings():
+    import doctest
+
+    for module in ("sdit_kernels.ops.lif", "sdit_kernels.dispatch"):
+        result = doctest.testmod(sys.modules[module])
+        assert result.attempted and not result.failed
+
+
+assert sdit_kernels.__version__

@@ -1,0 +1,537 @@
+"""sdit_kernels/nn.py: the modules are their ops, and the membrane they keep is safe with whatever is done to a module."""
+
+import copy
+import doctest
+import inspect
+import io
+import math
+import pickle
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sdit_kernels.nn
+from sdit_kernels import backend, dispatch, lif, lif_rate
+from sdit_kernels.nn import IF, LIF, LIFRate, ParametricLIF, detach, reset
+
+STATEFUL = [LIF, IF, ParametricLIF]
+on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
+
+
+def data(*shape, seed=0, dtype=torch.float32):
+    """Multiples of 1/16 around the threshold: with tau = 2 the arithmetic is exact."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-8, 49, shape, generator=generator) / 16).to(dtype)
+
+
+def neuron_op(module, x, v=None, **extra):
+    """What a module stands for, written out with the op."""
+    tau = 1 / torch.sigmoid(module.w) if isinstance(module, ParametricLIF) else module.tau
+    names = ("decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
+    return lif(x, v, tau=tau, return_v=True, **{n: getattr(module, n) for n in names}, **extra)
+
+
+def used(module, shape=(4, 2, 3), dtype=torch.float32):
+    """The module after a call with gradients: its membrane is a non-leaf tensor."""
+    module(data(*shape, dtype=dtype).requires_grad_())
+    assert module.v.requires_grad and not module.v.is_leaf
+    return module
+
+
+def test_documented_examples_run():
+    found = doctest.testmod(sdit_kernels.nn)
+    assert found.attempted > 10 and found.failed == 0
+
+
+# --- values and gradients ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def neurons(draw, name):
+    """On the CPU kernels no more variants than tell the modules apart: each costs seconds to compile."""
+    kind = draw(st.sampled_from(STATEFUL))
+    kwargs = {"v_reset": draw(st.sampled_from([0.0, None]))}
+    if name == "reference":
+        kwargs["detach_reset"] = draw(st.booleans())
+        if kind is not IF:
+            kwargs["decay_input"] = draw(st.booleans())
+    if kind is ParametricLIF:
+        kwargs["channels"] = draw(st.sampled_from([None, 3]))
+    return kind(**kwargs)
+
+
+@on_both_backends
+@settings(deadline=None, max_examples=25)
+@given(
+    draw=st.data(),
+    chunks=st.lists(st.sampled_from([0, 1, 2, 3, "s"]), min_size=1, max_size=5),
+    batch=st.sampled_from([(), (1,), (2, 5), (0,)]),
+    seed=st.integers(0, 2**16),
+)
+def test_calls_of_any_length_in_either_mode_make_one_pass_of_lif(name, draw, chunks, batch, seed):
+    """Spikes, membrane and gradients of calls in a row, with the graph between them, against one call of the op."""
+    module = draw.draw(neurons(name))
+    dtype = draw.draw(st.sampled_from([torch.float32, torch.bfloat16] if name == "reference" else [torch.float32]))
+    T = sum(1 if n == "s" else n for n in chunks)
+    x = data(T, *batch, 3, seed=seed, dtype=dtype).requires_grad_()
+    g, g_v = data(T, *batch, 3, seed=seed + 1, dtype=dtype), data(*batch, 3, seed=seed + 2)
+    module.store_v_seq = True
+    with backend(name):
+        s, v_seq, t = [], [], 0
+        for n in chunks:
+            module.step_mode = "s" if n == "s" else "m"
+            if n == "s":
+                s.append(module(x[t]).unsqueeze(0))
+            else:
+                s.append(module(x[t : t + n]))
+            v_seq.append(module.v_seq)
+            t += s[-1].shape[0]
+        s, v = torch.cat(s), module.v
+        expected_s, expected_v, expected_v_seq = neuron_op(module, x, return_v_seq=True)
+        inputs = [x, *module.parameters()]
+        if T > 0:
+            got, expected = (torch.autograd.grad(o, inputs, [g, g_v]) for o in ((s, v), (expected_s, expected_v)))
+    assert s.dtype == dtype and v.dtype == torch.float32
+    torch.testing.assert_close(s, expected_s, rtol=0, atol=0)
+    torch.testing.assert_close(v, expected_v, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat(v_seq), expected_v_seq, rtol=0, atol=0)
+    if T > 0:
+        torch.testing.assert_close(got, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-4)
+
+
+def test_integrate_and_fire_adds_up_without_a_leak():
+    x = torch.tensor([0.25, 0.5, 0.125, 0.25, 0.0, 0.75])[:, None]
+    neuron = IF(store_v_seq=True)
+    assert neuron.tau == math.inf and not neuron.decay_input
+    assert neuron(x).flatten().tolist() == [0, 0, 0, 1, 0, 0]
+    assert neuron.v_seq.flatten().tolist() == [0.25, 0.75, 0.875, 0, 0, 0.75]
+
+
+@pytest.mark.parametrize("channels", [None, 3])
+def test_parametric_lif_learns_the_logit_of_one_over_tau(channels):
+    neuron = ParametricLIF(init_tau=4.0, channels=channels)
+    assert neuron.w.shape == (() if channels is None else (3,))
+    torch.testing.assert_close(neuron.tau, torch.full_like(neuron.w, 4.0))
+    x, g = data(5, 2, 3), torch.rand(5, 2, 3, generator=torch.Generator().manual_seed(1))
+    neuron(x).backward(g)
+    tau = torch.full_like(neuron.w, 4.0, requires_grad=True)
+    lif(x, tau=tau).backward(g)
+    torch.testing.assert_close(neuron.w.grad, tau.grad * -3.0)  # d tau / d w = -exp(-w) = 1 - tau
+    assert neuron.w.grad.abs().min() > 0
+
+
+@pytest.mark.parametrize(("parameter", "x"), [("float32", "float64"), ("bfloat16", "float32"), ("float64", "float32")])
+def test_parametric_lif_computes_tau_in_the_wider_type(parameter, x):
+    parameter, x = getattr(torch, parameter), getattr(torch, x)
+    neuron = ParametricLIF(init_tau=3.0).to(parameter)
+    with backend("reference"):
+        s = neuron(data(4, 3, dtype=x))
+        s.sum().backward()
+    assert s.dtype == x and neuron.w.grad.dtype == parameter
+    torch.testing.assert_close(neuron.tau.item(), 3.0, rtol=4e-3, atol=0)
+    assert neuron.tau.dtype == torch.promote_types(parameter, torch.float32)
+
+
+@on_both_backends
+@pytest.mark.parametrize("extras", [(), ("residual",), ("gate",), ("residual", "gate")])
+def test_lif_rate_is_the_op_and_keeps_nothing(name, extras):
+    x = data(2, 5, 3).requires_grad_()
+    extra = {n: data(2, 5, 3, seed=i + 1).requires_grad_() for i, n in enumerate(extras)}
+    neuron = LIFRate(3, tau=4.0, v_reset=None, alpha=3.0, detach_reset=True)
+    with backend(name):
+        expected = lif_rate(x, 3, tau=4.0, v_reset=None, alpha=3.0, detach_reset=True, **extra)
+        before = dict(vars(neuron))
+        for _ in range(2):
+            out = neuron(x, **extra)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        assert vars(neuron) == before
+        inputs = [x, *extra.values()]
+        got, wanted = (torch.autograd.grad(o.square().sum(), inputs, retain_graph=True) for o in (out, expected))
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@on_both_backends
+@pytest.mark.parametrize("kind", [LIF, IF, ParametricLIF, LIFRate])
+def test_a_parameter_as_threshold_is_learned_and_a_tensor_becomes_a_buffer(name, kind):
+    neuron = kind(v_threshold=torch.nn.Parameter(torch.ones(3)))
+    assert "v_threshold" in dict(neuron.named_parameters())
+    with backend(name):
+        neuron(data(4, 2, 3)).sum().backward()
+    assert neuron.v_threshold.grad.abs().sum() > 0
+    neuron = kind(v_threshold=torch.ones(3)).double()
+    assert "v_threshold" in neuron.state_dict() and neuron.v_threshold.dtype == torch.float64
+    assert "v_threshold=Tensor(3,)" in repr(neuron)
+    with pytest.raises(ValueError, match=re.escape("v_threshold must be a scalar or have shape (4,)")):
+        neuron(data(2, 4))
+
+
+def test_every_setting_reaches_the_op():
+    x = data(6, 7, seed=3).requires_grad_()
+    base = {"tau": 4.0, "decay_input": False, "v_threshold": 0.75, "v_reset": 0.25, "surrogate": "erf", "alpha": 1.5}
+    for changed in ({}, *({k: v} for k, v in {**base, "detach_reset": True}.items())):
+        kwargs = {"tau": 2.0, "v_threshold": 1.0} | changed
+        if changed.keys() == {"alpha"} or not changed:
+            kwargs["surrogate"] = "sigmoid"
+        for module, op in ((LIF(**kwargs), lif), (LIFRate(4, **kwargs), lif_rate)):
+            with backend("reference"):
+                got, expected = module(x), op(x, **kwargs)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
+            a, b = (torch.autograd.grad(o.sum(), x)[0] for o in (got, expected))
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:a surrogate function of your own")
+def test_a_surrogate_function_of_your_own():
+    calls = []
+
+    def boxcar(z):
+        calls.append(z)
+        return (z.abs() < 0.5).to(z.dtype)
+
+    x = data(4, 3).requires_grad_()
+    LIF(surrogate=boxcar)(x).sum().backward()
+    (expected,) = torch.autograd.grad(lif(x, surrogate="rect", alpha=1.0).sum(), x)
+    assert calls
+    torch.testing.assert_close(x.grad, expected)
+
+
+# --- state ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_the_membrane_is_carried_until_reset(kind):
+    neuron, x = kind(), data(4, 2, 3)
+    assert neuron.v is None and neuron.v_seq is None
+    first = neuron(x)
+    assert neuron.v.shape == (2, 3) and neuron.v_seq is None
+    carried = neuron.v
+    torch.testing.assert_close(neuron(x), neuron_op(neuron, x, carried)[0], rtol=0, atol=0)
+    neuron.reset()
+    assert neuron.v is None
+    torch.testing.assert_close(neuron(x), first, rtol=0, atol=0)
+
+
+def test_a_membrane_can_be_set():
+    neuron = LIF()
+    neuron.v = data(2, 3, seed=4).requires_grad_()
+    v = neuron.v
+    x = data(4, 2, 3)
+    torch.testing.assert_close(neuron(x), lif(x, v))
+    assert torch.autograd.grad(neuron.v.sum(), v)[0].shape == (2, 3)
+
+
+def test_detach_keeps_the_membrane_and_cuts_its_past():
+    x, y = data(4, 3).requires_grad_(), data(4, 3, seed=1).requires_grad_()
+    neuron = LIF(v_threshold=100.0, store_v_seq=True)
+    neuron(x)
+    v = neuron.v.clone()
+    neuron.detach_()
+    assert not neuron.v.requires_grad and not neuron.v_seq.requires_grad
+    torch.testing.assert_close(neuron.v, v, rtol=0, atol=0)
+    neuron(y)
+    neuron.v.sum().backward()
+    assert x.grad is None and y.grad.abs().sum() > 0
+
+
+def test_without_detach_gradients_reach_the_calls_before():
+    x = data(4, 3).requires_grad_()
+    neuron = LIF(v_threshold=100.0)
+    neuron(x)
+    neuron(data(2, 3))
+    neuron.v.sum().backward()
+    torch.testing.assert_close(x.grad, 0.5 ** torch.arange(6.0, 2.0, -1).unsqueeze(1).expand(4, 3))
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+@pytest.mark.parametrize(
+    ("shape", "mode", "error"),
+    [((4, 5, 3), "m", "(5, 3)"), ((4, 3), "m", "(3,)"), ((4, 2, 3), "s", "(4, 2, 3)"), ((2,), "s", "(2,)"), ((), "m", "()")],
+)
+def test_data_of_another_shape_is_refused_and_nothing_is_lost(kind, shape, mode, error):
+    neuron = used(kind())
+    v = neuron.v
+    neuron.step_mode = mode
+    with pytest.raises(ValueError, match=rf"has shape \(2, 3\), and x asks for {re.escape(error)}; call reset\(\)"):
+        neuron(data(*shape))
+    assert neuron.v is v
+    neuron.reset()
+    if shape:
+        assert neuron(data(*shape)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("x", "kind", "error"),
+    [
+        (data(4, 2, 3, dtype=torch.float64), TypeError, "v must be torch.float64 where x is torch.float64, got torch.float32"),
+        (torch.empty(4, 2, 3, device="meta"), ValueError, "v must be on the device of x, meta, got cpu"),
+        (torch.ones(4, 2, 3, dtype=torch.int64), TypeError, "x must be float32, float64, bfloat16 or float16, got torch.int64"),
+        ([1.0], TypeError, "x must be a tensor, got list"),
+    ],
+)
+@pytest.mark.parametrize("neuron", [LIF(), ParametricLIF(), LIF(step_mode="s")], ids=["m", "parametric", "s"])
+def test_data_the_membrane_does_not_go_with_are_refused_and_nothing_is_lost(neuron, x, kind, error):
+    neuron = copy.deepcopy(neuron)
+    neuron(data(2, 3) if neuron.step_mode == "s" else data(4, 2, 3))
+    v = neuron.v
+    with pytest.raises(kind, match=re.escape(error)):
+        neuron(x[0] if neuron.step_mode == "s" and isinstance(x, torch.Tensor) else x)
+    assert neuron.v is v
+
+
+def _by_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+def _by_save(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, _by_pickle, _by_save])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_copies_take_the_values_of_the_membrane_and_the_original_keeps_its_graph(kind, duplicate):
+    x = data(4, 2, 3).requires_grad_()
+    net = torch.nn.Sequential(kind(store_v_seq=True))
+    net(x)
+    twin = duplicate(net)
+    assert not twin[0].v.requires_grad and not twin[0].v_seq.requires_grad
+    torch.testing.assert_close(twin[0].v, net[0].v.detach(), rtol=0, atol=0)
+    more = data(3, 2, 3, seed=1)
+    torch.testing.assert_close(twin(more), net(more), rtol=0, atol=0)
+    twin[0].v.detach().fill_(7.0)
+    assert not (net[0].v == 7).any()
+    net[0].v.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_an_exponential_moving_average_of_a_network_in_use():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), LIF(), ParametricLIF(channels=3))
+    net(data(4, 2, 3)).sum().backward()
+    ema = torch.optim.swa_utils.AveragedModel(
+        net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
+    )
+    reset(net)
+    net(data(4, 5, 3)).sum().backward()
+    ema.update_parameters(net)
+    assert ema.module[1].v.shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_the_state_dict_does_not_know_the_membrane(kind):
+    fresh, old = kind(), used(kind())
+    assert fresh.state_dict().keys() == old.state_dict().keys() == ({"w"} if kind is ParametricLIF else set())
+    assert not list(old.buffers())  # DistributedDataParallel would broadcast them
+    v = old.v
+    old.load_state_dict(fresh.state_dict(), strict=True)
+    assert old.v is v
+    fresh.load_state_dict(old.state_dict(), strict=True)
+    assert fresh.v is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_the_membrane_follows_the_dtype_of_the_module(kind, dtype):
+    neuron = used(kind(store_v_seq=True))
+    before = neuron.v.detach()
+    assert neuron.to(dtype) is neuron
+    assert neuron.v.dtype == neuron.v_seq.dtype == dtype and neuron.v.requires_grad
+    torch.testing.assert_close(neuron.v, before.to(dtype), rtol=0, atol=0)
+    with backend("reference"):
+        s = neuron(data(4, 2, 3, dtype=dtype))
+        assert s.dtype == dtype and neuron.v.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        neuron(data(4, 2, 3, dtype=dtype))  # a wide state beside narrow data
+
+
+def test_the_membrane_follows_the_device_of_the_module():
+    net = torch.nn.Sequential(used(LIF(store_v_seq=True))).to("meta")
+    assert net[0].v.is_meta and net[0].v_seq.is_meta
+    assert net(torch.empty(4, 2, 3, device="meta")).shape == (4, 2, 3)
+
+
+def test_a_network_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        net = torch.nn.Sequential(LIF(), IF(), ParametricLIF(init_tau=5.0, channels=3), LIFRate())
+        assert net(torch.empty(4, 2, 3)).is_meta
+    assert net[2].w.is_meta
+    reset(net)
+    net.to_empty(device="cpu")
+    net[2].reset_parameters()
+    torch.testing.assert_close(net[2].tau, torch.full((3,), 5.0))
+    assert net(data(4, 2, 3)).shape == (4, 2, 3)
+
+
+def test_replicas_of_data_parallel_leave_the_module_at_rest():
+    neuron = ParametricLIF()
+    replica = neuron._replicate_for_data_parallel()
+    replica.w = neuron.w
+    replica(data(4, 2, 3))
+    assert replica.v is not None and neuron.v is None
+
+
+def test_state_kept_for_inference_costs_no_graph():
+    neuron = ParametricLIF(store_v_seq=True)
+    with torch.no_grad():
+        neuron(data(4, 2, 3).requires_grad_())
+    assert neuron.v.grad_fn is None and neuron.v_seq.grad_fn is None
+
+
+def test_reset_and_detach_reach_every_neuron_of_a_network_and_nothing_else():
+    class Elsewhere(torch.nn.Module):
+        def reset(self):
+            raise AssertionError("not ours")
+
+        def forward(self, x):
+            return x
+
+    net = torch.nn.Sequential(
+        torch.nn.Linear(3, 3),
+        LIF(),
+        torch.nn.ModuleDict({"inner": IF(store_v_seq=True)})["inner"],
+        ParametricLIF(),
+        Elsewhere(),
+    )
+    neurons = [m for m in net.modules() if isinstance(m, (LIF, IF, ParametricLIF))]
+    assert len(neurons) == 3
+    net(data(4, 2, 3))
+    assert all(n.v.requires_grad for n in neurons)
+    detach(net)
+    assert not any(n.v.requires_grad for n in neurons) and not neurons[1].v_seq.requires_grad
+    net(data(4, 2, 3)).sum().backward()  # the graph of the first call is gone, and is not asked for
+    reset(net)
+    assert all(n.v is None and n.v_seq is None for n in neurons)
+    assert net(data(4, 7, 3)).shape == (4, 7, 3)
+    reset(torch.compile(net))
+    assert all(n.v is None for n in neurons)
+
+
+# --- torch.compile ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_compiled_neurons_carry_their_membrane(kind, mode):
+    torch.compiler.reset()
+    eager = kind(step_mode=mode, store_v_seq=True)
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    xs = [data(*((4, 2, 3) if mode == "m" else (2, 3)), seed=i).requires_grad_() for i in range(4)]
+    for i, x in enumerate(xs):
+        # one graph for a neuron at rest and one for a membrane to go on from
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
+        torch.testing.assert_close(module.v, eager.v, rtol=0, atol=0)
+        torch.testing.assert_close(module.v_seq, eager.v_seq, rtol=0, atol=0)
+    got, expected = (torch.autograd.grad(m.v.sum(), [*xs, *m.parameters()]) for m in (module, eager))
+    torch.testing.assert_close(got, expected)
+    reset(compiled)
+    eager.reset()
+    torch.testing.assert_close(compiled(xs[0]), eager(xs[0]), rtol=0, atol=0)
+
+
+def test_a_compiled_network_is_one_graph_and_trains_as_the_eager_one():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    eager = torch.nn.Sequential(LIF(), torch.nn.Linear(3, 3), ParametricLIF(channels=3), torch.nn.Linear(3, 3), LIFRate())
+    module = copy.deepcopy(eager)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = data(4, 2, 3, seed=step)
+        losses = [net(x).square().mean() for net in (compiled, eager)]
+        torch.testing.assert_close(*losses)
+        for loss, net in zip(losses, (compiled, eager)):
+            loss.backward()
+            detach(net)
+    for a, b in zip(module.parameters(), eager.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+# --- construction -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [LIF, IF, ParametricLIF, LIFRate])
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"tau": 0.5}, ValueError, "tau must be at least 1 (and infinite only with decay_input=False), got 0.5"),
+        ({"tau": math.inf}, ValueError, "tau must be at least 1"),
+        ({"tau": "2"}, TypeError, "tau must be a number or a tensor, got str"),
+        ({"init_tau": 1.0}, ValueError, "init_tau must be above 1 and finite"),
+        ({"init_tau": math.inf, "decay_input": False}, ValueError, "init_tau must be above 1 and finite"),
+        ({"init_tau": math.nan}, ValueError, "init_tau must be above 1 and finite"),
+        ({"init_tau": torch.tensor(2.0)}, TypeError, "init_tau must be a number, got Tensor"),
+        ({"init_tau": True}, TypeError, "init_tau must be a number, got bool"),
+        ({"channels": 0}, ValueError, "channels must be at least 1 or None (one w for all), got 0"),
+        ({"channels": 2.0}, TypeError, "channels must be an int or None (one w for all), got float"),
+        ({"channels": True}, TypeError, "channels must be an int or None (one w for all), got bool"),
+        ({"T": 0}, ValueError, "T must be at least 1, got 0"),
+        ({"T": 4.0}, TypeError, "T must be an int, got float"),
+        ({"decay_input": 1}, TypeError, "decay_input must be a bool, got int"),
+        ({"v_threshold": math.nan}, ValueError, "v_threshold must be finite, got nan"),
+        ({"v_threshold": None}, TypeError, "v_threshold must be a number or a tensor, got NoneType"),
+        ({"v_reset": math.inf}, ValueError, "v_reset must be finite or None (soft reset), got inf"),
+        ({"v_reset": "hard"}, TypeError, "v_reset must be a number or None (soft reset), got str"),
+        ({"detach_reset": 0}, TypeError, "detach_reset must be a bool, got int"),
+        ({"surrogate": "relu"}, ValueError, "surrogate must be one of atan, "),
+        ({"alpha": -1.0}, ValueError, "alpha must be positive and finite, got -1.0"),
+        ({"alpha": "2"}, TypeError, "alpha must be a number or None, got str"),
+        ({"surrogate": torch.sign, "alpha": 2.0}, ValueError, "alpha belongs to the named surrogates"),
+        (
+            {"step_mode": "multi"},
+            ValueError,
+            "step_mode must be 'm' (multi-step, (T, ...)) or 's' (single-step, (...)), got 'mu",
+        ),
+    ],
+)
+def test_what_construction_refuses(kind, kwargs, error, message):
+    if not kwargs.keys() <= inspect.signature(kind).parameters.keys():
+        error, message = TypeError, "unexpected keyword argument"
+    with pytest.raises(error, match=re.escape(message)):
+        kind(**kwargs)
+
+
+def test_construction_asks_for_no_backend_that_could_run(monkeypatch):
+    """A network is built on the CPU and moved to a GPU afterwards."""
+    monkeypatch.setattr(dispatch, "_resolved", {})
+    monkeypatch.setattr(dispatch, "_triton_obstacle", lambda device: "no GPU")
+    with backend("triton"):
+        for kind in (LIF, IF, ParametricLIF, LIFRate):
+            neuron = kind()
+            with pytest.raises(RuntimeError, match="no GPU"):
+                neuron(data(4, 3))
+
+
+def test_step_mode_is_checked_when_it_is_changed():
+    neuron = LIF()
+    with pytest.raises(ValueError, match="step_mode must be"):
+        neuron.step_mode = "x"
+    assert neuron.step_mode == "m"
+
+
+@pytest.mark.parametrize(
+    ("kind", "positional"),
+    [
+        (LIF, ["tau", "decay_input", "v_threshold", "v_reset"]),
+        (IF, ["v_threshold", "v_reset"]),
+        (ParametricLIF, ["init_tau", "decay_input", "v_threshold", "v_reset"]),
+        (LIFRate, ["T"]),
+    ],
+)
+def test_positions_mean_what_they_mean_in_spikingjelly(kind, positional):
+    """Where its fifth argument is a surrogate_function, which spikes instead of being a derivative, ours takes no position."""
+    parameters = inspect.signature(kind).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+    defaults = {"tau": 2.0, "init_tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
+    defaults |= {"surrogate": "atan", "alpha": None, "step_mode": "m", "store_v_seq": False, "channels": None, "T": 4}
+    assert all(p.default == defaults[p.name] for p in parameters)
+
+
+@pytest.mark.parametrize("kind", [LIF, IF, ParametricLIF, LIFRate])
+def test_repr_shows_every_setting(kind):
+    shown = re.findall(r"(\w+)=", repr(kind()))
+    assert sorted(shown) == sorted(inspect.signature(kind).parameters)
+    assert "v_reset=None" in repr(kind(v_reset=None)) and "surrogate='erf'" in repr(kind(surrogate="erf"))
