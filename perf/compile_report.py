@@ -1,7 +1,7 @@
 """What the compilers make of the LIF kernels on GPUs that need not be there; compiler output, no time is measured.
 
-    python perf/compile_report.py                      every kernel, five targets: about 3 minutes, no GPU, no driver
-    python perf/compile_report.py --quick --check      T=4 on two targets, held against the committed figures
+    python perf/compile_report.py                      every kernel, five targets: 5 minutes of CPU time, no GPU
+    python perf/compile_report.py --quick --check      a few variants, held against the committed figures
 
 The public functions are called; their launches are compiled as on that GPU and not run (`gpu_code.launches`): so tile
 sizes, warps, flags and specialisations are those of a user's call on contiguous tensors.
@@ -56,7 +56,7 @@ CASES = (
     Case("T=4, learnt scalars", "lif_rate", parameters="scalar"),
     Case("T=4, learnt channels", "lif_rate", parameters="channel"),
 )
-PEER_CASES = tuple(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16, 32))
+PEER_CASES = tuple(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16))
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -66,7 +66,6 @@ def _ours(case: Case, dtype, target):
     """The launches of one forward and backward pass."""
     import sdit_kernels
     from perf import gpu_code
-    from sdit_kernels.triton import lif as kernels
 
     def tensor(*leading, wanted=True):
         return torch.empty(*leading, *SHAPE, dtype=dtype, requires_grad=wanted)
@@ -81,15 +80,31 @@ def _ours(case: Case, dtype, target):
     if case.extras:
         keywords |= {"residual": tensor(wanted=False), "gate": tensor()}
     wanted = [t for t in (*inputs, *keywords.values()) if t.requires_grad]
-    kernels._warps.cache_clear()  # it remembers the warp size of the target before
-    with gpu_code.launches(target) as found, sdit_kernels.backend("triton"):
+    with gpu_code.launches(target) as found, _forgetting(), sdit_kernels.backend("triton"):
         if case.op == "lif":
             out = sdit_kernels.lif(*inputs, **keywords)
         else:
             out = sdit_kernels.lif_rate(*inputs, case.T, **keywords)
         torch.autograd.grad(out, wanted, torch.empty_like(out))
-    kernels._warps.cache_clear()
     return found
+
+
+@contextlib.contextmanager
+def _forgetting():
+    """What the package remembers of its device, it asks anew: inside, and again afterwards."""
+    from sdit_kernels import dispatch
+    from sdit_kernels.triton import lif
+
+    def forget():
+        lif._warps.cache_clear()
+        dispatch.triton_on_cpu.cache_clear()
+        dispatch._resolved.clear()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
 
 
 def _peer(case: Case, dtype, target):
@@ -128,16 +143,16 @@ def floor(case: Case, backward: bool, size: int, rows: int) -> float:
     return passes * size + per_neuron / steps
 
 
-def _row(case: Case, name: str, compiled, arguments) -> dict:
+def _row(case: Case, compiled, arguments) -> dict:
     from perf import gpu_code
 
     found = gpu_code.inspect(compiled)
+    name = compiled.metadata.name.removesuffix("_kernel")
     tile = arguments["BR"] * arguments["BC"] if "BR" in arguments else arguments["BLOCK"]
     size = arguments["x_ptr" if "x_ptr" in arguments else "gs_ptr"].element_size()
-    backward, peer = "backward" in compiled.metadata.name, case.op == "spikingjelly"
+    backward, peer = "backward" in name, case.op == "spikingjelly"
     neurons = tile / found["threads"]
-    count = dict(found)
-    steps = min(case.T, STRETCH)  # of a neuron, that the code describes: one stretch stands for all
+    count, steps = found, min(case.T, STRETCH)  # the code of one stretch stands for all
     if peer or case.op == "lif_rate" and case.T > STRETCH:
         steps = case.T
         count = _whole(found, neurons, case, size, backward)
@@ -147,8 +162,9 @@ def _row(case: Case, name: str, compiled, arguments) -> dict:
         loads.pop(32, None)
         stores.pop(32, None)
     moved = sum(width * n for part in (loads, stores) for width, n in part.items()) / 8
+    like = Case("") if peer else case
     row = {
-        "kernel": name,
+        "kernel": f"spikingjelly{name}" if peer else name,
         "variant": case.variant,
         "data": "fp32" if size == 4 else "bf16",
         "target": found["target"],
@@ -165,7 +181,7 @@ def _row(case: Case, name: str, compiled, arguments) -> dict:
         "stores": found["stores"],
         "narrowest": min(*loads, *stores),
         "bytes_per_element": moved / elements,
-        "floor": floor(case._replace(op="lif", T=min(case.T, STRETCH)) if peer else case, backward, size, arguments.get("BR", 1)),
+        "floor": floor(like, backward, size, arguments.get("BR", 1)),
         "instructions_per_step": count["instructions"] / neurons / steps,
         "special_per_step": sum(count["special"].values()) / neurons / steps,
     }
@@ -192,41 +208,32 @@ def _whole(found: dict, neurons: float, case: Case, size: int, backward: bool) -
     return whole
 
 
-def _peer_missing(name="spikingjelly") -> str | None:
-    return harness.missing(name)
-
-
-def rows_of(target: str, quick: bool) -> list[dict]:
-    """All rows of one target, this project's and, with a `note` where it cannot be had, SpikingJelly's."""
-    rows = []
-    for case in CASES:
-        if quick and case.T > 4:
-            continue
-        for dtype in TYPES.values():
-            for compiled, arguments in _ours(case, dtype, target):
-                rows.append(_row(case, compiled.metadata.name.removesuffix("_kernel"), compiled, arguments))
-    reason = harness.missing("spikingjelly")
-    for case in PEER_CASES:
-        if quick and case.T > 4:
-            continue
+def rows_of(target: str, cases=CASES + PEER_CASES) -> list[dict]:
+    """A row for every kernel that the cases launch on one target; SpikingJelly's, where they cannot be had, have a `note`."""
+    rows, missing = [], harness.missing("spikingjelly")
+    for case in cases:
         for name, dtype in TYPES.items():
-            note = {"kernel": "spikingjelly", "variant": case.variant, "data": name, "target": target}
-            try:
-                if reason:
-                    raise RuntimeError(reason)
-                for compiled, arguments in _peer(case, dtype, target):
-                    rows.append(_row(case, "spikingjelly" + compiled.metadata.name.removesuffix("_kernel"), compiled, arguments))
-            except Exception as error:  # another library, of any version
-                rows.append(note | {"note": f"skipped: {error}"})
+            if case.op == "spikingjelly":
+                try:
+                    found = _peer(case, dtype, target) if not missing else []
+                    reason = missing
+                except Exception as error:  # another library, of any version
+                    found, reason = [], f"{type(error).__name__}: {error}"
+                if not found:
+                    row = {"kernel": "spikingjelly", "variant": case.variant, "data": name, "target": target}
+                    rows.append(row | {"note": f"skipped: {reason}"})
+            else:
+                found = _ours(case, dtype, target)
+            rows += [_row(case, compiled, arguments) for compiled, arguments in found]
     return rows
 
 
-def measure(targets, quick: bool, jobs: int) -> list[dict]:
+def rows_of_all(targets, cases, jobs: int) -> list[dict]:
     if jobs == 1:
-        return [row for target in targets for row in rows_of(target, quick)]
+        return [row for target in targets for row in rows_of(target, cases)]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
-        return [row for rows in pool.map(rows_of, targets, [quick] * len(targets)) for row in rows]
+        return [row for rows in pool.map(rows_of, targets, [cases] * len(targets)) for row in rows]
 
 
 # ---- check -----------------------------------------------------------------------------------------------------------
@@ -308,7 +315,8 @@ How to read it:
 - *loads*, *stores*: width in bits x how often it stands in the code of a thread.
 - *bytes* per element of x (`lif`: T x neurons; `lif_rate`: neurons), against the *floor*: each tensor read or written once.
   `lif` reads and writes 2 b forward and moves 3 b backward, b bytes being an element's size; on top of that a given membrane,
-  a checkpoint per 16 steps (T > 16), gate and residual, and a program's vectors of parameters.
+  a checkpoint per 16 steps (T > 16), gate and residual, and, once per program, its channels of parameters and of their
+  gradients (counted as for a small input, where a program has one tile; on large inputs it has several).
 - *instructions* and *special* (reciprocals, exponentials) per neuron and step, everything included: addresses, loads, stores,
   and what a program does once. On gfx1100 the scheduler's hints (`s_delay_alu`) count as instructions.
 - *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of x, and which is
@@ -316,25 +324,27 @@ How to read it:
 - learnt: tau and v_threshold are tensors whose gradients are wanted. T=32 is a loop over stretches of 16 steps. Backward
   kernels that keep much per neuron take narrower tiles, so that nothing spills: their accesses have 64 or 32 bits, contiguous
   across the warp.
-- `spikingjelly`: its Triton kernel for LIF with its own launch settings; it takes the membrane as an argument, saves the charge of
-  every step in fp32 for backward and writes it in every forward call.
+- `spikingjelly`: its Triton kernels for LIF with its own launch settings. They take a membrane and return one, and the forward
+  kernel writes the charge of every step, fp32, for the backward one; their floor is that of `lif` without a membrane.
 """
 
 
 def verdict(rows: list[dict]) -> str:
     ours = [row for row in rows if is_ours(row)]
-    narrow = sorted({f"{r['kernel']} {r['variant']} {r['data']}" for r in ours if r["narrowest"] < 128})
+    found = (f"{r['kernel']} {r['variant']} {r['data']} ({r['narrowest']})" for r in ours if r["narrowest"] < 128)
+    narrow = list(dict.fromkeys(found))
     spilt = [r for r in ours if r["spills"] or r["spill_bytes"]]
     over = [r for r in ours if r["bytes_per_element"] > 1.001 * r["floor"]]
-    text = f"{len(ours)} compilations of this project's kernels: {len(spilt)} with spills, {len(over)} above the floor of bytes; "
-    return text + f"accesses of 128 bits in all but: {', '.join(narrow) or 'none'}."
+    text = f"{len(ours)} kernels of this project: {len(spilt)} with spills to memory, {len(over)} above the floor of "
+    return text + f"bytes; accesses of 128 bits {'in all but ' + '; '.join(narrow) if narrow else 'throughout'}."
 
 
 def markdown(rows: list[dict], facts: dict) -> str:
     versions = facts["versions"]
     commit = f"{facts['commit']}{' with changes' if facts['dirty'] else ''}"
     versions = {k: versions[k] or "(not installed)" for k in ("torch", "triton", "spikingjelly")}
-    text = HEAD.format(command=f"python {facts['command']}", date=facts["date"], commit=commit, verdict=verdict(rows), **versions)
+    words = {"command": f"python {facts['command']}", "date": facts["date"], "commit": commit, "verdict": verdict(rows)}
+    text = HEAD.format(**words, **versions)
     for target in dict.fromkeys(row["target"] for row in rows):
         text += f"\n## {target}\n\n{table([row for row in rows if row['target'] == target])}\n"
     return text
@@ -342,7 +352,7 @@ def markdown(rows: list[dict], facts: dict) -> str:
 
 def main(arguments=None) -> int:
     p = argparse.ArgumentParser(description="LIF kernels as compiled for five GPUs (compiler output, no timings)")
-    p.add_argument("--quick", action="store_true", help=f"T=4 only, {' and '.join(QUICK_TARGETS)}")
+    p.add_argument("--quick", action="store_true", help=f"a few variants with T=4, {' and '.join(QUICK_TARGETS)}")
     p.add_argument("--target", action="append", help="such as cuda:90; may be repeated (default: all)")
     p.add_argument("--json", metavar="PATH", help="write the rows")
     p.add_argument("--markdown", metavar="PATH", help="write the tables")
@@ -356,7 +366,8 @@ def main(arguments=None) -> int:
     from perf import gpu_code
 
     targets = args.target or (QUICK_TARGETS if args.quick else gpu_code.TARGETS)
-    rows = measure(targets, args.quick, min(args.jobs, len(targets)))
+    cases = [c for c in CASES + PEER_CASES if not args.quick or c.T == 4 and not c.v and c.parameters != "scalar"]
+    rows = rows_of_all(targets, cases, min(args.jobs, len(targets)))
     facts = harness.provenance()
     facts = {k: facts[k] for k in ("date", "command", "commit", "dirty", "versions")}
     for target in targets:

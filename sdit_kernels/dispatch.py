@@ -58,7 +58,10 @@ def backend(name: str):
 
 @functools.cache
 def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # hidden on purpose, as by sys.modules[module] = None
+        return False
 
 
 @functools.cache

@@ -20,12 +20,8 @@ class Surrogate(NamedTuple):
 
 SURROGATES = {
     "atan": Surrogate(0, 2.0, "(a/2) / (1 + (pi/2 a z)^2)", lambda z, a: (a / 2) / (1 + (math.pi / 2 * a * z) ** 2)),
-    "sigmoid": Surrogate(
-        1, 4.0, "a sig(a z) (1 - sig(a z))", lambda z, a: a * torch.sigmoid(a * z) * torch.sigmoid(-a * z)
-    ),
-    "piecewise_quadratic": Surrogate(
-        2, 1.0, "max(0, a - a^2 |z|)", lambda z, a: (a - a * a * z.abs()).clamp(min=0)
-    ),
+    "sigmoid": Surrogate(1, 4.0, "a sig(a z) (1 - sig(a z))", lambda z, a: a * torch.sigmoid(a * z) * torch.sigmoid(-a * z)),
+    "piecewise_quadratic": Surrogate(2, 1.0, "max(0, a - a^2 |z|)", lambda z, a: (a - a * a * z.abs()).clamp(min=0)),
     "piecewise_exp": Surrogate(3, 1.0, "(a/2) exp(-a |z|)", lambda z, a: (a / 2) * torch.exp(-a * z.abs())),
     "soft_sign": Surrogate(4, 2.0, "1 / (2 a (1/a + |z|)^2)", lambda z, a: 1 / (2 * a * (1 / a + z.abs()) ** 2)),
     "super_spike": Surrogate(5, 1.0, "a / (1 + |z|)^2", lambda z, a: a / (1 + z.abs()) ** 2),

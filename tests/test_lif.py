@@ -70,7 +70,11 @@ def neurons(draw):
         decay_input=draw(st.booleans()),
         detach_reset=draw(st.booleans()),
         surrogate=draw(st.sampled_from(sorted(SURROGATES))),
-    ), *draw(st.sampled_from([("number",) * 2] * 3 + [("scalar",) * 2, ("channel",) * 2, ("channel", "number"), ("number", "scalar")]))
+    ), *draw(
+        st.sampled_from(
+            [("number",) * 2] * 3 + [("scalar",) * 2, ("channel",) * 2, ("channel", "number"), ("number", "scalar")]
+        )
+    )
 
 
 def parameter(kind, value, channels, dtype):
@@ -83,14 +87,22 @@ def parameter(kind, value, channels, dtype):
 def gradients(outputs, tensors, seed):
     generator = torch.Generator().manual_seed(seed)
     loss = sum((o * torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype)).sum() for o in outputs)
-    return torch.autograd.grad(loss, tensors)
+    return torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
 
 
-def assert_close(got, want, dtype, what):
+def assert_close(got, want, dtype, what, scale=0.0):
+    """Close beside the greatest element, or beside ``scale``: what the terms of a sum add up to without their signs."""
     assert got.dtype == want.dtype and got.shape == want.shape, what
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    scale = want.abs().max().item() if want.numel() else 0.0
+    scale = max(scale, want.abs().max().item() if want.numel() else 0.0)
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * max(scale, 1e-3), msg=lambda m: f"{what}: {m}")
+
+
+def assert_gradients(got, want, tensors, dtype):
+    """That of x comes first; the others that are smaller are sums over x, whose terms may cancel."""
+    total = want[0].abs().sum().item()
+    for i, (g, w, t) in enumerate(zip(got, want, tensors)):
+        assert_close(g, w, dtype, f"gradient {i}", 0.1 * total / t.numel() if t.dim() < 2 else 0.0)
 
 
 def compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs=("s", "v", "v_seq"), seed=0):
@@ -111,8 +123,7 @@ def compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs=("s", "v"
     (out, grads), (want, want_grads) = results
     for o, w, what in zip(out, want, ("s", "v", "v_seq")):
         assert torch.equal(o, w) and o.dtype == w.dtype, what
-    for g, w, what in zip(grads, want_grads, ("d0", "d1", "d2", "d3")):
-        assert_close(g, w, x.dtype, what)
+    assert_gradients(grads, want_grads, tensors, x.dtype)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -257,7 +268,7 @@ def test_upstream_gradients_of_any_strides(name):
 def test_lif_rate_equals_reference(name, data):
     neuron, tau_kind, theta_kind = data.draw(neurons())
     dtype = data.draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]))
-    T = data.draw(st.sampled_from([1, 2, 3, 4, 8, 16, 17, 50]))
+    T = data.draw(st.sampled_from([1, 2, 3, 4, 8, 17, 50]))
     shape = tuple(data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
     seed = data.draw(st.integers(0, 99))
     x = stretch(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
@@ -285,8 +296,7 @@ def test_lif_rate_equals_reference(name, data):
         assert out.dtype == want.dtype and (out != want).float().mean() < 0.02
         if not torch.equal(out, want):
             return
-    for g, w, what in zip(grads, want_grads, ("d0", "d1", "d2", "d3", "d4")):
-        assert_close(g, w, dtype, what)
+    assert_gradients(grads, want_grads, tensors, dtype)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -628,9 +638,7 @@ def test_two_threads_at_once():
 def python(code, **environment):
     environment = {**os.environ, **environment}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
-    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
 FORKED = """
@@ -640,8 +648,11 @@ from sdit_kernels import lif
 class Data(torch.utils.data.Dataset):
     def __len__(self): return 4
     def __getitem__(self, i):
-        torch.set_num_threads(2)
-        return lif(torch.full((4, 100000), 2.0 + i)).mean()
+        x = torch.full((4, 100000), 2.0 + i)
+        torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
+        mean = lif(x).numpy().mean()
+        torch.set_num_threads(1)
+        return float(mean)
 print(lif(torch.full((4, 100000), 2.0)).mean().item())
 print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")])
 """

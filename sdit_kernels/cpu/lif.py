@@ -90,7 +90,30 @@ def _forward_kernel(X, O, V, SOFT, DECAY, PER_CHANNEL):
     BLOCK = _BLOCK
 
     def lif_forward(
-        T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r, r_, r, theta_, theta, reset_
+        T,
+        R,
+        C,
+        x,
+        x_t,
+        x_r,
+        s,
+        s_t,
+        s_r,
+        v0,
+        v0_r,
+        v1,
+        v1_r,
+        seq,
+        seq_t,
+        seq_r,
+        keep,
+        keep_t,
+        keep_r,
+        r_,
+        r,
+        theta_,
+        theta,
+        reset_,
     ):
         vr = num(reset_, S)
         chunks = (C + BLOCK - 1) // BLOCK
@@ -242,9 +265,7 @@ def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
                     store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
                     store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
 
-    return Kernel(
-        lif_backward, f"lif_backward_{X}{V}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
-    )
+    return Kernel(lif_backward, f"lif_backward_{X}{V}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}")
 
 
 @functools.cache

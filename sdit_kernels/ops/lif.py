@@ -50,7 +50,9 @@ def _check_data(name, t, like=None):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if like is None:
         if t.dtype not in _FLOATS:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; cast it, e.g. {name}.float()")
+            raise TypeError(
+                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; cast it, e.g. {name}.float()"
+            )
     elif t.shape != like.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(like.shape)}, got {tuple(t.shape)}")
     if like is not None and t.device != like.device:
@@ -75,7 +77,9 @@ def _check_parameter(name, p, x, channels):
     """tau or v_threshold: (value, tensor or None)."""
     if isinstance(p, Tensor):
         if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
-            raise TypeError(f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; cast it: {name}.to({x.dtype})")
+            raise TypeError(
+                f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; cast it: {name}.to({x.dtype})"
+            )
         if p.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
         if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
@@ -310,9 +314,7 @@ def _lif_gradient(ctx, g, g_v, g_seq, _):
     *neuron, return_v, return_v_seq, _, _, backend = ctx.rest
     g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
     needs = ctx.needs_input_grad
-    found = _lif_backward_call(
-        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend
-    )
+    found = _lif_backward_call(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
     return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
 
 
@@ -330,9 +332,7 @@ def _rate_gradient(ctx, g):
     d_residual = g if needs[1] else None
     if not (needs[0] or needs[2] or needs[3] or needs[4]):
         return None, d_residual, *[None] * 13
-    dx, dgate, dtau, dth = _rate_backward_call(
-        g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1]
-    )
+    dx, dgate, dtau, dth = _rate_backward_call(g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1])
     found = (dx, d_residual, dgate, dtau, dth)
     return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
 
@@ -365,7 +365,11 @@ def _batching_rule(operator, batch_axes, output_axes):
             moved = []
             for t, dim, axis in zip(tensors, dims, batch_axes):
                 if t is not None and axis is not None and t.shape != (0,):
-                    t = t.movedim(dim, axis) if dim is not None else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
+                    t = (
+                        t.movedim(dim, axis)
+                        if dim is not None
+                        else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
+                    )
                 moved.append(t)
             outputs = operator(*moved, *rest)
             outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
@@ -444,12 +448,8 @@ def _nothing(ctx, inputs, output):
     pass
 
 
-_lif_call = _register(
-    "lif", _lif, _lif_fake, _lif_save, _lif_gradient, (1, 0, None, None), (1, 0, 1, 1)
-)
-_rate_call = _register(
-    "lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient, (0, 0, 0, None, None), (0,)
-)
+_lif_call = _register("lif", _lif, _lif_fake, _lif_save, _lif_gradient, (1, 0, None, None), (1, 0, 1, 1))
+_rate_call = _register("lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient, (0, 0, 0, None, None), (0,))
 _lif_backward_call = _register(
     "lif_backward", _lif_backward, _lif_backward_fake, _nothing, _no_second_derivative,
     (1, 0, 1, 1, 0, None, None, 1), (1, 0, None, None),

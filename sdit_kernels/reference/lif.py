@@ -107,10 +107,13 @@ def lif(
         s, v = _step(x_t, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative)
         spikes.append(s)
         membrane.append(v)
-    s = (torch.stack(spikes) if spikes else torch.empty_like(x)).to(spike_dtype or x.dtype)
-    v_seq = torch.stack(membrane) if membrane and return_v_seq else torch.empty_like(x, dtype=dtype)
-    out = (s, *([v] if return_v else []), *([v_seq] if return_v_seq else []))
-    return out if len(out) > 1 else s
+    s = (torch.stack(spikes) if spikes else x.clone()).to(spike_dtype or x.dtype)
+    out = [s]
+    if return_v:
+        out.append(v)
+    if return_v_seq:
+        out.append(torch.stack(membrane) if membrane else x.to(dtype, copy=True))
+    return tuple(out) if len(out) > 1 else s
 
 
 def lif_rate(

@@ -21,7 +21,7 @@ from ..surrogate import SURROGATES
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the rows are spread where parameter gradients are summed
-_KEPT = 128  # values that a thread keeps for the walk back stay below this, else its share of the tile is halved (or registers spill)
+_KEPT = 128  # fewer values than this are kept per thread for the walk back: compile_report.py finds spills beyond
 _ALPHA_PI_HALF: tl.constexpr = tl.constexpr(math.pi / 2)
 _INVERSE_ROOT_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(math.pi))
 
@@ -69,6 +69,15 @@ def _charge(x, v, r, v_reset, SOFT: tl.constexpr, DECAY: tl.constexpr):
 @triton.jit
 def _reset(h, theta, v_reset, SOFT: tl.constexpr):
     return tl.where(h >= theta, h - theta if SOFT else v_reset, h)
+
+
+@triton.jit
+def _reset_at(h, z, v_reset, SOFT: tl.constexpr):
+    """The same from z = h - theta, bit for bit, for the walk back.
+
+    Written as above, every step would be one of the first pass, which compilers then keep instead: too many for the registers.
+    """
+    return tl.where(z >= 0.0, z if SOFT else v_reset, h)
 
 
 @triton.jit
@@ -124,8 +133,6 @@ def lif_forward_kernel(
         v = tl.zeros([BR, BC], STATE) + reset
     else:
         v = tl.load(v_ptr + first + rows * v_r + cols, mask=mask, other=0.0).to(STATE)
-    one = tl.full([BR, BC], 1, s_ptr.dtype.element_ty)
-    zero = tl.zeros([BR, BC], s_ptr.dtype.element_ty)
     segments = tl.cdiv(T, K) if LONG else 1
     for segment in range(segments):
         t0 = tl.cast(segment, tl.int64) * K
@@ -139,7 +146,7 @@ def lif_forward_kernel(
         for k in tl.static_range(K):
             h, rest = _charge(xs[k].to(STATE), v, r_, reset, SOFT, DECAY)
             m = mask & (t0 + k < T) if LONG else mask
-            spike = tl.where(h >= th, one, zero)
+            spike = tl.where(h >= th, 1.0, 0.0).to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, spike, mask=m)
             after = _reset(h, th, reset, SOFT)
             v = tl.where(t0 + k < T, after, v) if LONG else after
@@ -181,7 +188,7 @@ def lif_backward_kernel(
             if LONG:  # noqa: SIM102
                 if segment > 0:
                     start = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
-            left = T - t0
+            left = T - t0  # for the loads; the stores compare t0 + k with T, or the masks of all steps would be kept
             xs = ()
             gs = ()
             for k in tl.static_range(K):
@@ -190,18 +197,16 @@ def lif_backward_kernel(
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
             hs = ()
-            ds = ()
             v = start
             for k in tl.static_range(K):  # rebuild the charge
                 h, rest = _charge(xs[k].to(STATE), v, r_, reset, SOFT, DECAY)
                 hs = hs + (h,)
-                ds = ds + (xs[k].to(STATE) - rest if DECAY else -rest,)
                 v = _reset(h, th, reset, SOFT)
             for k in tl.static_range(K - 1, -1, -1):  # walk back
                 m = mask & (t0 + k < T) if LONG else mask
                 h = hs[k]
                 z = h - th
-                fired = z >= 0.0  # as h >= th, but no value of the pass above, which the compiler would keep in registers
+                fired = z >= 0.0  # as h >= th; see _reset_at
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
                 slope = surrogate_derivative(z, a, KIND)
@@ -210,7 +215,9 @@ def lif_backward_kernel(
                     through += carry * (-th if SOFT else reset - h)
                 dh = through * slope + (carry if SOFT else tl.where(fired, 0.0, carry))
                 if dr_ptr is not None:
-                    sum_r += tl.where(m, dh * ds[k], 0.0)
+                    before = _reset_at(hs[k - 1], hs[k - 1] - th, reset, SOFT) if k > 0 else start
+                    rest = before if SOFT else before - reset
+                    sum_r += tl.where(m, dh * (xs[k].to(STATE) - rest if DECAY else -rest), 0.0)
                     d_theta = through * slope
                     if SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
@@ -382,9 +389,10 @@ def _warps() -> int:
 
 
 class _Grid:
-    """Tiles of one 16-byte access per thread (of 8 or 4 bytes where it keeps so much that registers would spill), and rows grouped so that partial sums stay few.
+    """Tiles of one 16-byte access per thread, and rows grouped so that partial sums stay few.
 
-    Tile sizes depend on the dtype and on C alone (where there are rows), so that no batch size compiles anew.
+    Tile sizes depend on the kernel's variant and on C alone (where there are rows), so that no batch size compiles anew. Where
+    more values per neuron are ``kept`` than a thread has registers for, its accesses are of 8 or 4 bytes.
     """
 
     def __init__(self, layout, dtype, parameters, kept=0):

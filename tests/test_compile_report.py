@@ -1,0 +1,104 @@
+"""perf/compile_report.py: the LIF kernels as compiled for an NVIDIA and an AMD GPU, without either."""
+
+import importlib.metadata
+import importlib.util
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true"):
+    pytest.skip("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled", allow_module_level=True)
+VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
+if not (3, 6) <= VERSION < (3, 9):
+    pytest.skip(f"perf/gpu_code.py knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
+
+from perf import compile_report  # noqa: E402
+from perf.compile_report import Case, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
+
+FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
+FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly"))
+
+
+TARGETS = ("cuda:90", "hip:gfx942")
+
+
+@pytest.fixture(scope="module")
+def rows_of_both():
+    # in processes of their own, for the tiles are smaller in this one
+    return rows_of_all(TARGETS, [Case("T=4"), Case("T=16", T=16), Case("T=4", "lif_rate")], jobs=2)
+
+
+@pytest.fixture(params=TARGETS)
+def rows(rows_of_both, request):
+    return [row for row in rows_of_both if row["target"] == request.param]
+
+
+def test_no_spills_full_width_bytes_at_the_floor(rows):
+    assert len(rows) == 12  # 3 cases, forward and backward, 2 dtypes
+    assert faults(rows) == []
+    for row in rows:
+        assert row["spills"] == row["spill_bytes"] == row["shared"] == 0, row
+        size = {"fp32": 4, "bf16": 2}[row["data"]]
+        assert row["bytes_per_element"] == row["floor"] == size * (3 if "backward" in row["kernel"] else 2), row
+        narrow = row["kernel"] == "lif_backward" and row["variant"] == "T=16" and row["data"] == "bf16"
+        assert row["narrowest"] == (64 if narrow else 128), row
+
+
+def test_instructions(rows):
+    for row in rows:
+        # about 9 operations forward and 30 backward; the rest is addresses, masks and what is done once
+        assert 5 < row["instructions_per_step"] < (45 if "backward" in row["kernel"] else 20), row
+        assert row["special_per_step"] < (1.3 if "backward" in row["kernel"] else 0.3), row
+    assert ("paper_limit_memory_ms" in rows[0]) == (rows[0]["target"] == "cuda:90")
+
+
+def test_a_launch_is_what_the_launcher_says():
+    from sdit_kernels.triton import lif
+
+    found = compile_report._ours(Case("T=4"), compile_report.TYPES["bf16"], "hip:gfx942")
+    assert [compiled.metadata.name for compiled, _ in found] == ["lif_forward_kernel", "lif_backward_kernel"]
+    for compiled, arguments in found:
+        assert compiled.metadata.num_warps == max(1, lif._THREADS // 64)
+        assert arguments["BR"] * arguments["BC"] == lif._THREADS * 8
+        assert arguments["K"] == 4 and not arguments["LONG"] and arguments["R"] == 1
+        assert not compiled.metadata.enable_fp_fusion
+    assert lif._warps.cache_info().currsize == 0  # nothing of the target is remembered
+
+
+def test_a_peer_is_compiled_or_its_absence_explained():
+    rows = rows_of("cuda:90", [Case("T=4", "spikingjelly")])
+    if importlib.util.find_spec("spikingjelly") is None:
+        assert [row["note"] for row in rows] == ["skipped: spikingjelly is not installed (make peers)"] * 2
+    assert all("note" in row or row["bytes_per_element"] > row["floor"] for row in rows)
+    assert faults(rows) == []  # no business of the check
+    assert "spikingjelly" in markdown(rows, FACTS)
+
+
+def test_floor():
+    assert floor(Case("", T=4), False, 4, 1) == 8 and floor(Case("", T=4), True, 2, 1) == 6
+    assert floor(Case("", T=32), True, 4, 1) == 12.25  # a checkpoint of 4 bytes per 16 steps
+    assert floor(Case("", T=4, v=True), True, 4, 1) == 14
+    assert floor(Case("", "lif_rate", extras=True), False, 2, 1) == 8
+    assert floor(Case("", T=4, parameters="channel"), False, 2, 2) == 5
+
+
+def test_faults_name_what_is_wrong():
+    good = {"kernel": "lif_forward", "variant": "T=4", "data": "fp32", "target": "cuda:90", "neurons_per_thread": 4.0}
+    good |= {"spills": 0, "spill_bytes": 0, "narrowest": 128, "bytes_per_element": 8.0, "floor": 8.0}
+    good |= {"instructions_per_step": 10.0}
+    assert faults([good], {"rows": [good]}) == []
+    where = "lif_forward T=4 fp32 cuda:90: "
+    assert faults([good | {"spills": 2, "spill_bytes": 8}]) == [where + "spills 2, 8 bytes a thread"]
+    assert faults([good | {"narrowest": 32}]) == [where + "an access of 32 bits, 128 wanted"]
+    assert faults([good | {"bytes_per_element": 9.0}]) == [where + "9.00 bytes per element, the floor is 8.00"]
+    more = good | {"instructions_per_step": 11.1}
+    assert faults([more], {"rows": [good]}) == [where + "instructions per neuron and step 10.0 -> 11.1"]
+    assert faults([more | {"kernel": "spikingjelly_forward"}], {"rows": []}) == []
+    assert "1 with spills" in verdict([good | {"spills": 2}])
+
+
+def test_arguments(capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
+        compile_report.main(["--quick"])
