@@ -1,8 +1,9 @@
 """Which implementation serves a call, and how a user overrides it.
 
-By default CPU tensors run the numba kernels ("cpu") and CUDA and ROCm tensors the Triton kernels ("triton"). A device that has no
-kernels here (MPS, XPU, ...) runs the reference and says so once. ``SDIT_KERNELS_BACKEND`` overrides this for the process, and
-``with sdit_kernels.backend(name):`` for the calls a thread makes inside the block; a request that cannot be met is an error.
+By default CPU tensors run the numba kernels ("cpu") and CUDA and ROCm tensors the Triton kernels ("triton"). A device that
+has no kernels here (MPS, XPU, ...) runs the reference and says so once. ``SDIT_KERNELS_BACKEND`` overrides this for the
+process, and ``with sdit_kernels.backend(name):`` for the calls a thread makes inside the block; a request that cannot be met is
+an error.
 """
 
 import functools

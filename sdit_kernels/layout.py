@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 

@@ -5,7 +5,8 @@ snnTorch's. One table serves the reference, the CPU kernels and the Triton kerne
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor

@@ -86,7 +86,7 @@ def _sum_tile(target, n, size, S):
 @functools.cache
 def _forward_kernel(X, O, V, SOFT, DECAY, PER_CHANNEL):
     S = state_code(X)
-    xb, ob, vb, sb = SIZES[X], SIZES[O], SIZES[V], SIZES[S]
+    xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK = _BLOCK
 
     def lif_forward(
@@ -328,7 +328,7 @@ def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
 @functools.cache
 def _staircase_kernel(X, O, GATE):
     S = state_code(X)
-    xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
+    xb, ob = SIZES[X], SIZES[O]
     BLOCK = _BLOCK
 
     def lif_rate_staircase(R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, levels, edges, values):
@@ -372,10 +372,10 @@ def _staircase_kernel(X, O, GATE):
 def _staircase(T, neuron, state, counts):
     """(levels, edges, values): lif_rate as a step function of its current, or None where it is not known to be one.
 
-    From v_reset and back to it at every spike, a constant current fires each n steps, n being its first passage: T // n spikes. So
-    the rate rises by steps as the current passes one edge for each distinct T // n. The edges are where the recurrence itself, in
-    its own arithmetic, changes: every float near the exact edge is tried, out to several times the greatest rounding error, and
-    unless the recurrence has one clean step there, it is left to run.
+    From v_reset and back to it at every spike, a constant current fires each n steps, n being its first passage: T // n
+    spikes. So the rate rises by steps as the current passes one edge for each distinct T // n. The edges are where the
+    recurrence itself, in its own arithmetic, changes: every float near the exact edge is tried, out to several times the
+    greatest rounding error, and unless the recurrence has one clean step there, it is left to run.
     """
     if neuron.v_reset is None or not neuron.v_reset < neuron.v_threshold:
         return None

@@ -1,4 +1,4 @@
-"""What every CPU kernel stands on: typed loads and stores at an address, stack tiles, and how a kernel is compiled and launched.
+"""What every CPU kernel stands on: typed loads and stores at an address, stack tiles, compilation and launch.
 
 A kernel takes addresses and sizes (integers) and constants (floats), never arrays: a call costs half a microsecond, LLVM sees
 plain pointers whose stack tiles cannot alias them, and bf16 needs no array type that numpy lacks. Storage types are small
@@ -171,8 +171,11 @@ _HUGE = 32 << 20  # glibc gives every block above this fresh from the system; sm
 
 
 def huge_pages(*tensors) -> None:
-    """Ask for 2 MiB pages under large outputs before they are first written. Where the system grants huge pages on request only,
-    as Linux distributions do by default, the faults on 4 KiB pages would cost several times what the kernel does."""
+    """Ask for 2 MiB pages under large outputs before they are first written.
+
+    Where the system grants huge pages on request only, as most Linux distributions do, the faults on 4 KiB pages would cost
+    several times what the kernel does.
+    """
     if _madvise is None:
         return
     for t in tensors:

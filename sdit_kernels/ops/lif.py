@@ -78,7 +78,8 @@ def _check_parameter(name, p, x, channels):
     if isinstance(p, Tensor):
         if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
             raise TypeError(
-                f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; cast it: {name}.to({x.dtype})"
+                f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; "
+                f"cast it: {name}.to({x.dtype})"
             )
         if p.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
@@ -346,8 +347,8 @@ def _no_second_derivative(ctx, *_):
 def _batching_rule(operator, batch_axes, output_axes):
     """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
 
-    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise; None
-    marks their gradients, which a batch must not sum over.
+    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise;
+    None marks their gradients, which a batch must not sum over.
     """
 
     def rule(info, in_dims, *args):
@@ -492,7 +493,8 @@ def lif(
     x and, if given, v; for T > 16 also the membrane of every 16th step.
 
     Args:
-        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32 (float64 for float64).
+        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
+            float64.
         v: membrane before the first step, x.shape[1:], of x's dtype or float32 (float64). None: v_reset, or 0 with soft reset.
         tau: time constant in steps, at least 1; a number, or a tensor: scalar, or (C,) for the C channels of x's last axis.
             ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
@@ -589,8 +591,8 @@ def lif_rate(
         T: simulation steps, at least 1.
         residual: added to the rate; x's shape, x's dtype or float32 (float64). The output takes its dtype.
         gate: logits of a gate on the current; x's shape and dtype.
-        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; the membrane starts at v_reset
-            (0 with soft reset) in every call.
+        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; the membrane starts at
+            v_reset (0 with soft reset) in every call.
         return_counts: return the number of spikes instead, uint8, for inference; needs T <= 255 and no residual.
 
     Returns:

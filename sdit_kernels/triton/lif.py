@@ -1,9 +1,9 @@
 """LIF in Triton. A program holds a tile of neurons (rows x columns, columns contiguous) in registers while the steps go by.
 
-All loads of a stretch of up to K steps are issued before the first is used. The walk back needs the charge h of every step: it is
-rebuilt in registers, from v, or for T > STRIDE from the membranes that the forward pass left in ``keep``. Arithmetic follows
-reference/lif.py operation by operation, compiled without fused multiply-adds; parameter gradients are summed per program and then
-over programs, never by atomics.
+All loads of a stretch of up to K steps are issued before the first is used. The walk back needs the charge h of every step: it
+is rebuilt in registers, from v, or for T > STRIDE from the membranes that the forward pass left in ``keep``. Arithmetic follows
+reference/lif.py operation by operation, compiled without fused multiply-adds; parameter gradients are summed per program and
+then over programs, never by atomics.
 
 Numbers arrive as "fp64" and are rounded once to the state type; sizes that change from call to call are not specialised on.
 """
@@ -29,7 +29,7 @@ _INVERSE_ROOT_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(math.pi))
 @triton.jit
 def surrogate_derivative(z, alpha, KIND: tl.constexpr):
     """ds/dz; KIND is the id in the table of surrogates."""
-    tl.static_assert(0 <= KIND and KIND <= 8, "unknown surrogate")
+    tl.static_assert(KIND <= 8, "unknown surrogate")
     m = tl.abs(z)
     if KIND == 0:
         q = _ALPHA_PI_HALF * alpha * z
@@ -136,7 +136,7 @@ def lif_forward_kernel(
     segments = tl.cdiv(T, K) if LONG else 1
     for segment in range(segments):
         t0 = tl.cast(segment, tl.int64) * K
-        if keep_ptr is not None:  # noqa: SIM102: one is known when compiling, the other is not
+        if keep_ptr is not None:
             if segment > 0:
                 tl.store(keep_ptr + first + (segment - 1).to(tl.int64) * keep_t + rows * keep_r + cols, v, mask=mask)
         xs = ()
@@ -185,7 +185,7 @@ def lif_backward_kernel(
                 start = tl.zeros([BR, BC], STATE) + reset
             else:
                 start = tl.load(v_ptr + first + rows * v_r + cols, mask=mask, other=0.0).to(STATE)
-            if LONG:  # noqa: SIM102
+            if LONG:
                 if segment > 0:
                     start = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
             left = T - t0  # for the loads; the stores compare t0 + k with T, or the masks of all steps would be kept
@@ -311,7 +311,7 @@ def _rate_step(
     state, current, r_, th, reset, a, PARAMETERS: tl.constexpr,
     SOFT: tl.constexpr, DECAY: tl.constexpr, DETACH: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One step of membrane and tangents. state = (v, v_x, s_x, v_r, s_r, v_th, s_th); v_x is dv/dx, s_x the sum of ds/dx, ..."""
+    """One step of membrane and tangents. state = (v, v_x, s_x, v_r, s_r, v_th, s_th); v_x is dv/dx, s_x the sum of ds/dx."""
     v, v_x, s_x, v_r, s_r, v_th, s_th = state
     h, rest = _charge(current, v, r_, reset, SOFT, DECAY)
     fired = h >= th
