@@ -354,6 +354,14 @@ def test_offsets_beyond_31_bits(name):
     assert torch.equal(run(name, lif, x), run("reference", lif, x.contiguous()))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("T, kind", [(3, "number"), (18, "channel"), (33, "scalar")])
+def test_small(name, T, kind):
+    """Everything at once, small enough for the interpreter."""
+    x, v = exact((T, 5, 7), torch.float32, T), exact((5, 7), torch.float32, 1, -16, 16)
+    compare_lif(name, x, v, dict(v_reset=-0.5), kind, kind, 2.0)
+
+
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
 def test_tiles_as_on_a_gpu(monkeypatch):
     """One case at the tile size that is launched on GPUs."""
@@ -364,20 +372,25 @@ def test_tiles_as_on_a_gpu(monkeypatch):
         compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
 
 
-def test_triton_kernels_write_only_where_they_should():
+@pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
+def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
+    """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
     from sdit_kernels.ops.lif import Neuron
     from sdit_kernels.triton import lif as kernels
 
     neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
-    for shape in ((4, 33), (3, 5, 7), (17, 70), (20, 9, 3)):
-        x = exact(shape, torch.float32, 1)
-        s, v, seq, dx = torch.empty_like(x), torch.empty(shape[1:]), torch.empty_like(x), torch.empty_like(x)
-        keep = torch.empty((shape[0] - 1) // 16, *shape[1:])
-        with native_triton.guarded(x, s, v, seq, dx) as (x_, s_, v_, seq_, dx_):
-            kernels.lif_forward(x_, None, None, None, neuron, s_, v_, seq_, keep if keep.numel() else None)
-            kernels.lif_backward(s_, None, None, x_, None, None, None, keep, neuron, dx_, None, False)
-            assert torch.equal(s_, run("reference", lif, x))
-            assert not dx_.isnan().any() and not seq_.isnan().any() and not v_.isnan().any()
+    tau, theta = (None, None) if kind is None else (torch.full(kind, 2.0), torch.full(kind, 1.0))
+    x, g, state = exact(shape, torch.float32, 1), torch.randn(shape), shape[1:]
+    keep = torch.full(((shape[0] - 1) // 16, *state), math.nan)
+    outputs = [torch.full(size, math.nan) for size in (shape, state, shape, shape, state, state, state, state)]
+    with native_triton.guarded(x, g, *outputs) as (x, g, s, v, seq, dx, dv, rate, d, d_gate):
+        kernels.lif_forward(x, x[1], tau, theta, neuron, s, v, seq, keep if keep.numel() else None)
+        sums = kernels.lif_backward(g, g[0], g, x, x[1], tau, theta, keep, neuron, dx, dv, kind is not None)
+        kernels.lif_rate_forward(x[0], x[1], x[2], tau, theta, 4, neuron, rate)
+        rate_sums = kernels.lif_rate_backward(g[0], x[0], x[2], tau, theta, 4, neuron, d, d_gate, kind is not None)
+        for t in (s, v, seq, dx, dv, rate, d, d_gate, keep, sums, rate_sums):
+            assert t is None or not t.isnan().any()
+        assert torch.equal(s, run("reference", lif, x, x[1]))
 
 
 # --- what is kept for the backward pass -------------------------------------------------------------------------------------
@@ -704,7 +717,7 @@ def test_in_the_interpreter():
     """Second witness: small cases in Triton's own interpreter."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_lif.py", "-k",
-         "triton and (threshold or empty or staircase or not_a_number or spike_dtypes)"],
+         "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)"],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

@@ -134,11 +134,12 @@ def lif_forward_kernel(
     else:
         v = tl.load(v_ptr + first + rows * v_r + cols, mask=mask, other=0.0).to(STATE)
     segments = tl.cdiv(T, K) if LONG else 1
-    for segment in range(segments):
-        t0 = tl.cast(segment, tl.int64) * K
+    for i in range(segments):
+        segment = tl.cast(i, tl.int64)
+        t0 = segment * K
         if keep_ptr is not None:
             if segment > 0:
-                tl.store(keep_ptr + first + (segment - 1).to(tl.int64) * keep_t + rows * keep_r + cols, v, mask=mask)
+                tl.store(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, v, mask=mask)
         xs = ()
         for k in tl.static_range(K):
             m = mask & (t0 + k < T) if LONG else mask
