@@ -18,7 +18,7 @@ from sdit_kernels import reference
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sdit_kernels"
 OPS = [name for name in sdit_kernels.__all__ if inspect.isfunction(getattr(sdit_kernels, name)) and name != "backend"]
-STEMS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
+STEMS = sorted(p.stem for p in (PACKAGE / "reference").glob("*.py") if p.stem != "__init__")
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -35,7 +35,7 @@ def test_every_op_has_a_reference_of_equal_signature_and_a_documented_example(na
 
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_has_its_rooms(stem):
-    for room in ("reference", "cpu", "triton"):
+    for room in ("ops", "cpu", "triton"):
         assert (PACKAGE / room / f"{stem}.py").exists(), f"{room}/{stem}.py is missing"
     tests, bench = ROOT / "tests" / f"test_{stem}.py", ROOT / "perf" / f"bench_{stem}.py"
     for name in OPS:

@@ -9,13 +9,27 @@ import functools
 import math
 
 import numba
-import numpy as np
 import torch
 
 from ..layout import STRIDE, layout_of, place, place_state
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from .runtime import CODES, SIZES, U8, Kernel, exp_negative, huge_pages, load, num, state_code, store, store_spike, tile
+from . import staircase
+from .runtime import (
+    CODES,
+    SIZES,
+    U8,
+    Kernel,
+    exp_negative,
+    huge_pages,
+    load,
+    num,
+    sigmoid,
+    state_code,
+    store,
+    store_spike,
+    tile,
+)  # fmt: skip
 
 _BLOCK = 1024  # columns a forward task holds
 _BACK = 256  # columns a backward task holds: STRIDE tiles of them are 16 KiB
@@ -50,13 +64,6 @@ def _surrogate(kind, z, a, S):
         return a if m < num(0.5, S) / a else num(0.0, S)
     q = one + a * m
     return one / (q * q)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _sigmoid(x, S):
-    e = exp_negative(-abs(x), S)
-    p = num(1.0, S) / (num(1.0, S) + e)
-    return p if x >= num(0.0, S) else e * p
 
 
 @numba.njit(forceinline=True, error_model="numpy")
@@ -291,7 +298,7 @@ def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
             for i in range(n):
                 xi = load(x + (row * x_r + c) * xb, i, X)
                 if GATE:
-                    xi = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
+                    xi = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
                 store(current, i, xi, S)
                 store(v, i, vr, S)
                 store(count, i, zero, S)
@@ -323,95 +330,6 @@ def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
                     store(target, i, load(count, i, S) / steps, O)
 
     return Kernel(lif_rate_forward, f"lif_rate_forward_{X}{O}{GATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}")
-
-
-@functools.cache
-def _staircase_kernel(X, O, GATE):
-    S = state_code(X)
-    xb, ob = SIZES[X], SIZES[O]
-    BLOCK = _BLOCK
-
-    def lif_rate_staircase(R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, levels, edges, values):
-        zero = num(0.0, S)
-        chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
-            row = task // chunks
-            c = (task - row * chunks) * BLOCK
-            n = min(BLOCK, C - c)
-            current, rate = tile(BLOCK, S), tile(BLOCK, S)
-            for i in range(n):
-                xi = load(x + (row * x_r + c) * xb, i, X)
-                if GATE:
-                    xi = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
-                store(current, i, xi, S)
-                store(rate, i, zero, S)
-            for level in range(0, levels, 4):
-                e0, e1 = load(edges, level, S), load(edges, level + 1, S)
-                e2, e3 = load(edges, level + 2, S), load(edges, level + 3, S)
-                r0, r1 = load(values, level, S), load(values, level + 1, S)
-                r2, r3 = load(values, level + 2, S), load(values, level + 3, S)
-                for i in range(n):
-                    xi, ri = load(current, i, S), load(rate, i, S)
-                    ri = r0 if xi >= e0 else ri
-                    ri = r1 if xi >= e1 else ri
-                    ri = r2 if xi >= e2 else ri
-                    ri = r3 if xi >= e3 else ri
-                    store(rate, i, ri, S)
-            target = out + (row * out_r + c) * ob
-            if y != 0:
-                for i in range(n):
-                    store(target, i, load(y + (row * y_r + c) * ob, i, O) + load(rate, i, S), O)
-            else:
-                for i in range(n):
-                    store(target, i, load(rate, i, S), O)
-
-    return Kernel(lif_rate_staircase, f"lif_rate_staircase_{X}{O}{GATE:d}")
-
-
-@functools.lru_cache(maxsize=256)
-def _staircase(T, neuron, state, counts):
-    """(levels, edges, values): lif_rate as a step function of its current, or None where it is not known to be one.
-
-    From v_reset and back to it at every spike, a constant current fires each n steps, n being its first passage: T // n
-    spikes. So the rate rises by steps as the current passes one edge for each distinct T // n. The edges are where the
-    recurrence itself, in its own arithmetic, changes: every float near the exact edge is tried, out to several times the
-    greatest rounding error, and unless the recurrence has one clean step there, it is left to run.
-    """
-    if neuron.v_reset is None or not neuron.v_reset < neuron.v_threshold:
-        return None
-    float_, int_ = (np.float32, np.int32) if state == torch.float32 else (np.float64, np.int64)
-    r, theta, reset = float_(1.0 / neuron.tau), float_(neuron.v_threshold), float_(neuron.v_reset)
-    edges, values = [], []
-    for n in range(T, 0, -1):
-        if edges and T // n == values[-1]:
-            continue
-        grown = 1 - (1 - float(r)) ** n if r else float(n)  # h after n steps is reset + grown * (x - reset)
-        rise = float(theta) - float(reset)
-        edge = float(reset) + rise / grown if neuron.decay_input else rise * (float(r) or 1.0) / grown
-        slope = grown if neuron.decay_input else grown / (float(r) or 1.0)
-        scale = max(abs(edge), abs(float(theta)), abs(float(reset)))
-        reach = 16 * (n + 2) * scale * np.finfo(float_).eps / slope
-        if not abs(edge) > 0 or reach / np.spacing(float_(abs(edge))) > 1 << 15 or reach > abs(edge) / 4:
-            return None
-        near = np.asarray([edge], float_).view(int_) + np.arange(-int(1 << 15), (1 << 15) + 1, dtype=int_)
-        x = near.view(float_)
-        x = np.sort(x[np.abs(x.astype(np.float64) - edge) <= reach])
-        v, fired = np.full_like(x, reset), np.zeros(x.shape, bool)
-        for _ in range(n):
-            h = v + (x - (v - reset)) * r if neuron.decay_input else v - (v - reset) * r + x
-            fired |= h >= theta
-            v = np.where(h >= theta, reset, h)
-        first = int(fired.argmax())
-        if fired[0] or not fired[first:].all():
-            return None
-        edges.append(x[first])
-        values.append(T // n)
-    if any(b < a for a, b in zip(edges, edges[1:])):
-        return None
-    pad = -len(edges) % 4
-    edges = np.asarray(edges + [np.nan] * pad, float_)  # no current reaches a NaN, not even an infinite one
-    values = np.asarray(values + [0] * pad, float_)
-    return len(edges), edges, values if counts else values / float_(T)
 
 
 @functools.cache
@@ -447,7 +365,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PA
                 for i in range(n):
                     xi = load(x + (row * x_r + c) * xb, i, X)
                     if GATE:
-                        xi = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
+                        xi = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
                     store(current, i, xi, S)
                     store(v, i, vr, S)
                     store(v_x, i, zero, S)
@@ -502,7 +420,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PA
                     gi = load(gt, i, O) / steps
                     di = gi * load(s_x, i, S)
                     if GATE:
-                        p = _sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
+                        p = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
                         slope = load(x + (row * x_r + c) * xb, i, X) * p * (one - p)
                         store(dgate + (row * dgate_r + c) * xb, i, di * slope, X)
                         di = di * p
@@ -650,10 +568,10 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
         residual, y_r = place_state(layout, residual)
     stairs = None
     if tau is None and v_threshold is None:
-        stairs = _staircase(T, neuron, state_dtype(x.dtype), out.dtype == torch.uint8)
+        stairs = staircase.table(T, neuron, state_dtype(x.dtype), out.dtype == torch.uint8)
     if stairs is not None:
         levels, edges, values = stairs
-        _staircase_kernel(CODES[x.dtype], CODES[out.dtype], gate is not None)(
+        staircase.kernel(CODES[x.dtype], CODES[out.dtype], gate is not None)(
             x.numel(), layout.R, layout.C, x.data_ptr(), x_r, _address(gate), gate_r, _address(residual), y_r,
             out.data_ptr(), out_r, levels, edges.ctypes.data, values.ctypes.data,
         )  # fmt: skip

@@ -167,6 +167,13 @@ def exp_negative(x, code):
     return p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
 
 
+@numba.njit(forceinline=True, error_model="numpy")
+def sigmoid(x, S):
+    e = exp_negative(-abs(x), S)
+    p = num(1.0, S) / (num(1.0, S) + e)
+    return p if x >= num(0.0, S) else e * p
+
+
 _HUGE = 32 << 20  # glibc gives every block above this fresh from the system; smaller ones it reuses
 
 

@@ -16,11 +16,10 @@ from .. import dispatch, reference
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
+from .operator import register
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PLAIN = (Tensor, torch.nn.Parameter)
 _INFERENCE = (torch.uint8, torch.bool)
-_LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _NEURON = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
 )
@@ -151,24 +150,6 @@ def _wants_gradient(*tensors):
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
-
-_LIBRARY.define(
-    "lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, " + _NEURON + ", bool return_v, bool return_v_seq, "
-    "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
-    "Tensor checkpoint, " + _NEURON + ", bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, " + _NEURON + ", "
-    "bool return_counts, str backend) -> Tensor"
-)
-_LIBRARY.define(
-    "lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, " + _NEURON + ", "
-    "bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
 
 _modules = {}
 
@@ -301,7 +282,6 @@ def _rate_backward_fake(g, x, gate, tau, v_threshold, T, *rest):
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------------
-# torch.library.register_autograd costs 60 us a call more than this, and functorch refuses it.
 
 
 def _lif_save(ctx, inputs, output):
@@ -338,127 +318,42 @@ def _rate_gradient(ctx, g):
     return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "the fused LIF kernels have no second derivative; run the forward pass under sdit_kernels.backend('reference')"
-    )
-
-
-def _batching_rule(operator, batch_axes, output_axes):
-    """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
-
-    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise;
-    None marks their gradients, which a batch must not sum over.
-    """
-
-    def rule(info, in_dims, *args):
-        n = info.batch_size
-        tensors, dims, rest = args[: len(batch_axes)], in_dims[: len(batch_axes)], args[len(batch_axes) :]
-        parameters = None in output_axes and rest[-2]
-        if parameters or any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None):
-            one = [
-                operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)
-            ]
-            columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
-            outputs = [torch.stack(column) for column in columns]
-            axes = [0] * len(outputs)
-        else:
-            moved = []
-            for t, dim, axis in zip(tensors, dims, batch_axes):
-                if t is not None and axis is not None and t.shape != (0,):
-                    t = (
-                        t.movedim(dim, axis)
-                        if dim is not None
-                        else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
-                    )
-                moved.append(t)
-            outputs = operator(*moved, *rest)
-            outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
-            axes = [None if out.shape == (0,) else axis for out, axis in zip(outputs, output_axes)]
-        return (tuple(outputs), tuple(axes)) if len(outputs) > 1 else (outputs[0], axes[0])
-
-    return rule
-
-
-def _register(name, implementation, fake, save, gradient, batch_axes, output_axes):
-    """CPU, CUDA (which is ROCm's key too), fake, autograd and vmap for one operator.
-
-    Returns what to call: the operator, or under torch.func's transforms its twin.
-    """
-    operator = getattr(torch.ops.sdit_kernels, name).default
-    below = torch._C._AutoDispatchBelowAutograd
-    _LIBRARY.impl(name, implementation, "CPU")
-    _LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"sdit_kernels::{name}", _batching_rule(operator, batch_axes, output_axes), lib=_LIBRARY)
-
-    tensors = len(batch_axes)
-
-    def overheard(args):
-        """Whether a mode, the profiler, or a tensor that is no plain one wants the dispatcher to see the call. If none does, an
-        eager call need not pass it, twice 12 us."""
-        if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
-            return True
-        return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in args[:tensors])
-
-    def run(*args):
-        if not overheard(args):
-            return implementation(*args)
-        with below():
-            return operator(*args)
-
-    class Autograd(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *args):
-            output = run(*args)
-            save(ctx, args, output)
-            return output
-
-        backward = staticmethod(gradient)
-
-    class Functorch(torch.autograd.Function):  # torch.func wants the context set up apart, which costs 18 us a call
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            with below():
-                return operator(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            save(ctx, inputs, output)
-
-        backward = staticmethod(gradient)
-
-    def autograd(*args):
-        return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
-
-    _LIBRARY.impl(name, autograd, "Autograd")
-
-    def call(*args):
-        if torch.compiler.is_compiling():
-            return operator(*args)
-        if torch._C._are_functorch_transforms_active():
-            return Functorch.apply(*args)
-        return operator(*args) if overheard(args) else autograd(*args)
-
-    return call
-
-
-def _nothing(ctx, inputs, output):
-    pass
-
-
-_lif_call = _register("lif", _lif, _lif_fake, _lif_save, _lif_gradient, (1, 0, None, None), (1, 0, 1, 1))
-_rate_call = _register("lif_rate", _rate, _rate_fake, _rate_save, _rate_gradient, (0, 0, 0, None, None), (0,))
-_lif_backward_call = _register(
-    "lif_backward", _lif_backward, _lif_backward_fake, _nothing, _no_second_derivative,
-    (1, 0, 1, 1, 0, None, None, 1), (1, 0, None, None),
-)  # fmt: skip
-_rate_backward_call = _register(
-    "lif_rate_backward", _rate_backward, _rate_backward_fake, _nothing, _no_second_derivative,
-    (0, 0, 0, None, None), (0, 0, None, None),
-)  # fmt: skip
+_lif_call = register(
+    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, "
+    "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _lif,
+    _lif_fake,
+    batch_axes=(1, 0, None, None),
+    output_axes=(1, 0, 1, 1),
+    save=_lif_save,
+    gradient=_lif_gradient,
+)
+_lif_backward_call = register(
+    "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
+    f"Tensor checkpoint, {_NEURON}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _lif_backward,
+    _lif_backward_fake,
+    batch_axes=(1, 0, 1, 1, 0, None, None, 1),
+    output_axes=(1, 0, None, None),
+)
+_rate_call = register(
+    f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    "bool return_counts, str backend) -> Tensor",
+    _rate,
+    _rate_fake,
+    batch_axes=(0, 0, 0, None, None),
+    output_axes=(0,),
+    save=_rate_save,
+    gradient=_rate_gradient,
+)
+_rate_backward_call = register(
+    f"lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    "bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _rate_backward,
+    _rate_backward_fake,
+    batch_axes=(0, 0, 0, None, None),
+    output_axes=(0, 0, None, None),
+)
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------

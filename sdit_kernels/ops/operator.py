@@ -1,0 +1,125 @@
+"""What makes an operator of a schema and two functions: CPU, CUDA, fake, autograd and vmap, at the least cost per call.
+
+torch.library.register_autograd would cost 60 us a call more than what is here, and functorch refuses it.
+"""
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _batching_rule(operator, batch_axes, output_axes):
+    """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
+
+    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise;
+    None marks their gradients, which a batch must not sum over.
+    """
+
+    def rule(info, in_dims, *args):
+        n = info.batch_size
+        tensors, dims, rest = args[: len(batch_axes)], in_dims[: len(batch_axes)], args[len(batch_axes) :]
+        parameters = None in output_axes and rest[-2]
+        if parameters or any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None):
+            one = [
+                operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)
+            ]
+            columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
+            outputs = [torch.stack(column) for column in columns]
+            axes = [0] * len(outputs)
+        else:
+            moved = []
+            for t, dim, axis in zip(tensors, dims, batch_axes):
+                if t is not None and axis is not None and t.shape != (0,):
+                    t = (
+                        t.movedim(dim, axis)
+                        if dim is not None
+                        else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
+                    )
+                moved.append(t)
+            outputs = operator(*moved, *rest)
+            outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            axes = [None if out.shape == (0,) else axis for out, axis in zip(outputs, output_axes)]
+        return (tuple(outputs), tuple(axes)) if len(outputs) > 1 else (outputs[0], axes[0])
+
+    return rule
+
+
+def _nothing(ctx, inputs, output):
+    pass
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "the fused kernels have no second derivative; run the forward pass under sdit_kernels.backend('reference')"
+    )
+
+
+def register(schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None):
+    """Define ``sdit_kernels::<schema>``. Returns what to call: the operator, or a shorter way to the same.
+
+    implementation, fake: take the operator's arguments, tensors first. batch_axes, output_axes: see _batching_rule.
+    save(ctx, inputs, outputs), gradient(ctx, *upstream): as in autograd.Function; without them a derivative is refused.
+    """
+    name = schema.partition("(")[0]
+    save, gradient = save or _nothing, gradient or _no_second_derivative
+    _LIBRARY.define(schema)
+    operator = getattr(torch.ops.sdit_kernels, name).default
+    below = torch._C._AutoDispatchBelowAutograd
+    _LIBRARY.impl(name, implementation, "CPU")
+    _LIBRARY.impl(name, implementation, "CUDA")
+    torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"sdit_kernels::{name}", _batching_rule(operator, batch_axes, output_axes), lib=_LIBRARY)
+
+    tensors = len(batch_axes)
+
+    def overheard(args):
+        """Whether a mode, the profiler, or a tensor that is no plain one wants the dispatcher to see the call. If none does, an
+        eager call need not pass it, twice 12 us."""
+        if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
+            return True
+        return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in args[:tensors])
+
+    def run(*args):
+        if not overheard(args):
+            return implementation(*args)
+        with below():
+            return operator(*args)
+
+    class Autograd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            output = run(*args)
+            save(ctx, args, output)
+            return output
+
+        backward = staticmethod(gradient)
+
+    class Functorch(torch.autograd.Function):  # torch.func wants the context set up apart, which costs 18 us a call
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            with below():
+                return operator(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            save(ctx, inputs, output)
+
+        backward = staticmethod(gradient)
+
+    def autograd(*args):
+        return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Functorch.apply(*args)
+        return operator(*args) if overheard(args) else autograd(*args)
+
+    return call
