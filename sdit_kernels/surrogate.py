@@ -24,7 +24,7 @@ SURROGATES = {
     "sigmoid": Surrogate(1, 4.0, "a sig(a z) (1 - sig(a z))", lambda z, a: a * torch.sigmoid(a * z) * torch.sigmoid(-a * z)),
     "piecewise_quadratic": Surrogate(2, 1.0, "max(0, a - a^2 |z|)", lambda z, a: (a - a * a * z.abs()).clamp(min=0)),
     "piecewise_exp": Surrogate(3, 1.0, "(a/2) exp(-a |z|)", lambda z, a: (a / 2) * torch.exp(-a * z.abs())),
-    "soft_sign": Surrogate(4, 2.0, "1 / (2 a (1/a + |z|)^2)", lambda z, a: 1 / (2 * a * (1 / a + z.abs()) ** 2)),
+    "soft_sign": Surrogate(4, 2.0, "(a/2) / (1 + a |z|)^2", lambda z, a: (a / 2) / (1 + a * z.abs()) ** 2),
     "super_spike": Surrogate(5, 1.0, "a / (1 + |z|)^2", lambda z, a: a / (1 + z.abs()) ** 2),
     "erf": Surrogate(
         6, 2.0, "(a / sqrt(pi)) exp(-(a z)^2)", lambda z, a: (a / math.sqrt(math.pi)) * torch.exp(-((a * z) ** 2))

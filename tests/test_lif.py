@@ -233,6 +233,21 @@ def test_not_a_number_and_infinity(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("surrogate", sorted(SURROGATES))
+def test_gradients_of_extreme_inputs(name, surrogate):
+    """Far from the threshold a surrogate that decays exponentially is 0, not the least float times 1e38."""
+    x = torch.tensor([1e20, -1e20, 3.4e38, -3.4e38, 1e-40, 100.0, -100.0, math.nan]).repeat(3, 1)
+    for kwargs in (dict(), dict(v_reset=None), dict(alpha=1000.0), dict(alpha=1e-3)):
+        for function, data in ((lif, x), (lif_rate, x[0])):
+            a, b = leaf(data), leaf(data)
+            with backend(name):
+                function(a, surrogate=surrogate, **kwargs).sum().backward()
+            with backend("reference"):
+                function(b, surrogate=surrogate, **kwargs).sum().backward()
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_spike_dtypes(name):
     for dtype in (torch.float32, torch.bfloat16):
         x = exact((5, 77), dtype, 1)
@@ -707,7 +722,7 @@ def test_nowhere_to_cache(tmp_path):
     """No folder to write compiled code to: it runs, and says so once."""
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "folder")
-    done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere)
+    done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
     assert done.stdout.strip() == "12.0 3.0", done.stderr
     assert done.stderr.count("no writable folder") == 1
 

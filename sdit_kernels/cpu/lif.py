@@ -52,8 +52,8 @@ def _surrogate(kind, z, a, S):
     if kind == 3:
         return num(0.5, S) * a * exp_negative(-a * m, S)
     if kind == 4:
-        q = one / a + m
-        return one / (num(2.0, S) * a * q * q)
+        q = one + a * m
+        return num(0.5, S) * a / (q * q)
     if kind == 5:
         q = one + m
         return a / (q * q)

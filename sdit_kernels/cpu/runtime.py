@@ -153,7 +153,9 @@ def exp_negative(x, code):
     """exp(x) for x <= 0, within 1.5 ulp; float32 by a polynomial, because a call into libm would stop the vectoriser."""
     if code == F64:
         return num(math.exp(x), code)
-    x = num(-87.0, code) if x < num(-87.0, code) else x  # a NaN stays
+    least = num(-87.0, code)  # below it the result is 0; a NaN stays
+    tiny = x < least
+    x = least if tiny else x
     n = np.floor(x * num(1.4426950408889634, code) + num(0.5, code))
     f = (x - n * num(0.693359375, code)) - n * num(-2.12194440054690583e-4, code)  # ln 2 in two parts
     p = num(1.0 / 5040.0, code)
@@ -164,7 +166,8 @@ def exp_negative(x, code):
     p = p * f + num(0.5, code)
     p = p * f + num(1.0, code)
     p = p * f + num(1.0, code)
-    return p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
+    p = p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
+    return num(0.0, code) if tiny else p
 
 
 @numba.njit(forceinline=True, error_model="numpy")

@@ -43,8 +43,8 @@ def surrogate_derivative(z, alpha, KIND: tl.constexpr):
     elif KIND == 3:
         return 0.5 * alpha * tl.exp(-alpha * m)
     elif KIND == 4:
-        q = 1.0 / alpha + m
-        return 1.0 / (2.0 * alpha * q * q)
+        q = 1.0 + alpha * m
+        return 0.5 * alpha / (q * q)
     elif KIND == 5:
         q = 1.0 + m
         return alpha / (q * q)
