@@ -236,7 +236,7 @@ def test_not_a_number_and_infinity(name):
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
 def test_gradients_of_extreme_inputs(name, surrogate):
     """Far from the threshold a surrogate that decays exponentially is 0, not the least float times 1e38."""
-    x = torch.tensor([1e20, -1e20, 3.4e38, -3.4e38, 1e-40, 100.0, -100.0, math.nan]).repeat(3, 1)
+    x = torch.tensor([1e20, -1e20, 3.4e38, -3.4e38, 1e-40, 100.0, -100.0]).repeat(3, 1)
     for kwargs in (dict(), dict(v_reset=None), dict(alpha=1000.0), dict(alpha=1e-3)):
         for function, data in ((lif, x), (lif_rate, x[0])):
             a, b = leaf(data), leaf(data)
