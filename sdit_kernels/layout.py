@@ -64,9 +64,7 @@ def layout_of(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
     """The view that serves ``out`` and, if there is one, x as well. x must not be empty."""
     steps = x.shape[0]
     if x.is_contiguous():
-        size = x.numel() // steps
-        columns = x.shape[-1] if per_channel else size
-        return Layout(None, size // columns, columns)
+        return _contiguous(x, x.numel() // steps, per_channel)
     axes = range(1, x.dim())
     order = tuple(axes) if per_channel else tuple(sorted(axes, key=lambda a: (-out.stride(a), a)))
     sizes = [x.shape[a] for a in order]
@@ -80,6 +78,18 @@ def layout_of(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
             return candidate
         found = found or candidate
     return found
+
+
+def layout_of_step(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
+    """The same for tensors without the T axis."""
+    if x.is_contiguous():
+        return _contiguous(x, x.numel(), per_channel)
+    return layout_of(x.unsqueeze(0), out.unsqueeze(0), per_channel)
+
+
+def _contiguous(x, size, per_channel):
+    columns = x.shape[-1] if per_channel else size
+    return Layout(None, size // columns, columns)
 
 
 def place(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
@@ -96,5 +106,7 @@ def place(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
 
 def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
     """The same for a tensor without the T axis."""
+    if v.is_contiguous() and layout.order is None:
+        return v, layout.C
     view, _, stride = place(layout, v.unsqueeze(0))
     return view, stride

@@ -11,7 +11,7 @@ import math
 import numba
 import torch
 
-from ..layout import STRIDE, layout_of, place, place_state
+from ..layout import STRIDE, layout_of, layout_of_step, place, place_state
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from . import staircase
@@ -558,7 +558,7 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     huge_pages(out)
     p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
-    layout = layout_of(x.unsqueeze(0), out.unsqueeze(0), p.per_channel)
+    layout = layout_of_step(x, out, p.per_channel)
     x, x_r = place_state(layout, x)
     out, out_r = place_state(layout, out)
     gate_r = y_r = 0
@@ -589,7 +589,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     huge_pages(dx, dgate)
     p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
-    layout = layout_of(x.unsqueeze(0), dx.unsqueeze(0), p.per_channel)
+    layout = layout_of_step(x, dx, p.per_channel)
     g, _, g_r, g_c = _gradient(layout, g.unsqueeze(0), g)
     x, x_r = place_state(layout, x)
     dx, dx_r = place_state(layout, dx)

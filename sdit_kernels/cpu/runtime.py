@@ -177,7 +177,7 @@ def sigmoid(x, S):
     return p if x >= num(0.0, S) else e * p
 
 
-_HUGE = 32 << 20  # glibc gives every block above this fresh from the system; smaller ones it reuses
+_HUGE = 4 << 20  # bytes; glibc returns such blocks to the system when they are freed, or when enough of them are
 
 
 def huge_pages(*tensors) -> None:

@@ -242,6 +242,8 @@ def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest)
 
 def _rate_output(x, residual, tau, v_threshold, return_counts):
     dtype = torch.uint8 if return_counts else x.dtype if residual is None else residual.dtype
+    if x.is_contiguous():
+        return torch.empty_like(x, dtype=dtype)
     return empty_like(x.unsqueeze(0), dtype, _per_channel(tau, v_threshold)).squeeze(0)
 
 

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import STRIDE, layout_of, place, place_state
+from ..layout import STRIDE, layout_of, layout_of_step, place, place_state
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 
@@ -517,7 +517,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     flags = _flags(neuron, tau, v_threshold, x.dtype)
-    layout = layout_of(x.unsqueeze(0), out.unsqueeze(0), flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"])
+    layout = layout_of_step(x, out, flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"])
     x, x_r = place_state(layout, x)
     gate, gate_r = _placed_state(layout, gate)
     residual, residual_r = _placed_state(layout, residual)
@@ -534,7 +534,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     flags = _flags(neuron, tau, v_threshold, x.dtype)
     per_channel = flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"]
-    layout = layout_of(x.unsqueeze(0), dx.unsqueeze(0), per_channel)
+    layout = layout_of_step(x, dx, per_channel)
     g, _, g_r, g_c = _gradient(layout, g.unsqueeze(0), g.dtype)
     x, x_r = place_state(layout, x)
     gate, gate_r = _placed_state(layout, gate)
