@@ -189,6 +189,8 @@ def _use_interpreter():
     os.environ["TRITON_INTERPRET"] = "1"
     if _triton_version() is None:
         return
+    if _triton_version() < (3, 6):
+        raise RuntimeError("The tests need Triton 3.6 or newer: pip install --no-deps triton==3.6.0")
     _mend_interpreter_bf16()
     _mend_interpreter_index()
     _mend_interpreter_floats()
