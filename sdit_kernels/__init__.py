@@ -3,9 +3,10 @@
 Letters: B batch, T simulation steps, L tokens, C channels.
 """
 
+from . import nn
 from .dispatch import backend
 from .ops.lif import lif, lif_rate
 from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
-__all__ = ["SURROGATES", "backend", "lif", "lif_rate"]
+__all__ = ["SURROGATES", "backend", "lif", "lif_rate", "nn"]

@@ -83,8 +83,8 @@ def _check_parameter(name, p, x, channels):
         if p.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
         if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
-            per_channel = f"({channels},), one per channel of x's last axis" if channels is not None else "one element"
-            raise ValueError(f"{name} must be a scalar or have shape {per_channel}, got {tuple(p.shape)}")
+            per_channel = f" or have shape ({channels},), one per channel of x's last axis" if channels is not None else ""
+            raise ValueError(f"{name} must be a scalar{per_channel}, got {tuple(p.shape)}")
         return 1.0, p
     if not _is_number(p):
         raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
@@ -485,7 +485,7 @@ def lif_rate(
 
     Args:
         x: current, any shape and strides, float32, float64, bfloat16 or float16.
-        T: simulation steps, at least 1.
+        T: simulation steps, 1 to 2^24.
         residual: added to the rate; x's shape, x's dtype or float32 (float64). The output takes its dtype.
         gate: logits of a gate on the current; x's shape and dtype.
         tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; the membrane starts at
@@ -511,6 +511,8 @@ def lif_rate(
         raise TypeError(f"T must be an int, got {type(T).__name__}")
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
+    if T > 1 << 24:  # counts are float32 inside
+        raise ValueError(f"T must be at most 2^24, got {T}")
     if residual is not None:
         _check_state("residual", residual, x.shape, x)
     if gate is not None:
