@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import memory
+
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -33,22 +35,22 @@ def _dense(x: Tensor) -> bool:
 def empty_like(x: Tensor, dtype: torch.dtype, per_channel: bool) -> Tensor:
     """An output for x: in x's own memory order where it is dense, else contiguous."""
     if x.is_contiguous() or (not per_channel and x.numel() > 0 and _dense(x)):
-        return torch.empty_like(x, dtype=dtype)
-    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        return memory.empty_like(x, dtype)
+    return memory.empty_contiguous(x.shape, dtype, x)
 
 
 def empty_state_like(out: Tensor, dtype: torch.dtype) -> Tensor:
     """A state for one step of ``out``, axes in the same memory order."""
     if out.is_contiguous() or out.numel() == 0:
-        return torch.empty(out.shape[1:], dtype=dtype, device=out.device)
-    return torch.empty_like(out.select(0, 0), dtype=dtype)
+        return memory.empty_contiguous(out.shape[1:], dtype, out)
+    return memory.empty_like(out.select(0, 0), dtype)
 
 
 def empty_states_like(out: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
     """``steps`` such states, one after the other."""
     step = empty_state_like(out, dtype).stride()
     shape = (steps, *out.shape[1:])
-    return torch.empty_strided(shape, (math.prod(out.shape[1:]), *step), dtype=dtype, device=out.device)
+    return memory.empty_strided(shape, (math.prod(out.shape[1:]), *step), dtype, out)
 
 
 def _view(t: Tensor, order, shape) -> Tensor | None:

@@ -51,6 +51,8 @@ class _Neuron(torch.nn.Module):
 class _Stateful(_Neuron):
     """A neuron whose membrane lives on between calls."""
 
+    v: Tensor | None
+    v_seq: Tensor | None
     _state = ("v", "v_seq")
     _shown = (*_Neuron._shown, "step_mode", "store_v_seq")
 
@@ -85,19 +87,26 @@ class _Stateful(_Neuron):
         single = self.step_mode == "s"
         if single:
             x = x.unsqueeze(0)
-        if self.v is not None and self.v.shape != x.shape[1:]:
+        v = self.v
+        if isinstance(v, (int, float)):
+            v = torch.full(x.shape[1:], v, dtype=state_dtype(x.dtype), device=x.device)
+        elif v is not None and not isinstance(v, Tensor):
+            raise TypeError(f"v must be a tensor, a number or None, got {type(v).__name__}")
+        elif v is not None and v.shape != x.shape[1:]:
             raise ValueError(
-                f"v, the membrane carried over from earlier calls, has shape {tuple(self.v.shape)}, and x asks for "
+                f"v, the membrane carried over from earlier calls, has shape {tuple(v.shape)}, and x asks for "
                 f"{tuple(x.shape[1:])}; call reset() before data of another shape"
             )
-        out = lif(x, self.v, **self._arguments(x), return_v=True, return_v_seq=self.store_v_seq)
+        elif v is not None and v.is_inference() and not torch.is_inference_mode_enabled():
+            v = v.clone()  # autograd refuses a membrane that inference_mode made
+        out = lif(x, v, **self._arguments(x), return_v=True, return_v_seq=self.store_v_seq)
         s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
         return s.squeeze(0) if single else s
 
     def _map_state(self, fn):
         for name in self._state:
             value = getattr(self, name)
-            setattr(self, name, None if value is None else fn(value))
+            setattr(self, name, fn(value) if isinstance(value, Tensor) else value)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -108,7 +117,7 @@ class _Stateful(_Neuron):
         """Copies and pickles take the values of the state and leave its graph, which torch cannot copy."""
         found = self.__dict__.copy()
         for name in self._state:
-            if found[name] is not None:
+            if isinstance(found[name], Tensor):
                 found[name] = found[name].detach()
         return found
 
@@ -129,7 +138,8 @@ class LIF(_Stateful):
         store_v_seq: keep the membrane after every step of the last call in ``.v_seq``, (T, ...), T = 1 in single-step mode.
 
     Attributes:
-        v: None, or the membrane after the last step, x's shape without T, float32 (float64 for float64 data). It keeps its
+        v: None, or the membrane after the last step, x's shape without T, float32 (float64 for float64 data). May be set, also
+            to a number. It keeps its
             graph, so that gradients reach earlier calls; follows ``.to()``; is copied and pickled by value; is not in the
             state_dict. A call that raises leaves it as it was.
         v_seq: None, or the membranes that store_v_seq asks for.

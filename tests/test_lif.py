@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import native_triton
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -451,6 +452,7 @@ BAD = [
     (TypeError, "tau must be a floating tensor", lambda f: f(X, tau=torch.tensor(2))),
     (TypeError, "v_threshold must be a floating tensor at least as wide", lambda f: f(X.double(), v_threshold=torch.ones(()))),
     (ValueError, "v_threshold must be finite", lambda f: f(X, v_threshold=math.inf)),
+    (ValueError, "v_threshold must be finite", lambda f: f(X, v_threshold=torch.tensor(math.nan))),
     (ValueError, "v_threshold must be on the device of x", lambda f: f(X, v_threshold=torch.ones((), device="meta"))),
     (TypeError, "v_reset must be a number or None", lambda f: f(X, v_reset="hard")),
     (ValueError, "v_reset must be finite", lambda f: f(X, v_reset=math.nan)),
@@ -490,11 +492,41 @@ def test_errors(function, kind, message, call, name):
         (ValueError, "T <= 255", lambda: lif_rate(X, 256, return_counts=True)),
         (ValueError, "leave residual out", lambda: lif_rate(X, residual=X, return_counts=True)),
         (ValueError, "carries no gradient", lambda: lif_rate(X.clone().requires_grad_(), return_counts=True)),
+        (TypeError, "return_v must be a bool, got int", lambda: lif(X, return_v=1)),
+        (TypeError, "return_v_seq must be a bool, got str", lambda: lif(X, return_v_seq="yes")),
+        (TypeError, "return_counts must be a bool", lambda: lif_rate(X, return_counts=1)),
+        (TypeError, "gate must be a tensor or None, got float", lambda: lif_rate(X, gate=0.5)),
+        (TypeError, r"v must be a dense \(strided\) tensor, got torch.sparse_coo", lambda: lif(X, X[0].to_sparse())),
     ],
 )
 def test_errors_of_one(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize("function", [lif, lif_rate])
+def test_tensors_of_other_kinds_are_refused(function):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
+    for x, kind in ((X.to_sparse(), "torch.sparse_coo"), (X.to_mkldnn(), "torch._mkldnn"), (nested, "a nested tensor")):
+        with pytest.raises(TypeError, match=rf"x must be a dense \(strided\) tensor, got {kind}"):
+            function(x)
+
+
+def test_numpys_numbers_are_numbers():
+    want = lif_rate(X, 3, tau=1.5, v_threshold=0.5, v_reset=-0.5, alpha=3.0)
+    f = np.float32
+    assert torch.equal(want, lif_rate(X, np.int64(3), tau=f(1.5), v_threshold=f(0.5), v_reset=f(-0.5), alpha=f(3)))
+    assert torch.equal(lif(X, tau=2.0), lif(X, tau=np.int32(2)))
+
+
+def test_forward_mode_is_refused():
+    def dual():
+        with torch.autograd.forward_ad.dual_level():
+            lif(torch.autograd.forward_ad.make_dual(X, X))
+
+    for call in (dual, lambda: torch.func.jvp(lif, (X,), (X,))):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            call()
 
 
 def test_own_surrogate_runs_and_says_so_once(monkeypatch):
@@ -581,6 +613,28 @@ def test_export():
     (s, v), rate = program.module()(x[:, :3])
     assert torch.equal(s, lif(x[:, :3])) and torch.equal(rate, lif_rate(x[0, :3]))
     assert any("sdit_kernels.lif" in str(node.target) for node in program.graph.nodes)
+
+
+def test_export_for_any_number_of_steps():
+    """Neither the number of kept membranes nor whether there are any may be baked in, for parameters that learn."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tau = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return lif(x, tau=self.tau, return_v=True)
+
+    net, x = Net(), exact((90, 6, 5), torch.float32, 1)
+    sizes = {0: torch.export.Dim("T", min=2), 1: torch.export.Dim("batch")}
+    exported = torch.export.export(net, (x[:20],), dynamic_shapes={"x": sizes}).module()
+    for T in (3, 16, 17, 33, 90):
+        part, found = x[:T, :4], []
+        for module in (exported, net):
+            out = module(part)
+            found.append((*out, *torch.autograd.grad((out[0] * part).sum(), module.parameters())))
+        assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -725,6 +779,20 @@ def test_nowhere_to_cache(tmp_path):
     done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
     assert done.stdout.strip() == "12.0 3.0", done.stderr
     assert done.stderr.count("no writable folder") == 1
+
+
+def test_incomplete_cache(tmp_path):
+    """Files of compiled code that a full disk or a crash cut short are compiled anew."""
+    code = "import torch; from sdit_kernels import lif; print(lif(torch.full((4, 3), 2.0)).sum().item())"
+    for ending in ("*.nbc", "*.nbi"):
+        for keep in (0, 20, 2000):
+            assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() == "12.0"
+            cut = list(tmp_path.rglob(ending))
+            assert cut
+            for file in cut:
+                file.write_bytes(file.read_bytes()[:keep])
+            done = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+            assert done.stdout.strip() == "12.0", (ending, keep, done.stderr)
 
 
 @pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")

@@ -535,3 +535,25 @@ def test_repr_shows_every_setting(kind):
     shown = re.findall(r"(\w+)=", repr(kind()))
     assert sorted(shown) == sorted(inspect.signature(kind).parameters)
     assert "v_reset=None" in repr(kind(v_reset=None)) and "surrogate='erf'" in repr(kind(surrogate="erf"))
+
+
+def test_a_membrane_set_by_hand():
+    x, neuron = data(4, 2, 3), LIF()
+    neuron.v = 0.5
+    assert torch.equal(neuron(x), lif(x, torch.full((2, 3), 0.5)))
+    neuron.v = 0.5
+    assert neuron.double().v == 0.5 and copy.deepcopy(neuron).v == 0.5  # nothing to convert or to cut off
+    neuron.v = "0.5"
+    with pytest.raises(TypeError, match="v must be a tensor, a number or None, got str"):
+        neuron(x)
+
+
+def test_a_membrane_from_inference_mode_does_not_stop_training():
+    x, neuron = data(4, 2, 3), LIF()
+    with torch.inference_mode():
+        neuron(x)
+    before = neuron.v.clone()
+    y = x.clone().requires_grad_()
+    s = neuron(y)
+    s.sum().backward()
+    assert torch.equal(s, lif(x, before)) and y.grad is not None

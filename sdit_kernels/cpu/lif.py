@@ -21,12 +21,15 @@ from .runtime import (
     U8,
     Kernel,
     exp_negative,
-    huge_pages,
     load,
+    load_input,
+    mul_add,
     num,
+    prefetch,
     sigmoid,
     state_code,
     store,
+    store_output,
     store_spike,
     tile,
 )  # fmt: skip
@@ -67,6 +70,17 @@ def _surrogate(kind, z, a, S):
 
 
 @numba.njit(forceinline=True, error_model="numpy")
+def _charge(x, v, k, vr, SOFT, DECAY):
+    rest = v if SOFT else v - vr
+    return v + (x - rest) * k if DECAY else v - rest * k + x
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _reset(h, th, vr, SOFT):
+    return (h - th if SOFT else vr) if h >= th else h
+
+
+@numba.njit(forceinline=True, error_model="numpy")
 def _fill(target, n, source, offset, value, code, S):
     """A tile of n elements from the array at ``source``, or of one value where there is no array."""
     if source != 0:
@@ -91,38 +105,16 @@ def _sum_tile(target, n, size, S):
 
 
 @functools.cache
-def _forward_kernel(X, O, V, SOFT, DECAY, PER_CHANNEL):
+def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK = _BLOCK
 
     def lif_forward(
-        T,
-        R,
-        C,
-        x,
-        x_t,
-        x_r,
-        s,
-        s_t,
-        s_r,
-        v0,
-        v0_r,
-        v1,
-        v1_r,
-        seq,
-        seq_t,
-        seq_r,
-        keep,
-        keep_t,
-        keep_r,
-        r_,
-        r,
-        theta_,
-        theta,
-        reset_,
-    ):
-        vr = num(reset_, S)
+        T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r,
+        r_, r, theta_, theta, reset_,
+    ):  # fmt: skip
+        vr = num(0.0 if ZERO else reset_, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in numba.prange(R * chunks):
             row = task // chunks
@@ -143,38 +135,54 @@ def _forward_kernel(X, O, V, SOFT, DECAY, PER_CHANNEL):
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    vi = load(v, i, S)
-                    rest = vi if SOFT else vi - vr
-                    if DECAY:
-                        h = vi + (load(xt, i, X) - rest) * k
-                    else:
-                        h = vi - rest * k + load(xt, i, X)
-                    fired = h >= th
-                    store_spike(st, i, fired, O)
-                    if SOFT:
-                        store(v, i, h - th if fired else h, S)
-                    else:
-                        store(v, i, vr if fired else h, S)
+                    h = _charge(load(xt, i, X), load(v, i, S), k, vr, SOFT, DECAY)
+                    store_spike(st, i, h >= th, O)
+                    store(v, i, _reset(h, th, vr, SOFT), S)
                 if seq != 0:
                     _fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, vr, S, S)
             if v1 != 0:
                 _fill(v1 + (row * v1_r + c) * sb, n, v, 0, vr, S, S)
 
-    return Kernel(lif_forward, f"lif_forward_{X}{O}{V}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}")
+    return Kernel(lif_forward, f"lif_forward_{X}{O}{V}{SOFT:d}{ZERO:d}{DECAY:d}{PER_CHANNEL:d}")
 
 
 @functools.cache
-def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
+def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE):
+    """SEQUENCE: there is a gradient of the membrane after every step."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = _BACK
     HISTORY = STRIDE * BLOCK
+    ROW = BLOCK * sb
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def back(i, t, dv, hs, start, k, th, vr, alpha, x, g, gseq, dx, sum_r, sum_th):
+        """From the gradient of the membrane after step t of a segment to that of the membrane before it."""
+        h = load(hs + t * ROW, i, S)
+        if SEQUENCE:
+            dv = dv + load_input(gseq, i, S)
+        fired = h >= th
+        slope = _surrogate(KIND, h - th, alpha, S)
+        through = load_input(g, i, X) * slope  # what reaches h - th by way of the spike; few products wait for dv
+        if not DETACH:
+            through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
+        dh = through + (dv if SOFT or not fired else num(0.0, S))
+        if PARAMETERS:
+            v = load(start, i, S) if t == 0 else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
+            rest = v if SOFT else v - vr
+            store(sum_r, i, load(sum_r, i, S) + (dh * (load_input(x, i, X) - rest) if DECAY else -dh * rest), S)
+            if SOFT and fired:
+                through = through + dv
+            store(sum_th, i, load(sum_th, i, S) - through, S)
+        store_output(dx, i, dh * k if DECAY else dh, X)
+        return dh * (num(1.0, S) - k)
 
     def lif_backward(
         T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t, gseq_r,
         dx, dx_t, dx_r, dv, dv_r, dr, dth, r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
-        vr, alpha, zero, one = num(reset_, S), num(alpha_, S), num(0.0, S), num(1.0, S)
+        vr, alpha, zero = num(0.0 if ZERO else reset_, S), num(alpha_, S), num(0.0, S)
+        x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
         for task in numba.prange(groups * chunks):
             block = task // chunks
@@ -188,9 +196,8 @@ def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
                 _fill(rs, n, r, c, k, S, S)
                 _fill(ths, n, theta, c, th, S, S)
             if PARAMETERS:
-                for i in range(n):
-                    store(sum_r, i, zero, S)
-                    store(sum_th, i, zero, S)
+                _fill(sum_r, n, 0, 0, zero, S, S)
+                _fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 _fill(carry, n, gv, row * gv_r + c, zero, S, S)
                 for segment in range((T - 1) // STRIDE, -1, -1):
@@ -200,67 +207,28 @@ def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
                         _fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
                     else:
                         _fill(start, n, v0, row * v0_r + c, vr, V, S)
-                    for t in range(steps):  # rebuild the charge
-                        xt = x + ((t0 + t) * x_t + row * x_r + c) * xb
-                        ht = hs + t * BLOCK * sb
-                        before = start if t == 0 else ht - BLOCK * sb
+                    xs = x + t0 * x_t + (row * x_r + c) * xb
+                    gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
+                    gss = gseq + t0 * gseq_t + (row * gseq_r + c) * sb
+                    dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
+                    for t in range(steps):
+                        prefetch(gs + t * g_t, n * xb, 0)
+                        prefetch(dxs + t * dx_t, n * xb, 1)
                         for i in range(n):
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
-                            vi = load(before, i, S)
-                            if t > 0:
-                                if SOFT:
-                                    vi = vi - th if vi >= th else vi
-                                else:
-                                    vi = vr if vi >= th else vi
-                            rest = vi if SOFT else vi - vr
-                            if DECAY:
-                                h = vi + (load(xt, i, X) - rest) * k
-                            else:
-                                h = vi - rest * k + load(xt, i, X)
-                            store(ht, i, h, S)
-                    for t in range(steps - 1, -1, -1):  # walk back
-                        if gseq != 0:
-                            for i in range(n):
-                                add = load(gseq + ((t0 + t) * gseq_t + row * gseq_r + c) * sb, i, S)
-                                store(carry, i, load(carry, i, S) + add, S)
-                        ht = hs + t * BLOCK * sb
-                        before = start if t == 0 else ht - BLOCK * sb
-                        xt = x + ((t0 + t) * x_t + row * x_r + c) * xb
-                        gt = g + ((t0 + t) * g_t + row * g_r + c * g_c) * xb
-                        dxt = dx + ((t0 + t) * dx_t + row * dx_r + c) * xb
+                            v = load(start, i, S) if t == 0 else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
+                            store(hs + t * ROW, i, _charge(load_input(xs + t * x_t, i, X), v, k, vr, SOFT, DECAY), S)
+                    for t in range(steps - 1, -1, -1):
+                        prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
                         for i in range(n):
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
-                            h = load(ht, i, S)
-                            ds, dvi = load(gt, i, X), load(carry, i, S)
-                            fired = h >= th
-                            slope = _surrogate(KIND, h - th, alpha, S)
-                            if DETACH:
-                                q = zero
-                            elif SOFT:
-                                q = -th
-                            else:
-                                q = vr - h
-                            through = ds + dvi * q  # what reaches the step function
-                            kept = dvi if SOFT or not fired else zero
-                            dh = through * slope + kept
-                            if PARAMETERS:
-                                vi = load(before, i, S)
-                                if t > 0:
-                                    if SOFT:
-                                        vi = vi - th if vi >= th else vi
-                                    else:
-                                        vi = vr if vi >= th else vi
-                                rest = vi if SOFT else vi - vr
-                                dk = dh * (load(xt, i, X) - rest) if DECAY else -dh * rest
-                                store(sum_r, i, load(sum_r, i, S) + dk, S)
-                                dt = through * slope
-                                if SOFT:
-                                    dt = dt + (dvi if fired else zero)
-                                store(sum_th, i, load(sum_th, i, S) - dt, S)
-                            store(dxt, i, dh * k if DECAY else dh, X)
-                            store(carry, i, dh * (one - k), S)
+                            d = back(
+                                i, t, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
+                                gss + t * gseq_t, dxs + t * dx_t, sum_r, sum_th,
+                            )  # fmt: skip
+                            store(carry, i, d, S)
                 if dv != 0:
                     for i in range(n):
                         store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
@@ -272,18 +240,19 @@ def _backward_kernel(X, V, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
                     store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
                     store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
 
-    return Kernel(lif_backward, f"lif_backward_{X}{V}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}")
+    flags = f"{X}{V}{SOFT:d}{ZERO:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}"
+    return Kernel(lif_backward, f"lif_backward_{flags}")
 
 
 @functools.cache
-def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
+def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
     S = state_code(X)
     xb, ob = SIZES[X], SIZES[O]
     BLOCK = _BLOCK
     COUNTS = O == U8
 
     def lif_rate_forward(T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
-        vr, zero, one, steps = num(reset_, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        vr, zero, one, steps = num(0.0 if ZERO else reset_, S), num(0.0, S), num(1.0, S), num(float(T), S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in numba.prange(R * chunks):
             row = task // chunks
@@ -306,18 +275,9 @@ def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    vi = load(v, i, S)
-                    rest = vi if SOFT else vi - vr
-                    if DECAY:
-                        h = vi + (load(current, i, S) - rest) * k
-                    else:
-                        h = vi - rest * k + load(current, i, S)
-                    fired = h >= th
-                    store(count, i, load(count, i, S) + (one if fired else zero), S)
-                    if SOFT:
-                        store(v, i, h - th if fired else h, S)
-                    else:
-                        store(v, i, vr if fired else h, S)
+                    h = _charge(load(current, i, S), load(v, i, S), k, vr, SOFT, DECAY)
+                    store(count, i, load(count, i, S) + (one if h >= th else zero), S)
+                    store(v, i, _reset(h, th, vr, SOFT), S)
             target = out + (row * out_r + c) * ob
             if COUNTS:
                 for i in range(n):
@@ -329,11 +289,11 @@ def _rate_forward_kernel(X, O, GATE, SOFT, DECAY, PER_CHANNEL):
                 for i in range(n):
                     store(target, i, load(count, i, S) / steps, O)
 
-    return Kernel(lif_rate_forward, f"lif_rate_forward_{X}{O}{GATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}")
+    return Kernel(lif_rate_forward, f"lif_rate_forward_{X}{O}{GATE:d}{SOFT:d}{ZERO:d}{DECAY:d}{PER_CHANNEL:d}")
 
 
 @functools.cache
-def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
+def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
     """One input and one output per neuron: tangents d/dx, d/dr, d/dtheta run along with the state, so nothing is kept."""
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
@@ -344,7 +304,13 @@ def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PA
         T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
         r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
-        vr, alpha, zero, one, steps = num(reset_, S), num(alpha_, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        vr, alpha, zero, one, steps = (
+            num(0.0 if ZERO else reset_, S),
+            num(alpha_, S),
+            num(0.0, S),
+            num(1.0, S),
+            num(float(T), S),
+        )
         chunks = (C + BLOCK - 1) // BLOCK
         for task in numba.prange(groups * chunks):
             block = task // chunks
@@ -440,7 +406,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PA
 
     return Kernel(
         lif_rate_backward,
-        f"lif_rate_backward_{X}{O}{GATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}",
+        f"lif_rate_backward_{X}{O}{GATE:d}{SOFT:d}{ZERO:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}",
     )
 
 
@@ -483,7 +449,6 @@ def _gradient(layout, g, like):
 
 def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
-    huge_pages(s, v_seq, checkpoint)
     p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of(x, s, p.per_channel)
     x, x_t, x_r = place(layout, x)
@@ -503,6 +468,7 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
         CODES[s.dtype],
         state_code(code) if v is None else CODES[v.dtype],
         neuron.v_reset is None,
+        not neuron.v_reset,
         neuron.decay_input,
         p.per_channel,
     )
@@ -516,7 +482,6 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
 def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     state = state_dtype(x.dtype)
-    huge_pages(dx)
     p = _Parameters(tau, v_threshold, neuron, state)
     layout = layout_of(x, dx, p.per_channel)
     code = CODES[x.dtype]
@@ -539,11 +504,13 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
         code,
         state_code(code) if v is None else CODES[v.dtype],
         neuron.v_reset is None,
+        not neuron.v_reset,
         neuron.decay_input,
         neuron.detach_reset,
         SURROGATES[neuron.surrogate].id,
         p.per_channel,
         parameters,
+        g_seq is not None,
     )
     kernel(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
@@ -556,7 +523,6 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
-    huge_pages(out)
     p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
     x, x_r = place_state(layout, x)
@@ -577,7 +543,13 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
         )  # fmt: skip
         return
     kernel = _rate_forward_kernel(
-        CODES[x.dtype], CODES[out.dtype], gate is not None, neuron.v_reset is None, neuron.decay_input, p.per_channel
+        CODES[x.dtype],
+        CODES[out.dtype],
+        gate is not None,
+        neuron.v_reset is None,
+        not neuron.v_reset,
+        neuron.decay_input,
+        p.per_channel,
     )
     kernel(
         x.numel() * T, T, layout.R, layout.C, x.data_ptr(), x_r, _address(gate), gate_r, _address(residual), y_r,
@@ -587,7 +559,6 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
 
 def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters):
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
-    huge_pages(dx, dgate)
     p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)
     g, _, g_r, g_c = _gradient(layout, g.unsqueeze(0), g)
@@ -603,6 +574,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
         CODES[g.dtype],
         gate is not None,
         neuron.v_reset is None,
+        not neuron.v_reset,
         neuron.decay_input,
         neuron.detach_reset,
         SURROGATES[neuron.surrogate].id,

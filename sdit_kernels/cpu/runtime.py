@@ -5,10 +5,8 @@ plain pointers whose stack tiles cannot alias them, and bf16 needs no array type
 integer codes; the state type of a code is float64 for F64, else float32.
 """
 
-import ctypes
 import math
 import os
-import sys
 import threading
 import warnings
 import zlib
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 F32, F64, BF16, F16, U8 = range(5)
@@ -47,21 +46,77 @@ def _element(builder, address, index, code):
     return builder.gep(builder.inttoptr(address, _LLVM[code].as_pointer()), [index])
 
 
+def _mark(builder, instruction, kind):
+    """Name the set "inputs" in the metadata by which LLVM knows two accesses apart."""
+    scope = builder.module.add_metadata(["inputs", builder.module.add_metadata(["sdit_kernels"])])
+    instruction.set_metadata(kind, builder.module.add_metadata([scope]))
+
+
+def _load(context, builder, args, code, kind=None):
+    x = builder.load(_element(builder, args[0], args[1], code))
+    if kind:
+        _mark(builder, x, kind)
+    if code == BF16:
+        return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), ir.FloatType())
+    if code == F16:
+        return builder.fpext(x, ir.FloatType())
+    return builder.uitofp(x, ir.FloatType()) if code == U8 else x
+
+
 @intrinsic(prefer_literal=True)
 def load(typingctx, address, index, code):
     """Element ``index`` of the array at ``address``, in the state type."""
     code_ = code.literal_value
-    state = _state_type(code_)
 
     def codegen(context, builder, signature, args):
-        x = builder.load(_element(builder, args[0], args[1], code_))
-        if code_ == BF16:
-            return builder.bitcast(builder.shl(builder.zext(x, _I32), ir.Constant(_I32, 16)), ir.FloatType())
-        if code_ == F16:
-            return builder.fpext(x, ir.FloatType())
-        return builder.uitofp(x, ir.FloatType()) if code_ == U8 else x
+        return _load(context, builder, args, code_)
 
-    return state(types.int64, types.int64, code), codegen
+    return _state_type(code_)(types.int64, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_input(typingctx, address, index, code):
+    """The same from an array that no ``store_output`` of the kernel writes.
+
+    With many arrays in one loop the vectoriser would otherwise have too many pairs to compare, and give up.
+    """
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        return _load(context, builder, args, code_, "alias.scope")
+
+    return _state_type(code_)(types.int64, types.int64, code), codegen
+
+
+def _store(context, builder, args, code, kind=None):
+    x = args[2]
+    if code == BF16:
+        bits = builder.bitcast(x, _I32)
+        high = builder.lshr(bits, ir.Constant(_I32, 16))
+        bias = builder.add(ir.Constant(_I32, 0x7FFF), builder.and_(high, ir.Constant(_I32, 1)))
+        even = builder.lshr(builder.add(bits, bias), ir.Constant(_I32, 16))
+        nan = builder.or_(high, ir.Constant(_I32, 0x40))
+        x = builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), nan, even), ir.IntType(16))
+    elif code == F16:
+        x = builder.fptrunc(x, ir.HalfType())
+    elif code == U8:
+        x = builder.fptoui(x, ir.IntType(8))
+    written = builder.store(x, _element(builder, args[0], args[1], code))
+    if kind:
+        _mark(builder, written, kind)
+    return context.get_dummy_value()
+
+
+@intrinsic(prefer_literal=True)
+def store_output(typingctx, address, index, value, code):
+    """``store`` to an array that no ``load_input`` of the kernel reads."""
+    code_ = code.literal_value
+    value_type = value if code_ == U8 else _state_type(code_)
+
+    def codegen(context, builder, signature, args):
+        return _store(context, builder, args, code_, "noalias")
+
+    return types.void(types.int64, types.int64, value_type, code), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -71,20 +126,7 @@ def store(typingctx, address, index, value, code):
     value_type = value if code_ == U8 else _state_type(code_)
 
     def codegen(context, builder, signature, args):
-        x = args[2]
-        if code_ == BF16:
-            bits = builder.bitcast(x, _I32)
-            high = builder.lshr(bits, ir.Constant(_I32, 16))
-            bias = builder.add(ir.Constant(_I32, 0x7FFF), builder.and_(high, ir.Constant(_I32, 1)))
-            even = builder.lshr(builder.add(bits, bias), ir.Constant(_I32, 16))
-            nan = builder.or_(high, ir.Constant(_I32, 0x40))
-            x = builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), nan, even), ir.IntType(16))
-        elif code_ == F16:
-            x = builder.fptrunc(x, ir.HalfType())
-        elif code_ == U8:
-            x = builder.fptoui(x, ir.IntType(8))
-        builder.store(x, _element(builder, args[0], args[1], code_))
-        return context.get_dummy_value()
+        return _store(context, builder, args, code_)
 
     return types.void(types.int64, types.int64, value_type, code), codegen
 
@@ -132,6 +174,41 @@ def num(typingctx, value, code):
     return state(types.float64, code), codegen
 
 
+@intrinsic(prefer_literal=True)
+def _prefetch(typingctx, address, write):
+    write_ = write.literal_value
+
+    def codegen(context, builder, signature, args):
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), (pointer, _I32, _I32, _I32))
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        flags = [ir.Constant(_I32, flag) for flag in (write_, 2, 1)]
+        builder.call(function, [builder.inttoptr(args[0], pointer), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, write), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def prefetch(address, size, write):
+    """Ask for ``size`` bytes from ``address``, which need not exist: short runs escape the hardware's guess."""
+    for offset in range(0, size, 64):
+        _prefetch(address + offset, write)
+
+
+@intrinsic
+def mul_add(typingctx, a, b, c):
+    """a * b + c, in one rounding where the machine has an instruction for it; for what no spike depends on."""
+
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        suffix = "f64" if isinstance(kind, ir.DoubleType) else "f32"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, (kind,) * 3), f"llvm.fmuladd.{suffix}")
+        return builder.call(function, args)
+
+    return a(a, b, c), codegen
+
+
 @intrinsic
 def _float_from_bits(typingctx, bits):
     def codegen(context, builder, signature, args):
@@ -177,34 +254,6 @@ def sigmoid(x, S):
     return p if x >= num(0.0, S) else e * p
 
 
-_HUGE = 4 << 20  # bytes; glibc returns such blocks to the system when they are freed, or when enough of them are
-
-
-def huge_pages(*tensors) -> None:
-    """Ask for 2 MiB pages under large outputs before they are first written.
-
-    Where the system grants huge pages on request only, as most Linux distributions do, the faults on 4 KiB pages would cost
-    several times what the kernel does.
-    """
-    if _madvise is None:
-        return
-    for t in tensors:
-        if t is not None and t.nbytes >= _HUGE:
-            begin = -(-t.data_ptr() // 4096) * 4096
-            _madvise(begin, (t.data_ptr() + t.nbytes - begin) // 4096 * 4096, 14)  # MADV_HUGEPAGE; a hint, errors ignored
-
-
-def _load_madvise():
-    if sys.platform != "linux":
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-_madvise = _load_madvise()
-
-
 def _source_stamp() -> str:
     """Changes when any file of this folder does: numba itself watches only the file that holds the kernel."""
     files = sorted(Path(__file__).parent.glob("*.py"))
@@ -240,15 +289,22 @@ class Kernel:
         self._serial = self._parallel = None
         self._lock = threading.Lock()
 
-    def _compile(self, parallel):
+    def _compile(self, parallel, args):
         self._function.__name__ = self._function.__qualname__ = self._name + ("_parallel" if parallel else "")
         # Python's error model tests every divisor for zero, which stops the vectoriser.
         options = dict(nogil=True, parallel=parallel, error_model="numpy")
+        signature = tuple(map(numba.typeof, args))
         try:
-            return numba.njit(self._function, cache=True, **options)
+            compiled = numba.njit(self._function, cache=True, **options)
         except RuntimeError:  # numba found no folder it may write to
             _warn_uncached()
             return numba.njit(self._function, **options)
+        try:
+            compiled.compile(signature)
+        except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
+            compiled._cache.flush()
+            compiled.compile(signature)
+        return compiled
 
     def __call__(self, work: int, *args):
         """``work`` in elementary steps decides between the twins."""
@@ -258,14 +314,14 @@ class Kernel:
                 return self._run_parallel(threads, args)
         if self._serial is None:
             with self._lock:
-                self._serial = self._serial or self._compile(False)
+                self._serial = self._serial or self._compile(False, args)
         self._serial(*args)
 
     def _run_parallel(self, threads, args):
         global _started, _launch_lock
         if self._parallel is None:
             with self._lock:
-                self._parallel = self._parallel or self._compile(True)
+                self._parallel = self._parallel or self._compile(True, args)
         if not _started:
             with _start_lock:
                 if not _started:

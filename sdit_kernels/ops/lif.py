@@ -6,13 +6,14 @@ because a backward pass may run on another thread than the one that chose it.
 
 import importlib
 import math
+import numbers
 import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch, memory, reference
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
@@ -41,12 +42,27 @@ class Neuron(NamedTuple):
 
 
 def _is_number(value):
-    return isinstance(value, (int, float, torch.SymFloat)) and not isinstance(value, bool)
+    """Python's numbers, numpy's, and symbols for them; True and False are none."""
+    if isinstance(value, (int, float, torch.SymFloat)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
+
+
+def _check_tensor(name, t, optional=False):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+
+
+def _check_flag(name, flag):
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
 
 
 def _check_data(name, t, like=None):
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    _check_tensor(name, t, optional=like is not None)
     if like is None:
         if t.dtype not in _FLOATS:
             raise TypeError(
@@ -60,8 +76,7 @@ def _check_data(name, t, like=None):
 
 def _check_state(name, t, shape, like):
     """A state or residual: of x's dtype or of the dtype the arithmetic is done in."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor or None, got {type(t).__name__}")
+    _check_tensor(name, t, optional=True)
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
     allowed = (like.dtype, state_dtype(like.dtype))
@@ -75,6 +90,7 @@ def _check_state(name, t, shape, like):
 def _check_parameter(name, p, x, channels):
     """tau or v_threshold: (value, tensor or None)."""
     if isinstance(p, Tensor):
+        _check_tensor(name, p)
         if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
             raise TypeError(
                 f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; "
@@ -96,8 +112,7 @@ def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_re
     tau_value, tau = _check_parameter("tau", tau, x, channels)
     threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels)
     _check_tau(tau_value, decay_input)
-    if not -math.inf < threshold_value < math.inf:
-        raise ValueError(f"v_threshold must be finite, got {threshold_value}")
+    _check_threshold(threshold_value)
     if v_reset is not None:
         if not _is_number(v_reset):
             raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
@@ -105,8 +120,7 @@ def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_re
             raise ValueError(f"v_reset must be finite or None (soft reset), got {v_reset}")
         v_reset = float(v_reset)
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+        _check_flag(name, flag)
     if callable(surrogate):
         if alpha is not None:
             raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
@@ -128,11 +142,20 @@ def _check_tau(tau, decay_input):
         raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
 
 
-def _check_tau_tensor(tau, decay_input):
-    """The range of a tensor is looked at on the CPU only: on a GPU that would wait for it."""
-    if tau is not None and tau.numel():
-        _check_tau(tau.min().item(), decay_input)
-        _check_tau(tau.max().item(), decay_input)
+def _check_threshold(v_threshold):
+    if not -math.inf < v_threshold < math.inf:
+        raise ValueError(f"v_threshold must be finite, got {v_threshold}")
+
+
+def _check_values(tau, v_threshold, decay_input):
+    """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
+    for p in (tau, v_threshold):
+        if p is not None and p.numel():
+            for extreme in (p.min().item(), p.max().item()):
+                if p is tau:
+                    _check_tau(extreme, decay_input)
+                else:
+                    _check_threshold(extreme)
 
 
 _warned_of_custom_surrogate = False
@@ -170,7 +193,7 @@ def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
     s = empty_like(x, spike_dtype or x.dtype, per_channel)
     v_final = empty_state_like(s, state) if return_v else x.new_empty(0)
     v_seq = empty_like(x, state, per_channel) if return_v_seq else x.new_empty(0)
-    checkpoint = empty_states_like(s, state, (x.shape[0] - 1) // STRIDE) if keep and x.shape[0] > STRIDE else x.new_empty(0)
+    checkpoint = empty_states_like(s, state, max(x.shape[0] - 1, 0) // STRIDE) if keep else x.new_empty(0)
     return s, v_final, v_seq, checkpoint
 
 
@@ -180,7 +203,7 @@ def _lif(x, v, tau, v_threshold, *rest):
     outputs = _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
-        _check_tau_tensor(tau, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input)
     if x.numel():
         _kernels(backend).lif_forward(x, v, tau, v_threshold, neuron, *wanted)
     elif return_v:
@@ -243,7 +266,7 @@ def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest)
 def _rate_output(x, residual, tau, v_threshold, return_counts):
     dtype = torch.uint8 if return_counts else x.dtype if residual is None else residual.dtype
     if x.is_contiguous():
-        return torch.empty_like(x, dtype=dtype)
+        return memory.empty_like(x, dtype)
     return empty_like(x.unsqueeze(0), dtype, _per_channel(tau, v_threshold)).squeeze(0)
 
 
@@ -252,7 +275,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     neuron = Neuron(*neuron)
     out = _rate_output(x, residual, tau, v_threshold, return_counts)
     if x.device.type == "cpu":
-        _check_tau_tensor(tau, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input)
     if x.numel():
         _kernels(backend).lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
     return out
@@ -264,7 +287,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
-    dgate = x.new_empty(0) if gate is None else torch.empty_like(dx)
+    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx)
     return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
 
 
@@ -434,6 +457,8 @@ def lif(
     neuron, tau_tensor, threshold_tensor = _check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
+    _check_flag("return_v", return_v)
+    _check_flag("return_v_seq", return_v_seq)
     if spike_dtype is not None and spike_dtype != x.dtype:
         if spike_dtype not in _INFERENCE:
             raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
@@ -444,12 +469,13 @@ def lif(
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            _check_tau_tensor(tau_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input)
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
-    keep = x.shape[0] > STRIDE and _wants_gradient(x, v, tau_tensor, threshold_tensor)
+    T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
+    keep = isinstance(T, int) and T > STRIDE and _wants_gradient(x, v, tau_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _lif_call(
         x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
     )
@@ -507,8 +533,10 @@ def lif_rate(
         [0.0, 0.25, 0.5, 1.0]
     """
     _check_data("x", x)
-    if not isinstance(T, (int, torch.SymInt)) or isinstance(T, bool):
+    if isinstance(T, bool) or not isinstance(T, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"T must be an int, got {type(T).__name__}")
+    if not isinstance(T, (int, torch.SymInt)):
+        T = int(T)
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
     if T > 1 << 24:  # counts are float32 inside
@@ -523,6 +551,7 @@ def lif_rate(
     neuron, tau_tensor, threshold_tensor = _check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
+    _check_flag("return_counts", return_counts)
     if return_counts:
         if T > 255:
             raise ValueError(f"return_counts gives uint8 and needs T <= 255, got {T}")
@@ -535,7 +564,7 @@ def lif_rate(
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            _check_tau_tensor(tau_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input)
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,

@@ -56,6 +56,12 @@ def _no_second_derivative(ctx, *_):
     )
 
 
+def _no_forward_mode(ctx, *_):
+    raise RuntimeError(
+        "the fused kernels have no forward-mode derivative (jvp); call the op under sdit_kernels.backend('reference')"
+    )
+
+
 def register(schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None):
     """Define ``sdit_kernels::<schema>``. Returns what to call: the operator, or a shorter way to the same.
 
@@ -95,6 +101,7 @@ def register(schema, implementation, fake, batch_axes, output_axes, save=None, g
             return output
 
         backward = staticmethod(gradient)
+        jvp = staticmethod(_no_forward_mode)
 
     class Functorch(torch.autograd.Function):  # torch.func wants the context set up apart, which costs 18 us a call
         generate_vmap_rule = True
@@ -109,6 +116,7 @@ def register(schema, implementation, fake, batch_axes, output_axes, save=None, g
             save(ctx, inputs, output)
 
         backward = staticmethod(gradient)
+        jvp = staticmethod(_no_forward_mode)
 
     def autograd(*args):
         return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
