@@ -21,8 +21,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness
-from perf.harness import Contestant, check, compare, missing
+from perf.harness import Contestant, check, compare, goal, missing, ratio
 from sdit_kernels import lif, lif_rate, reference
+from sdit_kernels.memory import pool
 
 T, SHAPE = 4, (8, 394, 384)  # time steps; batch, tokens and channels of a small diffusion transformer
 FIGURE = harness.ROOT / "perf" / "results" / "lif_scaling.png"
@@ -92,24 +93,6 @@ def agree(name, f, want, x, g, rtol=1e-5, atol=1e-6):
     """The gate: equal outputs, close gradients. Returns the errors as further columns."""
     check(f"{name}: output", f(x), want(x), 0, 0)
     return check(f"{name}: gradient", forward_backward(f, x, g)(), forward_backward(want, x, g)(), rtol, atol)
-
-
-# ---- goals -----------------------------------------------------------------------------------------------------------
-
-goals = []
-
-
-def goal(what, value, limit, unit="", at_least=True):
-    """Record a goal; ``value`` is None where it could not be measured."""
-    reached = value is not None and (value >= limit if at_least else value <= limit)
-    verdict = "SKIP" if value is None else "PASS" if reached else "FAIL"
-    measured = "not measured, a contestant is missing" if value is None else f"{value:.4g}{unit}"
-    goals.append(f"{verdict}  {what}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
-
-
-def ratio(rows, name):
-    """Time of the contestant over the baseline's, None where it did not run."""
-    return next(r for r in rows if r["name"] == name).get("ratio")
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -200,7 +183,7 @@ def rate(args, settings):
 
 
 def bandwidth(args, settings):
-    """Inference out of cache against copies. copy_ writes into memory it owns; the op and clone allocate their output"""
+    """Inference out of cache against copies. copy_ has its output; ours come from a pool, clone's from the system"""
     elements = 1 << (22 if args.quick else 26)
     x = current(T, elements // T, device=args.device, requires_grad=False)
     flat = x.view(-1)
@@ -356,6 +339,7 @@ def plot_scaling(path, rows):
 def memory(args, settings):
     """saved: by autograd, inputs included; new: allocated by the call and alive after it, the result apart"""
     rows = []
+    limit, pool.limit = pool.limit, 0  # what the pool has from the system, torch's profiler does not see
 
     def measure(name, f, inputs, checkpoints=0):
         given = sum(t.nbytes for t in inputs)
@@ -394,31 +378,12 @@ def memory(args, settings):
         measure("repeat, LIFNode, mean, T=4", lambda x: node(x.repeat(T, 1, 1, 1)).mean(0), [flat])
     else:
         rows.append({"name": "SpikingJelly LIFNode", "note": f"skipped: {missing('spikingjelly')}"})
+    pool.limit = limit
     return "Bytes kept for the backward pass, fp32", rows
 
 
 SECTIONS = {f.__name__: f for f in (peers, rate, bandwidth, overhead, first_call, scaling, memory)}
 
 
-def main():
-    parser = harness.parser(__doc__.splitlines()[0], figure=FIGURE)
-    parser.add_argument("--only", metavar="NAME[,NAME]", help=f"sections to run: {', '.join(SECTIONS)} (default: all)")
-    args = parser.parse_args()
-    names = args.only.split(",") if args.only else list(SECTIONS)
-    unknown = set(names) - set(SECTIONS)
-    if unknown:
-        parser.error(f"--only knows {', '.join(SECTIONS)}; got {', '.join(sorted(unknown))}")
-    settings = harness.setup(args)
-    results = []
-    for name in names:
-        title, rows = SECTIONS[name](args, settings)
-        harness.show(f"[{name}] {title}\n{SECTIONS[name].__doc__}.", rows, args)
-        results += [{"section": name, **row} for row in rows]
-    harness.save("lif and lif_rate", results, args, goals=goals)
-    if goals:
-        print("\nGoals" + (" (--quick: the times mean nothing)" if args.quick else ""), *goals, sep="\n")
-    return not args.quick and any(g.startswith("FAIL") for g in goals)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, SECTIONS, FIGURE))

@@ -232,6 +232,50 @@ def _iqr(x) -> float:
     return float(numpy.subtract(*numpy.percentile(x, (75, 25))))
 
 
+# ---- goals -----------------------------------------------------------------------------------------------------------
+
+goals = []
+
+
+def goal(what, value, limit, unit="", at_least=True):
+    """Record a goal; ``value`` is None where it could not be measured."""
+    reached = value is not None and (value >= limit if at_least else value <= limit)
+    verdict = "SKIP" if value is None else "PASS" if reached else "FAIL"
+    measured = "not measured, a contestant is missing" if value is None else f"{value:.4g}{unit}"
+    goals.append(f"{verdict}  {what}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
+
+
+def ratio(rows, name):
+    """Time of the contestant over the baseline's, None where it did not run."""
+    return next(r for r in rows if r["name"] == name).get("ratio")
+
+
+def run(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) -> bool:
+    """A script of several sections: ``name: function(args, settings) -> (title, rows)``. Returns whether a goal was missed.
+
+    ``add_arguments(parser)`` adds a script's own; ``choose(args)`` names the sections that run without --only (default: all).
+    """
+    p = parser(doc.splitlines()[0], figure=figure)
+    p.add_argument("--only", metavar="NAME[,NAME]", help=f"sections to run: {', '.join(sections)}")
+    if add_arguments:
+        add_arguments(p)
+    args = p.parse_args()
+    names = args.only.split(",") if args.only else choose(args) if choose else list(sections)
+    unknown = set(names) - set(sections)
+    if unknown:
+        p.error(f"--only knows {', '.join(sections)}; got {', '.join(sorted(unknown))}")
+    settings = setup(args)
+    results = []
+    for name in names:
+        title, rows = sections[name](args, settings)
+        show(f"[{name}] {title}\n{sections[name].__doc__}.", rows, args)
+        results += [{"section": name, **row} for row in rows]
+    save(doc.splitlines()[0], results, args, goals=goals)
+    if goals:
+        print("\nGoals" + (" (--quick: the times mean nothing)" if args.quick else ""), *goals, sep="\n")
+    return not args.quick and any(g.startswith("FAIL") for g in goals)
+
+
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
