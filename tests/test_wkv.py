@@ -62,7 +62,9 @@ def stretch(x, layout):
 LAYOUTS = ["contiguous", "slice of channels", "tokens first", "channels first", "one row"]
 
 
-def make(B, L, C, dtype=torch.float32, *, gate=False, state=False, masked=0.0, scale=1.0, layout="contiguous", ends=None, seed=0):
+def make(
+    B, L, C, dtype=torch.float32, *, gate=False, state=False, masked=0.0, scale=1.0, layout="contiguous", ends=None, seed=0
+):
     """Arguments of wkv by name; parameters and state of the dtype the arithmetic is done in."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -104,9 +106,10 @@ def with_gradients(name, a, dtype=None, seed=1, used=None, **flags):
 
     def both():
         outputs = call(leaves, **flags)
-        loss = sum(
-            (o * normal(g, *o.shape).to(o.dtype)).sum() for i, o in enumerate(outputs) if used is None or i in used
-        )  # fmt: skip
+        loss = 0.0
+        for i, (o, stored) in enumerate(zip(outputs, (a["k"].dtype, a["decay"].dtype, a["decay"].dtype))):
+            if used is None or i in used:
+                loss = loss + (o * normal(g, *o.shape, dtype=stored).to(o.dtype)).sum()
         grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         return [o.detach() for o in outputs], dict(zip(leaves, grads))
 
@@ -398,7 +401,9 @@ def test_masked_tokens_are_removed_but_for_the_decay(name, algorithm):
     a["decay"] -= 0.5
     spread = kept["k"] - 0.5 * torch.arange(120, dtype=torch.float64)[~hidden].flip(0).reshape(1, -1, 1)  # age at the end
     _, _, lse = run(name, call, a, log_decay=True, return_state=True, algorithm=algorithm)
-    torch.testing.assert_close(lse, (spread - 0.5 * (119 - torch.arange(120)[~hidden].max())).logsumexp(1), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        lse, (spread - 0.5 * (119 - torch.arange(120)[~hidden].max())).logsumexp(1), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -458,11 +463,13 @@ def test_empty(name):
         for B, L, C in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
             a = make(B, L, C, state=True, gate=True)
             outputs, grads = with_gradients_of_empty(a)
-            assert outputs[0].shape == (B, L, C) and torch.equal(outputs[1], a["ybar"])
+            seen = torch.isfinite(a["lse"])
+            assert outputs[0].shape == (B, L, C) and torch.equal(outputs[2], a["lse"])
+            assert torch.equal(outputs[1], a["ybar"] * seen)
             assert all(grads[n].shape == a[n].shape for n in a)
             assert not grads["decay"].any() and not grads["first"].any()
             if L == 0:
-                assert torch.equal(grads["ybar"], torch.ones(B, C)) and torch.equal(grads["lse"], torch.ones(B, C))
+                assert torch.equal(grads["ybar"], seen.float()) and torch.equal(grads["lse"], seen.float())
             _, (ybar, lse) = wkv(a["decay"], a["first"], a["k"], a["v"], return_state=True)
             assert not ybar.any() and torch.isneginf(lse).all()
             assert wkv(a["decay"], a["first"], a["k"], a["v"], bidirectional=True).shape == (B, L, C)
@@ -476,7 +483,9 @@ def with_gradients_of_empty(a):
         leaves["decay"], leaves["first"], leaves["k"], leaves["v"], r=leaves["r"], state=(leaves["ybar"], leaves["lse"]),
         return_state=True,
     )  # fmt: skip
-    grads = torch.autograd.grad(y.sum() + ybar.sum() + lse.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        y.sum() + ybar.sum() + lse.sum(), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     return (y, ybar, lse), dict(zip(leaves, grads))
 
 
@@ -565,7 +574,15 @@ def test_step_in_place_refuses_gradients_and_writes_where_it_is_told(name):
 
 def test_operator_in_place_refuses_gradients():
     a = make(2, 1, 6)
-    args = a["k"][:, 0].clone().requires_grad_(), a["v"][:, 0], None, a["decay"], a["first"], torch.zeros(2, 6), torch.zeros(2, 6)
+    args = (
+        a["k"][:, 0].clone().requires_grad_(),
+        a["v"][:, 0],
+        None,
+        a["decay"],
+        a["first"],
+        torch.zeros(2, 6),
+        torch.zeros(2, 6),
+    )
     with pytest.raises(RuntimeError, match="writes to its arguments and has no gradient"):
         torch.ops.sdit_kernels.wkv_step_(*args, True, "cpu")
 
@@ -574,7 +591,7 @@ def test_states_of_rwkv():
     """RWKV's own recurrence, three numbers a channel, against ours."""
     a = make(2, 9, 5, torch.float64)
     w, u = -a["decay"].exp(), a["first"]
-    aa, bb, pp = torch.zeros(2, 5).double(), torch.zeros(2, 5).double(), torch.full((2, 5), -1e38).double()
+    aa, bb, pp = *torch.zeros(2, 2, 5).double(), torch.full((2, 5), -1e38, dtype=torch.float64)
     assert all(torch.equal(x, y) for x, y in zip(wkv_state_to_rwkv(*wkv_state_from_rwkv(aa, bb, pp)), (aa, bb, pp)))
     for t in range(9):
         k, v = a["k"][:, t], a["v"][:, t]
@@ -614,7 +631,11 @@ def test_saved_bytes(name):
             a = make(B, L, C, dtype, gate=True, state=True)
             leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
             inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * 4 * C * 4
-            assert saved(lambda leaves=leaves: call(leaves, return_state=True)) == inputs + tiles
+
+            def everything(decay, first, k, v, r, ybar, lse):
+                return wkv(decay, first, k, v, r=r, state=(ybar, lse), return_state=True)
+
+            assert saved(lambda leaves=leaves: everything(**leaves)) == inputs + tiles
             alone = {n: leaves[n] for n in ("decay", "first", "k", "v")}
             inputs = sum(t.nbytes for t in alone.values())
             assert saved(lambda alone=alone: call(alone)) == inputs + tiles
@@ -889,11 +910,12 @@ import torch, warnings
 warnings.simplefilter("ignore")
 from sdit_kernels import wkv
 p, x = torch.zeros(64), torch.ones(1, 3000, 64)
+values = [x * (i + 1) for i in range(2)]
 class Data(torch.utils.data.Dataset):
     def __len__(self): return 2
     def __getitem__(self, i):
         torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
-        y = wkv(None, p, x, x * (i + 1), log_decay=p).numpy().mean()
+        y = wkv(None, p, x, values[i], log_decay=p).numpy().mean()
         torch.set_num_threads(1)
         return float(y)
 print(wkv(None, p, x, x, log_decay=p).mean().item())
