@@ -6,7 +6,19 @@ Letters: B batch, T simulation steps, L tokens, C channels.
 from . import nn
 from .dispatch import backend
 from .ops.lif import lif, lif_rate
+from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
-__all__ = ["SURROGATES", "backend", "lif", "lif_rate", "nn"]
+__all__ = [
+    "SURROGATES",
+    "backend",
+    "lif",
+    "lif_rate",
+    "nn",
+    "wkv",
+    "wkv_state_from_rwkv",
+    "wkv_state_to_rwkv",
+    "wkv_step",
+    "wkv_step_",
+]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import memory
 
+TILE = 32  # tokens between the scan states that the WKV kernels keep
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -112,3 +113,12 @@ def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
         return v, layout.C
     view, _, stride = place(layout, v.unsqueeze(0))
     return view, stride
+
+
+def wkv_rows(B: int, L: int, sequences: int | None) -> int:
+    """Rows of a WKV checkpoint, one per tile of TILE tokens.
+
+    Sequence b of a batch has rows b * ceil(L / TILE) and up; packed sequence n, which starts at token s, has rows
+    s // TILE + n and up.
+    """
+    return B * -(-L // TILE) if sequences is None else L // TILE + sequences

@@ -119,6 +119,16 @@ def store_output(typingctx, address, index, value, code):
     return types.void(types.int64, types.int64, value_type, code), codegen
 
 
+@intrinsic
+def load_int(typingctx, address, index):
+    """Element ``index`` of an array of int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def store(typingctx, address, index, value, code):
     """Round ``value`` (state type) to the nearest even of the storage type and write it."""
