@@ -25,13 +25,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import TILE, wkv_rows
+from .. import layout
 from ..reference.lif import state_dtype
 from .lif import _warps
 
 _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
+_HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
@@ -129,6 +130,30 @@ def _sequence(cu_ptr, n, L):
 def _row(cu_ptr, n, first, L, tokens):
     """Row of the first piece of ``tokens`` tokens of sequence n; see layout.wkv_rows."""
     return n * tl.cdiv(L, tokens) if cu_ptr is None else first // tokens + n
+
+
+@triton.jit
+def _at(ptr, t, stride, cols):
+    return ptr + t * stride + cols
+
+
+@triton.jit
+def _tokens(ptr, t, stride, cols, mask, left, other, N: tl.constexpr):
+    """N tokens from t on; what ``left`` or more are behind t are not there."""
+    found = ()
+    for j in tl.static_range(N):
+        found = found + (tl.load(_at(ptr, t + j, stride, cols), mask=mask & (j < left), other=other),)
+    return found
+
+
+@triton.jit
+def _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, left, state, w, LEFTWARDS: tl.constexpr, N: tl.constexpr):
+    """The state after N tokens from t on."""
+    ks = _tokens(k_ptr, t, k_l, cols, mask, left, -float("inf"), N)
+    vs = _tokens(v_ptr, t, v_l, cols, mask, left, 0.0, N)
+    for j in tl.static_range(N - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else N, -1 if LEFTWARDS else 1):
+        state, A, E = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), state, w)
+    return state
 
 
 @triton.jit
@@ -233,15 +258,9 @@ def wkv_forward_kernel(
         t0 = tile * TILE
         left = length - t0
         at = (row + tile) * C + cols
-        ks = ()
-        vs = ()
-        rs = ()
-        for j in tl.static_range(TILE):
-            m = mask & (j < left)
-            ks = ks + (tl.load(k_ptr + (t0 + j) * k_l + cols, mask=m, other=-float("inf")),)
-            vs = vs + (tl.load(v_ptr + (t0 + j) * v_l + cols, mask=m, other=0.0),)
-            if r_ptr is not None and out_ptr is not None:
-                rs = rs + (tl.load(r_ptr + (t0 + j) * r_l + cols, mask=m, other=0.0),)
+        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
+        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE)
         if keep_ptr is not None:
             _store_state(keep_ptr, at, plane, mask, state, w)
         rights = ()  # the states to the right of the tile's tokens, last token first
@@ -258,7 +277,7 @@ def wkv_forward_kernel(
                 if r_ptr is not None:
                     den *= 1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype))
                 y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + (t0 + j) * out_l + cols, y, mask=mask & (j < left))
+                tl.store(_at(out_ptr, t0 + j, out_l, cols), y, mask=mask & (j < left))
             state, _, _ = _advance(k, v, state, w)
     if exit_ptr is not None:
         _store_state(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), state, w)
@@ -279,7 +298,7 @@ def wkv_combine_kernel(
     CARRY: tl.constexpr, LEFTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Turn the summary of each chunk into what enters it, in place: a state, or the walk back's carry (P, Q, factor)."""
-    sequence, _, cols, mask = _program(C, 1, BC)
+    sequence, chunk, cols, mask = _program(C, 1, BC)
     first, length = _sequence(cu_ptr, sequence, L)
     span = TILE * tl.cast(tiles_per_chunk, tl.int64)
     chunks = tl.cdiv(length, span)
@@ -301,10 +320,9 @@ def wkv_combine_kernel(
             m = mask & (c < chunks)
             a, b, o = found[j]
             if CARRY:
-                P, Q, _, _ = state
-                tl.store(rows_ptr + at, P, mask=m)
-                tl.store(rows_ptr + plane + at, Q, mask=m)
-                state = o * P + a, o * Q + b, zero, zero
+                tl.store(rows_ptr + at, state[0], mask=m)
+                tl.store(rows_ptr + plane + at, state[1], mask=m)
+                state = o * state[0] + a, o * state[1] + b, zero, zero
             else:
                 _store_state(rows_ptr, at, plane, m, state, w)
                 a_, b_, ka, n = state
@@ -317,26 +335,29 @@ def wkv_combine_kernel(
 
 
 @triton.jit
-def _rescaled(P, Q, F, state, o, w):
+def _rescaled(P, Q, F, state, o, w, border):
     """A carry P e^o, from the exponent o of the checkpoint behind a tile to that at which the tile, walked again, arrives."""
     a, b, ka, n = state
     factor = tl.where(b != 0.0, _near_one(tl.fma(n, w, ka - o)), 0.0)
+    factor = tl.where(border, factor, 1.0)
     return P * factor, Q * factor, F * factor
 
 
-@triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane"])
+@triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane", "keep_plane"])
 def wkv_backward_kernel(
     g_ptr, g_ybar_ptr, g_lse_ptr, k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, state_ptr, right_ptr, cu_ptr,
     start_ptr, start_left_ptr, dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dw_ptr, du_ptr, keep_ptr, exit_ptr,
-    L, C, tiles_per_chunk, chunks, plane, start_plane,
+    L, C, tiles_per_chunk, chunks, plane, start_plane, keep_plane,
     g_b, g_l, k_b, k_l, v_b, v_l, r_b, r_l, dk_b, dk_l, dv_b, dv_l, dr_b, dr_l,
-    RIGHTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    RIGHTWARDS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Walk the tiles of a chunk with the carry, last tile first (RIGHTWARDS: of the states from the right, first tile first).
+    """Walk a chunk by parts of HELD tokens with the carry, last part first (RIGHTWARDS: that of the states from the right,
+    first part first).
 
-    state, right: the states that enter each tile. start: the carry that enters each chunk; with ``start_left``, start (from
-    the right) and start_left are those of every tile. keep: the carry that enters each tile. exit: the carry after the chunk,
-    and the factor by which it grows with the one that enters. A carry is scaled by the checkpoint where it crosses tiles.
+    state, right: the states that enter each tile, from where those of a part are rebuilt. start: the carry that enters each
+    chunk; with ``start_left``, start (from the right) and start_left are those of every part. keep: the carry that enters each
+    part. exit: the carry after the chunk, and the factor by which it grows with the one that enters. Where a carry crosses
+    from tile to tile its scale is the exponent in the checkpoint.
     """
     BOTH: tl.constexpr = right_ptr is not None
     OUT: tl.constexpr = dk_ptr is not None
@@ -344,18 +365,20 @@ def wkv_backward_kernel(
     UP: tl.constexpr = BOTH and (OUT or RIGHTWARDS)
     sequence, chunk, cols, mask = _program(C, chunks, BC)
     first, length = _sequence(cu_ptr, sequence, L)
-    tiles = tl.cdiv(length, TILE)
-    begin = chunk.to(tl.int64) * tiles_per_chunk
-    end = tl.minimum(begin + tiles_per_chunk, tiles)
+    parts = tl.cdiv(length, HELD)
+    parts_per_chunk = tl.cast(tiles_per_chunk, tl.int64) * (TILE // HELD)
+    begin = chunk * parts_per_chunk
+    end = tl.minimum(begin + parts_per_chunk, parts)
     row = _row(cu_ptr, sequence, first, L, TILE)
-    chunk_row = _row(cu_ptr, sequence, first, L, TILE * tl.cast(tiles_per_chunk, tl.int64)) + chunk
+    part_row = _row(cu_ptr, sequence, first, L, HELD)
+    chunk_row = _row(cu_ptr, sequence, first, L, HELD * parts_per_chunk) + chunk
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
     zero = tl.zeros_like(w)
     P, Q, F = zero, zero, zero + 1.0
     P_, Q_ = zero, zero
     if start_ptr is not None and start_left_ptr is None:
-        P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < tiles), other=0.0)
-        Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < tiles), other=0.0)
+        P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
+        Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
     at_state = sequence * C + cols
     if g_ybar_ptr is not None:
         g_ybar = tl.load(g_ybar_ptr + at_state, mask=mask, other=0.0)
@@ -375,47 +398,47 @@ def wkv_backward_kernel(
     sum_u = zero
     o_behind = zero
     if DOWN:
-        o_behind = tl.load(state_ptr + 2 * plane + (row + end) * C + cols, mask=mask & (begin < end) & (end < tiles), other=0.0)
+        behind = mask & (begin < end) & (end < parts)
+        o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
-        tile = i if RIGHTWARDS else begin + end - 1 - i
-        t0 = tile * TILE
+        part = i if RIGHTWARDS else begin + end - 1 - i
+        t0 = part * HELD
         left = length - t0
+        tile = t0 // TILE
         at = (row + tile) * C + cols
-        ks = ()
-        vs = ()
-        gs = ()
-        rs = ()
-        for j in tl.static_range(TILE):
-            m = mask & (j < left)
-            ks = ks + (tl.load(k_ptr + (t0 + j) * k_l + cols, mask=m, other=-float("inf")),)
-            vs = vs + (tl.load(v_ptr + (t0 + j) * v_l + cols, mask=m, other=0.0),)
-            if g_ptr is not None:
-                gs = gs + (tl.load(g_ptr + (t0 + j) * g_l + cols, mask=m, other=0.0),)
-            if r_ptr is not None:
-                rs = rs + (tl.load(r_ptr + (t0 + j) * r_l + cols, mask=m, other=0.0),)
+        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), HELD)
+        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, HELD)
+        gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, 0 if g_ptr is None else HELD)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
-        rights = ()
+        for t in range(tile * TILE, t0, HELD):
+            state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
+        rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
-            for j in tl.static_range(TILE - 1, -1, -1):
+            for t in range(0, TILE - HELD - t0 % TILE, HELD):
+                t1 = tile * TILE + TILE - HELD - t
+                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, length - t1, right, w, True, HELD)
+            for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
+        at_part = (part_row + part) * C + cols
         if UP:
             if OUT:
-                P_ = tl.load(start_left_ptr + at, mask=mask, other=0.0)
-                Q_ = tl.load(start_left_ptr + plane + at, mask=mask, other=0.0)
+                P_ = tl.load(start_left_ptr + at_part, mask=mask, other=0.0)
+                Q_ = tl.load(start_left_ptr + start_plane + at_part, mask=mask, other=0.0)
             else:
                 P_, Q_ = P, Q
                 if keep_ptr is not None:
-                    tl.store(keep_ptr + at, P_, mask=mask)
-                    tl.store(keep_ptr + plane + at, Q_, mask=mask)
+                    tl.store(keep_ptr + at_part, P_, mask=mask)
+                    tl.store(keep_ptr + keep_plane + at_part, Q_, mask=mask)
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
-            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w)
+            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, t0 == tile * TILE)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
-        for j in tl.static_range(TILE):
+        for j in tl.static_range(HELD):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
-            num, den, e, e_, own = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
+            num, den, e, e_, own = _mean(k, v, state, rights[HELD - 1 - j] if BOTH else state, w, u2, BOTH)
             inverse = _reciprocal(den)
             y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
@@ -423,18 +446,18 @@ def wkv_backward_kernel(
                 p = _reciprocal(1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype)))
                 if OUT:
                     dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
-                    tl.store(dr_ptr + (t0 + j) * dr_l + cols, dr, mask=mask & (j < left))
+                    tl.store(_at(dr_ptr, t0 + j, dr_l, cols), dr, mask=mask & (j < left))
                 g *= p
             g *= inverse
             dv = g * own
             dk = dv * (v - y)
             sum_u += dk
             if UP:
-                _, b_, _, _ = rights[TILE - 1 - j]
-                _, A, E = _advance(k, v, rights[TILE - 1 - j], w)
+                _, b_, _, _ = rights[HELD - 1 - j]
+                _, A, E = _advance(k, v, rights[HELD - 1 - j], w)
                 dv += E * P_
                 dk += E * (P_ * v + Q_)
-                sum_w += A * (P_ * rights[TILE - 1 - j][0] + Q_ * b_)
+                sum_w += A * (P_ * rights[HELD - 1 - j][0] + Q_ * b_)
                 P_ = A * P_ + g * e_
                 Q_ = A * Q_ - g * e_ * y
                 if exit_ptr is not None:
@@ -447,26 +470,26 @@ def wkv_backward_kernel(
                 state, _, _ = _advance(k, v, state, w)
         if DOWN:
             if start_left_ptr is not None:
-                P = tl.load(start_ptr + at, mask=mask, other=0.0)
-                Q = tl.load(start_ptr + plane + at, mask=mask, other=0.0)
+                P = tl.load(start_ptr + at_part, mask=mask, other=0.0)
+                Q = tl.load(start_ptr + start_plane + at_part, mask=mask, other=0.0)
             if keep_ptr is not None:
-                tl.store(keep_ptr + at, P, mask=mask)
-                tl.store(keep_ptr + plane + at, Q, mask=mask)
-            P, Q, F = _rescaled(P, Q, F, state, o_behind, w)
+                tl.store(keep_ptr + at_part, P, mask=mask)
+                tl.store(keep_ptr + keep_plane + at_part, Q, mask=mask)
+            P, Q, F = _rescaled(P, Q, F, state, o_behind, w, t0 + HELD == tile * TILE + TILE)
             o_behind = o_entry
             if g_ybar_ptr is not None:
-                final = (tile == tiles - 1) & (state[1] != 0.0)
+                final = (part == parts - 1) & (state[1] != 0.0)
                 b = tl.where(final, state[1], 1.0)
                 P = tl.where(final, g_ybar / b, P)
                 Q = tl.where(final, (g_lse - g_ybar * state[0] / b) / b, Q)
-            for j in tl.static_range(TILE - 1, -1, -1):
+            for j in tl.static_range(HELD - 1, -1, -1):
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
                 if OUT:
                     dv = (dv + E * P).to(dv_ptr.dtype.element_ty)
                     dk = (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty)
-                    tl.store(dv_ptr + (t0 + j) * dv_l + cols, dv, mask=m)
-                    tl.store(dk_ptr + (t0 + j) * dk_l + cols, dk, mask=m)
+                    tl.store(_at(dv_ptr, t0 + j, dv_l, cols), dv, mask=m)
+                    tl.store(_at(dk_ptr, t0 + j, dk_l, cols), dk, mask=m)
                     sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
                 P = A * P + h
                 Q = A * Q - h * y
@@ -475,16 +498,16 @@ def wkv_backward_kernel(
         else:
             P, Q, F = P_, Q_, F_
     if exit_ptr is not None:
-        _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), P, Q, F)
+        _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, F)
     if OUT:
-        tl.store(dw_ptr + chunk_row * C + cols, sum_w, mask=mask & (begin < tiles))
-        tl.store(du_ptr + chunk_row * C + cols, sum_u, mask=mask & (begin < tiles))
+        tl.store(dw_ptr + chunk_row * C + cols, sum_w, mask=mask & (begin < parts))
+        tl.store(du_ptr + chunk_row * C + cols, sum_u, mask=mask & (begin < parts))
     if d_ybar_ptr is not None:
         m = mask & (chunk == 0)
         ybar = tl.load(ybar_ptr + at_state, mask=m, other=0.0)
         lse = tl.load(lse_ptr + at_state, mask=m, other=0.0)
         if g_ybar_ptr is not None:
-            if tiles == 0:
+            if parts == 0:
                 P, Q = g_ybar, g_lse - g_ybar * ybar
         seen = lse != -float("inf")
         tl.store(d_ybar_ptr + at_state, tl.where(seen, P, 0.0), mask=m)
@@ -507,7 +530,7 @@ class _Grid:
         self.sequences = B if self.packed is None else self.packed
         self.B, self.L, self.longest = B, L, L if self.packed is None else max_seqlen or L
         self.w, self.u, self.cu_seqlens = w, u, cu_seqlens
-        self.tiles = triton.cdiv(self.longest, TILE)
+        self.tiles = triton.cdiv(self.longest, layout.TILE)
         threads = self.sequences * self.C
         self.fine = max(1, self.tiles * threads // _FILL)  # tiles per chunk
         serial = 2 * threads >= _FILL or self.tiles <= 2 if algorithm == "auto" else algorithm == "serial"
@@ -517,7 +540,7 @@ class _Grid:
 
     def rows(self, tiles):
         """Rows of what is kept per chunk of so many tiles."""
-        return wkv_rows(self.B, self.L, self.packed, TILE * tiles)
+        return layout.wkv_rows(self.B, self.L, self.packed, layout.TILE * tiles)
 
     def empty(self, *leading, tiles):
         return torch.empty(*leading, self.rows(tiles), self.C, dtype=self.state, device=self.device)
@@ -532,7 +555,7 @@ class _Grid:
     def _launch(self, kernel, tiles, *args, **flags):
         chunks = triton.cdiv(self.tiles, tiles) if tiles else 1
         programs = self.sequences * chunks * triton.cdiv(self.C, _THREADS)
-        kernel[(programs,)](*args, **flags, TILE=TILE, BC=_THREADS, num_warps=_warps(_THREADS))
+        kernel[(programs,)](*args, **flags, TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
@@ -543,12 +566,12 @@ class _Grid:
 
 
 def _placed(t):
-    """(tensor, stride of B, stride of L), channels contiguous."""
+    """(tensor, stride of sequences, stride of L), channels contiguous."""
     if t is None:
         return None, 0, 0
     if t.stride(2) != 1 and t.shape[2] > 1:
         t = t.contiguous()
-    return t, t.stride(0), t.stride(1)
+    return t, t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)  # packed sequences differ in their first token alone
 
 
 def _plane(rows):
@@ -564,8 +587,9 @@ def wkv_forward(k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional,
 
     def walk(tiles, start=None, right=None, y=None, final=(None, None), keep=None, exit=None, leftwards=False):
         chunk_plane = _plane(exit if start is None else start)
+        given = (ybar, lse) if exit is None else (None, None)  # a summary starts from nothing
         grid.launch(
-            wkv_forward_kernel, tiles, k, v, r if y is not None else None, w, u, ybar, lse, start, right, cu_seqlens,
+            wkv_forward_kernel, tiles, k, v, r if y is not None else None, w, u, *given, start, right, cu_seqlens,
             y, *final, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
             _plane(start if right is not None else keep), chunk_plane, *k_, *v_, *r_, *out_, LEFTWARDS=leftwards,
         )  # fmt: skip
@@ -618,7 +642,7 @@ def wkv_backward(
         grid.launch(
             wkv_backward_kernel, tiles, g, *upstream, k, v, r, w, u, ybar, lse, state, right, cu_seqlens,
             start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_, RIGHTWARDS=rightwards,
+            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_, RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
         return sums
 
@@ -633,7 +657,8 @@ def wkv_backward(
 
     if not bidirectional:
         return walk(grid.coarse, start=starts(False), out=True)
-    entering = grid.empty(2, 2, tiles=1)
+    rows = layout.wkv_rows(grid.B, grid.L, grid.packed, min(_HELD, layout.TILE))
+    entering = torch.empty(2, 2, rows, grid.C, dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         walk(grid.coarse, start=starts(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
     return walk(grid.fine, start=entering[0], left=entering[1], out=True)
