@@ -141,8 +141,11 @@ def _at(ptr, t, stride, cols):
 def _tokens(ptr, t, stride, cols, mask, left, other, N: tl.constexpr):
     """N tokens from t on; what ``left`` or more are behind t are not there."""
     found = ()
-    for j in tl.static_range(N):
-        found = found + (tl.load(_at(ptr, t + j, stride, cols), mask=mask & (j < left), other=other),)
+    if N > 0:
+        p = _at(ptr, t, stride, cols)
+        for j in tl.static_range(N):
+            found = found + (tl.load(p, mask=mask & (j < left), other=other),)
+            p += stride
     return found
 
 
@@ -256,7 +259,7 @@ def wkv_forward_kernel(
     for i in range(begin, end):
         tile = begin + end - 1 - i if LEFTWARDS else i
         t0 = tile * TILE
-        left = length - t0
+        left = tl.minimum(length - t0, TILE).to(tl.int32)
         at = (row + tile) * C + cols
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
         vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
@@ -270,6 +273,8 @@ def wkv_forward_kernel(
             for j in tl.static_range(TILE - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
+        if out_ptr is not None:
+            out_at = _at(out_ptr, t0, out_l, cols)
         for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
             if out_ptr is not None:
@@ -277,7 +282,8 @@ def wkv_forward_kernel(
                 if r_ptr is not None:
                     den *= 1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype))
                 y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
-                tl.store(_at(out_ptr, t0 + j, out_l, cols), y, mask=mask & (j < left))
+                tl.store(out_at, y, mask=mask & (j < left))
+                out_at += out_l
             state, _, _ = _advance(k, v, state, w)
     if exit_ptr is not None:
         _store_state(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), state, w)
@@ -403,7 +409,7 @@ def wkv_backward_kernel(
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
         t0 = part * HELD
-        left = length - t0
+        left = tl.minimum(length - t0, HELD).to(tl.int32)
         tile = t0 // TILE
         at = (row + tile) * C + cols
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), HELD)
@@ -419,7 +425,7 @@ def wkv_backward_kernel(
             right = _load_state(right_ptr, at, plane, mask)
             for t in range(0, TILE - HELD - t0 % TILE, HELD):
                 t1 = tile * TILE + TILE - HELD - t
-                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, length - t1, right, w, True, HELD)
+                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, tl.minimum(length - t1, HELD).to(tl.int32), right, w, True, HELD)
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
@@ -435,6 +441,8 @@ def wkv_backward_kernel(
                     tl.store(keep_ptr + keep_plane + at_part, Q_, mask=mask)
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
             P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, t0 == tile * TILE)
+        if OUT and r_ptr is not None:
+            dr_at = _at(dr_ptr, t0, dr_l, cols)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
         for j in tl.static_range(HELD):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
@@ -446,7 +454,8 @@ def wkv_backward_kernel(
                 p = _reciprocal(1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype)))
                 if OUT:
                     dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
-                    tl.store(_at(dr_ptr, t0 + j, dr_l, cols), dr, mask=mask & (j < left))
+                    tl.store(dr_at, dr, mask=mask & (j < left))
+                    dr_at += dr_l
                 g *= p
             g *= inverse
             dv = g * own
@@ -482,14 +491,19 @@ def wkv_backward_kernel(
                 b = tl.where(final, state[1], 1.0)
                 P = tl.where(final, g_ybar / b, P)
                 Q = tl.where(final, (g_lse - g_ybar * state[0] / b) / b, Q)
+            if OUT:
+                dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, cols)
+                dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, cols)
             for j in tl.static_range(HELD - 1, -1, -1):
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
                 if OUT:
                     dv = (dv + E * P).to(dv_ptr.dtype.element_ty)
                     dk = (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty)
-                    tl.store(_at(dv_ptr, t0 + j, dv_l, cols), dv, mask=m)
-                    tl.store(_at(dk_ptr, t0 + j, dk_l, cols), dk, mask=m)
+                    tl.store(dv_at, dv, mask=m)
+                    tl.store(dk_at, dk, mask=m)
+                    dv_at -= dv_l
+                    dk_at -= dk_l
                     sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
                 P = A * P + h
                 Q = A * Q - h * y
