@@ -120,3 +120,9 @@ def wkv_rows(B: int, L: int, sequences: int | None) -> int:
     s // TILE + n and up.
     """
     return B * -(-L // TILE) if sequences is None else L // TILE + sequences
+
+
+def sequences(t: Tensor) -> Tensor:
+    """(..., L, C), not empty, as (B, L, C) with contiguous channels; copies where no view serves."""
+    t = t.detach().reshape(-1, *t.shape[-2:])
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()

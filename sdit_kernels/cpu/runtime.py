@@ -107,6 +107,16 @@ def store_spike(typingctx, address, index, fired, code):
     return types.void(types.int64, types.int64, types.boolean, code), codegen
 
 
+@intrinsic
+def load_int(typingctx, address, index):
+    """Element ``index`` of the int64 array at ``address``: addresses and strides of tensors that come in numbers."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def tile(typingctx, elements, code):
     """Address of an uninitialised stack array of the state type."""
