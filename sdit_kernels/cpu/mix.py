@@ -20,8 +20,13 @@ _BLOCK = 8192  # elements of a task of relu_squared
 _GROUPS = 64  # at most so many partial sums per mix and channel
 
 
-# Sums of a row alone may be reordered, so that LLVM vectorises them: the order then depends on C, not on threads.
-@numba.njit(forceinline=True, error_model="numpy", fastmath={"reassoc"})
+# Fused multiply-adds everywhere, for nothing here has to be repeated bit for bit by another backend; sums of a row may also be
+# reordered, so that they vectorise: in an order that depends on C, not on threads.
+_row_loop = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract"})
+_row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
+
+
+@_row_sum
 def _sum(row, C, X, S):
     total = num(0.0, S)
     for i in range(C):
@@ -29,50 +34,85 @@ def _sum(row, C, X, S):
     return total
 
 
-@numba.njit(forceinline=True, error_model="numpy", fastmath={"reassoc"})
-def _sum_squares(row, C, mean, X, S):
+@_row_sum
+def _centre(row, out, C, mean, X, S):
+    """Write row - mean; return the sum of its squares."""
     total = num(0.0, S)
     for i in range(C):
         centred = load(row, i, X) - mean
+        store(out, i, centred, S)
         total += centred * centred
     return total
 
 
-@numba.njit(forceinline=True, error_model="numpy", fastmath={"reassoc"})
-def _sum_products(d, row, C, mean, X, S):
+@_row_sum
+def _sum_products(a, b, C, S):
     total = num(0.0, S)
     for i in range(C):
-        total += load(d, i, S) * (load(row, i, X) - mean)
+        total += load(a, i, S) * load(b, i, S)
     return total
 
 
-@numba.njit(forceinline=True, error_model="numpy")
-def _norm(row, C, eps, NORM, X, S):
-    """(mean, scale) that make the row normal."""
-    if NORM:
-        n = num(float(C), S)
-        mean = _sum(row, C, X, S) / n
-        return mean, num(1.0, S) / np.sqrt(_sum_squares(row, C, mean, X, S) / n + eps)
-    return num(0.0, S), num(1.0, S)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _normal(row, i, mean, scale, NORM, X):
-    return (load(row, i, X) - mean) * scale if NORM else load(row, i, X)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _norm_backward(d, row, out, C, mean, scale, NORM, X, S):
-    """From the gradient ``d`` of a normal row to that of the row."""
-    if NORM:
-        n = num(float(C), S)
-        offset = _sum(d, C, S, S) / n
-        slope = _sum_products(d, row, C, mean, X, S) * scale / n
+@_row_loop
+def _normalise(row, out, C, eps, NORM, X, S):
+    """Write the row, normal if so wanted, in the state type; return what it was scaled by."""
+    if not NORM:
         for i in range(C):
-            store(out, i, (load(d, i, S) - offset - (load(row, i, X) - mean) * scale * slope) * scale, X)
-    else:
+            store(out, i, load(row, i, X), S)
+        return num(1.0, S)
+    n = num(float(C), S)
+    squares = _centre(row, out, C, _sum(row, C, X, S) / n, X, S)
+    scale = num(1.0, S) / np.sqrt(squares / n + eps)
+    for i in range(C):
+        store(out, i, load(out, i, S) * scale, S)
+    return scale
+
+
+@_row_loop
+def _normalise_backward(d, normal, scale, out, C, NORM, X, S):
+    """From the gradient of a normal row to that of the row."""
+    if not NORM:
         for i in range(C):
             store(out, i, load(d, i, S), X)
+        return
+    n = num(float(C), S)
+    offset, slope = _sum(d, C, S, S) / n, _sum_products(d, normal, C, S) / n
+    for i in range(C):
+        store(out, i, (load(d, i, S) - offset - load(normal, i, S) * slope) * scale, X)
+
+
+@_row_loop
+def _mix(now, before, mix, out, C, X, S):
+    one = num(1.0, S)
+    for i in range(C):
+        m = load(mix, i, S)
+        store(out, i, load(now, i, S) * m + load(before, i, S) * (one - m), X)
+
+
+@_row_loop
+def _mix_backward(g, after, mix, d, first, C, X, S):
+    """d (+)= the share of a token's own gradient ``g`` and of the next token's, where there is one."""
+    zero, one = num(0.0, S), num(1.0, S)
+    if after != 0:
+        for i in range(C):
+            m, part = load(mix, i, S), zero if first else load(d, i, S)
+            store(d, i, part + load(g, i, X) * m + load(after, i, X) * (one - m), S)
+    else:
+        for i in range(C):
+            store(d, i, (zero if first else load(d, i, S)) + load(g, i, X) * load(mix, i, S), S)
+
+
+@_row_loop
+def _mix_backward_last(g, mix, d, first, C, X, S):
+    zero, one = num(0.0, S), num(1.0, S)
+    for i in range(C):
+        store(d, i, (zero if first else load(d, i, S)) + load(g, i, X) * (one - load(mix, i, S)), S)
+
+
+@_row_loop
+def _add_product(total, g, step, C, X, S):
+    for i in range(C):
+        store(total, i, load(total, i, S) + load(g, i, X) * load(step, i, S), S)
 
 
 @functools.cache
@@ -80,30 +120,23 @@ def _forward_kernel(X, NORM):
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
 
-    def token_shift(rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, outs, eps_):
-        one, eps = num(1.0, S), num(eps_, S)
-        for task in numba.prange((rows + run - 1) // run):
-            b = task * run // L
-            t = task * run - b * L
-            row = x + (b * x_b + t * x_l) * xb
-            before = row - x_l * xb if t > 0 else last + b * last_b * xb
-            mean0, scale0 = _norm(before, C, eps, NORM, X, S)
-            for n in range(task * run, min(rows, task * run + run)):
-                mean, scale = _norm(row, C, eps, NORM, X, S)
+    def token_shift(rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
+        eps = num(eps_, S)
+        for task in numba.prange((rows + _RUN - 1) // _RUN):
+            before = work + task * 2 * C * sb
+            now = before + C * sb
+            for n in range(task * _RUN, min(rows, task * _RUN + _RUN)):
+                b = n // L
+                t = n - b * L
+                row = x + (b * x_b + t * x_l) * xb
+                if t == 0:
+                    _normalise(last + b * last_b * xb, before, C, eps, NORM, X, S)
+                elif n == task * _RUN:
+                    _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
+                _normalise(row, now, C, eps, NORM, X, S)
                 for m in range(M):
-                    mix, out = mixes + m * C * sb, load_int(outs, m) + n * C * xb
-                    for i in range(C):
-                        k = load(mix, i, S)
-                        mixed = _normal(row, i, mean, scale, NORM, X) * k
-                        store(out, i, mixed + _normal(before, i, mean0, scale0, NORM, X) * (one - k), X)
-                t += 1
-                before, mean0, scale0 = row, mean, scale
-                row += x_l * xb
-                if t == L:
-                    b, t = b + 1, 0
-                    row, before = x + b * x_b * xb, last + b * last_b * xb
-                    if n + 1 < rows:
-                        mean0, scale0 = _norm(before, C, eps, NORM, X, S)
+                    _mix(now, before, mixes + m * C * sb, load_int(outs, m) + n * C * xb, C, X, S)
+                now, before = before, now
 
     return Kernel(token_shift, f"token_shift_{X}{NORM:d}")
 
@@ -114,55 +147,39 @@ def _backward_kernel(X, NORM, PARAMETERS):
     xb, sb = SIZES[X], SIZES[S]
 
     def token_shift_backward(rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, dx, dlast, sums, work, eps_):
-        zero, one, eps = num(0.0, S), num(1.0, S), num(eps_, S)
+        eps = num(eps_, S)
         for task in numba.prange((rows + run - 1) // run):
-            b = task * run // L
-            t = task * run - b * L
-            row = x + (b * x_b + t * x_l) * xb
-            before = row - x_l * xb if t > 0 else last + b * last_b * xb
-            mean0, scale0 = _norm(before, C, eps, NORM, X, S)
-            d = work + task * C * sb
+            before = work + task * 4 * C * sb
+            now, d, step = before + C * sb, before + 2 * C * sb, before + 3 * C * sb
+            total = sums + task * M * C * sb
             if PARAMETERS:
                 for i in range(M * C):
-                    store(sums + task * M * C * sb, i, zero, S)
+                    store(total, i, num(0.0, S), S)
             for n in range(task * run, min(rows, task * run + run)):
-                mean, scale = _norm(row, C, eps, NORM, X, S)
+                b = n // L
+                t = n - b * L
+                row = x + (b * x_b + t * x_l) * xb
+                if t == 0:
+                    scale = _normalise(last + b * last_b * xb, before, C, eps, NORM, X, S)
+                    if dlast != 0:
+                        for m in range(M):
+                            g = load_int(gs, 3 * m) + b * load_int(gs, 3 * m + 1) * xb
+                            _mix_backward_last(g, mixes + m * C * sb, d, m == 0, C, X, S)
+                        _normalise_backward(d, before, scale, dlast + b * C * xb, C, NORM, X, S)
+                elif n == task * run:
+                    _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
+                scale = _normalise(row, now, C, eps, NORM, X, S)
+                if PARAMETERS:
+                    for i in range(C):
+                        store(step, i, load(now, i, S) - load(before, i, S), S)
                 for m in range(M):
-                    mix, g_l = mixes + m * C * sb, load_int(gs, 3 * m + 2) * xb
+                    g_l = load_int(gs, 3 * m + 2) * xb
                     g = load_int(gs, 3 * m) + b * load_int(gs, 3 * m + 1) * xb + t * g_l
-                    if t == 0 and dlast != 0:
-                        for i in range(C):
-                            part = zero if m == 0 else load(d, i, S)
-                            store(d, i, part + load(g, i, X) * (one - load(mix, i, S)), S)
-                if t == 0 and dlast != 0:
-                    _norm_backward(d, before, dlast + b * C * xb, C, mean0, scale0, NORM, X, S)
-                for m in range(M):
-                    mix, g_l = mixes + m * C * sb, load_int(gs, 3 * m + 2) * xb
-                    g = load_int(gs, 3 * m) + b * load_int(gs, 3 * m + 1) * xb + t * g_l
-                    if m == 0:
-                        for i in range(C):
-                            store(d, i, load(g, i, X) * load(mix, i, S), S)
-                    else:
-                        for i in range(C):
-                            store(d, i, load(d, i, S) + load(g, i, X) * load(mix, i, S), S)
-                    if t + 1 < L:
-                        for i in range(C):
-                            after = load(g + g_l, i, X) * (one - load(mix, i, S))
-                            store(d, i, load(d, i, S) + after, S)
+                    _mix_backward(g, g + g_l if t + 1 < L else 0, mixes + m * C * sb, d, m == 0, C, X, S)
                     if PARAMETERS:
-                        total = sums + (task * M + m) * C * sb
-                        for i in range(C):
-                            step = _normal(row, i, mean, scale, NORM, X) - _normal(before, i, mean0, scale0, NORM, X)
-                            store(total, i, load(total, i, S) + load(g, i, X) * step, S)
-                _norm_backward(d, row, dx + n * C * xb, C, mean, scale, NORM, X, S)
-                t += 1
-                before, mean0, scale0 = row, mean, scale
-                row += x_l * xb
-                if t == L:
-                    b, t = b + 1, 0
-                    row, before = x + b * x_b * xb, last + b * last_b * xb
-                    if n + 1 < rows:
-                        mean0, scale0 = _norm(before, C, eps, NORM, X, S)
+                        _add_product(total + m * C * sb, g, step, C, X, S)
+                _normalise_backward(d, now, scale, dx + n * C * xb, C, NORM, X, S)
+                now, before = before, now
 
     return Kernel(token_shift_backward, f"token_shift_backward_{X}{NORM:d}{PARAMETERS:d}")
 
@@ -224,10 +241,12 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     B, L, C = x.shape
     last, placed = _placed(x, last)
     addresses = np.array([out.data_ptr() for out in outs])
+    work = torch.empty((-(-B * L // _RUN), 2, C), dtype=state_dtype(x.dtype))
     kernel = _forward_kernel(CODES[x.dtype], norm_eps is not None)
     kernel(
-        x.numel() * len(outs), B * L, L, C, len(outs), _RUN, *placed, mixes.data_ptr(), addresses.ctypes.data, norm_eps or 0.0
-    )
+        x.numel() * len(outs), B * L, L, C, len(outs), *placed, mixes.data_ptr(), addresses.ctypes.data, work.data_ptr(),
+        norm_eps or 0.0,
+    )  # fmt: skip
 
 
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
@@ -242,7 +261,7 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     tasks = -(-B * L // run)
     state = state_dtype(x.dtype)
     sums = torch.empty((tasks, M, C), dtype=state) if parameters else None
-    work = torch.empty((tasks, C), dtype=state)
+    work = torch.empty((tasks, 4, C), dtype=state)
     kernel = _backward_kernel(CODES[x.dtype], norm_eps is not None, parameters)
     kernel(
         2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), upstream.ctypes.data, dx.data_ptr(),
