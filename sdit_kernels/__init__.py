@@ -7,7 +7,21 @@ from . import nn
 from .dispatch import backend
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
+from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
-__all__ = ["SURROGATES", "backend", "lif", "lif_rate", "nn", "relu_squared", "token_shift"]
+__all__ = [
+    "SURROGATES",
+    "backend",
+    "lif",
+    "lif_rate",
+    "nn",
+    "relu_squared",
+    "token_shift",
+    "wkv",
+    "wkv_state_from_rwkv",
+    "wkv_state_to_rwkv",
+    "wkv_step",
+    "wkv_step_",
+]

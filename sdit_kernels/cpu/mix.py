@@ -1,7 +1,7 @@
 """Token shift and squared ReLU on the CPU. A task is a run of tokens, one row of channels after the other.
 
-The row before is still in L1 when a token is mixed with it, so of its norm only the mean and the scale are carried along. Each
-loop over channels has few streams, because LLVM checks at run time that those it writes overlap no other, and gives up on many.
+The normalised row before stays in L1 until its successor has been mixed with it. Where all mixes are served at once, vectors are
+written out, for LLVM would have to prove that no output overlaps another.
 Gradients of the mixes are summed per task and then over tasks, in an order that no number of threads changes.
 """
 
@@ -11,10 +11,12 @@ import numba
 import numpy as np
 import torch
 
-from ..layout import layout_of_step, place_state, sequences
+from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
 from .runtime import CODES, SIZES, Kernel, huge_pages, load, load_int, num, state_code, store
+from .vector import LANES, fma, kind, vload, vset, vstore
 
+_LANES = 2 * LANES  # channels mixed at once
 _RUN = 32  # tokens of a forward task
 _BLOCK = 8192  # elements of a task of relu_squared
 _GROUPS = 64  # at most so many partial sums per mix and channel
@@ -82,37 +84,51 @@ def _normalise_backward(d, normal, scale, out, C, NORM, X, S):
 
 
 @_row_loop
-def _mix(now, before, mix, out, C, X, S):
-    one = num(1.0, S)
-    for i in range(C):
-        m = load(mix, i, S)
-        store(out, i, load(now, i, S) * m + load(before, i, S) * (one - m), X)
+def _mix_at(i, now, before, mixes, outs, offset, M, C, V, W):
+    a, b, one = vload(now, i, W), vload(before, i, W), vset(1.0, W)
+    for m in range(M):
+        mix = vload(mixes, m * C + i, W)
+        vstore(load_int(outs, m) + offset, i, fma(a, mix, b * (one - mix)), V)
 
 
 @_row_loop
-def _mix_backward(g, after, mix, d, first, C, X, S):
-    """d (+)= the share of a token's own gradient ``g`` and of the next token's, where there is one."""
-    zero, one = num(0.0, S), num(1.0, S)
-    if after != 0:
-        for i in range(C):
-            m, part = load(mix, i, S), zero if first else load(d, i, S)
-            store(d, i, part + load(g, i, X) * m + load(after, i, X) * (one - m), S)
-    else:
-        for i in range(C):
-            store(d, i, (zero if first else load(d, i, S)) + load(g, i, X) * load(mix, i, S), S)
+def _mix(now, before, mixes, outs, offset, M, C, X, S):
+    """All outputs of a token; ``offset`` bytes into each of them."""
+    whole = C // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        _mix_at(i, now, before, mixes, outs, offset, M, C, kind(X, _LANES), kind(S, _LANES))
+    for i in range(whole, C):
+        _mix_at(i, now, before, mixes, outs, offset, M, C, kind(X, 1), kind(S, 1))
 
 
 @_row_loop
-def _mix_backward_last(g, mix, d, first, C, X, S):
-    zero, one = num(0.0, S), num(1.0, S)
-    for i in range(C):
-        store(d, i, (zero if first else load(d, i, S)) + load(g, i, X) * (one - load(mix, i, S)), S)
+def _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V, W):
+    step, sum_, one = vload(now, i, W) - vload(before, i, W), vset(0.0, W), vset(1.0, W)
+    for m in range(M):
+        mix, g = vload(mixes, m * C + i, W), load_int(gs, m)
+        if OWN:
+            own = vload(g + offset, i, V)
+            sum_ = fma(own, mix, sum_)
+            if PARAMETERS:
+                vstore(total, m * C + i, fma(own, step, vload(total, m * C + i, W)), W)
+        if after >= 0:
+            sum_ = fma(vload(g + after, i, V), one - mix, sum_)
+    vstore(d, i, sum_, W)
 
 
 @_row_loop
-def _add_product(total, g, step, C, X, S):
-    for i in range(C):
-        store(total, i, load(total, i, S) + load(g, i, X) * load(step, i, S), S)
+def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, X, S):
+    """The gradient d of a normalised token from its own upstream gradients, ``offset`` bytes into gs, if OWN, and from those of
+    the token that follows, unless ``after`` is negative."""
+    whole = C // _LANES * _LANES
+    for i in range(0, whole, _LANES):
+        _mix_backward_at(
+            i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, kind(X, _LANES), kind(S, _LANES)
+        )
+    for i in range(whole, C):
+        _mix_backward_at(
+            i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, kind(X, 1), kind(S, 1)
+        )
 
 
 @functools.cache
@@ -134,8 +150,7 @@ def _forward_kernel(X, NORM):
                 elif n == task * _RUN:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 _normalise(row, now, C, eps, NORM, X, S)
-                for m in range(M):
-                    _mix(now, before, mixes + m * C * sb, load_int(outs, m) + n * C * xb, C, X, S)
+                _mix(now, before, mixes, outs, n * C * xb, M, C, X, S)
                 now, before = before, now
 
     return Kernel(token_shift, f"token_shift_{X}{NORM:d}")
@@ -146,11 +161,13 @@ def _backward_kernel(X, NORM, PARAMETERS):
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
 
-    def token_shift_backward(rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, dx, dlast, sums, work, eps_):
+    def token_shift_backward(
+        rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
+    ):  # fmt: skip
         eps = num(eps_, S)
         for task in numba.prange((rows + run - 1) // run):
-            before = work + task * 4 * C * sb
-            now, d, step = before + C * sb, before + 2 * C * sb, before + 3 * C * sb
+            before = work + task * 3 * C * sb
+            now, d = before + C * sb, before + 2 * C * sb
             total = sums + task * M * C * sb
             if PARAMETERS:
                 for i in range(M * C):
@@ -159,25 +176,17 @@ def _backward_kernel(X, NORM, PARAMETERS):
                 b = n // L
                 t = n - b * L
                 row = x + (b * x_b + t * x_l) * xb
+                g = (b * g_b + t * g_l) * xb
                 if t == 0:
                     scale = _normalise(last + b * last_b * xb, before, C, eps, NORM, X, S)
                     if dlast != 0:
-                        for m in range(M):
-                            g = load_int(gs, 3 * m) + b * load_int(gs, 3 * m + 1) * xb
-                            _mix_backward_last(g, mixes + m * C * sb, d, m == 0, C, X, S)
+                        _mix_backward(before, before, mixes, gs, 0, g, d, total, M, C, False, False, X, S)
                         _normalise_backward(d, before, scale, dlast + b * C * xb, C, NORM, X, S)
                 elif n == task * run:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 scale = _normalise(row, now, C, eps, NORM, X, S)
-                if PARAMETERS:
-                    for i in range(C):
-                        store(step, i, load(now, i, S) - load(before, i, S), S)
-                for m in range(M):
-                    g_l = load_int(gs, 3 * m + 2) * xb
-                    g = load_int(gs, 3 * m) + b * load_int(gs, 3 * m + 1) * xb + t * g_l
-                    _mix_backward(g, g + g_l if t + 1 < L else 0, mixes + m * C * sb, d, m == 0, C, X, S)
-                    if PARAMETERS:
-                        _add_product(total + m * C * sb, g, step, C, X, S)
+                after = g + g_l * xb if t + 1 < L else -1
+                _mix_backward(now, before, mixes, gs, g, after, d, total, M, C, True, PARAMETERS, X, S)
                 _normalise_backward(d, now, scale, dx + n * C * xb, C, NORM, X, S)
                 now, before = before, now
 
@@ -252,20 +261,20 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
     huge_pages(dx)
-    x, gs = sequences(x), [sequences(g) for g in gs]
+    x, gs = sequences(x), same_strides([sequences(g) for g in gs])
     B, L, C = x.shape
     M = len(gs)
     last, placed = _placed(x, last)
-    upstream = np.array([(g.data_ptr(), g.stride(0), g.stride(1)) for g in gs])
+    addresses = np.array([g.data_ptr() for g in gs])
     run = max(_RUN, -(-B * L // _GROUPS))
     tasks = -(-B * L // run)
     state = state_dtype(x.dtype)
     sums = torch.empty((tasks, M, C), dtype=state) if parameters else None
-    work = torch.empty((tasks, 4, C), dtype=state)
+    work = torch.empty((tasks, 3, C), dtype=state)
     kernel = _backward_kernel(CODES[x.dtype], norm_eps is not None, parameters)
     kernel(
-        2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), upstream.ctypes.data, dx.data_ptr(),
-        0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(), norm_eps or 0.0,
+        2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, gs[0].stride(0),
+        gs[0].stride(1), dx.data_ptr(), 0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(), norm_eps or 0.0,
     )  # fmt: skip
     return sums
 

@@ -64,6 +64,16 @@ def load(typingctx, address, index, code):
     return state(types.int64, types.int64, code), codegen
 
 
+@intrinsic
+def load_int(typingctx, address, index):
+    """Element ``index`` of an array of int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
 @intrinsic(prefer_literal=True)
 def store(typingctx, address, index, value, code):
     """Round ``value`` (state type) to the nearest even of the storage type and write it."""
@@ -105,16 +115,6 @@ def store_spike(typingctx, address, index, fired, code):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.boolean, code), codegen
-
-
-@intrinsic
-def load_int(typingctx, address, index):
-    """Element ``index`` of the int64 array at ``address``: addresses and strides of tensors that come in numbers."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load(builder.gep(builder.inttoptr(args[0], _I64.as_pointer()), [args[1]]))
-
-    return types.int64(types.int64, types.int64), codegen
 
 
 @intrinsic(prefer_literal=True)

@@ -10,23 +10,29 @@ _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _batching_rule(operator, batch_axes, output_axes):
+def _looped(operator, n, dims, tensors, rest):
+    """One call per member of the batch, which ``select`` shows to the operator in place."""
+    one = [operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)]
+    columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
+    return [torch.stack(column) for column in columns]
+
+
+def _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates):
     """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
 
-    batch_axes: where each leading tensor argument carries the batch; None marks tau and v_threshold. output_axes: likewise;
-    None marks their gradients, which a batch must not sum over.
+    batch_axes: where each leading tensor argument carries the batch; None marks parameters. output_axes: likewise; None marks
+    parameters' gradients, which a batch must not sum over. flatten: the batch joins the axis it would stand before. loop(tensors,
+    other arguments): calls that must not be batched. mutates: tensors that are written; each needs a batch to write to.
     """
 
     def rule(info, in_dims, *args):
         n = info.batch_size
         tensors, dims, rest = args[: len(batch_axes)], in_dims[: len(batch_axes)], args[len(batch_axes) :]
-        parameters = None in output_axes and rest[-2]
-        if parameters or any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None):
-            one = [
-                operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)
-            ]
-            columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
-            outputs = [torch.stack(column) for column in columns]
+        parameters = any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None)
+        if mutates and any(dims[i] is None for i in mutates):
+            raise RuntimeError("vmap over an operator that writes to a tensor needs that tensor batched as well")
+        if parameters or mutates or (loop is not None and loop(tensors, rest)):
+            outputs = _looped(operator, n, dims, tensors, rest)
             axes = [0] * len(outputs)
         else:
             moved = []
@@ -37,10 +43,15 @@ def _batching_rule(operator, batch_axes, output_axes):
                         if dim is not None
                         else t.unsqueeze(axis).expand(*t.shape[:axis], n, *t.shape[axis:])
                     )
+                    t = t.flatten(axis, axis + 1) if flatten else t
                 moved.append(t)
             outputs = operator(*moved, *rest)
             outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
             axes = [None if out.shape == (0,) else axis for out, axis in zip(outputs, output_axes)]
+            if flatten:
+                outputs = [
+                    out if axis is None else out.unflatten(axis, (n, out.shape[axis] // n)) for out, axis in zip(outputs, axes)
+                ]
         return (tuple(outputs), tuple(axes)) if len(outputs) > 1 else (outputs[0], axes[0])
 
     return rule
@@ -56,11 +67,14 @@ def _no_second_derivative(ctx, *_):
     )
 
 
-def register(schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None):
+def register(
+    schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None, flatten=False, loop=None, mutates=()
+):  # fmt: skip
     """Define ``sdit_kernels::<schema>``. Returns what to call: the operator, or a shorter way to the same.
 
-    implementation, fake: take the operator's arguments, tensors first. batch_axes, output_axes: see _batching_rule.
-    save(ctx, inputs, outputs), gradient(ctx, *upstream): as in autograd.Function; without them a derivative is refused.
+    implementation, fake: take the operator's arguments, tensors first. batch_axes, output_axes, flatten, loop: see
+    _batching_rule. mutates: indices of tensors that are written. save(ctx, inputs, outputs), gradient(ctx, *upstream): as in
+    autograd.Function; without them a derivative is refused.
     """
     name = schema.partition("(")[0]
     save, gradient = save or _nothing, gradient or _no_second_derivative
@@ -70,7 +84,8 @@ def register(schema, implementation, fake, batch_axes, output_axes, save=None, g
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
-    torch.library.register_vmap(f"sdit_kernels::{name}", _batching_rule(operator, batch_axes, output_axes), lib=_LIBRARY)
+    rule = _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates)
+    torch.library.register_vmap(f"sdit_kernels::{name}", rule, lib=_LIBRARY)
 
     tensors = len(batch_axes)
 
@@ -113,13 +128,24 @@ def register(schema, implementation, fake, batch_axes, output_axes, save=None, g
     def autograd(*args):
         return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
 
+    def autograd_refused(*args):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
+            raise RuntimeError(
+                f"sdit_kernels::{name} writes to its arguments and has no gradient: call it under torch.no_grad()"
+            )
+        output = run(*args)
+        torch.autograd.graph.increment_version([args[i] for i in mutates])
+        return output
+
+    if mutates:
+        autograd = autograd_refused
     _LIBRARY.impl(name, autograd, "Autograd")
 
     def call(*args):
         if torch.compiler.is_compiling():
             return operator(*args)
         if torch._C._are_functorch_transforms_active():
-            return Functorch.apply(*args)
+            return operator(*args) if mutates else Functorch.apply(*args)
         return operator(*args) if overheard(args) else autograd(*args)
 
     return call

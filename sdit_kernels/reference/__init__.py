@@ -2,5 +2,16 @@
 
 from .lif import lif, lif_rate
 from .mix import relu_squared, token_shift
+from .wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 
-__all__ = ["lif", "lif_rate", "relu_squared", "token_shift"]
+__all__ = [
+    "lif",
+    "lif_rate",
+    "relu_squared",
+    "token_shift",
+    "wkv",
+    "wkv_state_from_rwkv",
+    "wkv_state_to_rwkv",
+    "wkv_step",
+    "wkv_step_",
+]

@@ -33,7 +33,7 @@ class _State:
 
     def user(self):
         """(ybar, lse) = (N/D, log D); (0, -inf) where no key was seen."""
-        seen = self.b > 0
+        seen = self.b != 0  # a NaN stays
         b = torch.where(seen, self.b, 1.0)
         return torch.where(seen, self.a / b, 0.0), torch.where(seen, self.o + torch.log(b), -torch.inf)
 
@@ -52,7 +52,7 @@ def _output(states, k_u, v):
     for a, b, other in states:
         scale = torch.exp(other - o)
         n, z = n + a * scale, z + b * scale
-    seen = z > 0
+    seen = z != 0  # a NaN stays
     return torch.where(seen, n / torch.where(seen, z, 1.0), 0.0)
 
 

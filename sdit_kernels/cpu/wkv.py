@@ -1,0 +1,712 @@
+"""WKV on the CPU. A vector of channels keeps its scan state in registers while a tile of tokens goes by.
+
+A task is a segment, a run of tokens of one sequence, and a block of channels, a few cache lines wide; it walks the segment tile
+by tile. Serially a segment is a whole sequence. Chunked it is _CHUNK tiles: a first pass sums up each segment as if nothing
+preceded it, a scan over segments gives each its entry state, the last pass applies. The walk back does the same with the
+adjoint state. Where C is no multiple of a vector's lanes the last vector overlaps the one before it, in the same task, and both
+compute the same; where C is smaller a vector has one lane.
+
+Exponents: a state N = a e^o, D = b e^o has o = ka - m w, the key of the token that holds the running maximum and minus the
+number of tokens since. b is 0 (nothing seen, ka the least float) or at least 1, less rounding.
+"""
+
+import functools
+
+import numba
+import numpy as np
+import torch
+
+from ..layout import TILE, wkv_rows
+from .runtime import CODES, SIZES, F64, Kernel, huge_pages, load_int, state_code, tile
+from .vector import LANES, fma, kind, negative_abs, vexp, vload, vlog, vset, vstore, where_equal, where_less
+
+_BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
+_CHUNK = 16  # tiles of a segment in the chunked algorithm
+_FIELDS = 7  # of a segment: batch row, first token, tokens, row of its first tile, sequence, whether first in it, whether last
+_FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
+
+
+# --- arithmetic on vectors --------------------------------------------------------------------------------------------------
+
+_inline = numba.njit(forceinline=True, error_model="numpy")
+
+
+@_inline
+def _weights(d, W):
+    """Of the old and the new of two terms whose exponents differ by d = new - old: the greater is 1."""
+    zero, one = vset(0.0, W), vset(1.0, W)
+    e = vexp(negative_abs(d), W)
+    return where_less(d, zero, one, e), where_less(d, zero, e, one)
+
+
+@_inline
+def _include(ka, m, a, b, k, v, w, W):
+    """The state one token later, and the weights that made it."""
+    zero = vset(0.0, W)
+    m = m - vset(1.0, W)
+    d = fma(m, w, k - ka)
+    A, E = _weights(d, W)
+    return where_less(d, zero, ka, k), where_less(d, zero, m, zero), fma(E, v, A * a), fma(A, b, E), A, E
+
+
+@_inline
+def _join(ka, m, a, b, ka2, m2, a2, b2, w, W):
+    """Two states of disjoint tokens as one, and their weights."""
+    zero = vset(0.0, W)
+    d = fma(m - m2, w, ka2 - ka)
+    A, E = _weights(d, W)
+    return where_less(d, zero, ka, ka2), where_less(d, zero, m, m2), fma(E, a2, A * a), fma(E, b2, A * b), A, E
+
+
+@_inline
+def _gap(ka, m, o, w, W):
+    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1."""
+    x = fma(vset(0.0, W) - m, w, ka - o)
+    x = where_less(vset(-0.5, W), negative_abs(x), x, vset(0.0, W))
+    return fma(x, fma(x, vset(0.5, W), vset(1.0, W)), vset(1.0, W))
+
+
+@_inline
+def _rounded(ka, m, a, b, w, W):
+    """(a, b, o): the state with its exponent in one number."""
+    o = fma(vset(0.0, W) - m, w, ka)
+    gap = _gap(ka, m, o, w, W)
+    return a * gap, b * gap, o
+
+
+@_inline
+def _nearby(ka, m, a, b, w, W):
+    """The same state with no more than _FAR tokens since its exponent's key."""
+    far, zero = vset(-_FAR, W), vset(0.0, W)
+    a2, b2, o = _rounded(ka, m, a, b, w, W)
+    return (
+        where_less(m, far, o, ka),
+        where_less(m, far, zero, m),
+        where_less(m, far, a2, a),
+        where_less(m, far, b2, b),
+    )
+
+
+@_inline
+def _entry(ybar, lse, at, W):
+    """(ka, a, b) from a user's state; none where the addresses are 0."""
+    zero, one, nothing = vset(0.0, W), vset(1.0, W), vset(-1e300 if W % 8 == F64 else -3.4028234663852886e38, W)
+    if ybar == 0:
+        return nothing, zero, zero
+    y, o, empty = vload(ybar, at, W), vload(lse, at, W), vset(-np.inf, W)
+    return where_equal(o, empty, nothing, o), where_equal(o, empty, zero, y), where_equal(o, empty, zero, one)
+
+
+@_inline
+def _gate(r, W):
+    """(numerator, denominator) of sigmoid(r), and e^-|r|."""
+    zero, one = vset(0.0, W), vset(1.0, W)
+    e = vexp(negative_abs(r), W)
+    return where_less(r, zero, e, one), one + e, e
+
+
+@_inline
+def _channels(C, lanes, block, blocks):
+    """First vector of a block and the number of its vectors; the last takes the channels that fill no vector."""
+    whole = C // lanes
+    begin, end = whole * block // blocks, whole * (block + 1) // blocks
+    return begin, end - begin + (1 if block == blocks - 1 and whole * lanes < C else 0)
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _summary_kernel(X, lanes, BOTH):
+    """Each segment's state (a, b, ka, m) from its own tokens and, of a sequence's first, the user's state: (D, 4, S, C)."""
+    V, S = kind(X, lanes), state_code(X)
+    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+
+    def wkv_summary(segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, w_, ybar, lse, summary):
+        for task in numba.prange(count * blocks):
+            segment = task // blocks
+            at = segment * 7
+            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
+            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            ktile, vtile = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
+            for side in range(2 if BOTH else 1):
+                if (last if side == 0 else first) == 1:
+                    continue
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w = vload(w_, c, W)
+                    user = first == 1 and side == 0
+                    ka, a, b = _entry(ybar if user else 0, lse, load_int(segments, at + 4) * C + c, W)
+                    m = vset(0.0, W)
+                    for i in range(n):
+                        t = i if side == 0 else n - 1 - i
+                        kt, vt = vload(ktile, t * k_l + c, V), vload(vtile, t * v_l + c, V)
+                        ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                    target = summary + ((side * 4 * count + segment) * C + c) * sb
+                    step = count * C
+                    vstore(target, 0, a, W)
+                    vstore(target, step, b, W)
+                    vstore(target, 2 * step, ka, W)
+                    vstore(target, 3 * step, m, W)
+
+    return Kernel(wkv_summary, f"wkv_summary_{X}_{lanes}{BOTH:d}")
+
+
+@functools.cache
+def _scan_kernel(S, lanes, BOTH):
+    """From the segments' own states to the state at the entry of each but the first, in the checkpoint's rows."""
+    W, sb = kind(S, lanes), SIZES[S]
+
+    def wkv_scan(segments, count, C, w_, summary, keep, rows):
+        vectors = (C + lanes - 1) // lanes
+        for task in numba.prange(vectors * (2 if BOTH else 1)):
+            side = task // vectors
+            c = min((task - side * vectors) * lanes, C - lanes)
+            w = vload(w_, c, W)
+            ka, m, a, b = vset(0.0, W), vset(0.0, W), vset(0.0, W), vset(0.0, W)
+            for i in range(count):
+                segment = i if side == 0 else count - 1 - i
+                at = segment * 7
+                n, row = load_int(segments, at + 2), load_int(segments, at + 3)
+                opens = load_int(segments, at + 5 if side == 0 else at + 6) == 1
+                closes = load_int(segments, at + 6 if side == 0 else at + 5) == 1
+                step = count * C
+                source = summary + ((side * 4 * count + segment) * C + c) * sb
+                if not opens:
+                    if side == 1:
+                        row = row + (n + TILE - 1) // TILE - 1
+                    target = keep + ((side * 3 * rows + row) * C + c) * sb
+                    a1, b1, o = _rounded(ka, m, a, b, w, W)
+                    vstore(target, 0, a1, W)
+                    vstore(target, rows * C, b1, W)
+                    vstore(target, 2 * rows * C, o, W)
+                if not closes:
+                    a2, b2 = vload(source, 0, W), vload(source, step, W)
+                    ka2, m2 = vload(source, 2 * step, W), vload(source, 3 * step, W)
+                    if opens:
+                        ka, m, a, b = ka2, m2, a2, b2
+                    else:
+                        m = m - vset(float(n), W)
+                        ka, m, a, b, _, _ = _join(ka, m, a, b, ka2, m2, a2, b2, w, W)
+                        ka, m, a, b = _nearby(ka, m, a, b, w, W)
+
+    return Kernel(wkv_scan, f"wkv_scan_{S}_{lanes}{BOTH:d}")
+
+
+@functools.cache
+def _forward_kernel(X, lanes, GATE, BOTH):
+    """Outputs; the state after the last token; the state at the entry of each tile, where ``keep`` is given."""
+    V, S = kind(X, lanes), state_code(X)
+    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+    STATE = (_BLOCK + 1) * lanes
+    RIGHT = TILE * lanes if BOTH else 1
+
+    def wkv_forward(
+        segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, out, out_b, out_l, w_, u_, ybar, lse, ybar1, lse1,
+        keep, rows,
+    ):  # fmt: skip
+        for task in numba.prange(count * blocks):
+            segment = task // blocks
+            at = segment * 7
+            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
+            row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
+            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            tiles = (n + TILE - 1) // TILE
+            kas, ms, as_, bs = tile(STATE, S), tile(STATE, S), tile(STATE, S), tile(STATE, S)
+            rk, rm, ra, rb = tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S)
+            k0, v0 = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
+            r0, out0 = r + (batch * r_b + t0 * r_l) * xb, out + (batch * out_b + t0 * out_l) * xb
+            zero, half = vset(0.0, W), vset(0.5, W)
+            side = 3 * rows * C * sb
+            if BOTH:  # the states that enter the tiles from the right
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w = vload(w_, c, W)
+                    ka, a, b = _entry(0, 0, 0, W)
+                    m = zero
+                    for i in range(tiles):
+                        kept = keep + side + ((row + tiles - 1 - i) * C + c) * sb
+                        if i == 0 and last == 0:
+                            a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
+                        else:
+                            ka, m, a, b = _nearby(ka, m, a, b, w, W)
+                            a1, b1, o = _rounded(ka, m, a, b, w, W)
+                            vstore(kept, 0, a1, W)
+                            vstore(kept, rows * C, b1, W)
+                            vstore(kept, 2 * rows * C, o, W)
+                        start = (tiles - 1 - i) * TILE
+                        for t in range(min(n, start + TILE) - 1, start - 1, -1):
+                            kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
+                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+            for j in range(vectors):
+                c = min((begin + j) * lanes, C - lanes)
+                if first == 1:
+                    ka, a, b = _entry(ybar, lse, sequence * C + c, W)
+                else:
+                    kept = keep + (row * C + c) * sb
+                    a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
+                vstore(kas, j * lanes, ka, W)
+                vstore(ms, j * lanes, zero, W)
+                vstore(as_, j * lanes, a, W)
+                vstore(bs, j * lanes, b, W)
+            for i in range(tiles):
+                start = i * TILE
+                end = min(n, start + TILE)
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w, u = vload(w_, c, W), vload(u_, c, W)
+                    if BOTH:
+                        kept = keep + side + ((row + i) * C + c) * sb
+                        a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
+                        m = zero
+                        for t in range(end - 1, start - 1, -1):
+                            slot = (t - start) * lanes
+                            vstore(rk, slot, ka, W)
+                            vstore(rm, slot, m, W)
+                            vstore(ra, slot, a, W)
+                            vstore(rb, slot, b, W)
+                            kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
+                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                    ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
+                    a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
+                    ka, m, a, b = _nearby(ka, m, a, b, w, W)
+                    if keep != 0 and (i > 0 or first == 1):
+                        kept = keep + ((row + i) * C + c) * sb
+                        a1, b1, o = _rounded(ka, m, a, b, w, W)
+                        vstore(kept, 0, a1, W)
+                        vstore(kept, rows * C, b1, W)
+                        vstore(kept, 2 * rows * C, o, W)
+                    for t in range(start, end):
+                        kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
+                        if BOTH:
+                            slot = (t - start) * lanes
+                            ka1, m1, a1, b1, _, _ = _join(
+                                ka, m, a, b, vload(rk, slot, W), vload(rm, slot, W), vload(ra, slot, W), vload(rb, slot, W),
+                                w, W,
+                            )  # fmt: skip
+                        else:
+                            ka1, m1, a1, b1 = ka, m, a, b
+                        old, new = _weights(fma(m1, w, kt - ka1) + u, W)
+                        z = fma(old, b1, new)
+                        z = where_less(z, half, half, z)  # where nothing is seen 0, else about 1 or more
+                        y = fma(new, vt, old * a1)
+                        if GATE:
+                            up, down, _ = _gate(vload(r0, t * r_l + c, V), W)
+                            y, z = y * up, z * down
+                        vstore(out0, t * out_l + c, y / z, V)
+                        ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                    vstore(kas, j * lanes, ka, W)
+                    vstore(ms, j * lanes, m, W)
+                    vstore(as_, j * lanes, a, W)
+                    vstore(bs, j * lanes, b, W)
+            if ybar1 != 0 and last == 1:
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w = vload(w_, c, W)
+                    ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
+                    a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
+                    o = fma(zero - m, w, ka) + vlog(b)
+                    vstore(ybar1, sequence * C + c, where_equal(b, zero, zero, a / b), W)
+                    vstore(lse1, sequence * C + c, where_equal(b, zero, vset(-np.inf, W), o), W)
+
+    return Kernel(wkv_forward, f"wkv_forward_{X}_{lanes}{GATE:d}{BOTH:d}")
+
+
+# What a tile leaves for the walk back, per token: (a, b) before it and the weights (A, E) that include it, the weights of the
+# token and of each side in the output, the output; then the same for the right side, and its exponents.
+_A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM = range(14)
+
+
+@_inline
+def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, h, lanes, V, W, BOTH, sb):
+    """Fill ``h`` for a tile of n tokens from its entry states. Returns the states after it: left (ka, m, a, b), right (ka, m)."""
+    zero, size = vset(0.0, W), TILE * lanes
+    rka, rm = zero, zero
+    if BOTH:
+        ra, rb, rka = vload(right, 0, W), vload(right, rows * C, W), vload(right, 2 * rows * C, W)
+        for i in range(n):
+            t = n - 1 - i
+            at = t * lanes
+            vstore(h, _RA * size + at, ra, W)
+            vstore(h, _RB * size + at, rb, W)
+            vstore(h, _RK * size + at, rka, W)
+            vstore(h, _RM * size + at, rm, W)
+            rka, rm, ra, rb, A, E = _include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V), w, W)
+            vstore(h, _RKEEP * size + at, A, W)
+            vstore(h, _RNEW * size + at, E, W)
+    a, b, ka = vload(left, 0, W), vload(left, rows * C, W), vload(left, 2 * rows * C, W)
+    m = zero
+    for t in range(n):
+        at = t * lanes
+        k, v = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
+        if BOTH:
+            ka1, m1, a1, b1, l_weight, r_weight = _join(
+                ka, m, a, b, vload(h, _RK * size + at, W), vload(h, _RM * size + at, W), vload(h, _RA * size + at, W),
+                vload(h, _RB * size + at, W), w, W,
+            )  # fmt: skip
+        else:
+            ka1, m1, a1, b1 = ka, m, a, b
+        old, new = _weights(fma(m1, w, k - ka1) + u, W)
+        z = fma(old, b1, new)
+        z = where_equal(z, zero, zero, vset(1.0, W) / z)  # where nothing is seen, no weight and no gradient
+        old, new = old * z, new * z
+        if BOTH:
+            vstore(h, _SEEN * size + at, old * l_weight, W)
+            vstore(h, _RSEEN * size + at, old * r_weight, W)
+        else:
+            vstore(h, _SEEN * size + at, old, W)
+        vstore(h, _SELF * size + at, new, W)
+        vstore(h, _Y * size + at, fma(new, v, old * a1), W)
+        vstore(h, _A * size + at, a, W)
+        vstore(h, _B * size + at, b, W)
+        ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
+        vstore(h, _KEEP * size + at, A, W)
+        vstore(h, _NEW * size + at, E, W)
+    return ka, m, a, b, rka, rm
+
+
+@_inline
+def _upstream(g, index, r, r_index, V, W, GATE):
+    """The gradient of y."""
+    x = vload(g, index, V)
+    if GATE:
+        up, down, _ = _gate(vload(r, r_index, V), W)
+        x = x * up / down
+    return x
+
+
+@functools.cache
+def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
+    """dk, dv, dr, d ybar, d lse and sums of dw, du; or, SUMMARY, each segment's own adjoint state (D, 2, S, C).
+
+    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That of
+    the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C), and a
+    second walk, from the right, computes it again along with everything else.
+    """
+    V, S = kind(X, lanes), state_code(X)
+    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+    HISTORY = TILE * lanes * (14 if BOTH else 7)
+    SUMS = (_BLOCK + 1) * lanes
+    SIZE = TILE * lanes
+
+    def wkv_backward(
+        segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse, g_ybar,
+        g_lse, adjoint, right_keep, dk, dv, dr, d_b, d_l, d_ybar, d_lse, dw, du,
+    ):  # fmt: skip
+        for task in numba.prange(count * blocks):
+            segment = task // blocks
+            at = segment * 7
+            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
+            row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
+            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            tiles = (n + TILE - 1) // TILE
+            h = tile(HISTORY, S)
+            Ps, Qs, dws, dus = tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S)
+            k0, v0 = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
+            r0, g0 = r + (batch * r_b + t0 * r_l) * xb, g + (batch * g_b + t0 * g_l) * xb
+            d0 = (batch * d_b + t0 * d_l) * xb
+            zero = vset(0.0, W)
+            side = 3 * rows * C * sb
+            if BOTH:
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w, u = vload(w_, c, W), vload(u_, c, W)
+                    P, Q = zero, zero
+                    if not SUMMARY and adjoint != 0 and first == 0:
+                        P = vload(adjoint, (2 * count + segment) * C + c, W)
+                        Q = vload(adjoint, (3 * count + segment) * C + c, W)
+                    for i in range(tiles):
+                        start = i * TILE
+                        size = min(TILE, n - start)
+                        if not SUMMARY:
+                            vstore(right_keep, (row + i) * C + c, P, W)
+                            vstore(right_keep, (rows + row + i) * C + c, Q, W)
+                        left = keep + ((row + i) * C + c) * sb
+                        _, _, _, _, rka, rm = _rebuild(
+                            size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows,
+                            C, w, u, h, lanes, V, W, BOTH, sb,
+                        )  # fmt: skip
+                        if i > 0 or first == 0:
+                            gap = _gap(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            P, Q = P * gap, Q * gap
+                        for t in range(size):
+                            gt = _upstream(
+                                g0, (start + t) * g_l + c, r0, (start + t) * r_l + c, V, W, GATE
+                            )  # fmt: skip
+                            A, gp = vload(h, _RKEEP * SIZE + t * lanes, W), gt * vload(h, _RSEEN * SIZE + t * lanes, W)
+                            P, Q = fma(A, P, gp), A * Q - gp * vload(h, _Y * SIZE + t * lanes, W)
+                    if SUMMARY:
+                        vstore(adjoint, (2 * count + segment) * C + c, P, W)
+                        vstore(adjoint, (3 * count + segment) * C + c, Q, W)
+            for j in range(vectors):
+                c = min((begin + j) * lanes, C - lanes)
+                P, Q = zero, zero
+                if not SUMMARY and adjoint != 0 and last == 0:
+                    P, Q = vload(adjoint, segment * C + c, W), vload(adjoint, (count + segment) * C + c, W)
+                vstore(Ps, j * lanes, P, W)
+                vstore(Qs, j * lanes, Q, W)
+                vstore(dws, j * lanes, zero, W)
+                vstore(dus, j * lanes, zero, W)
+            for i_ in range(tiles):
+                i = tiles - 1 - i_
+                start = i * TILE
+                size = min(TILE, n - start)
+                for j in range(vectors):
+                    c = min((begin + j) * lanes, C - lanes)
+                    w, u = vload(w_, c, W), vload(u_, c, W)
+                    left = keep + ((row + i) * C + c) * sb
+                    ka, m, a, b, rka, rm = _rebuild(
+                        size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
+                        w, u, h, lanes, V, W, BOTH, sb,
+                    )  # fmt: skip
+                    sum_w, sum_u = zero, zero
+                    if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
+                        P, Q = vload(right_keep, (row + i) * C + c, W), vload(right_keep, (rows + row + i) * C + c, W)
+                        if i > 0 or first == 0:
+                            gap = _gap(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            P, Q = P * gap, Q * gap
+                        for t in range(size):
+                            slot = t * lanes
+                            gt = _upstream(g0, (start + t) * g_l + c, r0, (start + t) * r_l + c, V, W, GATE)
+                            A, E = vload(h, _RKEEP * SIZE + slot, W), vload(h, _RNEW * SIZE + slot, W)
+                            vt = vload(v0, (start + t) * v_l + c, V)
+                            vstore(h, _RNEW * SIZE + slot, E * P, W)
+                            vstore(h, _RKEEP * SIZE + slot, E * fma(P, vt, Q), W)
+                            a1, b1 = vload(h, _RA * SIZE + slot, W), vload(h, _RB * SIZE + slot, W)
+                            sum_w = fma(A, fma(P, a1, Q * b1), sum_w)
+                            gp = gt * vload(h, _RSEEN * SIZE + slot, W)
+                            P, Q = fma(A, P, gp), A * Q - gp * vload(h, _Y * SIZE + slot, W)
+                    P, Q = vload(Ps, j * lanes, W), vload(Qs, j * lanes, W)
+                    if i < tiles - 1 or last == 0:
+                        gap = _gap(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
+                        P, Q = P * gap, Q * gap
+                    elif g_ybar != 0:
+                        gy, gl = vload(g_ybar, sequence * C + c, W), vload(g_lse, sequence * C + c, W)
+                        z = where_equal(b, zero, zero, vset(1.0, W) / b)
+                        P = gy * z
+                        Q = (gl - gy * (a * z)) * z
+                    for t_ in range(size):
+                        t = size - 1 - t_
+                        slot, token = t * lanes, start + t
+                        gt = vload(g0, token * g_l + c, V)
+                        y = vload(h, _Y * SIZE + slot, W)
+                        if GATE:
+                            up, down, e = _gate(vload(r0, token * r_l + c, V), W)
+                            down = vset(1.0, W) / down
+                            if not SUMMARY:
+                                vstore(dr + d0, token * d_l + c, gt * y * (e * down) * down, V)
+                            gt = gt * (up * down)
+                        A = vload(h, _KEEP * SIZE + slot, W)
+                        if not SUMMARY:
+                            E, vt = vload(h, _NEW * SIZE + slot, W), vload(v0, token * v_l + c, V)
+                            gs = gt * vload(h, _SELF * SIZE + slot, W)
+                            own = gs * (vt - y)
+                            dvt, dkt = fma(E, P, gs), fma(E, fma(P, vt, Q), own)
+                            if BOTH:
+                                dvt = dvt + vload(h, _RNEW * SIZE + slot, W)
+                                dkt = dkt + vload(h, _RKEEP * SIZE + slot, W)
+                            vstore(dv + d0, token * d_l + c, dvt, V)
+                            vstore(dk + d0, token * d_l + c, dkt, V)
+                            a1, b1 = vload(h, _A * SIZE + slot, W), vload(h, _B * SIZE + slot, W)
+                            sum_w = fma(A, fma(P, a1, Q * b1), sum_w)
+                            sum_u = sum_u + own
+                        gp = gt * vload(h, _SEEN * SIZE + slot, W)
+                        P, Q = fma(A, P, gp), A * Q - gp * y
+                    vstore(Ps, j * lanes, P, W)
+                    vstore(Qs, j * lanes, Q, W)
+                    if not SUMMARY:
+                        vstore(dws, j * lanes, vload(dws, j * lanes, W) + sum_w, W)
+                        vstore(dus, j * lanes, vload(dus, j * lanes, W) + sum_u, W)
+            for j in range(vectors):
+                c = min((begin + j) * lanes, C - lanes)
+                P, Q = vload(Ps, j * lanes, W), vload(Qs, j * lanes, W)
+                if SUMMARY:
+                    vstore(adjoint, segment * C + c, P, W)
+                    vstore(adjoint, (count + segment) * C + c, Q, W)
+                else:
+                    vstore(dw, segment * C + c, vload(dws, j * lanes, W), W)
+                    vstore(du, segment * C + c, vload(dus, j * lanes, W), W)
+                    if d_ybar != 0 and first == 1:
+                        spot = sequence * C + c
+                        Q = fma(P, vload(ybar, spot, W), Q)
+                        if n == 0:  # no token between the state that came and the one that went
+                            P = vload(g_ybar, spot, W) if g_ybar != 0 else zero
+                            Q = vload(g_lse, spot, W) if g_ybar != 0 else zero
+                        else:
+                            o, empty = vload(lse, spot, W), vset(-np.inf, W)
+                            P, Q = where_equal(o, empty, zero, P), where_equal(o, empty, zero, Q)
+                        vstore(d_ybar, spot, P, W)
+                        vstore(d_lse, spot, Q, W)
+
+    return Kernel(wkv_backward, f"wkv_backward_{X}_{lanes}{GATE:d}{BOTH:d}{SUMMARY:d}")
+
+
+@functools.cache
+def _adjoint_kernel(S, lanes, BOTH):
+    """From the segments' own adjoints to the adjoint that enters each but the last (the right side's: but the first)."""
+    W, sb = kind(S, lanes), SIZES[S]
+
+    def wkv_adjoint(segments, count, C, w_, keep, rows, own, entering):
+        vectors = (C + lanes - 1) // lanes
+        for task in numba.prange(vectors * (2 if BOTH else 1)):
+            side = task // vectors
+            c = min((task - side * vectors) * lanes, C - lanes)
+            w, zero = vload(w_, c, W), vset(0.0, W)
+            P, Q = zero, zero
+            for i in range(count):
+                segment = count - 1 - i if side == 0 else i
+                at = segment * 7
+                n, row = load_int(segments, at + 2), load_int(segments, at + 3)
+                tiles = (n + TILE - 1) // TILE
+                spot = (side * 2 * count + segment) * C + c
+                if load_int(segments, at + 6 if side == 0 else at + 5) == 1:
+                    P, Q = vload(own, spot, W), vload(own, spot + count * C, W)
+                    continue
+                vstore(entering, spot, P, W)
+                vstore(entering, spot + count * C, Q, W)
+                exponents = keep + (side * 3 + 2) * rows * C * sb
+                before = vload(exponents, (row if side == 0 else row + tiles - 1) * C + c, W)
+                after = vload(exponents, (row + tiles if side == 0 else row - 1) * C + c, W)
+                d = fma(vset(float(n), W), w, before - after)
+                decay = vexp(where_less(zero, d, zero, d), W)
+                P = fma(decay, P, vload(own, spot, W))
+                Q = fma(decay, Q, vload(own, spot + count * C, W))
+
+    return Kernel(wkv_adjoint, f"wkv_adjoint_{S}_{lanes}{BOTH:d}")
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------------
+
+
+def _segments_of(batch, begin, tokens, row, sequence, step):
+    """The segments of one sequence; one without tokens where there are none, to hand its state on."""
+    last = max(0, -(-tokens // step) - 1)
+    for i in range(last + 1):
+        size = min(step, tokens - i * step)
+        yield batch, begin + i * step, size, row + i * step // TILE, sequence, i == 0, i == last
+
+
+@functools.lru_cache(maxsize=256)
+def _dense_segments(B, L, step):
+    tiles = -(-L // TILE)
+    return np.array([s for b in range(B) for s in _segments_of(b, 0, L, b * tiles, b, step)], dtype=np.int64)
+
+
+def _segments(k, cu_seqlens, chunked):
+    B, L, _ = k.shape
+    step = _CHUNK * TILE if chunked else max(L, 1)
+    if cu_seqlens is None:
+        return _dense_segments(B, L, step)
+    ends = cu_seqlens.tolist()
+    return np.array(
+        [s for i, (a, b) in enumerate(zip(ends, ends[1:])) for s in _segments_of(0, a, b - a, a // TILE + i, i, step)],
+        dtype=np.int64,
+    )
+
+
+def _chunked(algorithm, k):
+    """The rule behind "auto": serial is parallel over channels and wins unless there are hardly any."""
+    B, L, C = k.shape
+    return algorithm == "chunked" or (algorithm == "auto" and B * C <= 32 and L >= 4096)
+
+
+def _place(t):
+    """(tensor to keep alive, strides of B and L); copied where channels are not contiguous, one row where all are alike."""
+    if t is None:
+        return None, 0, 0
+    if t.stride(0) == t.stride(1) == 0:
+        return t[0, 0].contiguous(), 0, 0
+    if t.stride(2) != 1 and t.shape[2] > 1:
+        t = t.contiguous()
+    return t, t.stride(0), t.stride(1)
+
+
+def _address(t):
+    return 0 if t is None else t.data_ptr()
+
+
+def _spread(count, C, lanes):
+    """Blocks of channels per segment: wide ones read whole cache lines, but every thread wants some."""
+    whole = C // lanes
+    width = max(2, min(_BLOCK, count * whole // (4 * torch.get_num_threads())))
+    return max(1, -(-whole // width))
+
+
+def wkv_forward(
+    k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
+):  # fmt: skip
+    """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
+    C, dtype = k.shape[2], w.dtype
+    X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
+    segments = _segments(k, cu_seqlens, _chunked(algorithm, k))
+    table, count = segments.ctypes.data, len(segments)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunked = count > (sequences or k.shape[0])
+    rows = wkv_rows(*k.shape[:2], sequences)
+    if checkpoint is None and (chunked or bidirectional):
+        checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype)
+    huge_pages(out, checkpoint)
+    (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(_place, (k, v, r, out))
+    ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
+    blocks = _spread(count, C, lanes)
+    work = out.numel()
+    if chunked:
+        summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype)
+        _summary_kernel(X, lanes, bidirectional)(
+            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), _address(ybar), _address(lse),
+            summary.data_ptr(),
+        )  # fmt: skip
+        _scan_kernel(state_code(X), lanes, bidirectional)(
+            4 * count * C, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
+        )  # fmt: skip
+    _forward_kernel(X, lanes, r is not None, bidirectional)(
+        work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, _address(r), *r_, out.data_ptr(), *out_,
+        w.data_ptr(), u.data_ptr(), _address(ybar), _address(lse), _address(ybar_out), _address(lse_out), _address(checkpoint),
+        rows,
+    )  # fmt: skip
+
+
+def wkv_backward(
+    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr, d_ybar,
+    d_lse,
+):  # fmt: skip
+    """Fill dk, dv and, where they are given, dr, d_ybar, d_lse; return sums (segments, C) of dw and du. k is not empty."""
+    C, dtype = k.shape[2], w.dtype
+    X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
+    segments = _segments(k, cu_seqlens, _chunked(algorithm, k))
+    table, count = segments.ctypes.data, len(segments)
+    sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    chunked = count > (sequences or k.shape[0])
+    rows, sides = checkpoint.shape[2], 2 if bidirectional else 1
+    huge_pages(dk, dv, dr)
+    g = k.new_zeros((1, 1, 1)).expand(k.shape) if g is None else g.to(k.dtype)
+    (k, *k_), (v, *v_), (r, *r_), (g, *g_), (_, *d_) = map(_place, (k, v, r, g, dk))
+    if g_ybar is not None or g_lse is not None:
+        present = g_lse if g_ybar is None else g_ybar
+        g_ybar, g_lse = (present.new_zeros(present.shape) if s is None else s.contiguous() for s in (g_ybar, g_lse))
+    ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
+    blocks = _spread(count, C, lanes)
+    work = 4 * dk.numel()
+    dw, du = torch.empty((2, count, C), dtype=dtype)
+    right_keep = torch.empty((2, rows, C), dtype=dtype) if bidirectional else None
+
+    def launch(summary, adjoint):
+        _backward_kernel(X, lanes, r is not None, bidirectional, summary)(
+            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, _address(r), *r_, g.data_ptr(), *g_,
+            w.data_ptr(), u.data_ptr(), checkpoint.data_ptr(), rows, _address(ybar), _address(lse), _address(g_ybar),
+            _address(g_lse), _address(adjoint), _address(right_keep), dk.data_ptr(), dv.data_ptr(), _address(dr), *d_,
+            _address(d_ybar), _address(d_lse), dw.data_ptr(), du.data_ptr(),
+        )  # fmt: skip
+
+    adjoint = None
+    if chunked:
+        own, adjoint = torch.empty((2, sides, 2, count, C), dtype=dtype)
+        launch(True, own)
+        _adjoint_kernel(state_code(X), lanes, bidirectional)(
+            4 * count * C, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()
+        )  # fmt: skip
+    launch(False, adjoint)
+    return dw, du

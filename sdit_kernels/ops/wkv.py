@@ -1,0 +1,577 @@
+"""wkv and its one-token step: the public functions and the operators ``sdit_kernels::wkv*`` behind them."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..layout import wkv_rows
+from ..reference.lif import state_dtype
+from .operator import register
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ALGORITHMS = ("auto", "serial", "chunked")
+_LEAST_DECAY = -1e30  # stands for -inf, which times 0 tokens would be NaN
+
+
+# --- argument checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_tensor(name, t):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def _check_like(name, t, k):
+    """v and r: as k in all."""
+    _check_tensor(name, t)
+    if t.dtype != k.dtype:
+        raise TypeError(f"{name} must have the dtype of k, {k.dtype}, got {t.dtype}; cast it: {name}.to({k.dtype})")
+    if t.shape != k.shape:
+        raise ValueError(f"{name} must have the shape of k, {tuple(k.shape)}, got {tuple(t.shape)}")
+    if t.device != k.device:
+        raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
+
+
+def _check_parameter(name, p, k):
+    _check_tensor(name, p)
+    if p.dtype != k.dtype and (p.dtype not in _FLOATS or torch.promote_types(p.dtype, k.dtype) != p.dtype):
+        raise TypeError(
+            f"{name} must be a floating tensor at least as wide as k ({k.dtype}), got {p.dtype}; cast it: {name}.to({k.dtype})"
+        )
+    if p.shape != k.shape[-1:]:
+        raise ValueError(f"{name} must have shape ({k.shape[-1]},), one per channel, got {tuple(p.shape)}")
+    if p.device != k.device:
+        raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
+
+
+def _check_state(state, sequences, k):
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise TypeError(f"state must be None or a pair (ybar, lse) of tensors, got {found}")
+    dtype, shape = state_dtype(k.dtype), (sequences, k.shape[-1])
+    for name, t in zip(("ybar", "lse"), state):
+        name = f"state's {name}"
+        _check_tensor(name, t)
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} where k is {k.dtype}, got {t.dtype}; cast it with .to({dtype})")
+        if t.device != k.device:
+            raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
+    return state
+
+
+def _check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
+    """Everything but the state and the flags. Returns (decay, whether it is RWKV's raw parameter)."""
+    _check_tensor("k", k)
+    if k.dtype not in _FLOATS:
+        raise TypeError(f"k must be float32, float64, bfloat16 or float16, got {k.dtype}; cast it, e.g. k.float()")
+    if k.dim() != len(axes):
+        raise ValueError(f"k must have the axes ({', '.join(axes)}), got shape {tuple(k.shape)}")
+    _check_like("v", v, k)
+    if r is not None:
+        _check_like("r", r, k)
+    if (time_decay is None) == (log_decay is None):
+        raise ValueError("give either time_decay, or None and log_decay; got " + ("neither" if log_decay is None else "both"))
+    raw = log_decay is None
+    decay = time_decay if raw else log_decay
+    _check_parameter("time_decay" if raw else "log_decay", decay, k)
+    _check_parameter("time_first", time_first, k)
+    return decay, raw
+
+
+def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
+    if cu_seqlens is None:
+        if max_seqlen is not None:
+            raise ValueError("max_seqlen belongs to cu_seqlens, which is not given")
+        return k.shape[0], 0
+    _check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must have shape (N + 1,) for N sequences, got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != k.device:
+        raise ValueError(f"cu_seqlens must be on the device of k, {k.device}, got {cu_seqlens.device}")
+    if k.shape[0] != 1:
+        raise ValueError(f"k must have the shape (1, tokens, C) where cu_seqlens packs the sequences, got {tuple(k.shape)}")
+    if max_seqlen is not None:
+        if not isinstance(max_seqlen, (int, torch.SymInt)) or isinstance(max_seqlen, bool):
+            raise TypeError(f"max_seqlen must be an int or None, got {type(max_seqlen).__name__}")
+        if max_seqlen < 1:
+            raise ValueError(f"max_seqlen must be at least 1, got {max_seqlen}")
+    return cu_seqlens.shape[0] - 1, max_seqlen or 0
+
+
+def _check_lengths(cu_seqlens, max_seqlen, L):
+    """The values are looked at on the CPU only: on a GPU that would wait for it."""
+    ends = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(ends, ends[1:])]
+    if ends[0] != 0 or ends[-1] != L or min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens must start at 0, not decrease, and end at the {L} tokens of k, got {_brief(ends)}")
+    if max_seqlen and max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the longest sequence, {max(lengths)} tokens, got {max_seqlen}")
+
+
+def _brief(values):
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {', '.join(map(str, values[-3:]))}]"
+
+
+def _check_flag(name, flag):
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
+def _wants_gradient(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------------
+
+_modules = {}
+
+
+def _kernels(backend):
+    if backend not in _modules:
+        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.wkv")
+    return _modules[backend]
+
+
+def _parameters(decay, first, raw, k):
+    """(w, u) as the kernels take them: contiguous, in the state type."""
+    dtype = state_dtype(k.dtype)
+    w = -torch.exp(decay.detach().to(dtype)) if raw else decay.detach().to(dtype)
+    return w.clamp_min(_LEAST_DECAY).contiguous(), first.detach().to(dtype).contiguous()
+
+
+def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
+    """out, ybar, lse, checkpoint; an empty tensor for what is not asked for."""
+    B, L, C = k.shape
+    dtype = state_dtype(k.dtype)
+    packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state, checkpoint = (0,), (0,)
+    if return_state:
+        state = (B if packed is None else packed, C)
+    if keep:
+        checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed), C)
+    return k.new_empty((B, L, C)), *(k.new_empty(shape, dtype=dtype) for shape in (state, state, checkpoint))
+
+
+def _wkv(
+    k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
+):  # fmt: skip
+    outputs = _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep)
+    if cu_seqlens is not None and k.device.type == "cpu":
+        _check_lengths(cu_seqlens, max_seqlen, k.shape[1])
+    if k.numel():
+        out, *wanted = (t if t.numel() else None for t in outputs)
+        w, u = _parameters(decay, first, raw, k)
+        _kernels(backend).wkv_forward(
+            k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
+        )  # fmt: skip
+    elif return_state:
+        _pass_on(outputs[1], ybar, 0.0)
+        _pass_on(outputs[2], lse, -torch.inf)
+    return outputs
+
+
+def _pass_on(new, old, empty):
+    """The state after no token."""
+    new.fill_(empty) if old is None else new.copy_(old)
+
+
+def _wkv_fake(
+    k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
+):  # fmt: skip
+    return _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep)
+
+
+def _backward_outputs(k, v, r, decay, first, ybar, lse, parameters):
+    """dk, dv, dr, d decay, d first, d ybar, d lse; an empty tensor for what is not asked for."""
+    data = [k.new_empty(k.shape if t is not None else (0,)) for t in (k, v, r)]
+    sums = [p.new_empty(p.shape if parameters else (0,)) for p in (decay, first)]
+    state = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (ybar, lse)]
+    return *data, *sums, *state
+
+
+def _wkv_backward(
+    g, g_ybar, g_lse, k, v, r, decay, first, ybar, lse, checkpoint, cu_seqlens, max_seqlen, raw, bidirectional, parameters,
+    algorithm, backend,
+):  # fmt: skip
+    outputs = _backward_outputs(k, v, r, decay, first, ybar, lse, parameters)
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse = outputs
+    if k.numel() == 0:
+        d_decay.zero_(), d_first.zero_()
+        if ybar is not None:
+            _pass_on(d_ybar, g_ybar, 0.0)
+            _pass_on(d_lse, g_lse, 0.0)
+        return outputs
+    if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+        checkpoint = _wkv(
+            k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, False, True, algorithm, backend
+        )[3]  # fmt: skip
+    w, u = _parameters(decay, first, raw, k)
+    dw, du = _kernels(backend).wkv_backward(
+        g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv,
+        dr if r is not None else None, *((None, None) if ybar is None else (d_ybar, d_lse)),
+    )  # fmt: skip
+    if parameters:
+        d_first.copy_(du.sum(0))
+        dw = dw.sum(0)
+        d_decay.copy_(w * dw if raw else dw)
+    return outputs
+
+
+def _wkv_backward_fake(
+    g, g_ybar, g_lse, k, v, r, decay, first, ybar, lse, checkpoint, cu_seqlens, max_seqlen, raw, bidirectional, parameters,
+    algorithm, backend,
+):  # fmt: skip
+    return _backward_outputs(k, v, r, decay, first, ybar, lse, parameters)
+
+
+def _wkv_save(ctx, inputs, output):
+    *tensors, ctx.max_seqlen, ctx.raw, ctx.bidirectional, ctx.returned, _, ctx.algorithm, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, output[3])
+    ctx.set_materialize_grads(False)
+
+
+def _wkv_gradient(ctx, g, g_ybar, g_lse, _):
+    *tensors, cu_seqlens, checkpoint = ctx.saved_tensors
+    if not ctx.returned:  # compiled graphs pass zeros for empty outputs
+        g_ybar = g_lse = None
+    needs = ctx.needs_input_grad
+    found = _wkv_backward_call(
+        g, g_ybar, g_lse, *tensors, checkpoint, cu_seqlens, ctx.max_seqlen, ctx.raw, ctx.bidirectional, needs[3] or needs[4],
+        ctx.algorithm, ctx.backend,
+    )  # fmt: skip
+    return *(d if need else None for d, need in zip(found, needs)), *[None] * 8
+
+
+_wkv_call = register(
+    "wkv(Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, Tensor? ybar, Tensor? lse, Tensor? cu_seqlens, "
+    "SymInt max_seqlen, bool raw, bool bidirectional, bool return_state, bool keep, str algorithm, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _wkv,
+    _wkv_fake,
+    batch_axes=(0, 0, 0, None, None, 0, 0, None),
+    output_axes=(0, 0, 0, 2),
+    save=_wkv_save,
+    gradient=_wkv_gradient,
+    flatten=True,
+    loop=lambda tensors, rest: tensors[7] is not None,  # packed: tokens of other sequences follow, no batch can
+)
+_wkv_backward_call = register(
+    "wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, "
+    "Tensor? ybar, Tensor? lse, Tensor checkpoint, Tensor? cu_seqlens, SymInt max_seqlen, bool raw, bool bidirectional, "
+    "bool parameters, str algorithm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _wkv_backward,
+    _wkv_backward_fake,
+    batch_axes=(0, 0, 0, 0, 0, 0, None, None, 0, 0, 2, None),
+    output_axes=(0, 0, 0, None, None, 0, 0),
+    flatten=True,
+    loop=lambda tensors, rest: tensors[11] is not None or rest[3],
+)
+
+
+def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
+    out = k.new_empty(k.shape)
+    if k.numel():
+        w, u = _parameters(decay, first, raw, k)
+        new = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ybar, lse)]
+        k, v, r, out_ = (None if t is None else t.unsqueeze(1) for t in (k, v, r, out))
+        _kernels(backend).wkv_forward(k, v, r, w, u, ybar, lse, None, 0, False, "serial", out_, *new, None)
+        for old, t in zip((ybar, lse), new):
+            if t is not old:
+                old.copy_(t)
+    return out
+
+
+def _step_fake_(k, v, r, decay, first, ybar, lse, raw, backend):
+    return k.new_empty(k.shape)
+
+
+_step_call_ = register(
+    "wkv_step_(Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, Tensor(a!) ybar, Tensor(b!) lse, bool raw, "
+    "str backend) -> Tensor",
+    _step_,
+    _step_fake_,
+    batch_axes=(0, 0, 0, None, None, 0, 0),
+    output_axes=(0,),
+    mutates=(5, 6),
+)
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------------
+
+
+def wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    r: Tensor | None = None,
+    state: tuple[Tensor, Tensor] | None = None,
+    return_state: bool = False,
+    bidirectional: bool = False,
+    log_decay: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    algorithm: str = "auto",
+):
+    r"""RWKV-4's linear attention over L tokens, fused, forward and backward; one way or both.
+
+    Per sequence and channel, with w = -exp(time_decay) and u = time_first::
+
+        y[t] = (sum_{i<t} e^(k[i] + (t-1-i) w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
+        out  = y, or sigmoid(r) * y
+
+    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w). That is the exact formula; Vision-RWKV's, which it
+    follows, divides w and u by L and its kernel takes time_decay for w itself: give ``log_decay=-spatial_decay / L`` and
+    ``time_first=spatial_first / L``.
+
+    A state sums up the tokens before a slice: with N the sum over them of e^(k[i] + (age) w) v[i] and D the same without v,
+    it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
+
+    The running maximum is kept as (key of the token that holds it, tokens since): no rounding is added from token to token.
+    Kept for the backward pass are k, v, r, the small tensors and the scan's state at every 32nd token. Parameter gradients are
+    summed in a fixed order: they repeat bit for bit, whatever the number of threads.
+
+    Args:
+        time_decay: RWKV's decay parameter, (C,); None where ``log_decay`` is given.
+        time_first: bonus u of the current token in the log domain, (C,).
+        k, v: keys and values, (B, L, C), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
+            float64. k = -inf masks a token: it counts for nothing and gets no gradient. Where no token is visible the output
+            is 0, and so are its gradients. k = +inf is not allowed.
+        r: receptance, logits of a gate on the output; as k.
+        state: (ybar, lse), each (B, C), or (N, C) with ``cu_seqlens``; float32 (float64 for float64 data). None: no token yet.
+        return_state: also return the state after the last token.
+        bidirectional: let each token see those after it too; neither takes nor returns a state.
+        log_decay: w itself, (C,), of any sign.
+        cu_seqlens: N + 1 bounds of N sequences packed one after the other into k of shape (1, tokens, C), int32 or int64: 0,
+            ..., tokens.
+        max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
+        algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of tokens
+            too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32 and
+            L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
+
+    Returns:
+        out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or log_decay,
+        time_first, k, v, r and the state, from the output and from the returned state.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or combination. The values of cu_seqlens are
+            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+
+    Source: Peng et al., RWKV, arXiv 2305.13048, appendix D; bidirectional: Duan et al., Vision-RWKV, arXiv 2403.02308.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import wkv
+        >>> k, v = torch.zeros(1, 4, 2), torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1).repeat(1, 1, 2)
+        >>> no_decay, u = torch.tensor([0.0, 0.0]), torch.zeros(2)
+        >>> wkv(None, u, k, v, log_decay=no_decay)[0, :, 0]  # mean so far
+        tensor([1.0000, 1.5000, 2.0000, 2.5000])
+        >>> y, state = wkv(None, u, k[:, :2], v[:, :2], log_decay=no_decay, return_state=True)
+        >>> wkv(None, u, k[:, 2:], v[:, 2:], log_decay=no_decay, state=state)[0, :, 0]
+        tensor([2.0000, 2.5000])
+    """
+    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "L", "C"))
+    sequences, longest = _check_cu_seqlens(cu_seqlens, max_seqlen, k)
+    _check_flag("return_state", return_state)
+    _check_flag("bidirectional", bidirectional)
+    if bidirectional and (return_state or state is not None):
+        name = "state" if state is not None else "return_state"
+        raise ValueError(f"bidirectional looks at both ends of a sequence and has no state to hand on: leave {name} out")
+    ybar, lse = (None, None) if state is None else _check_state(state, sequences, k)
+    if algorithm not in _ALGORITHMS:
+        raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
+    backend = dispatch.choose(k.device.type)
+    if backend == "reference":
+        if cu_seqlens is not None and k.device.type == "cpu" and _plain():
+            _check_lengths(cu_seqlens, longest, k.shape[1])
+        return reference.wkv(
+            time_decay, time_first, k, v, r=r, state=state, return_state=return_state, bidirectional=bidirectional,
+            log_decay=log_decay, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, algorithm=algorithm,
+        )  # fmt: skip
+    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)
+    out, ybar, lse, _ = _wkv_call(
+        k, v, r, decay, time_first, ybar, lse, cu_seqlens, longest, raw, bidirectional, return_state, keep, algorithm, backend
+    )  # fmt: skip
+    return (out, (ybar, lse)) if return_state else out
+
+
+def _plain():
+    """Neither compiling nor under a transform of torch.func: values may be looked at."""
+    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def wkv_step(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: tuple[Tensor, Tensor] | None = None,
+    *,
+    r: Tensor | None = None,
+    log_decay: Tensor | None = None,
+):
+    r"""One token of :func:`wkv`, for decoding::
+
+        out, state = wkv_step(time_decay, time_first, k, v, state)
+
+    equals a slice of one token; with N, D the sums behind the state (ybar, lse) = (N / D, log D)::
+
+        y  = (N + e^(u+k) v) / (D + e^(u+k)),    N' = e^w N + e^k v,    D' = e^w D + e^k
+
+    lse is rounded to its type at each hand-over, so that many steps drift from one pass by some 1e-7 of |lse| a step.
+
+    Args:
+        time_decay, time_first, log_decay: as in :func:`wkv`.
+        k, v, r: (B, C), else as in :func:`wkv`.
+        state: (ybar, lse), each (B, C), float32 (float64 for float64 data); None: no token yet.
+
+    Returns:
+        (out, (ybar, lse)): (B, C) of k's dtype and the new state. Gradients as in :func:`wkv`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`wkv`.
+
+    Source: Peng et al., RWKV, arXiv 2305.13048, appendix D.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import wkv_step
+        >>> w, u, state = torch.zeros(2), torch.zeros(2), None
+        >>> for v in (1.0, 2.0, 3.0):
+        ...     y, state = wkv_step(None, u, torch.zeros(1, 2), torch.full((1, 2), v), state, log_decay=w)
+        >>> y
+        tensor([[2., 2.]])
+    """
+    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    ybar, lse = (None, None) if state is None else _check_state(state, k.shape[0], k)
+    backend = dispatch.choose(k.device.type)
+    if backend == "reference":
+        return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
+    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)
+    out, ybar, lse, _ = _wkv_call(
+        k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0, raw, False,
+        True, keep, "serial", backend,
+    )  # fmt: skip
+    return out.squeeze(1), (ybar, lse)
+
+
+def wkv_step_(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: tuple[Tensor, Tensor],
+    *,
+    r: Tensor | None = None,
+    log_decay: Tensor | None = None,
+) -> Tensor:
+    r"""One token of :func:`wkv`, with the state updated in place: for decoding into fixed memory, as CUDA graphs need.
+
+    ::
+
+        y = (N + e^(u+k) v) / (D + e^(u+k)),    N <- e^w N + e^k v,    D <- e^w D + e^k,    state = (N / D, log D)
+
+    Args:
+        time_decay, time_first, k, v, r, log_decay: as in :func:`wkv_step`.
+        state: (ybar, lse), each (B, C), float32 (float64 for float64 data), overwritten. Before the first token: (0, -inf).
+
+    Returns:
+        out, (B, C), of k's dtype. For inference: it has no gradient.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`wkv`. RuntimeError: a gradient is wanted.
+
+    Source: Peng et al., RWKV, arXiv 2305.13048, appendix D.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import wkv_step_
+        >>> state = torch.zeros(1, 2), torch.full((1, 2), -torch.inf)
+        >>> for v in (1.0, 2.0, 3.0):
+        ...     y = wkv_step_(None, torch.zeros(2), torch.zeros(1, 2), torch.full((1, 2), v), state, log_decay=torch.zeros(2))
+        >>> y, state[0]
+        (tensor([[2., 2.]]), tensor([[2., 2.]]))
+    """
+    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    if state is None:
+        raise TypeError("state must be a pair (ybar, lse) of tensors to update, got None; begin with (0, -inf)")
+    ybar, lse = _check_state(state, k.shape[0], k)
+    if _wants_gradient(k, v, r, decay, time_first, ybar, lse):
+        raise RuntimeError("wkv_step_ overwrites its state and has no gradient: call it under torch.no_grad(), or use wkv_step")
+    backend = dispatch.choose(k.device.type)
+    if backend == "reference":
+        return reference.wkv_step_(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
+    return _step_call_(k, v, r, decay, time_first, ybar, lse, raw, backend)
+
+
+def _check_same(**tensors):
+    (first, like), *others = tensors.items()
+    for name, t in tensors.items():
+        _check_tensor(name, t)
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
+    for name, t in others:
+        if (t.shape, t.dtype, t.device) != (like.shape, like.dtype, like.device):
+            raise ValueError(
+                f"{name} must have the shape, dtype and device of {first}, {tuple(like.shape)} {like.dtype} {like.device}, "
+                f"got {tuple(t.shape)} {t.dtype} {t.device}"
+            )
+
+
+def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The state of :func:`wkv` from that of RWKV's own code, where N = aa e^pp and D = bb e^pp::
+
+        ybar = aa / bb,    lse = pp + log bb        (0, -inf) where bb = 0, no token yet
+
+    Args:
+        aa, bb, pp: any shape, all alike; floating.
+
+    Returns:
+        (ybar, lse), of that shape and dtype. Gradients flow.
+
+    Raises:
+        TypeError, ValueError: the tensors differ in shape, dtype or device, or are not floating.
+
+    Source: the state of BlinkDL's RWKV-LM (RWKV-4).
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import wkv_state_from_rwkv
+        >>> wkv_state_from_rwkv(torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.5, -1e38]))
+        (tensor([3., 0.]), tensor([0.5000,   -inf]))
+    """
+    _check_same(aa=aa, bb=bb, pp=pp)
+    return reference.wkv_state_from_rwkv(aa, bb, pp)
+
+
+def wkv_state_to_rwkv(ybar: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The state of RWKV's own code from that of :func:`wkv`; N = aa e^pp and D = bb e^pp have one scale too many, bb is set to 1::
+
+        aa = ybar,    bb = 1,    pp = lse           (0, 0, -1e38) where lse = -inf, no token yet
+
+    Args:
+        ybar, lse: any shape, both alike; floating.
+
+    Returns:
+        (aa, bb, pp), of that shape and dtype. Gradients flow.
+
+    Raises:
+        TypeError, ValueError: the tensors differ in shape, dtype or device, or are not floating.
+
+    Source: the state of BlinkDL's RWKV-LM (RWKV-4).
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import wkv_state_to_rwkv
+        >>> wkv_state_to_rwkv(torch.tensor([3.0]), torch.tensor([0.5]))
+        (tensor([3.]), tensor([1.]), tensor([0.5000]))
+    """
+    _check_same(ybar=ybar, lse=lse)
+    return reference.wkv_state_to_rwkv(ybar, lse)
