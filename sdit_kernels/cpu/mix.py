@@ -92,13 +92,13 @@ def _mix_at(i, now, before, mixes, outs, offset, M, C, V, W):
 
 
 @_row_loop
-def _mix(now, before, mixes, outs, offset, M, C, X, S):
-    """All outputs of a token; ``offset`` bytes into each of them."""
+def _mix(now, before, mixes, outs, offset, M, C, V, W, V1, W1):
+    """All outputs of a token; ``offset`` bytes into each of them. V, W: vectors of data and state; V1, W1: of one element."""
     whole = C // _LANES * _LANES
     for i in range(0, whole, _LANES):
-        _mix_at(i, now, before, mixes, outs, offset, M, C, kind(X, _LANES), kind(S, _LANES))
+        _mix_at(i, now, before, mixes, outs, offset, M, C, V, W)
     for i in range(whole, C):
-        _mix_at(i, now, before, mixes, outs, offset, M, C, kind(X, 1), kind(S, 1))
+        _mix_at(i, now, before, mixes, outs, offset, M, C, V1, W1)
 
 
 @_row_loop
@@ -117,24 +117,21 @@ def _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, O
 
 
 @_row_loop
-def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, X, S):
+def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V, W, V1, W1):
     """The gradient d of a normalised token from its own upstream gradients, ``offset`` bytes into gs, if OWN, and from those of
     the token that follows, unless ``after`` is negative."""
     whole = C // _LANES * _LANES
     for i in range(0, whole, _LANES):
-        _mix_backward_at(
-            i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, kind(X, _LANES), kind(S, _LANES)
-        )
+        _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V, W)
     for i in range(whole, C):
-        _mix_backward_at(
-            i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, kind(X, 1), kind(S, 1)
-        )
+        _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V1, W1)
 
 
 @functools.cache
 def _forward_kernel(X, NORM):
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
+    V, W, V1, W1 = kind(X, _LANES), kind(S, _LANES), kind(X, 1), kind(S, 1)
 
     def token_shift(rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
         eps = num(eps_, S)
@@ -150,7 +147,7 @@ def _forward_kernel(X, NORM):
                 elif n == task * _RUN:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 _normalise(row, now, C, eps, NORM, X, S)
-                _mix(now, before, mixes, outs, n * C * xb, M, C, X, S)
+                _mix(now, before, mixes, outs, n * C * xb, M, C, V, W, V1, W1)
                 now, before = before, now
 
     return Kernel(token_shift, f"token_shift_{X}{NORM:d}")
@@ -160,6 +157,7 @@ def _forward_kernel(X, NORM):
 def _backward_kernel(X, NORM, PARAMETERS):
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
+    V, W, V1, W1 = kind(X, _LANES), kind(S, _LANES), kind(X, 1), kind(S, 1)
 
     def token_shift_backward(
         rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
@@ -180,13 +178,13 @@ def _backward_kernel(X, NORM, PARAMETERS):
                 if t == 0:
                     scale = _normalise(last + b * last_b * xb, before, C, eps, NORM, X, S)
                     if dlast != 0:
-                        _mix_backward(before, before, mixes, gs, 0, g, d, total, M, C, False, False, X, S)
+                        _mix_backward(before, before, mixes, gs, 0, g, d, total, M, C, False, False, V, W, V1, W1)
                         _normalise_backward(d, before, scale, dlast + b * C * xb, C, NORM, X, S)
                 elif n == task * run:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 scale = _normalise(row, now, C, eps, NORM, X, S)
                 after = g + g_l * xb if t + 1 < L else -1
-                _mix_backward(now, before, mixes, gs, g, after, d, total, M, C, True, PARAMETERS, X, S)
+                _mix_backward(now, before, mixes, gs, g, after, d, total, M, C, True, PARAMETERS, V, W, V1, W1)
                 _normalise_backward(d, now, scale, dx + n * C * xb, C, NORM, X, S)
                 now, before = before, now
 
