@@ -123,3 +123,14 @@ def wkv_rows(B: int, L: int, sequences: int | None, tokens: int | None = None) -
     """
     tokens = tokens or TILE
     return B * -(-L // tokens) if sequences is None else L // tokens + sequences
+
+
+def sequences(t: Tensor) -> Tensor:
+    """(..., L, C), not empty, as (B, L, C) with contiguous channels; copies where no view serves."""
+    t = t.detach().reshape(-1, *t.shape[-2:])
+    return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
+
+
+def same_strides(tensors: list) -> list:
+    """The tensors, copied unless their strides agree."""
+    return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]

@@ -1,0 +1,272 @@
+"""token_shift and relu_squared: the public functions and the operators behind them."""
+
+import importlib
+import math
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..layout import empty_like
+from ..reference.lif import state_dtype
+from .lif import _check_data, _is_number
+from .operator import register
+
+MIXES = 6  # as many as an RWKV block has (RWKV-7)
+
+_modules = {}
+
+
+def _kernels(backend):
+    if backend not in _modules:
+        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.mix")
+    return _modules[backend]
+
+
+# --- token_shift ------------------------------------------------------------------------------------------------------------
+
+
+def _shift_outputs(x, mixes):
+    return tuple(x.new_empty(x.shape if i < mixes.shape[0] else 0) for i in range(MIXES))
+
+
+def _shift(x, last, mixes, norm_eps, backend):
+    outs = _shift_outputs(x, mixes)
+    if x.numel():
+        _kernels(backend).token_shift_forward(x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]])
+    return outs
+
+
+def _shift_fake(x, last, mixes, norm_eps, backend):
+    return _shift_outputs(x, mixes)
+
+
+def _shift_backward_outputs(x, last, mixes, parameters):
+    """dx, d last, d mixes; an empty tensor for what is not asked for."""
+    dlast = x.new_empty(0 if last is None else last.shape)
+    return x.new_empty(x.shape), dlast, mixes.new_empty(mixes.shape if parameters else 0)
+
+
+def _shift_backward(*args):
+    gs, (x, last, mixes, norm_eps, parameters, backend) = args[:MIXES], args[MIXES:]
+    dx, dlast, dmixes = _shift_backward_outputs(x, last, mixes, parameters)
+    used = [i for i, g in enumerate(gs) if g is not None]
+    if x.numel() == 0 or not used:
+        return dx.zero_(), dlast.zero_(), dmixes.zero_()
+    if len(used) < mixes.shape[0]:
+        gs, part = [gs[i] for i in used], mixes[used]
+    else:
+        gs, part = gs[: len(used)], mixes.contiguous()
+    sums = _kernels(backend).token_shift_backward(gs, x, last, part, norm_eps, dx, None if last is None else dlast, parameters)
+    if parameters:
+        if len(used) < mixes.shape[0]:
+            dmixes.zero_()[used] = sums.sum(0)
+        else:
+            torch.sum(sums, 0, out=dmixes)
+    return dx, dlast, dmixes
+
+
+def _shift_backward_fake(*args):
+    x, last, mixes, _, parameters, _ = args[MIXES:]
+    return _shift_backward_outputs(x, last, mixes, parameters)
+
+
+def _shift_save(ctx, inputs, output):
+    x, last, mixes, ctx.norm_eps, ctx.backend = inputs
+    ctx.save_for_backward(x, last, mixes)
+    ctx.set_materialize_grads(False)
+
+
+def _shift_gradient(ctx, *gs):
+    x, last, mixes = ctx.saved_tensors
+    gs = [g if i < mixes.shape[0] else None for i, g in enumerate(gs)]  # compiled graphs pass zeros for empty outputs
+    needs = ctx.needs_input_grad
+    if not any(g is not None for g in gs):
+        return (None,) * 5
+    found = _shift_backward_call(*gs, x, last, mixes, ctx.norm_eps, needs[2], ctx.backend)
+    return *(d if need else None for d, need in zip(found, needs)), None, None
+
+
+_shift_call = register(
+    "token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) "
+    f"-> ({', '.join(['Tensor'] * MIXES)})",
+    _shift,
+    _shift_fake,
+    batch_axes=(0, 0, None),
+    output_axes=(0,) * MIXES,
+    save=_shift_save,
+    gradient=_shift_gradient,
+)
+_shift_backward_call = register(
+    f"token_shift_backward({', '.join(f'Tensor? g{i}' for i in range(MIXES))}, Tensor x, Tensor? last, Tensor mixes, "
+    "float? norm_eps, bool parameters, str backend) -> (Tensor, Tensor, Tensor)",
+    _shift_backward,
+    _shift_backward_fake,
+    batch_axes=(*(0,) * MIXES, 0, 0, None),
+    output_axes=(0, 0, None),
+)
+
+
+# --- relu_squared -----------------------------------------------------------------------------------------------------------
+
+
+def _like(x):
+    return empty_like(x.unsqueeze(0), x.dtype, False).squeeze(0)
+
+
+def _relu_squared(x, backend):
+    out = _like(x)
+    if x.numel():
+        _kernels(backend).relu_squared_forward(x, out)
+    return out
+
+
+def _relu_squared_backward(g, x, backend):
+    dx = _like(x)
+    if x.numel():
+        _kernels(backend).relu_squared_backward(g, x, dx)
+    return dx
+
+
+def _relu_squared_save(ctx, inputs, output):
+    x, ctx.backend = inputs
+    ctx.save_for_backward(x)
+
+
+def _relu_squared_gradient(ctx, g):
+    return _relu_squared_backward_call(g, *ctx.saved_tensors, ctx.backend), None
+
+
+_relu_squared_call = register(
+    "relu_squared(Tensor x, str backend) -> Tensor",
+    _relu_squared,
+    lambda x, backend: _like(x),
+    batch_axes=(0,),
+    output_axes=(0,),
+    save=_relu_squared_save,
+    gradient=_relu_squared_gradient,
+)
+_relu_squared_backward_call = register(
+    "relu_squared_backward(Tensor g, Tensor x, str backend) -> Tensor",
+    _relu_squared_backward,
+    lambda g, x, backend: _like(x),
+    batch_axes=(0, 0),
+    output_axes=(0,),
+)
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------------
+
+
+def _check_mix(name, m, x):
+    if not isinstance(m, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(m).__name__}")
+    if m.dtype not in (torch.float32, torch.float64, x.dtype):
+        raise TypeError(f"{name} must be float32, float64 or of the dtype of x ({x.dtype}), got {m.dtype}; cast it")
+    if torch.promote_types(m.dtype, x.dtype) != m.dtype:
+        raise TypeError(f"{name} must be at least as wide as x ({x.dtype}), got {m.dtype}; cast it: {name}.to({x.dtype})")
+    C = x.shape[-1]
+    if m.dim() == 0 or m.shape[-1] != C or m.numel() != C:
+        raise ValueError(f"{name} must have shape ({C},) or (1, 1, {C}), one number per channel, got {tuple(m.shape)}")
+    if m.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {m.device}")
+
+
+def token_shift(
+    x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    r"""RWKV's token shift, fused with the LayerNorm before it: every token mixed, channel by channel, with the one before it.
+
+    For every mix vector m, in one pass over x::
+
+        xn[t]  = (x[t] - mean(x[t])) / sqrt(var(x[t]) + norm_eps)      or x[t] where norm_eps is None
+        out[t] = xn[t] * m + xn[t-1] * (1 - m),                        xn[-1] = 0, or that of ``last``
+
+    One read of x and one write per mix. The backward pass reads x and the upstream gradients once, computes the norm anew and
+    writes dx once; kept for it are x and the mixes. Gradients of the mixes repeat bit for bit.
+
+    Args:
+        x: (..., L, C), float32, float64, bfloat16 or float16, any strides; L tokens, C channels. Arithmetic is float32, for
+            float64 float64.
+        mixes: 1 to 6 vectors, (C,) or (1, 1, C), of x's dtype or wider.
+        norm_eps: None, or the eps of a LayerNorm over C without affine parameters, in front of the shift.
+        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is taken as x
+            is, before the norm: to cut a sequence into slices, give each slice ``last=x[..., -1, :]`` of the slice before.
+
+    Returns:
+        A tuple with one tensor per mix, x's shape and dtype, contiguous; a tuple for a single mix too. Gradients reach x, the
+        mixes and last.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. RuntimeError: the chosen backend
+            cannot serve the tensors, or a second derivative.
+
+    Source: Peng et al., RWKV, arXiv 2305.13048, section 3.1.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import token_shift
+        >>> x = torch.tensor([[1.0], [2.0], [4.0]])
+        >>> k, r = token_shift(x, torch.tensor([0.5]), torch.tensor([1.0]))
+        >>> k.flatten().tolist(), r.flatten().tolist()
+        ([0.5, 1.5, 3.0], [1.0, 2.0, 4.0])
+        >>> token_shift(x[1:], torch.tensor([0.5]), last=x[0])[0].flatten().tolist()
+        [1.5, 3.0]
+    """
+    _check_data("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have axes for tokens and channels, (..., L, C), got {tuple(x.shape)}")
+    if not 1 <= len(mixes) <= MIXES:
+        raise ValueError(f"token_shift takes 1 to {MIXES} mixes, got {len(mixes)}")
+    for i, m in enumerate(mixes):
+        _check_mix(f"mixes[{i}]", m, x)
+    if norm_eps is not None:
+        if not _is_number(norm_eps):
+            raise TypeError(f"norm_eps must be a number or None (no norm), got {type(norm_eps).__name__}")
+        if not 0 < norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive and finite, or None (no norm), got {norm_eps}")
+    if last is not None:
+        if not isinstance(last, Tensor):
+            raise TypeError(f"last must be a tensor or None, got {type(last).__name__}")
+        shape = (*x.shape[:-2], x.shape[-1])
+        if last.shape != shape:
+            raise ValueError(f"last must have the shape of one token of x, {shape}, got {tuple(last.shape)}")
+        if last.dtype != x.dtype:
+            raise TypeError(f"last must have the dtype of x, {x.dtype}, got {last.dtype}; cast it: last.to({x.dtype})")
+        if last.device != x.device:
+            raise ValueError(f"last must be on the device of x, {x.device}, got {last.device}")
+    backend = dispatch.choose(x.device.type)
+    if backend == "reference":
+        return reference.token_shift(x, *mixes, norm_eps=norm_eps, last=last)
+    dtype = state_dtype(x.dtype)
+    stacked = torch.stack([m.reshape(-1).to(dtype) for m in mixes])
+    return tuple(_shift_call(x, last, stacked, None if norm_eps is None else float(norm_eps), backend))[: len(mixes)]
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    r"""max(x, 0)^2, the activation of RWKV's channel mix, in one pass each way.
+
+    Kept for the backward pass, which reads x and the upstream gradient and writes ``2 max(x, 0) g``, is x alone.
+
+    Args:
+        x: any shape and strides, float32, float64, bfloat16 or float16. Arithmetic is float32, for float64 float64.
+
+    Returns:
+        A tensor of x's shape and dtype.
+
+    Raises:
+        TypeError: x is no tensor, or of another dtype. RuntimeError: the chosen backend cannot serve x, or a second derivative.
+
+    Source: So et al., Primer, arXiv 2109.08668; Peng et al., RWKV, arXiv 2305.13048.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import relu_squared
+        >>> relu_squared(torch.tensor([-1.0, 0.5, 3.0])).tolist()
+        [0.0, 0.25, 9.0]
+    """
+    _check_data("x", x)
+    backend = dispatch.choose(x.device.type)
+    if backend == "reference":
+        return reference.relu_squared(x)
+    return _relu_squared_call(x, backend)
