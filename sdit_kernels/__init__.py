@@ -6,6 +6,7 @@ Letters: B batch, T simulation steps, L tokens, C channels.
 from . import nn
 from .dispatch import backend
 from .ops.lif import lif, lif_rate
+from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .surrogate import SURROGATES
 
@@ -16,6 +17,7 @@ __all__ = [
     "lif",
     "lif_rate",
     "nn",
+    "spiking_wkv",
     "wkv",
     "wkv_state_from_rwkv",
     "wkv_state_to_rwkv",

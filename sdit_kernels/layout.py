@@ -113,10 +113,18 @@ def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
     return view, stride
 
 
-def wkv_rows(B: int, L: int, sequences: int | None) -> int:
-    """Rows of a WKV checkpoint, one per tile of TILE tokens.
+def wkv_rows(B: int, L: int, sequences: int | None, tokens: int = TILE) -> int:
+    """Rows of a WKV checkpoint, one per tile of ``tokens`` tokens.
 
-    Sequence b of a batch has rows b * ceil(L / TILE) and up; packed sequence n, which starts at token s, has rows
-    s // TILE + n and up.
+    Sequence b of a batch has rows b * ceil(L / tokens) and up; packed sequence n, which starts at token s, has rows
+    s // tokens + n and up.
     """
-    return B * -(-L // TILE) if sequences is None else L // TILE + sequences
+    return B * -(-L // tokens) if sequences is None else L // tokens + sequences
+
+
+def spiking_tile(T: int) -> int:
+    """Tokens between the scan states that spiking_wkv keeps: TILE pairs of step and token, which fit in registers."""
+    tokens = TILE
+    while tokens > 2 and tokens * T > TILE:
+        tokens //= 2
+    return tokens

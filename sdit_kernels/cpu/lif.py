@@ -67,6 +67,18 @@ def _surrogate(kind, z, a, S):
 
 
 @numba.njit(forceinline=True, error_model="numpy")
+def _charge(x, v, r, v_reset, soft, decay):
+    """h, and the membrane's distance from rest."""
+    rest = v if soft else v - v_reset
+    return (v + (x - rest) * r if decay else v - rest * r + x), rest
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _reset(h, theta, v_reset, soft):
+    return (h - theta if soft else v_reset) if h >= theta else h
+
+
+@numba.njit(forceinline=True, error_model="numpy")
 def _fill(target, n, source, offset, value, code, S):
     """A tile of n elements from the array at ``source``, or of one value where there is no array."""
     if source != 0:

@@ -1,6 +1,7 @@
 """The definitions, in plain PyTorch: same names and signatures as the public ops, any floating dtype, any device."""
 
 from .lif import lif, lif_rate
+from .spiking_wkv import spiking_wkv
 from .wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 
-__all__ = ["lif", "lif_rate", "wkv", "wkv_state_from_rwkv", "wkv_state_to_rwkv", "wkv_step", "wkv_step_"]
+__all__ = ["lif", "lif_rate", "spiking_wkv", "wkv", "wkv_state_from_rwkv", "wkv_state_to_rwkv", "wkv_step", "wkv_step_"]
