@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 TILE = 16  # tokens between the scan states that the WKV kernels keep
+PAIRS = 32  # of simulation step and token between the scan states that spiking_wkv keeps
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -123,8 +124,8 @@ def wkv_rows(B: int, L: int, sequences: int | None, tokens: int = TILE) -> int:
 
 
 def spiking_tile(T: int) -> int:
-    """Tokens between the scan states that spiking_wkv keeps: TILE pairs of step and token, which fit in registers."""
-    tokens = TILE
-    while tokens > 2 and tokens * T > TILE:
+    """Tokens between the scan states that spiking_wkv keeps: for PAIRS of step and token, a thread has registers."""
+    tokens = PAIRS
+    while tokens > 2 and tokens * T > PAIRS:
         tokens //= 2
     return tokens

@@ -14,7 +14,7 @@ import numba
 import numpy as np
 import torch
 
-from ..layout import TILE, spiking_tile
+from ..layout import PAIRS, spiking_tile
 from ..surrogate import SURROGATES
 from .lif import _charge, _fill, _Parameters, _reset, _surrogate
 from .runtime import CODES, SIZES, Kernel, huge_pages, load, num, state_code, store, tile
@@ -50,7 +50,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
-    AREA, COUNTS = TILE * ROW, TILE * ROW if RATE else 1
+    AREA, COUNTS = PAIRS * ROW, PAIRS * ROW if RATE else 1
 
     def spiking_wkv_forward(
         T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b, m0_l,
@@ -136,7 +136,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     V, S = kind(X, lanes), state_code(X)
     W, xb, mb, sb = kind(S, lanes), SIZES[X], SIZES[M], SIZES[S]
     ROW = (_BACK + 1) * lanes
-    AREA, CHANNELS, SUMS = TILE * ROW, ROW if PER_CHANNEL else 1, ROW if PARAMETERS else 1
+    AREA, CHANNELS, SUMS = PAIRS * ROW, ROW if PER_CHANNEL else 1, ROW if PARAMETERS else 1
     FIELDS = 9 if GATE else 7
 
     def spiking_wkv_backward(
