@@ -513,7 +513,9 @@ def main(arguments=None) -> int:
     p.add_argument("--target", action="append", help="such as cuda:90; may be repeated (default: all)")
     p.add_argument("--json", metavar="PATH", help="write the rows; needs --stem")
     p.add_argument("--markdown", metavar="PATH", help="write the tables; needs --stem")
-    p.add_argument("--check", action="store_true", help=f"fail on spills, narrow accesses, bytes or growth over results/compile_*.json")
+    p.add_argument(
+        "--check", action="store_true", help="fail on spills, narrow accesses, bytes or growth over results/compile_*.json"
+    )
     p.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
     args = p.parse_args(arguments)
     if (args.json or args.markdown) and not args.stem:
@@ -537,7 +539,9 @@ def main(arguments=None) -> int:
         print(table([row for row in rows if row["target"] == target]))
     print(f"\n{verdict(rows)}")
     if args.json:
-        head = json.dumps({"title": f"{args.stem.upper()} kernels as compiled; no timings", "provenance": facts}, indent=1).removesuffix("\n}")
+        head = json.dumps(
+            {"title": f"{args.stem.upper()} kernels as compiled; no timings", "provenance": facts}, indent=1
+        ).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row) for row in rows)
         pathlib.Path(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.markdown:

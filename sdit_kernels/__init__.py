@@ -7,6 +7,7 @@ from . import nn
 from .dispatch import backend
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
+from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .surrogate import SURROGATES
 
@@ -19,6 +20,7 @@ __all__ = [
     "nn",
     "relu_squared",
     "token_shift",
+    "spiking_wkv",
     "wkv",
     "wkv_state_from_rwkv",
     "wkv_state_to_rwkv",

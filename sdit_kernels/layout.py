@@ -13,6 +13,7 @@ from torch import Tensor
 from . import memory
 
 TILE = 16  # tokens between the scan states that the WKV kernels keep
+PAIRS = 32  # of simulation step and token between the scan states that spiking_wkv keeps
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -134,3 +135,11 @@ def sequences(t: Tensor) -> Tensor:
 def same_strides(tensors: list) -> list:
     """The tensors, copied unless their strides agree."""
     return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
+
+
+def spiking_tile(T: int) -> int:
+    """Tokens between the scan states that spiking_wkv keeps: for PAIRS of step and token, a thread has registers."""
+    tokens = PAIRS
+    while tokens > 2 and tokens * T > PAIRS:
+        tokens //= 2
+    return tokens

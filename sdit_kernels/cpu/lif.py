@@ -70,14 +70,15 @@ def _surrogate(kind, z, a, S):
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def _charge(x, v, k, vr, SOFT, DECAY):
-    rest = v if SOFT else v - vr
-    return v + (x - rest) * k if DECAY else v - rest * k + x
+def _charge(x, v, r, v_reset, soft, decay):
+    """h, and the membrane's distance from rest."""
+    rest = v if soft else v - v_reset
+    return (v + (x - rest) * r if decay else v - rest * r + x), rest
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def _reset(h, th, vr, SOFT):
-    return (h - th if SOFT else vr) if h >= th else h
+def _reset(h, theta, v_reset, soft):
+    return (h - theta if soft else v_reset) if h >= theta else h
 
 
 @numba.njit(forceinline=True, error_model="numpy")
@@ -135,7 +136,7 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    h = _charge(load(xt, i, X), load(v, i, S), k, vr, SOFT, DECAY)
+                    h, _ = _charge(load(xt, i, X), load(v, i, S), k, vr, SOFT, DECAY)
                     store_spike(st, i, h >= th, O)
                     store(v, i, _reset(h, th, vr, SOFT), S)
                 if seq != 0:
@@ -218,7 +219,8 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
                             v = load(start, i, S) if t == 0 else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
-                            store(hs + t * ROW, i, _charge(load_input(xs + t * x_t, i, X), v, k, vr, SOFT, DECAY), S)
+                            h, _ = _charge(load_input(xs + t * x_t, i, X), v, k, vr, SOFT, DECAY)
+                            store(hs + t * ROW, i, h, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
                         for i in range(n):
@@ -275,7 +277,7 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    h = _charge(load(current, i, S), load(v, i, S), k, vr, SOFT, DECAY)
+                    h, _ = _charge(load(current, i, S), load(v, i, S), k, vr, SOFT, DECAY)
                     store(count, i, load(count, i, S) + (one if h >= th else zero), S)
                     store(v, i, _reset(h, th, vr, SOFT), S)
             target = out + (row * out_r + c) * ob

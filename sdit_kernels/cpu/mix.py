@@ -13,7 +13,7 @@ import torch
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from .runtime import CODES, SIZES, Kernel, huge_pages, load, load_int, num, state_code, store
+from .runtime import CODES, SIZES, Kernel, load, load_int, num, state_code, store
 from .vector import LANES, fma, kind, vload, vset, vstore
 
 _LANES = 2 * LANES  # channels mixed at once
@@ -243,7 +243,6 @@ def _placed(x, last):
 
 def token_shift_forward(x, last, mixes, norm_eps, outs):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
-    huge_pages(*outs)
     x = sequences(x)
     B, L, C = x.shape
     last, placed = _placed(x, last)
@@ -258,7 +257,6 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
 
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
-    huge_pages(dx)
     x, gs = sequences(x), same_strides([sequences(g) for g in gs])
     B, L, C = x.shape
     M = len(gs)
@@ -279,7 +277,6 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
 
 def relu_squared_forward(x, out):
     """Fill out. x is not empty."""
-    huge_pages(out)
     layout = layout_of_step(x, out, False)
     x, x_r = place_state(layout, x)
     out, out_r = place_state(layout, out)
@@ -288,7 +285,6 @@ def relu_squared_forward(x, out):
 
 def relu_squared_backward(g, x, dx):
     """Fill dx. x is not empty."""
-    huge_pages(dx)
     layout = layout_of_step(x, dx, False)
     g, g_r = place_state(layout, g)
     x, x_r = place_state(layout, x)

@@ -185,6 +185,16 @@ def where_less(typingctx, x, y, then, otherwise):
 
 
 @intrinsic
+def where_at_least(typingctx, x, y, then, otherwise):
+    """``then`` where x >= y; ``otherwise`` elsewhere, so where one is NaN."""
+
+    def codegen(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
+
+    return then(x, y, then, otherwise), codegen
+
+
+@intrinsic
 def where_equal(typingctx, x, y, then, otherwise):
     def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered("==", args[0], args[1]), args[2], args[3])

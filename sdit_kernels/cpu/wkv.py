@@ -612,15 +612,16 @@ def _chunked(algorithm, k):
     return algorithm == "chunked" or (algorithm == "auto" and B * C <= 32 and L >= 4096)
 
 
-def _place(t):
-    """(tensor to keep alive, strides of B and L); copied where channels are not contiguous, one row where all are alike."""
+def _place(t, axes=2):
+    """(tensor to keep alive, strides of all its axes but the channels); copied where channels are not contiguous, one row where
+    all rows are alike."""
     if t is None:
-        return None, 0, 0
-    if t.stride(0) == t.stride(1) == 0:
-        return t[0, 0].contiguous(), 0, 0
-    if t.stride(2) != 1 and t.shape[2] > 1:
+        return None, *[0] * axes
+    if not any(t.stride()[:-1]):
+        return t[(0,) * axes].contiguous(), *[0] * axes
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
         t = t.contiguous()
-    return t, t.stride(0), t.stride(1)
+    return t, *t.stride()[:-1]
 
 
 def _address(t):

@@ -74,32 +74,32 @@ def _check_data(name, t, like=None):
         raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
 
 
-def _check_state(name, t, shape, like):
-    """A state or residual: of x's dtype or of the dtype the arithmetic is done in."""
+def _check_state(name, t, shape, like, data="x"):
+    """A state or residual: of the dtype of ``like`` (to users, ``data``) or of the dtype the arithmetic is done in."""
     _check_tensor(name, t, optional=True)
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
     allowed = (like.dtype, state_dtype(like.dtype))
     if t.dtype not in allowed:
         names = " or ".join(str(d) for d in dict.fromkeys(allowed))
-        raise TypeError(f"{name} must be {names} where x is {like.dtype}, got {t.dtype}; cast it: {name}.to({allowed[1]})")
+        raise TypeError(f"{name} must be {names} where {data} is {like.dtype}, got {t.dtype}; cast it: {name}.to({allowed[1]})")
     if t.device != like.device:
-        raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
+        raise ValueError(f"{name} must be on the device of {data}, {like.device}, got {t.device}")
 
 
-def _check_parameter(name, p, x, channels):
+def _check_parameter(name, p, x, channels, data="x"):
     """tau or v_threshold: (value, tensor or None)."""
     if isinstance(p, Tensor):
         _check_tensor(name, p)
         if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
             raise TypeError(
-                f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; "
+                f"{name} must be a floating tensor at least as wide as {data} ({x.dtype}), got {p.dtype}; "
                 f"cast it: {name}.to({x.dtype})"
             )
         if p.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
+            raise ValueError(f"{name} must be on the device of {data}, {x.device}, got {p.device}")
         if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
-            per_channel = f" or have shape ({channels},), one per channel of x's last axis" if channels is not None else ""
+            per_channel = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
             raise ValueError(f"{name} must be a scalar{per_channel}, got {tuple(p.shape)}")
         return 1.0, p
     if not _is_number(p):
@@ -107,10 +107,10 @@ def _check_parameter(name, p, x, channels):
     return float(p), None
 
 
-def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, data="x"):
     """(Neuron, tau tensor, v_threshold tensor); the Neuron is None for a user's own surrogate."""
-    tau_value, tau = _check_parameter("tau", tau, x, channels)
-    threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels)
+    tau_value, tau = _check_parameter("tau", tau, x, channels, data)
+    threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels, data)
     _check_tau(tau_value, decay_input)
     _check_threshold(threshold_value)
     if v_reset is not None:
@@ -287,7 +287,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
-    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx)
+    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
     return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
 
 

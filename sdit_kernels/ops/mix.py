@@ -88,8 +88,7 @@ def _shift_gradient(ctx, *gs):
 
 
 _shift_call = register(
-    "token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) "
-    f"-> ({', '.join(['Tensor'] * MIXES)})",
+    f"token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) -> ({', '.join(['Tensor'] * MIXES)})",
     _shift,
     _shift_fake,
     batch_axes=(0, 0, None),
@@ -172,9 +171,7 @@ def _check_mix(name, m, x):
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {m.device}")
 
 
-def token_shift(
-    x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None) -> tuple[Tensor, ...]:
     r"""RWKV's token shift, fused with the LayerNorm before it: every token mixed, channel by channel, with the one before it.
 
     For every mix vector m, in one pass over x::

@@ -46,13 +46,13 @@ def _check_parameter(name, p, k):
         raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
 
 
-def _check_state(state, sequences, k):
+def _check_state(state, shape, k, what="state"):
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"state must be None or a pair (ybar, lse) of tensors, got {found}")
-    dtype, shape = state_dtype(k.dtype), (sequences, k.shape[-1])
+        raise TypeError(f"{what} must be None or a pair (ybar, lse) of tensors, got {found}")
+    dtype = state_dtype(k.dtype)
     for name, t in zip(("ybar", "lse"), state):
-        name = f"state's {name}"
+        name = f"{what}'s {name}"
         _check_tensor(name, t)
         if t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
@@ -383,7 +383,7 @@ def wkv(
     if bidirectional and (return_state or state is not None):
         name = "state" if state is not None else "return_state"
         raise ValueError(f"bidirectional looks at both ends of a sequence and has no state to hand on: leave {name} out")
-    ybar, lse = (None, None) if state is None else _check_state(state, sequences, k)
+    ybar, lse = (None, None) if state is None else _check_state(state, (sequences, k.shape[-1]), k)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     backend = dispatch.choose(k.device.type)
@@ -449,7 +449,7 @@ def wkv_step(
         tensor([[2., 2.]])
     """
     decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
-    ybar, lse = (None, None) if state is None else _check_state(state, k.shape[0], k)
+    ybar, lse = (None, None) if state is None else _check_state(state, (k.shape[0], k.shape[-1]), k)
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
         return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
@@ -501,7 +501,7 @@ def wkv_step_(
     decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
     if state is None:
         raise TypeError("state must be a pair (ybar, lse) of tensors to update, got None; begin with (0, -inf)")
-    ybar, lse = _check_state(state, k.shape[0], k)
+    ybar, lse = _check_state(state, (k.shape[0], k.shape[-1]), k)
     if _wants_gradient(k, v, r, decay, time_first, ybar, lse):
         raise RuntimeError("wkv_step_ overwrites its state and has no gradient: call it under torch.no_grad(), or use wkv_step")
     backend = dispatch.choose(k.device.type)

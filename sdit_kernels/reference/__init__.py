@@ -2,12 +2,14 @@
 
 from .lif import lif, lif_rate
 from .mix import relu_squared, token_shift
+from .spiking_wkv import spiking_wkv
 from .wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 
 __all__ = [
     "lif",
     "lif_rate",
     "relu_squared",
+    "spiking_wkv",
     "token_shift",
     "wkv",
     "wkv_state_from_rwkv",

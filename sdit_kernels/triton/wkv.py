@@ -186,14 +186,20 @@ def _near_one(x):
 
 
 @triton.jit
-def _store_state(ptr, at, plane, mask, state, w):
+def _rounded(state, w):
     """(a, b, o). What o loses in rounding ka + n w, up to 2e-6 at o = 50, goes to a and b."""
     a, b, ka, n = state
     p = n * w
     o = ka + p
     back = o - ka
     rest = _near_one((ka - (o - back)) + (p - back) + tl.fma(n, w, -p))
-    _store_three(ptr, at, plane, mask, a * rest, b * rest, o)
+    return a * rest, b * rest, o
+
+
+@triton.jit
+def _store_state(ptr, at, plane, mask, state, w):
+    a, b, o = _rounded(state, w)
+    _store_three(ptr, at, plane, mask, a, b, o)
 
 
 @triton.jit
@@ -206,7 +212,7 @@ def _user_state(ybar_ptr, lse_ptr, at, mask, like):
         lse = tl.load(lse_ptr + at, mask=mask, other=0.0)
         ybar = tl.load(ybar_ptr + at, mask=mask, other=0.0)
         empty = lse == -float("inf")
-        return tl.where(empty, 0.0, ybar), tl.where(empty, 0.0, 1.0), tl.where(empty, _NONE, lse), zero
+        return tl.where(empty, 0.0, ybar), tl.where(empty, zero, zero + 1.0), tl.where(empty, _NONE, lse), zero
 
 
 @triton.jit
@@ -425,7 +431,9 @@ def wkv_backward_kernel(
             right = _load_state(right_ptr, at, plane, mask)
             for t in range(0, TILE - HELD - t0 % TILE, HELD):
                 t1 = tile * TILE + TILE - HELD - t
-                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, tl.minimum(length - t1, HELD).to(tl.int32), right, w, True, HELD)
+                right = _walk(
+                    k_ptr, v_ptr, t1, k_l, v_l, cols, mask, tl.minimum(length - t1, HELD).to(tl.int32), right, w, True, HELD
+                )
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)

@@ -1,0 +1,271 @@
+"""spiking_wkv: the public function and the operators ``sdit_kernels::spiking_wkv*`` behind it."""
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..layout import spiking_tile, wkv_rows
+from ..reference.lif import state_dtype
+from .lif import (
+    _NEURON,
+    Neuron,
+    _check_neuron,
+    _check_values,
+    _parameter_gradients,
+    _parameter_outputs,
+    _wants_gradient,
+    _warn_custom_surrogate,
+)
+from .lif import _check_state as _check_membrane
+from .operator import register
+from .wkv import _check_flag, _check_state, _check_tokens, _parameters, _pass_on, _plain
+
+_STEPS = 16  # simulation steps whose scan states a Triton program holds
+
+_modules = {}
+
+
+def _kernels(backend):
+    if backend not in _modules:
+        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.spiking_wkv")
+    return _modules[backend]
+
+
+def _outputs(k, rate, return_state, keep):
+    """out, ybar, lse, membrane, checkpoint; an empty tensor for what is not asked for."""
+    T, B, L, C = k.shape
+    shapes = [(0,)] * 4
+    if return_state:
+        shapes[:3] = (T, B, C), (T, B, C), (B, L, C)
+    if keep:
+        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T)), C
+    out = k.new_empty((B, L, C) if rate else k.shape)
+    return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
+
+
+def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
+    *neuron, rate, return_state, keep, backend = rest
+    neuron = Neuron(*neuron)
+    outputs = _outputs(k, rate, return_state, keep)
+    if k.device.type == "cpu":
+        _check_values(tau, v_threshold, neuron.decay_input)
+    if k.numel():
+        out, *wanted = (t if t.numel() else None for t in outputs)
+        w, u = _parameters(decay, first, raw, k)
+        _kernels(backend).spiking_wkv_forward(
+            k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
+        )  # fmt: skip
+    elif return_state:
+        _pass_on(outputs[1], ybar, 0.0)
+        _pass_on(outputs[2], lse, -torch.inf)
+        _pass_on(outputs[3], membrane, neuron.v_reset or 0.0)
+    return outputs
+
+
+def _forward_fake(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
+    return _outputs(k, *rest[7:10])
+
+
+def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, parameters):
+    """The gradients of the ten tensors, in this order; an empty tensor for what is not asked for."""
+    data = [k.new_empty(k.shape if t is not None else (0,)) for t in (k, v, r)]
+    given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, first, ybar, lse, membrane)]
+    return *data, *given, *_parameter_outputs(k, tau, v_threshold, parameters)
+
+
+def _backward(
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, checkpoint, raw, *rest
+):
+    *neuron, rate, parameters, backend = rest
+    inputs = k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold
+    outputs = _backward_outputs(*inputs, parameters)
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, *d_parameters = outputs
+    if k.numel() == 0:
+        for d in (d_decay, d_first, *d_parameters):
+            d.zero_()
+        for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse), (d_membrane, g_membrane)):
+            if d.numel():
+                _pass_on(d, upstream, 0.0)
+        return outputs
+    if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+        checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
+    w, u = _parameters(decay, first, raw, k)
+    dw, du, sums = _kernels(backend).spiking_wkv_backward(
+        g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint, Neuron(*neuron), rate, parameters,
+        dk, dv, *(d if d.numel() else None for d in (dr, d_ybar, d_lse, d_membrane)),
+    )  # fmt: skip
+    dw = dw.sum(0)
+    d_decay.copy_(w * dw if raw else dw)
+    d_first.copy_(du.sum(0))
+    return *outputs[:8], *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+
+
+def _backward_fake(
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, checkpoint, raw, *rest
+):
+    return _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, rest[-2])
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.raw = inputs[:11]
+    *ctx.neuron, ctx.rate, ctx.returned, _, ctx.backend = inputs[11:]
+    ctx.save_for_backward(*tensors, output[4])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, g, g_ybar, g_lse, g_membrane, _):
+    *tensors, checkpoint = ctx.saved_tensors
+    if not ctx.returned:  # compiled graphs pass zeros for empty outputs
+        g_ybar = g_lse = g_membrane = None
+    needs = ctx.needs_input_grad
+    found = _backward_call(
+        g, g_ybar, g_lse, g_membrane, *tensors, checkpoint, ctx.raw, *ctx.neuron, ctx.rate, needs[8] or needs[9], ctx.backend
+    )
+    return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
+
+
+_INPUTS = (
+    "Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, Tensor? ybar, Tensor? lse, Tensor? membrane, Tensor? tau, "
+    "Tensor? v_threshold"
+)
+_call = register(
+    f"spiking_wkv({_INPUTS}, bool raw, {_NEURON}, bool rate, bool return_state, bool keep, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+    batch_axes=(None,) * 10,  # a batch is a loop: k has no axis that members with states of their own could share
+    output_axes=(0,) * 5,
+    save=_save,
+    gradient=_gradient,
+)
+_backward_call = register(
+    f"spiking_wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor? g_membrane, {_INPUTS}, Tensor checkpoint, "
+    f"bool raw, {_NEURON}, bool rate, bool parameters, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+    batch_axes=(None,) * 15,
+    output_axes=(0,) * 10,
+)
+
+
+def _chunks(k, v, r, scan_state, membrane, rate, one):
+    """More steps than a Triton program holds: several calls, the membrane handed on, their spikes joined."""
+    spikes, states = [], []
+    for t in range(0, k.shape[0], _STEPS):
+        part = slice(t, t + _STEPS)
+        state = None if scan_state is None else tuple(s[part] for s in scan_state)
+        s, (state, membrane) = one(k[part], v[part], None if r is None else r[part], state, membrane)
+        spikes.append(s)
+        states.append(state)
+    s = torch.cat(spikes)
+    if rate:
+        s = (s.sum(0, dtype=state_dtype(k.dtype)) / k.shape[0]).to(k.dtype)
+    return s, (tuple(torch.cat(parts) for parts in zip(*states)), membrane)
+
+
+def spiking_wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = None,
+    *,
+    tau=2.0,
+    v_threshold=1.0,
+    v_reset: float | None = 0.0,
+    decay_input: bool = True,
+    detach_reset: bool = False,
+    surrogate="atan",
+    alpha: float | None = None,
+    log_decay: Tensor | None = None,
+    scan_state: tuple[Tensor, Tensor] | None = None,
+    membrane: Tensor | None = None,
+    return_state: bool = False,
+    rate: bool = False,
+):
+    r"""WKV scans over tokens that drive LIF neurons over time, in one kernel, forward and backward.
+
+    At each simulation step t of T the keys and values are scanned over the tokens, every step by itself, and the result is the
+    input current of a LIF neuron at each token and channel::
+
+        current[t] = wkv(time_decay, time_first, k[t], v[t], r=r[t])        (B, L, C); sigmoid(r) * y where r is given
+        s          = lif(current, membrane)                                 (T, B, L, C)
+        out        = s, or with ``rate`` the mean of s over T               (B, L, C)
+
+    The kernel walks the tokens with T scan states, reads k, v and r once and writes the spikes once; the currents, float32 or
+    float64, are nowhere stored. Kept for the backward pass are k, v, r, the states that are given, and the scan states at every
+    tile's entry (32 / T tokens, at least 2); all else is recomputed, the spikes bit for bit. Spikes of one backend and another
+    may differ where the membrane is within rounding of the threshold, since exponentials do. Parameter gradients are summed in
+    a fixed order: they repeat bit for bit, whatever the number of threads.
+
+    Args:
+        time_decay, time_first, log_decay: as in :func:`wkv`, (C,).
+        k, v, r: (T, B, L, C), else as in :func:`wkv`: float32, float64, bfloat16 or float16; k = -inf masks a token. On a GPU
+            more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes the mean of stored spikes.
+        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; tensors are scalars or (C,).
+        scan_state: the scans' states before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data);
+            None: no token yet.
+        membrane: before the first step, (B, L, C), of k's dtype or float32 (float64). None: v_reset, or 0 with soft reset.
+        return_state: also return both states: the scans' after the last token, the membrane after the last step.
+        rate: the mean over T instead of the spikes.
+
+    Returns:
+        out, of k's dtype; with ``return_state`` the pair (out, ((ybar, lse), membrane)), the states float32 (float64).
+        Gradients reach time_decay or log_decay, time_first, k, v, r, tau, v_threshold and both states, from each.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor tau are
+            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+
+    Source: the scan: Peng et al., RWKV, arXiv 2305.13048; that it drives spiking neurons: Yang et al., SDiT, arXiv 2402.11588.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import spiking_wkv
+        >>> k, v = torch.zeros(2, 1, 3, 1), torch.tensor([1.0, 3.0, 5.0]).reshape(1, 1, 3, 1).repeat(2, 1, 1, 1)
+        >>> s = spiking_wkv(None, torch.zeros(1), k, v, log_decay=torch.zeros(1))  # currents 1, 2, 3, twice
+        >>> s[:, 0, :, 0]
+        tensor([[0., 1., 1.],
+                [0., 1., 1.]])
+    """
+    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("T", "B", "L", "C"))
+    T, B, L, C = k.shape
+    for name, flag in (("return_state", return_state), ("rate", rate)):
+        _check_flag(name, flag)
+    ybar, lse = (None, None) if scan_state is None else _check_state(scan_state, (T, B, C), k, "scan_state")
+    if membrane is not None:
+        _check_membrane("membrane", membrane, (B, L, C), k, "k")
+    neuron, tau_tensor, threshold_tensor = _check_neuron(
+        k, C, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, "k"
+    )
+    if rate and T == 0:
+        raise ValueError("rate is a mean over time and needs at least one step, got k with T = 0")
+    if neuron is None:
+        _warn_custom_surrogate()
+    backend = "reference" if neuron is None else dispatch.choose(k.device.type)
+    if backend == "reference":
+        if k.device.type == "cpu" and _plain():
+            _check_values(tau_tensor, threshold_tensor, decay_input)
+        return reference.spiking_wkv(
+            time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, log_decay=log_decay, scan_state=scan_state,
+            membrane=membrane, return_state=return_state, rate=rate,
+        )  # fmt: skip
+    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor)
+
+    def one(k, v, r, scan_state, membrane, rate=False, return_state=True):
+        ybar, lse = scan_state or (None, None)
+        s, ybar, lse, membrane, _ = _call(
+            k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor, raw, *neuron, rate, return_state,
+            keep, backend,
+        )  # fmt: skip
+        return s, ((ybar, lse), membrane)
+
+    if backend == "triton" and T > _STEPS:
+        out, state = _chunks(k, v, r, scan_state, membrane, rate, one)
+    else:
+        out, state = one(k, v, r, scan_state, membrane, rate, return_state)
+    return (out, state) if return_state else out

@@ -1,0 +1,353 @@
+"""WKV scans that drive LIF neurons, in Triton. A thread holds one channel with the scan states of all T steps and walks the tokens.
+
+A tile is PAIRS pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
+through the form in which they are kept, (a, b, o), so that the backward pass, which walks each tile again from there, takes up
+the very numbers that the forward pass went on with; and both compute a current by the same operations, without implicit fused
+multiply-adds. So every spike comes out again.
+
+The arithmetic is that of triton/wkv.py, but for one thing: both exponents of a token are taken from q = k - o, as u + q and
+q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers; membranes and
+currents are made again token by token, the last first.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import spiking_tile
+from ..surrogate import SURROGATES
+from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
+from .wkv import (
+    _LOG2E,
+    _TINY,
+    _exp_minus,
+    _load_state,
+    _parameters,
+    _reciprocal,
+    _rescaled,
+    _rounded,
+    _store_three,
+    _user_state,
+)
+
+_THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
+
+
+@triton.jit
+def _apart(d2):
+    """Weights of an old and a new term, the new one's exponent being greater by d2 (base 2); the greater of them is 1."""
+    e = _exp_minus(d2)
+    return tl.where(d2 > 0.0, e, 1.0), tl.where(d2 > 0.0, 1.0, e)
+
+
+@triton.jit
+def _take_in(k, v, state, w):
+    """(state after the token, q)."""
+    a, b, ka, n = state
+    q = tl.fma(-n, w, k - ka)
+    d = q - w
+    A, E = _apart(d * _LOG2E)
+    return (A * a + E * v, A * b + E, tl.where(d > 0.0, k, ka), tl.where(d > 0.0, 0.0, n + 1.0)), q
+
+
+@triton.jit
+def _mean(a, b, q, v, u2):
+    """y, and the shares in it of the state (per unit of b) and of the token."""
+    old, new = _apart(tl.fma(q, tl.full(q.shape, _LOG2E, q.dtype), u2))
+    inverse = _reciprocal(tl.maximum(old * b + new, _TINY))
+    return (old * a + new * v) * inverse, old * inverse, new * inverse
+
+
+@triton.jit
+def _sigmoid(r):
+    return _reciprocal(1.0 + tl.exp2(-_LOG2E * r))
+
+
+@triton.jit
+def _program(C, BC: tl.constexpr):
+    """(sequence, channels, mask)."""
+    blocks = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    cols = (pid % blocks) * BC + tl.arange(0, BC)
+    return (pid // blocks).to(tl.int64), cols, cols < C
+
+
+@triton.jit
+def _load_tile(ptr, x_t, x_l, left, mask, other, T: tl.constexpr, TOKENS: tl.constexpr):
+    """Values of all steps and tokens, token by token."""
+    xs = ()
+    x_t, x_l = tl.cast(x_t, tl.int64), tl.cast(x_l, tl.int64)
+    for j in tl.static_range(TOKENS):
+        for t in tl.static_range(T):
+            xs = xs + (tl.load(ptr + t * x_t + j * x_l, mask=mask & (j < left), other=other),)
+    return xs
+
+
+@triton.jit(do_not_specialize=["B", "L", "plane"])
+def spiking_wkv_forward_kernel(
+    k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, m_ptr, tau_ptr, theta_ptr,
+    out_ptr, ybar_out_ptr, lse_out_ptr, m_out_ptr, keep_ptr,
+    B, L, C, plane, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
+    leak: "fp64", theta: "fp64", v_reset: "fp64",
+    T: tl.constexpr, TOKENS: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr,
+    TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """keep: the states that enter each tile, (3, T, B, tiles, C)."""
+    sequence, cols, mask = _program(C, BC)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
+    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    reset = tl.full([], v_reset, STATE)
+    tiles = tl.cdiv(L, TOKENS)
+    step = tl.cast(B, tl.int64) * L * C
+    states = ()
+    for t in tl.static_range(T):
+        states = states + (_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
+    for i in range(tiles):
+        t0 = i.to(tl.int64) * TOKENS
+        left = L - t0
+        ks = _load_tile(k_ptr + sequence * k_b + t0 * k_l + cols, k_t, k_l, left, mask, -float("inf"), T, TOKENS)
+        vs = _load_tile(v_ptr + sequence * v_b + t0 * v_l + cols, v_t, v_l, left, mask, 0.0, T, TOKENS)
+        if r_ptr is not None:
+            rs = _load_tile(r_ptr + sequence * r_b + t0 * r_l + cols, r_t, r_l, left, mask, 0.0, T, TOKENS)
+        if m_ptr is not None:
+            ms = _load_tile(m_ptr + sequence * m_b + t0 * m_l + cols, 0, m_l, left, mask, 0.0, 1, TOKENS)
+        entering = ()
+        for t in tl.static_range(T):
+            a, b, o = _rounded(states[t], w)
+            if keep_ptr is not None:
+                _store_three(keep_ptr, ((t * B + sequence) * tiles + i) * C + cols, plane, mask, a, b, o)
+            entering = entering + ((a, b, o, tl.zeros_like(a)),)
+        states = entering
+        for j in tl.static_range(TOKENS):
+            m = mask & (j < left)
+            at = (sequence * L + t0 + j) * C + cols
+            x = ms[j].to(STATE) if m_ptr is not None else tl.zeros_like(w) + reset
+            count = tl.zeros_like(w)
+            after = ()
+            for t in tl.static_range(T):
+                k, v = ks[j * T + t].to(STATE), vs[j * T + t].to(STATE)
+                state, q = _take_in(k, v, states[t], w)
+                after = after + (state,)
+                y, _, _ = _mean(states[t][0], states[t][1], q, v, u2)
+                if r_ptr is not None:
+                    y = _sigmoid(rs[j * T + t].to(STATE)) * y
+                h, _ = _charge(y, x, leak_, reset, SOFT, DECAY)
+                spike = tl.where(h >= th, 1.0, 0.0)
+                x = _reset(h, th, reset, SOFT)
+                if RATE:
+                    count += spike.to(STATE)
+                else:
+                    tl.store(out_ptr + t * step + at, spike.to(out_ptr.dtype.element_ty), mask=m)
+            states = after
+            if RATE:
+                rate = count * (1.0 / T) if (T & (T - 1)) == 0 else _divide(count, tl.zeros_like(w) + T)
+                tl.store(out_ptr + at, rate.to(out_ptr.dtype.element_ty), mask=m)
+            if m_out_ptr is not None:
+                tl.store(m_out_ptr + at, x, mask=m)
+    if ybar_out_ptr is not None:
+        behind = (tiles * TOKENS - L).to(STATE)  # tokens that the last tile had too many
+        for t in tl.static_range(T):
+            a, b, ka, n = states[t]
+            seen = b != 0.0
+            b = tl.where(seen, b, 1.0)
+            at = (t * B + sequence) * C + cols
+            tl.store(ybar_out_ptr + at, tl.where(seen, a / b, 0.0), mask=mask)
+            tl.store(lse_out_ptr + at, tl.where(seen, tl.fma(n - behind, w, ka) + tl.log(b), -float("inf")), mask=mask)
+
+
+@triton.jit(do_not_specialize=["B", "L", "plane"])
+def spiking_wkv_backward_kernel(
+    g_ptr, g_ybar_ptr, g_lse_ptr, g_m_ptr, k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, m_ptr, tau_ptr, theta_ptr, keep_ptr,
+    dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dm_ptr, dw_ptr, du_ptr, d_leak_ptr, d_theta_ptr,
+    B, L, C, plane, g_t, g_b, g_l, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
+    leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
+    T: tl.constexpr, TOKENS: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr, DETACH: tl.constexpr,
+    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    sequence, cols, mask = _program(C, BC)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
+    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
+    tiles = tl.cdiv(L, TOKENS)
+    step = tl.cast(B, tl.int64) * L * C
+    zero = tl.zeros_like(w)
+    sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
+    adjoint = ()  # P, Q and the exponent that they belong to
+    for t in tl.static_range(T):
+        adjoint = adjoint + ((zero, zero, zero),)
+    for i in range(tiles):
+        tile = tiles - 1 - i
+        t0 = tile.to(tl.int64) * TOKENS
+        left = L - t0
+        ks = _load_tile(k_ptr + sequence * k_b + t0 * k_l + cols, k_t, k_l, left, mask, -float("inf"), T, TOKENS)
+        vs = _load_tile(v_ptr + sequence * v_b + t0 * v_l + cols, v_t, v_l, left, mask, 0.0, T, TOKENS)
+        states = ()
+        for t in tl.static_range(T):
+            states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
+        entries = states
+        past = ()
+        for j in tl.static_range(TOKENS):
+            after = ()
+            for t in tl.static_range(T):
+                state, q = _take_in(ks[j * T + t].to(STATE), vs[j * T + t].to(STATE), states[t], w)
+                after = after + (state,)
+                past = past + ((states[t][0], states[t][1], q),)
+            states = after
+        entered = ()
+        for t in tl.static_range(T):
+            P, Q, o = adjoint[t]
+            P, Q, _ = _rescaled(P, Q, P, states[t], o, w)
+            if g_ybar_ptr is not None:
+                a, b, _, _ = states[t]
+                final = (i == 0) & (b != 0.0)
+                b = tl.where(final, b, 1.0)
+                at = (t * B + sequence) * C + cols
+                g_ybar = tl.load(g_ybar_ptr + at, mask=mask & (i == 0), other=0.0)
+                g_lse = tl.load(g_lse_ptr + at, mask=mask & (i == 0), other=0.0)
+                P = tl.where(final, g_ybar / b, P)
+                Q = tl.where(final, (g_lse - g_ybar * (a / b)) / b, Q)
+            entered = entered + ((P, Q, entries[t][2]),)
+        adjoint = entered
+        for j in tl.static_range(TOKENS - 1, -1, -1):
+            m = mask & (j < left)
+            at = (sequence * L + t0 + j) * C + cols
+            if m_ptr is not None:
+                x = tl.load(m_ptr + sequence * m_b + (t0 + j) * m_l + cols, mask=m, other=0.0).to(STATE)
+            else:
+                x = zero + reset
+            if g_m_ptr is not None:
+                carry = tl.load(g_m_ptr + at, mask=m, other=0.0)
+            else:
+                carry = zero
+            steps = ()
+            for t in tl.static_range(T):  # the neuron again
+                a, b, q = past[j * T + t]
+                y, seen, own = _mean(a, b, q, vs[j * T + t].to(STATE), u2)
+                p = zero
+                current = y
+                if r_ptr is not None:
+                    r = tl.load(r_ptr + sequence * r_b + t * tl.cast(r_t, tl.int64) + (t0 + j) * r_l + cols, mask=m, other=0.0)
+                    p = _sigmoid(r.to(STATE))
+                    current = p * y
+                h, rest = _charge(current, x, leak_, reset, SOFT, DECAY)
+                x = _reset(h, th, reset, SOFT)
+                steps = steps + ((h, current - rest if DECAY else -rest, y, seen, own, p),)
+            before = ()
+            for t in tl.static_range(T - 1, -1, -1):
+                h, apart, y, seen, own, p = steps[t]
+                z = h - th
+                fired = z >= 0.0
+                slope = surrogate_derivative(z, a_, KIND)
+                through = zero  # reaches the step function
+                if g_ptr is not None:
+                    g = tl.load(
+                        g_ptr + sequence * g_b + t * tl.cast(g_t, tl.int64) + (t0 + j) * g_l + cols, mask=m, other=0.0
+                    ).to(STATE)
+                    through += g * (1.0 / T) if RATE else g
+                if not DETACH:
+                    through += carry * (-th if SOFT else reset - h)
+                dh = through * slope + (carry if SOFT else tl.where(fired, 0.0, carry))
+                if d_leak_ptr is not None:
+                    sum_leak += tl.where(m, dh * apart, 0.0)
+                    d_theta = through * slope
+                    if SOFT:
+                        d_theta += tl.where(fired, carry, 0.0)
+                    sum_theta -= tl.where(m, d_theta, 0.0)
+                carry = dh * (1.0 - leak_)
+                dy = dh * leak_ if DECAY else dh
+                if r_ptr is not None:
+                    dr = dy * y * p * (1.0 - p)
+                    tl.store(dr_ptr + t * step + at, dr.to(dr_ptr.dtype.element_ty), mask=m)
+                    dy *= p
+                a, b, q = past[j * T + t]
+                v = vs[j * T + t].to(STATE)
+                A, E = _apart((q - w) * _LOG2E)
+                P, Q, o = adjoint[t]
+                seen *= dy
+                own *= dy
+                dk = own * (v - y)
+                sum_u += dk
+                tl.store(dv_ptr + t * step + at, (own + E * P).to(dv_ptr.dtype.element_ty), mask=m)
+                tl.store(dk_ptr + t * step + at, (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty), mask=m)
+                sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
+                before = ((A * P + seen, A * Q - seen * y, o),) + before
+            adjoint = before
+            if dm_ptr is not None:
+                tl.store(dm_ptr + at, carry.to(dm_ptr.dtype.element_ty), mask=m)
+    if d_ybar_ptr is not None:
+        for t in tl.static_range(T):
+            P, Q, _ = adjoint[t]
+            a, b, _, _ = _load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
+            tl.store(d_ybar_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P, 0.0), mask=mask)
+            tl.store(d_lse_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P * a + Q, 0.0), mask=mask)
+    at = sequence * C + cols
+    tl.store(dw_ptr + at, sum_w, mask=mask)
+    tl.store(du_ptr + at, sum_u, mask=mask)
+    if d_leak_ptr is not None:
+        tl.store(d_leak_ptr + at, sum_leak, mask=mask)
+        tl.store(d_theta_ptr + at, sum_theta, mask=mask)
+
+
+# --- launchers: the same signatures as in cpu/spiking_wkv.py ----------------------------------------------------------------
+
+
+def _placed(t, axes=3):
+    """(tensor, strides of all its axes but the channels), channels contiguous."""
+    if t is None:
+        return None, *[0] * axes
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        t = t.contiguous()
+    return t, *t.stride()[:-1]
+
+
+def _launch(kernel, k, *args, **flags):
+    T, B, L, C = k.shape
+    flags |= dict(T=T, TOKENS=spiking_tile(T), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+    grid = (B * triton.cdiv(C, _THREADS),)
+    if k.device.type == "cuda":
+        with torch.cuda.device(k.device):
+            kernel[grid](*args, **flags)
+    else:
+        kernel[grid](*args, **flags)
+
+
+def spiking_wkv_forward(
+    k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out, checkpoint
+):
+    """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
+    T, B, L, C = k.shape
+    flags = _flags(neuron, tau, v_threshold, k.dtype)
+    (k, *k_), (v, *v_), (r, *r_) = map(_placed, (k, v, r))
+    membrane, *m_ = _placed(membrane, 2)
+    ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
+    _launch(
+        spiking_wkv_forward_kernel, k, k, v, r, w, u, ybar, lse, membrane, _contiguous(tau), _contiguous(v_threshold),
+        out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
+        *k_, *v_, *r_, *m_, *_numbers(neuron), RATE=rate, **flags,
+    )  # fmt: skip
+
+
+def spiking_wkv_backward(
+    g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint, neuron, rate, parameters,
+    dk, dv, dr, d_ybar, d_lse, d_membrane,
+):  # fmt: skip
+    """Fill the gradients that are given; return (dw, du, sums of d 1/tau and d v_threshold), (B, C) each. k is not empty."""
+    T, B, L, C = k.shape
+    flags = _flags(neuron, tau, v_threshold, k.dtype)
+    dw, du = w.new_empty(2, B, C)
+    sums = w.new_empty(2, B, C) if parameters else None
+    g = None if g is None else g.to(k.dtype).expand(k.shape)
+    (k, *k_), (v, *v_), (r, *r_), (g, *g_) = map(_placed, (k, v, r, g))
+    membrane, *m_ = _placed(membrane, 2)
+    if g_ybar is not None or g_lse is not None:
+        g_ybar, g_lse = (w.new_zeros(T, B, C) if s is None else s.to(w.dtype).contiguous() for s in (g_ybar, g_lse))
+    g_membrane = None if g_membrane is None else g_membrane.to(w.dtype).contiguous()
+    _launch(
+        spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, _contiguous(tau),
+        _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
+        *((None, None) if sums is None else sums), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
+        *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id, **flags,
+    )  # fmt: skip
+    return dw, du, sums
