@@ -287,7 +287,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
-    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx)
+    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
     return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
 
 
