@@ -323,8 +323,8 @@ def wkv(
         y[t] = (sum_{i<t} e^(k[i] + (t-1-i) w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
         out  = y, or sigmoid(r) * y
 
-    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a total.
-    Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
+    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a
+    total. Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
 
     A state sums up the tokens before a slice: with N the sum over them of e^(k[i] + (age) w) v[i] and D the same without v,
     it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
@@ -348,8 +348,8 @@ def wkv(
             ..., tokens.
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
         algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
-            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32 and
-            L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
+            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
+            and L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
 
     Returns:
         out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
