@@ -616,11 +616,12 @@ def _place(t):
     """(tensor to keep alive, strides of B and L); copied where channels are not contiguous, one row where all are alike."""
     if t is None:
         return None, 0, 0
-    if t.stride(0) == t.stride(1) == 0:
+    b, l, c = t.stride()
+    if c == 1 or t.shape[2] == 1:
+        return t, b, l
+    if b == l == 0:
         return t[0, 0].contiguous(), 0, 0
-    if t.stride(2) != 1 and t.shape[2] > 1:
-        t = t.contiguous()
-    return t, t.stride(0), t.stride(1)
+    return _place(t.contiguous())
 
 
 def _address(t):

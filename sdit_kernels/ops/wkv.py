@@ -141,8 +141,9 @@ def _kernels(backend):
 def _parameters(decay, first, raw, k):
     """(w, u) as the kernels take them: contiguous, in the state type."""
     dtype = state_dtype(k.dtype)
-    w = -torch.exp(decay.detach().to(dtype)) if raw else decay.detach().to(dtype)
-    return w.clamp_min(_LEAST_DECAY).contiguous(), first.detach().to(dtype).contiguous()
+    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
+    w = torch.exp(w).neg_() if raw else w
+    return w.clamp_min(_LEAST_DECAY).contiguous(), u.contiguous()
 
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
