@@ -322,7 +322,7 @@ _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM
 
 @_inline
 def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, h, lanes, V, W, BOTH, sb):
-    """Fill ``h`` for a tile of n tokens from its entry states. Returns the states after it, left (ka, m, a, b), right (ka, m)."""
+    """Fill ``h`` for a tile of n tokens from its entry states. Returns its last states: left (ka, m, a, b), right (ka, m)."""
     zero, size = vset(0.0, W), TILE * lanes
     rka, rm = zero, zero
     if BOTH:
@@ -382,9 +382,9 @@ def _upstream(g, index, r, r_index, V, W, GATE):
 def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     """dk, dv, dr, d ybar, d lse and sums of dw, du; or, SUMMARY, each segment's own adjoint state (D, 2, S, C).
 
-    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That of
-    the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C), and a
-    second walk, from the right, computes it again along with everything else.
+    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That
+    of the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C),
+    and a second walk, from the right, computes it again along with everything else.
     """
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
@@ -617,11 +617,12 @@ def _place(t, axes=2):
     all rows are alike."""
     if t is None:
         return None, *[0] * axes
-    if not any(t.stride()[:-1]):
-        return t[(0,) * axes].contiguous(), *[0] * axes
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        t = t.contiguous()
-    return t, *t.stride()[:-1]
+    *strides, c = t.stride()
+    if c == 1 or t.shape[-1] == 1:
+        return t, *strides
+    if not any(strides):
+        return t[(0,) * axes].contiguous(), *strides
+    return _place(t.contiguous(), axes)
 
 
 def _address(t):
@@ -669,8 +670,8 @@ def wkv_forward(
 
 
 def wkv_backward(
-    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr, d_ybar,
-    d_lse,
+    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr,
+    d_ybar, d_lse,
 ):  # fmt: skip
     """Fill dk, dv and, where they are given, dr, d_ybar, d_lse; return sums (segments, C) of dw and du. k is not empty."""
     C, dtype = k.shape[2], w.dtype

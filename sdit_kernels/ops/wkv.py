@@ -141,8 +141,9 @@ def _kernels(backend):
 def _parameters(decay, first, raw, k):
     """(w, u) as the kernels take them: contiguous, in the state type."""
     dtype = state_dtype(k.dtype)
-    w = -torch.exp(decay.detach().to(dtype)) if raw else decay.detach().to(dtype)
-    return w.clamp_min(_LEAST_DECAY).contiguous(), first.detach().to(dtype).contiguous()
+    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
+    w = torch.exp(w).neg_() if raw else w
+    return w.clamp_min(_LEAST_DECAY).contiguous(), u.contiguous()
 
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
@@ -327,8 +328,8 @@ def wkv(
         y[t] = (sum_{i<t} e^(k[i] + (t-1-i) w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
         out  = y, or sigmoid(r) * y
 
-    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a total.
-    Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
+    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a
+    total. Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
 
     A state sums up the tokens before a slice: with N the sum over them of e^(k[i] + (age) w) v[i] and D the same without v,
     it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
@@ -352,8 +353,8 @@ def wkv(
             ..., tokens.
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
         algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
-            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32 and
-            L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
+            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
+            and L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
 
     Returns:
         out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
