@@ -1,4 +1,7 @@
-"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens; all loads of a tile precede their first use.
+"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens, whose loads all precede their first use.
+
+One channel a thread, so that a warp reads 128 bytes of float32 side by side: with two, the walk back needs twice its 140
+registers and the chip fills half as well; addresses and loads, which two would share, are a fifth of the instructions.
 
 Three kernels. ``wkv_forward_kernel`` and ``wkv_backward_kernel`` walk a chunk of tiles, with or without outputs;
 ``wkv_combine_kernel`` scans what they say of whole chunks. "serial" is one walk with one chunk as long as the sequence, which
@@ -10,6 +13,10 @@ cannot cut a sequence into more programs than B*C / BC; the second read often hi
 
 Bidirectional: the states that enter every tile, from the left and from the right, are made first, by two walks; then each tile
 combines them with its own tokens. The walk back likewise.
+
+The walk back keeps nine values per token in registers: compile_report.py finds 248 registers for 16 tokens, and spills with a
+gate, but 120 to 145 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
+costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
 
 Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since (MATH: anchored). An
 exponential is taken of one rounded difference, (k - ka) - n w by fused multiply-add, so that no error grows with the length.
@@ -206,7 +213,7 @@ def _user_state(ybar_ptr, lse_ptr, at, mask, like):
         lse = tl.load(lse_ptr + at, mask=mask, other=0.0)
         ybar = tl.load(ybar_ptr + at, mask=mask, other=0.0)
         empty = lse == -float("inf")
-        return tl.where(empty, 0.0, ybar), tl.where(empty, 0.0, 1.0), tl.where(empty, _NONE, lse), zero
+        return tl.where(empty, 0.0, ybar), tl.where(empty, zero, zero + 1.0), tl.where(empty, _NONE, lse), zero
 
 
 @triton.jit
@@ -425,7 +432,8 @@ def wkv_backward_kernel(
             right = _load_state(right_ptr, at, plane, mask)
             for t in range(0, TILE - HELD - t0 % TILE, HELD):
                 t1 = tile * TILE + TILE - HELD - t
-                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, tl.minimum(length - t1, HELD).to(tl.int32), right, w, True, HELD)
+                there = tl.minimum(length - t1, HELD).to(tl.int32)
+                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, there, right, w, True, HELD)
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
@@ -534,8 +542,8 @@ def wkv_backward_kernel(
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    A launch of ``sequences * C`` threads, which is "serial", keeps an H100 busy from half of _FILL on; "auto" is "serial" there,
-    and where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
+    "serial" launches sequences * C threads. "auto" is "serial" from half of _FILL on, which keep an H100's memory busy, and
+    where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
     """
 
     def __init__(self, k, w, u, cu_seqlens, max_seqlen, algorithm):
@@ -656,7 +664,8 @@ def wkv_backward(
         grid.launch(
             wkv_backward_kernel, tiles, g, *upstream, k, v, r, w, u, ybar, lse, state, right, cu_seqlens,
             start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_, RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
+            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
+            RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
         return sums
 
