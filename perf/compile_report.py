@@ -435,8 +435,8 @@ How to read it:
   access is as wide as an element and a warp's are side by side.
 - *bytes* per element of k, against the *floor*: k, v, r, g, the outputs and the states (12 bytes per tile; in two directions
   twice that) once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
-  tokens. The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice, which
-  counts as instructions; their k and v were read just before, which does not count as bytes.
+  tokens. The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice,
+  which counts as instructions; their k and v were read just before, which does not count as bytes.
 - "chunked" launches, besides the kernel of "serial", those that make summaries and scan them (`wkv_combine`, per chunk);
   "bidirectional" those that make the states (forward) and carries (backward) that enter each tile.
 - *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of k, and which is the
