@@ -131,7 +131,7 @@ SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(LENGTHS), st.samp
 TYPES = [torch.float32] * 3 + [torch.bfloat16, torch.float16, torch.float64]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_values_and_gradients(data):
     B, L, C = data.draw(SHAPES)
