@@ -92,8 +92,8 @@ def _weights_of_three(k, left, right, w, u2):
     a_, b_, ka_, n_ = right
     masked = k == -float("inf")
     origin = tl.where(masked, 0.0, k)
-    x = -_LOG2E * tl.fma(-n, w, origin - ka)
-    x_ = -_LOG2E * tl.fma(-n_, w, origin - ka_)
+    x = tl.fma(-n, w, origin - ka) * -_LOG2E
+    x_ = tl.fma(-n_, w, origin - ka_) * -_LOG2E
     own = tl.where(masked, -float("inf"), u2)
     m = tl.maximum(tl.maximum(x, x_), tl.maximum(own, -1e30))  # finite, where nothing was seen
     return tl.exp2(x - m), tl.exp2(x_ - m), tl.exp2(own - m)
@@ -189,7 +189,7 @@ def _load_state(ptr, at, plane, mask):
 @triton.jit
 def _near_one(x):
     """exp(x) of a rounding error; it is no small number only where o is so great that a state means nothing."""
-    return tl.exp2(_LOG2E * tl.minimum(tl.maximum(x, -1.0), 1.0))
+    return tl.exp2(tl.minimum(tl.maximum(x, -1.0), 1.0) * _LOG2E)
 
 
 @triton.jit
@@ -287,7 +287,7 @@ def wkv_forward_kernel(
             if out_ptr is not None:
                 num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
                 if r_ptr is not None:
-                    den *= 1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype))
+                    den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
                 y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
                 tl.store(out_at, y, mask=mask & (j < left))
                 out_at += out_l
@@ -459,7 +459,7 @@ def wkv_backward_kernel(
             y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
-                p = _reciprocal(1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype)))
+                p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
                 if OUT:
                     dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
                     tl.store(dr_at, dr, mask=mask & (j < left))
