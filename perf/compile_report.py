@@ -434,9 +434,9 @@ How to read it:
 - *registers*, *spills*, *shared*, *resident*, *loads*, *stores*: as in compile_lif.md. A thread holds one channel, so that an
   access is as wide as an element and a warp's are side by side.
 - *bytes* per element of k, against the *floor*: k, v, r, g, the outputs and the states (12 bytes per tile; in two directions
-  twice that) once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over tokens.
-  The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice, which
-  counts as instructions; their k and v were read just before, which does not count as bytes.
+  twice that) once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
+  tokens. The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice,
+  which counts as instructions; their k and v were read just before, which does not count as bytes.
 - "chunked" launches, besides the kernel of "serial", those that make summaries and scan them (`wkv_combine`, per chunk);
   "bidirectional" those that make the states (forward) and carries (backward) that enter each tile.
 - *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of k, and which is the
@@ -513,9 +513,7 @@ def main(arguments=None) -> int:
     p.add_argument("--target", action="append", help="such as cuda:90; may be repeated (default: all)")
     p.add_argument("--json", metavar="PATH", help="write the rows; needs --stem")
     p.add_argument("--markdown", metavar="PATH", help="write the tables; needs --stem")
-    p.add_argument(
-        "--check", action="store_true", help="fail on spills, narrow accesses, bytes or growth over results/compile_*.json"
-    )
+    p.add_argument("--check", action="store_true", help="fail on spills, narrow accesses, bytes, or growth over results/")
     p.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
     args = p.parse_args(arguments)
     if (args.json or args.markdown) and not args.stem:
@@ -539,9 +537,8 @@ def main(arguments=None) -> int:
         print(table([row for row in rows if row["target"] == target]))
     print(f"\n{verdict(rows)}")
     if args.json:
-        head = json.dumps(
-            {"title": f"{args.stem.upper()} kernels as compiled; no timings", "provenance": facts}, indent=1
-        ).removesuffix("\n}")
+        title = f"{args.stem.upper()} kernels as compiled; no timings"
+        head = json.dumps({"title": title, "provenance": facts}, indent=1).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row) for row in rows)
         pathlib.Path(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.markdown:

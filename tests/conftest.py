@@ -37,7 +37,7 @@ def uninitialised_memory_shows():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_tiles():
-    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, and compilation in a tenth of the time."""
+    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile."""
     if MODE == "native":
         import sdit_kernels.triton.lif as lif
         import sdit_kernels.triton.wkv as wkv

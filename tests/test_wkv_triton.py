@@ -126,13 +126,12 @@ def compare(x, algorithm, bidirectional=False, max_seqlen=0):
         assert_close(found[name], want, tolerance if found[name].dtype == x["k"].dtype else states, f"d {name}", scale)
 
 
-SHAPES = st.tuples(
-    st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 3, 4, 5, 8, 9, 31, 40]), st.sampled_from([1, 7, 8, 9, 17])
-)
+LENGTHS = [1, 2, 3, 4, 5, 8, 9, 31, 40]
+SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(LENGTHS), st.sampled_from([1, 7, 8, 9, 17]))
 TYPES = [torch.float32] * 3 + [torch.bfloat16, torch.float16, torch.float64]
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_values_and_gradients(data):
     B, L, C = data.draw(SHAPES)

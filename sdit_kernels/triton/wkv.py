@@ -1,4 +1,7 @@
-"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens; all loads of a tile precede their first use.
+"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens, whose loads all precede their first use.
+
+One channel a thread, so that a warp reads 128 bytes of float32 side by side: with two, the walk back needs twice its 140
+registers and the chip fills half as well; addresses and loads, which two would share, are a fifth of the instructions.
 
 Three kernels. ``wkv_forward_kernel`` and ``wkv_backward_kernel`` walk a chunk of tiles, with or without outputs;
 ``wkv_combine_kernel`` scans what they say of whole chunks. "serial" is one walk with one chunk as long as the sequence, which
@@ -10,6 +13,10 @@ cannot cut a sequence into more programs than B*C / BC; the second read often hi
 
 Bidirectional: the states that enter every tile, from the left and from the right, are made first, by two walks; then each tile
 combines them with its own tokens. The walk back likewise.
+
+The walk back keeps nine values per token in registers: compile_report.py finds 248 registers for 16 tokens, and spills with a
+gate, but 120 to 145 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
+costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
 
 Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since (MATH: anchored). An
 exponential is taken of one rounded difference, (k - ka) - n w by fused multiply-add, so that no error grows with the length.
@@ -85,8 +92,8 @@ def _weights_of_three(k, left, right, w, u2):
     a_, b_, ka_, n_ = right
     masked = k == -float("inf")
     origin = tl.where(masked, 0.0, k)
-    x = -_LOG2E * tl.fma(-n, w, origin - ka)
-    x_ = -_LOG2E * tl.fma(-n_, w, origin - ka_)
+    x = tl.fma(-n, w, origin - ka) * -_LOG2E
+    x_ = tl.fma(-n_, w, origin - ka_) * -_LOG2E
     own = tl.where(masked, -float("inf"), u2)
     m = tl.maximum(tl.maximum(x, x_), tl.maximum(own, -1e30))  # finite, where nothing was seen
     return tl.exp2(x - m), tl.exp2(x_ - m), tl.exp2(own - m)
@@ -182,24 +189,18 @@ def _load_state(ptr, at, plane, mask):
 @triton.jit
 def _near_one(x):
     """exp(x) of a rounding error; it is no small number only where o is so great that a state means nothing."""
-    return tl.exp2(_LOG2E * tl.minimum(tl.maximum(x, -1.0), 1.0))
+    return tl.exp2(tl.minimum(tl.maximum(x, -1.0), 1.0) * _LOG2E)
 
 
 @triton.jit
-def _rounded(state, w):
+def _store_state(ptr, at, plane, mask, state, w):
     """(a, b, o). What o loses in rounding ka + n w, up to 2e-6 at o = 50, goes to a and b."""
     a, b, ka, n = state
     p = n * w
     o = ka + p
     back = o - ka
     rest = _near_one((ka - (o - back)) + (p - back) + tl.fma(n, w, -p))
-    return a * rest, b * rest, o
-
-
-@triton.jit
-def _store_state(ptr, at, plane, mask, state, w):
-    a, b, o = _rounded(state, w)
-    _store_three(ptr, at, plane, mask, a, b, o)
+    _store_three(ptr, at, plane, mask, a * rest, b * rest, o)
 
 
 @triton.jit
@@ -286,7 +287,7 @@ def wkv_forward_kernel(
             if out_ptr is not None:
                 num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
                 if r_ptr is not None:
-                    den *= 1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype))
+                    den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
                 y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
                 tl.store(out_at, y, mask=mask & (j < left))
                 out_at += out_l
@@ -431,9 +432,8 @@ def wkv_backward_kernel(
             right = _load_state(right_ptr, at, plane, mask)
             for t in range(0, TILE - HELD - t0 % TILE, HELD):
                 t1 = tile * TILE + TILE - HELD - t
-                right = _walk(
-                    k_ptr, v_ptr, t1, k_l, v_l, cols, mask, tl.minimum(length - t1, HELD).to(tl.int32), right, w, True, HELD
-                )
+                there = tl.minimum(length - t1, HELD).to(tl.int32)
+                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, there, right, w, True, HELD)
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
@@ -459,7 +459,7 @@ def wkv_backward_kernel(
             y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
-                p = _reciprocal(1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype)))
+                p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
                 if OUT:
                     dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
                     tl.store(dr_at, dr, mask=mask & (j < left))
@@ -542,8 +542,8 @@ def wkv_backward_kernel(
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    A launch of ``sequences * C`` threads, which is "serial", keeps an H100 busy from half of _FILL on; "auto" is "serial" there,
-    and where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
+    "serial" launches sequences * C threads. "auto" is "serial" from half of _FILL on, which keep an H100's memory busy, and
+    where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
     """
 
     def __init__(self, k, w, u, cu_seqlens, max_seqlen, algorithm):
@@ -664,7 +664,8 @@ def wkv_backward(
         grid.launch(
             wkv_backward_kernel, tiles, g, *upstream, k, v, r, w, u, ybar, lse, state, right, cu_seqlens,
             start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_, RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
+            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
+            RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
         return sums
 
