@@ -1,4 +1,4 @@
-"""WKV scans that drive LIF neurons, in Triton. A thread holds one channel with the scan states of all T steps and walks the tokens.
+"""WKV scans that drive LIF neurons, in Triton. A thread walks the tokens of one channel with the scan states of all T steps.
 
 A tile is PAIRS pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
 through the form in which they are kept, (a, b, o), so that the backward pass, which walks each tile again from there, takes up
@@ -182,7 +182,7 @@ def spiking_wkv_backward_kernel(
     zero = tl.zeros_like(w)
     sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
     adjoint = ()  # P, Q and the exponent that they belong to
-    for t in tl.static_range(T):
+    for _ in tl.static_range(T):
         adjoint = adjoint + ((zero, zero, zero),)
     for i in range(tiles):
         tile = tiles - 1 - i
@@ -311,7 +311,7 @@ def _placed(t, axes=3):
 
 def _launch(kernel, k, *args, **flags):
     T, B, L, C = k.shape
-    flags |= dict(T=T, TOKENS=spiking_tile(T), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+    flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
     grid = (B * triton.cdiv(C, _THREADS),)
     if k.device.type == "cuda":
         with torch.cuda.device(k.device):
