@@ -13,7 +13,7 @@ from torch import Tensor
 from . import memory
 
 TILE = 16  # tokens between the scan states that the WKV kernels keep
-PAIRS = 32  # of simulation step and token between the scan states that spiking_wkv keeps
+PAIRS = {"cpu": 32, "triton": 16}  # of simulation step and token between the scan states that spiking_wkv keeps
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -137,9 +137,9 @@ def same_strides(tensors: list) -> list:
     return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
 
 
-def spiking_tile(T: int) -> int:
-    """Tokens between the scan states that spiking_wkv keeps: for PAIRS of step and token, a thread has registers."""
-    tokens = PAIRS
-    while tokens > 2 and tokens * T > PAIRS:
+def spiking_tile(T: int, backend: str) -> int:
+    """Tokens between the scan states that spiking_wkv keeps: what its backward pass can hold, in registers or in a cache."""
+    tokens = PAIRS[backend]
+    while tokens > 2 and tokens * T > PAIRS[backend]:
         tokens //= 2
     return tokens

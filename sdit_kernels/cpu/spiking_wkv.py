@@ -50,7 +50,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
-    AREA, COUNTS = PAIRS * ROW, PAIRS * ROW if RATE else 1
+    AREA, COUNTS = PAIRS["cpu"] * ROW, PAIRS["cpu"] * ROW if RATE else 1
 
     def spiking_wkv_forward(
         T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b, m0_l,
@@ -136,7 +136,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     V, S = kind(X, lanes), state_code(X)
     W, xb, mb, sb = kind(S, lanes), SIZES[X], SIZES[M], SIZES[S]
     ROW = (_BACK + 1) * lanes
-    AREA, CHANNELS, SUMS = PAIRS * ROW, ROW if PER_CHANNEL else 1, ROW if PARAMETERS else 1
+    AREA, CHANNELS, SUMS = PAIRS["cpu"] * ROW, ROW if PER_CHANNEL else 1, ROW if PARAMETERS else 1
     FIELDS = 9 if GATE else 7
 
     def spiking_wkv_backward(
@@ -341,8 +341,8 @@ def spiking_wkv_forward(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, p.per_channel,
     )(
-        2 * T * B * L * C, T, B, L, C, spiking_tile(T), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_, v.data_ptr(), *v_,
-        _address(r), *r_, w.data_ptr(), u.data_ptr(), _address(ybar), _address(lse), _address(membrane), *m_,
+        2 * T * B * L * C, T, B, L, C, spiking_tile(T, "cpu"), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_,
+        v.data_ptr(), *v_, _address(r), *r_, w.data_ptr(), u.data_ptr(), _address(ybar), _address(lse), _address(membrane), *m_,
         states.data_ptr(), states.shape[1] // (T * B), states.stride(0), checkpoint is not None, out.data_ptr(),
         _address(ybar_out), _address(lse_out), _address(membrane_out), *p.r, *p.theta, neuron.v_reset or 0.0,
     )  # fmt: skip
@@ -354,7 +354,7 @@ def spiking_wkv_backward(
 ):  # fmt: skip
     """Fill the gradients that are given; return (dw, du, sums of d 1/tau and d v_threshold), (B, C) each. k is not empty."""
     T, B, L, C = k.shape
-    lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T)
+    lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu")
     p = _Parameters(tau, v_threshold, neuron, w.dtype)
     dw, du = w.new_empty(2, B, C)
     sums = w.new_empty(2, B, C) if parameters else None

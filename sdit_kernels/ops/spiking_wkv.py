@@ -33,14 +33,14 @@ def _kernels(backend):
     return _modules[backend]
 
 
-def _outputs(k, rate, return_state, keep):
+def _outputs(k, rate, return_state, keep, backend):
     """out, ybar, lse, membrane, checkpoint; an empty tensor for what is not asked for."""
     T, B, L, C = k.shape
     shapes = [(0,)] * 4
     if return_state:
         shapes[:3] = (T, B, C), (T, B, C), (B, L, C)
     if keep:
-        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T)), C
+        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T, backend)), C
     out = k.new_empty((B, L, C) if rate else k.shape)
     return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
 
@@ -48,7 +48,7 @@ def _outputs(k, rate, return_state, keep):
 def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
     *neuron, rate, return_state, keep, backend = rest
     neuron = Neuron(*neuron)
-    outputs = _outputs(k, rate, return_state, keep)
+    outputs = _outputs(k, rate, return_state, keep, backend)
     if k.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input)
     if k.numel():
@@ -65,7 +65,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
 
 
 def _forward_fake(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
-    return _outputs(k, *rest[7:10])
+    return _outputs(k, *rest[7:])
 
 
 def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, parameters):
@@ -196,10 +196,10 @@ def spiking_wkv(
         out        = s, or with ``rate`` the mean of s over T               (B, L, C)
 
     The kernel walks the tokens with T scan states, reads k, v and r once and writes the spikes once; the currents, float32 or
-    float64, are nowhere stored. Kept for the backward pass are k, v, r, the states that are given, and the scan states at every
-    tile's entry (32 / T tokens, at least 2); all else is recomputed, the spikes bit for bit. Spikes of one backend and another
-    may differ where the membrane is within rounding of the threshold, since exponentials do. Parameter gradients are summed in
-    a fixed order: they repeat bit for bit, whatever the number of threads.
+    float64, are nowhere stored. Kept for the backward pass are k, v, r, the states that are given, and the scan states at the
+    entry of every tile of tokens (32 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
+    bit for bit. Spikes of one backend and another may differ where the membrane is within rounding of the threshold, since
+    exponentials do. Parameter gradients are summed in a fixed order: they repeat bit for bit, whatever the number of threads.
 
     Args:
         time_decay, time_first, log_decay: as in :func:`wkv`, (C,).

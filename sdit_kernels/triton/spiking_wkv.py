@@ -1,4 +1,4 @@
-"""WKV scans that drive LIF neurons, in Triton. A thread holds one channel with the scan states of all T steps and walks the tokens.
+"""WKV scans that drive LIF neurons, in Triton. A thread walks the tokens of one channel with the scan states of all T steps.
 
 A tile is PAIRS pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
 through the form in which they are kept, (a, b, o), so that the backward pass, which walks each tile again from there, takes up
@@ -73,13 +73,20 @@ def _program(C, BC: tl.constexpr):
 
 
 @triton.jit
-def _load_tile(ptr, x_t, x_l, left, mask, other, T: tl.constexpr, TOKENS: tl.constexpr):
+def _first_token(tile, L, TOKENS: tl.constexpr):
+    """tile * TOKENS, by a way that hides from LLVM that it grows evenly: else a pointer per load and store of a tile goes round
+    the loop, in more registers than there are."""
+    return (tile * TOKENS ^ (L >> 31)).to(tl.int64)
+
+
+@triton.jit
+def _load_tile(ptr, x_t, x_l, t0, left, mask, other, T: tl.constexpr, TOKENS: tl.constexpr):
     """Values of all steps and tokens, token by token."""
     xs = ()
-    x_t, x_l = tl.cast(x_t, tl.int64), tl.cast(x_l, tl.int64)
+    x_t = tl.cast(x_t, tl.int64)
     for j in tl.static_range(TOKENS):
         for t in tl.static_range(T):
-            xs = xs + (tl.load(ptr + t * x_t + j * x_l, mask=mask & (j < left), other=other),)
+            xs = xs + (tl.load(ptr + t * x_t + (t0 + j) * x_l, mask=mask & (j < left), other=other),)
     return xs
 
 
@@ -104,14 +111,14 @@ def spiking_wkv_forward_kernel(
     for t in tl.static_range(T):
         states = states + (_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
     for i in range(tiles):
-        t0 = i.to(tl.int64) * TOKENS
+        t0 = _first_token(i, L, TOKENS)
         left = L - t0
-        ks = _load_tile(k_ptr + sequence * k_b + t0 * k_l + cols, k_t, k_l, left, mask, -float("inf"), T, TOKENS)
-        vs = _load_tile(v_ptr + sequence * v_b + t0 * v_l + cols, v_t, v_l, left, mask, 0.0, T, TOKENS)
+        ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, TOKENS)
+        vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, TOKENS)
         if r_ptr is not None:
-            rs = _load_tile(r_ptr + sequence * r_b + t0 * r_l + cols, r_t, r_l, left, mask, 0.0, T, TOKENS)
+            rs = _load_tile(r_ptr + sequence * r_b + cols, r_t, r_l, t0, left, mask, 0.0, T, TOKENS)
         if m_ptr is not None:
-            ms = _load_tile(m_ptr + sequence * m_b + t0 * m_l + cols, 0, m_l, left, mask, 0.0, 1, TOKENS)
+            ms = _load_tile(m_ptr + sequence * m_b + cols, 0, m_l, t0, left, mask, 0.0, 1, TOKENS)
         entering = ()
         for t in tl.static_range(T):
             a, b, o = _rounded(states[t], w)
@@ -175,14 +182,14 @@ def spiking_wkv_backward_kernel(
     zero = tl.zeros_like(w)
     sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
     adjoint = ()  # P, Q and the exponent that they belong to
-    for t in tl.static_range(T):
+    for _ in tl.static_range(T):
         adjoint = adjoint + ((zero, zero, zero),)
     for i in range(tiles):
         tile = tiles - 1 - i
-        t0 = tile.to(tl.int64) * TOKENS
+        t0 = _first_token(tile, L, TOKENS)
         left = L - t0
-        ks = _load_tile(k_ptr + sequence * k_b + t0 * k_l + cols, k_t, k_l, left, mask, -float("inf"), T, TOKENS)
-        vs = _load_tile(v_ptr + sequence * v_b + t0 * v_l + cols, v_t, v_l, left, mask, 0.0, T, TOKENS)
+        ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, TOKENS)
+        vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, TOKENS)
         states = ()
         for t in tl.static_range(T):
             states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
@@ -304,7 +311,7 @@ def _placed(t, axes=3):
 
 def _launch(kernel, k, *args, **flags):
     T, B, L, C = k.shape
-    flags |= dict(T=T, TOKENS=spiking_tile(T), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+    flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
     grid = (B * triton.cdiv(C, _THREADS),)
     if k.device.type == "cuda":
         with torch.cuda.device(k.device):
