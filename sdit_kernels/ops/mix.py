@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch, memory, reference
 from ..layout import empty_like
 from ..reference.lif import state_dtype
 from .lif import _check_data, _is_number
@@ -27,7 +27,7 @@ def _kernels(backend):
 
 
 def _shift_outputs(x, mixes):
-    return tuple(x.new_empty(x.shape if i < mixes.shape[0] else 0) for i in range(MIXES))
+    return tuple(memory.empty_contiguous(x.shape if i < mixes.shape[0] else (0,), x.dtype, x) for i in range(MIXES))
 
 
 def _shift(x, last, mixes, norm_eps, backend):
@@ -44,7 +44,7 @@ def _shift_fake(x, last, mixes, norm_eps, backend):
 def _shift_backward_outputs(x, last, mixes, parameters):
     """dx, d last, d mixes; an empty tensor for what is not asked for."""
     dlast = x.new_empty(0 if last is None else last.shape)
-    return x.new_empty(x.shape), dlast, mixes.new_empty(mixes.shape if parameters else 0)
+    return memory.empty_contiguous(x.shape, x.dtype, x), dlast, mixes.new_empty(mixes.shape if parameters else 0)
 
 
 def _shift_backward(*args):

@@ -5,7 +5,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch, memory, reference
 from ..layout import spiking_tile, wkv_rows
 from ..reference.lif import state_dtype
 from .lif import (
@@ -20,7 +20,7 @@ from .lif import (
 )
 from .lif import _check_state as _check_membrane
 from .operator import register
-from .wkv import _check_flag, _check_state, _check_tokens, _parameters, _pass_on, _plain
+from .wkv import _check_flag, _check_state, _check_tokens, _parameters, _plain
 
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
 
@@ -41,8 +41,13 @@ def _outputs(k, rate, return_state, keep, backend):
         shapes[:3] = (T, B, C), (T, B, C), (B, L, C)
     if keep:
         shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T, backend)), C
-    out = k.new_empty((B, L, C) if rate else k.shape)
+    out = memory.empty_contiguous((B, L, C) if rate else k.shape, k.dtype, k)
     return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
+
+
+def _pass_on(new, old, empty):
+    """What stands where there is no token, or its gradient."""
+    new.fill_(empty) if old is None else new.copy_(old)
 
 
 def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
@@ -70,7 +75,7 @@ def _forward_fake(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, 
 
 def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, parameters):
     """The gradients of the ten tensors, in this order; an empty tensor for what is not asked for."""
-    data = [k.new_empty(k.shape if t is not None else (0,)) for t in (k, v, r)]
+    data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
     given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, first, ybar, lse, membrane)]
     return *data, *given, *_parameter_outputs(k, tau, v_threshold, parameters)
 
