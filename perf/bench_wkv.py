@@ -239,7 +239,7 @@ def spiking(args, settings):
         rows += compare(
             [
                 contestant("spiking_wkv", spiking_wkv, 4 + 7 * back),
-                contestant("wkv, then lif", chain, 6 + 11 * back),
+                contestant("wkv, then lif", chain, 6 + 10 * back),
                 harness.copy_contestant(2 * k.nbytes, args.device),
             ],
             **settings | {"rounds": 3 if args.quick else 9},
