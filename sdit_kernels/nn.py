@@ -97,7 +97,7 @@ class _Stateful(_Neuron):
                 f"v, the membrane carried over from earlier calls, has shape {tuple(v.shape)}, and x asks for "
                 f"{tuple(x.shape[1:])}; call reset() before data of another shape"
             )
-        elif v is not None and v.is_inference() and not torch.is_inference_mode_enabled():
+        elif v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
             v = v.clone()  # autograd refuses a membrane that inference_mode made
         out = lif(x, v, **self._arguments(x), return_v=True, return_v_seq=self.store_v_seq)
         s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)

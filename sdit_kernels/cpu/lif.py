@@ -18,6 +18,7 @@ from . import staircase
 from .runtime import (
     CODES,
     SIZES,
+    STREAM,
     U8,
     Kernel,
     exp_negative,
@@ -31,6 +32,7 @@ from .runtime import (
     store,
     store_output,
     store_spike,
+    stream,
     tile,
 )  # fmt: skip
 
@@ -148,7 +150,7 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
 
 
 @functools.cache
-def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE):
+def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE, STREAMED):
     """SEQUENCE: there is a gradient of the membrane after every step."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
@@ -189,7 +191,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)
-            hs, start, carry = tile(HISTORY, S), tile(BLOCK, S), tile(BLOCK, S)
+            hs, start, carry, row_out = tile(HISTORY, S), tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
             rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
             sum_r, sum_th = tile(BLOCK if PARAMETERS else 1, S), tile(BLOCK if PARAMETERS else 1, S)
             k, th = num(r_, S), num(theta_, S)
@@ -214,7 +216,8 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                     dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
                     for t in range(steps):
                         prefetch(gs + t * g_t, n * xb, 0)
-                        prefetch(dxs + t * dx_t, n * xb, 1)
+                        if not STREAMED:
+                            prefetch(dxs + t * dx_t, n * xb, 1)
                         for i in range(n):
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
@@ -223,14 +226,17 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                             store(hs + t * ROW, i, h, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
+                        target = row_out if STREAMED else dxs + t * dx_t
                         for i in range(n):
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
                             d = back(
                                 i, t, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
-                                gss + t * gseq_t, dxs + t * dx_t, sum_r, sum_th,
+                                gss + t * gseq_t, target, sum_r, sum_th,
                             )  # fmt: skip
                             store(carry, i, d, S)
+                        if STREAMED:
+                            stream(dxs + t * dx_t, row_out, n * xb)
                 if dv != 0:
                     for i in range(n):
                         store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
@@ -242,7 +248,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                     store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
                     store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
 
-    flags = f"{X}{V}{SOFT:d}{ZERO:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}"
+    flags = f"{X}{V}{SOFT:d}{ZERO:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}{STREAMED:d}"
     return Kernel(lif_backward, f"lif_backward_{flags}")
 
 
@@ -513,6 +519,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
         p.per_channel,
         parameters,
         g_seq is not None,
+        dx.nbytes >= STREAM,
     )
     kernel(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,

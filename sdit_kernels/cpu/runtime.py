@@ -206,6 +206,39 @@ def prefetch(address, size, write):
         _prefetch(address + offset, write)
 
 
+@intrinsic(prefer_literal=True)
+def _copy(typingctx, target, source, offset, size, nontemporal):
+    """``size`` bytes, which both sides align to where nontemporal."""
+    size_, nontemporal_ = size.literal_value, nontemporal.literal_value
+
+    def codegen(context, builder, signature, args):
+        unit = ir.VectorType(_I32, size_ // 4) if size_ > 1 else ir.IntType(8)
+        to, source = (builder.inttoptr(builder.add(a, args[2]), unit.as_pointer()) for a in args[:2])
+        written = builder.store(builder.load(source, align=size_), to, align=size_ if nontemporal_ else 1)
+        if nontemporal_:
+            written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, size, nontemporal), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def stream(target, source, size):
+    """Copy ``size`` bytes from a tile around the caches: an ordinary store first reads the line that it overwrites.
+
+    Such stores are weakly ordered; the atomic operations that end a parallel loop or pass on the GIL complete them.
+    """
+    whole = size // 32 * 32
+    if target % 32 == 0:
+        for offset in range(0, whole, 32):
+            _copy(target, source, offset, 32, 1)
+    else:
+        for offset in range(0, whole, 32):
+            _copy(target, source, offset, 32, 0)
+    for offset in range(whole, size):
+        _copy(target, source, offset, 1, 0)
+
+
 @intrinsic
 def mul_add(typingctx, a, b, c):
     """a * b + c, in one rounding where the machine has an instruction for it; for what no spike depends on."""
@@ -271,6 +304,7 @@ def _source_stamp() -> str:
 
 
 _STAMP = _source_stamp()
+STREAM = 8 << 20  # bytes of an output from which on it is written around the caches, which it would not fit
 _SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
 _launch_lock = None  # a lock where numba's workqueue layer serves, which aborts when two threads enter it
 _started = False  # numba's threads run in this process
