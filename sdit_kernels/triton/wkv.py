@@ -80,7 +80,7 @@ def _advance(k, v, state, w):
 def _weights(k, state, w, u2):
     """Weights of the state and of the token in its output, the greater of them 1. u2 = u log2(e)."""
     a, b, ka, n = state
-    d = tl.fma(tl.fma(-n, w, k - ka), _LOG2E, u2)  # u + k - o
+    d = tl.fma(-n, w, k - ka) * _LOG2E + u2  # u + k - o; tl.fma would make a float32 of the constant
     e = _exp_minus(d)
     return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
 
