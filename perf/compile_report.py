@@ -217,10 +217,10 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
     outer = max(found["outer"], key=lambda loop: loop["instructions"])
     count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
     turns = (parts - 1) / 2
+    apart = outer in found["loops"]  # the inner loops, placed behind it by the compiler
     for loop in found["loops"]:
-        if loop == outer:
-            continue
-        apart = loop in found["outer"]  # placed by the compiler behind the loop that it is part of
+        if loop == outer or any("rsq" in operation.lower() for operation in loop["special"]):
+            continue  # no inner loop: the body, with another jump back
         count["instructions"] += loop["instructions"] * (turns if apart else turns - 1)
         count["bytes"] -= 0 if apart else loop["bytes"]
         for k, n in loop["special"].items():
