@@ -165,6 +165,13 @@ def test_small(algorithm, gate, state, bidirectional):
     compare(inputs(1, 40, 3, gate=gate, state=state, final=state), algorithm, bidirectional)
 
 
+@pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, False), (CHUNKED, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types(algorithm, dtype, bidirectional):
+    one = not bidirectional
+    compare(inputs(2, 21, 5, dtype, gate=True, state=one, final=one), algorithm, bidirectional)
+
+
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 def test_only_one_upstream_gradient(algorithm):
     for given_ in ("g", "g_ybar", "g_lse"):

@@ -80,7 +80,7 @@ def _advance(k, v, state, w):
 def _weights(k, state, w, u2):
     """Weights of the state and of the token in its output, the greater of them 1. u2 = u log2(e)."""
     a, b, ka, n = state
-    d = tl.fma(tl.fma(-n, w, k - ka), _LOG2E, u2)  # u + k - o
+    d = tl.fma(-n, w, k - ka) * _LOG2E + u2  # u + k - o; tl.fma would make a float32 of the constant
     e = _exp_minus(d)
     return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
 
@@ -270,7 +270,7 @@ def wkv_forward_kernel(
         at = (row + tile) * C + cols
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
         vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE // 2)  # the others later: registers
         if keep_ptr is not None:
             _store_state(keep_ptr, at, plane, mask, state, w)
         rights = ()  # the states to the right of the tile's tokens, last token first
@@ -284,6 +284,8 @@ def wkv_forward_kernel(
             out_at = _at(out_ptr, t0, out_l, cols)
         for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
+            if r_ptr is not None and j == TILE // 2:
+                rs = rs + _tokens(r_ptr, t0 + TILE // 2, r_l, cols, mask, left - TILE // 2, 0.0, TILE // 2)
             if out_ptr is not None:
                 num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
                 if r_ptr is not None:
