@@ -85,10 +85,12 @@ def _reset(h, theta, v_reset, soft):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def _fill(target, n, source, offset, value, code, S):
-    """A tile of n elements from the array at ``source``, or of one value where there is no array."""
+    """A tile of n elements from the array at ``source``, or of one value where there is no array. A NaN becomes the usual one:
+    see ``store``."""
     if source != 0:
         for i in range(n):
-            store(target, i, load(source, offset + i, code), S)
+            x = load(source, offset + i, code)
+            store(target, i, x if x == x else num(math.nan, S), S)
     else:
         for i in range(n):
             store(target, i, value, S)
