@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 32  # tokens between the scan states that the WKV kernels keep
+TILE = 16  # tokens between the scan states that the WKV kernels keep
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -113,13 +113,14 @@ def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
     return view, stride
 
 
-def wkv_rows(B: int, L: int, sequences: int | None) -> int:
-    """Rows of a WKV checkpoint, one per tile of TILE tokens.
+def wkv_rows(B: int, L: int, sequences: int | None, tokens: int | None = None) -> int:
+    """Rows of a WKV checkpoint, one per tile of TILE tokens, or of another table with one per so many ``tokens``.
 
-    Sequence b of a batch has rows b * ceil(L / TILE) and up; packed sequence n, which starts at token s, has rows
-    s // TILE + n and up.
+    Sequence b of a batch has rows b * ceil(L / tokens) and up; packed sequence n, which starts at token s, has rows
+    s // tokens + n and up.
     """
-    return B * -(-L // TILE) if sequences is None else L // TILE + sequences
+    tokens = tokens or TILE
+    return B * -(-L // tokens) if sequences is None else L // tokens + sequences
 
 
 def sequences(t: Tensor) -> Tensor:

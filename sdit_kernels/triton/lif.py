@@ -381,12 +381,12 @@ _STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 @functools.cache
-def _warps() -> int:
-    """_THREADS threads, in warps of the device's size; the interpreter has none."""
+def _warps(threads: int) -> int:
+    """So many threads in warps of the device's size; the interpreter has none."""
     if triton.knobs.runtime.interpret:
         return 4
     size = triton.runtime.driver.active.get_current_target().warp_size
-    return max(1, _THREADS // size) if size > 1 else 1
+    return max(1, threads // size) if size > 1 else 1
 
 
 class _Grid:
@@ -419,7 +419,7 @@ class _Grid:
             self._launch(kernel, *args, **flags)
 
     def _launch(self, kernel, *args, **flags):
-        kernel[(self.programs,)](*args, **flags, BR=self.BR, BC=self.BC, num_warps=_warps(), enable_fp_fusion=False)
+        kernel[(self.programs,)](*args, **flags, BR=self.BR, BC=self.BC, num_warps=_warps(_THREADS), enable_fp_fusion=False)
 
 
 def _per_channel(p):

@@ -6,15 +6,13 @@ in the tile: beyond _WHOLE of them a kernel of its own puts the sums over each t
 tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by atomics.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from .lif import _STATES, _Grid, _tile
+from .lif import _STATES, _Grid, _tile, _warps
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the tokens are spread where gradients of mixes are summed
@@ -218,17 +216,6 @@ def relu_squared_backward_kernel(
 
 
 # --- launchers: the same signatures as in cpu/mix.py ------------------------------------------------------------------------
-
-
-@functools.cache
-def _warp_size() -> int:
-    """Lanes of a warp of the device; 0 in the interpreter, which has none."""
-    return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().warp_size
-
-
-def _warps(threads) -> int:
-    size = _warp_size()
-    return 4 if size == 0 else 1 if size == 1 else max(1, threads // size)
 
 
 class _Shift:
