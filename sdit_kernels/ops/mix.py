@@ -88,8 +88,7 @@ def _shift_gradient(ctx, *gs):
 
 
 _shift_call = register(
-    "token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) "
-    f"-> ({', '.join(['Tensor'] * MIXES)})",
+    f"token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) -> ({', '.join(['Tensor'] * MIXES)})",
     _shift,
     _shift_fake,
     batch_axes=(0, 0, None),
@@ -172,9 +171,7 @@ def _check_mix(name, m, x):
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {m.device}")
 
 
-def token_shift(
-    x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None) -> tuple[Tensor, ...]:
     r"""RWKV's token shift, fused with the LayerNorm before it: every token mixed, channel by channel, with the one before it.
 
     For every mix vector m, in one pass over x::
@@ -190,8 +187,8 @@ def token_shift(
             float64 float64.
         mixes: 1 to 6 vectors, (C,) or (1, 1, C), of x's dtype or wider.
         norm_eps: None, or the eps of a LayerNorm over C without affine parameters, in front of the shift.
-        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is taken as x
-            is, before the norm: to cut a sequence into slices, give each slice ``last=x[..., -1, :]`` of the slice before.
+        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is raw, as
+            x is, before the norm: to cut a sequence into slices, give each slice the ``x[..., -1, :]`` of the slice before.
 
     Returns:
         A tuple with one tensor per mix, x's shape and dtype, contiguous; a tuple for a single mix too. Gradients reach x, the

@@ -112,7 +112,7 @@ def token_shift_backward_kernel(
     block = pid // blocks
     eps_ = tl.full([], eps, STATE)
     sums = ()
-    for m in tl.static_range(M):
+    for _ in tl.static_range(M):
         sums = sums + (tl.zeros([BR, BC], STATE),)
     for j in range(group):
         b, t0, exists = _place((block * group + j) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
@@ -245,7 +245,7 @@ class _Shift:
             values = min(values, 4)  # beyond, the sums of 16-bit data spill
         elements = _THREADS * values
         self.BC = whole if self.norm == _NORM else min(whole, elements)
-        self.BR = 1 if 2 * self.BC >= elements else elements // self.BC
+        self.BR = 1 if self.BC >= elements // 2 else elements // self.BC
         self.warps = _warps(self.BR * self.BC // values)
 
     def launch(self, kernel, programs, *args, **flags):
