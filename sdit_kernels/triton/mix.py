@@ -244,9 +244,9 @@ class _Shift:
         if self.norm == _STATS:
             values = min(values, 4)  # beyond, the sums of 16-bit data spill
         elements = _THREADS * values
-        self.BC = whole if self.norm == _NORM else min(whole, elements)
-        self.BR = 1 if self.BC >= elements // 2 else elements // self.BC
-        self.warps = _warps(self.BR * self.BC // values)
+        columns = whole if self.norm == _NORM else min(whole, elements)
+        rows = elements // columns if 2 * columns < elements else 1
+        self.BR, self.BC, self.warps = rows, columns, _warps(rows * columns // values)
 
     def launch(self, kernel, programs, *args, **flags):
         if self.x.device.type == "cuda":
