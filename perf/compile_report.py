@@ -214,13 +214,17 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
     parts, size = tile // tokens, arguments["k_ptr"].element_size()
     out, both = has("dk_ptr" if backward else "out_ptr"), has("right_ptr")
     states = (1 + both if backward or both else 0) + (has("keep_ptr") and not backward)
-    outer, inner = found["outer"][-1], found["loops"] if backward and parts > 1 else []
+    outer = max(found["outer"], key=lambda loop: loop["instructions"])
     count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
-    for loop in inner:
-        count["instructions"] -= loop["instructions"] * (1 - (parts - 1) / 2)
-        count["bytes"] -= loop["bytes"]
+    turns = (parts - 1) / 2
+    apart = outer in found["loops"]  # the inner loops, placed behind it by the compiler
+    for loop in found["loops"]:
+        if loop == outer or any("rsq" in operation.lower() for operation in loop["special"]):
+            continue  # no inner loop: the body, with another jump back
+        count["instructions"] += loop["instructions"] * (turns if apart else turns - 1)
+        count["bytes"] -= 0 if apart else loop["bytes"]
         for k, n in loop["special"].items():
-            count["special"][k] -= n * (1 - (parts - 1) / 2)
+            count["special"][k] += n * (turns if apart else turns - 1)
     if backward:
         count["bytes"] -= (1 - 1 / parts) * 12 * states
     passes = 2 + backward * has("g_ptr") + has("r_ptr") + out * (1 + backward * (1 + has("r_ptr")))

@@ -270,7 +270,7 @@ def wkv_forward_kernel(
         at = (row + tile) * C + cols
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
         vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE // 2)  # the others later: registers
         if keep_ptr is not None:
             _store_state(keep_ptr, at, plane, mask, state, w)
         rights = ()  # the states to the right of the tile's tokens, last token first
@@ -284,6 +284,8 @@ def wkv_forward_kernel(
             out_at = _at(out_ptr, t0, out_l, cols)
         for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
+            if r_ptr is not None and j == TILE // 2:
+                rs = rs + _tokens(r_ptr, t0 + TILE // 2, r_l, cols, mask, left - TILE // 2, 0.0, TILE // 2)
             if out_ptr is not None:
                 num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
                 if r_ptr is not None:
