@@ -40,9 +40,10 @@ def small_tiles():
     """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile."""
     if MODE == "native":
         import sdit_kernels.triton.lif as lif
+        import sdit_kernels.triton.mix as mix
         import sdit_kernels.triton.wkv as wkv
         from sdit_kernels import layout
 
-        lif._THREADS = wkv._THREADS = 8
+        lif._THREADS = mix._THREADS = wkv._THREADS = 8
         layout.TILE, wkv._HELD = 4, 2
     yield

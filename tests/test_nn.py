@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import sdit_kernels.nn
 from sdit_kernels import backend, dispatch, lif, lif_rate
-from sdit_kernels.nn import IF, LIF, LIFRate, ParametricLIF, detach, reset
+from sdit_kernels.nn import IF, LIF, ChannelMix, LIFRate, ParametricLIF, TimeMix, detach, reset
 
 STATEFUL = [LIF, IF, ParametricLIF]
 on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -557,3 +557,226 @@ def test_a_membrane_from_inference_mode_does_not_stop_training():
     s = neuron(y)
     s.sum().backward()
     assert torch.equal(s, lif(x, before)) and y.grad is not None
+
+
+# --- RWKV's layers ----------------------------------------------------------------------------------------------------------
+
+
+def plain_wkv(w, u, k, v):
+    """The equations, without a running maximum: for small keys, in float64."""
+    n, d = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
+    out = []
+    for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
+        e = torch.exp(u + k_t)
+        out.append((n + e * v_t) / (d + e))
+        n, d = torch.exp(w) * n + torch.exp(k_t) * v_t, torch.exp(w) * d + torch.exp(k_t)
+    return torch.stack(out, 1)
+
+
+def plain_mixes(x, norm_eps, *mixes):
+    if norm_eps is not None:
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=norm_eps)
+    shifted = torch.nn.functional.pad(x, (0, 0, 1, -1))
+    return [x * m + shifted * (1 - m) for m in mixes]
+
+
+def plain_output(module, y, residual):
+    if module.neuron is not None:
+        y = lif(y.expand(module.neuron.T, *y.shape), tau=module.neuron.tau).mean(0)
+    return y if residual is None else residual + y
+
+
+def plain_time_mix(m, x, residual=None):
+    xk, xv, xr = plain_mixes(x, m.norm_eps, m.time_mix_k, m.time_mix_v, m.time_mix_r)
+    w, u = -torch.exp(m.time_decay), m.time_first
+    k, v = xk @ m.key.weight.T, xv @ m.value.weight.T
+    if m.bidirectional:  # numerator and denominator of both directions, the token itself once
+        e = torch.exp(u + k)
+        forth, back = ([plain_sums(w, *(t.flip(1) if flip else t for t in (k, v)))] for flip in (False, True))
+        n, d = (a + b.flip(1) for a, b in zip(forth[0], back[0]))
+        y = (n + e * v) / (d + e)
+    else:
+        y = plain_wkv(w, u, k, v)
+    return plain_output(m, (torch.sigmoid(xr @ m.receptance.weight.T) * y) @ m.output.weight.T, residual)
+
+
+def plain_sums(w, k, v):
+    """Of the tokens before each."""
+    n, d = [torch.zeros_like(k[:, 0])], [torch.zeros_like(k[:, 0])]
+    for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
+        n.append(torch.exp(w) * n[-1] + torch.exp(k_t) * v_t)
+        d.append(torch.exp(w) * d[-1] + torch.exp(k_t))
+    return torch.stack(n[:-1], 1), torch.stack(d[:-1], 1)
+
+
+def plain_channel_mix(m, x, residual=None):
+    xk, xr = plain_mixes(x, m.norm_eps, m.time_mix_k, m.time_mix_r)
+    y = torch.sigmoid(xr @ m.receptance.weight.T) * (torch.relu(xk @ m.key.weight.T) ** 2 @ m.value.weight.T)
+    return plain_output(m, y, residual)
+
+
+MIXES = [(TimeMix, plain_time_mix), (ChannelMix, plain_channel_mix)]
+
+
+def tokens(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def mixing(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    return kind(channels, layer, layers, **kwargs).to(dtype)
+
+
+@on_both_backends
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(
+    "kind, plain, kwargs", [(*MIXES[0], {}), (*MIXES[0], {"bidirectional": True}), (*MIXES[1], {}), (*MIXES[1], {"hidden": 7})]
+)
+def test_mixing_layers_are_their_equations(name, kind, plain, kwargs, norm_eps, with_residual):
+    """Outputs and gradients in float64 against plain PyTorch."""
+    m = mixing(kind, norm_eps=norm_eps, **kwargs)
+    x = tokens(2, 9, 12).requires_grad_()
+    residual = tokens(2, 9, 12, seed=1).requires_grad_() if with_residual else None
+    inputs = [x, *m.parameters(), *([residual] if with_residual else [])]
+    with backend(name):
+        found = [f(x, residual=residual) for f in (m, lambda x, residual: plain(m, x, residual))]
+        torch.testing.assert_close(*found, rtol=0, atol=1e-10)
+        grads = [torch.autograd.grad(o, inputs, tokens(2, 9, 12, seed=2)) for o in found]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-10)
+
+
+@on_both_backends
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("kind, plain", MIXES)
+def test_spiking_mixing_layers(name, kind, plain, residual):
+    """Keys and values scaled up, so that neurons fire; in float64 no membrane is within rounding of the threshold."""
+    m = mixing(kind, norm_eps=1e-6, neuron=LIFRate(T=4))
+    with torch.no_grad():
+        for linear in (m.value, m.output) if kind is TimeMix else (m.key, m.value):
+            linear.weight *= 4
+    x = tokens(2, 9, 12).requires_grad_()
+    y = x if residual else None
+    with backend(name):
+        out, want = m(x, residual=y), plain(m, x, y)
+        torch.testing.assert_close(out, want, rtol=0, atol=1e-10)
+        assert 0.02 < (out - (x if residual else 0)).detach().mean() < 0.9
+        inputs = [x, *m.parameters()]
+        grads = [torch.autograd.grad(o, inputs, tokens(2, 9, 12, seed=2)) for o in (out, want)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+@on_both_backends
+@pytest.mark.parametrize("kwargs", [{}, {"norm_eps": 1e-6, "neuron": LIFRate(3)}], ids=str)
+@pytest.mark.parametrize("kind", [TimeMix, ChannelMix])
+def test_slices_of_a_mixing_layer_make_one_pass(name, kind, kwargs):
+    m, x = mixing(kind, **kwargs), tokens(2, 11, 12).requires_grad_()
+    with backend(name):
+        whole = m(x, residual=x)
+        parts, state = [], None
+        for part in x.split([1, 0, 6, 4], 1):
+            out, state = m(part, state, return_state=True, residual=part)
+            parts.append(out)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-12)
+        last = state[0] if kind is TimeMix else state
+        assert torch.equal(last, x[:, -1]) and last.untyped_storage().nbytes() == last.nbytes
+        grads = [torch.autograd.grad(o, x, tokens(2, 11, 12, seed=2)) for o in (torch.cat(parts, 1), whole)]
+    torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+    with backend("reference"):
+        empty, state = m(x[:, :0], return_state=True)
+        assert empty.shape == (2, 0, 12) and (state[0] if kind is TimeMix else state) is None
+
+
+def test_a_bidirectional_time_mix_has_no_state():
+    m, x = mixing(TimeMix, bidirectional=True), tokens(1, 3, 12)
+    for kwargs in ({"return_state": True}, {"state": (x[:, 0], (x[:, 0], x[:, 0]))}):
+        with pytest.raises(ValueError, match="sees the whole sequence: it takes and returns no state"):
+            m(x, **kwargs)
+    with pytest.raises(TypeError, match=r"state must be None or what an earlier call returned, \(last token, \(ybar, lse\)\)"):
+        mixing(TimeMix)(x, x[:, 0])
+
+
+def test_names_and_shapes_are_those_of_rwkv():
+    shapes = {k: tuple(v.shape) for k, v in TimeMix(8).state_dict().items()}
+    square, vector = (8, 8), (1, 1, 8)
+    assert shapes == {
+        "time_decay": (8,), "time_first": (8,), "time_mix_k": vector, "time_mix_v": vector, "time_mix_r": vector,
+        "key.weight": square, "value.weight": square, "receptance.weight": square, "output.weight": square,
+    }  # fmt: skip
+    shapes = {k: tuple(v.shape) for k, v in ChannelMix(8, neuron=LIFRate()).state_dict().items()}
+    assert shapes == {
+        "time_mix_k": vector, "time_mix_r": vector, "key.weight": (32, 8), "receptance.weight": square, "value.weight": (8, 32),
+    }  # fmt: skip
+    assert ChannelMix(8, hidden=24).key.out_features == 24
+
+
+@pytest.mark.parametrize("channels, layer, layers", [(384, 0, 4), (384, 2, 4), (5, 3, 4), (8, 0, 1), (1, 1, 2)])
+def test_initial_values_by_layer(channels, layer, layers):
+    time, channel = TimeMix(channels, layer, layers), ChannelMix(channels, layer, layers)
+    a = 0.0 if layers == 1 else layer / (layers - 1)
+    b = 1 - layer / layers
+    for c in {0, channels // 2, channels - 1}:
+        want = {
+            "time_decay": -5 + 8 * (c / max(channels - 1, 1)) ** (0.7 + 1.3 * a),
+            "time_first": math.log(0.3) + 0.5 * ((c + 1) % 3 - 1),
+            "time_mix_k": (c / channels) ** b,
+            "time_mix_v": (c / channels) ** b + 0.3 * a,
+            "time_mix_r": (c / channels) ** (0.5 * b),
+        }
+        for name, value in want.items():
+            assert getattr(time, name).flatten()[c].item() == pytest.approx(value, rel=1e-6, abs=1e-7), name
+        for name in ("time_mix_k", "time_mix_r"):
+            assert getattr(channel, name).flatten()[c].item() == pytest.approx((c / channels) ** b, rel=1e-6)
+    if channels == 384:  # torch.nn.Linear's own
+        for linear in (time.key, time.value, time.receptance, time.output, channel.key, channel.receptance):
+            assert linear.weight.std().item() == pytest.approx((3 * channels) ** -0.5, rel=0.01)
+
+
+def test_a_mixing_layer_can_be_built_on_the_meta_device():
+    with torch.device("meta"):
+        net = torch.nn.Sequential(TimeMix(6, 1, 3, neuron=LIFRate()), ChannelMix(6, 1, 3))
+    assert net(torch.empty(2, 4, 6, device="meta")).is_meta
+    net.to_empty(device="cpu")
+    for m in net:
+        m.reset_parameters()
+    torch.testing.assert_close(net[0].time_decay, TimeMix(6, 1, 3).time_decay)
+    assert net[0].key.weight.abs().max() <= 6**-0.5 and net(torch.randn(2, 4, 6)).isfinite().all()
+
+
+def test_mixing_layers_compile_and_run_under_autocast():
+    net = torch.nn.Sequential(TimeMix(6, 1, 3, norm_eps=1e-6), ChannelMix(6, 1, 3, norm_eps=1e-6, neuron=LIFRate()))
+    twin = copy.deepcopy(net)
+    x = tokens(2, 5, 6, dtype=torch.float32)
+    torch.compile(net, fullgraph=True, backend="aot_eager")(x).sum().backward()
+    twin(x).sum().backward()
+    for a, b in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net[0](x, residual=x)
+        assert out.dtype == torch.float32 and net[0](x).dtype == torch.bfloat16
+    out.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("kind", "kwargs", "error", "message"),
+    [
+        (TimeMix, {"channels": 0}, ValueError, "channels must be at least 1, got 0"),
+        (TimeMix, {"channels": 8.0}, TypeError, "channels must be an int, got float"),
+        (ChannelMix, {"layer": 2, "layers": 2}, ValueError, "layer must be below layers, 2, got 2"),
+        (ChannelMix, {"layer": -1}, ValueError, "layer must be at least 0, got -1"),
+        (ChannelMix, {"layers": True}, TypeError, "layers must be an int, got bool"),
+        (ChannelMix, {"hidden": 0}, ValueError, "hidden must be at least 1, got 0"),
+        (ChannelMix, {"norm_eps": 0}, ValueError, "norm_eps must be positive and finite"),
+        (TimeMix, {"neuron": LIF()}, TypeError, "neuron must be a LIFRate or None (no spikes), got LIF"),
+        (TimeMix, {"bidirectional": 1}, TypeError, "bidirectional must be a bool, got int"),
+    ],
+)
+def test_what_mixing_layers_refuse(kind, kwargs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        kind(**{"channels": 8} | kwargs)
+
+
+@pytest.mark.parametrize("kind", [TimeMix, ChannelMix])
+def test_repr_of_a_mixing_layer(kind):
+    shown = repr(kind(8, 1, 3, norm_eps=1e-6, neuron=LIFRate(T=7)))
+    assert f"{kind.__name__}(\n  8, layer=1, layers=3, norm_eps=1e-06" in shown and "T=7" in shown

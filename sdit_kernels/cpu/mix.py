@@ -1,8 +1,8 @@
 """Token shift and squared ReLU on the CPU. A task is a run of tokens, one row of channels after the other.
 
-The normalised row before stays in L1 until its successor has been mixed with it. Where all mixes are served at once, vectors are
-written out, for LLVM would have to prove that no output overlaps another.
-Gradients of the mixes are summed per task and then over tasks, in an order that no number of threads changes.
+The normalised row of the token before stays in L1 until its successor has been mixed with it. Where all mixes are served at
+once, vectors are written out, for LLVM would have to prove that no output overlaps another. Gradients of the mixes are summed
+per task and then over tasks, in an order that no number of threads changes.
 """
 
 import functools
@@ -269,8 +269,9 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     work = torch.empty((tasks, 3, C), dtype=state)
     kernel = _backward_kernel(CODES[x.dtype], norm_eps is not None, parameters)
     kernel(
-        2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, gs[0].stride(0),
-        gs[0].stride(1), dx.data_ptr(), 0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(), norm_eps or 0.0,
+        2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, *gs[0].stride()[:2],
+        dx.data_ptr(), 0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(),
+        norm_eps or 0.0,
     )  # fmt: skip
     return sums
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import dispatch, memory, reference
 from ..layout import empty_like
 from ..reference.lif import state_dtype
-from .lif import _check_data, _is_number
+from .lif import _FLOATS, _check_data, _is_number
 from .operator import register
 
 MIXES = 6  # as many as an RWKV block has (RWKV-7)
@@ -160,10 +160,10 @@ _relu_squared_backward_call = register(
 def _check_mix(name, m, x):
     if not isinstance(m, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(m).__name__}")
-    if m.dtype not in (torch.float32, torch.float64, x.dtype):
-        raise TypeError(f"{name} must be float32, float64 or of the dtype of x ({x.dtype}), got {m.dtype}; cast it")
-    if torch.promote_types(m.dtype, x.dtype) != m.dtype:
-        raise TypeError(f"{name} must be at least as wide as x ({x.dtype}), got {m.dtype}; cast it: {name}.to({x.dtype})")
+    if m.dtype not in _FLOATS or torch.promote_types(m.dtype, x.dtype) != m.dtype:
+        raise TypeError(
+            f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {m.dtype}; cast it: {name}.to({x.dtype})"
+        )
     C = x.shape[-1]
     if m.dim() == 0 or m.shape[-1] != C or m.numel() != C:
         raise ValueError(f"{name} must have shape ({C},) or (1, 1, {C}), one number per channel, got {tuple(m.shape)}")
@@ -187,8 +187,8 @@ def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: 
             float64 float64.
         mixes: 1 to 6 vectors, (C,) or (1, 1, C), of x's dtype or wider.
         norm_eps: None, or the eps of a LayerNorm over C without affine parameters, in front of the shift.
-        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is taken as x
-            is, before the norm: to cut a sequence into slices, give each slice ``last=x[..., -1, :]`` of the slice before.
+        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is raw, as
+            x is, before the norm: to cut a sequence into slices, give each slice the ``x[..., -1, :]`` of the slice before.
 
     Returns:
         A tuple with one tensor per mix, x's shape and dtype, contiguous; a tuple for a single mix too. Gradients reach x, the

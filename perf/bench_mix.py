@@ -1,0 +1,128 @@
+"""token_shift and relu_squared against plain PyTorch (layer_norm, pad, lerps; relu, square) and torch.compile of it.
+
+    python perf/bench_mix.py --json perf/results/mix.json
+    python perf/bench_mix.py --quick
+
+One table per op and pass, each behind a correctness gate; goals at the end, PASS or FAIL, which is also the exit status (except
+with --quick, whose times mean nothing). The shape is that of SDiT's tokens, and of the hidden layer of its channel mix.
+"""
+
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from perf import harness
+from perf.harness import Contestant, check, compare
+from sdit_kernels import relu_squared, token_shift
+
+B, L, C, EPS = 8, 394, 384, 1e-6
+
+
+def plain_shift(x, *mixes):
+    normal = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    shifted = F.pad(normal, (0, 0, 1, -1))
+    return tuple(normal * m + shifted * (1 - m) for m in mixes)
+
+
+def shift(x, *mixes):
+    return token_shift(x, *mixes, norm_eps=EPS)
+
+
+def plain_relu_squared(x):
+    return (torch.relu(x).square(),)
+
+
+def fused_relu_squared(x):
+    return (relu_squared(x),)
+
+
+def without_grad(f, inputs):
+    def run():
+        with torch.no_grad():
+            return f(*inputs)
+
+    return run
+
+
+def backward(f, inputs, gs):
+    """The backward pass alone, of a graph that is kept."""
+    out = f(*inputs)
+    return lambda: torch.autograd.grad(out, inputs, gs, retain_graph=True)
+
+
+def compiled(f, inputs):
+    """torch.compile of f, or why there is none."""
+    compiled = torch.compile(f)
+    try:
+        compiled(*inputs)
+    except Exception as e:  # it needs a C++ compiler on the CPU, Triton on a GPU; each fails with types of its own
+        return None, f"torch.compile: {str(e).splitlines()[0][:60]}"
+    return compiled, None
+
+
+def section(title, fused, plain, inputs, args, settings):
+    """Rows of forward and backward; both gates come first."""
+    outputs = len(fused(*inputs))
+    gs = [torch.randn_like(inputs[0]) for _ in range(outputs)]
+    check(f"{title}: output", fused(*inputs), plain(*inputs), 1e-5, 1e-5)
+    got, want = backward(fused, inputs, gs)(), backward(plain, inputs, gs)()
+    check(f"{title}: gradient of x", got[0], want[0], 1e-4, 1e-4)
+    for g, w in zip(got[1:], want[1:]):  # sums over all tokens
+        check(f"{title}: gradient of a mix", g, w, 1e-4, 1e-4 * w.abs().max().item())
+    other, why_not = compiled(plain, inputs)
+    rows, nbytes = [], inputs[0].nbytes
+    for name, arrays, measured in (("forward", 1 + outputs, without_grad), ("backward", 2 + outputs, None)):
+
+        def contestant(label, f, skip=None, arrays=arrays, measured=measured, name=name):
+            if skip:
+                return Contestant(label, skip=skip, extra={"pass": name})
+            fn = measured(f, inputs) if measured else backward(f, inputs, gs)
+            saved = harness.saved_bytes(lambda: f(*inputs))[0]
+            return Contestant(label, fn, extra={"pass": name, "saved_bytes": saved}, bytes=arrays * nbytes)
+
+        rows += compare(
+            [
+                contestant("ours", fused),
+                contestant("plain PyTorch", plain),
+                contestant("torch.compile(plain)", other, why_not),
+                harness.copy_contestant(arrays * nbytes, args.device),
+            ],
+            **settings,
+        )
+    harness.show(f"{title}, fp32; bytes: every tensor read or written once", rows, args)
+    return [{"section": title, **row} for row in rows]
+
+
+def main():
+    args = harness.parser(__doc__.splitlines()[0]).parse_args()
+    settings = harness.setup(args)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator).to(args.device).requires_grad_()
+
+    mixes = [torch.rand(C, generator=generator).to(args.device).requires_grad_() for _ in range(3)]
+    x, hidden = tensor(B, L, C), tensor(B, L, 4 * C)
+    shifts = section(f"token_shift, norm, 3 mixes, {(B, L, C)}", shift, plain_shift, [x, *mixes], args, settings)
+    squares = section(f"relu_squared, {(B, L, 4 * C)}", fused_relu_squared, plain_relu_squared, [hidden], args, settings)
+    goals = []
+    for op, inputs, rows in (("token_shift", [x, *mixes], shifts), ("relu_squared", [hidden], squares)):
+        for ours, plain in ((r, p) for r, p in zip(rows, rows[1:]) if r["name"] == "ours"):
+            goals.append((f"{op} {ours['pass']}, times plain PyTorch", plain["ratio"], 3))
+            goals.append((f"{op} {ours['pass']}, % of copy bandwidth", ours["percent_of_copy"], 40))
+        ideal = sum(t.nbytes for t in inputs)
+        goals.append((f"{op}, bytes of its inputs over bytes saved", ideal / rows[0]["saved_bytes"], 1))
+    goals = [
+        f"{'PASS' if value >= least else 'FAIL'}  {what}: {value:.3g} (goal: at least {least})" for what, value, least in goals
+    ]
+    harness.save("token_shift and relu_squared", shifts + squares, args, goals=goals)
+    print("\nGoals" + (" (--quick: the times mean nothing)" if args.quick else ""), *goals, sep="\n")
+    return not args.quick and any(g.startswith("FAIL") for g in goals)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

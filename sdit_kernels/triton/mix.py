@@ -1,0 +1,316 @@
+"""Token shift and squared ReLU in Triton.
+
+A row of a tile walks through a run of tokens and keeps the token before, normalised, in registers; a run reads one token (and
+going back one row of upstream gradients) more than it has, which its neighbour reads too. A norm needs all channels of a token
+in the tile: beyond _WHOLE of them a kernel of its own puts the sums over each token into ``stats`` first, x is read twice, and
+tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..layout import layout_of_step, place_state, same_strides, sequences
+from ..reference.lif import state_dtype
+from .lif import _STATES, _Grid, _tile, _warps
+
+_THREADS = 128
+_PROGRAMS = 2048  # programs over which the tokens are spread where gradients of mixes are summed
+_WHOLE = 4096  # channels that a tile with a norm holds at most
+_RUN, _RUN_BACK = 4, 8  # tokens
+
+_NO_NORM, _NORM, _STATS = 0, 1, 2  # what NORM says: none; of the rows of a tile; with the sums in ``stats``
+
+
+@triton.jit
+def _row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE: tl.constexpr):
+    """Token t of sequence b; for t = -1 the one before the sequence, for other t outside of it 0."""
+    x = tl.load(x_ptr + b * x_b + t.to(tl.int64) * x_l + cols, mask=mask & (t >= 0) & (t < L), other=0.0).to(STATE)
+    if last_ptr is not None:
+        last = tl.load(last_ptr + b * last_b + cols, mask=mask & (t == -1), other=0.0).to(STATE)
+        x = tl.where(t == -1, last, x)
+    return x
+
+
+@triton.jit
+def _normal(x, C, mask, eps, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
+    """(normalised rows, what they were scaled by); a row of zeros stays one."""
+    if NORM == 0:
+        return x, tl.full([x.shape[0], 1], 1.0, STATE)
+    elif NORM == 1:
+        inverse = 1.0 / tl.full([1, 1], C, STATE)
+        centred = tl.where(mask, x - tl.sum(x, 1)[:, None] * inverse, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 1)[:, None] * inverse + eps)
+        return centred * scale, scale
+    else:
+        at = stats_ptr + (b * (L + 1) + t + 1) * 4
+        scale = tl.load(at + 1, mask=inside, other=0.0)
+        return tl.where(mask, (x - tl.load(at, mask=inside, other=0.0)) * scale, 0.0), scale
+
+
+@triton.jit
+def _normal_backward(d, normal, scale, C, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
+    """From the gradient of normalised rows to that of the rows."""
+    if NORM == 0:
+        return d
+    elif NORM == 1:
+        inverse = 1.0 / tl.full([1, 1], C, STATE)
+        return (d - tl.sum(d, 1)[:, None] * inverse - normal * (tl.sum(d * normal, 1)[:, None] * inverse)) * scale
+    else:
+        at = stats_ptr + (b * (L + 1) + t + 1) * 4
+        return (d - tl.load(at + 2, mask=inside, other=0.0) - normal * tl.load(at + 3, mask=inside, other=0.0)) * scale
+
+
+@triton.jit
+def _place(r, chunks, runs, RUN: tl.constexpr):
+    """(sequence, first token, whether there is one) of runs r, which 32 bits count: a division of 64 bits is a call."""
+    b = r // chunks
+    return b.to(tl.int64), (r - b * chunks) * RUN, r < runs
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "runs"])
+def token_shift_forward_kernel(
+    x_ptr, last_ptr, mixes_ptr, outs, stats_ptr, L, C, chunks, runs, x_b, x_l, last_b, eps: "fp64",
+    M: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    cols = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
+    b, t0, exists = _place((pid // blocks) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
+    mask = (cols < C) & exists
+    eps_ = tl.full([], eps, STATE)
+    rows = ()
+    for i in tl.static_range(RUN + 1):
+        rows = rows + (_row(x_ptr, last_ptr if i == 0 else None, b, t0 + i - 1, L, cols, mask, x_b, x_l, last_b, STATE),)
+    before, _ = _normal(rows[0], C, mask, eps_, stats_ptr, b, t0 - 1, exists, L, NORM, STATE)
+    for i in tl.static_range(RUN):
+        t = t0 + i
+        now, _ = _normal(rows[i + 1], C, mask, eps_, stats_ptr, b, t, exists & (t < L), L, NORM, STATE)
+        for m in tl.static_range(M):
+            mix = tl.load(mixes_ptr + m * C + cols, mask=cols < C, other=0.0)
+            out = now * mix + before * (1.0 - mix)
+            tl.store(outs[m] + (b * L + t) * C + cols, out.to(x_ptr.dtype.element_ty), mask=mask & (t < L))
+        before = now
+
+
+@triton.jit
+def _upstream(gs, mixes_ptr, C, cols, mask, at, m: tl.constexpr, STATE: tl.constexpr):
+    """(upstream gradient, mix) of output m."""
+    g = tl.load(gs[m] + at + cols, mask=mask, other=0.0).to(STATE)
+    return g, tl.load(mixes_ptr + m * C + cols, mask=cols < C, other=0.0)
+
+
+@triton.jit(do_not_specialize=["L", "chunks", "runs", "group"])
+def token_shift_backward_kernel(
+    x_ptr, last_ptr, mixes_ptr, gs, stats_ptr, dx_ptr, dlast_ptr, sums_ptr,
+    L, C, chunks, runs, group, x_b, x_l, last_b, g_b, g_l, eps: "fp64",
+    M: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(C, BC)
+    pid = tl.program_id(0)
+    cols = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
+    block = pid // blocks
+    eps_ = tl.full([], eps, STATE)
+    sums = ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([BR, BC], STATE),)
+    for j in range(group):
+        b, t0, exists = _place((block * group + j) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
+        mask = (cols < C) & exists
+        after = tl.zeros([BR, BC], STATE)  # what the token after sends back
+        for m in tl.static_range(M):
+            g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
+            after += g * (1.0 - mix)
+        x = _row(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
+        now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, NORM, STATE)
+        for i in range(RUN):
+            t = t0 + (RUN - 1 - i)
+            x = _row(x_ptr, last_ptr, b, t - 1, L, cols, mask, x_b, x_l, last_b, STATE)
+            loaded = ()
+            for m in tl.static_range(M):
+                loaded = loaded + (_upstream(gs, mixes_ptr, C, cols, mask & (t < L), b * g_b + t.to(tl.int64) * g_l, m, STATE),)
+            before, scale_before = _normal(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, NORM, STATE)
+            d = after
+            after = tl.zeros([BR, BC], STATE)
+            total = ()
+            for m in tl.static_range(M):
+                g, mix = loaded[m]
+                d += g * mix
+                after += g * (1.0 - mix)
+                total = total + (sums[m] + g * (now - before),)
+            sums = total
+            dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, NORM, STATE)
+            tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
+            now = before
+            scale = scale_before
+        if dlast_ptr is not None:
+            d = _normal_backward(after, now, scale, C, stats_ptr, b, t0 - 1, exists, L, NORM, STATE)
+            tl.store(dlast_ptr + b * C + cols, d.to(dlast_ptr.dtype.element_ty), mask=mask & (t0 == 0))
+    if sums_ptr is not None:
+        for m in tl.static_range(M):
+            tl.store(sums_ptr + (block.to(tl.int64) * M + m) * C + cols, tl.sum(sums[m], 0)[None, :], mask=cols < C)
+
+
+@triton.jit(do_not_specialize=["L"])
+def token_shift_stats_kernel(
+    x_ptr, last_ptr, mixes_ptr, gs, stats_ptr, L, C, x_b, x_l, last_b, g_b, g_l, eps: "fp64",
+    M: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """For a token of many channels: mean, scale, and where there are M > 0 upstream gradients, what the norm takes off d."""
+    r = tl.program_id(0)
+    b = (r // (L + 1)).to(tl.int64)
+    t = r % (L + 1) - 1
+    total = tl.zeros([1, BC], STATE)
+    for c in range(0, C, BC):
+        cols = c + tl.arange(0, BC)[None, :]
+        total += _row(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE)
+    inverse = 1.0 / tl.full([], C, STATE)
+    mean = tl.sum(total) * inverse
+    total = tl.zeros([1, BC], STATE)
+    for c in range(0, C, BC):
+        cols = c + tl.arange(0, BC)[None, :]
+        centred = _row(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE) - mean
+        total += tl.where(cols < C, centred * centred, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(total) * inverse + tl.full([], eps, STATE))
+    tl.store(stats_ptr + r.to(tl.int64) * 4, mean)
+    tl.store(stats_ptr + r.to(tl.int64) * 4 + 1, scale)
+    if M > 0:
+        sum_d = tl.zeros([1, BC], STATE)
+        sum_dx = tl.zeros([1, BC], STATE)
+        for c in range(0, C, BC):
+            cols = c + tl.arange(0, BC)[None, :]
+            mask = cols < C
+            d = tl.zeros([1, BC], STATE)
+            for m in tl.static_range(M):
+                g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t >= 0), b * g_b + t.to(tl.int64) * g_l, m, STATE)
+                d += g * mix
+                g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t + 1 < L), b * g_b + (t + 1).to(tl.int64) * g_l, m, STATE)
+                d += g * (1.0 - mix)
+            sum_d += d
+            sum_dx += d * (_row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE) - mean)
+        tl.store(stats_ptr + r.to(tl.int64) * 4 + 2, tl.sum(sum_d) * inverse)
+        tl.store(stats_ptr + r.to(tl.int64) * 4 + 3, tl.sum(sum_dx) * scale * inverse)
+
+
+@triton.jit(do_not_specialize=["R"])
+def relu_squared_forward_kernel(x_ptr, out_ptr, R, C, x_r, out_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+    rows = row + tl.arange(0, BR)[:, None]
+    mask = mask & (rows < R)
+    x = tl.load(x_ptr + first + rows * x_r + cols, mask=mask, other=0.0).to(STATE)
+    x = tl.where(x < 0.0, 0.0, x)  # not maximum: a NaN stays
+    tl.store(out_ptr + first + rows * out_r + cols, (x * x).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def relu_squared_backward_kernel(
+    g_ptr, x_ptr, dx_ptr, R, C, g_r, x_r, dx_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+    rows = row + tl.arange(0, BR)[:, None]
+    mask = mask & (rows < R)
+    g = tl.load(g_ptr + first + rows * g_r + cols, mask=mask, other=0.0).to(STATE)
+    x = tl.load(x_ptr + first + rows * x_r + cols, mask=mask, other=0.0).to(STATE)
+    dx = tl.where(x <= 0.0, 0.0, 2.0 * x * g)
+    tl.store(dx_ptr + first + rows * dx_r + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+# --- launchers: the same signatures as in cpu/mix.py ------------------------------------------------------------------------
+
+
+class _Shift:
+    """What both passes share: x, last and the mixes as the kernels take them, and tiles of one 16-byte access per thread.
+
+    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``.
+    """
+
+    def __init__(self, x, last, mixes, norm_eps, run, live, gs=()):
+        self.x = sequences(x)
+        self.last = None if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
+        self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
+        self.B, self.L, self.C = self.x.shape
+        self.eps = norm_eps or 0.0
+        self.STATE = _STATES[mixes.dtype]
+        self.chunks = triton.cdiv(self.L, run)
+        self.runs = self.B * self.chunks
+        self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
+        self.upstream = self.gs[0].stride()[:2] if gs else (0, 0)
+        self.stats = None
+        values = 16 // x.dtype.itemsize
+        whole = triton.next_power_of_2(self.C)
+        fits = whole <= min(_WHOLE, 1024 * values)
+        fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
+        self.norm = _NO_NORM if norm_eps is None else _NORM if fits else _STATS
+        if self.norm == _STATS:
+            values = min(values, 4)  # beyond, the sums of 16-bit data spill
+        elements = _THREADS * values
+        columns = whole if self.norm == _NORM else min(whole, elements)
+        rows = elements // columns if 2 * columns < elements else 1
+        self.BR, self.BC, self.warps = rows, columns, _warps(rows * columns // values)
+
+    def launch(self, kernel, programs, *args, **flags):
+        if self.x.device.type == "cuda":
+            with torch.cuda.device(self.x.device):
+                kernel[(programs,)](*args, **flags, STATE=self.STATE, num_warps=self.warps)
+        else:
+            kernel[(programs,)](*args, **flags, STATE=self.STATE, num_warps=self.warps)
+
+    def find_stats(self):
+        if self.norm == _STATS:
+            rows = self.B * (self.L + 1)
+            self.stats = torch.empty((rows, 4), dtype=self.mixes.dtype, device=self.x.device)
+            self.launch(
+                token_shift_stats_kernel, rows, self.x, self.last, self.mixes, self.gs, self.stats, self.L, self.C,
+                *self.strides, *self.upstream, self.eps, M=len(self.gs), BC=self.BC,
+            )  # fmt: skip
+
+    def flags(self):
+        return dict(M=self.M, RUN=self.run, NORM=self.norm, BR=self.BR, BC=self.BC)
+
+
+def token_shift_forward(x, last, mixes, norm_eps, outs):
+    """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
+    s = _Shift(x, last, mixes, norm_eps, _RUN, len(outs))
+    s.find_stats()
+    programs = triton.cdiv(s.runs, s.BR) * triton.cdiv(s.C, s.BC)
+    s.launch(
+        token_shift_forward_kernel, programs, s.x, s.last, mixes, tuple(outs), s.stats, s.L, s.C, s.chunks, s.runs,
+        *s.strides, s.eps, **s.flags(),
+    )  # fmt: skip
+
+
+def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
+    """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
+    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, same_strides([sequences(g) for g in gs]))
+    s.find_stats()
+    blocks, tiles = triton.cdiv(s.C, s.BC), triton.cdiv(s.runs, s.BR)
+    group = triton.cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
+    groups = triton.cdiv(tiles, group)
+    sums = torch.empty((groups, s.M, s.C), dtype=mixes.dtype, device=x.device) if parameters else None
+    s.launch(
+        token_shift_backward_kernel, groups * blocks, s.x, s.last, mixes, s.gs, s.stats, dx, dlast, sums,
+        s.L, s.C, s.chunks, s.runs, group, *s.strides, *s.upstream, s.eps, **s.flags(),
+    )  # fmt: skip
+    return sums
+
+
+def relu_squared_forward(x, out):
+    """Fill out. x is not empty."""
+    layout = layout_of_step(x, out, False)
+    x, x_r = place_state(layout, x)
+    out, out_r = place_state(layout, out)
+    _Grid(layout, x.dtype, False).launch(
+        relu_squared_forward_kernel, x.device, x, out, layout.R, layout.C, x_r, out_r, STATE=_STATES[state_dtype(x.dtype)]
+    )
+
+
+def relu_squared_backward(g, x, dx):
+    """Fill dx. x is not empty."""
+    layout = layout_of_step(x, dx, False)
+    g, g_r = place_state(layout, g)
+    x, x_r = place_state(layout, x)
+    dx, dx_r = place_state(layout, dx)
+    _Grid(layout, x.dtype, False).launch(
+        relu_squared_backward_kernel, x.device, g, x, dx, layout.R, layout.C, g_r, x_r, dx_r,
+        STATE=_STATES[state_dtype(x.dtype)],
+    )  # fmt: skip
