@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from ..layout import TILE, wkv_rows
-from .runtime import CODES, SIZES, F64, Kernel, huge_pages, load_int, state_code, tile
+from .runtime import CODES, F64, SIZES, Kernel, huge_pages, load_int, state_code, tile
 from .vector import LANES, fma, kind, negative_abs, vexp, vload, vlog, vset, vstore, where_equal, where_less
 
 _BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
 _CHUNK = 16  # tiles of a segment in the chunked algorithm
-_FIELDS = 7  # of a segment: batch row, first token, tokens, row of its first tile, sequence, whether first in it, whether last
+_FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
 _FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
 
 
@@ -125,7 +125,7 @@ def _summary_kernel(X, lanes, BOTH):
     def wkv_summary(segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, w_, ybar, lse, summary):
         for task in numba.prange(count * blocks):
             segment = task // blocks
-            at = segment * 7
+            at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
             begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
@@ -155,19 +155,20 @@ def _summary_kernel(X, lanes, BOTH):
 
 @functools.cache
 def _scan_kernel(S, lanes, BOTH):
-    """From the segments' own states to the state at the entry of each but the first, in the checkpoint's rows."""
+    """From the segments' own states to the state at the entry of each but the first, in the checkpoint's rows. Serial: it is
+    some 1/500 of the work."""
     W, sb = kind(S, lanes), SIZES[S]
 
     def wkv_scan(segments, count, C, w_, summary, keep, rows):
         vectors = (C + lanes - 1) // lanes
-        for task in numba.prange(vectors * (2 if BOTH else 1)):
+        for task in range(vectors * (2 if BOTH else 1)):
             side = task // vectors
             c = min((task - side * vectors) * lanes, C - lanes)
             w = vload(w_, c, W)
             ka, m, a, b = vset(0.0, W), vset(0.0, W), vset(0.0, W), vset(0.0, W)
             for i in range(count):
                 segment = i if side == 0 else count - 1 - i
-                at = segment * 7
+                at = segment * _FIELDS
                 n, row = load_int(segments, at + 2), load_int(segments, at + 3)
                 opens = load_int(segments, at + 5 if side == 0 else at + 6) == 1
                 closes = load_int(segments, at + 6 if side == 0 else at + 5) == 1
@@ -208,7 +209,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
     ):  # fmt: skip
         for task in numba.prange(count * blocks):
             segment = task // blocks
-            at = segment * 7
+            at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
@@ -321,7 +322,7 @@ _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM
 
 @_inline
 def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, h, lanes, V, W, BOTH, sb):
-    """Fill ``h`` for a tile of n tokens from its entry states. Returns the states after it: left (ka, m, a, b), right (ka, m)."""
+    """Fill ``h`` for a tile of n tokens from its entry states. Returns its last states: left (ka, m, a, b), right (ka, m)."""
     zero, size = vset(0.0, W), TILE * lanes
     rka, rm = zero, zero
     if BOTH:
@@ -381,9 +382,9 @@ def _upstream(g, index, r, r_index, V, W, GATE):
 def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     """dk, dv, dr, d ybar, d lse and sums of dw, du; or, SUMMARY, each segment's own adjoint state (D, 2, S, C).
 
-    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That of
-    the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C), and a
-    second walk, from the right, computes it again along with everything else.
+    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That
+    of the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C),
+    and a second walk, from the right, computes it again along with everything else.
     """
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
@@ -397,7 +398,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     ):  # fmt: skip
         for task in numba.prange(count * blocks):
             segment = task // blocks
-            at = segment * 7
+            at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
@@ -535,11 +536,9 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                         if n == 0:  # no token between the state that came and the one that went
                             P = vload(g_ybar, spot, W) if g_ybar != 0 else zero
                             Q = vload(g_lse, spot, W) if g_ybar != 0 else zero
-                        else:
-                            o, empty = vload(lse, spot, W), vset(-np.inf, W)
-                            P, Q = where_equal(o, empty, zero, P), where_equal(o, empty, zero, Q)
-                        vstore(d_ybar, spot, P, W)
-                        vstore(d_lse, spot, Q, W)
+                        o, empty = vload(lse, spot, W), vset(-np.inf, W)
+                        vstore(d_ybar, spot, where_equal(o, empty, zero, P), W)
+                        vstore(d_lse, spot, where_equal(o, empty, zero, Q), W)
 
     return Kernel(wkv_backward, f"wkv_backward_{X}_{lanes}{GATE:d}{BOTH:d}{SUMMARY:d}")
 
@@ -551,14 +550,14 @@ def _adjoint_kernel(S, lanes, BOTH):
 
     def wkv_adjoint(segments, count, C, w_, keep, rows, own, entering):
         vectors = (C + lanes - 1) // lanes
-        for task in numba.prange(vectors * (2 if BOTH else 1)):
+        for task in range(vectors * (2 if BOTH else 1)):
             side = task // vectors
             c = min((task - side * vectors) * lanes, C - lanes)
             w, zero = vload(w_, c, W), vset(0.0, W)
             P, Q = zero, zero
             for i in range(count):
                 segment = count - 1 - i if side == 0 else i
-                at = segment * 7
+                at = segment * _FIELDS
                 n, row = load_int(segments, at + 2), load_int(segments, at + 3)
                 tiles = (n + TILE - 1) // TILE
                 spot = (side * 2 * count + segment) * C + c
@@ -618,11 +617,12 @@ def _place(t, axes=2):
     all rows are alike."""
     if t is None:
         return None, *[0] * axes
-    if not any(t.stride()[:-1]):
-        return t[(0,) * axes].contiguous(), *[0] * axes
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
-        t = t.contiguous()
-    return t, *t.stride()[:-1]
+    *strides, c = t.stride()
+    if c == 1 or t.shape[-1] == 1:
+        return t, *strides
+    if not any(strides):
+        return t[(0,) * axes].contiguous(), *strides
+    return _place(t.contiguous(), axes)
 
 
 def _address(t):
@@ -661,7 +661,7 @@ def wkv_forward(
             summary.data_ptr(),
         )  # fmt: skip
         _scan_kernel(state_code(X), lanes, bidirectional)(
-            4 * count * C, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
+            0, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
         )  # fmt: skip
     _forward_kernel(X, lanes, r is not None, bidirectional)(
         work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, _address(r), *r_, out.data_ptr(), *out_,
@@ -671,8 +671,8 @@ def wkv_forward(
 
 
 def wkv_backward(
-    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr, d_ybar,
-    d_lse,
+    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr,
+    d_ybar, d_lse,
 ):  # fmt: skip
     """Fill dk, dv and, where they are given, dr, d_ybar, d_lse; return sums (segments, C) of dw and du. k is not empty."""
     C, dtype = k.shape[2], w.dtype
@@ -707,7 +707,7 @@ def wkv_backward(
         own, adjoint = torch.empty((2, sides, 2, count, C), dtype=dtype)
         launch(True, own)
         _adjoint_kernel(state_code(X), lanes, bidirectional)(
-            4 * count * C, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()
+            0, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()
         )  # fmt: skip
     launch(False, adjoint)
     return dw, du

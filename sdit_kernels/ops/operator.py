@@ -21,8 +21,9 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates):
     """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
 
     batch_axes: where each leading tensor argument carries the batch; None marks parameters. output_axes: likewise; None marks
-    parameters' gradients, which a batch must not sum over. flatten: the batch joins the axis it would stand before. loop(tensors,
-    other arguments): calls that must not be batched. mutates: tensors that are written; each needs a batch to write to.
+    parameters' gradients, which a batch must not sum over. flatten: the batch joins the axis it would stand before.
+    loop(tensors, other arguments): calls that must not be batched. mutates: tensors that are written; each needs a batch to
+    write to.
     """
 
     def rule(info, in_dims, *args):

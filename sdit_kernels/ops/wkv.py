@@ -141,8 +141,9 @@ def _kernels(backend):
 def _parameters(decay, first, raw, k):
     """(w, u) as the kernels take them: contiguous, in the state type."""
     dtype = state_dtype(k.dtype)
-    w = -torch.exp(decay.detach().to(dtype)) if raw else decay.detach().to(dtype)
-    return w.clamp_min(_LEAST_DECAY).contiguous(), first.detach().to(dtype).contiguous()
+    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
+    w = torch.exp(w).neg_() if raw else w
+    return w.clamp_min(_LEAST_DECAY).contiguous(), u.contiguous()
 
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
@@ -155,7 +156,8 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
         state = (B if packed is None else packed, C)
     if keep:
         checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed), C)
-    return k.new_empty((B, L, C)), *(k.new_empty(shape, dtype=dtype) for shape in (state, state, checkpoint))
+    rows = k.new_empty if packed is None else k.new_zeros  # packed, a few rows belong to no tile
+    return k.new_empty((B, L, C)), *(k.new_empty(state, dtype=dtype) for _ in range(2)), rows(checkpoint, dtype=dtype)
 
 
 def _wkv(
@@ -170,15 +172,10 @@ def _wkv(
         _kernels(backend).wkv_forward(
             k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
         )  # fmt: skip
-    elif return_state:
-        _pass_on(outputs[1], ybar, 0.0)
-        _pass_on(outputs[2], lse, -torch.inf)
+    elif return_state:  # no token: the state as it came
+        for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
+            new.fill_(empty) if old is None else new.copy_(torch.where(lse > -torch.inf, old, empty))
     return outputs
-
-
-def _pass_on(new, old, empty):
-    """The state after no token."""
-    new.fill_(empty) if old is None else new.copy_(old)
 
 
 def _wkv_fake(
@@ -204,8 +201,8 @@ def _wkv_backward(
     if k.numel() == 0:
         d_decay.zero_(), d_first.zero_()
         if ybar is not None:
-            _pass_on(d_ybar, g_ybar, 0.0)
-            _pass_on(d_lse, g_lse, 0.0)
+            for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
+                d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
         return outputs
     if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _wkv(
@@ -213,8 +210,8 @@ def _wkv_backward(
         )[3]  # fmt: skip
     w, u = _parameters(decay, first, raw, k)
     dw, du = _kernels(backend).wkv_backward(
-        g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv,
-        dr if r is not None else None, *((None, None) if ybar is None else (d_ybar, d_lse)),
+        g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional, algorithm,
+        dk, dv, dr if r is not None else None, *((None, None) if ybar is None else (d_ybar, d_lse)),
     )  # fmt: skip
     if parameters:
         d_first.copy_(du.sum(0))
@@ -327,9 +324,8 @@ def wkv(
         y[t] = (sum_{i<t} e^(k[i] + (t-1-i) w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
         out  = y, or sigmoid(r) * y
 
-    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w). That is the exact formula; Vision-RWKV's, which it
-    follows, divides w and u by L and its kernel takes time_decay for w itself: give ``log_decay=-spatial_decay / L`` and
-    ``time_first=spatial_first / L``.
+    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a
+    total. Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
 
     A state sums up the tokens before a slice: with N the sum over them of e^(k[i] + (age) w) v[i] and D the same without v,
     it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
@@ -352,13 +348,13 @@ def wkv(
         cu_seqlens: N + 1 bounds of N sequences packed one after the other into k of shape (1, tokens, C), int32 or int64: 0,
             ..., tokens.
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
-        algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of tokens
-            too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32 and
-            L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
+        algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
+            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
+            and L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
 
     Returns:
-        out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or log_decay,
-        time_first, k, v, r and the state, from the output and from the returned state.
+        out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
+        log_decay, time_first, k, v, r and the state, from the output and from the returned state.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or combination. The values of cu_seqlens are
@@ -456,8 +452,8 @@ def wkv_step(
         return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
     keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)
     out, ybar, lse, _ = _wkv_call(
-        k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0, raw, False,
-        True, keep, "serial", backend,
+        k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0, raw,
+        False, True, keep, "serial", backend,
     )  # fmt: skip
     return out.squeeze(1), (ybar, lse)
 
@@ -552,7 +548,7 @@ def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor) -> tuple[Tensor, Ten
 
 
 def wkv_state_to_rwkv(ybar: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The state of RWKV's own code from that of :func:`wkv`; N = aa e^pp and D = bb e^pp have one scale too many, bb is set to 1::
+    r"""The state of RWKV's own code from that of :func:`wkv`, where N = aa e^pp and D = bb e^pp; of their two scales bb is 1::
 
         aa = ybar,    bb = 1,    pp = lse           (0, 0, -1e38) where lse = -inf, no token yet
 
