@@ -180,7 +180,7 @@ def inspect(compiled, elements_per_thread=None) -> dict:
     spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
     on AMD also scalar_registers and scalar_spills (to lanes of vector registers, not to memory);
     loads, stores {width in bits: count} of global memory, bytes, instructions, special {operation: count},
-    histogram {group: count}; loops: the same six for the body of every innermost loop.
+    histogram {group: count}; loops, outer: the same six for the body of every innermost and of every outermost loop.
     With elements_per_thread, such as BLOCK / threads: also `per_element` of the whole.
     A dual instruction of RDNA3 is one in `instructions` and two elsewhere. A histogram with "fp64" in it shows where a
     double scalar was not cast before it met a tensor.
@@ -191,6 +191,7 @@ def inspect(compiled, elements_per_thread=None) -> dict:
     row = {"kernel": compiled.metadata.name, "target": f"{gpu.backend}:{gpu.arch}", "warps": warps}
     row |= {"threads": warps * gpu.warp_size, **head, **_count(code)}
     row["loops"] = [_count(code[start:end]) for start, end in _innermost(loops)]
+    row["outer"] = [_count(code[start:end]) for start, end in _outermost(loops)]
     return row | per_element(row, elements_per_thread) if elements_per_thread else row
 
 
@@ -228,6 +229,12 @@ def _innermost(loops: list) -> list:
     """Of (start, end) pairs, those that enclose no other."""
     loops = set(loops)
     return sorted(a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops))
+
+
+def _outermost(loops: list) -> list:
+    """Of (start, end) pairs, those that no other encloses."""
+    loops = set(loops)
+    return sorted(a for a in loops if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in loops))
 
 
 def _group(groups: dict, operation: str) -> str:
@@ -363,9 +370,9 @@ def limits_h100(row: dict) -> dict:
 
 
 def markdown_table(rows: list[dict], columns=None) -> str:
-    """A Markdown table of rows from `inspect` or of any other dicts; by default of all keys but histogram and loops."""
+    """A Markdown table of rows from `inspect` or of any other dicts; by default of all keys but histogram, loops and outer."""
     if columns is None:
-        columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("histogram", "loops")]
+        columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("histogram", "loops", "outer")]
 
     def cell(value) -> str:
         if isinstance(value, dict):  # {128: 4} -> 128 x 4

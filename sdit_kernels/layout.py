@@ -114,12 +114,13 @@ def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
     return view, stride
 
 
-def wkv_rows(B: int, L: int, sequences: int | None, tokens: int = TILE) -> int:
+def wkv_rows(B: int, L: int, sequences: int | None, tokens: int | None = None) -> int:
     """Rows of a WKV checkpoint, one per tile of TILE tokens, or of another table with one per so many ``tokens``.
 
     Sequence b of a batch has rows b * ceil(L / tokens) and up; packed sequence n, which starts at token s, has rows
     s // tokens + n and up.
     """
+    tokens = tokens or TILE
     return B * -(-L // tokens) if sequences is None else L // tokens + sequences
 
 

@@ -1,4 +1,4 @@
-"""perf/compile_report.py: the LIF kernels as compiled for an NVIDIA and an AMD GPU, without either."""
+"""perf/compile_report.py: the kernels as compiled for an NVIDIA and an AMD GPU, without either."""
 
 import importlib.metadata
 import importlib.util
@@ -14,7 +14,7 @@ if not (3, 6) <= VERSION < (3, 9):
     pytest.skip(f"perf/gpu_code.py knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
 
 from perf import compile_report  # noqa: E402
-from perf.compile_report import Case, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
+from perf.compile_report import Case, WkvCase, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
 
 FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
 FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly"))
@@ -102,3 +102,22 @@ def test_arguments(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
         compile_report.main(["--quick"])
+
+
+@pytest.fixture(scope="module")
+def wkv_rows():
+    return rows_of_all(TARGETS, [WkvCase("serial")], jobs=2)
+
+
+def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
+    assert len(wkv_rows) == 8  # 2 targets, forward and backward, 2 dtypes
+    assert faults(wkv_rows) == []
+    for row in wkv_rows:
+        assert row["spills"] == row["spill_bytes"] == row["shared"] == 0, row
+        size, backward = {"fp32": 4, "bf16": 2}[row["data"]], row["kernel"] == "wkv_backward"
+        assert row["floor"] == size * (5 if backward else 3) + 12 / 16, row
+        assert row["bytes_per_element"] == pytest.approx(row["floor"]), row
+        assert row["narrowest"] == 8 * size, row
+        assert row["instructions_per_step"] < (130 if backward else 60), row
+        assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
+    assert "The WKV kernels" in markdown(wkv_rows, FACTS)

@@ -1,4 +1,7 @@
-"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens; all loads of a tile precede their first use.
+"""The WKV scan in Triton. A thread holds one channel and walks tiles of TILE tokens, whose loads all precede their first use.
+
+One channel a thread, so that a warp reads 128 bytes of float32 side by side: with two, the walk back needs twice its 140
+registers and the chip fills half as well; addresses and loads, which two would share, are a fifth of the instructions.
 
 Three kernels. ``wkv_forward_kernel`` and ``wkv_backward_kernel`` walk a chunk of tiles, with or without outputs;
 ``wkv_combine_kernel`` scans what they say of whole chunks. "serial" is one walk with one chunk as long as the sequence, which
@@ -10,6 +13,10 @@ cannot cut a sequence into more programs than B*C / BC; the second read often hi
 
 Bidirectional: the states that enter every tile, from the left and from the right, are made first, by two walks; then each tile
 combines them with its own tokens. The walk back likewise.
+
+The walk back keeps nine values per token in registers: compile_report.py finds 248 registers for 16 tokens, and spills with a
+gate, but 120 to 145 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
+costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
 
 Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since (MATH: anchored). An
 exponential is taken of one rounded difference, (k - ka) - n w by fused multiply-add, so that no error grows with the length.
@@ -25,13 +32,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import TILE, wkv_rows
+from .. import layout
 from ..reference.lif import state_dtype
 from .lif import _warps
 
 _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
+_HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
@@ -72,7 +80,7 @@ def _advance(k, v, state, w):
 def _weights(k, state, w, u2):
     """Weights of the state and of the token in its output, the greater of them 1. u2 = u log2(e)."""
     a, b, ka, n = state
-    d = tl.fma(tl.fma(-n, w, k - ka), _LOG2E, u2)  # u + k - o
+    d = tl.fma(-n, w, k - ka) * _LOG2E + u2  # u + k - o; tl.fma would make a float32 of the constant
     e = _exp_minus(d)
     return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
 
@@ -84,8 +92,8 @@ def _weights_of_three(k, left, right, w, u2):
     a_, b_, ka_, n_ = right
     masked = k == -float("inf")
     origin = tl.where(masked, 0.0, k)
-    x = -_LOG2E * tl.fma(-n, w, origin - ka)
-    x_ = -_LOG2E * tl.fma(-n_, w, origin - ka_)
+    x = tl.fma(-n, w, origin - ka) * -_LOG2E
+    x_ = tl.fma(-n_, w, origin - ka_) * -_LOG2E
     own = tl.where(masked, -float("inf"), u2)
     m = tl.maximum(tl.maximum(x, x_), tl.maximum(own, -1e30))  # finite, where nothing was seen
     return tl.exp2(x - m), tl.exp2(x_ - m), tl.exp2(own - m)
@@ -132,6 +140,33 @@ def _row(cu_ptr, n, first, L, tokens):
 
 
 @triton.jit
+def _at(ptr, t, stride, cols):
+    return ptr + t * stride + cols
+
+
+@triton.jit
+def _tokens(ptr, t, stride, cols, mask, left, other, N: tl.constexpr):
+    """N tokens from t on; what ``left`` or more are behind t are not there."""
+    found = ()
+    if N > 0:
+        p = _at(ptr, t, stride, cols)
+        for j in tl.static_range(N):
+            found = found + (tl.load(p, mask=mask & (j < left), other=other),)
+            p += stride
+    return found
+
+
+@triton.jit
+def _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, left, state, w, LEFTWARDS: tl.constexpr, N: tl.constexpr):
+    """The state after N tokens from t on."""
+    ks = _tokens(k_ptr, t, k_l, cols, mask, left, -float("inf"), N)
+    vs = _tokens(v_ptr, t, v_l, cols, mask, left, 0.0, N)
+    for j in tl.static_range(N - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else N, -1 if LEFTWARDS else 1):
+        state, A, E = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), state, w)
+    return state
+
+
+@triton.jit
 def _load_three(ptr, at, plane, mask):
     x = tl.load(ptr + at, mask=mask, other=0.0)
     y = tl.load(ptr + plane + at, mask=mask, other=0.0)
@@ -154,7 +189,7 @@ def _load_state(ptr, at, plane, mask):
 @triton.jit
 def _near_one(x):
     """exp(x) of a rounding error; it is no small number only where o is so great that a state means nothing."""
-    return tl.exp2(_LOG2E * tl.minimum(tl.maximum(x, -1.0), 1.0))
+    return tl.exp2(tl.minimum(tl.maximum(x, -1.0), 1.0) * _LOG2E)
 
 
 @triton.jit
@@ -237,17 +272,11 @@ def wkv_forward_kernel(
     for i in range(begin, end):
         tile = begin + end - 1 - i if LEFTWARDS else i
         t0 = tile * TILE
-        left = length - t0
+        left = tl.minimum(length - t0, TILE).to(tl.int32)
         at = (row + tile) * C + cols
-        ks = ()
-        vs = ()
-        rs = ()
-        for j in tl.static_range(TILE):
-            m = mask & (j < left)
-            ks = ks + (tl.load(k_ptr + (t0 + j) * k_l + cols, mask=m, other=-float("inf")),)
-            vs = vs + (tl.load(v_ptr + (t0 + j) * v_l + cols, mask=m, other=0.0),)
-            if r_ptr is not None and out_ptr is not None:
-                rs = rs + (tl.load(r_ptr + (t0 + j) * r_l + cols, mask=m, other=0.0),)
+        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
+        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE)
         if keep_ptr is not None:
             _store_state(keep_ptr, at, plane, mask, state, w)
         rights = ()  # the states to the right of the tile's tokens, last token first
@@ -257,14 +286,17 @@ def wkv_forward_kernel(
             for j in tl.static_range(TILE - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
+        if out_ptr is not None:
+            out_at = _at(out_ptr, t0, out_l, cols)
         for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
             if out_ptr is not None:
                 num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
                 if r_ptr is not None:
-                    den *= 1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype))
+                    den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
                 y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
-                tl.store(out_ptr + (t0 + j) * out_l + cols, y, mask=mask & (j < left))
+                tl.store(out_at, y, mask=mask & (j < left))
+                out_at += out_l
             state, _, _ = _advance(k, v, state, w)
     if exit_ptr is not None:
         _store_state(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), state, w)
@@ -285,7 +317,7 @@ def wkv_combine_kernel(
     CARRY: tl.constexpr, LEFTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Turn the summary of each chunk into what enters it, in place: a state, or the walk back's carry (P, Q, factor)."""
-    sequence, _, cols, mask = _program(C, 1, BC)
+    sequence, chunk, cols, mask = _program(C, 1, BC)
     first, length = _sequence(cu_ptr, sequence, L)
     span = TILE * tl.cast(tiles_per_chunk, tl.int64)
     chunks = tl.cdiv(length, span)
@@ -307,10 +339,9 @@ def wkv_combine_kernel(
             m = mask & (c < chunks)
             a, b, o = found[j]
             if CARRY:
-                P, Q, _, _ = state
-                tl.store(rows_ptr + at, P, mask=m)
-                tl.store(rows_ptr + plane + at, Q, mask=m)
-                state = o * P + a, o * Q + b, zero, zero
+                tl.store(rows_ptr + at, state[0], mask=m)
+                tl.store(rows_ptr + plane + at, state[1], mask=m)
+                state = o * state[0] + a, o * state[1] + b, zero, zero
             else:
                 _store_state(rows_ptr, at, plane, m, state, w)
                 a_, b_, ka, n = state
@@ -323,26 +354,29 @@ def wkv_combine_kernel(
 
 
 @triton.jit
-def _rescaled(P, Q, F, state, o, w):
+def _rescaled(P, Q, F, state, o, w, border):
     """A carry P e^o, from the exponent o of the checkpoint behind a tile to that at which the tile, walked again, arrives."""
     a, b, ka, n = state
     factor = tl.where(b != 0.0, _near_one(tl.fma(n, w, ka - o)), 0.0)
+    factor = tl.where(border, factor, 1.0)
     return P * factor, Q * factor, F * factor
 
 
-@triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane"])
+@triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane", "keep_plane"])
 def wkv_backward_kernel(
     g_ptr, g_ybar_ptr, g_lse_ptr, k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, state_ptr, right_ptr, cu_ptr,
     start_ptr, start_left_ptr, dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dw_ptr, du_ptr, keep_ptr, exit_ptr,
-    L, C, tiles_per_chunk, chunks, plane, start_plane,
+    L, C, tiles_per_chunk, chunks, plane, start_plane, keep_plane,
     g_b, g_l, k_b, k_l, v_b, v_l, r_b, r_l, dk_b, dk_l, dv_b, dv_l, dr_b, dr_l,
-    RIGHTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    RIGHTWARDS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Walk the tiles of a chunk with the carry, last tile first (RIGHTWARDS: of the states from the right, first tile first).
+    """Walk a chunk by parts of HELD tokens with the carry, last part first (RIGHTWARDS: that of the states from the right,
+    first part first).
 
-    state, right: the states that enter each tile. start: the carry that enters each chunk; with ``start_left``, start (from
-    the right) and start_left are those of every tile. keep: the carry that enters each tile. exit: the carry after the chunk,
-    and the factor by which it grows with the one that enters. A carry is scaled by the checkpoint where it crosses tiles.
+    state, right: the states that enter each tile, from where those of a part are rebuilt. start: the carry that enters each
+    chunk; with ``start_left``, start (from the right) and start_left are those of every part. keep: the carry that enters each
+    part. exit: the carry after the chunk, and the factor by which it grows with the one that enters. Where a carry crosses
+    from tile to tile its scale is the exponent in the checkpoint.
     """
     BOTH: tl.constexpr = right_ptr is not None
     OUT: tl.constexpr = dk_ptr is not None
@@ -350,18 +384,20 @@ def wkv_backward_kernel(
     UP: tl.constexpr = BOTH and (OUT or RIGHTWARDS)
     sequence, chunk, cols, mask = _program(C, chunks, BC)
     first, length = _sequence(cu_ptr, sequence, L)
-    tiles = tl.cdiv(length, TILE)
-    begin = chunk.to(tl.int64) * tiles_per_chunk
-    end = tl.minimum(begin + tiles_per_chunk, tiles)
+    parts = tl.cdiv(length, HELD)
+    parts_per_chunk = tl.cast(tiles_per_chunk, tl.int64) * (TILE // HELD)
+    begin = chunk * parts_per_chunk
+    end = tl.minimum(begin + parts_per_chunk, parts)
     row = _row(cu_ptr, sequence, first, L, TILE)
-    chunk_row = _row(cu_ptr, sequence, first, L, TILE * tl.cast(tiles_per_chunk, tl.int64)) + chunk
+    part_row = _row(cu_ptr, sequence, first, L, HELD)
+    chunk_row = _row(cu_ptr, sequence, first, L, HELD * parts_per_chunk) + chunk
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
     zero = tl.zeros_like(w)
     P, Q, F = zero, zero, zero + 1.0
     P_, Q_ = zero, zero
     if start_ptr is not None and start_left_ptr is None:
-        P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < tiles), other=0.0)
-        Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < tiles), other=0.0)
+        P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
+        Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
     at_state = sequence * C + cols
     if g_ybar_ptr is not None:
         g_ybar = tl.load(g_ybar_ptr + at_state, mask=mask, other=0.0)
@@ -381,66 +417,70 @@ def wkv_backward_kernel(
     sum_u = zero
     o_behind = zero
     if DOWN:
-        o_behind = tl.load(state_ptr + 2 * plane + (row + end) * C + cols, mask=mask & (begin < end) & (end < tiles), other=0.0)
+        behind = mask & (begin < end) & (end < parts)
+        o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
-        tile = i if RIGHTWARDS else begin + end - 1 - i
-        t0 = tile * TILE
-        left = length - t0
+        part = i if RIGHTWARDS else begin + end - 1 - i
+        t0 = part * HELD
+        left = tl.minimum(length - t0, HELD).to(tl.int32)
+        tile = t0 // TILE
         at = (row + tile) * C + cols
-        ks = ()
-        vs = ()
-        gs = ()
-        rs = ()
-        for j in tl.static_range(TILE):
-            m = mask & (j < left)
-            ks = ks + (tl.load(k_ptr + (t0 + j) * k_l + cols, mask=m, other=-float("inf")),)
-            vs = vs + (tl.load(v_ptr + (t0 + j) * v_l + cols, mask=m, other=0.0),)
-            if g_ptr is not None:
-                gs = gs + (tl.load(g_ptr + (t0 + j) * g_l + cols, mask=m, other=0.0),)
-            if r_ptr is not None:
-                rs = rs + (tl.load(r_ptr + (t0 + j) * r_l + cols, mask=m, other=0.0),)
+        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), HELD)
+        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, HELD)
+        gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, 0 if g_ptr is None else HELD)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
-        rights = ()
+        for t in range(tile * TILE, t0, HELD):
+            state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
+        rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
-            for j in tl.static_range(TILE - 1, -1, -1):
+            for t in range(0, TILE - HELD - t0 % TILE, HELD):
+                t1 = tile * TILE + TILE - HELD - t
+                there = tl.minimum(length - t1, HELD).to(tl.int32)
+                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, there, right, w, True, HELD)
+            for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
+        at_part = (part_row + part) * C + cols
         if UP:
             if OUT:
-                P_ = tl.load(start_left_ptr + at, mask=mask, other=0.0)
-                Q_ = tl.load(start_left_ptr + plane + at, mask=mask, other=0.0)
+                P_ = tl.load(start_left_ptr + at_part, mask=mask, other=0.0)
+                Q_ = tl.load(start_left_ptr + start_plane + at_part, mask=mask, other=0.0)
             else:
                 P_, Q_ = P, Q
                 if keep_ptr is not None:
-                    tl.store(keep_ptr + at, P_, mask=mask)
-                    tl.store(keep_ptr + plane + at, Q_, mask=mask)
+                    tl.store(keep_ptr + at_part, P_, mask=mask)
+                    tl.store(keep_ptr + keep_plane + at_part, Q_, mask=mask)
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
-            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w)
+            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, t0 == tile * TILE)
+        if OUT and r_ptr is not None:
+            dr_at = _at(dr_ptr, t0, dr_l, cols)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
-        for j in tl.static_range(TILE):
+        for j in tl.static_range(HELD):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
-            num, den, e, e_, own = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
+            num, den, e, e_, own = _mean(k, v, state, rights[HELD - 1 - j] if BOTH else state, w, u2, BOTH)
             inverse = _reciprocal(den)
             y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
-                p = _reciprocal(1.0 + tl.exp2(-_LOG2E * rs[j].to(w.dtype)))
+                p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
                 if OUT:
                     dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
-                    tl.store(dr_ptr + (t0 + j) * dr_l + cols, dr, mask=mask & (j < left))
+                    tl.store(dr_at, dr, mask=mask & (j < left))
+                    dr_at += dr_l
                 g *= p
             g *= inverse
             dv = g * own
             dk = dv * (v - y)
             sum_u += dk
             if UP:
-                _, b_, _, _ = rights[TILE - 1 - j]
-                _, A, E = _advance(k, v, rights[TILE - 1 - j], w)
+                _, b_, _, _ = rights[HELD - 1 - j]
+                _, A, E = _advance(k, v, rights[HELD - 1 - j], w)
                 dv += E * P_
                 dk += E * (P_ * v + Q_)
-                sum_w += A * (P_ * rights[TILE - 1 - j][0] + Q_ * b_)
+                sum_w += A * (P_ * rights[HELD - 1 - j][0] + Q_ * b_)
                 P_ = A * P_ + g * e_
                 Q_ = A * Q_ - g * e_ * y
                 if exit_ptr is not None:
@@ -453,26 +493,31 @@ def wkv_backward_kernel(
                 state, _, _ = _advance(k, v, state, w)
         if DOWN:
             if start_left_ptr is not None:
-                P = tl.load(start_ptr + at, mask=mask, other=0.0)
-                Q = tl.load(start_ptr + plane + at, mask=mask, other=0.0)
+                P = tl.load(start_ptr + at_part, mask=mask, other=0.0)
+                Q = tl.load(start_ptr + start_plane + at_part, mask=mask, other=0.0)
             if keep_ptr is not None:
-                tl.store(keep_ptr + at, P, mask=mask)
-                tl.store(keep_ptr + plane + at, Q, mask=mask)
-            P, Q, F = _rescaled(P, Q, F, state, o_behind, w)
+                tl.store(keep_ptr + at_part, P, mask=mask)
+                tl.store(keep_ptr + keep_plane + at_part, Q, mask=mask)
+            P, Q, F = _rescaled(P, Q, F, state, o_behind, w, t0 + HELD == tile * TILE + TILE)
             o_behind = o_entry
             if g_ybar_ptr is not None:
-                final = (tile == tiles - 1) & (state[1] != 0.0)
+                final = (part == parts - 1) & (state[1] != 0.0)
                 b = tl.where(final, state[1], 1.0)
                 P = tl.where(final, g_ybar / b, P)
                 Q = tl.where(final, (g_lse - g_ybar * state[0] / b) / b, Q)
-            for j in tl.static_range(TILE - 1, -1, -1):
+            if OUT:
+                dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, cols)
+                dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, cols)
+            for j in tl.static_range(HELD - 1, -1, -1):
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
                 if OUT:
                     dv = (dv + E * P).to(dv_ptr.dtype.element_ty)
                     dk = (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty)
-                    tl.store(dv_ptr + (t0 + j) * dv_l + cols, dv, mask=m)
-                    tl.store(dk_ptr + (t0 + j) * dk_l + cols, dk, mask=m)
+                    tl.store(dv_at, dv, mask=m)
+                    tl.store(dk_at, dk, mask=m)
+                    dv_at -= dv_l
+                    dk_at -= dk_l
                     sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
                 P = A * P + h
                 Q = A * Q - h * y
@@ -481,16 +526,16 @@ def wkv_backward_kernel(
         else:
             P, Q, F = P_, Q_, F_
     if exit_ptr is not None:
-        _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), P, Q, F)
+        _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, F)
     if OUT:
-        tl.store(dw_ptr + chunk_row * C + cols, sum_w, mask=mask & (begin < tiles))
-        tl.store(du_ptr + chunk_row * C + cols, sum_u, mask=mask & (begin < tiles))
+        tl.store(dw_ptr + chunk_row * C + cols, sum_w, mask=mask & (begin < parts))
+        tl.store(du_ptr + chunk_row * C + cols, sum_u, mask=mask & (begin < parts))
     if d_ybar_ptr is not None:
         m = mask & (chunk == 0)
         ybar = tl.load(ybar_ptr + at_state, mask=m, other=0.0)
         lse = tl.load(lse_ptr + at_state, mask=m, other=0.0)
         if g_ybar_ptr is not None:
-            if tiles == 0:
+            if parts == 0:
                 P, Q = g_ybar, g_lse - g_ybar * ybar
         seen = lse != -float("inf")
         tl.store(d_ybar_ptr + at_state, tl.where(seen, P, 0.0), mask=m)
@@ -503,8 +548,8 @@ def wkv_backward_kernel(
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    A launch of ``sequences * C`` threads, which is "serial", keeps an H100 busy from half of _FILL on; "auto" is "serial" there,
-    and where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
+    "serial" launches sequences * C threads. "auto" is "serial" from half of _FILL on, which keep an H100's memory busy, and
+    where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
     """
 
     def __init__(self, k, w, u, cu_seqlens, max_seqlen, algorithm):
@@ -513,7 +558,7 @@ class _Grid:
         self.sequences = B if self.packed is None else self.packed
         self.B, self.L, self.longest = B, L, L if self.packed is None else max_seqlen or L
         self.w, self.u, self.cu_seqlens = w, u, cu_seqlens
-        self.tiles = triton.cdiv(self.longest, TILE)
+        self.tiles = triton.cdiv(self.longest, layout.TILE)
         threads = self.sequences * self.C
         self.fine = max(1, self.tiles * threads // _FILL)  # tiles per chunk
         serial = 2 * threads >= _FILL or self.tiles <= 2 if algorithm == "auto" else algorithm == "serial"
@@ -523,7 +568,7 @@ class _Grid:
 
     def rows(self, tiles):
         """Rows of what is kept per chunk of so many tiles."""
-        return wkv_rows(self.B, self.L, self.packed, TILE * tiles)
+        return layout.wkv_rows(self.B, self.L, self.packed, layout.TILE * tiles)
 
     def empty(self, *leading, tiles):
         return torch.empty(*leading, self.rows(tiles), self.C, dtype=self.state, device=self.device)
@@ -538,7 +583,7 @@ class _Grid:
     def _launch(self, kernel, tiles, *args, **flags):
         chunks = triton.cdiv(self.tiles, tiles) if tiles else 1
         programs = self.sequences * chunks * triton.cdiv(self.C, _THREADS)
-        kernel[(programs,)](*args, **flags, TILE=TILE, BC=_THREADS, num_warps=_warps(_THREADS))
+        kernel[(programs,)](*args, **flags, TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
@@ -549,12 +594,12 @@ class _Grid:
 
 
 def _placed(t):
-    """(tensor, stride of B, stride of L), channels contiguous."""
+    """(tensor, stride of sequences, stride of L), channels contiguous."""
     if t is None:
         return None, 0, 0
     if t.stride(2) != 1 and t.shape[2] > 1:
         t = t.contiguous()
-    return t, t.stride(0), t.stride(1)
+    return t, t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)  # packed sequences differ in their first token alone
 
 
 def _plane(rows):
@@ -570,8 +615,9 @@ def wkv_forward(k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional,
 
     def walk(tiles, start=None, right=None, y=None, final=(None, None), keep=None, exit=None, leftwards=False):
         chunk_plane = _plane(exit if start is None else start)
+        given = (ybar, lse) if exit is None else (None, None)  # a summary starts from nothing
         grid.launch(
-            wkv_forward_kernel, tiles, k, v, r if y is not None else None, w, u, ybar, lse, start, right, cu_seqlens,
+            wkv_forward_kernel, tiles, k, v, r if y is not None else None, w, u, *given, start, right, cu_seqlens,
             y, *final, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
             _plane(start if right is not None else keep), chunk_plane, *k_, *v_, *r_, *out_, LEFTWARDS=leftwards,
         )  # fmt: skip
@@ -624,7 +670,8 @@ def wkv_backward(
         grid.launch(
             wkv_backward_kernel, tiles, g, *upstream, k, v, r, w, u, ybar, lse, state, right, cu_seqlens,
             start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_, RIGHTWARDS=rightwards,
+            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
+            RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
         return sums
 
@@ -639,7 +686,8 @@ def wkv_backward(
 
     if not bidirectional:
         return walk(grid.coarse, start=starts(False), out=True)
-    entering = grid.empty(2, 2, tiles=1)
+    rows = layout.wkv_rows(grid.B, grid.L, grid.packed, min(_HELD, layout.TILE))
+    entering = torch.empty(2, 2, rows, grid.C, dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         walk(grid.coarse, start=starts(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
     return walk(grid.fine, start=entering[0], left=entering[1], out=True)

@@ -1,0 +1,353 @@
+"""The Triton launchers of WKV against the reference in float64: values, all gradients, memory, accuracy."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import native_triton
+import pytest
+import torch
+from hypothesis import given, settings
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from sdit_kernels import layout
+from sdit_kernels.reference.wkv import wkv as definition
+from sdit_kernels.triton import wkv as kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVICE = "cuda" if native_triton.setup() == "gpu" else "cpu"
+KERNELS = {"wkv_forward_kernel", "wkv_backward_kernel", "wkv_combine_kernel"}
+DATA = ("k", "v", "r", "g", "g_ybar", "g_lse", "ybar", "lse")
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SERIAL, CHUNKED = "serial", "chunked"
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """A few tiles a chunk even of small tensors."""
+    monkeypatch.setattr(kernels, "_FILL", 96)
+
+
+def state_type(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def inputs(B, L, C, dtype=torch.float32, gate=False, state=False, final=True, cut=None, seed=0, scale=2.0, masked=0.0):
+    """Named tensors of one call. ``cut``: ends of packed sequences; final: whether the final state has a gradient."""
+    random = torch.Generator().manual_seed(seed)
+    wide = state_type(dtype)
+
+    def normal(*shape, to):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(to).to(DEVICE)
+
+    N = B if cut is None else len(cut) - 1
+    x = {name: normal(B, L, C, to=dtype) for name in ("k", "v", "r", "g")}
+    x["k"] = x["k"] * scale
+    x["k"][torch.rand(B, L, C, generator=random).to(DEVICE) < masked] = -math.inf
+    x |= {name: normal(N, C, to=wide) for name in ("ybar", "lse", "g_ybar", "g_lse", "w", "u")}
+    x["w"], x["u"] = normal(C, to=wide), normal(C, to=wide)
+    x["lse"][0] = -math.inf
+    for name, wanted in (("r", gate), ("ybar", state), ("lse", state), ("g_ybar", final), ("g_lse", final)):
+        x[name] = x[name] if wanted else None
+    x["cu"] = None if cut is None else torch.tensor(cut, device=DEVICE)
+    return x
+
+
+def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True):
+    """(out, ybar, lse, checkpoint) of the launcher; outputs start as NaN."""
+    B, L, C = x["k"].shape
+    packed = None if x["cu"] is None else x["cu"].numel() - 1
+    wide, device = x["w"].dtype, x["k"].device
+    state = torch.full((2, packed or B, C), math.nan, dtype=wide, device=device)
+    shape = (2 if bidirectional else 1, 3, layout.wkv_rows(B, L, packed), C)
+    checkpoint = torch.full(shape, math.nan, dtype=wide, device=device) if keep else None
+    out = torch.full((B, L, C), math.nan, dtype=x["k"].dtype, device=device)
+    with native_triton.launches() as counts:
+        kernels.wkv_forward(
+            x["k"], x["v"], x["r"], x["w"], x["u"], x["ybar"], x["lse"], x["cu"], max_seqlen, bidirectional, algorithm,
+            out, *state, checkpoint,
+        )  # fmt: skip
+    assert KERNELS & set(counts), f"no Triton kernel ran, only {dict(counts)}"
+    return out, *state, checkpoint
+
+
+def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0):
+    """{name: gradient} of the launcher, dw and du summed."""
+    nan = {n: None if x[n] is None else torch.full_like(x[n], math.nan) for n in ("k", "v", "r", "ybar", "lse")}
+    sums = kernels.wkv_backward(
+        x["g"], x["g_ybar"], x["g_lse"], x["k"], x["v"], x["r"], x["w"], x["u"], x["ybar"], x["lse"], checkpoint, x["cu"],
+        max_seqlen, bidirectional, algorithm, *nan.values(),
+    )  # fmt: skip
+    return {n: t for n, t in nan.items() if t is not None} | {n: s.sum(0) for n, s in zip(("w", "u"), sums)}
+
+
+def expected(x, bidirectional=False):
+    """((out, ybar, lse), {name: gradient}) of the reference in float64."""
+    t = {n: None if t is None or n == "cu" else t.double().requires_grad_() for n, t in x.items()}
+    out, state = definition(
+        None, t["u"], t["k"], t["v"], r=t["r"], state=None if t["ybar"] is None else (t["ybar"], t["lse"]),
+        return_state=True, bidirectional=bidirectional, log_decay=t["w"], cu_seqlens=x["cu"],
+    )  # fmt: skip
+    loss = 0.0
+    for o, g in zip((out, *state), (t["g"], t["g_ybar"], t["g_lse"])):
+        if g is not None:
+            seen = o > -math.inf  # a gradient of log 0 is none
+            loss = loss + (torch.where(seen, o, 0.0) * g.detach()).sum()
+    names = [n for n in ("k", "v", "r", "ybar", "lse", "w", "u") if t[n] is not None]
+    found = torch.autograd.grad(loss, [t[n] for n in names], allow_unused=True, materialize_grads=True)
+    return (out.detach(), *(s.detach() for s in state)), dict(zip(names, found))
+
+
+def assert_close(got, want, tolerance, what, scale=0.0):
+    """Beside the greatest element; NaN where the reference has none fails."""
+    finite = want[want.abs() < math.inf]
+    scale = max(scale, finite.abs().max().item() if finite.numel() else 0.0, 1e-3)
+    torch.testing.assert_close(
+        got.double(), want, rtol=tolerance, atol=tolerance * scale, check_dtype=False, msg=lambda m: f"{what}: {m}"
+    )
+
+
+def compare(x, algorithm, bidirectional=False, max_seqlen=0):
+    tolerance = TOLERANCE[x["k"].dtype]
+    *outputs, checkpoint = forward(x, algorithm, bidirectional, max_seqlen)
+    found = backward(x, checkpoint, algorithm, bidirectional, max_seqlen)
+    wanted_outputs, wanted = expected(x, bidirectional)
+    states = TOLERANCE[x["w"].dtype]
+    for got, want, name, bound in zip(outputs, wanted_outputs, ("out", "ybar", "lse"), (tolerance, states, states)):
+        assert_close(got, want, bound, name)
+    product = wanted["v"].abs().max().item() * max(1.0, x["v"].abs().max().item())
+    for name, want in wanted.items():
+        sums = name in ("w", "u")  # over tokens: terms may cancel
+        scale = product * math.sqrt(x["k"].shape[0] * x["k"].shape[1]) if sums else product
+        assert_close(found[name], want, tolerance if found[name].dtype == x["k"].dtype else states, f"d {name}", scale)
+
+
+LENGTHS = [1, 2, 3, 4, 5, 8, 9, 31, 40]
+SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(LENGTHS), st.sampled_from([1, 7, 8, 9, 17]))
+TYPES = [torch.float32] * 3 + [torch.bfloat16, torch.float16, torch.float64]
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_values_and_gradients(data):
+    B, L, C = data.draw(SHAPES)
+    bidirectional = data.draw(st.booleans())
+    x = inputs(
+        B, L, C, data.draw(st.sampled_from(TYPES)), gate=data.draw(st.booleans()),
+        state=not bidirectional and data.draw(st.booleans()), final=not bidirectional and data.draw(st.booleans()),
+        seed=data.draw(st.integers(0, 99)), masked=data.draw(st.sampled_from([0.0, 0.0, 0.5, 0.95])),
+    )  # fmt: skip
+    compare(x, data.draw(st.sampled_from([SERIAL, CHUNKED, "auto"])), bidirectional)
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_packed(data):
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 3, 4, 5, 8, 21]), min_size=1, max_size=6))
+    lengths[0] = lengths[0] or 2
+    cut = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    bidirectional = data.draw(st.booleans())
+    state = not bidirectional and data.draw(st.booleans())
+    x = inputs(1, cut[-1], 9, gate=data.draw(st.booleans()), state=state, final=state, cut=cut)
+    if data.draw(st.booleans()):
+        x["cu"] = x["cu"].int()
+    compare(x, data.draw(st.sampled_from([SERIAL, CHUNKED])), bidirectional, data.draw(st.sampled_from([0, max(lengths)])))
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+@pytest.mark.parametrize("gate, state, bidirectional", [(True, True, False), (False, False, True)])
+def test_small(algorithm, gate, state, bidirectional):
+    """Every kernel, small enough for the interpreter."""
+    compare(inputs(1, 40, 3, gate=gate, state=state, final=state), algorithm, bidirectional)
+
+
+@pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, False), (CHUNKED, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_types(algorithm, dtype, bidirectional):
+    one = not bidirectional
+    compare(inputs(2, 21, 5, dtype, gate=True, state=one, final=one), algorithm, bidirectional)
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+def test_only_one_upstream_gradient(algorithm):
+    for given_ in ("g", "g_ybar", "g_lse"):
+        x = inputs(2, 21, 5, state=True)
+        for name in {"g", "g_ybar", "g_lse"} - {given_}:
+            x[name] = None
+        compare(x, algorithm)
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+def test_strides(algorithm):
+    """Slices of one fused Linear, tokens first, expanded gradients, every other channel."""
+    x = inputs(2, 21, 5, gate=True)
+    want, wanted = expected(x)
+    fused = torch.cat([x["k"], x["v"], x["r"]], -1)
+    slices = dict(zip("kvr", fused.split(5, -1)))
+    swapped = {n: x[n].transpose(0, 1).contiguous().transpose(0, 1) for n in "kvr"}
+    sparse = {n: torch.stack([x[n], x[n]], -1)[..., 0] for n in "kvr"}
+    for other in (slices, swapped, sparse):
+        *outputs, checkpoint = forward(x | other, algorithm)
+        assert_close(outputs[0], want[0], 1e-5, "out")
+        for name, t in backward(x | other, checkpoint, algorithm).items():
+            assert_close(t, wanted[name], 1e-5, name, 10.0)
+    for g in (torch.ones((), device=DEVICE).expand(2, 21, 5), torch.randn(2, 1, 5, device=DEVICE).expand(2, 21, 5)):
+        compare(x | {"g": g}, algorithm)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_extreme_keys_and_masks(bidirectional):
+    """+-1e4 stay finite; what is masked has no gradient; where nothing is visible the output is 0, with no gradient."""
+    for algorithm in (SERIAL, CHUNKED):
+        x = inputs(2, 21, 6, final=False, scale=1.0)
+        sign = torch.randn(2, 21, 6, generator=torch.Generator().manual_seed(1)).sign().to(DEVICE)
+        *outputs, checkpoint = forward(x | {"k": 1e4 * sign}, algorithm, bidirectional)
+        found = backward(x | {"k": 1e4 * sign}, checkpoint, algorithm, bidirectional)
+        assert all(t.isfinite().all() for t in (*outputs, *found.values()))
+        nothing = torch.full_like(x["k"], -math.inf)
+        nothing[:, :, 3:] = x["k"][:, :, 3:]
+        nothing[0, 7:, 3:] = -math.inf
+        compare(x | {"k": nothing}, algorithm, bidirectional)
+        out, ybar, lse, checkpoint = forward(x | {"k": nothing}, algorithm, bidirectional)
+        assert not out[:, :, :3].any() and not ybar[:, :3].any() and (lse[:, :3] == -math.inf).all()
+        found = backward(x | {"k": nothing}, checkpoint, algorithm, bidirectional)
+        assert not found["k"][nothing == -math.inf].any() and not found["v"][nothing == -math.inf].any()
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_not_a_number(bidirectional):
+    """A NaN spoils its channel from its token on (bidirectional: all of it), and no other channel."""
+    for algorithm in (SERIAL, CHUNKED):
+        for name in ("k", "v"):
+            x = inputs(1, 21, 6)
+            x[name][0, 9, 2] = math.nan
+            out = forward(x, algorithm, bidirectional)[0]
+            assert out[0, 0 if bidirectional else 9 :, 2].isnan().all()
+            assert not out[0, :9, 2].isnan().any() or bidirectional
+            assert not out[..., [0, 1, 3, 4, 5]].isnan().any()
+
+
+@pytest.mark.parametrize("decay", [-math.inf, -1e4, -20.0, 0.0, 3.0])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_decays(decay, bidirectional):
+    for algorithm in (SERIAL, CHUNKED):
+        x = inputs(1, 21, 6, final=False)
+        compare(x | {"w": torch.full_like(x["w"], decay)}, algorithm, bidirectional)
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+def test_two_slices_are_one_pass(algorithm):
+    x = inputs(2, 40, 5, torch.float64, state=True)
+    whole = forward(x, algorithm)
+    for at in (1, 16, 21):
+        first = forward(x | {n: x[n][:, :at] for n in "kv"}, algorithm)
+        second = forward(x | {n: x[n][:, at:] for n in "kv"} | {"ybar": first[1], "lse": first[2]}, algorithm)
+        torch.testing.assert_close(torch.cat([first[0], second[0]], 1), whole[0])
+        torch.testing.assert_close(second[1:3], whole[1:3])
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_repeats_bit_for_bit(bidirectional):
+    for algorithm in (SERIAL, CHUNKED):
+        x = inputs(2, 40, 9, gate=True, final=not bidirectional)
+        runs = []
+        for _ in range(2):
+            *outputs, checkpoint = forward(x, algorithm, bidirectional)
+            runs.append([*outputs, *backward(x, checkpoint, algorithm, bidirectional).values()])
+        assert all(torch.equal(a, b) for a, b in zip(*runs))
+        without = forward(x, algorithm, bidirectional, keep=False)
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], without[:3]))  # the checkpoint changes nothing
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("cut", [None, [0, 5, 5, 21]])
+def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
+    x = inputs(1 if cut else 2, 21, 9, gate=True, state=not bidirectional, final=not bidirectional, cut=cut)
+    N = 2 if cut is None else 3
+    shape = (2 if bidirectional else 1, 3, layout.wkv_rows(*x["k"].shape[:2], N if cut else None), 9)
+    read = {n: x[n] for n in (*DATA, "w", "u") if x[n] is not None}
+    outputs = [torch.full(s, math.nan, device=DEVICE) for s in ((N, 9), (N, 9), shape, *[x["k"].shape] * 4, *[(N, 9)] * 2)]
+    with native_triton.guarded(*read.values(), *outputs) as guarded:
+        y = x | dict(zip(read, guarded))
+        ybar, lse, checkpoint, out, dk, dv, dr, d_ybar, d_lse = guarded[len(read) :]
+        if bidirectional:
+            d_ybar = d_lse = None
+        middle = (y["r"], y["w"], y["u"], y["ybar"], y["lse"])
+        kernels.wkv_forward(y["k"], y["v"], *middle, x["cu"], 0, bidirectional, algorithm, out, ybar, lse, checkpoint)
+        sums = kernels.wkv_backward(
+            y["g"], y["g_ybar"], y["g_lse"], y["k"], y["v"], *middle, checkpoint, x["cu"], 0, bidirectional, algorithm,
+            dk, dv, dr, d_ybar, d_lse,
+        )  # fmt: skip
+        for t in (ybar, lse, out, dk, dv, dr, d_ybar, d_lse, *sums, *(() if cut else (checkpoint,))):
+            assert t is None or not t.isnan().any()
+
+
+def test_offsets_beyond_31_bits():
+    torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
+    stride = (1 << 31) + 64
+    memory = torch.empty(stride + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = inputs(1, 2, 9, torch.bfloat16)
+    k = memory.as_strided((1, 2, 9), (0, stride, 1))
+    k.copy_(x["k"])
+    far, near = forward(x | {"k": k}, SERIAL), forward(x, SERIAL)
+    assert torch.equal(far[0], near[0])
+
+
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+@pytest.mark.parametrize("mean, deviation", [(0.0, 8.0), (50.0, 4.0)])
+def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation, monkeypatch):
+    """Relative rms <= 1e-6 in float32 at L = 4096, time_decay = -5."""
+    if native_triton.setup() == "interpreter":
+        pytest.skip("too slow in the interpreter")
+    monkeypatch.setattr(kernels, "_FILL", 96 * 16)
+    x = inputs(1, 4096, 24, final=False, scale=deviation)
+    x["k"] += mean
+    x["w"] = torch.full_like(x["w"], -math.exp(-5.0))
+    out = forward(x, algorithm)[0].double()
+    wanted = definition(None, x["u"].double(), x["k"].double(), x["v"].double(), log_decay=x["w"].double())
+    error = ((out - wanted).square().mean() / wanted.square().mean()).sqrt().item()
+    print(f"{algorithm}, k ~ N({mean:g}, {deviation:g}): relative rms {error:.1e}")
+    assert error <= 1e-6
+
+
+@pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
+def test_tiles_as_on_a_gpu(algorithm, monkeypatch):
+    monkeypatch.setattr(kernels, "_THREADS", 64)
+    monkeypatch.setattr(kernels, "_FILL", 1 << 9)
+    monkeypatch.setattr(layout, "TILE", GPU_TILE)
+    compare(inputs(2, 67, 70, gate=True, state=True), algorithm)
+
+
+GPU_TILE = 16
+
+
+def test_auto_looks_at_threads_and_length_alone(monkeypatch):
+    monkeypatch.setattr(kernels, "_FILL", 1 << 16)
+
+    def grid(B, L, C, algorithm="auto"):
+        x = torch.empty(B, L, C, device="meta")
+        return kernels._Grid(x, None, None, None, 0, algorithm)
+
+    tile = layout.TILE
+    assert not grid(86, 4096, 384).chunked and grid(85, 4096, 384).chunked  # half of _FILL: 32768 threads
+    assert not grid(1, 2 * tile, 384).chunked and grid(1, 2 * tile + 1, 384).chunked
+    assert not grid(85, 4096, 384, SERIAL).chunked and grid(86, 4096, 384, CHUNKED).chunked
+    long = grid(1, 65536, 384)
+    assert long.fine == 65536 // tile * 384 // 65536
+
+
+@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
+def test_in_the_interpreter():
+    """Second witness: small cases in Triton's own interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_wkv_triton.py",
+         "-k", "small"],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
