@@ -13,7 +13,7 @@ from torch import Tensor
 from . import memory
 
 TILE = 16  # tokens between the scan states that the WKV kernels keep
-PAIRS = {"cpu": 32, "triton": 16}  # of simulation step and token between the scan states that spiking_wkv keeps
+PAIRS = {"cpu": 64, "triton": 16}  # of simulation step and token between the scan states that spiking_wkv keeps
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 

@@ -21,7 +21,6 @@ from .runtime import (
     STREAM,
     U8,
     Kernel,
-    exp_negative,
     load,
     load_input,
     mul_add,
@@ -35,6 +34,7 @@ from .runtime import (
     stream,
     tile,
 )  # fmt: skip
+from .vector import absolute, exp_below, negative_abs, vset, where_less
 
 _BLOCK = 1024  # columns a forward task holds
 _BACK = 256  # columns a backward task holds: STRIDE tiles of them are 16 KiB
@@ -42,31 +42,32 @@ _GROUPS = 64  # at most so many partial sums per channel
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def _surrogate(kind, z, a, S):
-    one = num(1.0, S)
-    m = abs(z)
+def _surrogate(kind, z, a, V):
+    """ds/dz of numbers (V: their code) or of vectors."""
+    zero, half, one = vset(0.0, V), vset(0.5, V), vset(1.0, V)
+    m = absolute(z)
     if kind == 0:
-        q = num(0.5 * math.pi, S) * a * z
-        return num(0.5, S) * a / (one + q * q)
+        q = vset(0.5 * math.pi, V) * a * z
+        return half * a / (one + q * q)
     if kind == 1:
-        e = exp_negative(-a * m, S)
+        e = exp_below(negative_abs(a * m), V)
         return a * e / ((one + e) * (one + e))
     if kind == 2:
         p = a - a * a * m
-        return num(0.0, S) if p < num(0.0, S) else p
+        return where_less(p, zero, zero, p)
     if kind == 3:
-        return num(0.5, S) * a * exp_negative(-a * m, S)
+        return half * a * exp_below(negative_abs(a * m), V)
     if kind == 4:
         q = one + a * m
-        return num(0.5, S) * a / (q * q)
+        return half * a / (q * q)
     if kind == 5:
         q = one + m
         return a / (q * q)
     if kind == 6:
         q = a * z
-        return num(1.0 / math.sqrt(math.pi), S) * a * exp_negative(-q * q, S)
+        return vset(1.0 / math.sqrt(math.pi), V) * a * exp_below(negative_abs(q * q), V)
     if kind == 7:
-        return a if m < num(0.5, S) / a else num(0.0, S)
+        return where_less(m, half / a, a, zero)
     q = one + a * m
     return one / (q * q)
 

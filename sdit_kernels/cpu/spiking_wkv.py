@@ -16,17 +16,22 @@ import torch
 
 from ..layout import PAIRS, spiking_tile
 from ..surrogate import SURROGATES
-from .lif import _charge, _fill, _Parameters, _reset, _surrogate
-from .runtime import CODES, SIZES, Kernel, load, num, state_code, store, tile
+from .lif import _charge, _Parameters, _surrogate
+from .runtime import CODES, SIZES, Kernel, state_code, tile
 from .vector import LANES, fma, kind, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
 from .wkv import _address, _channels, _entry, _gap, _gate, _include, _place, _rounded, _weights
 
 _WIDTH = 8  # vectors of channels that a forward task holds, and one more for the last channels
 _BACK = 4  # the same of a backward task
-_A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _OPEN, _SLOPE = range(9)  # what a tile leaves for the walk back, per step and token
-# state before the token, weights that include it, weights of token and state in y, y, sigmoid(r) and its derivative
+# What a tile leaves for the walk back, per step and token: the state before it, the weights that include it, the weights of the
+# token and of the state in y, the charge; sigmoid(r) and its derivative.
+_A, _B, _KEEP, _NEW, _SELF, _SEEN, _H, _OPEN, _SLOPE = range(9)
 
 _inline = numba.njit(forceinline=True, error_model="numpy")
+
+
+def _fields(gate):
+    return 9 if gate else 7
 
 
 @_inline
@@ -134,80 +139,73 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
 @functools.cache
 def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
     V, S = kind(X, lanes), state_code(X)
-    W, xb, mb, sb = kind(S, lanes), SIZES[X], SIZES[M], SIZES[S]
-    ROW = (_BACK + 1) * lanes
-    AREA, CHANNELS, SUMS = PAIRS["cpu"] * ROW, ROW if PER_CHANNEL else 1, ROW if PARAMETERS else 1
-    FIELDS = 9 if GATE else 7
+    W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
+    ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
 
     def spiking_wkv_backward(
         T, B, L, C, tokens, blocks, workers, work, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, m0, m0_b, m0_l,
         states, rows, field, g, g_t, g_b, g_l, g_ybar, g_lse, g_m, dk, dv, dr, d_ybar, d_lse, d_m, dw, du, d_leak, d_theta,
-        leak_, leaks_, theta_, thetas_, reset_, alpha_,
+        leak_, leaks, theta_, thetas, reset_, alpha_,
     ):  # fmt: skip
-        vr, alpha, nil, unit, steps = num(reset_, S), num(alpha_, S), num(0.0, S), num(1.0, S), num(float(T), S)
         area = tokens * ROW
         for worker in numba.prange(workers):
-            history = work + worker * T * ((FIELDS + 1) * area + 2 * ROW) * sb
-            charge = history + T * FIELDS * area * sb
-            adjoint = charge + T * area * sb  # P and Q of every step
-            current, start, carry = tile(AREA, S), tile(AREA, S), tile(AREA, S)
-            sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(SUMS, S), tile(SUMS, S)
-            leaks, ths = tile(CHANNELS, S), tile(CHANNELS, S)
-            leak, th = num(leak_, S), num(theta_, S)
-            zero, one = vset(0.0, W), vset(1.0, W)
+            history = work + worker * (T * (FIELDS * area + 2 * ROW) + area) * sb
+            carries = history + T * FIELDS * area * sb  # gradients of the tile's membranes
+            adjoint = carries + area * sb  # P and Q of every step
+            sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
+            leak, th, vr, alpha = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(alpha_, W)
+            zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
                 batch = task // blocks
                 begin, vectors = _channels(C, lanes, task - batch * blocks, blocks)
-                c0 = begin * lanes
-                n = min(C, (begin + vectors) * lanes) - c0
-                _fill(sum_w, ROW, 0, 0, nil, S, S)
-                _fill(sum_u, ROW, 0, 0, nil, S, S)
-                if PARAMETERS:
-                    _fill(sum_leak, n, 0, 0, nil, S, S)
-                    _fill(sum_th, n, 0, 0, nil, S, S)
-                if PER_CHANNEL:
-                    _fill(leaks, n, leaks_, c0, leak, S, S)
-                    _fill(ths, n, thetas_, c0, th, S, S)
+                for j in range(vectors):
+                    for total in (sum_w, sum_u, sum_leak, sum_th):
+                        vstore(total, j * lanes, zero, W)
                 for i in range((L - 1) // tokens, -1, -1):
                     first = i * tokens
                     size = min(tokens, L - first)
-                    for l in range(size):
-                        _fill(start + l * ROW * sb, n, m0, batch * m0_b + (first + l) * m0_l + c0, vr, M, S)
-                        _fill(carry + l * ROW * sb, n, g_m, (batch * L + first + l) * C + c0, nil, S, S)
                     for t in range(T):  # rebuild
                         user = (t * B + batch) * C
                         entry = states + ((t * B + batch) * rows + i) * C * sb
                         kt = k + (t * k_t + batch * k_b + first * k_l) * xb
                         vt = v + (t * v_t + batch * v_b + first * v_l) * xb
                         rt = r + (t * r_t + batch * r_b + first * r_l) * xb
-                        past, ht, Pt = history + t * FIELDS * area * sb, charge + t * area * sb, adjoint + 2 * t * ROW * sb
+                        past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
                         for j in range(vectors):
                             c = min((begin + j) * lanes, C - lanes)
                             w, u = vload(w_, c, W), vload(u_, c, W)
+                            if PER_CHANNEL:
+                                leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
+                                th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                             m = zero
                             for l in range(size):
-                                slot = l * ROW + c - c0
+                                here = past + (l * ROW + j * lanes) * FIELDS * sb
                                 key, value = vload(kt, l * k_l + c, V), vload(vt, l * v_l + c, V)
-                                vstore(past, _A * area + slot, a, W)
-                                vstore(past, _B * area + slot, b, W)
+                                vstore(here, _A * lanes, a, W)
+                                vstore(here, _B * lanes, b, W)
                                 y, z, old, new = _drive(ka, m, a, b, key, value, w, u, W)
-                                x, inverse = y, one / z
                                 if GATE:
                                     up, down, e = _gate(vload(rt, l * r_l + c, V), W)
-                                    x, both = y * up, one / (z * down)
-                                    vstore(current, slot, x * both, W)
-                                    inverse, share = both * down, both * z
-                                    vstore(past, _OPEN * area + slot, up * share, W)
-                                    vstore(past, _SLOPE * area + slot, e * share * share, W)
+                                    both = one / (z * down)
+                                    x, inverse, share = y * up * both, both * down, both * z
+                                    vstore(here, _OPEN * lanes, up * share, W)
+                                    vstore(here, _SLOPE * lanes, e * share * share, W)
                                 else:
-                                    vstore(current, slot, x * inverse, W)
-                                vstore(past, _SEEN * area + slot, old * inverse, W)
-                                vstore(past, _SELF * area + slot, new * inverse, W)
-                                vstore(past, _Y * area + slot, y * inverse, W)
+                                    inverse = one / z
+                                    x = y * inverse
+                                vstore(here, _SEEN * lanes, old * inverse, W)
+                                vstore(here, _SELF * lanes, new * inverse, W)
                                 ka, m, a, b, A, E = _include(ka, m, a, b, key, value, w, W)
-                                vstore(past, _KEEP * area + slot, A, W)
-                                vstore(past, _NEW * area + slot, E, W)
+                                vstore(here, _KEEP * lanes, A, W)
+                                vstore(here, _NEW * lanes, E, W)
+                                if t > 0:
+                                    h = vload(here - FIELDS * area * sb, _H * lanes, W)
+                                    before = where_at_least(h, th, h - th if SOFT else vr, h)
+                                else:
+                                    before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else vr
+                                h, _ = _charge(x, before, leak, vr, SOFT, DECAY)
+                                vstore(here, _H * lanes, h, W)
                             slot = j * lanes
                             if first + size < L:  # the tile that follows counts from its exponent rounded
                                 gap = _gap(ka, m, vload(entry, 2 * field + C + c, W), w, W)
@@ -219,98 +217,95 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 P, Q = gy * z, (gl - gy * (a * z)) * z
                             vstore(Pt, slot, P, W)
                             vstore(Pt, ROW + slot, Q, W)
-                        for l in range(size):
-                            ct, hl = current + l * ROW * sb, ht + l * ROW * sb
-                            before = start + l * ROW * sb if t == 0 else hl - area * sb
-                            for c in range(n):
-                                if PER_CHANNEL:
-                                    leak, th = load(leaks, c, S), load(ths, c, S)
-                                x = load(before, c, S)
-                                if t > 0:
-                                    x = _reset(x, th, vr, SOFT)
-                                h, _ = _charge(load(ct, c, S), x, leak, vr, SOFT, DECAY)
-                                store(ct, c, h, S)
-                            _fill(hl, n, ct, 0, nil, S, S)
                     for t in range(T - 1, -1, -1):  # walk back
                         user = (t * B + batch) * C
-                        past, ht, Pt = history + t * FIELDS * area * sb, charge + t * area * sb, adjoint + 2 * t * ROW * sb
-                        for l in range(size):
-                            gt = g + (t * g_t + batch * g_b + (first + l) * g_l + c0) * xb
-                            ct, kept, hl = carry + l * ROW * sb, current + l * ROW * sb, ht + l * ROW * sb
-                            before = start + l * ROW * sb if t == 0 else hl - area * sb
-                            y_, open_ = past + (_Y * area + l * ROW) * sb, past + (_OPEN * area + l * ROW) * sb
-                            for c in range(n):
-                                if PER_CHANNEL:
-                                    leak, th = load(leaks, c, S), load(ths, c, S)
-                                h, ds, dvc = load(hl, c, S), load(gt, c, X), load(ct, c, S)
-                                if RATE:
-                                    ds = ds / steps
-                                fired = h >= th
-                                slope = _surrogate(KIND, h - th, alpha, S)
-                                if DETACH:
-                                    q = nil
-                                elif SOFT:
-                                    q = -th
-                                else:
-                                    q = vr - h
-                                through = ds + dvc * q  # what reaches the step function
-                                dh = through * slope + (dvc if SOFT or not fired else nil)
-                                if PARAMETERS:
-                                    x = load(before, c, S)
-                                    if t > 0:
-                                        x = _reset(x, th, vr, SOFT)
-                                    rest = x if SOFT else x - vr
-                                    x = load(y_, c, S) * load(open_, c, S) if GATE else load(y_, c, S)
-                                    store(sum_leak, c, load(sum_leak, c, S) + dh * (x - rest if DECAY else -rest), S)
-                                    x = through * slope
-                                    if SOFT:
-                                        x = x + (dvc if fired else nil)
-                                    store(sum_th, c, load(sum_th, c, S) - x, S)
-                                store(kept, c, dh * leak if DECAY else dh, S)
-                                store(ct, c, dh * (unit - leak), S)
+                        past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
                         vt = v + (t * v_t + batch * v_b + first * v_l) * xb
+                        gt = g + (t * g_t + batch * g_b + first * g_l) * xb
                         target = ((t * B + batch) * L + first) * C * xb
                         for j in range(vectors):
-                            c = min((begin + j) * lanes, C - lanes)
-                            own_slot = j * lanes
-                            P, Q, in_w, in_u = vload(Pt, own_slot, W), vload(Pt, ROW + own_slot, W), zero, zero
+                            c, slot = min((begin + j) * lanes, C - lanes), j * lanes
+                            if PER_CHANNEL:
+                                leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
+                                th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
+                            P, Q, in_w, in_u, in_leak, in_th = (
+                                vload(Pt, slot, W),
+                                vload(Pt, ROW + slot, W),
+                                zero,
+                                zero,
+                                zero,
+                                zero,
+                            )
                             for l in range(size - 1, -1, -1):
-                                slot = l * ROW + c - c0
-                                gt, y, value = (
-                                    vload(current, slot, W),
-                                    vload(past, _Y * area + slot, W),
-                                    vload(vt, l * v_l + c, V),
-                                )
+                                here = past + (l * ROW + slot) * FIELDS * sb
+                                h, value = vload(here, _H * lanes, W), vload(vt, l * v_l + c, V)
+                                a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
+                                seen, self = vload(here, _SEEN * lanes, W), vload(here, _SELF * lanes, W)
+                                y = fma(self, value, seen * a)
+                                # the neuron
+                                ds = vload(gt, l * g_l + c, V)
+                                if RATE:
+                                    ds = ds / steps
+                                if t < T - 1:
+                                    carry = vload(carries, l * ROW + slot, W)
+                                else:
+                                    carry = vload(g_m, (batch * L + first + l) * C + c, W) if g_m != 0 else zero
+                                slope = _surrogate(KIND, h - th, alpha, W)
+                                through = ds  # what reaches the step function
+                                if not DETACH:
+                                    through = ds + carry * (zero - th if SOFT else vr - h)
+                                dh = through * slope + (carry if SOFT else where_at_least(h, th, zero, carry))
+                                if PARAMETERS:
+                                    if t > 0:
+                                        x = vload(here - FIELDS * area * sb, _H * lanes, W)
+                                        before = where_at_least(x, th, x - th if SOFT else vr, x)
+                                    else:
+                                        before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else vr
+                                    rest = before if SOFT else before - vr
+                                    if DECAY:
+                                        x = y * vload(here, _OPEN * lanes, W) if GATE else y
+                                        in_leak = in_leak + dh * (x - rest)
+                                    else:
+                                        in_leak = in_leak - dh * rest
+                                    in_th = in_th - through * slope
+                                    if SOFT:
+                                        in_th = in_th - where_at_least(h, th, carry, zero)
+                                carry = dh * (one - leak)
+                                if t > 0:
+                                    vstore(carries, l * ROW + slot, carry, W)
+                                elif d_m != 0:
+                                    vstore(d_m, (batch * L + first + l) * C + c, carry, MV)
+                                dy = dh * leak if DECAY else dh
                                 if GATE:
-                                    vstore(dr + target, l * C + c, gt * y * vload(past, _SLOPE * area + slot, W), V)
-                                    gt = gt * vload(past, _OPEN * area + slot, W)
-                                A, E = vload(past, _KEEP * area + slot, W), vload(past, _NEW * area + slot, W)
-                                gs, gp = gt * vload(past, _SELF * area + slot, W), gt * vload(past, _SEEN * area + slot, W)
+                                    vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
+                                    dy = dy * vload(here, _OPEN * lanes, W)
+                                # the scan
+                                A, E = vload(here, _KEEP * lanes, W), vload(here, _NEW * lanes, W)
+                                gs, gp = dy * self, dy * seen
                                 own = gs * (value - y)
                                 vstore(dv + target, l * C + c, fma(E, P, gs), V)
                                 vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
-                                a, b = vload(past, _A * area + slot, W), vload(past, _B * area + slot, W)
                                 in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
                                 P, Q = fma(A, P, gp), A * Q - gp * y
-                            vstore(Pt, own_slot, P, W)
-                            vstore(Pt, ROW + own_slot, Q, W)
-                            vstore(sum_w, own_slot, vload(sum_w, own_slot, W) + in_w, W)
-                            vstore(sum_u, own_slot, vload(sum_u, own_slot, W) + in_u, W)
+                            vstore(Pt, slot, P, W)
+                            vstore(Pt, ROW + slot, Q, W)
+                            vstore(sum_w, slot, vload(sum_w, slot, W) + in_w, W)
+                            vstore(sum_u, slot, vload(sum_u, slot, W) + in_u, W)
+                            if PARAMETERS:
+                                vstore(sum_leak, slot, vload(sum_leak, slot, W) + in_leak, W)
+                                vstore(sum_th, slot, vload(sum_th, slot, W) + in_th, W)
                             if i == 0 and d_ybar != 0:
-                                a, b = vload(past, _A * area + c - c0, W), vload(past, _B * area + c - c0, W)
+                                here = past + slot * FIELDS * sb
+                                a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
                                 vstore(d_ybar, user + c, P * b, W)
                                 vstore(d_lse, user + c, fma(P, a, Q * b), W)
-                    if d_m != 0:
-                        for l in range(size):
-                            for c in range(n):
-                                store(d_m + ((batch * L + first + l) * C + c0 + c) * mb, 0, load(carry + l * ROW * sb, c, S), M)
                 for j in range(vectors):
-                    c = min((begin + j) * lanes, C - lanes)
-                    vstore(dw, batch * C + c, vload(sum_w, j * lanes, W), W)
-                    vstore(du, batch * C + c, vload(sum_u, j * lanes, W), W)
-                if PARAMETERS:
-                    _fill(d_leak + (batch * C + c0) * sb, n, sum_leak, 0, nil, S, S)
-                    _fill(d_theta + (batch * C + c0) * sb, n, sum_th, 0, nil, S, S)
+                    at, slot = batch * C + min((begin + j) * lanes, C - lanes), j * lanes
+                    vstore(dw, at, vload(sum_w, slot, W), W)
+                    vstore(du, at, vload(sum_u, slot, W), W)
+                    if PARAMETERS:
+                        vstore(d_leak, at, vload(sum_leak, slot, W), W)
+                        vstore(d_theta, at, vload(sum_th, slot, W), W)
 
     flags = f"{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
     return Kernel(spiking_wkv_backward, f"spiking_wkv_backward_{flags}")
@@ -331,7 +326,7 @@ def spiking_wkv_forward(
 ):
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
     T, B, L, C = k.shape
-    lanes = LANES if C >= LANES else 1
+    lanes = 2 * LANES if C >= 2 * LANES else LANES if C >= LANES else 1  # two share what one loads of constants
     p = _Parameters(tau, v_threshold, neuron, w.dtype)
     states = w.new_empty(3, T * B * 2, C) if checkpoint is None else checkpoint
     (k, *k_), (v, *v_), (r, *r_) = (_place(t, 3) for t in (k, v, r))
@@ -360,7 +355,7 @@ def spiking_wkv_backward(
     sums = w.new_empty(2, B, C) if parameters else None
     blocks = _spread(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
-    work = w.new_empty(workers, T, 10 * tokens + 2, (_BACK + 1) * lanes)
+    work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 2) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
     (k, *k_), (v, *v_), (r, *r_), (g, *g_) = (_place(t, 3) for t in (k, v, r, g.expand(k.shape)))
     membrane, *m_ = _place(membrane, 2)

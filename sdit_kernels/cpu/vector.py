@@ -12,9 +12,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
-from numba.extending import intrinsic, lower_builtin, register_model, type_callable
+from numba.extending import intrinsic, lower_builtin, overload, register_model, type_callable
 
-from .runtime import _I32, _LLVM, BF16, F16, F64, state_code
+from .runtime import _I32, _LLVM, BF16, F16, F64, exp_negative, state_code
 
 LANES = 16  # a cache line of float32; two AVX2 registers hide each other's latency
 
@@ -102,16 +102,23 @@ def vstore(typingctx, address, index, value, V):
 
 @intrinsic(prefer_literal=True)
 def vset(typingctx, value, V):
-    """The float64 ``value``, rounded once, in every lane."""
-    vector = Vector(V.literal_value)
+    """The float64 ``value``, rounded once, in every lane; a number where V is a mere storage code."""
+    vector = _of(V.literal_value)
 
     def codegen(context, builder, signature, args):
-        x = args[0] if vector.element == _LLVM[F64] else builder.fptrunc(args[0], vector.element)
+        element = vector.element if isinstance(vector, Vector) else context.get_value_type(vector)
+        x = args[0] if element == _LLVM[F64] else builder.fptrunc(args[0], element)
+        if not isinstance(vector, Vector):
+            return x
         nothing, zero = ir.Constant(_llvm(vector), ir.Undefined), ir.Constant(_I32, 0)
         one = builder.insert_element(nothing, x, zero)
         return builder.shuffle_vector(one, nothing, _constant(vector, 0, _I32))
 
     return vector(types.float64, V), codegen
+
+
+def _of(V):
+    return Vector(V) if V >= 8 else types.float64 if V == F64 else types.float32
 
 
 def _define(function, instruction):
@@ -137,11 +144,15 @@ for _function, _instruction in (
     _define(_function, _instruction)
 
 
-def _call(builder, name, vector, args):
-    """LLVM's own function ``name`` on vectors."""
-    type_ = ir.FunctionType(_llvm(vector), [_llvm(vector)] * len(args))
-    suffix = f"v{vector.V // 8}f{64 if vector.element == _LLVM[F64] else 32}"
-    return builder.call(cgutils.get_or_insert_function(builder.module, type_, f"llvm.{name}.{suffix}"), args)
+def _call(builder, name, x, args):
+    """LLVM's own function ``name`` on vectors, or on numbers."""
+    llvm = args[0].type
+    lanes, element = (f"v{llvm.count}", llvm.element) if isinstance(llvm, ir.VectorType) else ("", llvm)
+    suffix = f"{lanes}f{64 if element == _LLVM[F64] else 32}"
+    function = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(llvm, [llvm] * len(args)), f"llvm.{name}.{suffix}"
+    )
+    return builder.call(function, args)
 
 
 @intrinsic
@@ -160,6 +171,14 @@ def negative_abs(typingctx, x):
 
     def codegen(context, builder, signature, args):
         return builder.fneg(_call(builder, "fabs", x, args))
+
+    return x(x), codegen
+
+
+@intrinsic
+def absolute(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return _call(builder, "fabs", x, args)
 
     return x(x), codegen
 
@@ -254,3 +273,14 @@ def vexp(x, V):
         p = fma(vset(0.0013814540079503286, V), f2, p)
         p = fma(fma(p, f2, low), f2, f + vset(1.0, V))
     return p * _exponent(z)
+
+
+def exp_below(x, V):
+    """exp(x) for x <= 0 of vectors and of numbers."""
+
+
+@overload(exp_below, prefer_literal=True, jit_options=dict(forceinline=True, error_model="numpy"))
+def _exp_below(x, V):
+    if isinstance(x, Vector):
+        return lambda x, V: vexp(x, V)
+    return lambda x, V: exp_negative(x, V)

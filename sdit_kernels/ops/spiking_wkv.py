@@ -62,10 +62,10 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
         _kernels(backend).spiking_wkv_forward(
             k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
         )  # fmt: skip
-    elif return_state:
-        _pass_on(outputs[1], ybar, 0.0)
-        _pass_on(outputs[2], lse, -torch.inf)
-        _pass_on(outputs[3], membrane, neuron.v_reset or 0.0)
+    elif return_state:  # no token or no step: the states as they came
+        for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
+            new.fill_(empty) if old is None else new.copy_(torch.where(lse > -torch.inf, old, empty))
+        outputs[3].fill_(neuron.v_reset or 0.0) if membrane is None else outputs[3].copy_(membrane)
     return outputs
 
 
@@ -90,16 +90,18 @@ def _backward(
     if k.numel() == 0:
         for d in (d_decay, d_first, *d_parameters):
             d.zero_()
-        for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse), (d_membrane, g_membrane)):
-            if d.numel():
-                _pass_on(d, upstream, 0.0)
+        if ybar is not None:
+            for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
+                d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
+        if membrane is not None:
+            d_membrane.zero_() if g_membrane is None else d_membrane.copy_(g_membrane)
         return outputs
     if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
     w, u = _parameters(decay, first, raw, k)
     dw, du, sums = _kernels(backend).spiking_wkv_backward(
-        g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint, Neuron(*neuron), rate, parameters,
-        dk, dv, *(d if d.numel() else None for d in (dr, d_ybar, d_lse, d_membrane)),
+        g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint.contiguous(), Neuron(*neuron),
+        rate, parameters, dk, dv, *(d if d.numel() else None for d in (dr, d_ybar, d_lse, d_membrane)),
     )  # fmt: skip
     dw = dw.sum(0)
     d_decay.copy_(w * dw if raw else dw)
@@ -202,7 +204,7 @@ def spiking_wkv(
 
     The kernel walks the tokens with T scan states, reads k, v and r once and writes the spikes once; the currents, float32 or
     float64, are nowhere stored. Kept for the backward pass are k, v, r, the states that are given, and the scan states at the
-    entry of every tile of tokens (32 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
+    entry of every tile of tokens (64 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
     bit for bit. Spikes of one backend and another may differ where the membrane is within rounding of the threshold, since
     exponentials do. Parameter gradients are summed in a fixed order: they repeat bit for bit, whatever the number of threads.
 

@@ -182,7 +182,7 @@ def spiking_wkv_backward_kernel(
     zero = tl.zeros_like(w)
     sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
     adjoint = ()  # P, Q and the exponent that they belong to
-    for _ in tl.static_range(T):
+    for t in tl.static_range(T):  # noqa: B007
         adjoint = adjoint + ((zero, zero, zero),)
     for i in range(tiles):
         tile = tiles - 1 - i
@@ -205,7 +205,7 @@ def spiking_wkv_backward_kernel(
         entered = ()
         for t in tl.static_range(T):
             P, Q, o = adjoint[t]
-            P, Q, _ = _rescaled(P, Q, P, states[t], o, w)
+            P, Q, _ = _rescaled(P, Q, P, states[t], o, w, i > 0)
             if g_ybar_ptr is not None:
                 a, b, _, _ = states[t]
                 final = (i == 0) & (b != 0.0)
