@@ -9,6 +9,7 @@ float64. Ratios are formed within the run; the goals at the end of the output sa
 status (except with --quick, whose times mean nothing).
 """
 
+import functools
 import os
 import pathlib
 import statistics
@@ -20,8 +21,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness
-from perf.harness import Contestant, compare, goal, missing, ratio
-from sdit_kernels import backend, lif, spiking_wkv, wkv
+from perf.harness import Contestant, check, compare, goal, missing, ratio
+from sdit_kernels import backend, lif, spiking_wkv, wkv, wkv_step, wkv_step_
 
 SHAPE = (8, 394, 384)  # batch, tokens and channels of a small diffusion transformer
 FIGURE = harness.ROOT / "perf" / "results" / "wkv_scaling.png"
@@ -43,14 +44,14 @@ def inputs(B, L, C, args, requires_grad=False):
     return [t.requires_grad_(requires_grad) for t in (*parameters(C, args.device), k, v)]
 
 
-def eager_loop(time_decay, time_first, k, v):
-    """RWKV's recurrence with a running maximum, as its users write it in PyTorch."""
+def eager_loop(time_decay, time_first, k, v, unbind=False):
+    """RWKV's recurrence with a running maximum, as its users write it in PyTorch: with k[:, t], whose gradient is a tensor of
+    zeros per token. ``unbind`` takes the tokens apart once instead."""
     w, dtype = -torch.exp(time_decay), k.dtype
     k, v = k.float(), v.float()
     a = b = torch.zeros_like(k[:, 0])
     o, out = torch.full_like(a, -1e38), []
-    for t in range(k.shape[1]):
-        kt, vt = k[:, t], v[:, t]
+    for kt, vt in zip(k.unbind(1), v.unbind(1)) if unbind else ((k[:, t], v[:, t]) for t in range(k.shape[1])):
         top = torch.maximum(o, time_first + kt)
         old, new = torch.exp(o - top), torch.exp(time_first + kt - top)
         out.append((old * a + new * vt) / (old * b + new))
@@ -138,6 +139,7 @@ def _peers(args, settings, backward):
             contestant("wkv, serial", ours("serial")),
             contestant("wkv, chunked", ours("chunked")),
             contestant("eager loop", eager_loop),
+            contestant("eager loop, unbound", functools.partial(eager_loop, unbind=True)),
             contestant("Heinsen's form", heinsen),
             contestant("flash-linear-attention", fla, no_gpu or missing("fla")),
             harness.copy_contestant(3 * k.nbytes, args.device),
@@ -178,6 +180,40 @@ def accuracy(args, settings):
         goal(f"rms error, {row['name']}", max(row["serial_error"], row["chunked_error"]), 1e-6, at_least=False)
         rows.append(row)
     return "Accuracy, L = 4,096, C = 64, time_decay -5", rows
+
+
+def decoding(args, settings):
+    """One token a call, as in generation, against RWKV's eager step"""
+    rows = []
+    for B, C in ((1, 768), (8, 4096)):
+        time_decay, time_first, k, v = inputs(B, 1, C, args)
+        k, v = k[:, 0], v[:, 0]
+        w, state = -torch.exp(time_decay), [torch.zeros(B, C, device=args.device), torch.zeros(B, C, device=args.device)]
+        rwkv = [state[0].clone(), torch.ones_like(state[0]), state[1].clone()]
+
+        def eager(w=w, u=time_first, k=k.float(), v=v.float(), state=rwkv):
+            a, b, o = state
+            top = torch.maximum(o, u + k)
+            old, new = torch.exp(o - top), torch.exp(u + k - top)
+            out = (old * a + new * v) / (old * b + new)
+            top = torch.maximum(w + o, k)
+            old, new = torch.exp(w + o - top), torch.exp(k - top)
+            return out, (old * a + new * v, old * b + new, top)
+
+        data = (time_decay, time_first, k, v)
+        with torch.no_grad():
+            check(
+                "wkv_step", wkv_step(*data, state)[0].float(), eager()[0], 1e-2 if args.dtype != torch.float32 else 1e-5, 1e-5
+            )
+        rows += compare(
+            [
+                Contestant("wkv_step", lambda data=data, state=state: wkv_step(*data, state), extra={"B": B, "C": C}),
+                Contestant("wkv_step_", lambda data=data, state=state: wkv_step_(*data, state), extra={"B": B, "C": C}),
+                Contestant("eager step", eager, extra={"B": B, "C": C}),
+            ],
+            **settings | {"rounds": 3 if args.quick else 9, "min_time": settings["min_time"] / 5},
+        )
+    return "Decoding", rows
 
 
 THREAD = """
@@ -287,7 +323,7 @@ def plot_sweep(path, rows):
     harness.plot_lines(path, lines, "tokens × batch", "time per call (ms)", guides={"linear cost": guides})
 
 
-SECTIONS = {f.__name__: f for f in (peers, backward, accuracy, threads, spiking, sweep)}
+SECTIONS = {f.__name__: f for f in (peers, backward, accuracy, decoding, threads, spiking, sweep)}
 
 
 def add_arguments(parser):

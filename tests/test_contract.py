@@ -1,6 +1,7 @@
 """The layout, made executable: rooms, the direction of imports, and what `import sdit_kernels` may cost."""
 
 import ast
+import importlib
 import inspect
 import json
 import os
@@ -37,18 +38,20 @@ def test_every_op_has_a_reference_of_equal_signature_and_a_documented_example(na
 def test_every_stem_has_its_rooms(stem):
     for room in ("ops", "cpu", "triton"):
         assert (PACKAGE / room / f"{stem}.py").exists(), f"{room}/{stem}.py is missing"
-    tests, bench = ROOT / "tests" / f"test_{stem}.py", ROOT / "perf" / f"bench_{stem}.py"
+    tests = ROOT / "tests" / f"test_{stem}.py"
+    benches = "".join(p.read_text() for p in (ROOT / "perf").glob("bench_*.py"))
     for name in OPS:
-        if getattr(sdit_kernels, name).__module__.endswith(stem):
+        if getattr(sdit_kernels, name).__module__.endswith(f".{stem}"):
             assert re.search(rf"\b{name}\(", tests.read_text()), f"no test of {name} in {tests.name}"
-            assert re.search(rf"\b{name}\b", bench.read_text()), f"no benchmark of {name} in {bench.name}"
+            assert "_state_" in name or re.search(rf"\b{name}\b", benches), f"no benchmark of {name}"  # converters: a few adds
 
 
-def test_one_stride_and_same_launchers_on_every_backend():
-    from sdit_kernels.cpu import lif as cpu
-    from sdit_kernels.triton import lif as triton
-
-    for name in ("lif_forward", "lif_backward", "lif_rate_forward", "lif_rate_backward"):
+@pytest.mark.parametrize("stem", STEMS)
+def test_same_launchers_on_every_backend(stem):
+    cpu, triton = (importlib.import_module(f"sdit_kernels.{room}.{stem}") for room in ("cpu", "triton"))
+    names = [name for name in vars(cpu) if re.search("^[a-z].*_(forward|backward)$", name)]
+    assert len(names) >= 2
+    for name in names:
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(triton, name))
 
 
