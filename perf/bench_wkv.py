@@ -191,7 +191,8 @@ def decoding(args, settings):
         w, state = -torch.exp(time_decay), [torch.zeros(B, C, device=args.device), torch.zeros(B, C, device=args.device)]
         rwkv = [state[0].clone(), torch.ones_like(state[0]), state[1].clone()]
 
-        def eager(w=w, u=time_first, k=k.float(), v=v.float(), state=rwkv):
+        def eager(w=w, u=time_first, k=k, v=v, state=rwkv):
+            k, v = k.float(), v.float()
             a, b, o = state
             top = torch.maximum(o, u + k)
             old, new = torch.exp(o - top), torch.exp(u + k - top)

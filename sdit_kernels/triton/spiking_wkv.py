@@ -24,8 +24,8 @@ from .wkv import (
     _load_state,
     _parameters,
     _reciprocal,
-    _rescaled,
     _rounded,
+    _rounding,
     _store_three,
     _user_state,
 )
@@ -181,9 +181,9 @@ def spiking_wkv_backward_kernel(
     step = tl.cast(B, tl.int64) * L * C
     zero = tl.zeros_like(w)
     sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
-    adjoint = ()  # P, Q and the exponent that they belong to
+    adjoint = ()  # P and Q
     for t in tl.static_range(T):  # noqa: B007
-        adjoint = adjoint + ((zero, zero, zero),)
+        adjoint = adjoint + ((zero, zero),)
     for i in range(tiles):
         tile = tiles - 1 - i
         t0 = _first_token(tile, L, TOKENS)
@@ -193,7 +193,6 @@ def spiking_wkv_backward_kernel(
         states = ()
         for t in tl.static_range(T):
             states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
-        entries = states
         past = ()
         for j in tl.static_range(TOKENS):
             after = ()
@@ -204,10 +203,13 @@ def spiking_wkv_backward_kernel(
             states = after
         entered = ()
         for t in tl.static_range(T):
-            P, Q, o = adjoint[t]
-            P, Q, _ = _rescaled(P, Q, P, states[t], o, w, i > 0)
+            P, Q = adjoint[t]
+            a, b, _, _ = states[t]
+            o, rest = _rounding(states[t], w)
+            rest = tl.where(b != 0.0, rest, 0.0)
+            P *= rest
+            Q *= rest
             if g_ybar_ptr is not None:
-                a, b, _, _ = states[t]
                 final = (i == 0) & (b != 0.0)
                 b = tl.where(final, b, 1.0)
                 at = (t * B + sequence) * C + cols
@@ -215,7 +217,7 @@ def spiking_wkv_backward_kernel(
                 g_lse = tl.load(g_lse_ptr + at, mask=mask & (i == 0), other=0.0)
                 P = tl.where(final, g_ybar / b, P)
                 Q = tl.where(final, (g_lse - g_ybar * (a / b)) / b, Q)
-            entered = entered + ((P, Q, entries[t][2]),)
+            entered = entered + ((P, Q),)
         adjoint = entered
         for j in tl.static_range(TOKENS - 1, -1, -1):
             m = mask & (j < left)
@@ -240,10 +242,13 @@ def spiking_wkv_backward_kernel(
                     current = p * y
                 h, rest = _charge(current, x, leak_, reset, SOFT, DECAY)
                 x = _reset(h, th, reset, SOFT)
-                steps = steps + ((h, current - rest if DECAY else -rest, y, seen, own, p),)
+                steps = steps + ((h, current - rest if DECAY else -rest, seen, own, p),)
             before = ()
             for t in tl.static_range(T - 1, -1, -1):
-                h, apart, y, seen, own, p = steps[t]
+                h, apart, seen, own, p = steps[t]
+                a, b, q = past[j * T + t]
+                v = vs[j * T + t].to(STATE)
+                y = seen * a + own * v
                 z = h - th
                 fired = z >= 0.0
                 slope = surrogate_derivative(z, a_, KIND)
@@ -268,10 +273,8 @@ def spiking_wkv_backward_kernel(
                     dr = dy * y * p * (1.0 - p)
                     tl.store(dr_ptr + t * step + at, dr.to(dr_ptr.dtype.element_ty), mask=m)
                     dy *= p
-                a, b, q = past[j * T + t]
-                v = vs[j * T + t].to(STATE)
                 A, E = _apart((q - w) * _LOG2E)
-                P, Q, o = adjoint[t]
+                P, Q = adjoint[t]
                 seen *= dy
                 own *= dy
                 dk = own * (v - y)
@@ -279,13 +282,13 @@ def spiking_wkv_backward_kernel(
                 tl.store(dv_ptr + t * step + at, (own + E * P).to(dv_ptr.dtype.element_ty), mask=m)
                 tl.store(dk_ptr + t * step + at, (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty), mask=m)
                 sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
-                before = ((A * P + seen, A * Q - seen * y, o),) + before
+                before = ((A * P + seen, A * Q - seen * y),) + before
             adjoint = before
             if dm_ptr is not None:
                 tl.store(dm_ptr + at, carry.to(dm_ptr.dtype.element_ty), mask=m)
     if d_ybar_ptr is not None:
         for t in tl.static_range(T):
-            P, Q, _ = adjoint[t]
+            P, Q = adjoint[t]
             a, b, _, _ = _load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
             tl.store(d_ybar_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P, 0.0), mask=mask)
             tl.store(d_lse_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P * a + Q, 0.0), mask=mask)

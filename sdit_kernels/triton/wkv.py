@@ -193,14 +193,26 @@ def _near_one(x):
 
 
 @triton.jit
-def _store_state(ptr, at, plane, mask, state, w):
-    """(a, b, o). What o loses in rounding ka + n w, up to 2e-6 at o = 50, goes to a and b."""
-    a, b, ka, n = state
+def _rounding(state, w):
+    """o, which is ka + n w rounded, and e^(what that lost), up to 2e-6 from 1 at o = 50."""
+    _, _, ka, n = state
     p = n * w
     o = ka + p
     back = o - ka
-    rest = _near_one((ka - (o - back)) + (p - back) + tl.fma(n, w, -p))
-    _store_three(ptr, at, plane, mask, a * rest, b * rest, o)
+    return o, _near_one((ka - (o - back)) + (p - back) + tl.fma(n, w, -p))
+
+
+@triton.jit
+def _rounded(state, w):
+    """(a, b, o). What o loses in rounding goes to a and b."""
+    o, rest = _rounding(state, w)
+    return state[0] * rest, state[1] * rest, o
+
+
+@triton.jit
+def _store_state(ptr, at, plane, mask, state, w):
+    a, b, o = _rounded(state, w)
+    _store_three(ptr, at, plane, mask, a, b, o)
 
 
 @triton.jit
