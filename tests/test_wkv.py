@@ -16,6 +16,7 @@ from hypothesis import given, settings
 
 import sdit_kernels
 from sdit_kernels import backend, reference, wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
+from sdit_kernels import layout as tiling
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu"] + ["triton"] * (ROOT / "sdit_kernels" / "triton" / "wkv.py").exists()
@@ -129,13 +130,17 @@ def assert_output(got, want, what=""):
     assert rms(got.double() - want) <= bound + 1e-30, f"{what}: {rms(got.double() - want):.2e} > {bound:.2e}"
 
 
-def assert_gradient(got, want, terms, what):
-    """Beside the gradient itself, and beside ``terms``: what the sums in it hold, |g||v| over the tokens."""
+def assert_gradient(got, want, terms, what, own_error=None):
+    """Beside the gradient itself, and beside ``terms``: what the sums in it hold, |g||v| over the tokens. Where these cancel,
+    four times ``own_error()`` besides: that of autograd through the reference in the arithmetic's own precision."""
     assert got.shape == want.shape
     tolerance = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[got.dtype]
     error = (got.double() - want).abs().max().item() if got.numel() else 0.0
     scale = (want.abs().max().item() if want.numel() else 0.0) + terms
-    assert error <= tolerance * scale, f"gradient of {what}: {error:.2e} beside {scale:.2e}"
+    limit = tolerance * scale
+    if error > limit and own_error is not None:
+        limit += 4 * own_error()
+    assert error <= limit, f"gradient of {what}: {error:.2e} beside {scale:.2e}"
 
 
 def compare(name, a, dtype, used=None, **flags):
@@ -148,7 +153,12 @@ def compare(name, a, dtype, used=None, **flags):
         tokens = a["k"].numel() / a["first"].numel() if n in ("decay", "first") else 1.0
         if n == "decay":  # a sum over tokens of differences P a + Q b, where P and Q are themselves sums over tokens
             tokens *= a["k"].shape[1]
-        assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n)
+
+        def own_error():
+            _, own = with_gradients("reference", a, used=used, **flags)
+            return (own["decay"].double() - want_grads["decay"]).abs().max().item()
+
+        assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n, own_error if n == "decay" else None)
         assert grads[n].dtype == a[n].dtype
     assert not grads["k"][torch.isneginf(a["k"])].any()
 
@@ -623,13 +633,13 @@ def saved(function):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_saved_bytes(name):
-    """k, v, r, the small tensors, and one scan state for 32 tokens."""
+    """k, v, r, the small tensors, and one scan state for every tile of tokens."""
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
             B, L, C = 2, 100, 20
             a = make(B, L, C, dtype, gate=True, state=True)
             leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
-            inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * 4 * C * 4
+            inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * -(-L // tiling.TILE) * C * 4
 
             def everything(decay, first, k, v, r, ybar, lse):
                 return wkv(decay, first, k, v, r=r, state=(ybar, lse), return_state=True)

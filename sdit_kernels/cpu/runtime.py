@@ -298,8 +298,9 @@ def sigmoid(x, S):
 
 
 def _source_stamp() -> str:
-    """Changes when any file of this folder does: numba itself watches only the file that holds the kernel."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """Changes when any file that a kernel reads does: numba itself watches only the file that holds the kernel."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "surrogate.py"]
     return f"{zlib.crc32(b''.join(f.read_bytes() for f in files)):08x}"
 
 

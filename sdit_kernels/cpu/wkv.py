@@ -150,7 +150,7 @@ def _summary_kernel(X, lanes, BOTH):
                     vstore(target, 2 * step, ka, W)
                     vstore(target, 3 * step, m, W)
 
-    return Kernel(wkv_summary, f"wkv_summary_{X}_{lanes}{BOTH:d}")
+    return Kernel(wkv_summary, f"wkv_summary_{TILE}_{X}_{lanes}{BOTH:d}")
 
 
 @functools.cache
@@ -192,7 +192,7 @@ def _scan_kernel(S, lanes, BOTH):
                         ka, m, a, b, _, _ = _join(ka, m, a, b, ka2, m2, a2, b2, w, W)
                         ka, m, a, b = _nearby(ka, m, a, b, w, W)
 
-    return Kernel(wkv_scan, f"wkv_scan_{S}_{lanes}{BOTH:d}")
+    return Kernel(wkv_scan, f"wkv_scan_{TILE}_{S}_{lanes}{BOTH:d}")
 
 
 @functools.cache
@@ -312,7 +312,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                     vstore(ybar1, sequence * C + c, where_equal(b, zero, zero, a / b), W)
                     vstore(lse1, sequence * C + c, where_equal(b, zero, vset(-np.inf, W), o), W)
 
-    return Kernel(wkv_forward, f"wkv_forward_{X}_{lanes}{GATE:d}{BOTH:d}")
+    return Kernel(wkv_forward, f"wkv_forward_{TILE}_{X}_{lanes}{GATE:d}{BOTH:d}")
 
 
 # What a tile leaves for the walk back, per token: (a, b) before it and the weights (A, E) that include it, the weights of the
@@ -540,7 +540,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                         vstore(d_ybar, spot, where_equal(o, empty, zero, P), W)
                         vstore(d_lse, spot, where_equal(o, empty, zero, Q), W)
 
-    return Kernel(wkv_backward, f"wkv_backward_{X}_{lanes}{GATE:d}{BOTH:d}{SUMMARY:d}")
+    return Kernel(wkv_backward, f"wkv_backward_{TILE}_{X}_{lanes}{GATE:d}{BOTH:d}{SUMMARY:d}")
 
 
 @functools.cache
@@ -574,7 +574,7 @@ def _adjoint_kernel(S, lanes, BOTH):
                 P = fma(decay, P, vload(own, spot, W))
                 Q = fma(decay, Q, vload(own, spot + count * C, W))
 
-    return Kernel(wkv_adjoint, f"wkv_adjoint_{S}_{lanes}{BOTH:d}")
+    return Kernel(wkv_adjoint, f"wkv_adjoint_{TILE}_{S}_{lanes}{BOTH:d}")
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------------

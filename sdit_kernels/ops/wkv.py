@@ -335,7 +335,7 @@ def wkv(
     it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
 
     The running maximum is kept as (key of the token that holds it, tokens since): no rounding is added from token to token.
-    Kept for the backward pass are k, v, r, the small tensors and the scan's state at every 32nd token. Parameter gradients are
+    Kept for the backward pass are k, v, r, the small tensors and the scan's state at every 16th token. Parameter gradients are
     summed in a fixed order: they repeat bit for bit, whatever the number of threads.
 
     Args:
