@@ -60,8 +60,16 @@ def _join(ka, m, a, b, ka2, m2, a2, b2, w, W):
 
 @_inline
 def _gap(ka, m, o, w, W):
-    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1."""
-    x = fma(vset(0.0, W) - m, w, ka - o)
+    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1.
+
+    The difference is a few units in the last place of o: product and sum are taken apart into what is rounded and what is lost.
+    """
+    n = vset(0.0, W) - m
+    p = n * w
+    total = ka + p
+    back = total - ka
+    lost = (ka - (total - back)) + (p - back) + fma(n, w, vset(0.0, W) - p)
+    x = (total - o) + lost
     x = where_less(vset(-0.5, W), negative_abs(x), x, vset(0.0, W))
     return fma(x, fma(x, vset(0.5, W), vset(1.0, W)), vset(1.0, W))
 
