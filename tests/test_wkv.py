@@ -153,12 +153,15 @@ def compare(name, a, dtype, used=None, **flags):
         tokens = a["k"].numel() / a["first"].numel() if n in ("decay", "first") else 1.0
         if n == "decay":  # a sum over tokens of differences P a + Q b, where P and Q are themselves sums over tokens
             tokens *= a["k"].shape[1]
+        if n in ("ybar", "lse"):  # every token of the sequence sees the state
+            tokens = a["k"].shape[1]
 
-        def own_error():
+        def own_error(n=n):
             _, own = with_gradients("reference", a, used=used, **flags)
-            return (own["decay"].double() - want_grads["decay"]).abs().max().item()
+            return (own[n].double() - want_grads[n]).abs().max().item()
 
-        assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n, own_error if n == "decay" else None)
+        differences = n in ("decay", "lse")
+        assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n, own_error if differences else None)
         assert grads[n].dtype == a[n].dtype
     assert not grads["k"][torch.isneginf(a["k"])].any()
 

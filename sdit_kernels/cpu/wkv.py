@@ -59,17 +59,20 @@ def _join(ka, m, a, b, ka2, m2, a2, b2, w, W):
 
 
 @_inline
-def _gap(ka, m, o, w, W):
-    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1.
-
-    The difference is a few units in the last place of o: product and sum are taken apart into what is rounded and what is lost.
-    """
+def _excess(ka, m, o, w, W):
+    """(ka - m w) - o, where both may be large and close: product and sum are taken apart into the rounded and the lost."""
     n = vset(0.0, W) - m
     p = n * w
     total = ka + p
     back = total - ka
     lost = (ka - (total - back)) + (p - back) + fma(n, w, vset(0.0, W) - p)
-    x = (total - o) + lost
+    return (total - o) + lost
+
+
+@_inline
+def _gap(ka, m, o, w, W):
+    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1."""
+    x = _excess(ka, m, o, w, W)
     x = where_less(vset(-0.5, W), negative_abs(x), x, vset(0.0, W))
     return fma(x, fma(x, vset(0.5, W), vset(1.0, W)), vset(1.0, W))
 
@@ -577,8 +580,9 @@ def _adjoint_kernel(S, lanes, BOTH):
                 exponents = keep + (side * 3 + 2) * rows * C * sb
                 before = vload(exponents, (row if side == 0 else row + tiles - 1) * C + c, W)
                 after = vload(exponents, (row + tiles if side == 0 else row - 1) * C + c, W)
-                d = fma(vset(float(n), W), w, before - after)
+                d = _excess(before, vset(-float(n), W), after, w, W)
                 decay = vexp(where_less(zero, d, zero, d), W)
+                decay = fma(decay, where_less(zero, d, d, zero), decay)  # above 0 by rounding alone: 1 + d
                 P = fma(decay, P, vload(own, spot, W))
                 Q = fma(decay, Q, vload(own, spot + count * C, W))
 
