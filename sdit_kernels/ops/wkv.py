@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import dispatch, memory, reference
 from ..layout import wkv_rows
 from ..reference.lif import state_dtype
+from .lif import _check_flag, _check_tensor, _wants_gradient
 from .operator import register
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -16,11 +17,6 @@ _LEAST_DECAY = -1e30  # stands for -inf, which times 0 tokens would be NaN
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------------
-
-
-def _check_tensor(name, t):
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
 
 
 def _check_like(name, t, k):
@@ -116,15 +112,6 @@ def _check_lengths(cu_seqlens, max_seqlen, L):
 
 def _brief(values):
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {', '.join(map(str, values[-3:]))}]"
-
-
-def _check_flag(name, flag):
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-
-
-def _wants_gradient(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
