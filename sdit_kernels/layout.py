@@ -139,7 +139,7 @@ def same_strides(tensors: list) -> list:
 
 def spiking_tile(T: int, backend: str) -> int:
     """Tokens between the scan states that spiking_wkv keeps: what its backward pass can hold, in registers or in a cache."""
-    tokens = PAIRS[backend]
+    tokens = min(PAIRS[backend], TILE)
     while tokens > 2 and tokens * T > PAIRS[backend]:
         tokens //= 2
     return tokens

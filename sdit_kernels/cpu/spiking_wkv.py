@@ -14,12 +14,25 @@ import numba
 import numpy as np
 import torch
 
-from ..layout import PAIRS, spiking_tile
+from ..layout import TILE, spiking_tile
 from ..surrogate import SURROGATES
 from .lif import _charge, _Parameters, _surrogate
 from .runtime import CODES, SIZES, Kernel, state_code, tile
-from .vector import LANES, fma, kind, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
-from .wkv import _address, _channels, _entry, _gap, _gate, _include, _place, _rounded, _weights
+from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
+from .wkv import (
+    _address,
+    _calm,
+    _channels,
+    _constants,
+    _entry,
+    _gap,
+    _gate,
+    _gentle,
+    _include,
+    _place,
+    _rounded,
+    _weights,
+)
 
 _WIDTH = 8  # vectors of channels that a forward task holds, and one more for the last channels
 _BACK = 4  # the same of a backward task
@@ -35,12 +48,29 @@ def _fields(gate):
 
 
 @_inline
-def _drive(ka, m, a, b, k, v, w, u, W):
-    """Numerator and denominator of y, and the weights of the state and of the token in them."""
-    half = vset(0.5, W)
+def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
+    """(whether the tile is calm, its exponent, the factor that takes the state there, U): see cpu/wkv.py."""
+    one = vset(1.0, W)
+    if _gentle(tokens, w, u, W):
+        calm, top, _, entry = _calm(k, k_l, n, ka, vset(0.0, W), b, w, V, W)
+        if calm:
+            return True, top, entry, vload(constants, 0, W)
+    return False, ka, one, one
+
+
+@_inline
+def _step(calm, growth, bonus, ka, m, a, b, k, v, w, u, W):
+    """Numerator and denominator of y, the weights of the state and of the token in them, the state one token later, and the
+    weights that made it."""
+    if calm:
+        E = vexp(k - ka, W) * growth
+        Ev, one = E * v, vset(1.0, W)
+        return fma(bonus, Ev, a), fma(bonus, E, b), one, bonus * E, ka, m, a + Ev, b + E, one, E
     old, new = _weights(fma(m, w, k - ka) + u, W)
-    z = fma(old, b, new)
-    return fma(new, v, old * a), where_less(z, half, half, z), old, new  # z is 0 where nothing is seen, else about 1 or more
+    half, y, z = vset(0.5, W), fma(new, v, old * a), fma(old, b, new)
+    z = where_less(z, half, half, z)  # 0 where nothing is seen, else about 1 or more
+    ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
+    return y, z, old, new, ka, m, a, b, A, E
 
 
 @_inline
@@ -55,7 +85,26 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
-    AREA, COUNTS = PAIRS["cpu"] * ROW, PAIRS["cpu"] * ROW if RATE else 1
+    AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 1) * ROW
+
+    @_inline
+    def token(
+        calm, growth, bonus, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak, th, vr
+    ):  # fmt: skip
+        zero, one = vset(0.0, W), vset(1.0, W)
+        key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
+        y, z, _, _, ka, m, a, b, _, _ = _step(calm, growth, bonus, ka, m, a, b, key, value, w, u, W)
+        if GATE:
+            over, _ = _gate(vload(r, l * r_l + c, V), W)
+            z = z * over
+        slot = l * ROW + slot
+        _, s, x = _neuron(y * (one / z), vload(membrane, slot, W), leak, th, vr, zero, one, SOFT, DECAY)
+        vstore(membrane, slot, x, W)
+        if RATE:
+            vstore(counts, slot, vload(counts, slot, W) + s, W)
+        else:
+            vstore(s_, l * C + c, s, V)
+        return ka, m, a, b
 
     def spiking_wkv_forward(
         T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b, m0_l,
@@ -64,9 +113,14 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
         for task in numba.prange(B * blocks):
             batch = task // blocks
             begin, vectors = _channels(C, lanes, task - batch * blocks, blocks)
-            membrane, counts = tile(AREA, S), tile(COUNTS, S)
+            membrane, counts, constants = tile(AREA, S), tile(COUNTS, S), tile(CONSTANTS, S)
             leak, th, vr, steps = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(float(T), W)
             zero, one = vset(0.0, W), vset(1.0, W)
+            for j in range(vectors):
+                c = min((begin + j) * lanes, C - lanes)
+                w, u = vload(w_, c, W), vload(u_, c, W)
+                if _gentle(tokens, w, u, W):
+                    _constants(constants + j * (TILE + 1) * lanes * sb, tokens, w, u, lanes, W)
             for i in range((L + tokens - 1) // tokens):
                 first = i * tokens
                 size = min(tokens, L - first)
@@ -98,21 +152,23 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                                 vstore(entry, 2 * field + c, ka, W)
                         else:
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                        m = zero
-                        for l in range(size):
-                            key, value = vload(kt, l * k_l + c, V), vload(vt, l * v_l + c, V)
-                            y, z, _, _ = _drive(ka, m, a, b, key, value, w, u, W)
-                            if GATE:
-                                up, down, _ = _gate(vload(rt, l * r_l + c, V), W)
-                                y, z = y * up, z * down
-                            ka, m, a, b, _, _ = _include(ka, m, a, b, key, value, w, W)
-                            x = vload(membrane, l * ROW + slot, W)
-                            _, s, x = _neuron(y * (one / z), x, leak, th, vr, zero, one, SOFT, DECAY)
-                            vstore(membrane, l * ROW + slot, x, W)
-                            if RATE:
-                                vstore(counts, l * ROW + slot, vload(counts, l * ROW + slot, W) + s, W)
-                            else:
-                                vstore(st, l * C + c, s, V)
+                        m, mine = zero, constants + j * (TILE + 1) * lanes * sb
+                        calm, ka, entered, bonus = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                        a, b = a * entered, b * entered
+                        if calm:
+                            for l in range(size):
+                                growth = vload(mine, (l + 1) * lanes, W)
+                                ka, m, a, b = token(
+                                    True, growth, bonus, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
+                                    slot, w, u, leak, th, vr,
+                                )  # fmt: skip
+                            m = vset(-float(size), W)
+                        else:
+                            for l in range(size):
+                                ka, m, a, b = token(
+                                    False, one, one, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
+                                    slot, w, u, leak, th, vr,
+                                )  # fmt: skip
                         if first + size < L:
                             a, b, ka = _rounded(ka, m, a, b, w, W)
                             vstore(leave, c, a, W)
@@ -132,7 +188,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                             vstore(m1, at, vload(membrane, l * ROW + slot, W), W)
 
     return Kernel(
-        spiking_wkv_forward, f"spiking_wkv_forward_{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}"
+        spiking_wkv_forward, f"spiking_wkv_forward_{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}"
     )  # fmt: skip
 
 
@@ -141,6 +197,36 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
+    CONSTANTS = (TILE + 1) * ROW
+
+    @_inline
+    def rebuild(
+        calm, growth, bonus, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
+    ):  # fmt: skip
+        one = vset(1.0, W)
+        key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
+        vstore(here, _A * lanes, a, W)
+        vstore(here, _B * lanes, b, W)
+        y, z, old, new, ka, m, a, b, A, E = _step(calm, growth, bonus, ka, m, a, b, key, value, w, u, W)
+        if GATE:
+            over, e = _gate(vload(r, l * r_l + c, V), W)
+            both = one / (z * over)
+            x, inverse, share = y * both, both * over, both * z
+            vstore(here, _OPEN * lanes, share, W)
+            vstore(here, _SLOPE * lanes, e * share * share, W)
+        else:
+            inverse = one / z
+            x = y * inverse
+        vstore(here, _SEEN * lanes, old * inverse, W)
+        vstore(here, _SELF * lanes, new * inverse, W)
+        vstore(here, _KEEP * lanes, A, W)
+        vstore(here, _NEW * lanes, E, W)
+        if step != 0:
+            h = vload(here - step, _H * lanes, W)
+            before = where_at_least(h, th, h - th if SOFT else vr, h)
+        h, _ = _charge(x, before, leak, vr, SOFT, DECAY)
+        vstore(here, _H * lanes, h, W)
+        return ka, m, a, b
 
     def spiking_wkv_backward(
         T, B, L, C, tokens, blocks, workers, work, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, m0, m0_b, m0_l,
@@ -149,10 +235,11 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     ):  # fmt: skip
         area = tokens * ROW
         for worker in numba.prange(workers):
-            history = work + worker * (T * (FIELDS * area + 2 * ROW) + area) * sb
+            history = work + worker * (T * (FIELDS * area + 3 * ROW) + area) * sb
             carries = history + T * FIELDS * area * sb  # gradients of the tile's membranes
             adjoint = carries + area * sb  # P and Q of every step
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
+            constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
             leak, th, vr, alpha = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(alpha_, W)
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
@@ -161,6 +248,10 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                 for j in range(vectors):
                     for total in (sum_w, sum_u, sum_leak, sum_th):
                         vstore(total, j * lanes, zero, W)
+                    c = min((begin + j) * lanes, C - lanes)
+                    w, u = vload(w_, c, W), vload(u_, c, W)
+                    if _gentle(tokens, w, u, W):
+                        _constants(constants + j * (TILE + 1) * lanes * sb, tokens, w, u, lanes, W)
                 for i in range((L - 1) // tokens, -1, -1):
                     first = i * tokens
                     size = min(tokens, L - first)
@@ -178,34 +269,29 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
                                 th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                            m = zero
+                            m, mine = zero, constants + j * (TILE + 1) * lanes * sb
+                            calm, ka, entered, bonus = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                            vstore(entries, t * ROW + j * lanes, entered, W)
+                            a, b = a * entered, b * entered
+                            step = FIELDS * area * sb if t > 0 else 0
                             for l in range(size):
                                 here = past + (l * ROW + j * lanes) * FIELDS * sb
-                                key, value = vload(kt, l * k_l + c, V), vload(vt, l * v_l + c, V)
-                                vstore(here, _A * lanes, a, W)
-                                vstore(here, _B * lanes, b, W)
-                                y, z, old, new = _drive(ka, m, a, b, key, value, w, u, W)
-                                if GATE:
-                                    up, down, e = _gate(vload(rt, l * r_l + c, V), W)
-                                    both = one / (z * down)
-                                    x, inverse, share = y * up * both, both * down, both * z
-                                    vstore(here, _OPEN * lanes, up * share, W)
-                                    vstore(here, _SLOPE * lanes, e * share * share, W)
+                                before = vr
+                                if m0 != 0 and t == 0:
+                                    before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV)
+                                if calm:
+                                    growth = vload(mine, (l + 1) * lanes, W)
+                                    ka, m, a, b = rebuild(
+                                        True, growth, bonus, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c,
+                                        w, u, leak, th, vr,
+                                    )  # fmt: skip
                                 else:
-                                    inverse = one / z
-                                    x = y * inverse
-                                vstore(here, _SEEN * lanes, old * inverse, W)
-                                vstore(here, _SELF * lanes, new * inverse, W)
-                                ka, m, a, b, A, E = _include(ka, m, a, b, key, value, w, W)
-                                vstore(here, _KEEP * lanes, A, W)
-                                vstore(here, _NEW * lanes, E, W)
-                                if t > 0:
-                                    h = vload(here - FIELDS * area * sb, _H * lanes, W)
-                                    before = where_at_least(h, th, h - th if SOFT else vr, h)
-                                else:
-                                    before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else vr
-                                h, _ = _charge(x, before, leak, vr, SOFT, DECAY)
-                                vstore(here, _H * lanes, h, W)
+                                    ka, m, a, b = rebuild(
+                                        False, one, one, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c, w, u,
+                                        leak, th, vr,
+                                    )  # fmt: skip
+                            if calm:
+                                m = vset(-float(size), W)
                             slot = j * lanes
                             if first + size < L:  # the tile that follows counts from its exponent rounded
                                 gap = _gap(ka, m, vload(entry, 2 * field + C + c, W), w, W)
@@ -287,6 +373,13 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
                                 in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
                                 P, Q = fma(A, P, gp), A * Q - gp * y
+                            if i == 0 and d_ybar != 0:
+                                here = past + slot * FIELDS * sb
+                                a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
+                                vstore(d_ybar, user + c, P * b, W)
+                                vstore(d_lse, user + c, fma(P, a, Q * b), W)
+                            entered = vload(entries, t * ROW + slot, W)
+                            P, Q = P * entered, Q * entered
                             vstore(Pt, slot, P, W)
                             vstore(Pt, ROW + slot, Q, W)
                             vstore(sum_w, slot, vload(sum_w, slot, W) + in_w, W)
@@ -294,11 +387,6 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                             if PARAMETERS:
                                 vstore(sum_leak, slot, vload(sum_leak, slot, W) + in_leak, W)
                                 vstore(sum_th, slot, vload(sum_th, slot, W) + in_th, W)
-                            if i == 0 and d_ybar != 0:
-                                here = past + slot * FIELDS * sb
-                                a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
-                                vstore(d_ybar, user + c, P * b, W)
-                                vstore(d_lse, user + c, fma(P, a, Q * b), W)
                 for j in range(vectors):
                     at, slot = batch * C + min((begin + j) * lanes, C - lanes), j * lanes
                     vstore(dw, at, vload(sum_w, slot, W), W)
@@ -307,7 +395,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                         vstore(d_leak, at, vload(sum_leak, slot, W), W)
                         vstore(d_theta, at, vload(sum_th, slot, W), W)
 
-    flags = f"{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
+    flags = f"{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
     return Kernel(spiking_wkv_backward, f"spiking_wkv_backward_{flags}")
 
 
@@ -355,7 +443,7 @@ def spiking_wkv_backward(
     sums = w.new_empty(2, B, C) if parameters else None
     blocks = _spread(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
-    work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 2) + tokens, (_BACK + 1) * lanes)
+    work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
     (k, *k_), (v, *v_), (r, *r_), (g, *g_) = (_place(t, 3) for t in (k, v, r, g.expand(k.shape)))
     membrane, *m_ = _place(membrane, 2)

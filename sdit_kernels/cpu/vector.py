@@ -222,6 +222,19 @@ def where_equal(typingctx, x, y, then, otherwise):
 
 
 @intrinsic
+def all_at_most(typingctx, x, y):
+    """Whether x <= y in every lane; a NaN is not."""
+
+    def codegen(context, builder, signature, args):
+        lanes = ir.IntType(x.V // 8)
+        return builder.icmp_unsigned(
+            "==", builder.bitcast(builder.fcmp_ordered("<=", args[0], args[1]), lanes), ir.Constant(lanes, -1)
+        )
+
+    return types.boolean(x, y), codegen
+
+
+@intrinsic
 def _exponent(typingctx, x):
     """The float whose exponent bits are the lowest bits of x."""
 
@@ -236,7 +249,7 @@ def _exponent(typingctx, x):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def vexp(x, V):
-    """exp(x) for x <= 0: float32 within 1 ulp above -20 and 3 ulp above -87, exactly 0 below -88; a NaN stays.
+    """exp(x) for x <= 80: float32 within 1 ulp above -20 and 3 ulp above -87, exactly 0 below -88; a NaN stays.
 
     x = n ln 2 + f. Adding 1.5 * 2^23 + 127 rounds x / ln 2 to the integer n and leaves n + 127, the exponent of 2^n, in the
     lowest bits; n = -127 gives 0. ln 2 in one part errs by 2e-9 n, and n is large only where the result is tiny.

@@ -8,6 +8,15 @@ compute the same; where C is smaller a vector has one lane.
 
 Exponents: a state N = a e^o, D = b e^o has o = ka - m w, the key of the token that holds the running maximum and minus the
 number of tokens since. b is 0 (nothing seen, ka the least float) or at least 1, less rounding.
+
+A running maximum is what a token waits for: 14 cycles on a Zen 5, of the 20 that a token takes. So a calm tile, in which
+nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys, and no decay. With U = e^(u + w),
+g[t] = e^(-(t + 1) w) and E[t] = e^(k[t] - R) g[t],
+
+    y[t] = (a + U E[t] v[t]) / (b + U E[t]);   a <- a + E[t] v[t];   b <- b + E[t];   at its end o = R + TILE w
+
+one exponential a token instead of two, no comparison, and nothing to wait for but two additions. Calm: 0 >= TILE w >= -36,
+|u| <= 8, and no key exceeds o (before the first key: that key) by more than 26. Other tiles walk with the running maximum.
 """
 
 import functools
@@ -18,11 +27,27 @@ import torch
 
 from ..layout import TILE, wkv_rows
 from .runtime import CODES, F64, SIZES, Kernel, load_int, state_code, tile
-from .vector import LANES, fma, kind, negative_abs, vexp, vload, vlog, vset, vstore, where_equal, where_less
+from .vector import (
+    LANES,
+    absolute,
+    all_at_most,
+    fma,
+    kind,
+    negative_abs,
+    vexp,
+    vload,
+    vlog,
+    vset,
+    vstore,
+    where_equal,
+    where_less,
+)
 
 _BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
 _CHUNK = 16  # tiles of a segment in the chunked algorithm
 _FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
+_STEEP, _BONUS, _JUMP = 36.0, 8.0, 26.0  # greatest -TILE w, |u| and rise of the exponent in a calm tile; 70 < 88 - ln 2^24
+_LEAST = 1e-30  # lost beside the denominator of a token that sees a key, which is e^-37 at least
 _FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
 
 
@@ -50,6 +75,50 @@ def _include(ka, m, a, b, k, v, w, W):
 
 
 @_inline
+def _gentle(n, w, u, W):
+    """Whether tiles of n tokens may be calm, as far as the parameters are concerned."""
+    zero, steep, bonus = vset(0.0, W), vset(-_STEEP / n, W), vset(_BONUS, W)
+    return all_at_most(w, zero) and all_at_most(steep, w) and all_at_most(absolute(u), bonus)
+
+
+@_inline
+def _constants(target, n, w, u, lanes, W):
+    """U, and g[t] of n tokens, where the product t w may be so great that its rounding shows."""
+    vstore(target, 0, vexp(u, W) * vexp(w, W), W)
+    for t in range(n):
+        minus = vset(-float(t + 1), W)
+        x = minus * w
+        e = vexp(x, W)
+        vstore(target, (t + 1) * lanes, fma(e, fma(minus, w, vset(0.0, W) - x), e), W)
+
+
+@_inline
+def _maximum(x, y):
+    """The greater; x where one is NaN."""
+    return where_less(x, y, y, x)
+
+
+@_inline
+def _calm(k, k_l, n, ka, m, b, w, V, W):
+    """(whether the tile is calm, R as a key and minus the tokens since, the factor that takes the state to it)"""
+    zero = vset(0.0, W)
+    base = where_equal(b, zero, vload(k, 0, V), fma(zero - m, w, ka))
+    top, top2, top3, top4 = base, base, base, base  # four, because a maximum takes some cycles
+    for t in range(n // 4):
+        at = 4 * t * k_l
+        top, top2 = _maximum(top, vload(k, at, V)), _maximum(top2, vload(k, at + k_l, V))
+        top3, top4 = _maximum(top3, vload(k, at + 2 * k_l, V)), _maximum(top4, vload(k, at + 3 * k_l, V))
+    for t in range(n // 4 * 4, n):
+        top = _maximum(top, vload(k, t * k_l, V))
+    top = _maximum(_maximum(top, top2), _maximum(top3, top4))
+    calm = all_at_most(vset(-_JUMP, W), base - top)
+    old = where_equal(b, zero, zero, where_less(base, top, zero, vset(1.0, W)))  # 1 where R stays
+    entry = vexp(zero - fma(m, w, top - ka), W)
+    half = vset(0.5, W)
+    return calm, where_less(half, old, ka, top), old * m, where_less(half, old, old, entry)
+
+
+@_inline
 def _join(ka, m, a, b, ka2, m2, a2, b2, w, W):
     """Two states of disjoint tokens as one, and their weights."""
     zero = vset(0.0, W)
@@ -71,10 +140,10 @@ def _excess(ka, m, o, w, W):
 
 @_inline
 def _gap(ka, m, o, w, W):
-    """e^((ka - m w) - o), where o is ka - m w rounded. Where rounding leaves nothing of it, 1."""
+    """e^((ka - m w) - o), where o is ka - m w rounded; or, where chunks meet, the running maximum, which a calm tile's exponent
+    may miss by _STEEP. Where rounding leaves nothing of it, 1."""
     x = _excess(ka, m, o, w, W)
-    x = where_less(vset(-0.5, W), negative_abs(x), x, vset(0.0, W))
-    return fma(x, fma(x, vset(0.5, W), vset(1.0, W)), vset(1.0, W))
+    return vexp(where_less(vset(-2.0 * _STEEP, W), negative_abs(x), x, vset(0.0, W)), W)
 
 
 @_inline
@@ -110,10 +179,10 @@ def _entry(ybar, lse, at, W):
 
 @_inline
 def _gate(r, W):
-    """(numerator, denominator) of sigmoid(r), and e^-|r|."""
-    zero, one = vset(0.0, W), vset(1.0, W)
-    e = vexp(negative_abs(r), W)
-    return where_less(r, zero, e, one), one + e, e
+    """(1 / sigmoid(r), e^-r), of r no less than -80 where e^80 is near the greatest float."""
+    least = vset(-80.0 if W % 8 != F64 else -700.0, W)
+    e = vexp(vset(0.0, W) - where_less(r, least, least, r), W)
+    return vset(1.0, W) + e, e
 
 
 @_inline
@@ -212,7 +281,15 @@ def _forward_kernel(X, lanes, GATE, BOTH):
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
     STATE = (_BLOCK + 1) * lanes
-    RIGHT = TILE * lanes if BOTH else 1
+    RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 1) * STATE)
+
+    @_inline
+    def write(out, at, y, z, r, r_at):
+        z = z + vset(_LEAST, W)  # where nothing is seen both are 0
+        if GATE:
+            over, _ = _gate(vload(r, r_at, V), W)
+            z = z * over
+        vstore(out, at, y / z, V)
 
     def wkv_forward(
         segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, out, out_b, out_l, w_, u_, ybar, lse, ybar1, lse1,
@@ -227,10 +304,11 @@ def _forward_kernel(X, lanes, GATE, BOTH):
             begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             kas, ms, as_, bs = tile(STATE, S), tile(STATE, S), tile(STATE, S), tile(STATE, S)
+            constants = tile(CONSTANTS, S)
             rk, rm, ra, rb = tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S)
             k0, v0 = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
             r0, out0 = r + (batch * r_b + t0 * r_l) * xb, out + (batch * out_b + t0 * out_l) * xb
-            zero, half = vset(0.0, W), vset(0.5, W)
+            zero = vset(0.0, W)
             side = 3 * rows * C * sb
             if BOTH:  # the states that enter the tiles from the right
                 for j in range(vectors):
@@ -263,24 +341,30 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                 vstore(ms, j * lanes, zero, W)
                 vstore(as_, j * lanes, a, W)
                 vstore(bs, j * lanes, b, W)
+                w, u = vload(w_, c, W), vload(u_, c, W)
+                if not BOTH and _gentle(TILE, w, u, W):
+                    _constants(constants + j * (TILE + 1) * lanes * sb, TILE, w, u, lanes, W)
             for i in range(tiles):
                 start = i * TILE
                 end = min(n, start + TILE)
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
+                    kt0, vt0 = k0 + (start * k_l + c) * xb, v0 + (start * v_l + c) * xb
+                    rt0, ot0 = r0 + (start * r_l + c) * xb, out0 + (start * out_l + c) * xb
                     if BOTH:
                         kept = keep + side + ((row + i) * C + c) * sb
                         a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
                         m = zero
-                        for t in range(end - 1, start - 1, -1):
-                            slot = (t - start) * lanes
+                        for t in range(end - start - 1, -1, -1):
+                            slot = t * lanes
                             vstore(rk, slot, ka, W)
                             vstore(rm, slot, m, W)
                             vstore(ra, slot, a, W)
                             vstore(rb, slot, b, W)
-                            kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
-                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                            ka, m, a, b, _, _ = _include(
+                                ka, m, a, b, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V), w, W
+                            )  # fmt: skip
                     ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
                     a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
                     ka, m, a, b = _nearby(ka, m, a, b, w, W)
@@ -290,25 +374,32 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                         vstore(kept, 0, a1, W)
                         vstore(kept, rows * C, b1, W)
                         vstore(kept, 2 * rows * C, o, W)
-                    for t in range(start, end):
-                        kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
-                        if BOTH:
-                            slot = (t - start) * lanes
-                            ka1, m1, a1, b1, _, _ = _join(
-                                ka, m, a, b, vload(rk, slot, W), vload(rm, slot, W), vload(ra, slot, W), vload(rb, slot, W),
-                                w, W,
-                            )  # fmt: skip
-                        else:
-                            ka1, m1, a1, b1 = ka, m, a, b
-                        old, new = _weights(fma(m1, w, kt - ka1) + u, W)
-                        z = fma(old, b1, new)
-                        z = where_less(z, half, half, z)  # where nothing is seen 0, else about 1 or more
-                        y = fma(new, vt, old * a1)
-                        if GATE:
-                            up, down, _ = _gate(vload(r0, t * r_l + c, V), W)
-                            y, z = y * up, z * down
-                        vstore(out0, t * out_l + c, y / z, V)
-                        ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                    calm, top, since, entry = False, zero, zero, zero
+                    if not BOTH and _gentle(TILE, w, u, W):
+                        calm, top, since, entry = _calm(kt0, k_l, end - start, ka, m, b, w, V, W)
+                    if calm:
+                        mine = constants + j * (TILE + 1) * lanes * sb
+                        ka, m, a, b, bonus = top, since, a * entry, b * entry, vload(mine, 0, W)
+                        for t in range(end - start):
+                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(mine, (t + 1) * lanes, W)
+                            Ev = E * vload(vt0, t * v_l, V)
+                            write(ot0, t * out_l, fma(bonus, Ev, a), fma(bonus, E, b), rt0, t * r_l)
+                            a, b = a + Ev, b + E
+                        m = m - vset(float(end - start), W)
+                    else:
+                        for t in range(end - start):
+                            kt, vt = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
+                            if BOTH:
+                                slot = t * lanes
+                                ka1, m1, a1, b1, _, _ = _join(
+                                    ka, m, a, b, vload(rk, slot, W), vload(rm, slot, W), vload(ra, slot, W),
+                                    vload(rb, slot, W), w, W,
+                                )  # fmt: skip
+                            else:
+                                ka1, m1, a1, b1 = ka, m, a, b
+                            old, new = _weights(fma(m1, w, kt - ka1) + u, W)
+                            write(ot0, t * out_l, fma(new, vt, old * a1), fma(old, b1, new), rt0, t * r_l)
+                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
                     vstore(kas, j * lanes, ka, W)
                     vstore(ms, j * lanes, m, W)
                     vstore(as_, j * lanes, a, W)
@@ -316,10 +407,9 @@ def _forward_kernel(X, lanes, GATE, BOTH):
             if ybar1 != 0 and last == 1:
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
-                    w = vload(w_, c, W)
                     ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
                     a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
-                    o = fma(zero - m, w, ka) + vlog(b)
+                    o = fma(zero - m, vload(w_, c, W), ka) + vlog(b)
                     vstore(ybar1, sequence * C + c, where_equal(b, zero, zero, a / b), W)
                     vstore(lse1, sequence * C + c, where_equal(b, zero, vset(-np.inf, W), o), W)
 
@@ -332,12 +422,17 @@ _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM
 
 
 @_inline
-def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, h, lanes, V, W, BOTH, sb):
-    """Fill ``h`` for a tile of n tokens from its entry states. Returns its last states: left (ka, m, a, b), right (ka, m)."""
-    zero, size = vset(0.0, W), TILE * lanes
+def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb):
+    """Fill ``h`` for a tile of n tokens from its entry states, with values less the tile's ``mean``. Returns its last states,
+    left (ka, m, a, b) and right (ka, m), the factor that the left one's scale took on at its entry, and the mean."""
+    zero, one, size = vset(0.0, W), vset(1.0, W), TILE * lanes
     rka, rm = zero, zero
+    a, b, ka = vload(left, 0, W), vload(left, rows * C, W), vload(left, 2 * rows * C, W)
+    mean = where_equal(b, zero, zero, a / b)
     if BOTH:
         ra, rb, rka = vload(right, 0, W), vload(right, rows * C, W), vload(right, 2 * rows * C, W)
+        mean = where_equal(b, zero, where_equal(rb, zero, zero, ra / rb), mean)
+        ra = fma(zero - mean, rb, ra)
         for i in range(n):
             t = n - 1 - i
             at = t * lanes
@@ -345,38 +440,59 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, h, lanes, V, W, 
             vstore(h, _RB * size + at, rb, W)
             vstore(h, _RK * size + at, rka, W)
             vstore(h, _RM * size + at, rm, W)
-            rka, rm, ra, rb, A, E = _include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V), w, W)
+            rka, rm, ra, rb, A, E = _include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, w, W)
             vstore(h, _RKEEP * size + at, A, W)
             vstore(h, _RNEW * size + at, E, W)
-    a, b, ka = vload(left, 0, W), vload(left, rows * C, W), vload(left, 2 * rows * C, W)
-    m = zero
-    for t in range(n):
-        at = t * lanes
-        k, v = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
-        if BOTH:
-            ka1, m1, a1, b1, l_weight, r_weight = _join(
-                ka, m, a, b, vload(h, _RK * size + at, W), vload(h, _RM * size + at, W), vload(h, _RA * size + at, W),
-                vload(h, _RB * size + at, W), w, W,
-            )  # fmt: skip
-        else:
-            ka1, m1, a1, b1 = ka, m, a, b
-        old, new = _weights(fma(m1, w, k - ka1) + u, W)
-        z = fma(old, b1, new)
-        z = where_equal(z, zero, zero, vset(1.0, W) / z)  # where nothing is seen, no weight and no gradient
-        old, new = old * z, new * z
-        if BOTH:
-            vstore(h, _SEEN * size + at, old * l_weight, W)
-            vstore(h, _RSEEN * size + at, old * r_weight, W)
-        else:
-            vstore(h, _SEEN * size + at, old, W)
-        vstore(h, _SELF * size + at, new, W)
-        vstore(h, _Y * size + at, fma(new, v, old * a1), W)
-        vstore(h, _A * size + at, a, W)
-        vstore(h, _B * size + at, b, W)
-        ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
-        vstore(h, _KEEP * size + at, A, W)
-        vstore(h, _NEW * size + at, E, W)
-    return ka, m, a, b, rka, rm
+    a = fma(zero - mean, b, a)
+    m, calm, top, entry = zero, False, zero, one
+    if not BOTH and _gentle(TILE, w, u, W):
+        calm, top, _, entry = _calm(kt0, k_l, n, ka, zero, b, w, V, W)
+    if calm:
+        bonus, m = vload(constants, 0, W), vset(-float(n), W)
+        ka, a, b = top, a * entry, b * entry
+        for t in range(n):
+            v, at = vload(vt0, t * v_l, V) - mean, t * lanes
+            E = vexp(vload(kt0, t * k_l, V) - ka, W) * vload(constants, (t + 1) * lanes, W)
+            new = bonus * E
+            z = b + new
+            z = where_equal(z, zero, zero, one / z)  # where nothing is seen, no weight and no gradient
+            new = new * z
+            vstore(h, _SEEN * size + at, z, W)
+            vstore(h, _SELF * size + at, new, W)
+            vstore(h, _Y * size + at, fma(new, v, z * a), W)
+            vstore(h, _A * size + at, a, W)
+            vstore(h, _B * size + at, b, W)
+            vstore(h, _KEEP * size + at, one, W)
+            vstore(h, _NEW * size + at, E, W)
+            a, b = fma(E, v, a), b + E
+    else:
+        entry = one
+        for t in range(n):
+            k, v, at = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, t * lanes
+            if BOTH:
+                ka1, m1, a1, b1, l_weight, r_weight = _join(
+                    ka, m, a, b, vload(h, _RK * size + at, W), vload(h, _RM * size + at, W), vload(h, _RA * size + at, W),
+                    vload(h, _RB * size + at, W), w, W,
+                )  # fmt: skip
+            else:
+                ka1, m1, a1, b1 = ka, m, a, b
+            old, new = _weights(fma(m1, w, k - ka1) + u, W)
+            z = fma(old, b1, new)
+            z = where_equal(z, zero, zero, one / z)
+            old, new = old * z, new * z
+            if BOTH:
+                vstore(h, _SEEN * size + at, old * l_weight, W)
+                vstore(h, _RSEEN * size + at, old * r_weight, W)
+            else:
+                vstore(h, _SEEN * size + at, old, W)
+            vstore(h, _SELF * size + at, new, W)
+            vstore(h, _Y * size + at, fma(new, v, old * a1), W)
+            vstore(h, _A * size + at, a, W)
+            vstore(h, _B * size + at, b, W)
+            ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
+            vstore(h, _KEEP * size + at, A, W)
+            vstore(h, _NEW * size + at, E, W)
+    return ka, m, a, b, rka, rm, entry, mean
 
 
 @_inline
@@ -384,8 +500,8 @@ def _upstream(g, index, r, r_index, V, W, GATE):
     """The gradient of y."""
     x = vload(g, index, V)
     if GATE:
-        up, down, _ = _gate(vload(r, r_index, V), W)
-        x = x * up / down
+        over, _ = _gate(vload(r, r_index, V), W)
+        x = x / over
     return x
 
 
@@ -396,12 +512,16 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That
     of the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C),
     and a second walk, from the right, computes it again along with everything else.
+
+    dk and dw hold differences, P v + Q and P a + Q b, which values far from 0 would drown in rounding. So within a tile all
+    values are less the mean at its entry, and Q is more by P times that.
     """
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
     HISTORY = TILE * lanes * (14 if BOTH else 7)
     SUMS = (_BLOCK + 1) * lanes
     SIZE = TILE * lanes
+    CONSTANTS = 1 if BOTH else (TILE + 1) * SUMS
 
     def wkv_backward(
         segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse, g_ybar,
@@ -415,8 +535,8 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
             begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
-            h = tile(HISTORY, S)
-            Ps, Qs, dws, dus = tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S)
+            h, constants = tile(HISTORY, S), tile(CONSTANTS, S)
+            Ps, Qs, means, dws, dus = tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S)
             k0, v0 = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
             r0, g0 = r + (batch * r_b + t0 * r_l) * xb, g + (batch * g_b + t0 * g_l) * xb
             d0 = (batch * d_b + t0 * d_l) * xb
@@ -426,21 +546,22 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
-                    P, Q = zero, zero
+                    P, Q, past = zero, zero, zero
                     if not SUMMARY and adjoint != 0 and first == 0:
                         P = vload(adjoint, (2 * count + segment) * C + c, W)
                         Q = vload(adjoint, (3 * count + segment) * C + c, W)
                     for i in range(tiles):
                         start = i * TILE
                         size = min(TILE, n - start)
+                        left = keep + ((row + i) * C + c) * sb
+                        _, _, _, _, rka, rm, _, mean = _rebuild(
+                            size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows,
+                            C, w, u, 0, h, lanes, V, W, BOTH, sb,
+                        )  # fmt: skip
+                        Q, past = fma(mean - past, P, Q), mean
                         if not SUMMARY:
                             vstore(right_keep, (row + i) * C + c, P, W)
                             vstore(right_keep, (rows + row + i) * C + c, Q, W)
-                        left = keep + ((row + i) * C + c) * sb
-                        _, _, _, _, rka, rm = _rebuild(
-                            size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows,
-                            C, w, u, h, lanes, V, W, BOTH, sb,
-                        )  # fmt: skip
                         if i > 0 or first == 0:
                             gap = _gap(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
                             P, Q = P * gap, Q * gap
@@ -452,7 +573,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                             P, Q = fma(A, P, gp), A * Q - gp * vload(h, _Y * SIZE + t * lanes, W)
                     if SUMMARY:
                         vstore(adjoint, (2 * count + segment) * C + c, P, W)
-                        vstore(adjoint, (3 * count + segment) * C + c, Q, W)
+                        vstore(adjoint, (3 * count + segment) * C + c, fma(zero - past, P, Q), W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 P, Q = zero, zero
@@ -460,8 +581,12 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     P, Q = vload(adjoint, segment * C + c, W), vload(adjoint, (count + segment) * C + c, W)
                 vstore(Ps, j * lanes, P, W)
                 vstore(Qs, j * lanes, Q, W)
+                vstore(means, j * lanes, zero, W)
                 vstore(dws, j * lanes, zero, W)
                 vstore(dus, j * lanes, zero, W)
+                w, u = vload(w_, c, W), vload(u_, c, W)
+                if not BOTH and _gentle(TILE, w, u, W):
+                    _constants(constants + j * (TILE + 1) * lanes * sb, TILE, w, u, lanes, W)
             for i_ in range(tiles):
                 i = tiles - 1 - i_
                 start = i * TILE
@@ -470,9 +595,9 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
                     left = keep + ((row + i) * C + c) * sb
-                    ka, m, a, b, rka, rm = _rebuild(
+                    ka, m, a, b, rka, rm, entry, mean = _rebuild(
                         size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
-                        w, u, h, lanes, V, W, BOTH, sb,
+                        w, u, constants + j * (TILE + 1) * lanes * sb, h, lanes, V, W, BOTH, sb,
                     )  # fmt: skip
                     sum_w, sum_u = zero, zero
                     if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
@@ -484,7 +609,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                             slot = t * lanes
                             gt = _upstream(g0, (start + t) * g_l + c, r0, (start + t) * r_l + c, V, W, GATE)
                             A, E = vload(h, _RKEEP * SIZE + slot, W), vload(h, _RNEW * SIZE + slot, W)
-                            vt = vload(v0, (start + t) * v_l + c, V)
+                            vt = vload(v0, (start + t) * v_l + c, V) - mean
                             vstore(h, _RNEW * SIZE + slot, E * P, W)
                             vstore(h, _RKEEP * SIZE + slot, E * fma(P, vt, Q), W)
                             a1, b1 = vload(h, _RA * SIZE + slot, W), vload(h, _RB * SIZE + slot, W)
@@ -492,6 +617,8 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                             gp = gt * vload(h, _RSEEN * SIZE + slot, W)
                             P, Q = fma(A, P, gp), A * Q - gp * vload(h, _Y * SIZE + slot, W)
                     P, Q = vload(Ps, j * lanes, W), vload(Qs, j * lanes, W)
+                    Q = fma(mean - vload(means, j * lanes, W), P, Q)
+                    vstore(means, j * lanes, mean, W)
                     if i < tiles - 1 or last == 0:
                         gap = _gap(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
                         P, Q = P * gap, Q * gap
@@ -506,14 +633,14 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                         gt = vload(g0, token * g_l + c, V)
                         y = vload(h, _Y * SIZE + slot, W)
                         if GATE:
-                            up, down, e = _gate(vload(r0, token * r_l + c, V), W)
-                            down = vset(1.0, W) / down
+                            over, e = _gate(vload(r0, token * r_l + c, V), W)
+                            over = vset(1.0, W) / over
                             if not SUMMARY:
-                                vstore(dr + d0, token * d_l + c, gt * y * (e * down) * down, V)
-                            gt = gt * (up * down)
+                                vstore(dr + d0, token * d_l + c, gt * (y + mean) * (e * over) * over, V)
+                            gt = gt * over
                         A = vload(h, _KEEP * SIZE + slot, W)
                         if not SUMMARY:
-                            E, vt = vload(h, _NEW * SIZE + slot, W), vload(v0, token * v_l + c, V)
+                            E, vt = vload(h, _NEW * SIZE + slot, W), vload(v0, token * v_l + c, V) - mean
                             gs = gt * vload(h, _SELF * SIZE + slot, W)
                             own = gs * (vt - y)
                             dvt, dkt = fma(E, P, gs), fma(E, fma(P, vt, Q), own)
@@ -527,23 +654,23 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                             sum_u = sum_u + own
                         gp = gt * vload(h, _SEEN * SIZE + slot, W)
                         P, Q = fma(A, P, gp), A * Q - gp * y
-                    vstore(Ps, j * lanes, P, W)
-                    vstore(Qs, j * lanes, Q, W)
+                    vstore(Ps, j * lanes, P * entry, W)
+                    vstore(Qs, j * lanes, Q * entry, W)
                     if not SUMMARY:
                         vstore(dws, j * lanes, vload(dws, j * lanes, W) + sum_w, W)
                         vstore(dus, j * lanes, vload(dus, j * lanes, W) + sum_u, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
-                P, Q = vload(Ps, j * lanes, W), vload(Qs, j * lanes, W)
+                P, Q, mean = vload(Ps, j * lanes, W), vload(Qs, j * lanes, W), vload(means, j * lanes, W)
                 if SUMMARY:
                     vstore(adjoint, segment * C + c, P, W)
-                    vstore(adjoint, (count + segment) * C + c, Q, W)
+                    vstore(adjoint, (count + segment) * C + c, fma(zero - mean, P, Q), W)
                 else:
                     vstore(dw, segment * C + c, vload(dws, j * lanes, W), W)
                     vstore(du, segment * C + c, vload(dus, j * lanes, W), W)
                     if d_ybar != 0 and first == 1:
                         spot = sequence * C + c
-                        Q = fma(P, vload(ybar, spot, W), Q)
+                        Q = fma(P, vload(ybar, spot, W) - mean, Q)
                         if n == 0:  # no token between the state that came and the one that went
                             P = vload(g_ybar, spot, W) if g_ybar != 0 else zero
                             Q = vload(g_lse, spot, W) if g_ybar != 0 else zero
@@ -603,7 +730,13 @@ def _segments_of(batch, begin, tokens, row, sequence, step):
 @functools.lru_cache(maxsize=256)
 def _dense_segments(B, L, step):
     tiles = -(-L // TILE)
-    return np.array([s for b in range(B) for s in _segments_of(b, 0, L, b * tiles, b, step)], dtype=np.int64)
+    return _table(s for b in range(B) for s in _segments_of(b, 0, L, b * tiles, b, step))
+
+
+def _table(segments):
+    """(address, number of segments, the array that must live as long)"""
+    table = np.array(list(segments), dtype=np.int64)
+    return table.ctypes.data, len(table), table
 
 
 def _segments(k, cu_seqlens, chunked):
@@ -612,10 +745,7 @@ def _segments(k, cu_seqlens, chunked):
     if cu_seqlens is None:
         return _dense_segments(B, L, step)
     ends = cu_seqlens.tolist()
-    return np.array(
-        [s for i, (a, b) in enumerate(zip(ends, ends[1:])) for s in _segments_of(0, a, b - a, a // TILE + i, i, step)],
-        dtype=np.int64,
-    )
+    return _table(s for i, (a, b) in enumerate(zip(ends, ends[1:])) for s in _segments_of(0, a, b - a, a // TILE + i, i, step))
 
 
 def _chunked(algorithm, k):
@@ -654,8 +784,7 @@ def wkv_forward(
     """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
     C, dtype = k.shape[2], w.dtype
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
-    segments = _segments(k, cu_seqlens, _chunked(algorithm, k))
-    table, count = segments.ctypes.data, len(segments)
+    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunked = count > (sequences or k.shape[0])
     rows = wkv_rows(*k.shape[:2], sequences)
@@ -688,8 +817,7 @@ def wkv_backward(
     """Fill dk, dv and, where they are given, dr, d_ybar, d_lse; return sums (segments, C) of dw and du. k is not empty."""
     C, dtype = k.shape[2], w.dtype
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
-    segments = _segments(k, cu_seqlens, _chunked(algorithm, k))
-    table, count = segments.ctypes.data, len(segments)
+    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunked = count > (sequences or k.shape[0])
     rows, sides = checkpoint.shape[2], 2 if bidirectional else 1

@@ -155,6 +155,8 @@ def register(
             return operator(*args)
         if torch._C._are_functorch_transforms_active():
             return operator(*args) if mutates else Functorch.apply(*args)
-        return operator(*args) if overheard(args) else autograd(*args)
+        if overheard(args):
+            return operator(*args)
+        return autograd(*args) if mutates or torch.is_grad_enabled() else implementation(*args)
 
     return call
