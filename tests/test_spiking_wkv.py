@@ -127,7 +127,10 @@ def compare(name, case, used=(0, 1, 2, 3)):
         if key in ("decay", "first", "tau", "v_threshold"):  # sums, whose terms may cancel
             size = max(size, 0.1 * sums / max(1, w.numel()))
         tolerance = TOLERANCE[case.dtype]
-        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance * size, msg=lambda m, key=key: f"{key}: {m}")
+        # v - y, which these hold, is of two rounded numbers: 0 where one token alone is seen, but for that
+        rounding = 8 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * scale
+        atol = tolerance * size + rounding
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
     return True
 
 

@@ -247,6 +247,24 @@ def test_accuracy_of_slow_decay(name, algorithm, mean, deviation):
     assert rms(got.double() - want) <= 1e-6 * rms(want)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_calm_tiles_and_others(algorithm, data):
+    """The CPU's two ways through a tile meet at limits of decay, bonus and rise of the keys; on both sides of each."""
+    C, L = data.draw(st.sampled_from([1, 16, 23])), data.draw(st.sampled_from([7, 16, 40, 100]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    a = make(2, L, C, dtype, gate=data.draw(st.booleans()), state=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)))
+    a["decay"] += data.draw(st.sampled_from([-4.0, 0.0, 2.0, 3.0]))
+    a["first"] += data.draw(st.sampled_from([-8.0, 0.0, 7.5, 9.0]))
+    a["k"] += data.draw(st.sampled_from([-60.0, 0.0, 40.0]))
+    for _ in range(data.draw(st.integers(0, 3))):  # from one token on, or at it alone
+        t, rise = data.draw(st.integers(0, L - 1)), data.draw(st.sampled_from([-80.0, -24.0, 24.0, 28.0, 60.0]))
+        a["k"][:, t : data.draw(st.sampled_from([t + 1, L]))] += rise
+    a["k"][:, : data.draw(st.sampled_from([0, 0, 1, 5]))] = -math.inf
+    compare("cpu", a, dtype, algorithm=algorithm, return_state=data.draw(st.booleans()))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_extreme_keys(name, algorithm):

@@ -367,7 +367,8 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                             )  # fmt: skip
                     ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
                     a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
-                    ka, m, a, b = _nearby(ka, m, a, b, w, W)
+                    if n > _FAR:
+                        ka, m, a, b = _nearby(ka, m, a, b, w, W)
                     if keep != 0 and (i > 0 or first == 1):
                         kept = keep + ((row + i) * C + c) * sb
                         a1, b1, o = _rounded(ka, m, a, b, w, W)
