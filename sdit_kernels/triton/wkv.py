@@ -42,17 +42,11 @@ _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is u
 _HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
-_HIGHEST: tl.constexpr = tl.constexpr(60.0)  # 2^-60 of a state of up to 2^31 tokens is less than float32 resolves
+_HIGHEST: tl.constexpr = tl.constexpr(60.0)  # beside a token of weight 2^60 float32 sees no state of 2^31; |v| < 2^67 then
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
 
 
 # --- the arithmetic of a token -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _negative(x):
-    """-x, as a multiplication that LLVM makes the sign of an operand; it must take Triton's -x, which is 0 - x, for a subtraction."""
-    return x * -1.0
 
 
 @triton.jit
@@ -72,14 +66,19 @@ def _gap(k, state, w):
 
 
 @triton.jit
+def _shares(d):
+    """(A, E): weights of an old and a new term whose exponent is greater by d; the greater of them is 1."""
+    e = tl.exp2(tl.abs(d) * -_LOG2E)
+    return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
+
+
+@triton.jit
 def _advance(k, v, state, w):
     """(state after the token, A, E): a <- A a + E v, b <- A b + E. One of A and E is 1."""
     a, b, ka, n = state
     d = _gap(k, state, w) - w  # k - (o + w)
     new = d > 0.0
-    e = tl.exp2(tl.abs(d) * -_LOG2E)
-    A = tl.where(new, e, 1.0)
-    E = tl.where(new, 1.0, e)
+    A, E = _shares(d)
     return (A * a + E * v, A * b + E, tl.where(new, k, ka), tl.where(new, 0.0, n + 1.0)), A, E
 
 
@@ -87,7 +86,8 @@ def _advance(k, v, state, w):
 def _own(gap, u2):
     """e^(u + k - o), the token's weight in its output, and no more than where the state's is none; u2 = u log2(e)."""
     x = tl.fma(gap, tl.full(gap.shape, _LOG2E, gap.dtype), u2)
-    return tl.exp2(tl.minimum(x, _HIGHEST if x.dtype == tl.float32 else 2 * _HIGHEST, propagate_nan=tl.PropagateNan.ALL))
+    highest: tl.constexpr = _HIGHEST if x.dtype == tl.float32 else 2 * _HIGHEST
+    return tl.exp2(tl.minimum(x, highest, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -388,9 +388,7 @@ def wkv_combine_kernel(
                 a_, b_, ka, n = state
                 n += steps
                 d = tl.fma(-n, w, o - ka)
-                e = tl.exp2(tl.abs(d) * -_LOG2E)
-                A = tl.where(d > 0.0, e, 1.0)
-                E = tl.where(d > 0.0, 1.0, e)
+                A, E = _shares(d)
                 state = A * a_ + E * a, A * b_ + E * b, tl.where(d > 0.0, o, ka), tl.where(d > 0.0, 0.0, n)
 
 
@@ -469,11 +467,11 @@ def wkv_backward_kernel(
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), False, HELD)
         vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, False, HELD)
         gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
         for t in range(tile * TILE, t0, HELD):
             state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
