@@ -530,6 +530,8 @@ How to read it:
   twice that) once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
   tokens. The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice,
   which counts as instructions; their k and v were read just before, which does not count as bytes.
+  The forward walk stands in the code twice, for full tiles, which are counted, and with masks for the last; *loads* and
+  *stores* show both.
 - "chunked" launches, besides the kernel of "serial", those that make summaries and scan them (`wkv_combine`, per chunk);
   "bidirectional" those that make the states (forward) and carries (backward) that enter each tile. *(call)* is all of them
   together, beside the floor of one pass: k and v are read once more for the summaries ("chunked": twice in all) or for the
