@@ -20,12 +20,13 @@ from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parame
 from .wkv import (
     _LOG2E,
     _TINY,
-    _exp_minus,
     _load_state,
+    _own,
     _parameters,
     _reciprocal,
     _rounded,
     _rounding,
+    _shares,
     _store_three,
     _user_state,
 )
@@ -34,28 +35,21 @@ _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes 
 
 
 @triton.jit
-def _apart(d2):
-    """Weights of an old and a new term, the new one's exponent being greater by d2 (base 2); the greater of them is 1."""
-    e = _exp_minus(d2)
-    return tl.where(d2 > 0.0, e, 1.0), tl.where(d2 > 0.0, 1.0, e)
-
-
-@triton.jit
 def _take_in(k, v, state, w):
     """(state after the token, q)."""
     a, b, ka, n = state
     q = tl.fma(-n, w, k - ka)
     d = q - w
-    A, E = _apart(d * _LOG2E)
+    A, E = _shares(d)
     return (A * a + E * v, A * b + E, tl.where(d > 0.0, k, ka), tl.where(d > 0.0, 0.0, n + 1.0)), q
 
 
 @triton.jit
 def _mean(a, b, q, v, u2):
     """y, and the shares in it of the state (per unit of b) and of the token."""
-    old, new = _apart(tl.fma(q, tl.full(q.shape, _LOG2E, q.dtype), u2))
-    inverse = _reciprocal(tl.maximum(old * b + new, _TINY))
-    return (old * a + new * v) * inverse, old * inverse, new * inverse
+    own = _own(q, u2)
+    inverse = _reciprocal(tl.maximum(b + own, _TINY))
+    return (a + own * v) * inverse, inverse, own * inverse
 
 
 @triton.jit
@@ -273,7 +267,7 @@ def spiking_wkv_backward_kernel(
                     dr = dy * y * p * (1.0 - p)
                     tl.store(dr_ptr + t * step + at, dr.to(dr_ptr.dtype.element_ty), mask=m)
                     dy *= p
-                A, E = _apart((q - w) * _LOG2E)
+                A, E = _shares(q - w)
                 P, Q = adjoint[t]
                 seen *= dy
                 own *= dy

@@ -42,16 +42,11 @@ _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is u
 _HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
+_HIGHEST: tl.constexpr = tl.constexpr(60.0)  # beside a token of weight 2^60 float32 sees no state of 2^31; |v| < 2^67 then
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
 
 
 # --- the arithmetic of a token -----------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _exp_minus(x):
-    """exp(-|x|) of a base 2 logarithm."""
-    return tl.exp2(-tl.abs(x))
 
 
 @triton.jit
@@ -64,25 +59,35 @@ def _reciprocal(x):
 
 
 @triton.jit
-def _advance(k, v, state, w):
-    """(state after the token, A, E): a <- A a + E v, b <- A b + E. One of A and E is 1."""
-    a, b, ka, n = state
-    n += 1.0
-    d = tl.fma(-n, w, k - ka)  # k - (o + w)
-    new = d > 0.0
-    e = _exp_minus(d * _LOG2E)
-    A = tl.where(new, e, 1.0)
-    E = tl.where(new, 1.0, e)
-    return (A * a + E * v, A * b + E, tl.where(new, k, ka), tl.where(new, 0.0, n)), A, E
+def _gap(k, state, w):
+    """k - o."""
+    _, _, ka, n = state
+    return tl.fma(n, -w, k - ka)
 
 
 @triton.jit
-def _weights(k, state, w, u2):
-    """Weights of the state and of the token in its output, the greater of them 1. u2 = u log2(e)."""
-    a, b, ka, n = state
-    d = tl.fma(-n, w, k - ka) * _LOG2E + u2  # u + k - o; tl.fma would make a float32 of the constant
-    e = _exp_minus(d)
+def _shares(d):
+    """(A, E): weights of an old and a new term whose exponent is greater by d; the greater of them is 1."""
+    e = tl.exp2(tl.abs(d) * -_LOG2E)
     return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
+
+
+@triton.jit
+def _advance(k, v, state, w):
+    """(state after the token, A, E): a <- A a + E v, b <- A b + E. One of A and E is 1."""
+    a, b, ka, n = state
+    d = _gap(k, state, w) - w  # k - (o + w)
+    new = d > 0.0
+    A, E = _shares(d)
+    return (A * a + E * v, A * b + E, tl.where(new, k, ka), tl.where(new, 0.0, n + 1.0)), A, E
+
+
+@triton.jit
+def _own(gap, u2):
+    """e^(u + k - o), the token's weight in its output, and no more than where the state's is none; u2 = u log2(e)."""
+    x = tl.fma(gap, tl.full(gap.shape, _LOG2E, gap.dtype), u2)
+    highest: tl.constexpr = _HIGHEST if x.dtype == tl.float32 else 2 * _HIGHEST
+    return tl.exp2(tl.minimum(x, highest, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -106,8 +111,9 @@ def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
         e, e_, own = _weights_of_three(k, state, right, w, u2)
         return e * state[0] + e_ * right[0] + own * v, tl.maximum(e * state[1] + e_ * right[1] + own, _TINY), e, e_, own
     else:
-        e, own = _weights(k, state, w, u2)
-        return e * state[0] + own * v, tl.maximum(e * state[1] + own, _TINY), e, e, own
+        own = _own(_gap(k, state, w), u2)
+        one = tl.full(own.shape, 1.0, own.dtype)
+        return state[0] + own * v, tl.maximum(state[1] + own, _TINY), one, one, own
 
 
 # --- places ------------------------------------------------------------------------------------------------------------------
@@ -145,13 +151,13 @@ def _at(ptr, t, stride, cols):
 
 
 @triton.jit
-def _tokens(ptr, t, stride, cols, mask, left, other, N: tl.constexpr):
-    """N tokens from t on; what ``left`` or more are behind t are not there."""
+def _tokens(ptr, t, stride, cols, mask, left, other, WHOLE: tl.constexpr, N: tl.constexpr):
+    """N tokens from t on; what ``left`` or more are behind t are not there, unless all are: WHOLE."""
     found = ()
     if N > 0:
         p = _at(ptr, t, stride, cols)
         for j in tl.static_range(N):
-            found = found + (tl.load(p, mask=mask & (j < left), other=other),)
+            found = found + (tl.load(p, mask=mask) if WHOLE else tl.load(p, mask=mask & (j < left), other=other),)
             p += stride
     return found
 
@@ -159,8 +165,8 @@ def _tokens(ptr, t, stride, cols, mask, left, other, N: tl.constexpr):
 @triton.jit
 def _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, left, state, w, LEFTWARDS: tl.constexpr, N: tl.constexpr):
     """The state after N tokens from t on."""
-    ks = _tokens(k_ptr, t, k_l, cols, mask, left, -float("inf"), N)
-    vs = _tokens(v_ptr, t, v_l, cols, mask, left, 0.0, N)
+    ks = _tokens(k_ptr, t, k_l, cols, mask, left, -float("inf"), False, N)
+    vs = _tokens(v_ptr, t, v_l, cols, mask, left, 0.0, False, N)
     for j in tl.static_range(N - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else N, -1 if LEFTWARDS else 1):
         state, A, E = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), state, w)
     return state
@@ -238,6 +244,46 @@ def _parameters(w_ptr, u_ptr, cols, mask):
 # --- kernels -----------------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _forward_tile(
+    k_ptr, v_ptr, r_ptr, start_ptr, right_ptr, out_ptr, keep_ptr, k_l, v_l, r_l, out_l, C, plane, row, tile, length, cols, mask,
+    state, w, u2, WHOLE: tl.constexpr, LEFTWARDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """The state after a tile. WHOLE: the sequence does not end in it, so that its tokens need no masks."""
+    BOTH: tl.constexpr = right_ptr is not None
+    HALF: tl.constexpr = TILE // 2
+    t0 = tile * TILE
+    left = tl.minimum(length - t0, TILE).to(tl.int32)
+    at = (row + tile) * C + cols
+    ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), WHOLE, TILE)
+    vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, WHOLE, TILE)
+    rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, WHOLE, 0 if r_ptr is None else HALF)  # the others later: registers
+    if keep_ptr is not None:
+        _store_state(keep_ptr, at, plane, mask, state, w)
+    rights = ()  # the states to the right of the tile's tokens, last token first
+    if BOTH:
+        state = _load_state(start_ptr, at, plane, mask)
+        right = _load_state(right_ptr, at, plane, mask)
+        for j in tl.static_range(TILE - 1, -1, -1):
+            rights = rights + (right,)
+            right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
+    if out_ptr is not None:
+        out_at = _at(out_ptr, t0, out_l, cols)
+    for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
+        k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
+        if r_ptr is not None and j == HALF:
+            rs = rs + _tokens(r_ptr, t0 + HALF, r_l, cols, mask, left - HALF, 0.0, WHOLE, HALF)
+        if out_ptr is not None:
+            num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
+            if r_ptr is not None:
+                den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
+            y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
+            tl.store(out_at, y, mask=mask if WHOLE else mask & (j < left))
+            out_at += out_l
+        state, _, _ = _advance(k, v, state, w)
+    return state
+
+
 @triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane"])
 def wkv_forward_kernel(
     k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, start_ptr, right_ptr, cu_ptr,
@@ -275,37 +321,24 @@ def wkv_forward_kernel(
         r_ptr += sequence * r_b + first * r_l
     if out_ptr is not None:
         out_ptr += sequence * out_b + first * out_l
-    for i in range(begin, end):
-        tile = begin + end - 1 - i if LEFTWARDS else i
-        t0 = tile * TILE
-        left = tl.minimum(length - t0, TILE).to(tl.int32)
-        at = (row + tile) * C + cols
-        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), TILE)
-        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, TILE)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else TILE // 2)  # the others later: registers
-        if keep_ptr is not None:
-            _store_state(keep_ptr, at, plane, mask, state, w)
-        rights = ()  # the states to the right of the tile's tokens, last token first
-        if BOTH:
-            state = _load_state(start_ptr, at, plane, mask)
-            right = _load_state(right_ptr, at, plane, mask)
-            for j in tl.static_range(TILE - 1, -1, -1):
-                rights = rights + (right,)
-                right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
-        if out_ptr is not None:
-            out_at = _at(out_ptr, t0, out_l, cols)
-        for j in tl.static_range(TILE - 1 if LEFTWARDS else 0, -1 if LEFTWARDS else TILE, -1 if LEFTWARDS else 1):
-            k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
-            if r_ptr is not None and j == TILE // 2:
-                rs = rs + _tokens(r_ptr, t0 + TILE // 2, r_l, cols, mask, left - TILE // 2, 0.0, TILE // 2)
-            if out_ptr is not None:
-                num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
-                if r_ptr is not None:
-                    den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
-                y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
-                tl.store(out_at, y, mask=mask & (j < left))
-                out_at += out_l
-            state, _, _ = _advance(k, v, state, w)
+    whole = tl.maximum(begin, tl.minimum(end, length // TILE))  # behind it, one tile that the sequence does not fill
+    if LEFTWARDS:
+        for tile in range(whole, end):
+            state = _forward_tile(
+                k_ptr, v_ptr, r_ptr, start_ptr, right_ptr, out_ptr, keep_ptr, k_l, v_l, r_l, out_l, C, plane, row, tile,
+                length, cols, mask, state, w, u2, False, LEFTWARDS, TILE,
+            )  # fmt: skip
+    for i in range(begin, whole):
+        state = _forward_tile(
+            k_ptr, v_ptr, r_ptr, start_ptr, right_ptr, out_ptr, keep_ptr, k_l, v_l, r_l, out_l, C, plane, row,
+            begin + whole - 1 - i if LEFTWARDS else i, length, cols, mask, state, w, u2, True, LEFTWARDS, TILE,
+        )  # fmt: skip
+    if not LEFTWARDS:
+        for tile in range(whole, end):
+            state = _forward_tile(
+                k_ptr, v_ptr, r_ptr, start_ptr, right_ptr, out_ptr, keep_ptr, k_l, v_l, r_l, out_l, C, plane, row, tile,
+                length, cols, mask, state, w, u2, False, LEFTWARDS, TILE,
+            )  # fmt: skip
     if exit_ptr is not None:
         _store_state(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles), state, w)
     if ybar_out_ptr is not None:
@@ -355,9 +388,7 @@ def wkv_combine_kernel(
                 a_, b_, ka, n = state
                 n += steps
                 d = tl.fma(-n, w, o - ka)
-                e = _exp_minus(d * _LOG2E)
-                A = tl.where(d > 0.0, e, 1.0)
-                E = tl.where(d > 0.0, 1.0, e)
+                A, E = _shares(d)
                 state = A * a_ + E * a, A * b_ + E * b, tl.where(d > 0.0, o, ka), tl.where(d > 0.0, 0.0, n)
 
 
@@ -433,14 +464,14 @@ def wkv_backward_kernel(
         left = tl.minimum(length - t0, HELD).to(tl.int32)
         tile = t0 // TILE
         at = (row + tile) * C + cols
-        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), HELD)
-        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, HELD)
-        gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, 0 if g_ptr is None else HELD)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, 0 if r_ptr is None else HELD)
+        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), False, HELD)
+        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, False, HELD)
+        gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
         for t in range(tile * TILE, t0, HELD):
             state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
+        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
