@@ -213,7 +213,7 @@ def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
 
 
 @contextmanager
-def _replacing(path: Path):
+def replacing(path: Path):
     """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -283,7 +283,7 @@ def _download(name, spec, files, reasons: list[str]) -> Path | None:
                 digest = spec.checksums[file]
                 if (_sha256 if len(digest) == 64 else _md5)(content) != digest:
                     raise OSError(f"{file} has another checksum than it should")
-                with _replacing(folder / file) as target:
+                with replacing(folder / file) as target:
                     target.write(content)
             return folder
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
