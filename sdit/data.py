@@ -85,18 +85,29 @@ def _resize(images: Tensor, size: int) -> Tensor:
 
 
 def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) -> Tensor:
-    """Images as the network takes them: (B, H, W, C) uint8 to (B, config.channels, S, S) float32, S = config.image_size.
+    r"""Images as the network takes them: x / 127.5 - 1, channels first.
 
-    Other sizes are cropped to the central square and resized (bilinear, antialiased, rounded to one of the 256 levels, which
-    the likelihood of the objective assumes); grey is repeated to ``config.channels``; then x / 127.5 - 1. ``flip`` (B,) bool
-    mirrors the images where it is true. Runs on the device of ``images``.
+    Images of another size are cropped to the central square and resized: bilinear, antialiased, rounded to one of the 256
+    levels, which the likelihood in the objective assumes. Grey is repeated to all channels.
 
-    Errors: TypeError for anything but uint8, ValueError for shapes, and for colour images where config.channels is not 3.
+    Args:
+        images: (B, H, W, 1 or 3) uint8, on any device.
+        config: of the model; channels and image_size (S) are used.
+        flip: (B,) bool, which images to mirror left to right.
 
-    >>> from types import SimpleNamespace
-    >>> x = to_batch(load("digits").images[:2], SimpleNamespace(channels=3, image_size=8))
-    >>> x.shape, x.min().item(), x.max().item()
-    (torch.Size([2, 3, 8, 8]), -1.0, 1.0)
+    Returns:
+        (B, channels, S, S) float32 in [-1, 1], contiguous, on the device of images.
+
+    Raises:
+        TypeError: images are not uint8.
+        ValueError: a shape, or colour images where config.channels is not 3.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from sdit.data import load, to_batch
+        >>> x = to_batch(load("digits").images[:2], SimpleNamespace(channels=3, image_size=8))
+        >>> x.shape, x.min().item(), x.max().item()
+        (torch.Size([2, 3, 8, 8]), -1.0, 1.0)
     """
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)
@@ -123,19 +134,29 @@ def _permutation(n, seed, epoch):
 
 
 class Order:
-    """Which of n images step 0, 1, 2, ... take: every image once per epoch, each epoch in an order of its own.
+    r"""Which of n images step 0, 1, 2, ... take: every image once per epoch, each epoch in an order of its own.
 
     A pure function of (n, seed, step): there is no position to save but the step. Epoch e is the permutation that numpy's
     generator draws from (seed, e); batches are cut from the epochs one after the other, across their borders, so that none is
-    short and none is dropped. ``batch_size`` counts the images of the whole step; of ``world`` processes, which must divide
+    short and no image is dropped. ``batch_size`` counts the images of the whole step; of ``world`` processes, which must divide
     it, the one of ``rank`` takes its slice, so that together they take what one alone would.
 
-    >>> order = Order(10, seed=0)
-    >>> sorted(torch.cat([order.indices(step, 4) for step in range(5)]).tolist()) == sorted(2 * list(range(10)))
-    True
-    >>> halves = [order.indices(3, 4, rank=rank, world=2) for rank in (0, 1)]
-    >>> torch.equal(torch.cat(halves), order.indices(3, 4))
-    True
+    Args:
+        n: images, at least 1.
+        seed: at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument, here or of the methods, that is no int or out of range.
+
+    Example:
+        >>> import torch
+        >>> from sdit.data import Order
+        >>> order = Order(10, seed=0)
+        >>> sorted(torch.cat([order.indices(step, 4) for step in range(5)]).tolist()) == sorted(2 * list(range(10)))
+        True
+        >>> halves = [order.indices(3, 4, rank=rank, world=2) for rank in (0, 1)]
+        >>> torch.equal(torch.cat(halves), order.indices(3, 4))
+        True
     """
 
     def __init__(self, n: int, seed: int = 0):
@@ -544,28 +565,44 @@ DATASETS: dict[str, _Spec] = {
 
 
 def load(name: str, root: str | Path | None = None, split: str = "train", size: int | None = None) -> Images:
-    """A data set, whole, in memory.
+    r"""A data set, whole, in memory.
 
     ======================  =================================================================================================
     ``digits``              1797 of 8x8, which scikit-learn ships: the first 1500 to train, the others to test
     ``mnist``               28x28: idx files, compressed or not
     ``fashion_mnist``       likewise; Debian's package dataset-fashion-mnist has them
     ``cifar10``             32x32 in colour: the official python batches, unpacked
-    ``folder``              image files in ``root``, whose sub-folders are the classes; with folders ``train`` and ``test``
-                            in ``root``, in the sub-folders of these
+    ``folder``              image files in ``root``, whose sub-folders are the classes; where ``root`` has folders train and
+                            test, in the sub-folders of these
     ======================  =================================================================================================
 
-    Files are looked for in ``root`` (and below it, under the names that torchvision and Debian use); without ``root`` in
-    $SDIT_DATA, ./data, ~/.cache/sdit and /usr/share/datasets, and then downloaded into ~/.cache/sdit, checked against the
-    checksum of what they decompress to. Images are ``size`` pixels square if it is given (central square, resized).
+    Files are looked for in root and below it, under the names that torchvision and Debian use; without root in $SDIT_DATA,
+    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit and checked against
+    the checksum of what it decompresses to.
 
-    Errors: ValueError for an unknown name or split and for damaged files, FileNotFoundError for missing ones, ImportError
-    where scikit-learn or pillow is needed and missing; each says what to do.
+    Args:
+        name: one of ``DATASETS``.
+        root: where the files are; for ``folder`` it must be given, for ``digits`` it must not.
+        split: "train" or "test".
+        size: make all images that many pixels square (the central square, resized); None leaves them as they are.
 
-    >>> load("digits", split="test")
-    Images(digits: 297 of 8x8x1, 10 classes)
-    >>> load("digits", size=16)
-    Images(digits: 1500 of 16x16x1, 10 classes)
+    Returns:
+        :class:`Images`.
+
+    Raises:
+        ValueError: an argument, or a damaged file.
+        FileNotFoundError: files are missing; it says what to install or where to put them.
+        ImportError: scikit-learn or pillow is needed and missing.
+
+    Source: digits: Alpaydin and Kaynak, UCI 1998; MNIST: LeCun et al. 1998; Fashion-MNIST: arXiv 1708.07747; CIFAR-10:
+    Krizhevsky 2009.
+
+    Example:
+        >>> from sdit.data import load
+        >>> load("digits", split="test")
+        Images(digits: 297 of 8x8x1, 10 classes)
+        >>> load("digits", size=16)
+        Images(digits: 1500 of 16x16x1, 10 classes)
     """
     if name not in DATASETS:
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}")

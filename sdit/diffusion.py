@@ -49,16 +49,30 @@ def _config(model):
 
 
 def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """All that ``training_loss`` leaves to chance for n images: t (n,) int64 uniform in 0..999, noise (n, C, S, S) float32
-    normal, drop (n,) bool true with probability config.dropout_label. On the generator's device, always in this order.
+    r"""All that :func:`training_loss` leaves to chance, always drawn in this order.
 
     Several processes that draw for the whole batch and take their slices train as one process would.
 
-    >>> from types import SimpleNamespace
-    >>> config = SimpleNamespace(channels=1, image_size=8, dropout_label=0.1)
-    >>> t, noise, drop = draw(config, 4, torch.Generator().manual_seed(0))
-    >>> t.shape, noise.shape, drop.dtype
-    (torch.Size([4]), torch.Size([4, 1, 8, 8]), torch.bool)
+    Args:
+        config: of the model; channels, image_size and dropout_label are used.
+        n: images.
+        generator: the only source of randomness.
+
+    Returns:
+        t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, true with probability
+        dropout_label: whose label becomes the null label. On the generator's device.
+
+    Raises:
+        TypeError: generator is no torch.Generator.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from sdit.diffusion import draw
+        >>> config = SimpleNamespace(channels=1, image_size=8, dropout_label=0.1)  # sdit.Config has these too
+        >>> t, noise, drop = draw(config, 4, torch.Generator().manual_seed(0))
+        >>> t.shape, noise.shape, drop.dtype
+        (torch.Size([4]), torch.Size([4, 1, 8, 8]), torch.bool)
     """
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
@@ -79,34 +93,55 @@ def training_loss(
     noise: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The objective: ``{"loss", "mse", "vb"}``, scalars, of which ``loss`` = mse + vb has a gradient.
+    r"""The objective: mean squared error of eps and the variational bound of the variance.
 
-    - mse = mean (eps - eps_hat)^2, eps_hat and v the halves of model(x_t, t, y), x_t = sqrt(abar) x0 + sqrt(1 - abar) eps;
-    - vb, only with config.learn_sigma (else 0): the term of the variational bound that belongs to t, in bits per dimension,
-      with eps_hat detached, so that it trains v alone: KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), or -log p(x0 | x_1) at
-      t = 0, where p's log variance is f log beta_t + (1 - f) log beta~_t, f = (v + 1) / 2, and p(x0 | x_1) is the normal
-      density integrated over x0's level of 256 (the outermost two reach to infinity). The integral is exact, not the usual
-      approximation by tanh, and its logarithm finite however unlikely x0 is.
+    ::
 
-    x0 (B, C, S, S) in [-1, 1], y (B,) int labels. ``t`` (B,) int, ``noise`` like x0 and ``drop`` (B,) bool (labels that become
-    the null label) come from ``draw`` with ``generator`` where they are not given. The network runs under whatever autocast the
-    caller has set; x_t and the loss are float32 (float64 for float64 x0) regardless. Nothing here waits for a GPU, if t, noise
-    and drop are on it or drawn on it.
+        x_t       = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise;    eps_hat, v = halves of model(x_t, t, y)
+        mse       = mean (noise - eps_hat)^2
+        vb        = mean over pixels, in bits, of  KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),  t > 0
+                                                   -log P(x0 | x_1),                              t = 0
+        p         = N(posterior mean at eps_hat, exp(f log beta_t + (1 - f) log beta~_t)),  f = (v + 1) / 2
+        P(x0)     = integral of p over x0's level of 256, [x0 - 1/255, x0 + 1/255]; the outermost two reach to infinity
+        loss      = mse + vb
 
-    Errors: ValueError for shapes and labels out of range, TypeError for dtypes or where neither generator nor values are given.
+    eps_hat is detached in vb, which trains v alone. P is exact (the usual approximation by tanh is not made) and its logarithm
+    finite however unlikely x0 is. Without config.learn_sigma the model gives eps_hat alone, and vb is 0.
 
-    >>> from types import SimpleNamespace
-    >>> config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=True, dropout_label=0.1)
-    >>> class Zero(torch.nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.config = config
-    ...     def forward(self, x, t, y):
-    ...         return x.new_zeros(len(x), 2, 8, 8)
-    >>> x0, y = torch.zeros(64, 1, 8, 8), torch.arange(64) % 10
-    >>> losses = training_loss(Zero(), x0, y, torch.Generator().manual_seed(0))
-    >>> abs(losses["mse"].item() - 1) < 0.1  # the mean square of the noise itself
-    True
+    The network runs under whatever autocast the caller has set; x_t and the loss are float32 (float64 for float64 x0) all the
+    same. Nothing waits for a GPU if t, noise and drop are on it or drawn on it.
+
+    Args:
+        model: called as model(x_t, t, y), with a ``config``; may be inside DistributedDataParallel.
+        x0: images (B, C, S, S) in [-1, 1], as :func:`sdit.data.to_batch` makes them.
+        y: labels (B,), ints in 0 .. num_classes.
+        generator: draws what is not given, see :func:`draw`.
+        t: steps (B,), ints in 0 .. 999.
+        noise: x0's shape.
+        drop: (B,) bool, whose label becomes the null label.
+
+    Returns:
+        ``{"loss", "mse", "vb"}``, scalars; only loss has a gradient.
+
+    Raises:
+        TypeError: a dtype, or neither a generator nor all of t, noise, drop.
+        ValueError: a shape, a value out of range (tensors on the CPU), or as many channels of the model's output as the config
+            does not say.
+
+    Source: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672; Ho et al., DDPM, arXiv 2006.11239.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from sdit.diffusion import training_loss
+        >>> class Zero(torch.nn.Module):  # stands for sdit.SDiT
+        ...     config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=True, dropout_label=0.1)
+        ...     def forward(self, x, t, y):
+        ...         return x.new_zeros(len(x), 2, 8, 8)
+        >>> x0, y = torch.zeros(64, 1, 8, 8), torch.arange(64) % 10
+        >>> losses = training_loss(Zero(), x0, y, torch.Generator().manual_seed(0))
+        >>> abs(losses["mse"].item() - 1) < 0.1  # the mean square of the noise itself
+        True
     """
     config = _config(model)
     expected = (config.channels, config.image_size, config.image_size)
@@ -185,12 +220,37 @@ def _log_likelihood(x, distance, log_variance):
 
 
 def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Tensor:
-    """model(x, t, y) with classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+    r"""model(x, t, y) with classifier-free guidance.
 
-    eps = eps(null) + guidance (eps(y) - eps(null)); the variance, where the model learns one, is that of y. Guidance 1 is one
-    call of the model, any other one call with twice the batch.
+    ::
 
-    Errors: ValueError where the null label has never been trained (config.dropout_label is 0).
+        eps = eps(null) + guidance (eps(y) - eps(null));    the variance, where the model learns one, is that of y
+
+    Guidance 1 is one call of the model, any other one call with twice the batch.
+
+    Args:
+        model, x, t, y: as in :func:`training_loss`.
+        guidance: 1 none, 0 no condition, above 1 away from the unconditional.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        ValueError: the model was trained without the null label (config.dropout_label is 0), or guidance is not finite.
+
+    Source: Ho and Salimans, Classifier-free diffusion guidance, arXiv 2207.12598.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from sdit.diffusion import predict
+        >>> class Label(torch.nn.Module):
+        ...     config = SimpleNamespace(channels=1, num_classes=10, dropout_label=0.1)
+        ...     def forward(self, x, t, y):
+        ...         return y.float().view(-1, 1, 1, 1)
+        >>> x, t = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
+        >>> predict(Label(), x, t, torch.tensor([7]), guidance=2.0).item()  # 10 + 2 (7 - 10)
+        4.0
     """
     if guidance == 1:
         return model(x, t, y)
@@ -211,20 +271,36 @@ SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20}  # name: its usual number of s
 
 
 def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
-    """diffusers' scheduler ``name`` over ``steps`` of the 1000 steps, which this model was trained for.
+    r"""diffusers' scheduler, configured for this diffusion.
 
-    - ``ddpm``: ancestral sampling, respaced to 0 .. 999 in equal parts (rounded); the model's variance, or the smallest one
-      where it learns none;
-    - ``ddim``: deterministic (eta 0), t = 0, k, 2k, .. with k = 1000 / steps, which must divide 1000;
+    - ``ddpm``: ancestral sampling, respaced to equal parts of 0 .. 999 (rounded), with the variance that the model predicts, or
+      the posterior's where it predicts none;
+    - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps;
     - ``dpm++``: DPM-Solver++ (2M), deterministic.
 
-    ``steps`` None is the usual number, ``SAMPLERS[name]``. ``clip`` limits the prediction of x_0 to [-1, 1] in every step.
-    ``reverse_step`` takes its steps.
+    :func:`reverse_step` takes its steps.
 
-    >>> from types import SimpleNamespace
-    >>> scheduler = make_scheduler("ddpm", 250, SimpleNamespace(learn_sigma=True))
-    >>> scheduler.timesteps[:3].tolist(), scheduler.timesteps[-1].item()
-    ([999, 995, 991], 0)
+    Args:
+        name: one of ``SAMPLERS``.
+        steps: ddpm 2 .. 1000; ddim a divisor of 1000 from 2 on; dpm++ 1 .. 999; None for the usual number, ``SAMPLERS[name]``.
+        config: of the model; learn_sigma is used.
+        clip: limit the prediction of x_0 to [-1, 1] in every step.
+
+    Returns:
+        The scheduler, its timesteps set.
+
+    Raises:
+        ValueError, TypeError: a name or number of steps that is not allowed.
+        ImportError: diffusers is missing.
+
+    Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from sdit.diffusion import make_scheduler
+        >>> scheduler = make_scheduler("ddpm", 250, SimpleNamespace(learn_sigma=True))
+        >>> scheduler.timesteps[:3].tolist(), scheduler.timesteps[-1].item()
+        ([999, 995, 991], 0)
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
@@ -258,9 +334,17 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
 
 
 def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> Tensor:
-    """x of the step after t, from x_t and what the model says of it, (B, C or 2C, S, S).
+    r"""One step of a scheduler of :func:`make_scheduler`: from x_t to the x of the next of its timesteps.
 
-    ``generator``, one or one for each image, draws the noise of ``ddpm``; the other samplers draw none.
+    Args:
+        scheduler: it may keep earlier steps: one for each run.
+        out: what :func:`predict` returned, (B, C or 2C, S, S).
+        t: the step, a Python int.
+        x: x_t, (B, C, S, S).
+        generator: draws the noise of ddpm, one or one for each image; the other samplers draw none.
+
+    Returns:
+        (B, C, S, S).
     """
     kind = type(scheduler).__name__
     if kind == "DDPMScheduler":

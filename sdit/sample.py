@@ -35,33 +35,47 @@ def sample(
     progress: bool = False,
     callback: Callable[[int, int, int, Tensor], None] | None = None,
 ) -> Tensor:
-    """One image per label: (N, channels, S, S) float32 on the CPU, limited to [-1, 1].
+    r"""Draw one image per label.
 
-    - ``labels``: N ints of 0 .. num_classes; num_classes is the null label, for an image of no class in particular.
-    - ``sampler``, ``steps``, ``clip``: see ``sdit.diffusion.make_scheduler``. ``guidance``: see ``sdit.diffusion.predict``.
-    - ``seed``: all noise of image i comes from a generator of its own, made from (seed, first + i), on the CPU. So an image
-      does not depend on ``batch_size``, on the other images or on the device, but for rounding in the network.
-    - ``threshold``: v_threshold of the model's neurons for this run; None leaves the trained one.
-    - ``batch_size``: images at a time; with guidance the network sees twice as many.
-    - ``progress``: tqdm's bar with images per second.
-    - ``callback(start, step, steps, x)`` is told x, the images start, start + 1, .. (not limited, on the model's device), with
-      step = 0 before the first step and 1 .. steps after each.
+    The noise of image i, all of it, comes from a generator of its own, made from (seed, first + i), on the CPU: an image
+    depends neither on batch_size nor on the other images nor on the device, but for rounding in the network.
 
     The network runs in its weights' dtype and under whatever autocast the caller has set, the sampler in float32. What does
     not change during the run is computed once (``model.frozen``). Weights are used as they are: whoever wants averaged ones
     loads them first.
 
-    Errors: ValueError for labels out of range and wrong settings, and where the network gives NaN or infinite values.
+    Args:
+        model: :class:`sdit.SDiT`; runs in eval mode, and is left in the mode it was in.
+        labels: N ints in 0 .. num_classes; num_classes is the null label, for an image of no class in particular.
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`.
+        guidance: see :func:`sdit.diffusion.predict`.
+        seed: at least 0.
+        first: number of the first image, at least 0.
+        threshold: v_threshold of all neurons for this run; None leaves the trained one.
+        batch_size: images at a time; with guidance the network sees twice as many.
+        progress: show a bar, with images per second.
+        callback: called as callback(start, step, steps, x): x are the images start, start + 1, .. (not limited to [-1, 1], on
+            the model's device), step = 0 before the first step and 1 .. steps after each.
 
-    >>> from types import SimpleNamespace
-    >>> from contextlib import nullcontext
-    >>> class Zero(torch.nn.Linear):  # stands for a model
-    ...     config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=False, dropout_label=0.1)
-    ...     frozen = nullcontext
-    ...     def forward(self, x, t, y):
-    ...         return torch.zeros_like(x)
-    >>> sample(Zero(1, 1), [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
-    torch.Size([3, 1, 8, 8])
+    Returns:
+        (N, channels, S, S) float32 on the CPU, limited to [-1, 1].
+
+    Raises:
+        TypeError, ValueError: an argument; or the network gives NaN or infinite values.
+        ImportError: diffusers is missing.
+
+    Example:
+        >>> import torch
+        >>> from contextlib import nullcontext
+        >>> from types import SimpleNamespace
+        >>> from sdit.sample import sample
+        >>> class Zero(torch.nn.Linear):  # stands for sdit.SDiT
+        ...     config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=False, dropout_label=0.1)
+        ...     frozen = nullcontext
+        ...     def forward(self, x, t, y):
+        ...         return torch.zeros_like(x)
+        >>> sample(Zero(1, 1), [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
+        torch.Size([3, 1, 8, 8])
     """
     config = model.config
     labels = _check_labels(labels, config.num_classes)
@@ -158,13 +172,25 @@ def class_names(config) -> tuple[str, ...]:
 
 
 def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 0) -> Tensor:
-    """(n,) labels from what a user types: "all", "random", or numbers and names of classes with commas between.
+    r"""Labels from what a user types.
 
-    "all" and a list are repeated until there are n; n None is 40 for "all" and "random" and otherwise the length of the list.
-    "random" draws uniformly from ``seed``. "none" is the null label.
+    Args:
+        wanted: "all": the classes in turn; "random": uniform, from ``seed``; or numbers and names of classes with commas
+            between, "none" for the null label, repeated until there are n.
+        n: images; None for 40, or the length of the list.
+        names: of the classes.
+        seed: at least 0.
 
-    >>> choose_labels("all", 5, ["cat", "dog"]).tolist(), choose_labels("dog, 0, none", None, ["cat", "dog"]).tolist()
-    ([0, 1, 0, 1, 0], [1, 0, 2])
+    Returns:
+        (n,) int64.
+
+    Raises:
+        ValueError: a class that is none, or n below 1.
+
+    Example:
+        >>> from sdit.sample import choose_labels
+        >>> choose_labels("all", 5, ["cat", "dog"]).tolist(), choose_labels("dog, 0, none", None, ["cat", "dog"]).tolist()
+        ([0, 1, 0, 1, 0], [1, 0, 2])
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
