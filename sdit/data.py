@@ -30,9 +30,11 @@ class Images:
 
     ``mirror`` says whether an image flipped left to right is still one of its class.
 
-    >>> data = load("digits")
-    >>> data.images.shape, data.images.dtype, data.labels[:4], data.names[3]
-    (torch.Size([1500, 8, 8, 1]), torch.uint8, tensor([0, 1, 2, 3]), '3')
+    Example:
+        >>> from sdit.data import load
+        >>> digits = load("digits")
+        >>> digits.images.shape, digits.images.dtype, digits.labels[:4], digits.names[3]
+        (torch.Size([1500, 8, 8, 1]), torch.uint8, tensor([0, 1, 2, 3]), '3')
     """
 
     name: str
@@ -60,9 +62,12 @@ def from_uint8(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """The nearest of the 256 levels x / 127.5 - 1, clipped to 0..255: the exact inverse of ``from_uint8``.
 
-    >>> levels = torch.arange(256, dtype=torch.uint8)
-    >>> torch.equal(to_uint8(from_uint8(levels)), levels)
-    True
+    Example:
+        >>> import torch
+        >>> from sdit.data import from_uint8, to_uint8
+        >>> levels = torch.arange(256, dtype=torch.uint8)
+        >>> torch.equal(to_uint8(from_uint8(levels)), levels)
+        True
     """
     return x.float().add(1).mul_(127.5).round_().clamp_(0, 255).nan_to_num_(0).to(torch.uint8)
 
@@ -103,11 +108,11 @@ def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) ->
         ValueError: a shape, or colour images where config.channels is not 3.
 
     Example:
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS
         >>> from sdit.data import load, to_batch
-        >>> x = to_batch(load("digits").images[:2], SimpleNamespace(channels=3, image_size=8))
-        >>> x.shape, x.min().item(), x.max().item()
-        (torch.Size([2, 3, 8, 8]), -1.0, 1.0)
+        >>> x = to_batch(load("digits").images[:2], PRESETS["mnist"])
+        >>> x.shape, x.min().item()
+        (torch.Size([2, 3, 28, 28]), -1.0)
     """
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(images)

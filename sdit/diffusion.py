@@ -67,10 +67,9 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS
         >>> from sdit.diffusion import draw
-        >>> config = SimpleNamespace(channels=1, image_size=8, dropout_label=0.1)  # sdit.Config has these too
-        >>> t, noise, drop = draw(config, 4, torch.Generator().manual_seed(0))
+        >>> t, noise, drop = draw(PRESETS["digits"], 4, torch.Generator().manual_seed(0))
         >>> t.shape, noise.shape, drop.dtype
         (torch.Size([4]), torch.Size([4, 1, 8, 8]), torch.bool)
     """
@@ -132,16 +131,14 @@ def training_loss(
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS, SDiT
         >>> from sdit.diffusion import training_loss
-        >>> class Zero(torch.nn.Module):  # stands for sdit.SDiT
-        ...     config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=True, dropout_label=0.1)
-        ...     def forward(self, x, t, y):
-        ...         return x.new_zeros(len(x), 2, 8, 8)
-        >>> x0, y = torch.zeros(64, 1, 8, 8), torch.arange(64) % 10
-        >>> losses = training_loss(Zero(), x0, y, torch.Generator().manual_seed(0))
-        >>> abs(losses["mse"].item() - 1) < 0.1  # the mean square of the noise itself
-        True
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> x0, y = torch.zeros(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> losses = training_loss(model, x0, y, torch.Generator().manual_seed(0))
+        >>> losses["loss"].backward()
+        >>> list(losses)
+        ['loss', 'mse', 'vb']
     """
     config = _config(model)
     expected = (config.channels, config.image_size, config.image_size)
@@ -242,15 +239,12 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
 
     Example:
         >>> import torch
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS, SDiT
         >>> from sdit.diffusion import predict
-        >>> class Label(torch.nn.Module):
-        ...     config = SimpleNamespace(channels=1, num_classes=10, dropout_label=0.1)
-        ...     def forward(self, x, t, y):
-        ...         return y.float().view(-1, 1, 1, 1)
-        >>> x, t = torch.zeros(1, 1, 1, 1), torch.zeros(1, dtype=torch.long)
-        >>> predict(Label(), x, t, torch.tensor([7]), guidance=2.0).item()  # 10 + 2 (7 - 10)
-        4.0
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([999, 0]), torch.tensor([3, 7])
+        >>> predict(model, x, t, y, guidance=2.0).shape
+        torch.Size([2, 2, 8, 8])
     """
     if guidance == 1:
         return model(x, t, y)
@@ -296,9 +290,9 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095.
 
     Example:
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS
         >>> from sdit.diffusion import make_scheduler
-        >>> scheduler = make_scheduler("ddpm", 250, SimpleNamespace(learn_sigma=True))
+        >>> scheduler = make_scheduler("ddpm", 250, PRESETS["mnist"])
         >>> scheduler.timesteps[:3].tolist(), scheduler.timesteps[-1].item()
         ([999, 995, 991], 0)
     """

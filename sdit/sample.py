@@ -65,16 +65,10 @@ def sample(
         ImportError: diffusers is missing.
 
     Example:
-        >>> import torch
-        >>> from contextlib import nullcontext
-        >>> from types import SimpleNamespace
+        >>> from sdit import PRESETS, SDiT
         >>> from sdit.sample import sample
-        >>> class Zero(torch.nn.Linear):  # stands for sdit.SDiT
-        ...     config = SimpleNamespace(channels=1, image_size=8, num_classes=10, learn_sigma=False, dropout_label=0.1)
-        ...     frozen = nullcontext
-        ...     def forward(self, x, t, y):
-        ...         return torch.zeros_like(x)
-        >>> sample(Zero(1, 1), [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> sample(model, [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
         torch.Size([3, 1, 8, 8])
     """
     config = model.config
@@ -161,11 +155,11 @@ def _bar(total, wanted):
 def class_names(config) -> tuple[str, ...]:
     """Names of the classes 0 .. num_classes - 1: those of config.dataset, or numbers.
 
-    >>> from types import SimpleNamespace
-    >>> class_names(SimpleNamespace(dataset="cifar10", num_classes=10))[:3]
-    ('airplane', 'automobile', 'bird')
-    >>> class_names(SimpleNamespace(dataset=None, num_classes=2))
-    ('0', '1')
+    Example:
+        >>> from sdit import PRESETS
+        >>> from sdit.sample import class_names
+        >>> class_names(PRESETS["cifar10"])[:3]
+        ('airplane', 'automobile', 'bird')
     """
     names = DATASETS[config.dataset].names if config.dataset in DATASETS else ()
     return names if len(names) == config.num_classes else tuple(map(str, range(config.num_classes)))
@@ -216,11 +210,17 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
 class Film:
     """A callback for ``sample`` that keeps some ``frames`` of the denoising of the first ``images`` images.
 
-    >>> film = Film(frames=2)
-    >>> for step in range(5):
-    ...     film(0, step, 4, torch.full((3, 1, 8, 8), step / 4))
-    >>> [frame.shape for frame in film.frames]
-    [torch.Size([3, 1, 8, 8]), torch.Size([3, 1, 8, 8]), torch.Size([3, 1, 8, 8])]
+    Args:
+        frames: states to keep beside the noise at the start.
+        images: images to keep of each.
+
+    Example:
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.sample import Film, sample
+        >>> film = Film(frames=5)
+        >>> images = sample(SDiT(PRESETS["digits"], dim=32, depth=2), [3, 1, 4], sampler="ddim", steps=10, callback=film)
+        >>> len(film.frames), film.frames[0].shape
+        (6, torch.Size([3, 1, 8, 8]))
     """
 
     def __init__(self, frames: int = 40, images: int = 100):

@@ -1,5 +1,6 @@
 """Sampling: what depends on the seed and what must not, guidance and thresholds, and the files that are written."""
 
+import copy
 import doctest
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,10 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from sdit import PRESETS, SDiT
 from sdit import sample as module
 from sdit.data import from_uint8, to_uint8
 from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
 from sdit.sample import Film, choose_labels, sample, save_gif, save_grid, save_npz
+from sdit_kernels import backend
 
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
 Image = pytest.importorskip("PIL.Image", reason="files are written with pillow")
@@ -178,6 +181,52 @@ def test_what_is_not_finite_is_said():
 def test_wrong_arguments_are_named(labels, settings, error, message):
     with pytest.raises(error, match=message):
         sample(Pointwise(), labels, **settings)
+
+
+# With the network
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small SDiT whose neurons fire, weights far from their initial zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_batch_sizes_change_no_more_than_rounding(network, guidance):
+    network = copy.deepcopy(network).double()  # in float32, rounding may make a neuron fire that did not
+    labels = [3, 1, 4, 1, 5]
+    settings = dict(sampler="ddim", steps=10, guidance=guidance, clip=True)
+    images = sample(network, labels, **settings)
+    assert torch.equal(sample(network, labels, **settings), images)
+    for batch_size in (1, 2):
+        torch.testing.assert_close(sample(network, labels, batch_size=batch_size, **settings), images, rtol=0, atol=1e-3)
+    with backend("reference"):
+        torch.testing.assert_close(sample(network, labels, **settings), images, rtol=0, atol=1e-3)
+
+
+def test_the_threshold_reaches_every_neuron(network):
+    images = {}
+    rates = {}
+    for threshold in (None, 0.5, 1e9):
+        with network.record() as recorded:
+            images[threshold] = sample(network, [0, 1], sampler="ddim", steps=5, threshold=threshold)
+        rates[threshold] = torch.stack(list(recorded.values()))
+    assert (rates[1e9] == 0).all() and rates[0.5].mean() > rates[None].mean() > 0
+    assert not torch.equal(images[None], images[0.5])
+    assert {m.v_threshold for m in network.modules() if hasattr(m, "v_threshold")} == {1.0}
+
+
+def test_autocast_is_the_callers(network):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = sample(network, [0, 1], sampler="ddim", steps=5, clip=True)
+    assert images.dtype == torch.float32 and images.isfinite().all()
 
 
 # Labels
