@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdit_kernels import backend, dispatch, lif
+from sdit_kernels import backend, dispatch, lif, spiking_wkv, token_shift
 from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
 
 from .config import Config
@@ -42,23 +42,67 @@ class Rate(LIFRate):
     def forward(self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         if self.recorder is not None:
             with torch.no_grad():
-                self.recorder(super().forward(x, None, gate))
+                self.recorder("", super().forward(x, None, gate))
         if not _plain():
             return super().forward(x, residual, gate)
         current = x if gate is None else torch.sigmoid(gate) * x
-        spikes = lif(current.repeat(self.T, *[1] * x.dim()), **self._arguments(x))
-        return spikes.mean(0) if residual is None else residual + spikes.mean(0)
+        rate = self.spikes(current).mean(0)
+        return rate if residual is None else residual + rate
+
+    def spikes(self, x: Tensor, name: str | None = None) -> Tensor:
+        """T steps under the constant current x: (T, ...)."""
+        T = self.T
+        s = lif(x.repeat(T, *[1] * x.dim()) if _plain() else x.expand(T, *x.shape), **self._arguments(x))
+        if name:
+            self.note(name, s)
+        return s
+
+    def note(self, name: str, s: Tensor) -> None:
+        if self.recorder is not None:
+            self.recorder("." + name, s.detach())
+
+
+class SpikingTimeMix(TimeMix):
+    """TimeMix in which the scan spikes, at every step t of T by itself, and all matrix products are of spikes::
+
+        sk, sv, sr   = T steps of the neuron under the constant currents xk, xv, xr
+        k, v, r      = key(sk), value(sv), receptance(sr)                                  (T, B, L, C)
+        s            = T steps of the neuron under sigmoid(r[t]) * wkv(k[t], v[t])
+        out          = residual + 1/T * sum over t of output(s[t])
+
+    ``output`` is linear: it is given the mean of s, at 1/T of the work; the plain form gives it the spikes.
+    """
+
+    def project(self, x, last=None):
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        mixed = token_shift(x, *mixes, norm_eps=self.norm_eps, last=last)
+        return tuple(getattr(self, n)(self.neuron.spikes(m, n)) for n, m in zip(("key", "value", "receptance"), mixed))
+
+    def scan(self, k, v, r, state=None, return_state=False):
+        y, (state, _) = spiking_wkv(
+            self.time_decay, self.time_first, k, v, r, **self.neuron._arguments(k), scan_state=state, return_state=True,
+            rate=not _plain(),
+        )  # fmt: skip
+        self.neuron.note("output", y)
+        return (y, state) if return_state else y
+
+    def finish(self, y, residual=None):
+        y = self.output(y)
+        y = y.mean(0) if _plain() else y
+        return y if residual is None else residual + y
 
 
 class Block(nn.Module):
     """One block of SDiT, with R the reconstruction tokens, learned::
 
-    x    = skip(concat[x, kept])                                (decoder blocks)
-    z    = concat[x, R]                                         over tokens
-    z    = z + rate(TimeMix(LN(z)))
-    z    = z + rate(ChannelMix(LN(z)))
-    x, r = split(z)
-    x    = x + x * gate,    gate = tokens_out(tokens_in(r)^T)   (B, N+1, C)
+        x    = skip(concat[x, kept])                                (decoder blocks)
+        z    = concat[x, R]                                         over tokens
+        z    = z + rate(TimeMix(LN(z)))
+        z    = z + rate(ChannelMix(LN(z)))
+        x, r = split(z)
+        x    = x + x * gate,    gate = tokens_out(tokens_in(r)^T)   (B, N+1, C)
+
+    Without reconstruction tokens, x = z.
     """
 
     def __init__(self, config: Config, layer: int, layers: int, skip: bool):
@@ -66,7 +110,8 @@ class Block(nn.Module):
         C, L = config.dim, config.tokens
         neuron = {"tau": config.tau, "v_threshold": config.v_threshold, "alpha": config.alpha}
         self.skip = nn.Linear(2 * C, C) if skip else None
-        self.attention = TimeMix(
+        attention = SpikingTimeMix if config.spiking == "wkv" else TimeMix
+        self.attention = attention(
             C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron), bidirectional=config.bidirectional
         )
         self.mlp = ChannelMix(C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron))
@@ -75,18 +120,63 @@ class Block(nn.Module):
             self.tokens_in, self.tokens_out = nn.Linear(C, L), nn.Linear(L, C)
         else:
             self.reconstruction = None
+        self.frozen = None  # or a dict: what was computed once for a sampling run
 
     def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        plain = _plain()
         if self.skip is not None:
-            x = self.skip(torch.cat([x, kept], -1))
+            x = self.skip(torch.cat([x, kept], -1)) if plain else self._join(x, kept)
         if self.reconstruction is None:
             x = self.attention(x, residual=x)
             return self.mlp(x, residual=x)
-        z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)
-        z = self.attention(z, residual=z)
-        z = self.mlp(z, residual=z)
-        x, r = z.chunk(2, 1)
-        return x + x * self.tokens_out(self.tokens_in(r).transpose(1, 2))
+        if plain:
+            z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)
+            z = self.attention(z, residual=z)
+            z = self.mlp(z, residual=z)
+            x, r = z.chunk(2, 1)
+            return x + x * self._gate(r)
+        x, r = self._attend(x)
+        x, r = self.mlp(x, residual=x), self.mlp(r, x[:, -1], residual=r)
+        return torch.addcmul(x, x, self._gate(r).to(x.dtype))
+
+    def _gate(self, r):
+        return self.tokens_out(self.tokens_in(r).transpose(1, 2))
+
+    def _join(self, x, kept):
+        """``skip`` of the two side by side: a product for each half of its weight, the second added into the first."""
+        C = x.shape[-1]
+        weight = self.skip.weight
+        first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)
+        return torch.addmm(first, kept.flatten(0, 1).to(first.dtype), weight[:, C:].t().to(first.dtype)).view_as(x).to(x.dtype)
+
+    def _attend(self, x):
+        """The attention of the tokens of the image and of those of R, both with their residual."""
+        a, R = self.attention, self.reconstruction.expand(len(x), -1, -1)
+        own = a.project(x)
+        first = a.project(R[:, :1], x[:, -1])
+        rest = tuple(t.expand(*t.shape[:-3], len(x), -1, -1) for t in self._shared())
+        if a.bidirectional:
+            y = a.scan(*(torch.cat(parts, -2) for parts in zip(own, first, rest)))
+            y, y_r = y.chunk(2, -2)
+        else:
+            y, state = a.scan(*own, return_state=True)
+            y_first, state = a.scan(*first, state, return_state=True)
+            y_r = torch.cat([y_first, a.scan(*rest, state)], -2)
+        return a.finish(y, x), a.finish(y_r, R)
+
+    def _shared(self):
+        """Keys, values and receptances of R[1:], which no sample changes: batches of 1."""
+        if self.frozen is None:
+            return self._project_shared()
+        neuron = self.attention.neuron
+        key = (torch.is_autocast_enabled(self.reconstruction.device.type), neuron.T, neuron.tau, neuron.v_threshold)
+        if key not in self.frozen:
+            self.frozen[key] = self._project_shared()
+        return self.frozen[key]
+
+    def _project_shared(self):
+        R = self.reconstruction
+        return self.attention.project(R[:, 1:], R[:, 0])
 
 
 class SDiT(nn.Module):
@@ -167,24 +257,26 @@ class SDiT(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check(x, t, y)
+        if self.blocks[0].frozen is not None and torch.is_grad_enabled():
+            raise RuntimeError("frozen() is for sampling runs: call the model under torch.no_grad() inside it")
         if self.plain and not _plain():
             with backend("reference"):
                 return self._forward(x, t, y)
         return self._forward(x, t, y)
 
     def _forward(self, x, t, y):
-        x = self._embed(x, t, y)
+        device = x.device.type
+        with torch.autocast(device, enabled=False):  # both ends of the network are cheap, and the stream of tokens stays wide
+            x = self._embed(x.to(self.position.dtype), t, y)
         half, kept = len(self.blocks) // 2, []
+        again = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             inputs = (x, kept.pop()) if i > half else (x,)
-            x = (
-                checkpoint(block, *inputs, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else block(*inputs)
-            )
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             if i < half:
                 kept.append(x)
-        return self._image(x)
+        with torch.autocast(device, enabled=False):
+            return self._image(x)
 
     def _embed(self, x, t, y):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
@@ -247,23 +339,48 @@ class SDiT(nn.Module):
 
     @contextlib.contextmanager
     def frozen(self):
-        yield
+        """For a sampling run: what does not depend on the batch is computed at the first call and kept until the block ends.
+
+        The weights must not change inside it, and no gradient can be asked for.
+
+        Raises:
+            RuntimeError: from a call inside it, with gradients enabled.
+
+        Example:
+            >>> import torch
+            >>> from sdit.config import PRESETS
+            >>> from sdit.model import SDiT
+            >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+            >>> with model.frozen(), torch.no_grad():
+            ...     for t in (999, 500, 0):
+            ...         _ = model(torch.randn(1, 1, 8, 8), torch.tensor([t]), torch.tensor([3]))
+        """
+        before = [block.frozen for block in self.blocks]
+        for block in self.blocks:
+            block.frozen = {}
+        try:
+            yield
+        finally:
+            for block, old in zip(self.blocks, before):
+                block.frozen = old
 
 
 class _Mean:
-    """Keeps rates[name] the mean of all it was called with."""
+    """Keeps rates[name + part] the mean of all it was called with."""
 
     def __init__(self, rates, name):
-        self.rates, self.name, self.total, self.count = rates, name, 0, 0
+        self.rates, self.name, self.seen = rates, name, {}
 
-    def __call__(self, x):
-        self.total = self.total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
-        self.count += x.numel()
-        self.rates[self.name] = self.total / self.count
+    def __call__(self, part, x):
+        total, count = self.seen.get(part, (0, 0))
+        total = total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+        self.seen[part] = total, count + x.numel()
+        self.rates[self.name + part] = total / self.seen[part][1]
 
 
 def _sinusoid(t, dtype):
     """256 numbers for a time: cos, then sin, at 128 frequencies from 1 to 1e-4."""
-    frequency = torch.exp(torch.arange(128, dtype=dtype, device=t.device) * (-math.log(10000) / 128))
-    angle = t.to(dtype).unsqueeze(1) * frequency
-    return torch.cat([torch.cos(angle), torch.sin(angle)], 1)
+    wide = torch.promote_types(dtype, torch.float32)
+    frequency = torch.exp(torch.arange(128, dtype=wide, device=t.device) * (-math.log(10000) / 128))
+    angle = t.to(wide).unsqueeze(1) * frequency
+    return torch.cat([torch.cos(angle), torch.sin(angle)], 1).to(dtype)
