@@ -266,6 +266,17 @@ def test_autocast_reaches_the_network_only():
         assert losses[name].dtype == torch.float32 and torch.equal(losses[name], expected[name])
 
 
+def test_no_value_is_asked_for_on_a_device():
+    """On the meta device whatever needed a value, and on a GPU had to wait for it, would raise."""
+    x0, y, t, noise, drop = (z.to("meta") for z in batch(6, torch.float32))
+    output = torch.zeros(6, 2, 4, 4, device="meta", requires_grad=True)
+    losses = training_loss(Given(output), x0, y, t=t, noise=noise, drop=drop)
+    losses["loss"].backward()
+    assert losses["vb"].device.type == "meta" and output.grad.shape == output.shape
+    model = Given(function=lambda x, t, y: torch.cat([x, x], 1))
+    assert predict(model, x0, t, y, 2.0).shape == (6, 2, 4, 4)
+
+
 def test_a_model_inside_a_wrapper():
     class Wrapper(nn.Module):
         def __init__(self, module):
