@@ -159,25 +159,20 @@ def training_loss(
     if drop.shape != (n,) or drop.dtype != torch.bool:
         raise ValueError(f"drop must be a bool tensor of shape ({n},), got {drop.dtype} of shape {tuple(drop.shape)}")
 
-    with torch.autocast(x0.device.type, enabled=False):
-        x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-        t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
-        tables = _Tables(*(table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)))
-        xt = tables.signal * x0 + tables.sigma * noise
-    out = model(xt, t, torch.where(drop, config.num_classes, y))
-    with torch.autocast(x0.device.type, enabled=False):
-        out = out.to(x0.dtype)
-        if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
-            raise ValueError(
-                f"model must give {'eps and variance' if config.learn_sigma else 'eps'}, got {out.shape[1]} channels"
-            )
-        if not config.learn_sigma:
-            mse = (out - noise).square().mean()
-            return {"loss": mse, "mse": mse.detach(), "vb": torch.zeros_like(mse).detach()}
-        eps, v = out.chunk(2, dim=1)
-        mse = (eps - noise).square().mean()
-        vb = _variational_bound(tables, x0, eps.detach() - noise, v, (t == 0).view(-1, 1, 1, 1)).mean()
-        return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
+    tables = _Tables(*(table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)))
+    xt = tables.signal * x0 + tables.sigma * noise  # autocast leaves elementwise arithmetic in float32, here and below
+    out = model(xt, t, torch.where(drop, config.num_classes, y)).to(x0.dtype)
+    if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
+        raise ValueError(f"model must give {'eps and variance' if config.learn_sigma else 'eps'}, got {out.shape[1]} channels")
+    if not config.learn_sigma:
+        mse = (out - noise).square().mean()
+        return {"loss": mse, "mse": mse.detach(), "vb": torch.zeros_like(mse).detach()}
+    eps, v = out.chunk(2, dim=1)
+    mse = (eps - noise).square().mean()
+    vb = _variational_bound(tables, x0, eps.detach() - noise, v, (t == 0).view(-1, 1, 1, 1)).mean()
+    return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
 
 
 def _check_ints(name, value, n, largest):
