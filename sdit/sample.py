@@ -335,8 +335,12 @@ def run(
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all images are drawn
     model = load_model(checkpoint, ema=ema).to(device)
     names = class_names(model.config) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)

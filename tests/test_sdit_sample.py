@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -342,6 +343,58 @@ def test_wrong_files_are_named(tmp_path, call, message):
     with pytest.raises(ValueError, match=message):
         call(tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+# The command's body
+
+
+@pytest.fixture
+def checkpoint(network, monkeypatch):
+    """Stands for sdit.checkpoint: whatever the path, it is the small network; what it was asked is kept."""
+    asked = []
+
+    def load_model(path, ema=True):
+        asked.append((str(path), ema))
+        return network
+
+    monkeypatch.setitem(sys.modules, "sdit.checkpoint", SimpleNamespace(load_model=load_model))
+    return asked
+
+
+def test_run_writes_a_grid_a_film_and_arrays(tmp_path, network, checkpoint, capfd):
+    out = tmp_path / "new" / "digits.png"
+    settings = dict(sampler="ddim", steps=5, seed=3, guidance=2.0, clip=True)
+    written = module.run("ckpt", out, n=12, npz=True, ema=False, device="cpu", **settings)
+    assert written == [out, out.with_suffix(".gif"), out.with_suffix(".npz")]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["digits.gif", "digits.npz", "digits.png"]
+    assert checkpoint == [("ckpt", False)]
+    captured = capfd.readouterr()
+    assert (
+        "12 images in" in captured.out and "images/s" in captured.out and str(out) in captured.out and "12/12" in captured.err
+    )
+    labels = [*range(10), 0, 1]
+    with np.load(written[2]) as file:
+        assert file["labels"].tolist() == labels
+        assert np.array_equal(file["images"], to_uint8(sample(network, labels, **settings)).permute(0, 2, 3, 1).numpy())
+    assert Image.open(out).size == (10 * 68 + 4, 2 * 82 + 4) and Image.open(written[1]).n_frames == 6
+
+
+def test_run_shows_a_hundred_and_keeps_all(tmp_path, checkpoint, capfd):
+    settings = dict(sampler="ddim", steps=2, device="cpu", batch_size=50)
+    written = module.run("ckpt", tmp_path / "a.png", labels="random", n=104, gif=False, npz=True, bf16=True, **settings)
+    assert [path.suffix for path in written] == [".png", ".npz"] and "the first 100 shown" in capfd.readouterr().out
+    assert Image.open(written[0]).size == (10 * 68 + 4, 10 * 82 + 4)
+    with np.load(written[1]) as file:
+        assert len(file["images"]) == 104
+
+
+def test_run_refuses_before_it_loads(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="out must end in .png, got .*a.jpg"):
+        module.run("ckpt", tmp_path / "a.jpg")
+    assert checkpoint == []
+    with pytest.raises(ValueError, match="labels must be 'all', 'random', or of 0..9, none, .*; got '12'"):
+        module.run("ckpt", tmp_path / "a.png", labels="12", device="cpu")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_examples():
