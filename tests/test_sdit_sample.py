@@ -391,6 +391,8 @@ def test_run_shows_a_hundred_and_keeps_all(tmp_path, checkpoint, capfd):
 def test_run_refuses_before_it_loads(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="out must end in .png, got .*a.jpg"):
         module.run("ckpt", tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*abacus"):
+        module.run("ckpt", tmp_path / "a.png", device="abacus")
     assert checkpoint == []
     with pytest.raises(ValueError, match="labels must be 'all', 'random', or of 0..9, none, .*; got '12'"):
         module.run("ckpt", tmp_path / "a.png", labels="12", device="cpu")
