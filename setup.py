@@ -20,7 +20,7 @@ setup(
     install_requires=["torch>=2.9", "numpy", "numba>=0.61"],
     extras_require={
         "triton": ["triton>=3.6,<3.9"],  # where torch brings none; GPU builds of torch bring their own
-        "sdit": ["einops", "diffusers", "safetensors", "pillow", "matplotlib", "tqdm", "scikit-learn"],
+        "sdit": ["einops", "diffusers", "safetensors", "pillow>=10.1", "matplotlib", "tqdm", "scikit-learn"],
         "profile": ["nvtx"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib"],
     },
