@@ -1,18 +1,161 @@
-"""Weights from files."""
+"""Checkpoints: one safetensors file each, whose header holds, as JSON, what is not a tensor; and those of the research code."""
 
 import argparse
+import json
 import math
 import pickle
 import re
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .config import Config
+from .data import replacing
 from .model import SDiT
 
-__all__ = ["from_research", "load_research"]
+__all__ = ["checkpoints", "from_research", "load", "load_model", "load_research", "newest", "save", "save_model"]
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError('checkpoints need safetensors: pip install "sdit-kernels[sdit]"') from None
+    return safetensors
+
+
+def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
+    """Write a checkpoint, whole or not at all: a file beside it takes its place once it is on the disk.
+
+    Args:
+        path: of the file, which an earlier one gives way to.
+        groups: {group: {name: tensor}}, as {"model": model.state_dict()}; stored under "group.name".
+        meta: what JSON can hold; {"config": config.to_dict()} is what :func:`load_model` needs.
+
+    Raises:
+        OSError: naming path; nothing that was there before has changed.
+        ImportError: safetensors is missing.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from sdit.checkpoint import load, save
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/a.safetensors", {"model": {"w": torch.ones(2)}}, {"step": 3})
+        ...     load(f"{folder}/a.safetensors")
+        ({'model': {'w': tensor([1., 1.])}}, {'step': 3})
+    """
+    path = Path(path)
+    flat = {f"{group}.{name}": t.detach().cpu().contiguous() for group, named in groups.items() for name, t in named.items()}
+    content = _safetensors().torch.save(flat, {"sdit": json.dumps(meta)})
+    try:
+        with replacing(path) as file:
+            file.write(content)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; this checkpoint is not saved, earlier ones are intact", str(path)
+        ) from None
+
+
+@contextmanager
+def _opened(path):
+    safetensors = _safetensors()
+    path = Path(path)
+    path.open("rb").close()  # an OSError says more than safetensors' own
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            meta = json.loads((file.metadata() or {}).get("sdit", "null"))
+            if not isinstance(meta, dict):
+                raise ValueError(f"{path} is no checkpoint of sdit: its header has no entry 'sdit'")
+            yield file, meta
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no checkpoint of sdit, or damaged: {error}") from None
+
+
+def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """What :func:`save` was given, on the CPU.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is no such file, or a damaged one. ImportError: safetensors is missing.
+    """
+    with _opened(path) as (file, meta):
+        groups = {}
+        for key in file.keys():  # noqa: SIM118 - it is no dict
+            group, name = key.split(".", 1)
+            groups.setdefault(group, {})[name] = file.get_tensor(key)
+        return groups, meta
+
+
+def save_model(path, model: SDiT) -> None:
+    """Write a model alone, for :func:`load_model`; errors as :func:`save`."""
+    save(path, {"model": model.state_dict()}, {"config": model.config.to_dict()})
+
+
+def load_model(path, ema: bool = True) -> SDiT:
+    """The model of a checkpoint, on the CPU, in eval mode.
+
+    Args:
+        path: a checkpoint, or the folder of a run, whose newest one is taken.
+        ema: take the averaged weights, where the checkpoint has some.
+
+    Raises:
+        OSError: it cannot be read. ValueError: it is none, damaged, or of another network than its configuration says.
+        ImportError: safetensors is missing.
+
+    Example:
+        >>> import tempfile
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.checkpoint import load_model, save_model
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(f"{folder}/a.safetensors", SDiT(PRESETS["digits"], dim=32, depth=2))
+        ...     load_model(f"{folder}/a.safetensors").config.dim
+        32
+    """
+    path = newest(path)
+    with _opened(path) as (file, meta):
+        keys = list(file.keys())
+        group = "ema." if ema and any(key.startswith("ema.") for key in keys) else "model."
+        weights = {key.removeprefix(group): file.get_tensor(key) for key in keys if key.startswith(group)}
+    try:
+        config = Config.from_dict(meta.get("config", {}))
+        with torch.device("meta"):
+            model = SDiT(config)
+        model.load_state_dict(weights, assign=True)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model: {' '.join(str(error).split())}") from None
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def checkpoints(run) -> list[Path]:
+    """The checkpoints in the folder of a run, the newest last."""
+    return sorted(Path(run).glob("checkpoints/step_*.safetensors"))
+
+
+def newest(path) -> Path:
+    """path itself, or the newest checkpoint where it is the folder of a run.
+
+    Raises:
+        FileNotFoundError: the folder holds none, or there is no such path.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist: give a checkpoint or the folder of a run")
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"{path} holds no checkpoint: no file checkpoints/step_*.safetensors")
+    return found[-1]
+
+
+def _forget(run, keep: int) -> None:
+    """Remove all checkpoints of a run but the newest ``keep``, and what a killed process left half written."""
+    for path in (*checkpoints(run)[:-keep], *Path(run).glob("checkpoints/.step_*.part")):
+        with suppress(OSError):
+            path.unlink()
 
 
 # --- checkpoints of the research code ---------------------------------------------------------------------------------------
