@@ -17,6 +17,7 @@ setup(
     packages=find_packages(include=["sdit_kernels", "sdit_kernels.*", "sdit", "sdit.*"]),
     package_data={"sdit_kernels": ["py.typed"]},
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["sdit = sdit.cli:main"]},
     install_requires=["torch>=2.9", "numpy", "numba>=0.61"],
     extras_require={
         "triton": ["triton>=3.6,<3.9"],  # where torch brings none; GPU builds of torch bring their own
