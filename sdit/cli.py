@@ -256,7 +256,9 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"sdit {args.command}: {stopped or 'stopped'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if args.debug:

@@ -409,9 +409,7 @@ class _Run:
                 if saves or s.sample_every and done % s.sample_every == 0:
                     log.restart_clock()
                 if stopping:
-                    if self.rank == 0:
-                        print(f"\nstopped at step {done}, saved: {self.out}", file=sys.stderr)
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(f"stopped at step {done}, saved: {self.out}")
 
     def agreed(self, stop):
         """Whether a signal came, in any process."""
