@@ -110,6 +110,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
         """The inverse of ``to_dict``; fields that have a default may be missing."""
+        if not isinstance(values, dict):
+            raise TypeError(f"values must be a dict, got {type(values).__name__}")
         fields = dataclasses.fields(cls)
         unknown = sorted(set(values) - {f.name for f in fields})
         if unknown:
