@@ -129,6 +129,8 @@ PRESETS: dict[str, Config] = {
     "fashion_mnist": dataclasses.replace(_28, dataset="fashion_mnist"),
     "cifar10_28": _CIFAR,  # as published: CIFAR-10 made smaller
     "cifar10": dataclasses.replace(_CIFAR, image_size=32),
-    "digits": Config(8, 1, 2, dim=96, depth=4, num_classes=10, dataset="digits"),  # the last two: for two cores
+    "digits": Config(
+        8, 1, 2, dim=64, depth=2, num_classes=10, v_threshold=0.3, dataset="digits"
+    ),  # the last two: for two cores
     "fashion_tiny": Config(28, 1, 4, dim=128, depth=4, num_classes=10, dataset="fashion_mnist"),
 }

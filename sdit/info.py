@@ -104,7 +104,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         >>> from sdit.info import info
         >>> found = info(SDiT(PRESETS["digits"]), (torch.randn(2, 1, 8, 8), torch.tensor([0, 500]), torch.tensor([1, 2])))
         >>> found.parameters, sum(found.synaptic_operations.values())
-        (702467, 0)
+        (202657, 0)
     """
     B = len(batch[0])
     with torch.no_grad(), model.record() as rates, _counted(model) as counts, backend("reference"):

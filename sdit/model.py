@@ -273,7 +273,7 @@ class SDiT(nn.Module):
                 nn.init.zeros_(block.tokens_out.weight)
         normal(self.time[0], math.sqrt(2))
         normal(self.time[2], 1)
-        nn.init.normal_(self.labels.weight, std=2)  # time, which they are added to, soon grows to about 5
+        nn.init.normal_(self.labels.weight, std=3)  # time, which they are added to, soon grows to about 5
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
 

@@ -128,7 +128,7 @@ class TrainSettings:
 
 
 RECIPES = {  # by data set: minutes on two cores
-    "digits": dict(steps=2000, batch_size=64, sample_every=500, save_every=500),  # noqa: C408
+    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),  # noqa: C408
     "fashion_mnist": dict(steps=4000, batch_size=64, sample_every=1000, save_every=500),  # noqa: C408
 }
 

@@ -46,7 +46,7 @@ def test_resume(run, capsys):
     err = capsys.readouterr().err
     assert "6/6" in err and "loss=" in err and "firing=" in err
     assert main(["train", "--resume", str(run), "--lr", "1"]) == 2
-    assert "settings.lr is 0.001" in said(capsys)
+    assert "settings.lr is 0.003" in said(capsys)
 
 
 def test_sample(run, tmp_path, capsys):

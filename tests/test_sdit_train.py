@@ -240,9 +240,9 @@ def test_what_cannot_go_on(whole, tmp_path):
     out, _ = whole
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(TINY, settings(), out, progress=False)
-    with pytest.raises(ValueError, match=r"settings.lr is 0.001 in .*cannot change it to 0.1"):
+    with pytest.raises(ValueError, match=r"settings.lr is 0.003 in .*cannot change it to 0.1"):
         train(None, settings(lr=0.1), out, resume=True)
-    with pytest.raises(ValueError, match=r"config.dim is 32 in .*cannot change it to 96"):
+    with pytest.raises(ValueError, match=r"config.dim is 32 in .*cannot change it to 64"):
         train(PRESETS["digits"], None, out, resume=True)
     with pytest.raises(ValueError, match="steps must be at least the 6 that"):
         train(None, settings(steps=5), out, resume=True)
