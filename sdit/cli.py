@@ -11,7 +11,7 @@ __all__ = ["main"]
 _TRAIN = """\
 Train a model, with a progress bar that shows loss and mean firing rate.
 
-  sdit train --preset digits                            three minutes on two cores
+  sdit train --preset digits                            minutes on two cores, no GPU
   sdit train --preset fashion_mnist --bf16              on a GPU
   sdit train --preset digits --set variant=faithful --out runs/faithful
   sdit train --resume runs/digits                       goes on after a crash, a kill or Ctrl-C
