@@ -3,10 +3,15 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: test check format peers bench clean
+.PHONY: test demo check format peers bench clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Trains on two cores in minutes, or goes on where it was stopped, then draws samples.png.
+demo: .venv/installed
+	$(BIN)/sdit train $(if $(wildcard runs/demo/checkpoints/step_*.safetensors),--resume runs/demo,--preset digits --out runs/demo)
+	$(BIN)/sdit sample runs/demo --guidance 2 --clip --out samples.png
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -29,7 +34,7 @@ peers: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install --quiet triton==3.7.1
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --editable ".[sdit,test]"
 	touch $@
 
 clean:

@@ -1,1 +1,6 @@
-"""SDiT, the Spiking Diffusion Transformer (arXiv 2402.11588), over sdit_kernels. The model itself is still to come."""
+"""SDiT, the Spiking Diffusion Transformer (arXiv 2402.11588), over sdit_kernels."""
+
+from .config import PRESETS, Config
+from .model import SDiT
+
+__all__ = ["PRESETS", "Config", "SDiT"]

@@ -485,14 +485,26 @@ class TimeMix(_Mix):
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
             raise TypeError("state must be None or what an earlier call returned, (last token, (ybar, lse))")
         last, scan = (None, None) if state is None else state
-        xk, xv, xr = token_shift(x, self.time_mix_k, self.time_mix_v, self.time_mix_r, norm_eps=self.norm_eps, last=last)
-        y = wkv(
-            self.time_decay, self.time_first, self.key(xk), self.value(xv), r=self.receptance(xr), state=scan,
-            return_state=return_state, bidirectional=self.bidirectional,
-        )  # fmt: skip
+        y = self.scan(*self.project(x, last), scan, return_state)
         y, scan = y if return_state else (y, None)
-        out = self._output(self.output(y), residual)
+        out = self.finish(y, residual)
         return (out, (_last(x, last), scan)) if return_state else out
+
+    def project(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The first of three parts of ``forward``, for those who put them together differently: keys, values, receptances."""
+        xk, xv, xr = token_shift(x, self.time_mix_k, self.time_mix_v, self.time_mix_r, norm_eps=self.norm_eps, last=last)
+        return self.key(xk), self.value(xv), self.receptance(xr)
+
+    def scan(self, k: Tensor, v: Tensor, r: Tensor, state=None, return_state: bool = False):
+        """The second: the gated scan, y or (y, state)."""
+        return wkv(
+            self.time_decay, self.time_first, k, v, r=r, state=state, return_state=return_state,
+            bidirectional=self.bidirectional,
+        )  # fmt: skip
+
+    def finish(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The third: projection, neuron and residual."""
+        return self._output(self.output(y), residual)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bidirectional={self.bidirectional}"

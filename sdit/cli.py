@@ -1,0 +1,269 @@
+"""The command ``sdit``; each of its sub-commands is one call of the Python API."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["main"]
+
+_TRAIN = """\
+Train a model, with a progress bar that shows loss and mean firing rate.
+
+  sdit train --preset digits                            minutes on two cores, no GPU
+  sdit train --preset fashion_mnist --bf16              on a GPU
+  sdit train --preset digits --set variant=faithful --out runs/faithful
+  sdit train --resume runs/digits                       goes on after a crash, a kill or Ctrl-C
+  torchrun --nproc-per-node 2 -m sdit train --preset mnist
+
+The folder of the run holds checkpoints, metrics.jsonl, pictures in samples/ and TensorBoard's files where it is installed.
+"""
+_SAMPLE = """\
+Draw images with a trained model: a labelled grid, beside it a GIF of the denoising.
+
+  sdit sample runs/digits                               forty images, the classes in turn
+  sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
+"""
+_CONVERT = """\
+Turn a checkpoint of the research code (.pt) into one of this package. Nothing in the file is executed.
+
+  sdit convert model.pt model.safetensors
+"""
+_INFO = """\
+What a model costs: parameters, multiply-adds, memory of a training step, firing rate of each layer on real data, energy.
+
+  sdit info mnist                                       an untrained preset
+  sdit info runs/digits                                 a trained model
+"""
+_PLOT = """\
+Draw the curves of a run: loss, gradient, firing rates, speed.
+
+  sdit plot runs/digits --out curves.png
+"""
+
+_SETTINGS = {  # help of the fields of TrainSettings
+    "steps": "steps of the optimiser, in all",
+    "batch_size": "images of one step, over all processes and parts",
+    "accumulate": "parts of a step, computed one after the other to save memory",
+    "lr": "learning rate of AdamW",
+    "weight_decay": "of AdamW",
+    "warmup": "steps over which the learning rate rises",
+    "cosine": "let the learning rate fall to 0 along a cosine",
+    "clip": "largest norm of the gradient, 0 for no limit",
+    "ema": "decay of the average of weights, 0 for none",
+    "flip": "mirror half of the images, where their class allows it",
+    "bf16": "matrix products in bfloat16",
+    "seed": "of the initial weights and everything drawn",
+    "log_every": "steps between lines of metrics.jsonl",
+    "sample_every": "steps between pictures in samples/, 0 for none",
+    "save_every": "steps between checkpoints",
+    "keep": "checkpoints to keep, the newest",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
+
+
+def _parser():
+    from .config import PRESETS
+    from .data import DATASETS
+    from .diffusion import SAMPLERS
+    from .train import TrainSettings
+
+    def command(name, text, run):
+        raw = argparse.RawDescriptionHelpFormatter
+        lines = text.splitlines()
+        part = commands.add_parser(name, help=lines[0].split(",")[0].split(":")[0], description=text, formatter_class=raw)
+        part.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        part.set_defaults(run=run)
+        return part
+
+    def common(part):
+        part.add_argument("--device", help="cpu, cuda, cuda:1, ..; a GPU where there is one if left out")
+
+    def change(part):
+        part.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
+            help="change a field of the preset, as T=8, spiking=wkv, dim=256, variant=faithful (may be repeated)",
+        )  # fmt: skip
+
+    text = "SDiT, the Spiking Diffusion Transformer: train it, draw images with it, measure it."
+    parser = _Parser(prog="sdit", description=text, epilog="sdit COMMAND --help says more about each.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    part = command("train", _TRAIN, _train)
+    part.add_argument("--preset", metavar="NAME", help=f"what to train: {', '.join(PRESETS)}")
+    part.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, from its newest checkpoint")
+    part.add_argument("--out", metavar="RUN", help="folder for the run (runs/NAME)")
+    part.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
+    change(part)
+    common(part)
+    group = part.add_argument_group("settings", "left out: what suits the preset; run.json of a run says what was taken")
+    for field in dataclasses.fields(TrainSettings):
+        kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "N"}
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=_SETTINGS[field.name], **kind)
+
+    part = command("sample", _SAMPLE, _sample)
+    part.add_argument("checkpoint", help="a .safetensors file, or the folder of a run, whose newest checkpoint is taken")
+    part.add_argument("--out", default="samples.png", help="the grid, a .png; .gif and .npz get the same name (%(default)s)")
+    part.add_argument("--labels", default="all", help="all, random, or numbers and names with commas between (%(default)s)")
+    part.add_argument("-n", type=int, help="images (40, or one for each label named)")
+    part.add_argument("--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+    part.add_argument("--steps", type=int, help=f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})")
+    part.add_argument("--guidance", type=float, default=1.0, metavar="X", help="classifier-free guidance, 1 for none (1)")
+    part.add_argument("--threshold", type=float, metavar="X", help="threshold of all neurons, if not the trained one")
+    part.add_argument("--clip", action="store_true", help="limit the predicted image to [-1, 1] in every step")
+    part.add_argument("--seed", type=int, default=0, metavar="N", help="each image is a function of it and of its place (0)")
+    part.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    part.add_argument("--npz", action="store_true", help="also write images and labels as arrays")
+    part.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="write the denoising")
+    part.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="take the averaged weights")
+    part.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
+    common(part)
+
+    part = command("convert", _CONVERT, _convert)
+    part.add_argument("source", metavar="in.pt")
+    part.add_argument("target", metavar="out.safetensors")
+    part.add_argument("--dataset", metavar="NAME", help=f"what it was trained on, to be kept: {', '.join(DATASETS)}")
+
+    part = command("info", _INFO, _info)
+    part.add_argument("model", help=f"a checkpoint, the folder of a run, or a preset: {', '.join(PRESETS)}")
+    part.add_argument("--batch-size", type=int, default=8, metavar="N", help="images to measure on (8)")
+    part.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
+    change(part)
+
+    part = command("plot", _PLOT, _plot)
+    part.add_argument("folder", metavar="RUN", help="folder of a run")
+    part.add_argument("--out", metavar="FILE", help="a .png (curves.png in the folder)")
+    return parser
+
+
+def _config(preset, changes):
+    """A preset with fields changed as ``FIELD=VALUE`` says."""
+    from .config import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
+    fields = {field.name: field.type for field in dataclasses.fields(PRESETS[preset])}
+    values = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name not in fields:
+            raise ValueError(f"--set takes FIELD=VALUE with FIELD one of {', '.join(fields)}, got {change!r}")
+        try:
+            if fields[name] is bool:
+                values[name] = {"true": True, "false": False}[value.lower()]
+            else:
+                values[name] = fields[name](value) if fields[name] in (int, float) else value
+        except (ValueError, KeyError):
+            kind = {int: "an int", float: "a number", bool: "true or false"}[fields[name]]
+            raise ValueError(f"--set {name} must be {kind}, got {value!r}") from None
+    return dataclasses.replace(PRESETS[preset], **values)
+
+
+def _train(args):
+    from .checkpoint import load, newest
+    from .train import TrainSettings, train
+
+    if bool(args.preset) == bool(args.resume):
+        raise ValueError("give --preset to start a run, or --resume to go on with one")
+    given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
+    if args.resume:
+        if args.changes or args.out:
+            raise ValueError("--resume takes the model and the folder as they are, without --set and --out")
+        settings = load(newest(args.resume))[1].get("settings", {}) | given
+        train(None, TrainSettings(**settings), args.resume, resume=True, root=args.data, device=args.device)
+        return
+    config = _config(args.preset, args.changes)
+    out = args.out or f"runs/{args.preset}"
+    train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"done: sdit sample {out}, sdit plot {out}")
+
+
+def _sample(args):
+    from .sample import run
+
+    apart = ("command", "debug", "run", "checkpoint", "out")
+    run(args.checkpoint, args.out, **{name: value for name, value in vars(args).items() if name not in apart})
+
+
+def _convert(args):
+    from .checkpoint import load_research, save_model
+    from .data import DATASETS
+
+    target = Path(args.target)
+    if target.suffix != ".safetensors":
+        raise ValueError(f"out.safetensors must end so, got {args.target!r}")
+    if target.exists():
+        raise FileExistsError(f"{target} exists already")
+    if args.dataset is not None and args.dataset not in DATASETS:
+        raise ValueError(f"--dataset must be one of {', '.join(DATASETS)}, got {args.dataset!r}")
+    model = load_research(args.source)
+    model.config = dataclasses.replace(model.config, dataset=args.dataset)
+    save_model(target, model)
+    c = model.config
+    print(f"{target}: {c.image_size}x{c.image_size}x{c.channels}, patch {c.patch_size}, {c.dim} wide, depth {c.depth}")
+
+
+def _info(args):
+    import torch
+
+    from .checkpoint import load_model
+    from .config import PRESETS
+    from .data import load, to_batch
+    from .diffusion import STEPS, _tables
+    from .info import info
+    from .model import SDiT
+
+    if args.model in PRESETS and not Path(args.model).exists():
+        torch.manual_seed(0)
+        model = SDiT(_config(args.model, args.changes))
+    else:
+        if args.changes:
+            raise ValueError("--set is for presets, a trained model is what it is")
+        if not Path(args.model).exists():
+            raise FileNotFoundError(f"{args.model} is neither a file, nor a folder, nor a preset: {', '.join(PRESETS)}")
+        model = load_model(args.model)
+    n, config = args.batch_size, model.config
+    if n < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {n}")
+    if config.dataset is None:
+        raise ValueError(
+            "the model does not say which data set it is for: no images to measure on (sdit convert --dataset NAME)"
+        )
+    data = load(config.dataset, args.data, size=config.image_size)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(data), (n,), generator=generator)
+    t = torch.arange(n) * STEPS // n + STEPS // (2 * n)  # spread over all times
+    x0 = to_batch(data.images[chosen], config)
+    signal, sigma = (table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)[:2])
+    x = signal * x0 + sigma * torch.randn(x0.shape, generator=generator)
+    print(info(model, (x, t, data.labels[chosen])))
+
+
+def _plot(args):
+    from .plot import plot
+
+    print(plot(args.folder, args.out))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``sdit`` with these arguments; the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt as stopped:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"sdit {args.command}: {stopped or 'stopped'}", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
+        if args.debug:
+            raise
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"sdit {args.command}: error: {' '.join(what.split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,344 @@
+"""The diffusion that SDiT is trained on, and the samplers that undo it.
+
+q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), abar_t = prod_{s <= t} (1 - beta_s), t = 0 .. 999, beta linear from 1e-4 to
+2e-2. The network predicts the noise eps and, with ``learn_sigma``, where between its two extremes the logarithm of the variance
+of p(x_{t-1} | x_t) lies (Nichol and Dhariwal, arXiv 2102.09672).
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SAMPLERS", "STEPS", "draw", "make_scheduler", "predict", "reverse_step", "training_loss"]
+
+STEPS = 1000
+_BETAS = (1e-4, 2e-2)
+
+
+class _Tables(NamedTuple):
+    """Functions of t, (1000,) each, computed in float64."""
+
+    signal: Tensor  # sqrt(abar): x_t = signal x_0 + sigma eps
+    sigma: Tensor  # sqrt(1 - abar)
+    shift: Tensor  # beta / (sqrt(alpha) sigma): the mean of q(x_{t-1} | x_t, x_0) is x_t / sqrt(alpha) - shift eps
+    log_beta: Tensor  # the largest log variance of a reverse step
+    log_posterior: Tensor  # the smallest: of q(x_{t-1} | x_t, x_0); at t = 0, where that is 0, its value at t = 1
+
+
+@lru_cache(maxsize=16)
+def _tables(device: torch.device, dtype: torch.dtype) -> _Tables:
+    beta = torch.linspace(*_BETAS, STEPS, dtype=torch.float64, device="cpu")
+    abar = torch.cumprod(1 - beta, 0)
+    before = torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), abar[:-1]])
+    posterior = beta * (1 - before) / (1 - abar)
+    posterior[0] = posterior[1]
+    sigma = torch.sqrt(1 - abar)
+    tables = _Tables(abar.sqrt(), sigma, beta / ((1 - beta).sqrt() * sigma), beta.log(), posterior.log())
+    return _Tables(*(table.to(device, dtype) for table in tables))
+
+
+def _config(model):
+    """The configuration of a model, also of one inside DistributedDataParallel."""
+    return model.config if hasattr(model, "config") else model.module.config
+
+
+# Training
+
+
+def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    r"""All that :func:`training_loss` leaves to chance, always drawn in this order.
+
+    Several processes that draw for the whole batch and take their slices train as one process would.
+
+    Args:
+        config: of the model; channels, image_size and dropout_label are used.
+        n: images.
+        generator: the only source of randomness.
+
+    Returns:
+        t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, true with probability
+        dropout_label: whose label becomes the null label. On the generator's device.
+
+    Raises:
+        TypeError: generator is no torch.Generator.
+
+    Example:
+        >>> import torch
+        >>> from sdit import PRESETS
+        >>> from sdit.diffusion import draw
+        >>> t, noise, drop = draw(PRESETS["digits"], 4, torch.Generator().manual_seed(0))
+        >>> t.shape, noise.shape, drop.dtype
+        (torch.Size([4]), torch.Size([4, 1, 8, 8]), torch.bool)
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
+    at = {"generator": generator, "device": generator.device}
+    t = torch.randint(STEPS, (n,), **at)
+    noise = torch.randn(n, config.channels, config.image_size, config.image_size, dtype=torch.float32, **at)
+    drop = torch.rand(n, dtype=torch.float32, **at) < config.dropout_label
+    return t, noise, drop
+
+
+def training_loss(
+    model,
+    x0: Tensor,
+    y: Tensor,
+    generator: torch.Generator | None = None,
+    *,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+    drop: Tensor | None = None,
+) -> dict[str, Tensor]:
+    r"""The objective: mean squared error of eps and the variational bound of the variance.
+
+    ::
+
+        x_t       = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise;    eps_hat, v = halves of model(x_t, t, y)
+        mse       = mean (noise - eps_hat)^2
+        vb        = mean over pixels, in bits, of  KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),  t > 0
+                                                   -log P(x0 | x_1),                              t = 0
+        p         = N(posterior mean at eps_hat, exp(f log beta_t + (1 - f) log beta~_t)),  f = (v + 1) / 2
+        P(x0)     = integral of p over x0's level of 256, [x0 - 1/255, x0 + 1/255]; the outermost two reach to infinity
+        loss      = mse + vb
+
+    eps_hat is detached in vb, which trains v alone. P is exact (the usual approximation by tanh is not made) and its logarithm
+    finite however unlikely x0 is. Without config.learn_sigma the model gives eps_hat alone, and vb is 0.
+
+    The network runs under whatever autocast the caller has set; x_t and the loss are float32 (float64 for float64 x0) all the
+    same. Nothing waits for a GPU if t, noise and drop are on it or drawn on it.
+
+    Args:
+        model: called as model(x_t, t, y), with a ``config``; may be inside DistributedDataParallel.
+        x0: images (B, C, S, S) in [-1, 1], as :func:`sdit.data.to_batch` makes them.
+        y: labels (B,), ints in 0 .. num_classes.
+        generator: draws what is not given, see :func:`draw`.
+        t: steps (B,), ints in 0 .. 999.
+        noise: x0's shape.
+        drop: (B,) bool, whose label becomes the null label.
+
+    Returns:
+        ``{"loss", "mse", "vb"}``, scalars; only loss has a gradient.
+
+    Raises:
+        TypeError: a dtype, or neither a generator nor all of t, noise, drop.
+        ValueError: a shape, a value out of range (tensors on the CPU), or as many channels of the model's output as the config
+            does not say.
+
+    Source: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672; Ho et al., DDPM, arXiv 2006.11239.
+
+    Example:
+        >>> import torch
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.diffusion import training_loss
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> x0, y = torch.zeros(4, 1, 8, 8), torch.tensor([3, 1, 4, 1])
+        >>> losses = training_loss(model, x0, y, torch.Generator().manual_seed(0))
+        >>> losses["loss"].backward()
+        >>> list(losses)
+        ['loss', 'mse', 'vb']
+    """
+    config = _config(model)
+    expected = (config.channels, config.image_size, config.image_size)
+    if not isinstance(x0, Tensor) or not x0.is_floating_point():
+        raise TypeError(
+            f"x0 must be a floating-point tensor in [-1, 1], got {getattr(x0, 'dtype', type(x0).__name__)}; see to_batch"
+        )
+    if x0.ndim != 4 or tuple(x0.shape[1:]) != expected or not len(x0):
+        raise ValueError(f"x0 must be (B, {', '.join(map(str, expected))}) with B > 0, got {tuple(x0.shape)}")
+    n = len(x0)
+    _check_ints("y", y, n, config.num_classes)
+    if t is None or noise is None or drop is None:
+        drawn = draw(config, n, generator)
+        t, noise, drop = (a if a is not None else b for a, b in zip((t, noise, drop), drawn))
+    _check_ints("t", t, n, STEPS - 1)
+    if noise.shape != x0.shape:
+        raise ValueError(f"noise must have the shape of x0, {tuple(x0.shape)}, got {tuple(noise.shape)}")
+    if drop.shape != (n,) or drop.dtype != torch.bool:
+        raise ValueError(f"drop must be a bool tensor of shape ({n},), got {drop.dtype} of shape {tuple(drop.shape)}")
+
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+    t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
+    tables = _Tables(*(table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)))
+    xt = tables.signal * x0 + tables.sigma * noise  # autocast leaves elementwise arithmetic in float32, here and below
+    out = model(xt, t, torch.where(drop, config.num_classes, y)).to(x0.dtype)
+    if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
+        raise ValueError(f"model must give {'eps and variance' if config.learn_sigma else 'eps'}, got {out.shape[1]} channels")
+    if not config.learn_sigma:
+        mse = (out - noise).square().mean()
+        return {"loss": mse, "mse": mse.detach(), "vb": torch.zeros_like(mse).detach()}
+    eps, v = out.chunk(2, dim=1)
+    mse = (eps - noise).square().mean()
+    vb = _variational_bound(tables, x0, eps.detach() - noise, v, (t == 0).view(-1, 1, 1, 1)).mean()
+    return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
+
+
+def _check_ints(name, value, n, largest):
+    if not isinstance(value, Tensor) or value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of ints, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape != (n,):
+        raise ValueError(f"{name} must have shape ({n},), one per image, got {tuple(value.shape)}")
+    if value.device.type == "cpu" and n and not (value.min() >= 0 and value.max() <= largest):
+        raise ValueError(f"{name} must be in 0..{largest}, got {value.min()}..{value.max()}")
+
+
+def _variational_bound(tables, x0, error, v, first):
+    """Bits per dimension, elementwise. The means of q and p differ by shift times the error of eps_hat: said so, no large
+    numbers cancel where abar is small."""
+    f = (v + 1) / 2
+    log_variance = f * tables.log_beta + (1 - f) * tables.log_posterior
+    distance = tables.shift * error  # mean of q - mean of p; the mean of q is x0 itself at t = 0
+    d = tables.log_posterior - log_variance
+    kl = 0.5 * (torch.expm1(d) - d + distance.square() * torch.exp(-log_variance))
+    return torch.where(first, -_log_likelihood(x0, distance, log_variance), kl) / math.log(2)
+
+
+def _log_likelihood(x, distance, log_variance):
+    """log of the normal mass of x's level, [x - 1/255, x + 1/255], around a mean that is x - distance."""
+    scale = torch.exp(-0.5 * log_variance)
+    low, high = (distance - 1 / 255) * scale, (distance + 1 / 255) * scale
+    right = distance > 0
+    low, high = torch.where(right, -high, low), torch.where(right, -low, high)  # in the lower tail, where log Phi is precise
+    log_high = torch.special.log_ndtr(high)
+    inner = log_high + torch.log(-torch.expm1(torch.special.log_ndtr(low) - log_high))
+    lowest, highest = x < -0.999, x > 0.999
+    tail = torch.where(lowest, distance + 1 / 255, 1 / 255 - distance) * scale
+    return torch.where(lowest | highest, torch.special.log_ndtr(tail), inner)
+
+
+# Sampling
+
+
+def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Tensor:
+    r"""model(x, t, y) with classifier-free guidance.
+
+    ::
+
+        eps = eps(null) + guidance (eps(y) - eps(null));    the variance, where the model learns one, is that of y
+
+    Guidance 1 is one call of the model, any other one call with twice the batch.
+
+    Args:
+        model, x, t, y: as in :func:`training_loss`.
+        guidance: 1 none, 0 no condition, above 1 away from the unconditional.
+
+    Returns:
+        What the model returns.
+
+    Raises:
+        ValueError: the model was trained without the null label (config.dropout_label is 0), or guidance is not finite.
+
+    Source: Ho and Salimans, Classifier-free diffusion guidance, arXiv 2207.12598.
+
+    Example:
+        >>> import torch
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.diffusion import predict
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> x, t, y = torch.randn(2, 1, 8, 8), torch.tensor([999, 0]), torch.tensor([3, 7])
+        >>> predict(model, x, t, y, guidance=2.0).shape
+        torch.Size([2, 2, 8, 8])
+    """
+    if guidance == 1:
+        return model(x, t, y)
+    config = _config(model)
+    if not config.dropout_label > 0:
+        raise ValueError(
+            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this one knows guidance 1"
+        )
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    null = torch.full_like(y, config.num_classes)
+    given, free = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+    eps = torch.lerp(free[:, : config.channels], given[:, : config.channels], guidance)
+    return torch.cat([eps, given[:, config.channels :]], dim=1)
+
+
+SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20}  # name: its usual number of steps
+
+
+def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
+    r"""diffusers' scheduler, configured for this diffusion.
+
+    - ``ddpm``: ancestral sampling, respaced to equal parts of 0 .. 999 (rounded), with the variance that the model predicts, or
+      the posterior's where it predicts none;
+    - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps;
+    - ``dpm++``: DPM-Solver++ (2M), deterministic.
+
+    :func:`reverse_step` takes its steps.
+
+    Args:
+        name: one of ``SAMPLERS``.
+        steps: ddpm 2 .. 1000; ddim a divisor of 1000 from 2 on; dpm++ 1 .. 999; None for the usual number, ``SAMPLERS[name]``.
+        config: of the model; learn_sigma is used.
+        clip: limit the prediction of x_0 to [-1, 1] in every step.
+
+    Returns:
+        The scheduler, its timesteps set.
+
+    Raises:
+        ValueError, TypeError: a name or number of steps that is not allowed.
+        ImportError: diffusers is missing.
+
+    Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095.
+
+    Example:
+        >>> from sdit import PRESETS
+        >>> from sdit.diffusion import make_scheduler
+        >>> scheduler = make_scheduler("ddpm", 250, PRESETS["mnist"])
+        >>> scheduler.timesteps[:3].tolist(), scheduler.timesteps[-1].item()
+        ([999, 995, 991], 0)
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    steps = SAMPLERS[name] if steps is None else steps
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"steps must be an int, got {steps!r}")
+    least, most = {"ddpm": (2, STEPS), "ddim": (2, STEPS), "dpm++": (1, STEPS - 1)}[name]
+    if not least <= steps <= most:
+        raise ValueError(f"steps of {name} must be in {least}..{most}, got {steps}")
+    if name == "ddim" and STEPS % steps:
+        near = min((k for k in range(2, STEPS + 1) if STEPS % k == 0), key=lambda k: abs(k - steps))
+        raise ValueError(f"steps of ddim must divide {STEPS}, got {steps}; the nearest that does is {near}")
+    try:
+        import diffusers
+    except ImportError:
+        raise ImportError('sampling needs diffusers: pip install "sdit-kernels[sdit]"') from None
+    betas = {"num_train_timesteps": STEPS, "beta_start": _BETAS[0], "beta_end": _BETAS[1], "beta_schedule": "linear"}
+    if name == "ddpm":
+        variance = "learned_range" if config.learn_sigma else "fixed_small"
+        scheduler = diffusers.DDPMScheduler(**betas, variance_type=variance, clip_sample=clip, timestep_spacing="linspace")
+    elif name == "ddim":
+        scheduler = diffusers.DDIMScheduler(
+            **betas, clip_sample=clip, timestep_spacing="leading", steps_offset=0, set_alpha_to_one=True
+        )
+    else:
+        # It has no plain clipping, but thresholding at a quantile that is limited to [1, 1] is just that.
+        limits = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clip else {}
+        scheduler = diffusers.DPMSolverMultistepScheduler(**betas, timestep_spacing="linspace", **limits)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> Tensor:
+    r"""One step of a scheduler of :func:`make_scheduler`: from x_t to the x of the next of its timesteps.
+
+    Args:
+        scheduler: it may keep earlier steps: one for each run.
+        out: what :func:`predict` returned, (B, C or 2C, S, S).
+        t: the step, a Python int.
+        x: x_t, (B, C, S, S).
+        generator: draws the noise of ddpm, one or one for each image; the other samplers draw none.
+
+    Returns:
+        (B, C, S, S).
+    """
+    kind = type(scheduler).__name__
+    if kind == "DDPMScheduler":
+        return scheduler.step(out, t, x, generator=generator).prev_sample
+    eps = out[:, : x.shape[1]]
+    if kind == "DDIMScheduler":  # where x_0 is clipped, the eps that leads to it
+        return scheduler.step(eps, t, x, use_clipped_model_output=bool(scheduler.config.clip_sample)).prev_sample
+    return scheduler.step(eps, t, x).prev_sample

@@ -1,0 +1,410 @@
+"""SDiT, the Spiking Diffusion Transformer (Yang et al., arXiv 2402.11588): a U-shaped stack of RWKV blocks whose mixing layers
+speak in firing rates, over the patches of a noisy image.
+
+Letters: B batch, T simulation steps, L tokens, C channels, N patches.
+
+The network has one definition and two ways to compute it. The plain way is the equations: every block appends its
+reconstruction tokens to those of the image, B copies of them, and runs its layers over all. It is taken under
+``sdit_kernels.backend("reference")`` or with ``model.plain = True``. The other way gives the same numbers for less work. The
+scan over tokens is causal, and the image comes first: its tokens never see the reconstruction tokens, which start from the
+state that the image leaves. And those are the same for the whole batch, so that their norm, shift, keys, values and
+receptances are computed once (but for the first of them, which mixes with the last token of the image).
+"""
+
+import contextlib
+import dataclasses
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sdit_kernels import backend, dispatch, lif, spiking_wkv, token_shift
+from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
+
+from .config import Config
+
+__all__ = ["SDiT"]
+
+EPS = 1e-6  # of every LayerNorm; none has affine parameters
+
+
+def _plain() -> bool:
+    return dispatch.requested() == "reference"
+
+
+class Rate(LIFRate):
+    """The neuron of a layer: its firing rate, recorded when asked; in the plain form the current is repeated T times."""
+
+    recorder = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        if self.recorder is not None:
+            with torch.no_grad():
+                self.recorder("", super().forward(x, None, gate))
+        if not _plain():
+            return super().forward(x, residual, gate)
+        current = x if gate is None else torch.sigmoid(gate) * x
+        rate = self.spikes(current).mean(0)
+        return rate if residual is None else residual + rate
+
+    def spikes(self, x: Tensor, name: str | None = None) -> Tensor:
+        """T steps under the constant current x: (T, ...)."""
+        T = self.T
+        s = lif(x.repeat(T, *[1] * x.dim()) if _plain() else x.expand(T, *x.shape), **self._arguments(x))
+        if name:
+            self.note(name, s)
+        return s
+
+    def note(self, name: str, s: Tensor) -> None:
+        if self.recorder is not None:
+            self.recorder("." + name, s.detach())
+
+
+class SpikingTimeMix(TimeMix):
+    """TimeMix in which the scan spikes, at every step t of T by itself, and all matrix products are of spikes::
+
+        sk, sv, sr   = T steps of the neuron under the constant currents xk, xv, xr
+        k, v, r      = key(sk), value(sv), receptance(sr)                                  (T, B, L, C)
+        s            = T steps of the neuron under sigmoid(r[t]) * wkv(k[t], v[t])
+        out          = residual + 1/T * sum over t of output(s[t])
+
+    ``output`` is linear: it is given the mean of s, at 1/T of the work; the plain form gives it the spikes.
+    """
+
+    def project(self, x, last=None):
+        mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
+        mixed = token_shift(x, *mixes, norm_eps=self.norm_eps, last=last)
+        return tuple(getattr(self, n)(self.neuron.spikes(m, n)) for n, m in zip(("key", "value", "receptance"), mixed))
+
+    def scan(self, k, v, r, state=None, return_state=False):
+        y, (state, _) = spiking_wkv(
+            self.time_decay, self.time_first, k, v, r, **self.neuron._arguments(k), scan_state=state, return_state=True,
+            rate=not _plain(),
+        )  # fmt: skip
+        self.neuron.note("output", y)
+        return (y, state) if return_state else y
+
+    def finish(self, y, residual=None):
+        y = self.output(y)
+        y = y.mean(0) if _plain() else y
+        return y if residual is None else residual + y
+
+
+class Block(nn.Module):
+    """One block of SDiT, with R the reconstruction tokens, learned::
+
+        x    = skip(concat[x, kept])                                (decoder blocks)
+        z    = concat[x, R]                                         over tokens
+        z    = z + rate(TimeMix(LN(z)))
+        z    = z + rate(ChannelMix(LN(z)))
+        x, r = split(z)
+        x    = x + x * gate,    gate = tokens_out(tokens_in(r)^T)   (B, N+1, C)
+
+    Without reconstruction tokens, x = z.
+    """
+
+    def __init__(self, config: Config, layer: int, layers: int, skip: bool):
+        super().__init__()
+        C, L = config.dim, config.tokens
+        neuron = {"tau": config.tau, "v_threshold": config.v_threshold, "alpha": config.alpha}
+        self.skip = nn.Linear(2 * C, C) if skip else None
+        attention = SpikingTimeMix if config.spiking == "wkv" else TimeMix
+        self.attention = attention(
+            C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron), bidirectional=config.bidirectional
+        )
+        self.mlp = ChannelMix(C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron))
+        if config.reconstruction:
+            self.reconstruction = nn.Parameter(torch.ones(1, L, C))
+            self.tokens_in, self.tokens_out = nn.Linear(C, L), nn.Linear(L, C)
+        else:
+            self.reconstruction = None
+        self.frozen = None  # or a dict: what was computed once for a sampling run
+
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        plain = _plain()
+        if self.skip is not None:
+            x = self.skip(torch.cat([x, kept], -1)) if plain else self._join(x, kept)
+        if self.reconstruction is None:
+            x = self.attention(x, residual=x)
+            return self.mlp(x, residual=x)
+        if plain:
+            z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)
+            z = self.attention(z, residual=z)
+            z = self.mlp(z, residual=z)
+            x, r = z.chunk(2, 1)
+            return x + x * self._gate(r)
+        x, r = self._attend(x)
+        x, r = self.mlp(x, residual=x), self.mlp(r, x[:, -1], residual=r)
+        return torch.addcmul(x, x, self._gate(r).to(x.dtype))
+
+    def _gate(self, r):
+        return self.tokens_out(self.tokens_in(r).transpose(1, 2))
+
+    def _join(self, x, kept):
+        """``skip`` of the two side by side: a product for each half of its weight, the second added into the first."""
+        C = x.shape[-1]
+        weight = self.skip.weight
+        first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)
+        return torch.addmm(first, kept.flatten(0, 1).to(first.dtype), weight[:, C:].t().to(first.dtype)).view_as(x).to(x.dtype)
+
+    def _attend(self, x):
+        """The attention of the tokens of the image and of those of R, both with their residual."""
+        a, R = self.attention, self.reconstruction.expand(len(x), -1, -1)
+        own = a.project(x)
+        first = a.project(R[:, :1], x[:, -1])
+        rest = tuple(t.expand(*t.shape[:-3], len(x), -1, -1) for t in self._shared())
+        if a.bidirectional:
+            y = a.scan(*(torch.cat(parts, -2) for parts in zip(own, first, rest)))
+            y, y_r = y.chunk(2, -2)
+        else:
+            y, state = a.scan(*own, return_state=True)
+            y_first, state = a.scan(*first, state, return_state=True)
+            y_r = torch.cat([y_first, a.scan(*rest, state)], -2)
+        return a.finish(y, x), a.finish(y_r, R)
+
+    def _shared(self):
+        """Keys, values and receptances of R[1:], which no sample changes: batches of 1."""
+        if self.frozen is None:
+            return self._project_shared()
+        neuron = self.attention.neuron
+        key = (torch.is_autocast_enabled(self.reconstruction.device.type), neuron.T, neuron.tau, neuron.v_threshold)
+        if key not in self.frozen:
+            self.frozen[key] = self._project_shared()
+        return self.frozen[key]
+
+    def _project_shared(self):
+        R = self.reconstruction
+        return self.attention.project(R[:, 1:], R[:, 0])
+
+
+class SDiT(nn.Module):
+    """The network: noisy images, times and labels to the noise in them.
+
+    Args:
+        config: a :class:`sdit.config.Config`, as in ``PRESETS``.
+        overrides: fields of it that are to be different.
+
+    Shape:
+        x: (B, channels, S, S), in the units of the noise. t: (B,), times 0 .. 999. y: (B,), int labels; num_classes is the null
+        label. Output: (B, out, S, S), out = 2 channels (noise, then logits of the variance) with learn_sigma, else channels.
+
+    Attributes:
+        config: what it was made of.
+        plain: True computes the equations as they stand; see the top of this file.
+        checkpointing: True keeps only the input of each block for the backward pass and computes the rest again.
+
+    Raises:
+        TypeError, ValueError: at construction for a wrong field; in a call for a wrong shape, dtype or label.
+
+    Source: Yang et al., SDiT, arXiv 2402.11588.
+
+    Example:
+        >>> import torch
+        >>> from sdit.config import PRESETS
+        >>> from sdit.model import SDiT
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> model(torch.randn(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10])).shape
+        torch.Size([2, 2, 8, 8])
+    """
+
+    def __init__(self, config: Config, **overrides):
+        super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
+        unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(Config)})
+        if unknown:
+            raise TypeError(f"no such fields of a Config: {', '.join(unknown)}")
+        self.config = config = dataclasses.replace(config, **overrides)
+        self.plain = False
+        self.checkpointing = False
+        C, P = config.dim, config.patch_size
+        self.patches = nn.Linear(config.channels * P * P, C)
+        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
+        self.labels = nn.Embedding(config.num_classes + 1, C)
+        self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
+        half = config.depth // 2
+        if config.variant == "faithful":
+            layers, places = config.depth, [*range(half + 1), *range(half)]
+        else:
+            layers, places = 2 * half + 1, range(2 * half + 1)
+        self.blocks = nn.ModuleList(Block(config, place, layers, skip=i > half) for i, place in enumerate(places))
+        self.final = nn.Linear(C, P * P * config.out_channels)
+        self.smooth = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial values, by ``config.variant``."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for linear in (self.time[0], self.time[2], self.labels):
+            nn.init.normal_(linear.weight, std=0.02)
+        for parameter in (self.final.weight, self.final.bias, self.position):
+            nn.init.zeros_(parameter)
+        self.smooth.reset_parameters()
+        for block in self.blocks:
+            block.attention.reset_parameters()
+            block.mlp.reset_parameters()
+            if block.reconstruction is not None:
+                nn.init.ones_(block.reconstruction)
+        if self.config.variant == "improved":
+            self._improve()
+
+    def _improve(self):
+        """From "faithful" to "improved", with blocks that already know their place in the sequence of all: gates start shut,
+        neurons fire, the condition depends on time and label, and the last convolution passes on what it is given."""
+
+        def normal(linear, gain):
+            nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.weight.shape[1]))
+
+        spiking = self.config.spiking == "wkv"
+        for block in self.blocks:
+            a, m = block.attention, block.mlp
+            for linear in (a.key, a.receptance, m.key, m.receptance):
+                normal(linear, 1)
+            normal(a.value, 30 if spiking else 1)  # a mean over tokens is small, and more so of sparse spikes
+            normal(a.output, 0.5 if spiking else 3)
+            normal(m.value, 2)
+            if block.reconstruction is not None:
+                nn.init.zeros_(block.tokens_out.weight)
+        normal(self.time[0], math.sqrt(2))
+        normal(self.time[2], 1)
+        nn.init.normal_(self.labels.weight, std=3)  # time, which they are added to, soon grows to about 5
+        nn.init.dirac_(self.smooth.weight)
+        nn.init.zeros_(self.smooth.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self._check(x, t, y)
+        if self.blocks[0].frozen is not None and torch.is_grad_enabled():
+            raise RuntimeError("frozen() is for sampling runs: call the model under torch.no_grad() inside it")
+        if self.plain and not _plain():
+            with backend("reference"):
+                return self._forward(x, t, y)
+        return self._forward(x, t, y)
+
+    def _forward(self, x, t, y):
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device) if device != "meta" else False
+        wide = contextlib.nullcontext() if not autocast else torch.autocast(device, enabled=False)
+        with wide:  # both ends of the network are cheap, and the stream of tokens stays wide
+            x = self._embed(x.to(self.position.dtype), t, y)
+        half, kept = len(self.blocks) // 2, []
+        again = self.checkpointing and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks):
+            inputs = (x, kept.pop()) if i > half else (x,)
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if i < half:
+                kept.append(x)
+        with wide:
+            return self._image(x)
+
+    def _embed(self, x, t, y):
+        """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
+        c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
+        x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
+        return torch.cat([c.unsqueeze(1), x], 1) + self.position
+
+    def _image(self, x):
+        """Tokens back to an image, the condition's dropped."""
+        P, C = self.config.patch_size, self.config.out_channels
+        side = self.config.image_size // P
+        x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))
+        x = x.reshape(-1, side, side, P, P, C).permute(
+            0, 5, 1, 3, 2, 4
+        )  # (B, C, row of patches, row, column of patches, column)
+        return self.smooth(x.reshape(-1, C, side * P, side * P))
+
+    def _check(self, x, t, y):
+        config = self.config
+        shape = (config.channels, config.image_size, config.image_size)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+        if x.dim() != 4 or x.shape[1:] != shape or x.shape[0] == 0:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, shape))}), B > 0, got {tuple(x.shape)}")
+        for name, value in (("t", t), ("y", y)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            if value.shape != x.shape[:1]:
+                raise ValueError(f"{name} must have shape ({x.shape[0]},), one per image, got {tuple(value.shape)}")
+        if y.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"y must be labels, int64 or int32, got {y.dtype}")
+        if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(y)
+            if low < 0 or high > config.num_classes:
+                raise ValueError(f"y must be labels 0 .. {config.num_classes}, the last the null label, got {low} .. {high}")
+
+    @contextlib.contextmanager
+    def record(self):
+        """Gather firing rates: a dict from the name of a layer to its mean rate over all calls inside the block, a tensor.
+
+        Example:
+            >>> import torch
+            >>> from sdit.config import PRESETS
+            >>> from sdit.model import SDiT
+            >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+            >>> with model.record() as rates:
+            ...     _ = model(torch.randn(1, 1, 8, 8), torch.tensor([500]), torch.tensor([3]))
+            >>> len(rates), list(rates)[0]
+            (6, 'blocks.0.attention')
+        """
+        rates = {}
+        neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, Rate)]
+        for name, neuron in neurons:
+            neuron.recorder = _Mean(rates, name)
+        try:
+            yield rates
+        finally:
+            for _, neuron in neurons:
+                neuron.recorder = None
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """For a sampling run: what does not depend on the batch is computed at the first call and kept until the block ends.
+
+        The weights must not change inside it, and no gradient can be asked for.
+
+        Raises:
+            RuntimeError: from a call inside it, with gradients enabled.
+
+        Example:
+            >>> import torch
+            >>> from sdit.config import PRESETS
+            >>> from sdit.model import SDiT
+            >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+            >>> with model.frozen(), torch.no_grad():
+            ...     for t in (999, 500, 0):
+            ...         _ = model(torch.randn(1, 1, 8, 8), torch.tensor([t]), torch.tensor([3]))
+        """
+        before = [block.frozen for block in self.blocks]
+        for block in self.blocks:
+            block.frozen = {}
+        try:
+            yield
+        finally:
+            for block, old in zip(self.blocks, before):
+                block.frozen = old
+
+
+class _Mean:
+    """Keeps rates[name + part] the mean of all it was called with."""
+
+    def __init__(self, rates, name):
+        self.rates, self.name, self.seen = rates, name, {}
+
+    def __call__(self, part, x):
+        total, count = self.seen.get(part, (0, 0))
+        total = total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
+        self.seen[part] = total, count + x.numel()
+        self.rates[self.name + part] = total / self.seen[part][1]
+
+
+def _sinusoid(t, dtype):
+    """256 numbers for a time: cos, then sin, at 128 frequencies from 1 to 1e-4."""
+    wide = torch.promote_types(dtype, torch.float32)
+    frequency = torch.exp(torch.arange(128, dtype=wide, device=t.device) * (-math.log(10000) / 128))
+    angle = t.to(wide).unsqueeze(1) * frequency
+    return torch.cat([torch.cos(angle), torch.sin(angle)], 1).to(dtype)

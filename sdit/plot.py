@@ -1,0 +1,91 @@
+"""The curves of a run as a picture."""
+
+import json
+from pathlib import Path
+
+from .data import replacing
+
+__all__ = ["plot", "read_metrics"]
+
+
+def read_metrics(run) -> list[dict]:
+    """The lines of a run's metrics.jsonl, whole ones.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged, or has no line yet.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run} is no folder of a run: it has no metrics.jsonl")
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
+        [(row["step"], row["loss"], row["rates"]) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from None
+    if not rows:
+        raise ValueError(f"{path} has no line yet: wait for the first steps")
+    return rows
+
+
+def plot(run: str | Path, out: str | Path | None = None) -> Path:
+    """Loss and its parts, norm of the gradient and learning rate, firing rate of each layer, speed: a PNG.
+
+    Args:
+        run: folder of a run; it may still be going on.
+        out: None for curves.png in it.
+
+    Returns:
+        The path written.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_metrics`; out is no .png. ImportError: matplotlib is missing.
+
+    Example:
+        >>> import json, tempfile
+        >>> from pathlib import Path
+        >>> from sdit.plot import plot
+        >>> row = {"step": 1, "loss": 1.0, "mse": 0.9, "vb": 0.1, "grad_norm": 2.0, "lr": 1e-3, "rates": {"a": 0.1}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "metrics.jsonl").write_text(json.dumps(row | {"images_per_s": 9.0}) + chr(10))
+        ...     plot(folder).name
+        'curves.png'
+    """
+    rows = read_metrics(run)
+    out = Path(out) if out is not None else Path(run) / "curves.png"
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {str(out)!r}")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError('plots need matplotlib: pip install "sdit-kernels[sdit]"') from None
+    steps = [row["step"] for row in rows]
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, gradient), (firing, speed) = figure.subplots(2, 2, sharex=True)
+    marker = {"marker": "." if len(rows) < 40 else None}
+    for name in ("loss", "mse", "vb"):
+        values = [row[name] for row in rows]
+        if any(values):
+            loss.plot(steps, values, label=name, **marker)
+    loss.set(yscale="log", title="loss = mse + vb")
+    loss.legend()
+    gradient.plot(steps, [row["grad_norm"] for row in rows], label="norm of the gradient, before clipping", **marker)
+    gradient.plot([], [], color="C1", label="learning rate (right)")
+    gradient.set(yscale="log", title="gradient")
+    gradient.legend()
+    gradient.twinx().plot(steps, [row["lr"] for row in rows], color="C1", **marker)
+    layers = list(rows[-1]["rates"])
+    for i, name in enumerate(layers):
+        style = {"color": f"C{i // 2 % 10}", "linestyle": "-" if i % 2 == 0 else "--"}  # a block has two kinds of layers
+        firing.plot(steps, [row["rates"].get(name) for row in rows], label=name.removeprefix("blocks."), **style, **marker)
+    firing.set(title="mean firing rate", xlabel="step", ylim=(0, None))
+    firing.legend(fontsize="small", ncols=2)
+    speed.plot(steps, [row["images_per_s"] for row in rows], **marker)
+    speed.set(title="images/s", xlabel="step", ylim=(0, None))
+    for axes in (loss, gradient, firing, speed):
+        axes.grid(alpha=0.3)
+    figure.suptitle(str(Path(run)))
+    with replacing(out) as file:
+        figure.savefig(file, format="png", dpi=110)
+    return out

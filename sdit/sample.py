@@ -1,0 +1,366 @@
+"""Images from noise, and files of them: a labelled grid, the denoising as a film, arrays.
+
+``sample`` draws images with a model; ``run`` is the body of ``sdit sample``, from a checkpoint to files.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import DATASETS, replacing, to_uint8
+from .diffusion import make_scheduler, predict, reverse_step
+
+__all__ = ["Film", "choose_labels", "class_names", "run", "sample", "save_gif", "save_grid", "save_npz"]
+
+
+@torch.no_grad()
+def sample(
+    model,
+    labels: Sequence[int] | Tensor,
+    *,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    clip: bool = False,
+    threshold: float | None = None,
+    batch_size: int = 64,
+    progress: bool = False,
+    callback: Callable[[int, int, int, Tensor], None] | None = None,
+) -> Tensor:
+    r"""Draw one image per label.
+
+    The noise of image i, all of it, comes from a generator of its own, made from (seed, first + i), on the CPU: an image
+    depends neither on batch_size nor on the other images nor on the device, but for rounding in the network.
+
+    The network runs in its weights' dtype and under whatever autocast the caller has set, the sampler in float32. What does
+    not change during the run is computed once (``model.frozen``). Weights are used as they are: whoever wants averaged ones
+    loads them first.
+
+    Args:
+        model: :class:`sdit.SDiT`; runs in eval mode, and is left in the mode it was in.
+        labels: N ints in 0 .. num_classes; num_classes is the null label, for an image of no class in particular.
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`.
+        guidance: see :func:`sdit.diffusion.predict`.
+        seed: at least 0.
+        first: number of the first image, at least 0.
+        threshold: v_threshold of all neurons for this run; None leaves the trained one.
+        batch_size: images at a time; with guidance the network sees twice as many.
+        progress: show a bar, with images per second.
+        callback: called as callback(start, step, steps, x): x are the images start, start + 1, .. (not limited to [-1, 1], on
+            the model's device), step = 0 before the first step and 1 .. steps after each.
+
+    Returns:
+        (N, channels, S, S) float32 on the CPU, limited to [-1, 1].
+
+    Raises:
+        TypeError, ValueError: an argument; or the network gives NaN or infinite values.
+        ImportError: diffusers is missing.
+
+    Example:
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.sample import sample
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> sample(model, [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
+        torch.Size([3, 1, 8, 8])
+    """
+    config = model.config
+    labels = _check_labels(labels, config.num_classes)
+    for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    make_scheduler(sampler, steps, config, clip)  # says what is wrong before any work
+    weight = next(model.parameters())
+    shape = (1, config.channels, config.image_size, config.image_size)
+
+    done = []
+    was_training = model.training
+    with ExitStack() as stack:
+        stack.callback(model.train, was_training)
+        model.eval()
+        if threshold is not None:
+            stack.enter_context(_threshold(model, threshold))
+        stack.enter_context(model.frozen())
+        bar = stack.enter_context(_bar(len(labels), progress))
+        for start in range(0, len(labels), batch_size):
+            y = labels[start : start + batch_size].to(weight.device)
+            generators = [_generator(seed, first + start + i) for i in range(len(y))]
+            x = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
+            x = x.to(weight.device)
+            scheduler = make_scheduler(sampler, steps, config, clip)
+            times = scheduler.timesteps.tolist()
+            if callback is not None:
+                callback(start, 0, len(times), x)
+            for step, t in enumerate(times, start=1):
+                asked = torch.full((len(y),), t, device=weight.device)
+                out = predict(model, x.to(weight.dtype), asked, y, guidance).float()
+                x = reverse_step(scheduler, out, t, x, generators)
+                bar.update(len(y) / len(times))
+                if callback is not None:
+                    callback(start, step, len(times), x)
+            if not x.isfinite().all():
+                raise ValueError(f"the model gives values that are not finite: images {start}..{start + len(y) - 1} are lost")
+            done.append(x.float().clamp(-1, 1).cpu())
+    return torch.cat(done)
+
+
+def _check_labels(labels, num_classes):
+    labels = torch.as_tensor(labels, device="cpu")
+    if not labels.numel():
+        raise ValueError("labels must name at least one image, got none")
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool or labels.ndim != 1:
+        raise TypeError(f"labels must be ints in one dimension, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if labels.min() < 0 or labels.max() > num_classes:
+        raise ValueError(f"labels must be in 0..{num_classes} ({num_classes} for no class), got {labels.min()}..{labels.max()}")
+    return labels.long()
+
+
+def _generator(seed, i):
+    state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+@contextmanager
+def _threshold(model, value):
+    """Every neuron of ``model`` fires from ``value`` on, until the block is left."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"threshold must be a positive number, got {value!r}")
+    before = [(module, module.v_threshold) for module in model.modules() if hasattr(module, "v_threshold")]
+    try:
+        for module, _ in before:
+            module.v_threshold = float(value)
+        yield
+    finally:
+        for module, old in before:
+            module.v_threshold = old
+
+
+def _bar(total, wanted):
+    from tqdm import tqdm  # diffusers brings it
+
+    form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
+    return tqdm(total=total, unit=" images", bar_format=form, disable=not wanted)
+
+
+# Labels
+
+
+def class_names(config) -> tuple[str, ...]:
+    """Names of the classes 0 .. num_classes - 1: those of config.dataset, or numbers.
+
+    Example:
+        >>> from sdit import PRESETS
+        >>> from sdit.sample import class_names
+        >>> class_names(PRESETS["cifar10"])[:3]
+        ('airplane', 'automobile', 'bird')
+    """
+    names = DATASETS[config.dataset].names if config.dataset in DATASETS else ()
+    return names if len(names) == config.num_classes else tuple(map(str, range(config.num_classes)))
+
+
+def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 0) -> Tensor:
+    r"""Labels from what a user types.
+
+    Args:
+        wanted: "all": the classes in turn; "random": uniform, from ``seed``; or numbers and names of classes with commas
+            between, "none" for the null label, repeated until there are n.
+        n: images; None for 40, or the length of the list.
+        names: of the classes.
+        seed: at least 0.
+
+    Returns:
+        (n,) int64.
+
+    Raises:
+        ValueError: a class that is none, or n below 1.
+
+    Example:
+        >>> from sdit.sample import choose_labels
+        >>> choose_labels("all", 5, ["cat", "dog"]).tolist(), choose_labels("dog, 0, none", None, ["cat", "dog"]).tolist()
+        ([0, 1, 0, 1, 0], [1, 0, 2])
+    """
+    if n is not None and n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    if wanted == "random":
+        return torch.from_numpy(np.random.default_rng((seed,)).integers(len(names), size=n or 40))
+    numbers = {name: i for i, name in [*enumerate(map(str, range(len(names)))), *enumerate(names), (len(names), "none")]}
+    given = [part.strip() for part in wanted.split(",")]
+    if wanted == "all":
+        n, given = n or 40, list(map(str, range(len(names))))
+    wrong = [part for part in given if part not in numbers]
+    if wrong:
+        raise ValueError(
+            f"labels must be 'all', 'random', or of 0..{len(names) - 1}, none, {', '.join(names)}; got {wrong[0]!r}"
+        )
+    labels = torch.tensor([numbers[part] for part in given])
+    n = n or len(labels)
+    return labels.repeat(math.ceil(n / len(labels)))[:n]
+
+
+# Files
+
+
+class Film:
+    """A callback for ``sample`` that keeps some ``frames`` of the denoising of the first ``images`` images.
+
+    Args:
+        frames: states to keep beside the noise at the start.
+        images: images to keep of each.
+
+    Example:
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.sample import Film, sample
+        >>> film = Film(frames=5)
+        >>> images = sample(SDiT(PRESETS["digits"], dim=32, depth=2), [3, 1, 4], sampler="ddim", steps=10, callback=film)
+        >>> len(film.frames), film.frames[0].shape
+        (6, torch.Size([3, 1, 8, 8]))
+    """
+
+    def __init__(self, frames: int = 40, images: int = 100):
+        self.count, self.images, self._parts = frames, images, {}
+
+    def __call__(self, start: int, step: int, steps: int, x: Tensor) -> None:
+        if start < self.images and (step == 0 or step * self.count // steps > (step - 1) * self.count // steps):
+            self._parts.setdefault(step, []).append(x[: self.images - start].float().clamp(-1, 1).cpu())
+
+    @property
+    def frames(self) -> list[Tensor]:
+        """(images, C, S, S) float32 each: the noise, then ``frames`` states (fewer if there are fewer steps)."""
+        return [torch.cat(parts) for _, parts in sorted(self._parts.items())]
+
+
+def _render(images, labels, names, columns):
+    """A PIL image of (N, C, S, S) in [-1, 1], every one with its class above it, pixels magnified to at least 64 a side."""
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError:
+        raise ImportError('writing images needs pillow: pip install "sdit-kernels[sdit]"') from None
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
+        raise ValueError(f"images must be (N, 1 or 3, S, S) with N > 0, got {tuple(images.shape)}")
+    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
+    n, height, width, channels = pixels.shape
+    if labels is not None and len(labels) != n:
+        raise ValueError(f"labels must be one for each of {n} images, got {len(labels)}")
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = math.ceil(n / columns)
+    scale = max(1, math.ceil(64 / max(height, width)))
+    pad, text = 4, 14 if labels is not None else 0
+    cell_w, cell_h = width * scale + pad, height * scale + text + pad
+    mode = "L" if (pixels == pixels[..., :1]).all() else "RGB"
+    canvas = Image.new(mode, (columns * cell_w + pad, rows * cell_h + pad), 255 if mode == "L" else (255,) * 3)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for i, image in enumerate(pixels):
+        x, y = pad + i % columns * cell_w, pad + i // columns * cell_h
+        if labels is not None:
+            label = int(labels[i])
+            name = names[label] if names is not None and label < len(names) else "none" if names is not None else str(label)
+            while name and draw.textlength(name, font=font) > cell_w - pad:
+                name = name[:-2] + "\N{HORIZONTAL ELLIPSIS}" if len(name) > 1 else ""
+            draw.text((x, y - 1), name, fill=0 if mode == "L" else (0, 0, 0), font=font)
+        tile = image[..., 0] if mode == "L" else np.broadcast_to(image, (height, width, 3))
+        canvas.paste(Image.fromarray(np.repeat(np.repeat(tile, scale, 0), scale, 1)), (x, y + text))
+    return canvas
+
+
+def save_grid(path, images: Tensor, labels=None, names: Sequence[str] | None = None, columns: int | None = None) -> None:
+    """A PNG of (N, C, S, S) images in [-1, 1], the name of its class above each where ``labels`` (N,) are given.
+
+    Whole pixels, magnified without smoothing. ``columns`` defaults to a square grid. Written whole or not at all.
+    """
+    picture = _render(images, labels, names, columns)
+    with replacing(Path(path)) as file:
+        picture.save(file, format="PNG")
+
+
+def save_gif(path, frames: Sequence[Tensor], labels=None, names=None, columns: int | None = None, seconds: float = 4.0) -> None:
+    """A GIF of ``frames``, (N, C, S, S) each (``Film.frames``), laid out as ``save_grid`` does; the last one stays for 2 s."""
+    if not frames:
+        raise ValueError("frames must hold at least one frame, got none")
+    pictures = [_render(frame, labels, names, columns) for frame in frames]
+    each = max(20, round(1000 * seconds / len(pictures)))  # ms; faster ones are shown slowly by browsers
+    with replacing(Path(path)) as file:
+        pictures[0].save(
+            file,
+            format="GIF",
+            save_all=True,
+            append_images=pictures[1:],
+            duration=[each] * (len(pictures) - 1) + [2000],
+            loop=0,
+        )
+
+
+def save_npz(path, images: Tensor, labels) -> None:
+    """An npz file with ``images`` (N, S, S, C) uint8 and ``labels`` (N,) int64."""
+    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).contiguous().numpy()
+    with replacing(Path(path)) as file:
+        np.savez(file, images=pixels, labels=np.asarray(labels, dtype=np.int64))
+
+
+# The command
+
+
+_SHOWN = 100  # images that the grid and the film have room for
+
+
+def run(
+    checkpoint: str | Path,
+    out: str | Path = "samples.png",
+    *,
+    labels: str = "all",
+    n: int | None = None,
+    names: Sequence[str] | None = None,
+    gif: bool = True,
+    npz: bool = False,
+    ema: bool = True,
+    bf16: bool = False,
+    device: str | None = None,
+    seed: int = 0,
+    **settings,
+) -> list[Path]:
+    """``sdit sample``: images from a checkpoint, into ``out`` (a .png), and beside it a .gif and a .npz of the same name.
+
+    ``labels`` and ``n`` as in ``choose_labels``, with the data set's class ``names``; ``settings`` as in ``sample``. Grid and
+    film show the first 100 images, the .npz has all. ``ema`` takes the averaged weights, ``bf16`` runs the network under
+    autocast; ``device`` defaults to the GPU where there is one. Returns the paths written.
+    """
+    from .checkpoint import load_model
+
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"out must end in .png, got {str(out)!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all images are drawn
+    model = load_model(checkpoint, ema=ema).to(device)
+    names = class_names(model.config) if names is None else tuple(names)
+    chosen = choose_labels(labels, n, names, seed)
+
+    film = Film(images=_SHOWN) if gif else None
+    began = time.perf_counter()
+    with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
+        images = sample(model, chosen, seed=seed, progress=True, callback=film, **settings)
+    took = time.perf_counter() - began
+
+    shown = min(len(images), _SHOWN)
+    columns = len(names) if labels == "all" and len(names) <= 20 else None
+    written = [out]
+    save_grid(out, images[:shown], chosen[:shown], names, columns)
+    if gif:
+        written.append(out.with_suffix(".gif"))
+        save_gif(written[-1], film.frames, chosen[:shown], names, columns)
+    if npz:
+        written.append(out.with_suffix(".npz"))
+        save_npz(written[-1], images, chosen)
+    what = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
+    print(f"{what} in {took:.1f} s, {len(images) / took:.3g} images/s: {', '.join(map(str, written))}")
+    return written

@@ -1,0 +1,578 @@
+"""Training: one loop, for one process or many, that can be killed at any moment and goes on where it was.
+
+Nothing is drawn from a state that runs along: which images a step takes, their noise, times and dropped labels are functions
+of (seed, step). A checkpoint at step n therefore holds weights, their average, the optimiser and n, and the run that goes on
+from it is, on a CPU, bit for bit the one that was never interrupted.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from .checkpoint import _forget, checkpoints, load, newest, save
+from .config import Config
+from .data import Images, Order, replacing, to_batch
+from .data import load as load_data
+from .diffusion import draw, make_scheduler, training_loss
+from .model import SDiT
+from .sample import class_names, sample, save_grid
+
+__all__ = ["RECIPES", "TrainSettings", "train"]
+
+_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # in a run that goes on
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a model is trained; ``TrainSettings.of(config)`` has what suits a configuration.
+
+    The defaults are those of the research code. ``of`` takes others for the variant "improved": lr 1e-3, weight decay 0.01,
+    warm-up, cosine decay, clipping at 1, average with 0.999, flips; and for the small presets those of ``RECIPES``.
+
+    Args:
+        steps: of the optimiser, in all.
+        batch_size: images of one step, over all processes and accumulated parts.
+        accumulate: parts in which a process computes its share, one after the other, to save memory.
+        lr: learning rate of AdamW after the warm-up.
+        weight_decay: of AdamW.
+        warmup: steps over which the learning rate rises linearly.
+        cosine: the learning rate falls to 0 at the last step, along a cosine; else it stays.
+        clip: largest norm of the gradient, 0 for no limit.
+        ema: decay of the average of weights, which is (1 + n) / (10 + n) at step n as long as that is less; 0 for no average.
+        flip: mirror half of the images left to right, if that leaves them in their class.
+        bf16: matrix products in bfloat16 (autocast).
+        seed: of the initial weights and all that is drawn.
+        log_every: steps between lines of metrics.jsonl, each of which has the means over its steps.
+        sample_every: steps between pictures in samples/, 0 for none.
+        save_every: steps between checkpoints.
+        keep: checkpoints to keep, the newest ones.
+
+    Raises:
+        TypeError, ValueError: naming the field, what it was given and what is allowed.
+
+    Example:
+        >>> from sdit import PRESETS
+        >>> from sdit.train import TrainSettings
+        >>> TrainSettings.of(PRESETS["mnist"]).lr, TrainSettings.of(PRESETS["mnist"], lr=3e-4).lr
+        (0.0001, 0.0003)
+    """
+
+    steps: int = 100_000
+    batch_size: int = 256
+    accumulate: int = 1
+    lr: float = 1e-4
+    weight_decay: float = 0.01
+    warmup: int = 0
+    cosine: bool = False
+    clip: float = 0.0
+    ema: float = 0.0
+    flip: bool = False
+    bf16: bool = False
+    seed: int = 0
+    log_every: int = 20
+    sample_every: int = 1000
+    save_every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0
+            if field.type is bool:
+                if not isinstance(value, bool):
+                    raise TypeError(f"{field.name} must be true or false, got {value!r}")
+                continue
+            number = isinstance(value, (int, float) if field.type is float else int)
+            if not number or isinstance(value, bool):
+                raise TypeError(f"{field.name} must be {'a number' if field.type is float else 'an int'}, got {value!r}")
+            if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
+                least = 1
+            if not least <= value < math.inf:
+                raise ValueError(f"{field.name} must be at least {least} and finite, got {value}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not self.ema < 1:
+            raise ValueError(f"ema must be below 1, got {self.ema}")
+
+    @classmethod
+    def of(cls, config: Config, **changes) -> "TrainSettings":
+        """The settings that suit ``config``, but for ``changes``."""
+        own = {}
+        if config.variant == "improved":
+            own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)  # noqa: C408
+            own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
+        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise TypeError(f"no such fields of TrainSettings: {', '.join(unknown)}")
+        return cls(**(own | changes))
+
+    def learning_rate(self, step: int) -> float:
+        """Of step 0, 1, .."""
+        rise = min(1.0, (step + 1) / (self.warmup + 1))
+        after = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * rise * (0.5 * (1 + math.cos(math.pi * after)) if self.cosine else 1.0)
+
+
+RECIPES = {  # by data set: minutes on two cores
+    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),  # noqa: C408
+    "fashion_mnist": dict(steps=4000, batch_size=64, sample_every=1000, save_every=500),  # noqa: C408
+}
+
+
+def train(
+    config: Config | None = None,
+    settings: TrainSettings | None = None,
+    out_dir: str | Path = "run",
+    *,
+    resume: bool = False,
+    data: Images | None = None,
+    root: str | Path | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> SDiT:
+    r"""Train a model; everything goes into ``out_dir``.
+
+    ======================================  ================================================================================
+    run.json                                configuration, settings, versions
+    metrics.jsonl                           step, loss, mse, vb, grad_norm, lr, rates per layer, images_per_s, memory_mb
+    samples/step_*.png                      images of every class, by the averaged weights
+    checkpoints/step_*.safetensors          see ``sdit.checkpoint``
+    tensorboard/                            the same numbers, where tensorboard is installed
+    ======================================  ================================================================================
+
+    Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient is
+    that of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in, with a
+    checkpoint.
+
+    Args:
+        config: of the model; None with ``resume``, for what the checkpoint says.
+        settings: None for ``TrainSettings.of(config)``, or with ``resume`` for what the checkpoint says.
+        out_dir: folder of the run.
+        resume: go on from the newest checkpoint in out_dir. steps, accumulate, keep and the four *_every may be other than they
+            were.
+        data: images to train on; None for ``sdit.data.load(config.dataset, root)``.
+        root: where the data set's files are.
+        device: None for the GPU where there is one.
+        progress: show a bar, with loss and mean firing rate.
+
+    Returns:
+        The model with the averaged weights (the weights, without an average), in eval mode.
+
+    Raises:
+        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. FileNotFoundError: nothing
+            to resume, or data missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite;
+            it says where, and the last checkpoint is kept. KeyboardInterrupt: after a signal, when all is saved.
+
+    Example:
+        >>> import tempfile
+        >>> from sdit import PRESETS
+        >>> from sdit.train import TrainSettings, train
+        >>> settings = TrainSettings.of(PRESETS["digits"], steps=2, batch_size=4, sample_every=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = train(PRESETS["digits"], settings, folder, progress=False)
+        >>> model.training
+        False
+    """
+    out, state, start = Path(out_dir), None, 0
+    if resume:
+        path = newest(out)
+        state, meta = load(path)
+        config, settings, start = _resumed(path, meta, config, settings)
+    elif checkpoints(out):
+        raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
+    settings = TrainSettings.of(config) if settings is None else settings
+    if not isinstance(settings, TrainSettings):
+        raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
+    if settings.sample_every:
+        make_scheduler("ddim", None, config)  # says now whether a package is missing
+    with _processes(device) as (rank, world, device):
+        if settings.batch_size % (world * settings.accumulate):
+            raise ValueError(
+                f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
+                f"got {settings.batch_size}"
+            )
+        data = _data(config, data, root)
+        run = _Run(config, settings, out, data, device, rank, world, progress)
+        run.restore(state, start)
+        run.loop(start)
+        return (run.ema or run.model).eval()
+
+
+def _data(config, data, root):
+    if data is None:
+        if config.dataset is None:
+            raise ValueError("config.dataset must name a data set, or data be given")
+        data = load_data(config.dataset, root, size=config.image_size)
+    if data.labels.max() >= config.num_classes:
+        raise ValueError(
+            f"config.num_classes must be at least {int(data.labels.max()) + 1}, for the labels of {data.name}, "
+            f"got {config.num_classes}"
+        )
+    to_batch(data.images[:1], config)  # says now what does not fit
+    return data
+
+
+def _resumed(path, meta, config, settings):
+    """(config, settings, step) of a run that goes on."""
+    try:
+        kept, stored, step = Config.from_dict(meta["config"]), TrainSettings(**meta["settings"]), int(meta["step"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be resumed, it holds no state of a trainer: {error}") from None
+    for name, old, new, free in (("config", kept, config, ()), ("settings", stored, settings, _MAY_CHANGE)):
+        if new is None:
+            continue
+        before, after = dataclasses.asdict(old), dataclasses.asdict(new)
+        changed = [key for key in before if before[key] != after[key] and key not in free]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"{name}.{key} is {before[key]!r} in {path}, a run that goes on cannot change it to {after[key]!r}"
+            )
+    settings = settings or stored
+    if settings.steps < step:
+        raise ValueError(f"steps must be at least the {step} that {path} has done, got {settings.steps}")
+    return kept, settings, step
+
+
+@contextmanager
+def _processes(device):
+    """(rank, world, device) of this process; joins those that torchrun started, until the block ends."""
+    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
+    if device is None:
+        device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if ours:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+class _Run:
+    """The state of one training run in one process."""
+
+    def __init__(self, config, settings, out, data, device, rank, world, progress):
+        self.config, self.settings, self.out, self.data = config, settings, out, data
+        self.device, self.rank, self.world, self.progress = device, rank, world, progress and rank == 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = SDiT(config).to(device)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if settings.ema else None
+        self.names = [name for name, _ in self.model.named_parameters()]
+        self.parameters = list(self.model.parameters())
+        fused = device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        self.order = Order(len(data), settings.seed)
+        self.pending = []  # (loss, mse, vb, norm of the gradient) of the steps since the last line of metrics
+
+    # State
+
+    def restore(self, state, step):
+        """Take over what a checkpoint holds, if any, and leave in metrics.jsonl the lines up to its step."""
+        metrics = self.out / "metrics.jsonl"
+        if state is not None:
+            try:
+                self.model.load_state_dict(state["model"])
+                if self.ema is not None:
+                    self.ema.load_state_dict(state["ema"])
+                moments = {}
+                for key, tensor in state["optimizer"].items():
+                    name, what = key.rsplit(".", 1)
+                    moments.setdefault(self.names.index(name), {})[what] = tensor
+                groups = self.optimizer.state_dict()["param_groups"]
+                self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{self.out}: its newest checkpoint is not of this model: {error}") from None
+            self.pending = list(state.get("pending", {}).get("steps", torch.empty(0, 4)).to(self.device))
+        if self.rank == 0:
+            kept = b""
+            if state is not None and metrics.exists():
+                kept = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of(line) <= step)
+            with replacing(metrics) as file:
+                file.write(kept)
+            about = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "torch": torch.__version__}
+            with replacing(self.out / "run.json") as file:
+                file.write(json.dumps(about, indent=2).encode())
+            (self.out / "checkpoints").mkdir(exist_ok=True)
+            _forget(self.out, self.settings.keep)
+
+    def save(self, step):
+        if self.rank:
+            return
+        moments = {
+            f"{self.names[i]}.{what}": tensor
+            for i, kept in self.optimizer.state_dict()["state"].items()
+            for what, tensor in kept.items()
+        }
+        groups = {"model": self.model.state_dict(), "optimizer": moments}
+        if self.ema is not None:
+            groups["ema"] = self.ema.state_dict()
+        if self.pending:
+            groups["pending"] = {"steps": torch.stack(self.pending)}
+        meta = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "step": step}
+        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, meta)
+        _forget(self.out, self.settings.keep)
+
+    # Steps
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.settings.bf16 else nullcontext()
+
+    def batches(self, step):
+        """This process's part of the batch of a step, in ``accumulate`` parts: arguments of ``training_loss``."""
+        s, config = self.settings, self.config
+        part = (s.batch_size, self.rank, self.world)
+        chosen, share = self.order.indices(step, *part), s.batch_size // self.world
+        flip = self.order.flips(step, *part) if s.flip and self.data.mirror else None
+        x0 = to_batch(self.data.images[chosen].to(self.device), config, flip)
+        y = self.data.labels[chosen].to(self.device)
+        word = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
+        drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(word)))
+        t, noise, drop = (tensor[self.rank * share : (self.rank + 1) * share] for tensor in drawn)
+        for piece in torch.arange(share).chunk(s.accumulate):
+            i = slice(int(piece[0]), int(piece[-1]) + 1)
+            yield {"x0": x0[i], "y": y[i], "t": t[i], "noise": noise[i], "drop": drop[i]}
+
+    def gradients(self, network, step):
+        """Backward through all parts; (loss, mse, vb), means over this process's part."""
+        total = 0
+        for i, batch in enumerate(self.batches(step), start=1):
+            last = i == self.settings.accumulate
+            with nullcontext() if last or self.world == 1 else network.no_sync():
+                with self.autocast():
+                    losses = training_loss(network, **batch)
+                (losses["loss"] / self.settings.accumulate).backward()
+            total = total + torch.stack([losses[name].detach() for name in ("loss", "mse", "vb")])
+        return total / self.settings.accumulate
+
+    def loop(self, start):
+        s, model = self.settings, self.model
+        network = DistributedDataParallel(model) if self.world > 1 else model
+        model.train()
+        with ExitStack() as stack:
+            stop = stack.enter_context(_signals())
+            log = stack.enter_context(_Log(self, start))
+            for step in range(start, s.steps):
+                done = step + 1
+                logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
+                self.optimizer.zero_grad(set_to_none=True)
+                with model.record() if logs else nullcontext({}) as rates:
+                    losses = self.gradients(network, step)
+                norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
+                row = torch.cat([losses, norm.float().view(1)])
+                if self.world > 1:
+                    dist.all_reduce(row)
+                    row = row / self.world
+                self.pending.append(row)
+                stopping = self.agreed(stop)
+                if self.device.type == "cpu" or logs or saves or stopping:  # elsewhere a look at every step would wait for it
+                    self.check(step)
+                rate = s.learning_rate(step)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                self.optimizer.step()
+                if self.ema is not None:
+                    decay = min(s.ema, (1 + step) / (10 + step))
+                    get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
+                if logs:
+                    log.line(done, rate, rates)
+                log.advance()
+                if saves or stopping:
+                    log.flush()  # lines first: a checkpoint never knows more steps than they do
+                    self.save(done)
+                if s.sample_every and (done % s.sample_every == 0 or done == s.steps) and not stopping:
+                    self.picture(done)
+                if saves or s.sample_every and done % s.sample_every == 0:
+                    log.restart_clock()
+                if stopping:
+                    raise KeyboardInterrupt(f"stopped at step {done}, saved: {self.out}")
+
+    def agreed(self, stop):
+        """Whether a signal came, in any process."""
+        if self.world == 1:
+            return bool(stop)
+        flag = torch.tensor(float(bool(stop)))
+        dist.all_reduce(flag)
+        return bool(flag)
+
+    def check(self, step):
+        """Stop if one of the last steps had a loss or a gradient that is not finite."""
+        rows = torch.stack(self.pending)
+        bad = (~rows.isfinite()).any(1).nonzero()
+        if not len(bad):
+            return
+        i = int(bad[0])
+        values = dict(zip(("loss", "mse", "vb", "norm of the gradient"), rows[i].tolist()))
+        terms = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value) and name != "loss")
+        lost = [name for name, p in zip(self.names, self.parameters) if p.grad is not None and not p.grad.isfinite().all()]
+        where = [f"step {step - len(rows) + 1 + i + 1}: {terms or 'loss is not finite'}"]
+        layer = self.first_not_finite(step)
+        if layer:
+            where.append(f"the first layer that gives values that are not finite is {layer}")
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            where.append(f"the gradient of {lost[0]}{more} is not finite")
+        kept = checkpoints(self.out)
+        where.append(f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
+        raise FloatingPointError("; ".join(where) + ". A lower lr, or clip, may help")
+
+    @torch.no_grad()
+    def first_not_finite(self, step):
+        """Name of the first module whose output, for this step's batch, is not finite, or None."""
+        found = []
+
+        def hook(name):
+            def look(_, __, out):
+                if not found and isinstance(out, torch.Tensor) and not out.isfinite().all():
+                    found.append(name)
+
+            return look
+
+        handles = [m.register_forward_hook(hook(name)) for name, m in self.model.named_modules() if name]
+        try:
+            for batch in self.batches(step):
+                with self.autocast():
+                    training_loss(self.model, **batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found[0] if found else None
+
+    def picture(self, step):
+        if self.rank:
+            return
+        model, names = self.ema or self.model, class_names(self.config)
+        n = min(len(names), 10)
+        labels = torch.arange(4 * n) % n
+        with self.autocast():
+            images = sample(model, labels, sampler="ddim", seed=self.settings.seed)
+        (self.out / "samples").mkdir(exist_ok=True)
+        save_grid(self.out / "samples" / f"step_{step:08d}.png", images, labels, names, columns=n)
+
+
+def _step_of(line):
+    """Of a line of metrics; infinite if it is not whole."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+@contextmanager
+def _signals():
+    """A list that is empty until SIGINT or SIGTERM comes; a second one then does what it usually does."""
+    came, before = [], {}
+
+    def handle(number, frame):
+        came.append(number)
+        for each, old in before.items():
+            signal.signal(each, old)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handle)
+    try:
+        yield came
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+class _Log:
+    """metrics.jsonl, the bar, TensorBoard."""
+
+    def __init__(self, run, start):
+        self.run, self.start, self.file, self.board, self.bar = run, start, None, None, None
+
+    def __enter__(self):
+        run = self.run
+        if run.rank == 0:
+            self.file = (run.out / "metrics.jsonl").open("ab")
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.start + 1)
+        if run.progress:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                raise ImportError('the progress bar needs tqdm: pip install "sdit-kernels[sdit]"') from None
+            name = run.out.name
+            self.bar = tqdm(total=run.settings.steps, initial=self.start, desc=name, unit=" steps", dynamic_ncols=True)
+        self.restart_clock()
+        return self
+
+    def __exit__(self, *exception):
+        for each in (self.bar, self.board, self.file):
+            if each is not None:
+                each.close()
+
+    def restart_clock(self):
+        self.began, self.seen = time.perf_counter(), 0
+
+    def advance(self):
+        self.seen += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def line(self, step, rate, rates):
+        """The means of the pending steps, which it empties."""
+        run = self.run
+        loss, mse, vb, norm = torch.stack(run.pending).mean(0).tolist()
+        run.pending.clear()
+        if self.file is None:
+            return
+        rates = {name: round(value.item(), 6) for name, value in rates.items()}
+        speed = (self.seen + 1) * run.settings.batch_size / (time.perf_counter() - self.began)
+        record = {"step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate, "rates": rates}
+        record |= {"images_per_s": round(speed, 1), "memory_mb": _memory(run.device)}
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        self.restart_clock()
+        self.seen = -1  # advance() counts this step, which is in the past
+        firing = sum(rates.values()) / max(1, len(rates))
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{loss:.4f}", firing=f"{firing:.3f}", refresh=False)
+        if self.board is not None:
+            for name in ("loss", "mse", "vb", "grad_norm", "lr", "images_per_s"):
+                self.board.add_scalar(name, record[name], step)
+            for name, value in rates.items():
+                self.board.add_scalar(f"firing rate/{name}", value, step)
+
+    def flush(self):
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+
+
+def _memory(device):
+    """Largest amount in use so far, in MB: of the GPU's memory, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    with suppress(ImportError):
+        import resource
+
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)

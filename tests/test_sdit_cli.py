@@ -1,0 +1,185 @@
+"""The command: what it prints, what it leaves, and one clear line for what is wrong."""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from sdit import PRESETS, SDiT
+from sdit.checkpoint import _research_name, load, load_model, newest, save
+from sdit.cli import main
+
+TINY = ["--set", "dim=32", "--set", "depth=2", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of 4 steps."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "--preset", "digits", "--out", str(out), "--steps", "4", "--log-every", "2", *TINY]) == 0
+    return out
+
+
+def said(capsys):
+    """The one line on stderr."""
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_train(run):
+    assert load_model(run).config.dim == 32
+    assert (run / "samples" / "step_00000004.png").exists()
+
+
+def test_resume(run, capsys):
+    before = load(newest(run))[1]
+    assert main(["train", "--resume", str(run), "--steps", "6", "--sample-every", "0"]) == 0
+    assert before["step"] == 4 and load(newest(run))[1]["step"] == 6
+    err = capsys.readouterr().err
+    assert "6/6" in err and "loss=" in err and "firing=" in err
+    assert main(["train", "--resume", str(run), "--lr", "1"]) == 2
+    assert "settings.lr is 0.003" in said(capsys)
+
+
+def test_sample(run, tmp_path, capsys):
+    out = tmp_path / "a.png"
+    command = ["sample", str(run), "--out", str(out), "--labels", "3,none", "-n", "5", "--sampler", "dpm++", "--steps", "4"]
+    assert main([*command, "--guidance", "2", "--clip", "--threshold", "0.9", "--npz"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "a.npz", "a.png"]
+    assert "5 images in" in capsys.readouterr().out
+
+
+def test_plot_and_info(run, tmp_path, capsys):
+    assert main(["plot", str(run), "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main(["info", str(run), "--batch-size", "2"]) == 0
+    trained = capsys.readouterr().out
+    assert main(["info", "digits", "--batch-size", "2", "--set", "dim=32", "--set", "depth=2"]) == 0
+    preset = capsys.readouterr().out
+    assert trained.splitlines()[0] == preset.splitlines()[0] and "blocks.0.attention" in trained
+
+
+def test_convert(tmp_path, capsys):
+    model = SDiT(PRESETS["digits"], dim=32, depth=2, variant="faithful")
+    theirs = {}
+    for name, value in model.state_dict().items():
+        value = value.reshape(32, 1, 2, 2) if name == "patches.weight" else value
+        theirs[_research_name(name, 1)] = value
+    torch.save({"model": theirs, "opt": {}, "args": argparse.Namespace(model="x")}, tmp_path / "in.pt")
+    out = tmp_path / "out.safetensors"
+    assert main(["convert", str(tmp_path / "in.pt"), str(out), "--dataset", "digits"]) == 0
+    assert "8x8x1, patch 2, 32 wide, depth 2" in capsys.readouterr().out
+    got = load_model(out)
+    assert got.config.dataset == "digits"
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), got.state_dict().values()))
+    assert main(["convert", str(tmp_path / "in.pt"), str(out)]) == 2
+    assert "exists already" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("train", "give --preset to start a run, or --resume"),
+        ("train --preset nope", "no preset 'nope'; there are mnist, fashion_mnist"),
+        ("train --preset digits --lr -1", "lr must be at least 0"),
+        ("train --preset digits --set T=x", "--set T must be an int, got 'x'"),
+        ("train --preset digits --set learn_sigma=maybe", "--set learn_sigma must be true or false"),
+        ("train --preset digits --set colour=3", "--set takes FIELD=VALUE with FIELD one of image_size"),
+        ("train --preset digits --set image_size=9", "image_size must be a multiple of patch_size"),
+        ("train --preset digits --device nope", "device 'nope' cannot be used"),
+        ("train --preset mnist --data {tmp}", "not found in folders named"),
+        ("train --preset digits --out {run}", "holds a run already"),
+        ("train --resume {tmp}", "holds no checkpoint"),
+        ("train --resume {run} --set T=3", "--resume takes the model and the folder as they are"),
+        ("sample {tmp}/none", "does not exist"),
+        ("sample {tmp}/text", "is no checkpoint of sdit, or damaged"),
+        ("sample {tmp}/other", "is no checkpoint of sdit: its header has no entry"),
+        ("sample {tmp}/wrong", "holds no model: .*size mismatch"),
+        ("sample {run} --labels 11", "labels must be 'all', 'random', or of 0..9"),
+        ("sample {run} --sampler heun", "sampler must be one of ddpm, ddim, dpm[+][+]"),
+        ("sample {run} --out a.jpg", "out must end in .png"),
+        ("convert {tmp}/text {tmp}/o.safetensors", "is no checkpoint of PyTorch"),
+        ("convert {tmp}/text {tmp}/o.pt", "out.safetensors must end so"),
+        ("convert {tmp}/text {tmp}/o.safetensors --dataset x", "--dataset must be one of digits"),
+        ("info {tmp}/none", "is neither a file, nor a folder, nor a preset"),
+        ("info {run} --set T=3", "--set is for presets"),
+        ("info digits --batch-size 0", "--batch-size must be at least 1"),
+        ("plot {tmp}", "is no folder of a run"),
+        ("plot {run} --out a.jpg", "out must end in .png"),
+    ],
+)
+def test_bad_input_is_one_line(command, message, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_text("no checkpoint")
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(1)}, tmp_path / "other")
+    save(tmp_path / "wrong", {"model": SDiT(PRESETS["digits"], dim=32).state_dict()}, {"config": PRESETS["digits"].to_dict()})
+    before = sorted(tmp_path.rglob("*"))
+    words = [word.format(tmp=tmp_path, run=run) for word in command.split()]
+    assert main(words) == 2
+    line = said(capsys)
+    assert line.startswith(f"sdit {words[0]}: error: ") and re.search(message, line), line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("words", [[], ["nope"], ["train", "--steps", "x"], ["sample"]])
+def test_bad_words_are_one_line(words, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert "--help says more" in said(capsys)
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        main(["sample", str(tmp_path / "none"), "--debug"])
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "convert", "info", "plot"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"  sdit {command} " in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(run, tmp_path, capsys):
+    """A limit on the size of files stands for the disk."""
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "run"
+    command = ["train", "--preset", "digits", "--out", str(out), "--sample-every", "0", "--log-every", "2", *TINY]
+    assert main([*command, "--steps", "2"]) == 0
+    kept = newest(out).read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limit[1]))
+    try:
+        assert main(["train", "--resume", str(out), "--steps", "4"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "this checkpoint is not saved, earlier ones are intact" in capsys.readouterr().err.splitlines()[-1]
+    assert newest(out).read_bytes() == kept and newest(out).name == "step_00000002.safetensors"
+
+
+def test_ctrl_c_saves_and_says_130(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "sdit", "train", "--preset", "digits", "--out", str(out), "--log-every", "1", *TINY]
+    child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 130 and "Traceback" not in err
+    assert "saved" in err.splitlines()[-1] and load(newest(out))[1]["step"] > 0

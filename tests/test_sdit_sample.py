@@ -1,0 +1,406 @@
+"""Sampling: what depends on the seed and what must not, guidance and thresholds, and the files that are written."""
+
+import copy
+import doctest
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sdit import PRESETS, SDiT
+from sdit import sample as module
+from sdit.data import from_uint8, to_uint8
+from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
+from sdit.sample import Film, choose_labels, sample, save_gif, save_grid, save_npz
+from sdit_kernels import backend
+
+pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
+Image = pytest.importorskip("PIL.Image", reason="files are written with pillow")
+
+
+class Pointwise(nn.Module):
+    """Each pixel by itself, no sums: images are the same to the bit whatever the batch."""
+
+    def __init__(self, channels=1, size=4, learn_sigma=True, **changes):
+        super().__init__()
+        self.config = SimpleNamespace(
+            channels=channels, image_size=size, num_classes=3, learn_sigma=learn_sigma, dropout_label=0.1, **changes
+        )
+        self.weight = nn.Parameter(torch.tensor([0.3, 0.7]))
+        self.seen, self.is_frozen, self.frozen_runs = [], False, 0
+
+    @contextmanager
+    def frozen(self):
+        self.is_frozen, self.frozen_runs = True, self.frozen_runs + 1
+        yield self
+        self.is_frozen = False
+
+    def forward(self, x, t, y):
+        assert self.is_frozen and not self.training and not torch.is_grad_enabled()
+        self.seen.append((x.shape, t.tolist(), y.tolist()))
+        eps = x * self.weight[0] + (y.view(-1, 1, 1, 1) - 1) * self.weight[1] * 0.1 + t.view(-1, 1, 1, 1) * 1e-4
+        return torch.cat([eps, x.clamp(-1, 1)], 1) if self.config.learn_sigma else eps
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, learn_sigma):
+    model = Pointwise(channels=3, size=6, learn_sigma=learn_sigma)
+    labels = [0, 1, 2, 0, 3]
+    settings = {"sampler": sampler, "steps": 10}
+    images = sample(model, labels, seed=5, **settings)
+    assert images.shape == (5, 3, 6, 6) and images.dtype == torch.float32 and images.abs().max() <= 1
+    for batch_size in (1, 2, 3):
+        assert torch.equal(sample(model, labels, seed=5, batch_size=batch_size, **settings), images)
+    assert torch.equal(sample(model, labels[:2], seed=5, **settings), images[:2])
+    assert torch.equal(sample(model, labels[2:], seed=5, first=2, **settings), images[2:])
+    state = torch.get_rng_state()
+    other = sample(model, labels, seed=6, **settings)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(other, images) and not torch.equal(images[0], images[3])
+    relabelled = sample(model, [0, 1, 1, 0, 3], seed=5, **settings)
+    assert torch.equal(relabelled[[0, 1, 3, 4]], images[[0, 1, 3, 4]]) and not torch.equal(relabelled[2], images[2])
+
+
+def test_the_chain_is_the_schedulers():
+    model = Pointwise()
+    images = sample(model, [2], steps=7, seed=1)
+    generator = module._generator(1, 0)
+    x = torch.randn(1, 1, 4, 4, generator=generator)
+    scheduler = make_scheduler("ddpm", 7, model.config)
+    model.eval()
+    with torch.no_grad(), model.frozen():
+        for t in scheduler.timesteps.tolist():
+            x = reverse_step(scheduler, model(x, torch.tensor([t]), torch.tensor([2])), t, x, generator)
+    assert torch.equal(images, x.clamp(-1, 1))
+
+
+def test_the_usual_number_of_steps_and_one_frozen_run():
+    for sampler, steps in SAMPLERS.items():
+        model = Pointwise().train()
+        sample(model, [0, 1, 2], sampler=sampler, batch_size=2)
+        assert len(model.seen) == 2 * steps and model.frozen_runs == 1 and model.training and not model.is_frozen
+    assert [t for _, (t, *_), _ in model.seen[:20]] == make_scheduler("dpm++", 20, model.config).timesteps.tolist()
+
+
+def test_guidance():
+    model = Pointwise()
+    plain = sample(model, [0, 2], steps=5)
+    assert all(shape[0] == 2 for shape, *_ in model.seen)
+    model.seen.clear()
+    guided = sample(model, [0, 2], steps=5, guidance=3.0)
+    assert all(shape[0] == 4 and y == [0, 2, 3, 3] for shape, _, y in model.seen) and not torch.equal(guided, plain)
+    assert torch.equal(
+        sample(model, [3, 3], steps=5, sampler="ddim", guidance=3.0), sample(model, [3, 3], steps=5, sampler="ddim")
+    )
+
+
+def test_clip_limits_every_prediction():
+    class Far(Pointwise):
+        def forward(self, x, t, y):
+            return torch.cat([x - 2, x], 1)
+
+    for sampler in SAMPLERS:
+        for clip in (True, False):
+            states = []
+            sample(Far(), [0], sampler=sampler, steps=20, clip=clip, callback=lambda *arguments: states.append(arguments[3]))  # noqa: B023
+            assert (states[-1].abs().max() <= 1 + 1e-6) == clip
+
+
+def test_threshold_holds_for_the_run():
+    class Spiking(Pointwise):
+        def __init__(self):
+            super().__init__()
+            self.neuron = nn.Identity()
+            self.neuron.v_threshold, self.seen_thresholds = 1.0, set()
+
+        def forward(self, x, t, y):
+            self.seen_thresholds.add(self.neuron.v_threshold)
+            return super().forward(x, t, y)
+
+    model = Spiking()
+    sample(model, [0], steps=2)
+    sample(model, [0], steps=2, threshold=0.9)
+    assert model.seen_thresholds == {1.0, 0.9} and model.neuron.v_threshold == 1.0
+    for wrong in (0, -1.0, float("nan"), float("inf"), "1", True):
+        with pytest.raises(ValueError, match="threshold must be a positive number, got"):
+            sample(model, [0], steps=2, threshold=wrong)
+
+
+def test_weights_of_other_dtypes():
+    labels = [0, 1, 2]
+    reference = sample(Pointwise().double(), labels, steps=10)
+    assert (sample(Pointwise(), labels, steps=10) - reference).abs().max() < 1e-4
+    assert (sample(Pointwise().bfloat16(), labels, steps=10) - reference).abs().max() < 0.1
+
+
+def test_callbacks_see_every_state():
+    calls = []
+    sample(Pointwise(), [0, 1, 2], steps=4, batch_size=2, callback=lambda *a: calls.append((*a[:3], a[3].shape[0])))
+    assert calls == [(0, k, 4, 2) for k in range(5)] + [(2, k, 4, 1) for k in range(5)]
+
+
+def test_progress_shows_images_per_second(capfd):
+    sample(Pointwise(), [0, 1, 2], steps=4, progress=True)
+    err = capfd.readouterr().err
+    assert "3/3" in err and "images/s" in err
+    sample(Pointwise(), [0], steps=4)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_is_not_finite_is_said():
+    class Broken(Pointwise):
+        def forward(self, x, t, y):
+            return torch.cat([x, x], 1) * float("nan")
+
+    model = Broken().train()
+    with pytest.raises(ValueError, match=r"the model gives values that are not finite: images 0\.\.1 are lost"):
+        sample(model, [0, 1], steps=3)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "labels, settings, error, message",
+    [
+        ([0, 4], {}, ValueError, r"labels must be in 0\.\.3 \(3 for no class\), got 0\.\.4"),
+        ([-1], {}, ValueError, "labels must be in"),
+        ([], {}, ValueError, "labels must name at least one image, got none"),
+        ([0.5], {}, TypeError, "labels must be ints in one dimension, got torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.long), {}, TypeError, r"labels must be ints in one dimension.*\(2, 2\)"),
+        ([0], {"seed": -1}, ValueError, "seed must be an int of at least 0, got -1"),
+        ([0], {"seed": 1.5}, ValueError, "seed must be an int"),
+        ([0], {"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
+        ([0], {"sampler": "euler"}, ValueError, "sampler must be one of"),
+        ([0], {"steps": 0}, ValueError, "steps of ddpm"),
+        ([0], {"guidance": float("inf")}, ValueError, "guidance must be finite"),
+    ],
+)
+def test_wrong_arguments_are_named(labels, settings, error, message):
+    with pytest.raises(error, match=message):
+        sample(Pointwise(), labels, **settings)
+
+
+# With the network
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small SDiT whose neurons fire, weights far from their initial zeros."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_batch_sizes_change_no_more_than_rounding(network, guidance):
+    network = copy.deepcopy(network).double()  # in float32, rounding may make a neuron fire that did not
+    labels = [3, 1, 4, 1, 5]
+    settings = dict(sampler="ddim", steps=10, guidance=guidance, clip=True)
+    images = sample(network, labels, **settings)
+    assert torch.equal(sample(network, labels, **settings), images)
+    for batch_size in (1, 2):
+        torch.testing.assert_close(sample(network, labels, batch_size=batch_size, **settings), images, rtol=0, atol=1e-3)
+    with backend("reference"):
+        torch.testing.assert_close(sample(network, labels, **settings), images, rtol=0, atol=1e-3)
+
+
+def test_the_threshold_reaches_every_neuron(network):
+    trained = network.config.v_threshold
+    half = trained / 2
+    images = {}
+    rates = {}
+    for threshold in (None, half, 1e9):
+        with network.record() as recorded:
+            images[threshold] = sample(network, [0, 1], sampler="ddim", steps=5, threshold=threshold)
+        rates[threshold] = torch.stack(list(recorded.values()))
+    assert (rates[1e9] == 0).all() and rates[half].mean() > rates[None].mean() > 0
+    assert not torch.equal(images[None], images[half])
+    assert {m.v_threshold for m in network.modules() if hasattr(m, "v_threshold")} == {trained}
+
+
+def test_autocast_is_the_callers(network):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = sample(network, [0, 1], sampler="ddim", steps=5, clip=True)
+    assert images.dtype == torch.float32 and images.isfinite().all()
+
+
+# Labels
+
+
+def test_labels_that_users_type():
+    names = ("cat", "dog", "10")
+    assert choose_labels("all", None, names).bincount().tolist() == [14, 13, 13]
+    assert choose_labels("all", 3, names).tolist() == [0, 1, 2]
+    assert choose_labels("dog", 2, names).tolist() == [1, 1]
+    assert choose_labels("0,dog , 10,none", None, names).tolist() == [0, 1, 2, 3]
+    drawn = choose_labels("random", 300, names, seed=3)
+    assert torch.equal(drawn, choose_labels("random", 300, names, seed=3)) and drawn.bincount().min() > 70
+    assert torch.equal(drawn[:5], choose_labels("random", 5, names, seed=3)) and len(choose_labels("random", None, names)) == 40
+    assert not torch.equal(drawn, choose_labels("random", 300, names, seed=4))
+    with pytest.raises(ValueError, match=r"labels must be 'all', 'random', or of 0\.\.2, none, cat, dog, 10; got 'cow'"):
+        choose_labels("cat,cow", None, names)
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        choose_labels("all", 0, names)
+
+
+# Files
+
+
+def levels(n, channels, size, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).integers(256, size=(n, channels, size, size)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [8, 28, 70])
+def test_the_grid_shows_every_pixel(tmp_path, channels, size):
+    pixels = levels(5, channels, size)
+    save_grid(tmp_path / "grid.png", from_uint8(pixels), [0, 1, 2, 0, 3], ("one", "two", "three"), columns=3)
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.mode == ("L" if channels == 1 else "RGB")
+    array = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    scale = max(1, -(-64 // size))
+    cell_w, cell_h = size * scale + 4, size * scale + 18
+    assert array.shape[:2] == (2 * cell_h + 4, 3 * cell_w + 4)
+    for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+        y, x = 4 + i // 3 * cell_h, 4 + i % 3 * cell_w
+        tile = array[y + 14 : y + 14 + size * scale, x : x + size * scale]
+        assert np.array_equal(tile, image.repeat(scale, 0).repeat(scale, 1))
+        assert array[y : y + 14, x : x + size * scale].min() < 100  # its name
+    assert (array[4 + cell_h :, 4 + 2 * cell_w :] == 255).all()  # no sixth image
+
+
+def test_grey_in_three_channels_is_written_as_grey_and_without_labels(tmp_path):
+    save_grid(tmp_path / "grid.png", from_uint8(levels(4, 1, 8)).expand(-1, 3, -1, -1))
+    picture = Image.open(tmp_path / "grid.png")
+    assert picture.mode == "L" and picture.size == (2 * 68 + 4, 2 * 68 + 4)
+
+
+def test_long_names_are_cut_to_their_cell(tmp_path):
+    save_grid(tmp_path / "grid.png", from_uint8(levels(2, 1, 8)), [0, 0], ("a very long name of a class " * 3,))
+    array = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert (array[:18, 68:72] == 255).all()  # nothing runs over from one cell to the next
+
+
+def test_the_gif_has_every_frame(tmp_path):
+    film = Film(frames=5)
+    images = sample(Pointwise(size=8), [0, 1, 2], sampler="ddim", steps=10, batch_size=2, callback=film)
+    assert len(film.frames) == 6 and torch.equal(film.frames[-1], images)
+    assert all(frame.shape == (3, 1, 8, 8) for frame in film.frames)
+    save_gif(tmp_path / "film.gif", film.frames, [0, 1, 2], ("a", "b", "c"))
+    save_grid(tmp_path / "grid.png", images, [0, 1, 2], ("a", "b", "c"))
+    gif = Image.open(tmp_path / "film.gif")
+    assert gif.n_frames == 6
+    gif.seek(5)
+    assert gif.info["duration"] == 2000
+    assert np.array_equal(np.asarray(gif.convert("L")), np.asarray(Image.open(tmp_path / "grid.png")))
+
+
+def test_a_film_keeps_few_images_and_no_more_frames_than_steps():
+    film = Film(frames=40, images=3)
+    sample(Pointwise(), [0] * 5, steps=3, batch_size=2, callback=film)
+    assert [len(frame) for frame in film.frames] == [3] * 4
+
+
+def test_npz(tmp_path):
+    pixels = levels(4, 3, 8)
+    save_npz(tmp_path / "images.npz", from_uint8(pixels), torch.tensor([3, 1, 0, 2]))
+    with np.load(tmp_path / "images.npz") as file:
+        assert np.array_equal(file["images"], pixels.permute(0, 2, 3, 1).numpy()) and file["images"].dtype == np.uint8
+        assert file["labels"].tolist() == [3, 1, 0, 2] and file["labels"].dtype == np.int64
+    assert torch.equal(to_uint8(from_uint8(pixels)), pixels)
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    save_npz(tmp_path / "images.npz", from_uint8(levels(4, 3, 8)), [0] * 4)
+    before = (tmp_path / "images.npz").read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_npz(tmp_path / "images.npz", from_uint8(levels(4, 3, 8)), [0] * 4)
+    assert (tmp_path / "images.npz").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["images.npz"]
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda path: save_grid(path, torch.zeros(2, 2, 4, 4)), r"images must be \(N, 1 or 3, S, S\)"),
+        (lambda path: save_grid(path, torch.zeros(0, 1, 4, 4)), "with N > 0"),
+        (lambda path: save_grid(path, torch.zeros(2, 1, 4, 4), [0]), "labels must be one for each of 2 images, got 1"),
+        (lambda path: save_gif(path, []), "frames must hold at least one frame, got none"),
+    ],
+)
+def test_wrong_files_are_named(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+# The command's body
+
+
+@pytest.fixture
+def checkpoint(network, monkeypatch):
+    """Stands for sdit.checkpoint: whatever the path, it is the small network; what it was asked is kept."""
+    asked = []
+
+    def load_model(path, ema=True):
+        asked.append((str(path), ema))
+        return network
+
+    monkeypatch.setitem(sys.modules, "sdit.checkpoint", SimpleNamespace(load_model=load_model))
+    return asked
+
+
+def test_run_writes_a_grid_a_film_and_arrays(tmp_path, network, checkpoint, capfd):
+    out = tmp_path / "new" / "digits.png"
+    settings = dict(sampler="ddim", steps=5, seed=3, guidance=2.0, clip=True)
+    written = module.run("ckpt", out, n=12, npz=True, ema=False, device="cpu", **settings)
+    assert written == [out, out.with_suffix(".gif"), out.with_suffix(".npz")]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["digits.gif", "digits.npz", "digits.png"]
+    assert checkpoint == [("ckpt", False)]
+    captured = capfd.readouterr()
+    assert (
+        "12 images in" in captured.out and "images/s" in captured.out and str(out) in captured.out and "12/12" in captured.err
+    )
+    labels = [*range(10), 0, 1]
+    with np.load(written[2]) as file:
+        assert file["labels"].tolist() == labels
+        assert np.array_equal(file["images"], to_uint8(sample(network, labels, **settings)).permute(0, 2, 3, 1).numpy())
+    assert Image.open(out).size == (10 * 68 + 4, 2 * 82 + 4) and Image.open(written[1]).n_frames == 6
+
+
+def test_run_shows_a_hundred_and_keeps_all(tmp_path, checkpoint, capfd):
+    settings = dict(sampler="ddim", steps=2, device="cpu", batch_size=50)
+    written = module.run("ckpt", tmp_path / "a.png", labels="random", n=104, gif=False, npz=True, bf16=True, **settings)
+    assert [path.suffix for path in written] == [".png", ".npz"] and "the first 100 shown" in capfd.readouterr().out
+    assert Image.open(written[0]).size == (10 * 68 + 4, 10 * 82 + 4)
+    with np.load(written[1]) as file:
+        assert len(file["images"]) == 104
+
+
+def test_run_refuses_before_it_loads(tmp_path, checkpoint):
+    with pytest.raises(ValueError, match="out must end in .png, got .*a.jpg"):
+        module.run("ckpt", tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*abacus"):
+        module.run("ckpt", tmp_path / "a.png", device="abacus")
+    assert checkpoint == []
+    with pytest.raises(ValueError, match="labels must be 'all', 'random', or of 0..9, none, .*; got '12'"):
+        module.run("ckpt", tmp_path / "a.png", labels="12", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples():
+    failed, attempted = doctest.testmod(module)
+    assert attempted and not failed

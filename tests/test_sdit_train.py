@@ -1,0 +1,341 @@
+"""Training: what a step computes, what a run leaves behind, and that it goes on where it was killed."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+from sdit import PRESETS, SDiT
+from sdit import train as trainer
+from sdit.checkpoint import checkpoints, load, load_model, newest, save, save_model
+from sdit.data import Images, Order, to_batch
+from sdit.data import load as load_data
+from sdit.diffusion import draw, training_loss
+from sdit.plot import plot, read_metrics
+from sdit.train import TrainSettings, train
+
+TINY = dataclasses.replace(PRESETS["digits"], dim=32, depth=2)
+QUICK = dict(steps=6, batch_size=8, warmup=2, log_every=2, save_every=4, sample_every=0)
+TIMES = ("images_per_s", "memory_mb")
+
+
+def settings(**changes):
+    return TrainSettings.of(TINY, **(QUICK | changes))
+
+
+def lines(run):
+    """Lines of metrics.jsonl without what differs between two equal runs."""
+    rows = read_metrics(run)
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 6 steps that nothing interrupted, and the model it returned."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, train(TINY, settings(), out, progress=False)
+
+
+# Settings
+
+
+def test_settings_of_a_variant():
+    faithful = TrainSettings.of(PRESETS["mnist"])
+    assert (faithful.lr, faithful.weight_decay, faithful.batch_size) == (1e-4, 0.01, 256)
+    assert not (faithful.warmup or faithful.cosine or faithful.clip or faithful.ema or faithful.flip)
+    improved = TrainSettings.of(PRESETS["digits"])
+    assert improved.warmup and improved.cosine and improved.clip and improved.ema and improved.lr > faithful.lr
+    assert TrainSettings.of(PRESETS["digits"], lr=5e-4).lr == 5e-4
+
+
+def test_learning_rate():
+    s = TrainSettings(steps=110, warmup=10, cosine=True, lr=2.0)
+    assert s.learning_rate(0) == pytest.approx(2 / 11) and s.learning_rate(10) == 2.0
+    assert s.learning_rate(60) == pytest.approx(1.0) and s.learning_rate(109) == pytest.approx(1 - math.cos(math.pi / 100))
+    constant = TrainSettings(lr=1e-4)
+    assert constant.learning_rate(0) == constant.learning_rate(99_999) == 1e-4
+
+
+@pytest.mark.parametrize(
+    "changes, error",
+    [
+        (dict(lr=-1.0), "lr must be at least 0"),
+        (dict(lr=0.0), "lr must be positive"),
+        (dict(lr=math.nan), "lr must be at least 0 and finite"),
+        (dict(ema=1.0), "ema must be below 1"),
+        (dict(steps=0), "steps must be at least 1"),
+        (dict(batch_size=2.5), "batch_size must be an int"),
+        (dict(bf16=1), "bf16 must be true or false"),
+        (dict(clip="1"), "clip must be a number"),
+    ],
+)
+def test_settings_that_cannot_be(changes, error):
+    with pytest.raises((ValueError, TypeError), match=error):
+        TrainSettings(**changes)
+    with pytest.raises(TypeError, match="no such fields of TrainSettings: rate"):
+        TrainSettings.of(TINY, rate=1)
+
+
+# Steps
+
+
+def test_three_steps_by_hand(tmp_path):
+    """The loop against AdamW, clipping and the average written out."""
+    s = settings(steps=3, clip=0.5, ema=0.9, log_every=1)
+    got = train(TINY, s, tmp_path, progress=False)
+    torch.manual_seed(s.seed)
+    model = SDiT(TINY)
+    data, order = load_data("digits"), Order(1500, s.seed)
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in model.parameters()]
+    average = [p.detach().clone() for p in model.parameters()]
+    rows = read_metrics(tmp_path)
+    for n in range(3):
+        chosen = order.indices(n, 8)
+        word = trainer.np.random.SeedSequence((s.seed, 2, n)).generate_state(1, trainer.np.uint64)[0]
+        t, noise, drop = draw(TINY, 8, torch.Generator().manual_seed(int(word)))
+        losses = training_loss(model, to_batch(data.images[chosen], TINY), data.labels[chosen], t=t, noise=noise, drop=drop)
+        model.zero_grad()
+        losses["loss"].backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        assert rows[n]["loss"] == pytest.approx(losses["loss"].item(), rel=1e-5)
+        assert rows[n]["loss"] == pytest.approx(rows[n]["mse"] + rows[n]["vb"], rel=1e-6)
+        assert rows[n]["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > s.clip
+        rate = s.learning_rate(n)
+        for p, (first, second), mean in zip(model.parameters(), moments, average):
+            g = p.grad * (s.clip / norm)
+            first.mul_(0.9).add_(g, alpha=0.1)
+            second.mul_(0.999).add_(g * g, alpha=0.001)
+            root = (second / (1 - 0.999 ** (n + 1))).sqrt() + 1e-8
+            with torch.no_grad():
+                p.mul_(1 - rate * s.weight_decay).sub_(rate * first / (1 - 0.9 ** (n + 1)) / root)
+                mean.lerp_(p, 1 - min(0.9, (1 + n) / (10 + n)))
+    for name, p, mean in zip(dict(got.named_parameters()), got.parameters(), average):
+        torch.testing.assert_close(p, mean, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_parts_of_a_step_give_its_gradient(tmp_path):
+    grads = {}
+    for parts in (1, 4):
+        run = trainer._Run(TINY, settings(accumulate=parts), tmp_path, load_data("digits"), torch.device("cpu"), 0, 1, False)
+        run.gradients(run.model, 5)
+        grads[parts] = [p.grad for p in run.parameters]
+    for one, four in zip(*grads.values()):
+        torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_trains(tmp_path):
+    train(TINY, settings(bf16=True), tmp_path, progress=False)
+    assert all(p.dtype == torch.float32 for p in load_model(tmp_path).parameters())
+    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
+
+
+def test_what_a_run_leaves(whole, tmp_path):
+    out, model = whole
+    assert [row["step"] for row in read_metrics(out)] == [2, 4, 6]
+    row = read_metrics(out)[-1]
+    assert list(row["rates"]) == [f"blocks.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
+    assert row["images_per_s"] > 0 and row["memory_mb"] > 0
+    assert [path.name for path in checkpoints(out)] == ["step_00000004.safetensors", "step_00000006.safetensors"]
+    assert same(load_model(out).state_dict(), model.state_dict())
+    assert not same(load_model(out, ema=False).state_dict(), model.state_dict())
+    assert json.loads((out / "run.json").read_text())["config"] == TINY.to_dict()
+    assert plot(out, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_and_the_newest_checkpoints(tmp_path):
+    train(TINY, settings(steps=4, save_every=1, sample_every=2, keep=2), tmp_path, progress=False)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003.safetensors", "step_00000004.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
+
+
+# Going on
+
+
+def test_going_on_is_the_run_itself(whole, tmp_path):
+    """From step 3, within the steps of a line, with other numbers of steps to save and parts of a batch."""
+    out, _ = whole
+    train(TINY, settings(save_every=3), tmp_path, progress=False)
+    checkpoints(tmp_path)[-1].unlink()
+    assert newest(tmp_path).name == "step_00000003.safetensors"
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "los')  # a line that a kill cut short
+    model = train(out_dir=tmp_path, resume=True, progress=False)
+    assert lines(tmp_path) == lines(out)
+    assert all(same(a, b) for a, b in zip(load(newest(out))[0].values(), load(newest(tmp_path))[0].values()))
+    assert same(model.state_dict(), load_model(out).state_dict())
+
+
+_CHILD = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from sdit.train import TrainSettings, train
+import test_sdit_train as t
+torch.set_num_threads(1)
+train(t.TINY, t.settings(steps=40, save_every=5), sys.argv[1], resume=sys.argv[2] == "resume", progress=False)
+"""
+
+
+def start(out, how="start", **more):
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", _CHILD.format(root=str(ROOT)), str(out), how]
+    return subprocess.Popen(command, env=environment, cwd=out.parent, stderr=subprocess.PIPE, text=True, **more)
+
+
+def wait_for(condition, child):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert child.poll() is None, child.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_killed_twice_it_is_the_run_itself(tmp_path):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    child = start(calm)
+    assert child.wait(120) == 0, child.stderr.read()
+    for how, until in (("start", 7), ("resume", 21)):
+        child = start(killed, how)
+        wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(lines_there(killed)) >= until // 2, child)
+        child.kill()
+        assert child.wait(30) == -signal.SIGKILL
+        assert checkpoints(killed)
+    child = start(killed, "resume")
+    assert child.wait(120) == 0, child.stderr.read()
+    assert [row["step"] for row in lines(killed)] == list(range(2, 41, 2))
+    assert lines(killed) == lines(calm)
+    assert all(same(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
+    assert not list(killed.rglob("*.part"))
+
+
+def lines_there(run):
+    return [line for line in (run / "metrics.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")]
+
+
+def test_a_signal_saves(tmp_path):
+    child = start(tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and lines_there(tmp_path / "run"), child)
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert "KeyboardInterrupt" in said and "saved" in said
+    step = load(newest(tmp_path / "run"))[1]["step"]
+    assert f"stopped at step {step}" in said
+    assert read_metrics(tmp_path / "run")[-1]["step"] == step // 2 * 2
+
+
+def test_what_cannot_go_on(whole, tmp_path):
+    out, _ = whole
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(TINY, settings(), out, progress=False)
+    with pytest.raises(ValueError, match=r"settings.lr is 0.003 in .*cannot change it to 0.1"):
+        train(None, settings(lr=0.1), out, resume=True)
+    with pytest.raises(ValueError, match=r"config.dim is 32 in .*cannot change it to 64"):
+        train(PRESETS["digits"], None, out, resume=True)
+    with pytest.raises(ValueError, match="steps must be at least the 6 that"):
+        train(None, settings(steps=5), out, resume=True)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        train(out_dir=tmp_path / "none", resume=True)
+    save_model(tmp_path / "checkpoints" / "step_00000001.safetensors", SDiT(TINY))
+    with pytest.raises(ValueError, match="cannot be resumed, it holds no state of a trainer"):
+        train(out_dir=tmp_path, resume=True)
+
+
+# What goes wrong
+
+
+def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
+    batches = trainer._Run.batches
+
+    def poisoned(run, step):
+        for batch in batches(run, step):
+            batch["noise"][0, 0, 0, 0] = math.nan if step == 5 else batch["noise"][0, 0, 0, 0]
+            yield batch
+
+    monkeypatch.setattr(trainer._Run, "batches", poisoned)
+    with pytest.raises(FloatingPointError) as caught:
+        train(TINY, settings(save_every=2), tmp_path, progress=False)
+    said = str(caught.value)
+    assert said.startswith("step 6: mse is nan") and "first layer that gives values that are not finite is patches" in said
+    assert "the gradient of position and" in said and "step_00000004.safetensors" in said
+    assert all(p.isfinite().all() for p in load_model(tmp_path).parameters())
+
+
+def test_a_full_disk_leaves_earlier_checkpoints(tmp_path):
+    """A limit on the size of files stands for the disk: the write fails half way."""
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "a.safetensors"
+    save(path, {"model": {"w": torch.ones(10)}}, {"step": 1})
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="this checkpoint is not saved, earlier ones are intact") as caught:
+            save(path, {"model": {"w": torch.ones(100_000)}}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"x" * 100)
+    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+        load_model(path)
+    save_model(path, SDiT(TINY))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+        load(path)
+    save(path, {"model": SDiT(TINY).state_dict()}, {"config": dataclasses.replace(TINY, dim=64).to_dict()})
+    with pytest.raises(ValueError, match="holds no model: .*size mismatch"):
+        load_model(path)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_model(tmp_path)
+
+
+def test_data_that_does_not_fit(tmp_path):
+    images = Images("own", torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 2, 10]), ())
+    with pytest.raises(ValueError, match="config.num_classes must be at least 11, for the labels of own, got 10"):
+        train(TINY, settings(), tmp_path, data=images)
+    with pytest.raises(ValueError, match="config.dataset must name a data set"):
+        train(dataclasses.replace(TINY, dataset=None), settings(), tmp_path)
+    with pytest.raises(ValueError, match="batch_size must be a multiple of processes x accumulate, 1 x 3, got 8"):
+        train(TINY, settings(accumulate=3), tmp_path)
+    with pytest.raises(ValueError, match="device 'nope' cannot be used"):
+        train(TINY, settings(), tmp_path, device="nope")
+
+
+# More than one process
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Under torchrun, with batches in two parts: losses, gradients and weights are those of one process."""
+    child = _CHILD.format(root=str(ROOT)).replace("steps=40, save_every=5", "steps=4, batch_size=16, accumulate=2, log_every=1")
+    script = tmp_path / "child.py"
+    script.write_text(child)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(
+        [*command, str(tmp_path / "two"), "start"], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = train(TINY, settings(steps=4, batch_size=16, log_every=1), tmp_path / "one", progress=False)
+    for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        for name in ("loss", "mse", "vb", "grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=2e-5), name
+    two = load_model(tmp_path / "two")
+    for (name, a), b in zip(one.named_parameters(), two.parameters()):
+        torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
