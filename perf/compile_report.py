@@ -285,14 +285,23 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
 
 def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     """The same of a spiking_wkv launch, per element of k. A rate's gradient, which all steps read, counts once."""
-    name, tokens, T = found["kernel"].removesuffix("_kernel"), arguments["TOKENS"], case.T
+    name, T = found["kernel"].removesuffix("_kernel"), case.T
     backward, size = "backward" in name, arguments["k_ptr"].element_size()
+    tokens = arguments["HELD"] if backward else arguments["TOKENS"]
+    parts = arguments["TOKENS"] // tokens
     outer = max(found["outer"], key=lambda loop: loop["instructions"])
     count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
+    for loop in found["loops"]:
+        if loop != outer and not loop["stores"]:  # over the parts of a tile before this one: on average (parts - 1) / 2 turns
+            count["instructions"] += ((parts - 1) / 2 - 1) * loop["instructions"]
+            count["bytes"] -= loop["bytes"]  # read again, from a cache
+            for k, n in loop["special"].items():
+                count["special"][k] += ((parts - 1) / 2 - 1) * n
+    count["bytes"] -= (1 - 1 / parts) * 12 * T
     if backward and case.rate:
         count["bytes"] -= (T - 1) * tokens * size
     passes = (4 if backward else 2) + case.gate * (2 if backward else 1) + (1 / T if case.rate else 1)
-    return {"name": name, "count": count, "tokens": T * tokens, "floor": passes * size + 12 / tokens}
+    return {"name": name, "count": count, "tokens": T * tokens, "floor": passes * size + 12 / arguments["TOKENS"]}
 
 
 def _calls(rows: list[dict]) -> list[dict]:

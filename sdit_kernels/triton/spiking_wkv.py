@@ -6,8 +6,9 @@ the very numbers that the forward pass went on with; and both compute a current 
 multiply-adds. So every spike comes out again.
 
 The arithmetic is that of triton/wkv.py, but for one thing: both exponents of a token are taken from q = k - o, as u + q and
-q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers; membranes and
-currents are made again token by token, the last first.
+q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers for _HELD pairs;
+16 would take all 255 and spill. The tokens of a tile before those are walked again. Membranes and currents are made again token
+by token, the last first.
 """
 
 import torch
@@ -31,6 +32,7 @@ from .wkv import (
     _user_state,
 )
 
+_HELD = 8  # pairs of step and token that the walk back holds in registers
 _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
 
 
@@ -163,7 +165,8 @@ def spiking_wkv_backward_kernel(
     dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dm_ptr, dw_ptr, du_ptr, d_leak_ptr, d_theta_ptr,
     B, L, C, plane, g_t, g_b, g_l, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
     leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
-    T: tl.constexpr, TOKENS: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr, DETACH: tl.constexpr,
+    T: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr,
+    DECAY: tl.constexpr, DETACH: tl.constexpr,
     KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     sequence, cols, mask = _program(C, BC)
@@ -178,17 +181,29 @@ def spiking_wkv_backward_kernel(
     adjoint = ()  # P and Q
     for t in tl.static_range(T):  # noqa: B007
         adjoint = adjoint + ((zero, zero),)
-    for i in range(tiles):
-        tile = tiles - 1 - i
-        t0 = _first_token(tile, L, TOKENS)
+    PARTS: tl.constexpr = TOKENS // HELD
+    for i in range(tiles * PARTS):
+        part = tiles * PARTS - 1 - i
+        tile = part // PARTS
+        t0 = _first_token(part, L, HELD)
         left = L - t0
-        ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, TOKENS)
-        vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, TOKENS)
+        ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, HELD)
+        vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, HELD)
         states = ()
         for t in tl.static_range(T):
             states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
+        for earlier in range(tile * PARTS, part):
+            t1 = _first_token(earlier, L, HELD)
+            ks_ = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t1, L - t1, mask, -float("inf"), T, HELD)
+            vs_ = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t1, L - t1, mask, 0.0, T, HELD)
+            for j in tl.static_range(HELD):
+                after = ()
+                for t in tl.static_range(T):
+                    state, _ = _take_in(ks_[j * T + t].to(STATE), vs_[j * T + t].to(STATE), states[t], w)
+                    after = after + (state,)
+                states = after
         past = ()
-        for j in tl.static_range(TOKENS):
+        for j in tl.static_range(HELD):
             after = ()
             for t in tl.static_range(T):
                 state, q = _take_in(ks[j * T + t].to(STATE), vs[j * T + t].to(STATE), states[t], w)
@@ -200,7 +215,7 @@ def spiking_wkv_backward_kernel(
             P, Q = adjoint[t]
             a, b, _, _ = states[t]
             o, rest = _rounding(states[t], w)
-            rest = tl.where(b != 0.0, rest, 0.0)
+            rest = tl.where(part % PARTS == PARTS - 1, tl.where(b != 0.0, rest, 0.0), 1.0)
             P *= rest
             Q *= rest
             if g_ybar_ptr is not None:
@@ -213,7 +228,7 @@ def spiking_wkv_backward_kernel(
                 Q = tl.where(final, (g_lse - g_ybar * (a / b)) / b, Q)
             entered = entered + ((P, Q),)
         adjoint = entered
-        for j in tl.static_range(TOKENS - 1, -1, -1):
+        for j in tl.static_range(HELD - 1, -1, -1):
             m = mask & (j < left)
             at = (sequence * L + t0 + j) * C + cols
             if m_ptr is not None:
@@ -264,9 +279,8 @@ def spiking_wkv_backward_kernel(
                 carry = dh * (1.0 - leak_)
                 dy = dh * leak_ if DECAY else dh
                 if r_ptr is not None:
-                    dr = dy * y * p * (1.0 - p)
-                    tl.store(dr_ptr + t * step + at, dr.to(dr_ptr.dtype.element_ty), mask=m)
                     dy *= p
+                    tl.store(dr_ptr + t * step + at, (dy * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=m)
                 A, E = _shares(q - w)
                 P, Q = adjoint[t]
                 seen *= dy
@@ -352,6 +366,7 @@ def spiking_wkv_backward(
         spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, _contiguous(tau),
         _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
         *((None, None) if sums is None else sums), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
-        *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id, **flags,
+        *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
+        HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), **flags,
     )  # fmt: skip
     return dw, du, sums
