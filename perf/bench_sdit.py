@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from perf import harness
+from perf.bench_wkv import eager_loop
 from perf.harness import Contestant, check, compare, goal, missing, ratio
 from sdit import PRESETS, SDiT
 from sdit_kernels import reference
@@ -43,20 +44,6 @@ def lif_node():
     return run
 
 
-def scan(time_decay, time_first, k, v):
-    """WKV, token by token. The tokens are taken apart once: with k[:, t] the backward pass takes several times as long."""
-    w, a = -torch.exp(time_decay), torch.zeros_like(k[:, 0], dtype=time_decay.dtype)
-    b, o, out = a, torch.full_like(a, -1e38), []
-    for kt, vt in zip(k.unbind(1), v.unbind(1)):
-        top = torch.maximum(o, time_first + kt)
-        old, new = torch.exp(o - top), torch.exp(time_first + kt - top)
-        out.append((old * a + new * vt) / (old * b + new))
-        top = torch.maximum(w + o, kt)
-        old, new = torch.exp(w + o - top), torch.exp(kt - top)
-        a, b, o = old * a + new * vt, old * b + new, top
-    return torch.stack(out, 1)
-
-
 def shifted(x, *mixes):
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     before = F.pad(x, (0, 0, 1, -1))
@@ -79,7 +66,7 @@ class Plain(torch.nn.Module):
             x = block.skip(torch.cat([x, kept], -1))
         x = torch.cat([x, R.repeat(len(x), 1, 1)], 1)
         xk, xv, xr = shifted(x, a.time_mix_k, a.time_mix_v, a.time_mix_r)
-        y = torch.sigmoid(a.receptance(xr)) * scan(a.time_decay, a.time_first, a.key(xk), a.value(xv))
+        y = torch.sigmoid(a.receptance(xr)) * eager_loop(a.time_decay, a.time_first, a.key(xk), a.value(xv), unbind=True)
         x = x + self.rate(a.output(y))
         xk, xr = shifted(x, m.time_mix_k, m.time_mix_r)
         x = x + self.rate(torch.sigmoid(m.receptance(xr)) * m.value(torch.relu(m.key(xk)).square()))

@@ -48,7 +48,7 @@ def eager_loop(time_decay, time_first, k, v, unbind=False):
     """RWKV's recurrence with a running maximum, as its users write it in PyTorch: with k[:, t], whose gradient is a tensor of
     zeros per token. ``unbind`` takes the tokens apart once instead."""
     w, dtype = -torch.exp(time_decay), k.dtype
-    k, v = k.float(), v.float()
+    k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (k, v))
     a = b = torch.zeros_like(k[:, 0])
     o, out = torch.full_like(a, -1e38), []
     for kt, vt in zip(k.unbind(1), v.unbind(1)) if unbind else ((k[:, t], v[:, t]) for t in range(k.shape[1])):

@@ -241,13 +241,26 @@ def floor(case: Case, backward: bool, size: int, rows: int) -> float:
     return passes * size + per_neuron / steps
 
 
-def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
-    """What sets a WKV launch apart: name, counts of one turn of its loop, tokens of a turn, floor in bytes per element.
+def _turn(found: dict, parts: int) -> dict:
+    """Counts of one turn of the outermost loop. Going back, inner loops rebuild the states of a part of a tile over the tile's
+    other parts, (parts - 1) / 2 turns on average; what they read comes from a cache: no bytes."""
+    outer = max(found["outer"], key=lambda loop: loop["instructions"])
+    count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
+    apart = outer in found["loops"]  # the inner loops, placed behind it by the compiler
+    turns = (parts - 1) / 2 - (not apart)
+    for loop in found["loops"]:
+        if loop == outer or any("rsq" in operation.lower() for operation in loop["special"]):
+            continue  # no inner loop: the body, with another jump back
+        count["instructions"] += loop["instructions"] * turns
+        count["bytes"] -= 0 if apart else loop["bytes"]
+        for k, n in loop["special"].items():
+            count["special"][k] += n * turns
+    return count
 
-    The walk back rebuilds the states of a part from its tile's by inner loops over the tile's other parts, which the first part
-    (from the right: the last) does not need: on average (parts - 1) / 2 turns. What that reads, and the checkpoint for all but
-    one part, was read just before and comes from a cache: no bytes.
-    """
+
+def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
+    """What sets a WKV launch apart: name, counts of one turn of its loop, tokens of a turn, floor in bytes per element. Going
+    back, the checkpoint is read once per part, for all but one of a tile from a cache: no bytes."""
 
     def has(name):
         return arguments.get(name) is not None
@@ -261,17 +274,7 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
     parts, size = tile // tokens, arguments["k_ptr"].element_size()
     out, both = has("dk_ptr" if backward else "out_ptr"), has("right_ptr")
     states = (1 + both if backward or both else 0) + (has("keep_ptr") and not backward)
-    outer = max(found["outer"], key=lambda loop: loop["instructions"])
-    count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
-    turns = (parts - 1) / 2
-    apart = outer in found["loops"]  # the inner loops, placed behind it by the compiler
-    for loop in found["loops"]:
-        if loop == outer or any("rsq" in operation.lower() for operation in loop["special"]):
-            continue  # no inner loop: the body, with another jump back
-        count["instructions"] += loop["instructions"] * (turns if apart else turns - 1)
-        count["bytes"] -= 0 if apart else loop["bytes"]
-        for k, n in loop["special"].items():
-            count["special"][k] += n * (turns if apart else turns - 1)
+    count = _turn(found, parts)
     if backward:
         count["bytes"] -= (1 - 1 / parts) * 12 * states
     passes = 2 + backward * has("g_ptr") + has("r_ptr") + out * (1 + backward * (1 + has("r_ptr")))
@@ -289,14 +292,7 @@ def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     backward, size = "backward" in name, arguments["k_ptr"].element_size()
     tokens = arguments["HELD"] if backward else arguments["TOKENS"]
     parts = arguments["TOKENS"] // tokens
-    outer = max(found["outer"], key=lambda loop: loop["instructions"])
-    count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
-    for loop in found["loops"]:
-        if loop != outer and not loop["stores"]:  # over the parts of a tile before this one: on average (parts - 1) / 2 turns
-            count["instructions"] += ((parts - 1) / 2 - 1) * loop["instructions"]
-            count["bytes"] -= loop["bytes"]  # read again, from a cache
-            for k, n in loop["special"].items():
-                count["special"][k] += ((parts - 1) / 2 - 1) * n
+    count = _turn(found, parts)
     count["bytes"] -= (1 - 1 / parts) * 12 * T
     if backward and case.rate:
         count["bytes"] -= (T - 1) * tokens * size

@@ -113,7 +113,7 @@ class TrainSettings:
         """The settings that suit ``config``, but for ``changes``."""
         own = {}
         if config.variant == "improved":
-            own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)  # noqa: C408
+            own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)
             own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
@@ -128,8 +128,8 @@ class TrainSettings:
 
 
 RECIPES = {  # by data set: minutes on two cores
-    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),  # noqa: C408
-    "fashion_mnist": dict(steps=4000, batch_size=64, sample_every=1000, save_every=500),  # noqa: C408
+    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
+    "fashion_mnist": dict(steps=4000, batch_size=64, sample_every=1000, save_every=500),
 }
 
 

@@ -9,9 +9,9 @@ compute the same; where C is smaller a vector has one lane.
 Exponents: a state N = a e^o, D = b e^o has o = ka - m w, the key of the token that holds the running maximum and minus the
 number of tokens since. b is 0 (nothing seen, ka the least float) or at least 1, less rounding.
 
-A running maximum is what a token waits for: 14 cycles on a Zen 5, of the 20 that a token takes. So a calm tile, in which
-nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys, and no decay. With U = e^(u + w),
-g[t] = e^(-(t + 1) w) and E[t] = e^(k[t] - R) g[t],
+A running maximum is what a token waits for: a difference, a product, a comparison and a selection, one after the other. So a
+calm tile, in which nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys, and no decay.
+With U = e^(u + w), g[t] = e^(-(t + 1) w) and E[t] = e^(k[t] - R) g[t],
 
     y[t] = (a + U E[t] v[t]) / (b + U E[t]);   a <- a + E[t] v[t];   b <- b + E[t];   at its end o = R + TILE w
 

@@ -341,7 +341,7 @@ def wkv(
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
         algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
             tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
-            and L >= 4096; on a GPU see ``sdit_kernels.triton.wkv``.
+            and L >= 4096; on a GPU where B * C < 32,768 (half of the threads that keep an H100's memory busy) and L > 32.
 
     Returns:
         out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or

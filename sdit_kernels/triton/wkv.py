@@ -18,6 +18,9 @@ The walk back keeps nine values per token in registers: compile_report.py finds 
 gate, but 120 to 145 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
 costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
 
+Range: a token far above the state weighs up to 2^60, so that float32 values must stay below 2^67; and a gate of r < -47 on such
+a token may give 0.
+
 Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since (MATH: anchored). An
 exponential is taken of one rounded difference, (k - ka) - n w by fused multiply-add, so that no error grows with the length.
 Exponentials are base 2 and reciprocals the square of rsqrt, because both are one instruction on every GPU, where exp
