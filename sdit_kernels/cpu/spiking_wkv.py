@@ -21,6 +21,7 @@ from .runtime import CODES, SIZES, Kernel, state_code, tile
 from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
 from .wkv import (
     _address,
+    _by_slope,
     _calm,
     _channels,
     _constants,
@@ -29,6 +30,7 @@ from .wkv import (
     _gate,
     _gentle,
     _include,
+    _leave,
     _place,
     _rounded,
     _weights,
@@ -48,24 +50,25 @@ def _fields(gate):
 
 
 @_inline
-def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
-    """(whether the tile is calm, its exponent, the factor that takes the state there, U): see cpu/wkv.py."""
+def _enter(constants, k, k_l, n, tokens, ka, b, w, u, lanes, V, W):
+    """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/wkv.py."""
     one = vset(1.0, W)
-    if _gentle(tokens, w, u, W):
-        calm, top, _, entry = _calm(k, k_l, n, ka, vset(0.0, W), b, w, V, W)
+    if _gentle(w, u, W):
+        calm, top, _, entry = _calm(k, k_l, n, tokens, ka, vset(0.0, W), b, w, V, W)
         if calm:
-            return True, top, entry, vload(constants, 0, W)
-    return False, ka, one, one
+            return True, top, entry, vload(constants, 0, W), vload(constants, lanes, W)
+    return False, ka, one, one, one
 
 
 @_inline
-def _step(calm, growth, bonus, ka, m, a, b, k, v, w, u, W):
+def _step(calm, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
     """Numerator and denominator of y, the weights of the state and of the token in them, the state one token later, and the
     weights that made it."""
     if calm:
         E = vexp(k - ka, W) * growth
-        Ev, one = E * v, vset(1.0, W)
-        return fma(bonus, Ev, a), fma(bonus, E, b), one, bonus * E, ka, m, a + Ev, b + E, one, E
+        Ev = E * v
+        y, z = fma(bonus, Ev, a), fma(bonus, E, b)
+        return y, z, vset(1.0, W), bonus * E, ka, m, fma(decay, a, Ev), fma(decay, b, E), decay, E
     old, new = _weights(fma(m, w, k - ka) + u, W)
     half, y, z = vset(0.5, W), fma(new, v, old * a), fma(old, b, new)
     z = where_less(z, half, half, z)  # 0 where nothing is seen, else about 1 or more
@@ -85,15 +88,15 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
-    AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 1) * ROW
+    AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 2) * ROW
 
     @_inline
     def token(
-        calm, growth, bonus, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak, th, vr
+        calm, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak, th, vr
     ):  # fmt: skip
         zero, one = vset(0.0, W), vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
-        y, z, _, _, ka, m, a, b, _, _ = _step(calm, growth, bonus, ka, m, a, b, key, value, w, u, W)
+        y, z, _, _, ka, m, a, b, _, _ = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
             over, _ = _gate(vload(r, l * r_l + c, V), W)
             z = z * over
@@ -119,8 +122,8 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if _gentle(tokens, w, u, W):
-                    _constants(constants + j * (TILE + 1) * lanes * sb, tokens, w, u, lanes, W)
+                if _gentle(w, u, W):
+                    _constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
             for i in range((L + tokens - 1) // tokens):
                 first = i * tokens
                 size = min(tokens, L - first)
@@ -152,21 +155,23 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                                 vstore(entry, 2 * field + c, ka, W)
                         else:
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                        m, mine = zero, constants + j * (TILE + 1) * lanes * sb
-                        calm, ka, entered, bonus = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                        m, mine = zero, constants + j * (TILE + 2) * lanes * sb
+                        calm, ka, entered, bonus, decay = _enter(
+                                mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, lanes, V, W
+                            )  # fmt: skip
                         a, b = a * entered, b * entered
                         if calm:
                             for l in range(size):
-                                growth = vload(mine, (l + 1) * lanes, W)
+                                growth = vload(mine, (l + 2) * lanes, W)
                                 ka, m, a, b = token(
-                                    True, growth, bonus, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
-                                    slot, w, u, leak, th, vr,
+                                    True, growth, bonus, decay, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l,
+                                    r_l, C, c, slot, w, u, leak, th, vr,
                                 )  # fmt: skip
-                            m = vset(-float(size), W)
+                            ka, m, a, b = _leave(vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W)
                         else:
                             for l in range(size):
                                 ka, m, a, b = token(
-                                    False, one, one, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
+                                    False, one, one, one, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
                                     slot, w, u, leak, th, vr,
                                 )  # fmt: skip
                         if first + size < L:
@@ -197,17 +202,17 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
-    CONSTANTS = (TILE + 1) * ROW
+    CONSTANTS = (TILE + 2) * ROW
 
     @_inline
     def rebuild(
-        calm, growth, bonus, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
+        calm, growth, bonus, decay, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
     ):  # fmt: skip
         one = vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
         vstore(here, _A * lanes, a, W)
         vstore(here, _B * lanes, b, W)
-        y, z, old, new, ka, m, a, b, A, E = _step(calm, growth, bonus, ka, m, a, b, key, value, w, u, W)
+        y, z, old, new, ka, m, a, b, A, E = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
             over, e = _gate(vload(r, l * r_l + c, V), W)
             both = one / (z * over)
@@ -250,8 +255,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                         vstore(total, j * lanes, zero, W)
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
-                    if _gentle(tokens, w, u, W):
-                        _constants(constants + j * (TILE + 1) * lanes * sb, tokens, w, u, lanes, W)
+                    if _gentle(w, u, W):
+                        _constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
                 for i in range((L - 1) // tokens, -1, -1):
                     first = i * tokens
                     size = min(tokens, L - first)
@@ -269,8 +274,10 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
                                 th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                            m, mine = zero, constants + j * (TILE + 1) * lanes * sb
-                            calm, ka, entered, bonus = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                            m, mine = zero, constants + j * (TILE + 2) * lanes * sb
+                            calm, ka, entered, bonus, decay = _enter(
+                                mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, lanes, V, W
+                            )  # fmt: skip
                             vstore(entries, t * ROW + j * lanes, entered, W)
                             a, b = a * entered, b * entered
                             step = FIELDS * area * sb if t > 0 else 0
@@ -280,18 +287,18 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 if m0 != 0 and t == 0:
                                     before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV)
                                 if calm:
-                                    growth = vload(mine, (l + 1) * lanes, W)
+                                    growth = vload(mine, (l + 2) * lanes, W)
                                     ka, m, a, b = rebuild(
-                                        True, growth, bonus, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c,
-                                        w, u, leak, th, vr,
+                                        True, growth, bonus, decay, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l,
+                                        r_l, c, w, u, leak, th, vr,
                                     )  # fmt: skip
                                 else:
                                     ka, m, a, b = rebuild(
-                                        False, one, one, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c, w, u,
-                                        leak, th, vr,
+                                        False, one, one, one, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c,
+                                        w, u, leak, th, vr,
                                     )  # fmt: skip
                             if calm:
-                                m = vset(-float(size), W)
+                                m = _by_slope(w, tokens, vset(-float(size), W), zero, W)
                             slot = j * lanes
                             if first + size < L:  # the tile that follows counts from its exponent rounded
                                 gap = _gap(ka, m, vload(entry, 2 * field + C + c, W), w, W)

@@ -10,13 +10,15 @@ Exponents: a state N = a e^o, D = b e^o has o = ka - m w, the key of the token t
 number of tokens since. b is 0 (nothing seen, ka the least float) or at least 1, less rounding.
 
 A running maximum is what a token waits for: a difference, a product, a comparison and a selection, one after the other. So a
-calm tile, in which nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys, and no decay.
-With U = e^(u + w), g[t] = e^(-(t + 1) w) and E[t] = e^(k[t] - R) g[t],
+calm tile, in which nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys:
 
-    y[t] = (a + U E[t] v[t]) / (b + U E[t]);   a <- a + E[t] v[t];   b <- b + E[t];   at its end o = R + TILE w
+    y[t] = (a + U E[t] v[t]) / (b + U E[t]);   a <- D a + E[t] v[t];   b <- D b + E[t]
 
-one exponential a token instead of two, no comparison, and nothing to wait for but two additions. Calm: 0 >= TILE w >= -36,
-|u| <= 8, and no key exceeds o (before the first key: that key) by more than 26. Other tiles walk with the running maximum.
+one exponential a token instead of two, no comparison, and nothing to wait for but two multiply-adds. A slow channel, TILE w >=
+-36, has D = 1, U = e^(u + w), E[t] = e^(k[t] - R - (t + 1) w) and, at the tile's end, o = R + TILE w: no rounding adds up. A
+steep one has D = e^w, U = e^u, E[t] = e^(k[t] - R), and o becomes the last key where that exceeds R + TILE w. Calm: w <= 0,
+|u| <= 8, no key of a slow channel exceeds o (before the first key: that key) by more than 26, and none of a steep one is less
+than R - 30. Other tiles walk with the running maximum.
 """
 
 import functools
@@ -46,8 +48,8 @@ from .vector import (
 _BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
 _CHUNK = 16  # tiles of a segment in the chunked algorithm
 _FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
-_STEEP, _BONUS, _JUMP = 36.0, 8.0, 26.0  # greatest -TILE w, |u| and rise of the exponent in a calm tile; 70 < 88 - ln 2^24
-_LEAST = 1e-30  # lost beside the denominator of a token that sees a key, which is e^-37 at least
+_STEEP, _BONUS, _JUMP, _RANGE = 36.0, 8.0, 26.0, 30.0  # of a calm tile; 36 + 8 + 26 < 88 - ln 2^24
+_LEAST = 1e-30  # lost beside the denominator of a token that sees a key, which is e^-38 at least
 _FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
 
 
@@ -75,21 +77,29 @@ def _include(ka, m, a, b, k, v, w, W):
 
 
 @_inline
-def _gentle(n, w, u, W):
-    """Whether tiles of n tokens may be calm, as far as the parameters are concerned."""
-    zero, steep, bonus = vset(0.0, W), vset(-_STEEP / n, W), vset(_BONUS, W)
-    return all_at_most(w, zero) and all_at_most(steep, w) and all_at_most(absolute(u), bonus)
+def _gentle(w, u, W):
+    """Whether tiles may be calm, as far as the parameters are concerned."""
+    return all_at_most(w, vset(0.0, W)) and all_at_most(absolute(u), vset(_BONUS, W))
+
+
+@_inline
+def _by_slope(w, n, slow, steep, W):
+    """``slow`` in the channels whose decay over n tokens is within _STEEP, ``steep`` in the others."""
+    return where_less(w, vset(-_STEEP / n, W), steep, slow)
 
 
 @_inline
 def _constants(target, n, w, u, lanes, W):
-    """U, and g[t] of n tokens, where the product t w may be so great that its rounding shows."""
-    vstore(target, 0, vexp(u, W) * vexp(w, W), W)
+    """U, D and what e^(k[t] - R) takes to be E[t] for n tokens; t w may be so great that its rounding shows."""
+    one, bonus, decay = vset(1.0, W), vexp(u, W), vexp(w, W)
+    vstore(target, 0, bonus * _by_slope(w, n, decay, one, W), W)
+    vstore(target, lanes, _by_slope(w, n, one, decay, W), W)
     for t in range(n):
         minus = vset(-float(t + 1), W)
-        x = minus * w
+        x = _by_slope(w, n, minus * w, vset(0.0, W), W)
         e = vexp(x, W)
-        vstore(target, (t + 1) * lanes, fma(e, fma(minus, w, vset(0.0, W) - x), e), W)
+        growth = fma(e, fma(minus, w, vset(0.0, W) - x), e)
+        vstore(target, (t + 2) * lanes, _by_slope(w, n, growth, one, W), W)
 
 
 @_inline
@@ -99,23 +109,44 @@ def _maximum(x, y):
 
 
 @_inline
-def _calm(k, k_l, n, ka, m, b, w, V, W):
-    """(whether the tile is calm, R as a key and minus the tokens since, the factor that takes the state to it)"""
+def _minimum(x, y):
+    return where_less(y, x, y, x)
+
+
+@_inline
+def _calm(k, k_l, n, tokens, ka, m, b, w, V, W):
+    """(whether the tile of n tokens, of at most ``tokens``, is calm, R as a key and minus the tokens since, the factor that
+    takes the state to it)"""
     zero = vset(0.0, W)
     base = where_equal(b, zero, vload(k, 0, V), fma(zero - m, w, ka))
-    top, top2, top3, top4 = base, base, base, base  # four, because a maximum takes some cycles
-    for t in range(n // 4):
-        at = 4 * t * k_l
-        top, top2 = _maximum(top, vload(k, at, V)), _maximum(top2, vload(k, at + k_l, V))
-        top3, top4 = _maximum(top3, vload(k, at + 2 * k_l, V)), _maximum(top4, vload(k, at + 3 * k_l, V))
-    for t in range(n // 4 * 4, n):
-        top = _maximum(top, vload(k, t * k_l, V))
-    top = _maximum(_maximum(top, top2), _maximum(top3, top4))
-    calm = all_at_most(vset(-_JUMP, W), base - top)
+    top, top2 = base, base  # two, because a maximum takes some cycles
+    low, low2 = vload(k, 0, V), vload(k, 0, V)
+    for t in range(n // 2):
+        x, y = vload(k, 2 * t * k_l, V), vload(k, (2 * t + 1) * k_l, V)
+        top, top2, low, low2 = _maximum(top, x), _maximum(top2, y), _minimum(low, x), _minimum(low2, y)
+    if n % 2 == 1:
+        x = vload(k, (n - 1) * k_l, V)
+        top, low = _maximum(top, x), _minimum(low, x)
+    top, low = _maximum(top, top2), _minimum(low, low2)
+    jump, spread = vset(-_JUMP, W), vset(-_RANGE, W)
+    calm = all_at_most(_by_slope(w, tokens, jump, spread, W), _by_slope(w, tokens, base, low, W) - top)
     old = where_equal(b, zero, zero, where_less(base, top, zero, vset(1.0, W)))  # 1 where R stays
     entry = vexp(zero - fma(m, w, top - ka), W)
     half = vset(0.5, W)
     return calm, where_less(half, old, ka, top), old * m, where_less(half, old, old, entry)
+
+
+@_inline
+def _leave(last, n, tokens, ka, m, a, b, w, W):
+    """The state after a calm tile of n tokens, ``last`` the key of the last: b is at least 1 again."""
+    zero, one, minus = vset(0.0, W), vset(1.0, W), vset(-float(n), W)
+    if all_at_most(vset(-_STEEP / tokens, W), w):
+        return ka, m + minus, a, b
+    d, x = fma(m, w, last - ka), vset(float(n), W) * w
+    scale = _by_slope(w, tokens, one, vexp(zero - where_less(x, d, d, x), W), W)
+    fresh = _by_slope(w, tokens, zero, where_less(x, d, one, zero), W)
+    half = vset(0.5, W)
+    return where_less(half, fresh, last, ka), where_less(half, fresh, zero, m + minus), a * scale, b * scale
 
 
 @_inline
@@ -281,7 +312,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
     STATE = (_BLOCK + 1) * lanes
-    RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 1) * STATE)
+    RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 2) * STATE)
 
     @_inline
     def write(out, at, y, z, r, r_at):
@@ -342,8 +373,8 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                 vstore(as_, j * lanes, a, W)
                 vstore(bs, j * lanes, b, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and _gentle(TILE, w, u, W):
-                    _constants(constants + j * (TILE + 1) * lanes * sb, TILE, w, u, lanes, W)
+                if not BOTH and _gentle(w, u, W):
+                    _constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
             for i in range(tiles):
                 start = i * TILE
                 end = min(n, start + TILE)
@@ -376,17 +407,19 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                         vstore(kept, rows * C, b1, W)
                         vstore(kept, 2 * rows * C, o, W)
                     calm, top, since, entry = False, zero, zero, zero
-                    if not BOTH and _gentle(TILE, w, u, W):
-                        calm, top, since, entry = _calm(kt0, k_l, end - start, ka, m, b, w, V, W)
+                    if not BOTH and _gentle(w, u, W):
+                        calm, top, since, entry = _calm(kt0, k_l, end - start, TILE, ka, m, b, w, V, W)
                     if calm:
-                        mine = constants + j * (TILE + 1) * lanes * sb
-                        ka, m, a, b, bonus = top, since, a * entry, b * entry, vload(mine, 0, W)
+                        mine = constants + j * (TILE + 2) * lanes * sb
+                        ka, m, a, b = top, since, a * entry, b * entry
+                        bonus, decay = vload(mine, 0, W), vload(mine, lanes, W)
                         for t in range(end - start):
-                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(mine, (t + 1) * lanes, W)
+                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(mine, (t + 2) * lanes, W)
                             Ev = E * vload(vt0, t * v_l, V)
                             write(ot0, t * out_l, fma(bonus, Ev, a), fma(bonus, E, b), rt0, t * r_l)
-                            a, b = a + Ev, b + E
-                        m = m - vset(float(end - start), W)
+                            a, b = fma(decay, a, Ev), fma(decay, b, E)
+                        last_key = vload(kt0, (end - start - 1) * k_l, V)
+                        ka, m, a, b = _leave(last_key, end - start, TILE, ka, m, a, b, w, W)
                     else:
                         for t in range(end - start):
                             kt, vt = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
@@ -446,14 +479,14 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _RNEW * size + at, E, W)
     a = fma(zero - mean, b, a)
     m, calm, top, entry = zero, False, zero, one
-    if not BOTH and _gentle(TILE, w, u, W):
-        calm, top, _, entry = _calm(kt0, k_l, n, ka, zero, b, w, V, W)
+    if not BOTH and _gentle(w, u, W):
+        calm, top, _, entry = _calm(kt0, k_l, n, TILE, ka, zero, b, w, V, W)
     if calm:
-        bonus, m = vload(constants, 0, W), vset(-float(n), W)
+        bonus, decay, m = vload(constants, 0, W), vload(constants, lanes, W), _by_slope(w, TILE, vset(-float(n), W), zero, W)
         ka, a, b = top, a * entry, b * entry
         for t in range(n):
             v, at = vload(vt0, t * v_l, V) - mean, t * lanes
-            E = vexp(vload(kt0, t * k_l, V) - ka, W) * vload(constants, (t + 1) * lanes, W)
+            E = vexp(vload(kt0, t * k_l, V) - ka, W) * vload(constants, (t + 2) * lanes, W)
             new = bonus * E
             z = b + new
             z = where_equal(z, zero, zero, one / z)  # where nothing is seen, no weight and no gradient
@@ -463,9 +496,9 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _Y * size + at, fma(new, v, z * a), W)
             vstore(h, _A * size + at, a, W)
             vstore(h, _B * size + at, b, W)
-            vstore(h, _KEEP * size + at, one, W)
+            vstore(h, _KEEP * size + at, decay, W)
             vstore(h, _NEW * size + at, E, W)
-            a, b = fma(E, v, a), b + E
+            a, b = fma(decay, a, E * v), fma(decay, b, E)
     else:
         entry = one
         for t in range(n):
@@ -522,7 +555,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     HISTORY = TILE * lanes * (14 if BOTH else 7)
     SUMS = (_BLOCK + 1) * lanes
     SIZE = TILE * lanes
-    CONSTANTS = 1 if BOTH else (TILE + 1) * SUMS
+    CONSTANTS = 1 if BOTH else (TILE + 2) * SUMS
 
     def wkv_backward(
         segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse, g_ybar,
@@ -586,8 +619,8 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                 vstore(dws, j * lanes, zero, W)
                 vstore(dus, j * lanes, zero, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and _gentle(TILE, w, u, W):
-                    _constants(constants + j * (TILE + 1) * lanes * sb, TILE, w, u, lanes, W)
+                if not BOTH and _gentle(w, u, W):
+                    _constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
             for i_ in range(tiles):
                 i = tiles - 1 - i_
                 start = i * TILE
@@ -598,7 +631,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     left = keep + ((row + i) * C + c) * sb
                     ka, m, a, b, rka, rm, entry, mean = _rebuild(
                         size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
-                        w, u, constants + j * (TILE + 1) * lanes * sb, h, lanes, V, W, BOTH, sb,
+                        w, u, constants + j * (TILE + 2) * lanes * sb, h, lanes, V, W, BOTH, sb,
                     )  # fmt: skip
                     sum_w, sum_u = zero, zero
                     if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
