@@ -26,6 +26,7 @@ from .wkv import (
     _channels,
     _constants,
     _entry,
+    _extremes,
     _gap,
     _gate,
     _gentle,
@@ -54,7 +55,8 @@ def _enter(constants, k, k_l, n, tokens, ka, b, w, u, lanes, V, W):
     """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/wkv.py."""
     one = vset(1.0, W)
     if _gentle(w, u, W):
-        calm, top, _, entry = _calm(k, k_l, n, tokens, ka, vset(0.0, W), b, w, V, W)
+        high, low = _extremes(k, k_l, n, V)
+        calm, top, _, entry = _calm(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
         if calm:
             return True, top, entry, vload(constants, 0, W), vload(constants, lanes, W)
     return False, ka, one, one, one

@@ -114,25 +114,27 @@ def _minimum(x, y):
 
 
 @_inline
-def _calm(k, k_l, n, tokens, ka, m, b, w, V, W):
-    """(whether the tile of n tokens, of at most ``tokens``, is calm, R as a key and minus the tokens since, the factor that
-    takes the state to it)"""
-    zero = vset(0.0, W)
-    base = where_equal(b, zero, vload(k, 0, V), fma(zero - m, w, ka))
-    top, top2 = base, base  # two, because a maximum takes some cycles
-    low, low2 = vload(k, 0, V), vload(k, 0, V)
+def _extremes(k, k_l, n, V):
+    """The greatest and the least key of n >= 1 tokens."""
+    top = low = top2 = low2 = vload(k, 0, V)  # two, because a maximum takes some cycles
     for t in range(n // 2):
         x, y = vload(k, 2 * t * k_l, V), vload(k, (2 * t + 1) * k_l, V)
         top, top2, low, low2 = _maximum(top, x), _maximum(top2, y), _minimum(low, x), _minimum(low2, y)
-    if n % 2 == 1:
-        x = vload(k, (n - 1) * k_l, V)
-        top, low = _maximum(top, x), _minimum(low, x)
-    top, low = _maximum(top, top2), _minimum(low, low2)
+    x = vload(k, (n - 1) * k_l, V)
+    return _maximum(_maximum(top, top2), x), _minimum(_minimum(low, low2), x)
+
+
+@_inline
+def _calm(first, top, low, tokens, ka, m, b, w, W):
+    """(whether a tile of at most ``tokens`` with these keys is calm, R as a key and minus the tokens since, the factor that takes
+    the state to it)"""
+    zero, half = vset(0.0, W), vset(0.5, W)
+    base = where_equal(b, zero, first, fma(zero - m, w, ka))
+    top = _maximum(base, top)
     jump, spread = vset(-_JUMP, W), vset(-_RANGE, W)
     calm = all_at_most(_by_slope(w, tokens, jump, spread, W), _by_slope(w, tokens, base, low, W) - top)
     old = where_equal(b, zero, zero, where_less(base, top, zero, vset(1.0, W)))  # 1 where R stays
     entry = vexp(zero - fma(m, w, top - ka), W)
-    half = vset(0.5, W)
     return calm, where_less(half, old, ka, top), old * m, where_less(half, old, old, entry)
 
 
@@ -335,7 +337,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
             begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             kas, ms, as_, bs = tile(STATE, S), tile(STATE, S), tile(STATE, S), tile(STATE, S)
-            constants = tile(CONSTANTS, S)
+            constants, highs, lows = tile(CONSTANTS, S), tile(STATE, S), tile(STATE, S)
             rk, rm, ra, rb = tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S), tile(RIGHT, S)
             k0, v0 = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
             r0, out0 = r + (batch * r_b + t0 * r_l) * xb, out + (batch * out_b + t0 * out_l) * xb
@@ -373,8 +375,11 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                 vstore(as_, j * lanes, a, W)
                 vstore(bs, j * lanes, b, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and _gentle(w, u, W):
+                if not BOTH and n > 0 and _gentle(w, u, W):
                     _constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
+                    high, low = _extremes(k0 + c * xb, k_l, min(n, TILE), V)
+                    vstore(highs, j * lanes, high, W)
+                    vstore(lows, j * lanes, low, W)
             for i in range(tiles):
                 start = i * TILE
                 end = min(n, start + TILE)
@@ -408,7 +413,12 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                         vstore(kept, 2 * rows * C, o, W)
                     calm, top, since, entry = False, zero, zero, zero
                     if not BOTH and _gentle(w, u, W):
-                        calm, top, since, entry = _calm(kt0, k_l, end - start, TILE, ka, m, b, w, V, W)
+                        high, low = vload(highs, j * lanes, W), vload(lows, j * lanes, W)
+                        calm, top, since, entry = _calm(vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W)
+                        if end < n:  # those of the tile to come, so that nothing waits for them there
+                            high, low = _extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
+                            vstore(highs, j * lanes, high, W)
+                            vstore(lows, j * lanes, low, W)
                     if calm:
                         mine = constants + j * (TILE + 2) * lanes * sb
                         ka, m, a, b = top, since, a * entry, b * entry
@@ -480,7 +490,8 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
     a = fma(zero - mean, b, a)
     m, calm, top, entry = zero, False, zero, one
     if not BOTH and _gentle(w, u, W):
-        calm, top, _, entry = _calm(kt0, k_l, n, TILE, ka, zero, b, w, V, W)
+        high, low = _extremes(kt0, k_l, n, V)
+        calm, top, _, entry = _calm(vload(kt0, 0, V), high, low, TILE, ka, zero, b, w, W)
     if calm:
         bonus, decay, m = vload(constants, 0, W), vload(constants, lanes, W), _by_slope(w, TILE, vset(-float(n), W), zero, W)
         ka, a, b = top, a * entry, b * entry
