@@ -423,7 +423,7 @@ def spiking_wkv_forward(
 ):
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
     T, B, L, C = k.shape
-    lanes = 2 * LANES if C >= 2 * LANES else LANES if C >= LANES else 1  # two share what one loads of constants
+    lanes = LANES if C >= LANES else 1
     p = _Parameters(tau, v_threshold, neuron, w.dtype)
     states = w.new_empty(3, T * B * 2, C) if checkpoint is None else checkpoint
     (k, *k_), (v, *v_), (r, *r_) = (_place(t, 3) for t in (k, v, r))

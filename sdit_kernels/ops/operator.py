@@ -5,6 +5,7 @@ torch.library.register_autograd would cost 60 us a call more than what is here, 
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -103,6 +104,12 @@ def register(
             return True
         return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in args[:tensors])
 
+    def differentiated(args):
+        """Whether a derivative may be asked for; autograd.Function costs 11 us a call."""
+        if forward_ad._current_level >= 0:
+            return True
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors])
+
     def run(*args):
         if not overheard(args):
             return implementation(*args)
@@ -135,7 +142,7 @@ def register(
         jvp = staticmethod(_no_forward_mode)
 
     def autograd(*args):
-        return Autograd.apply(*args) if torch.is_grad_enabled() else run(*args)
+        return Autograd.apply(*args) if differentiated(args) else run(*args)
 
     def autograd_refused(*args):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
@@ -157,6 +164,6 @@ def register(
             return operator(*args) if mutates else Functorch.apply(*args)
         if overheard(args):
             return operator(*args)
-        return autograd(*args) if mutates or torch.is_grad_enabled() else implementation(*args)
+        return autograd(*args) if mutates or differentiated(args) else implementation(*args)
 
     return call
