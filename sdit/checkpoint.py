@@ -144,6 +144,8 @@ def newest(path) -> Path:
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint or the folder of a run")
+        if not path.is_file():
+            raise ValueError(f"{path} is neither a file nor a folder: give a checkpoint or the folder of a run")
         return path
     found = checkpoints(path)
     if not found:

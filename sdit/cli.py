@@ -178,6 +178,8 @@ def _train(args):
         train(None, TrainSettings(**settings), args.resume, resume=True, root=args.data, device=args.device)
         return
     config = _config(args.preset, args.changes)
+    if args.out == "":
+        raise ValueError("--out must name a folder, got ''")
     out = args.out or f"runs/{args.preset}"
     train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -241,19 +241,24 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
         >>> predict(model, x, t, y, guidance=2.0).shape
         torch.Size([2, 2, 8, 8])
     """
+    config = _config(model)
+    check_guidance(config, guidance)
     if guidance == 1:
         return model(x, t, y)
-    config = _config(model)
-    if not config.dropout_label > 0:
-        raise ValueError(
-            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this one knows guidance 1"
-        )
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
     null = torch.full_like(y, config.num_classes)
     given, free = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
     eps = torch.lerp(free[:, : config.channels], given[:, : config.channels], guidance)
     return torch.cat([eps, given[:, config.channels :]], dim=1)
+
+
+def check_guidance(config, guidance: float) -> None:
+    """ValueError where a model of this ``config`` cannot be guided so."""
+    if not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance}")
+    if guidance != 1 and not config.dropout_label > 0:
+        raise ValueError(
+            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this one knows guidance 1"
+        )
 
 
 SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20}  # name: its usual number of steps

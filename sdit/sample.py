@@ -4,6 +4,7 @@
 """
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, replacing, to_uint8
-from .diffusion import make_scheduler, predict, reverse_step
+from .diffusion import check_guidance, make_scheduler, predict, reverse_step
 
 __all__ = ["Film", "choose_labels", "class_names", "run", "sample", "save_gif", "save_grid", "save_npz"]
 
@@ -77,6 +78,7 @@ def sample(
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     make_scheduler(sampler, steps, config, clip)  # says what is wrong before any work
+    check_guidance(config, guidance)
     weight = next(model.parameters())
     shape = (1, config.channels, config.image_size, config.image_size)
 
@@ -306,6 +308,17 @@ def save_npz(path, images: Tensor, labels) -> None:
 # The command
 
 
+def usable(device) -> torch.device:
+    """The device that a user names, or a ValueError."""
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise ValueError("device 'meta' cannot be used: it holds no numbers")
+    return found
+
+
 _SHOWN = 100  # images that the grid and the film have room for
 
 
@@ -335,12 +348,12 @@ def run(
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if out.is_dir():
+        raise ValueError(f"out must be a file, {out} is a folder")
     out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all images are drawn
+    with tempfile.TemporaryFile(dir=out.parent):
+        pass
     model = load_model(checkpoint, ema=ema).to(device)
     names = class_names(model.config) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)

@@ -30,10 +30,11 @@ from .data import Images, Order, replacing, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
 from .model import SDiT
-from .sample import class_names, sample, save_grid
+from .sample import class_names, sample, save_grid, usable
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
+_MOST = 4096  # images of a step, where the data set has fewer
 _MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # in a run that goes on
 
 
@@ -101,8 +102,9 @@ class TrainSettings:
                 raise TypeError(f"{field.name} must be {'a number' if field.type is float else 'an int'}, got {value!r}")
             if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
                 least = 1
-            if not least <= value < math.inf:
-                raise ValueError(f"{field.name} must be at least {least} and finite, got {value}")
+            limit, said = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
+            if not least <= value < limit:
+                raise ValueError(f"{field.name} must be at least {least} and {said}, got {value}")
         if not self.lr > 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not self.ema < 1:
@@ -208,6 +210,9 @@ def train(
                 f"got {settings.batch_size}"
             )
         data = _data(config, data, root)
+        most = max(len(data), _MOST)
+        if settings.batch_size > most:
+            raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
         run = _Run(config, settings, out, data, device, rank, world, progress)
         run.restore(state, start)
         run.loop(start)
@@ -257,10 +262,7 @@ def _processes(device):
     local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
     if device is None:
         device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
+    device = usable(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ours:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .ops.lif import lif, lif_rate
+from .ops.lif import _check_data, _check_state, lif, lif_rate
 from .ops.mix import relu_squared, token_shift
 from .ops.wkv import wkv
 from .reference.lif import state_dtype
@@ -382,6 +382,13 @@ class _Mix(torch.nn.Module):
         """(c / C)^exponent of channel c."""
         return (torch.arange(self.channels, dtype=torch.float64) / self.channels) ** exponent
 
+    def _check_call(self, x, residual):
+        _check_data("x", x)
+        if x.dim() < 2 or x.shape[-1] != self.channels:
+            raise ValueError(f"x must have shape (..., L, {self.channels}), got {tuple(x.shape)}")
+        if residual is not None:
+            _check_state("residual", residual, x.shape, x)
+
     def _output(self, x, residual, gate=None):
         if self.neuron is not None:
             return self.neuron(x, residual, gate)
@@ -484,6 +491,7 @@ class TimeMix(_Mix):
             raise ValueError("a bidirectional TimeMix sees the whole sequence: it takes and returns no state")
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
             raise TypeError("state must be None or what an earlier call returned, (last token, (ybar, lse))")
+        self._check_call(x, residual)
         last, scan = (None, None) if state is None else state
         y = self.scan(*self.project(x, last), scan, return_state)
         y, scan = y if return_state else (y, None)
@@ -577,6 +585,9 @@ class ChannelMix(_Mix):
         self._reset_mixes()
 
     def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False, *, residual: Tensor | None = None):
+        self._check_call(x, residual)
+        if state is not None and not isinstance(state, Tensor):
+            raise TypeError(f"state must be None or what an earlier call returned, the last token, got {type(state).__name__}")
         xk, xr = token_shift(x, self.time_mix_k, self.time_mix_r, norm_eps=self.norm_eps, last=state)
         out = self._output(self.value(relu_squared(self.key(xk))), residual, self.receptance(xr))
         return (out, _last(x, state)) if return_state else out

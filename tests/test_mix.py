@@ -508,3 +508,15 @@ def test_docstrings():
 
     result = doctest.testmod(sys.modules["sdit_kernels.ops.mix"])
     assert result.attempted and not result.failed
+
+
+def test_per_sample_gradients_of_the_mixes():
+    """A batch of data under vmap shares the mixes, and each member still has its own gradient of them."""
+    m, x = torch.rand(3, 5), torch.randn(4, 2, 6, 5)
+
+    def loss(m, x):
+        return sum(y.sin().sum() for y in token_shift(x, *m, norm_eps=1e-5))
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(m, x)
+    wanted = torch.stack([torch.func.grad(loss)(m, one) for one in x])
+    torch.testing.assert_close(found, wanted)

@@ -126,8 +126,8 @@ def _extremes(k, k_l, n, V):
 
 @_inline
 def _calm(first, top, low, tokens, ka, m, b, w, W):
-    """(whether a tile of at most ``tokens`` with these keys is calm, R as a key and minus the tokens since, the factor that takes
-    the state to it)"""
+    """(whether a tile of at most ``tokens`` with these keys is calm, R as a key and minus the tokens since, the factor that
+    takes the state to it)"""
     zero, half = vset(0.0, W), vset(0.5, W)
     base = where_equal(b, zero, first, fma(zero - m, w, ka))
     top = _maximum(base, top)

@@ -98,11 +98,13 @@ def register(
     tensors = len(batch_axes)
 
     def overheard(args):
-        """Whether a mode, the profiler, or a tensor that is no plain one wants the dispatcher to see the call. If none does, an
-        eager call need not pass it, twice 12 us."""
+        """Whether a mode, the profiler, or a tensor that is no plain one (nor is one whose memory holds its negative) wants the
+        dispatcher to see the call. If none does, an eager call need not pass it, twice 12 us."""
         if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
             return True
-        return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in args[:tensors])
+        return any(
+            t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()) for t in args[:tensors]
+        )
 
     def differentiated(args):
         """Whether a derivative may be asked for; autograd.Function costs 11 us a call."""
