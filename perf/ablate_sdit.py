@@ -8,14 +8,15 @@ An arm is what it changes of the preset and its recipe: fields of ``Config`` and
 
     settings=faithful       the settings of that variant, the initial values being those of ``variant``
     old=gate,condition      these parts of the initial values as in "faithful": mixing, place, gate, condition, smooth
-    label_std=1             standard deviation of the initial label embeddings
+    std.labels.weight=1     standard deviation of the initial values of a parameter
 
 The arms that run without --arm are the two variants, initial values and settings of each with those of the other, and
 "improved" without one of its changes at a time. All arms have the batch size of the preset's recipe unless they change it.
 
-What is measured, of the averaged weights where there are such: the objective on 2,000 test images with the same noise and times
-for all arms; firing rates, and how many neurons (channels of a layer) never fire on those images; the share of generated images
-that a support vector machine trained on real ones takes for the label asked for (``label_found``).
+What is measured, of the averaged weights where there are such: the objective on 2,000 test images, with the same noise and
+times for all arms, and its mean squared error when no label is given; firing rates, and how many neurons (channels of a layer)
+never fire on those images; the share of generated images that a support vector machine trained on real ones takes for the label
+asked for (``label_found``).
 """
 
 import argparse
@@ -40,7 +41,7 @@ from perf import harness
 from sdit import PRESETS, SDiT
 from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
-from sdit.diffusion import STEPS, training_loss
+from sdit.diffusion import STEPS, draw, training_loss
 from sdit.model import Rate
 from sdit.sample import sample, save_grid
 from sdit.train import TrainSettings, train
@@ -59,19 +60,20 @@ ARMS += ["lr=1e-4", "warmup=0", "cosine=false", "clip=0", "ema=0"]
 
 
 def parse(words, preset, base=""):
-    """(config, settings, parts to leave as in "faithful", label_std) of an arm."""
+    """(config, settings, parts to leave as in "faithful", {parameter: standard deviation}) of an arm."""
     given = dict(word.split("=", 1) for word in f"{base} {words}".split())
     old = [part for part in given.pop("old", "").split(",") if part]
     if set(old) - set(PARTS):
         raise ValueError(f"old= takes {', '.join(PARTS)}, got {','.join(old)}")
-    label_std, variant = given.pop("label_std", None), given.pop("settings", None)
+    deviations = {name[4:]: float(given.pop(name)) for name in list(given) if name.startswith("std.")}
+    variant = given.pop("settings", None)
     changes = ({}, {})
     for name, text in given.items():
         kinds = [
             {f.name: f.type for f in dataclasses.fields(cls)}.get(name) for cls in (PRESETS[preset].__class__, TrainSettings)
         ]
         if kinds == [None, None]:
-            raise ValueError(f"an arm takes fields of Config and TrainSettings, settings, old, label_std; got {name!r}")
+            raise ValueError(f"an arm takes fields of Config and TrainSettings, settings, old, std.PARAMETER; got {name!r}")
         which = 0 if kinds[0] else 1
         kind = kinds[which]
         value = {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
@@ -80,25 +82,25 @@ def parse(words, preset, base=""):
     batch_size = TrainSettings.of(PRESETS[preset]).batch_size
     of = dataclasses.replace(config, variant=variant or config.variant)
     settings = TrainSettings.of(of, **{"batch_size": batch_size, "sample_every": 0, "save_every": 10**9} | changes[1])
-    return config, settings, old, None if label_std is None else float(label_std)
+    return config, settings, old, deviations
 
 
-def build(config, old, label_std):
+def build(config, old, deviations):
     model = SDiT(config)
     faithful = SDiT(config, variant="faithful").state_dict()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(re.search(PARTS[part], name) for part in old):
                 parameter.copy_(faithful[name])
-        if label_std is not None:
-            torch.nn.init.normal_(model.labels.weight, std=label_std)
+        for name, std in deviations.items():
+            torch.nn.init.normal_(model.get_parameter(name), std=std)
     return model
 
 
-def trained(config, settings, old, label_std):
+def trained(config, settings, old, deviations):
     """(model, CPU seconds, wall seconds)"""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(
-        sdit.train, "SDiT", functools.partial(build, old=old, label_std=label_std)
+        sdit.train, "SDiT", functools.partial(build, old=old, deviations=deviations)
     ):  # fmt: skip
         cpu, wall = time.process_time(), time.perf_counter()
         model = train(config, settings, folder, progress=False)
@@ -123,16 +125,19 @@ def objective(model, test):
         neuron.recorder = lambda part, s, name=name: seen[name].append(
             (s.sum(dtype=torch.float64), s.numel(), s.flatten(0, -2).amax(0))
         )
-    losses = []
+    losses, without = [], []
     for i in range(8):
         g = torch.Generator().manual_seed(i)
         t = torch.randint(STEPS // 8 * i, STEPS // 8 * (i + 1), (each,), generator=g)
         part = slice(i * each, (i + 1) * each)
-        losses.append(training_loss(model, to_batch(test.images[part], config), test.labels[part], g, t=t))
+        x0, y, (_, noise, drop) = to_batch(test.images[part], config), test.labels[part], draw(config, each, g)
+        losses.append(training_loss(model, x0, y, t=t, noise=noise, drop=drop))
+        without.append(training_loss(model, x0, y, t=t, noise=noise, drop=torch.ones_like(drop))["mse"].item())
     for neuron in layers.values():
         neuron.recorder = None
     found = {name: round(sum(loss[name].item() for loss in losses) / 8, 5) for name in ("loss", "mse", "vb")}
     found["mse_by_time"] = [round(loss["mse"].item(), 5) for loss in losses]
+    found["mse_without_label"] = round(sum(without) / 8, 5)
     fired = [torch.stack([most for *_, most in calls]).amax(0) > 0 for calls in seen.values()]
     found |= {"dead_neurons": sum(int((~some).sum()) for some in fired), "neurons": sum(some.numel() for some in fired)}
     found["rates"] = {

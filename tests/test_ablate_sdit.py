@@ -13,11 +13,11 @@ from sdit.train import TrainSettings
 
 
 def test_an_arm_changes_what_its_words_say():
-    config, settings, old, std = ablate_sdit.parse(
-        "dim=32 learn_sigma=false lr=3e-4 clip=0 old=gate,smooth label_std=2", "digits"
+    config, settings, old, stds = ablate_sdit.parse(
+        "dim=32 learn_sigma=false lr=3e-4 clip=0 old=gate,smooth std.labels.weight=2", "digits"
     )
     assert (config.dim, config.learn_sigma, config.T) == (32, False, PRESETS["digits"].T)
-    assert (settings.lr, settings.clip, old, std) == (3e-4, 0, ["gate", "smooth"], 2.0)
+    assert (settings.lr, settings.clip, old, stds) == (3e-4, 0, ["gate", "smooth"], {"labels.weight": 2.0})
     for words, variant in (("variant=faithful", "faithful"), ("settings=faithful", "improved")):
         config, settings, *_ = ablate_sdit.parse(words, "digits")
         assert (config.variant, settings.lr, settings.clip, settings.ema) == (variant, 1e-4, 0, 0)
@@ -33,13 +33,15 @@ def test_old_parts_and_no_others(part):
     torch.manual_seed(0)
     new = SDiT(config).state_dict()
     torch.manual_seed(0)
-    old = ablate_sdit.build(config, [part], None).state_dict()
+    old = ablate_sdit.build(config, [part], {}).state_dict()
     changed = {name for name in new if not torch.equal(new[name], old[name])}
     assert changed and all(ablate_sdit.re.search(ablate_sdit.PARTS[part], name) for name in changed)
 
 
-def test_label_std():
-    assert math.isclose(ablate_sdit.build(PRESETS["digits"], [], 0.5).labels.weight.std().item(), 0.5, rel_tol=0.2)
+def test_standard_deviations():
+    assert math.isclose(
+        ablate_sdit.build(PRESETS["digits"], [], {"labels.weight": 0.5}).labels.weight.std().item(), 0.5, rel_tol=0.2
+    )
 
 
 def test_a_run_leaves_rows_and_is_not_repeated(tmp_path, monkeypatch):
