@@ -1,0 +1,204 @@
+"""SDiT trained from several initial values, settings and sizes: what each is worth after equal steps, or equal CPU time.
+
+    python perf/ablate_sdit.py --preset fashion_tiny --steps 600 --set bf16=true --json perf/results/sdit_fashion_ablation.json
+    python perf/ablate_sdit.py --preset digits --steps 1000 --json perf/results/sdit_digits_ablation.json
+    python perf/ablate_sdit.py --preset fashion_tiny --cpu-seconds 180 --arm "" --arm "lr=3e-4" --arm "dim=192 v_threshold=0.3"
+
+An arm is what it changes of the preset and its recipe: fields of ``Config`` and ``TrainSettings`` as NAME=VALUE, and
+
+    settings=faithful       the settings of that variant, the initial values being those of ``variant``
+    old=gate,condition      these parts of the initial values as in "faithful": mixing, place, gate, condition, smooth
+    std.labels.weight=1     standard deviation of the initial values of a parameter
+
+The arms that run without --arm are the two variants, initial values and settings of each with those of the other, and
+"improved" without one of its changes at a time. All arms have the batch size of the preset's recipe unless they change it.
+
+What is measured, of the averaged weights where there are such: the objective on 2,000 test images, with the same noise and
+times for all arms, and its mean squared error when no label is given; firing rates, and how many neurons (channels of a layer)
+never fire on those images; the share of generated images that a support vector machine trained on real ones takes for the label
+asked for (``label_found``).
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from unittest import mock
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+from sklearn.svm import SVC
+
+import sdit.train
+from perf import harness
+from sdit import PRESETS, SDiT
+from sdit.config import Config
+from sdit.data import load, to_batch, to_uint8
+from sdit.diffusion import STEPS, draw, training_loss
+from sdit.model import Rate
+from sdit.sample import sample, save_grid
+from sdit.train import TrainSettings, train
+
+PARTS = {  # of the initial values: names of parameters
+    "mixing": r"\.(key|value|receptance|output)\.weight$",
+    "place": r"\.(time_decay|time_first|time_mix_\w)$",
+    "gate": r"\.tokens_out\.weight$",
+    "condition": r"^(time|labels)\.",
+    "smooth": r"^smooth\.",
+}
+FIELDS = [{field.name: field.type for field in dataclasses.fields(cls)} for cls in (Config, TrainSettings)]
+ARMS = ["variant=faithful", "variant=improved", "variant=faithful settings=improved", "variant=improved settings=faithful"]
+ARMS += [f"old={part}" for part in PARTS]
+ARMS += ["lr=1e-4", "warmup=0", "cosine=false", "clip=0", "ema=0"]
+
+
+def parse(words, preset, base=""):
+    """(config, settings, parts to leave as in "faithful", {parameter: standard deviation}) of an arm."""
+    given = dict(word.split("=", 1) for word in f"{base} {words}".split())
+    old = [part for part in given.pop("old", "").split(",") if part]
+    if set(old) - set(PARTS):
+        raise ValueError(f"old= takes {', '.join(PARTS)}, got {','.join(old)}")
+    deviations = {name[4:]: float(given.pop(name)) for name in list(given) if name.startswith("std.")}
+    variant = given.pop("settings", None)
+    changes = ({}, {})
+    for name, text in given.items():
+        kinds = [
+            {f.name: f.type for f in dataclasses.fields(cls)}.get(name) for cls in (PRESETS[preset].__class__, TrainSettings)
+        ]
+        if kinds == [None, None]:
+            raise ValueError(f"an arm takes fields of Config and TrainSettings, settings, old, std.PARAMETER; got {name!r}")
+        which = 0 if kinds[0] else 1
+        kind = kinds[which]
+        value = {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
+        changes[which][name] = value
+    config = dataclasses.replace(PRESETS[preset], **changes[0])
+    batch_size = TrainSettings.of(PRESETS[preset]).batch_size
+    of = dataclasses.replace(config, variant=variant or config.variant)
+    settings = TrainSettings.of(of, **{"batch_size": batch_size, "sample_every": 0, "save_every": 10**9} | changes[1])
+    return config, settings, old, deviations
+
+
+def build(config, old, deviations):
+    model = SDiT(config)
+    faithful = SDiT(config, variant="faithful").state_dict()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(re.search(PARTS[part], name) for part in old):
+                parameter.copy_(faithful[name])
+        for name, std in deviations.items():
+            torch.nn.init.normal_(model.get_parameter(name), std=std)
+    return model
+
+
+def trained(config, settings, old, deviations):
+    """(model, CPU seconds, wall seconds)"""
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(
+        sdit.train, "SDiT", functools.partial(build, old=old, deviations=deviations)
+    ):  # fmt: skip
+        cpu, wall = time.process_time(), time.perf_counter()
+        model = train(config, settings, folder, progress=False)
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return model, cpu, wall
+
+
+def steps_in(seconds, *arm):
+    """How many steps of an arm take ``seconds`` of CPU time."""
+    config, settings, *rest = arm
+    _, short, long = (trained(config, dataclasses.replace(settings, steps=n), *rest)[1] for n in (2, 4, 20))
+    return max(1, round(seconds / ((long - short) / 16)))
+
+
+@torch.no_grad()
+def objective(model, test):
+    """The objective on test images, batch i of eight at times of the i-th eighth; firing rates; neurons that never fire."""
+    config, each = model.config, min(250, len(test) // 8)
+    layers = {name.removesuffix(".neuron"): m for name, m in model.named_modules() if isinstance(m, Rate)}
+    seen = {name: [] for name in layers}
+    for name, neuron in layers.items():
+        neuron.recorder = lambda part, s, name=name: seen[name].append(
+            (s.sum(dtype=torch.float64), s.numel(), s.flatten(0, -2).amax(0))
+        )
+    losses, without = [], []
+    for i in range(8):
+        g = torch.Generator().manual_seed(i)
+        t = torch.randint(STEPS // 8 * i, STEPS // 8 * (i + 1), (each,), generator=g)
+        part = slice(i * each, (i + 1) * each)
+        x0, y, (_, noise, drop) = to_batch(test.images[part], config), test.labels[part], draw(config, each, g)
+        losses.append(training_loss(model, x0, y, t=t, noise=noise, drop=drop))
+        without.append(training_loss(model, x0, y, t=t, noise=noise, drop=torch.ones_like(drop))["mse"].item())
+    for neuron in layers.values():
+        neuron.recorder = None
+    found = {name: round(sum(loss[name].item() for loss in losses) / 8, 5) for name in ("loss", "mse", "vb")}
+    found["mse_by_time"] = [round(loss["mse"].item(), 5) for loss in losses]
+    found["mse_without_label"] = round(sum(without) / 8, 5)
+    fired = [torch.stack([most for *_, most in calls]).amax(0) > 0 for calls in seen.values()]
+    found |= {"dead_neurons": sum(int((~some).sum()) for some in fired), "neurons": sum(some.numel() for some in fired)}
+    found["rates"] = {
+        name: round(float(sum(c[0] for c in calls) / sum(c[1] for c in calls)), 4) for name, calls in seen.items()
+    }
+    return found
+
+
+def generate(model, n, guidance, bf16):
+    labels = torch.arange(n) % model.config.num_classes
+    with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
+        return sample(model, labels, sampler="dpm++", guidance=guidance, clip=True, batch_size=100), labels
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--preset", choices=PRESETS, required=True)
+    p.add_argument("--arm", action="append", metavar="CHANGES", help="an arm (may be repeated); left out: the two variants")
+    p.add_argument("--set", default="", metavar="CHANGES", help="changes in every arm, as bf16=true")
+    length = p.add_mutually_exclusive_group(required=True)
+    length.add_argument("--steps", type=int, help="of every arm")
+    length.add_argument("--cpu-seconds", type=float, help="as many steps as take so long")
+    p.add_argument("--images", type=int, default=200, help="to generate per arm (%(default)s)")
+    p.add_argument(
+        "--json", type=pathlib.Path, metavar="PATH", help="write all rows; those that it has are kept, and not run again"
+    )
+    p.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="save the generated images here")
+    p.set_defaults(csv=None, device="cpu")
+    args = p.parse_args()
+    torch.set_num_threads(1)  # CPU time of several threads counts their waiting
+
+    name = PRESETS[args.preset].dataset
+    data, test = load(name), load(name, split="test")
+    machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
+    real = machine.score(test.images[:2000].flatten(1).numpy() / 255, test.labels[:2000].numpy())
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
+    for words in ARMS if args.arm is None else args.arm:
+        words = " ".join(f"{args.set} {words}".split())
+        config, settings, *initial = parse(words, args.preset)
+        told = {"arm": words, "asked": asked, "config": config.to_dict()}
+        if any(told == {key: row[key] for key in told} for row in rows) or ("gate" in initial[0] and not config.reconstruction):
+            continue
+        settings = dataclasses.replace(settings, steps=args.steps or steps_in(args.cpu_seconds, config, settings, *initial))
+        model, cpu, wall = trained(config, settings, *initial)
+        row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
+        row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
+        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)
+        for guidance in (1.0, 2.0) if args.images else ():
+            images, labels = generate(model, args.images, guidance, settings.bf16)
+            found = machine.score(to_uint8(images).flatten(1).numpy() / 255, labels.numpy())
+            row[f"label_found_guidance_{guidance:g}"] = round(found, 4)
+            if args.keep:
+                args.keep.mkdir(parents=True, exist_ok=True)
+                save_grid(args.keep / f"{len(rows):02d}_{guidance:g}.png", images[:100], labels[:100], columns=10)
+        row |= {"config": config.to_dict(), "settings": dataclasses.asdict(settings)}
+        row["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        rows.append(row)
+        print({key: value for key, value in row.items() if key not in ("config", "settings", "rates")}, flush=True)
+        harness.save(__doc__.splitlines()[0], rows, args, label_found_real=real)
+
+
+if __name__ == "__main__":
+    main()
