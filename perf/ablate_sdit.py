@@ -39,6 +39,7 @@ from sklearn.svm import SVC
 import sdit.train
 from perf import harness
 from sdit import PRESETS, SDiT
+from sdit.cli import field_values
 from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
 from sdit.diffusion import STEPS, draw, training_loss
@@ -53,35 +54,31 @@ PARTS = {  # of the initial values: names of parameters
     "condition": r"^(time|labels)\.",
     "smooth": r"^smooth\.",
 }
-FIELDS = [{field.name: field.type for field in dataclasses.fields(cls)} for cls in (Config, TrainSettings)]
+FIELDS = [{field.name for field in dataclasses.fields(cls)} for cls in (Config, TrainSettings)]
 ARMS = ["variant=faithful", "variant=improved", "variant=faithful settings=improved", "variant=improved settings=faithful"]
 ARMS += [f"old={part}" for part in PARTS]
 ARMS += ["lr=1e-4", "warmup=0", "cosine=false", "clip=0", "ema=0"]
 
 
-def parse(words, preset, base=""):
+def parse(words, preset):
     """(config, settings, parts to leave as in "faithful", {parameter: standard deviation}) of an arm."""
-    given = dict(word.split("=", 1) for word in f"{base} {words}".split())
+    given = dict(word.split("=", 1) for word in words.split())
     old = [part for part in given.pop("old", "").split(",") if part]
     if set(old) - set(PARTS):
         raise ValueError(f"old= takes {', '.join(PARTS)}, got {','.join(old)}")
     deviations = {name[4:]: float(given.pop(name)) for name in list(given) if name.startswith("std.")}
     variant = given.pop("settings", None)
-    changes = ({}, {})
-    for name, text in given.items():
-        kinds = [
-            {f.name: f.type for f in dataclasses.fields(cls)}.get(name) for cls in (PRESETS[preset].__class__, TrainSettings)
-        ]
-        if kinds == [None, None]:
-            raise ValueError(f"an arm takes fields of Config and TrainSettings, settings, old, std.PARAMETER; got {name!r}")
-        which = 0 if kinds[0] else 1
-        kind = kinds[which]
-        value = {"true": True, "false": False}[text] if kind is bool else kind(text) if kind in (int, float) else text
-        changes[which][name] = value
-    config = dataclasses.replace(PRESETS[preset], **changes[0])
+    unknown = given.keys() - FIELDS[0] - FIELDS[1]
+    if unknown:
+        raise ValueError(f"an arm takes fields of Config and TrainSettings, settings, old, std.PARAMETER; got {min(unknown)!r}")
+    config, changes = (
+        field_values(cls, [f"{name}={text}" for name, text in given.items() if name in fields])
+        for cls, fields in zip((Config, TrainSettings), FIELDS)
+    )
+    config = dataclasses.replace(PRESETS[preset], **config)
     batch_size = TrainSettings.of(PRESETS[preset]).batch_size
     of = dataclasses.replace(config, variant=variant or config.variant)
-    settings = TrainSettings.of(of, **{"batch_size": batch_size, "sample_every": 0, "save_every": 10**9} | changes[1])
+    settings = TrainSettings.of(of, **{"batch_size": batch_size, "sample_every": 0, "save_every": 10**9} | changes)
     return config, settings, old, deviations
 
 
@@ -153,9 +150,9 @@ def generate(model, n, guidance, bf16):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, required=True)
-    p.add_argument("--arm", action="append", metavar="CHANGES", help="an arm (may be repeated); left out: the two variants")
+    p.add_argument("--arm", action="append", metavar="CHANGES", help="an arm (may be repeated); left out: see above")
     p.add_argument("--set", default="", metavar="CHANGES", help="changes in every arm, as bf16=true")
     length = p.add_mutually_exclusive_group(required=True)
     length.add_argument("--steps", type=int, help="of every arm")

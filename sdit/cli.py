@@ -147,7 +147,12 @@ def _config(preset, changes):
 
     if preset not in PRESETS:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    fields = {field.name: field.type for field in dataclasses.fields(PRESETS[preset])}
+    return dataclasses.replace(PRESETS[preset], **field_values(PRESETS[preset], changes))
+
+
+def field_values(dataclass, changes) -> dict:
+    """{field: value} of ``FIELD=VALUE`` words."""
+    fields = {field.name: field.type for field in dataclasses.fields(dataclass)}
     values = {}
     for change in changes:
         name, equals, value = change.partition("=")
@@ -161,7 +166,7 @@ def _config(preset, changes):
         except (ValueError, KeyError):
             kind = {int: "an int", float: "a number", bool: "true or false"}[fields[name]]
             raise ValueError(f"--set {name} must be {kind}, got {value!r}") from None
-    return dataclasses.replace(PRESETS[preset], **values)
+    return values
 
 
 def _train(args):

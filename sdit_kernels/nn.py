@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import backend
-from .ops.lif import _check_data, _check_state, lif, lif_rate
+from .ops.lif import _check_data, lif, lif_rate
 from .ops.mix import relu_squared, token_shift
 from .ops.wkv import wkv
 from .reference.lif import state_dtype
@@ -387,7 +387,7 @@ class _Mix(torch.nn.Module):
         if x.dim() < 2 or x.shape[-1] != self.channels:
             raise ValueError(f"x must have shape (..., L, {self.channels}), got {tuple(x.shape)}")
         if residual is not None:
-            _check_state("residual", residual, x.shape, x)
+            _check_data("residual", residual, like=x)
 
     def _output(self, x, residual, gate=None):
         if self.neuron is not None:

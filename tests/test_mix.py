@@ -355,6 +355,7 @@ X, M = torch.ones(2, 4, 3), torch.ones(3)
         (TypeError, "norm_eps must be a number or None.*got str", lambda: token_shift(X, M, norm_eps="1e-6")),
         (ValueError, "norm_eps must be positive and finite.*got 0", lambda: token_shift(X, M, norm_eps=0)),
         (ValueError, "norm_eps must be positive and finite.*got nan", lambda: token_shift(X, M, norm_eps=math.nan)),
+        (ValueError, r"norm_eps must be .*1.2e-38 at least.*got 1e-50", lambda: token_shift(X, M, norm_eps=1e-50)),
         (TypeError, "last must be a tensor or None, got int", lambda: token_shift(X, M, last=0)),
         (ValueError, r"last must have the shape of one token of x, \(2, 3\), got \(3,\)", lambda: token_shift(X, M, last=M)),
         (TypeError, "last must have the dtype of x, torch.float32, got", lambda: token_shift(X, M, last=X[:, 0].double())),
@@ -520,3 +521,6 @@ def test_per_sample_gradients_of_the_mixes():
     found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(m, x)
     wanted = torch.stack([torch.func.grad(loss)(m, one) for one in x])
     torch.testing.assert_close(found, wanted)
+    jacobian = torch.func.jacrev(lambda m: token_shift(x[0], *m)[0])(m)
+    expected = torch.autograd.functional.jacobian(lambda m: token_shift(x[0], *m)[0], m)
+    torch.testing.assert_close(jacobian, expected)

@@ -51,14 +51,14 @@ def _fields(gate):
 
 
 @_inline
-def _enter(constants, k, k_l, n, tokens, ka, b, w, u, lanes, V, W):
+def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
     """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/wkv.py."""
     one = vset(1.0, W)
     if _gentle(w, u, W):
         high, low = _extremes(k, k_l, n, V)
         calm, top, _, entry = _calm(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
         if calm:
-            return True, top, entry, vload(constants, 0, W), vload(constants, lanes, W)
+            return True, top, entry, vload(constants, 0, W), vload(constants, W // 8, W)
     return False, ka, one, one, one
 
 
@@ -158,9 +158,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                         else:
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                         m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                        calm, ka, entered, bonus, decay = _enter(
-                                mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, lanes, V, W
-                            )  # fmt: skip
+                        calm, ka, entered, bonus, decay = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
                         a, b = a * entered, b * entered
                         if calm:
                             for l in range(size):
@@ -277,9 +275,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                             m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                            calm, ka, entered, bonus, decay = _enter(
-                                mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, lanes, V, W
-                            )  # fmt: skip
+                            calm, ka, entered, bonus, decay = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
                             vstore(entries, t * ROW + j * lanes, entered, W)
                             a, b = a * entered, b * entered
                             step = FIELDS * area * sb if t > 0 else 0

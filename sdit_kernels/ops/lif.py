@@ -343,11 +343,6 @@ def _rate_gradient(ctx, g):
     return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
 
 
-def _sums_parameters(tensors, rest):
-    """vmap: sums over the data cannot be told apart again, so that each member of a batch is called alone."""
-    return rest[-2]
-
-
 _lif_call = register(
     f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, "
     "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -365,7 +360,6 @@ _lif_backward_call = register(
     _lif_backward_fake,
     batch_axes=(1, 0, 1, 1, 0, None, None, 1),
     output_axes=(1, 0, None, None),
-    loop=_sums_parameters,
 )
 _rate_call = register(
     f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
@@ -384,7 +378,6 @@ _rate_backward_call = register(
     _rate_backward_fake,
     batch_axes=(0, 0, 0, None, None),
     output_axes=(0, 0, None, None),
-    loop=_sums_parameters,
 )
 
 

@@ -103,7 +103,6 @@ _shift_backward_call = register(
     _shift_backward_fake,
     batch_axes=(*(0,) * MIXES, 0, 0, None),
     output_axes=(0, 0, None),
-    loop=lambda tensors, rest: rest[1],  # the sums over tokens are each member's own
 )
 
 
@@ -221,11 +220,9 @@ def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: 
     if norm_eps is not None:
         if not _is_number(norm_eps):
             raise TypeError(f"norm_eps must be a number or None (no norm), got {type(norm_eps).__name__}")
-        if not 0 < norm_eps < math.inf:
-            raise ValueError(f"norm_eps must be positive and finite, or None (no norm), got {norm_eps}")
-        if norm_eps < torch.finfo(state_dtype(x.dtype)).tiny:
-            tiny = torch.finfo(state_dtype(x.dtype)).tiny
-            raise ValueError(f"norm_eps must be at least {tiny:.2g}, the least normal {state_dtype(x.dtype)}, got {norm_eps}")
+        tiny = torch.finfo(state_dtype(x.dtype)).tiny  # less may be 0 in the kernel
+        if not tiny <= norm_eps < math.inf:
+            raise ValueError(f"norm_eps must be positive and finite ({tiny:.2g} at least), or None (no norm), got {norm_eps}")
     if last is not None:
         if not isinstance(last, Tensor):
             raise TypeError(f"last must be a tensor or None, got {type(last).__name__}")

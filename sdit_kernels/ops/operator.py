@@ -18,13 +18,13 @@ def _looped(operator, n, dims, tensors, rest):
     return [torch.stack(column) for column in columns]
 
 
-def _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates):
+def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates):
     """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
 
     batch_axes: where each leading tensor argument carries the batch; None marks parameters. output_axes: likewise; None marks
     parameters' gradients, which a batch must not sum over. flatten: the batch joins the axis it would stand before.
-    loop(tensors, other arguments): calls that must not be batched. mutates: tensors that are written; each needs a batch to
-    write to.
+    sums: index of the flag that asks for sums over the data, which could not be told apart again. loop(tensors): other calls
+    that must not be batched. mutates: tensors that are written; each needs a batch to write to.
     """
 
     def rule(info, in_dims, *args):
@@ -33,7 +33,7 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates):
         parameters = any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None)
         if mutates and any(dims[i] is None for i in mutates):
             raise RuntimeError("vmap over an operator that writes to a tensor needs that tensor batched as well")
-        if parameters or mutates or (loop is not None and loop(tensors, rest)):
+        if parameters or mutates or (sums is not None and args[sums]) or (loop is not None and loop(tensors)):
             outputs = _looped(operator, n, dims, tensors, rest)
             axes = [0] * len(outputs)
         else:
@@ -80,9 +80,9 @@ def register(
 ):  # fmt: skip
     """Define ``sdit_kernels::<schema>``. Returns what to call: the operator, or a shorter way to the same.
 
-    implementation, fake: take the operator's arguments, tensors first. batch_axes, output_axes, flatten, loop: see
-    _batching_rule. mutates: indices of tensors that are written. save(ctx, inputs, outputs), gradient(ctx, *upstream): as in
-    autograd.Function; without them a derivative is refused.
+    implementation, fake: take the operator's arguments, tensors first; one named ``parameters`` asks for the gradients of
+    parameters. batch_axes, output_axes, flatten, loop: see _batching_rule. mutates: indices of tensors that are written.
+    save(ctx, inputs, outputs), gradient(ctx, *upstream): as in autograd.Function; without them a derivative is refused.
     """
     name = schema.partition("(")[0]
     save, gradient = save or _nothing, gradient or _no_second_derivative
@@ -92,7 +92,9 @@ def register(
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
-    rule = _batching_rule(operator, batch_axes, output_axes, flatten, loop, mutates)
+    arguments = [argument.name for argument in operator._schema.arguments]
+    sums = arguments.index("parameters") if "parameters" in arguments else None
+    rule = _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
     torch.library.register_vmap(f"sdit_kernels::{name}", rule, lib=_LIBRARY)
 
     tensors = len(batch_axes)
@@ -143,7 +145,7 @@ def register(
         backward = staticmethod(gradient)
         jvp = staticmethod(_no_forward_mode)
 
-    def autograd(*args):
+    def autograd(*args):  # from the dispatcher
         return Autograd.apply(*args) if differentiated(args) else run(*args)
 
     def autograd_refused(*args):
@@ -155,9 +157,7 @@ def register(
         torch.autograd.graph.increment_version([args[i] for i in mutates])
         return output
 
-    if mutates:
-        autograd = autograd_refused
-    _LIBRARY.impl(name, autograd, "Autograd")
+    _LIBRARY.impl(name, autograd_refused if mutates else autograd, "Autograd")
 
     def call(*args):
         if torch.compiler.is_compiling():
@@ -166,6 +166,8 @@ def register(
             return operator(*args) if mutates else Functorch.apply(*args)
         if overheard(args):
             return operator(*args)
-        return autograd(*args) if mutates or differentiated(args) else implementation(*args)
+        if mutates:
+            return autograd_refused(*args)
+        return Autograd.apply(*args) if differentiated(args) else implementation(*args)
 
     return call

@@ -247,7 +247,7 @@ _wkv_call = register(
     save=_wkv_save,
     gradient=_wkv_gradient,
     flatten=True,
-    loop=lambda tensors, rest: tensors[7] is not None,  # packed: tokens of other sequences follow, no batch can
+    loop=lambda tensors: tensors[7] is not None,  # packed: tokens of other sequences follow, no batch can
 )
 _wkv_backward_call = register(
     "wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, "
@@ -258,7 +258,7 @@ _wkv_backward_call = register(
     batch_axes=(0, 0, 0, 0, 0, 0, None, None, 0, 0, 2, None),
     output_axes=(0, 0, 0, None, None, 0, 0),
     flatten=True,
-    loop=lambda tensors, rest: tensors[11] is not None or rest[3],
+    loop=lambda tensors: tensors[11] is not None,
 )
 
 
@@ -341,7 +341,8 @@ def wkv(
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
         algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
             tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
-            and L >= 4096; on a GPU where B * C < 32,768 (half of the threads that keep an H100's memory busy) and L > 32.
+            and L >= 4096; on a GPU where B * C < 32,768 (on paper half
+            of the threads that keep an H100's memory busy; not timed yet) and L > 32.
 
     Returns:
         out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
