@@ -16,26 +16,11 @@ import torch
 
 from ..layout import TILE, spiking_tile
 from ..surrogate import SURROGATES
+from . import scan
 from .lif import _charge, _Parameters, _surrogate
 from .runtime import CODES, SIZES, Kernel, state_code, tile
 from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
-from .wkv import (
-    _address,
-    _by_slope,
-    _calm,
-    _channels,
-    _constants,
-    _entry,
-    _extremes,
-    _gap,
-    _gate,
-    _gentle,
-    _include,
-    _leave,
-    _place,
-    _rounded,
-    _weights,
-)
+from .wkv import _address, _place
 
 _WIDTH = 8  # vectors of channels that a forward task holds, and one more for the last channels
 _BACK = 4  # the same of a backward task
@@ -43,26 +28,24 @@ _BACK = 4  # the same of a backward task
 # token and of the state in y, the charge; sigmoid(r) and its derivative.
 _A, _B, _KEEP, _NEW, _SELF, _SEEN, _H, _OPEN, _SLOPE = range(9)
 
-_inline = numba.njit(forceinline=True, error_model="numpy")
-
 
 def _fields(gate):
     return 9 if gate else 7
 
 
-@_inline
+@scan.inline
 def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
-    """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/wkv.py."""
+    """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/scan.py."""
     one = vset(1.0, W)
-    if _gentle(w, u, W):
-        high, low = _extremes(k, k_l, n, V)
-        calm, top, _, entry = _calm(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
+    if scan.gentle(w, u, W):
+        high, low = scan.extremes(k, k_l, n, V)
+        calm, top, _, entry = scan.settle(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
         if calm:
             return True, top, entry, vload(constants, 0, W), vload(constants, W // 8, W)
     return False, ka, one, one, one
 
 
-@_inline
+@scan.inline
 def _step(calm, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
     """Numerator and denominator of y, the weights of the state and of the token in them, the state one token later, and the
     weights that made it."""
@@ -71,14 +54,14 @@ def _step(calm, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
         Ev = E * v
         y, z = fma(bonus, Ev, a), fma(bonus, E, b)
         return y, z, vset(1.0, W), bonus * E, ka, m, fma(decay, a, Ev), fma(decay, b, E), decay, E
-    old, new = _weights(fma(m, w, k - ka) + u, W)
+    old, new = scan.weights(fma(m, w, k - ka) + u, W)
     half, y, z = vset(0.5, W), fma(new, v, old * a), fma(old, b, new)
     z = where_less(z, half, half, z)  # 0 where nothing is seen, else about 1 or more
-    ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
+    ka, m, a, b, A, E = scan.include(ka, m, a, b, k, v, w, W)
     return y, z, old, new, ka, m, a, b, A, E
 
 
-@_inline
+@scan.inline
 def _neuron(x, v, leak, th, vr, zero, one, soft, decay):
     """(h, spike, v after it) of one step."""
     h, _ = _charge(x, v, leak, vr, soft, decay)
@@ -92,7 +75,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     ROW = (_WIDTH + 1) * lanes
     AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 2) * ROW
 
-    @_inline
+    @scan.inline
     def token(
         calm, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak, th, vr
     ):  # fmt: skip
@@ -100,7 +83,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
         y, z, _, _, ka, m, a, b, _, _ = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
-            over, _ = _gate(vload(r, l * r_l + c, V), W)
+            over, _ = scan.gate(vload(r, l * r_l + c, V), W)
             z = z * over
         slot = l * ROW + slot
         _, s, x = _neuron(y * (one / z), vload(membrane, slot, W), leak, th, vr, zero, one, SOFT, DECAY)
@@ -117,15 +100,15 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
     ):  # fmt: skip
         for task in numba.prange(B * blocks):
             batch = task // blocks
-            begin, vectors = _channels(C, lanes, task - batch * blocks, blocks)
+            begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
             membrane, counts, constants = tile(AREA, S), tile(COUNTS, S), tile(CONSTANTS, S)
             leak, th, vr, steps = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(float(T), W)
             zero, one = vset(0.0, W), vset(1.0, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if _gentle(w, u, W):
-                    _constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
+                if scan.gentle(w, u, W):
+                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
             for i in range((L + tokens - 1) // tokens):
                 first = i * tokens
                 size = min(tokens, L - first)
@@ -150,7 +133,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                                 if RATE:
                                     vstore(counts, l * ROW + slot, zero, W)
                         if i == 0:
-                            ka, a, b = _entry(ybar, lse, user + c, W)
+                            ka, a, b = scan.user_state(ybar, lse, user + c, W)
                             if keep:
                                 vstore(entry, c, a, W)
                                 vstore(entry, field + c, b, W)
@@ -167,7 +150,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                                     True, growth, bonus, decay, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l,
                                     r_l, C, c, slot, w, u, leak, th, vr,
                                 )  # fmt: skip
-                            ka, m, a, b = _leave(vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W)
+                            ka, m, a, b = scan.leave(vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W)
                         else:
                             for l in range(size):
                                 ka, m, a, b = token(
@@ -175,7 +158,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
                                     slot, w, u, leak, th, vr,
                                 )  # fmt: skip
                         if first + size < L:
-                            a, b, ka = _rounded(ka, m, a, b, w, W)
+                            a, b, ka = scan.rounded(ka, m, a, b, w, W)
                             vstore(leave, c, a, W)
                             vstore(leave, field + c, b, W)
                             vstore(leave, 2 * field + c, ka, W)
@@ -204,7 +187,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
     ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
     CONSTANTS = (TILE + 2) * ROW
 
-    @_inline
+    @scan.inline
     def rebuild(
         calm, growth, bonus, decay, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
     ):  # fmt: skip
@@ -214,7 +197,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         vstore(here, _B * lanes, b, W)
         y, z, old, new, ka, m, a, b, A, E = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
-            over, e = _gate(vload(r, l * r_l + c, V), W)
+            over, e = scan.gate(vload(r, l * r_l + c, V), W)
             both = one / (z * over)
             x, inverse, share = y * both, both * over, both * z
             vstore(here, _OPEN * lanes, share, W)
@@ -249,14 +232,14 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
                 batch = task // blocks
-                begin, vectors = _channels(C, lanes, task - batch * blocks, blocks)
+                begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
                 for j in range(vectors):
                     for total in (sum_w, sum_u, sum_leak, sum_th):
                         vstore(total, j * lanes, zero, W)
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
-                    if _gentle(w, u, W):
-                        _constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
+                    if scan.gentle(w, u, W):
+                        scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
                 for i in range((L - 1) // tokens, -1, -1):
                     first = i * tokens
                     size = min(tokens, L - first)
@@ -296,10 +279,10 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                         w, u, leak, th, vr,
                                     )  # fmt: skip
                             if calm:
-                                m = _by_slope(w, tokens, vset(-float(size), W), zero, W)
+                                m = scan.by_slope(w, tokens, vset(-float(size), W), zero, W)
                             slot = j * lanes
                             if first + size < L:  # the tile that follows counts from its exponent rounded
-                                gap = _gap(ka, m, vload(entry, 2 * field + C + c, W), w, W)
+                                gap = scan.unrounding(ka, m, vload(entry, 2 * field + C + c, W), w, W)
                                 P, Q = vload(Pt, slot, W) * gap, vload(Pt, ROW + slot, W) * gap
                             else:
                                 gy = vload(g_ybar, user + c, W) if g_ybar != 0 else zero

@@ -6,19 +6,7 @@ preceded it, a scan over segments gives each its entry state, the last pass appl
 adjoint state. Where C is no multiple of a vector's lanes the last vector overlaps the one before it, in the same task, and both
 compute the same; where C is smaller a vector has one lane.
 
-Exponents: a state N = a e^o, D = b e^o has o = ka - m w, the key of the token that holds the running maximum and minus the
-number of tokens since. b is 0 (nothing seen, ka the least float) or at least 1, less rounding.
-
-A running maximum is what a token waits for: a difference, a product, a comparison and a selection, one after the other. So a
-calm tile, in which nothing can overflow, has one maximum R for all its tokens, the greatest of o and their keys:
-
-    y[t] = (a + U E[t] v[t]) / (b + U E[t]);   a <- D a + E[t] v[t];   b <- D b + E[t]
-
-one exponential a token instead of two, no comparison, and nothing to wait for but two multiply-adds. A slow channel, TILE w >=
--36, has D = 1, U = e^(u + w), E[t] = e^(k[t] - R - (t + 1) w) and, at the tile's end, o = R + TILE w: no rounding adds up. A
-steep one has D = e^w, U = e^u, E[t] = e^(k[t] - R), and o becomes the last key where that exceeds R + TILE w. Calm: w <= 0,
-|u| <= 8, no key of a slow channel exceeds o (before the first key: that key) by more than 26, and none of a steep one is less
-than R - 30. Other tiles walk with the running maximum.
+The state and its arithmetic are those of cpu/scan.py.
 """
 
 import functools
@@ -28,14 +16,12 @@ import numpy as np
 import torch
 
 from ..layout import TILE, wkv_rows
-from .runtime import CODES, F64, SIZES, Kernel, load_int, state_code, tile
+from . import scan
+from .runtime import CODES, SIZES, Kernel, load_int, state_code, tile
 from .vector import (
     LANES,
-    absolute,
-    all_at_most,
     fma,
     kind,
-    negative_abs,
     vexp,
     vload,
     vlog,
@@ -48,182 +34,6 @@ from .vector import (
 _BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
 _CHUNK = 16  # tiles of a segment in the chunked algorithm
 _FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
-_STEEP, _BONUS, _JUMP, _RANGE = 36.0, 8.0, 26.0, 30.0  # of a calm tile; 36 + 8 + 26 < 88 - ln 2^24
-_LEAST = 1e-30  # lost beside the denominator of a token that sees a key, which is e^-38 at least
-_FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
-
-
-# --- arithmetic on vectors --------------------------------------------------------------------------------------------------
-
-_inline = numba.njit(forceinline=True, error_model="numpy")
-
-
-@_inline
-def _weights(d, W):
-    """Of the old and the new of two terms whose exponents differ by d = new - old: the greater is 1."""
-    zero, one = vset(0.0, W), vset(1.0, W)
-    e = vexp(negative_abs(d), W)
-    return where_less(d, zero, one, e), where_less(d, zero, e, one)
-
-
-@_inline
-def _include(ka, m, a, b, k, v, w, W):
-    """The state one token later, and the weights that made it."""
-    zero = vset(0.0, W)
-    m = m - vset(1.0, W)
-    d = fma(m, w, k - ka)
-    A, E = _weights(d, W)
-    return where_less(d, zero, ka, k), where_less(d, zero, m, zero), fma(E, v, A * a), fma(A, b, E), A, E
-
-
-@_inline
-def _gentle(w, u, W):
-    """Whether tiles may be calm, as far as the parameters are concerned."""
-    return all_at_most(w, vset(0.0, W)) and all_at_most(absolute(u), vset(_BONUS, W))
-
-
-@_inline
-def _by_slope(w, n, slow, steep, W):
-    """``slow`` in the channels whose decay over n tokens is within _STEEP, ``steep`` in the others."""
-    return where_less(w, vset(-_STEEP / n, W), steep, slow)
-
-
-@_inline
-def _constants(target, n, w, u, lanes, W):
-    """U, D and what e^(k[t] - R) takes to be E[t] for n tokens; t w may be so great that its rounding shows."""
-    one, bonus, decay = vset(1.0, W), vexp(u, W), vexp(w, W)
-    vstore(target, 0, bonus * _by_slope(w, n, decay, one, W), W)
-    vstore(target, lanes, _by_slope(w, n, one, decay, W), W)
-    for t in range(n):
-        minus = vset(-float(t + 1), W)
-        x = _by_slope(w, n, minus * w, vset(0.0, W), W)
-        e = vexp(x, W)
-        growth = fma(e, fma(minus, w, vset(0.0, W) - x), e)
-        vstore(target, (t + 2) * lanes, _by_slope(w, n, growth, one, W), W)
-
-
-@_inline
-def _maximum(x, y):
-    """The greater; x where one is NaN."""
-    return where_less(x, y, y, x)
-
-
-@_inline
-def _minimum(x, y):
-    return where_less(y, x, y, x)
-
-
-@_inline
-def _extremes(k, k_l, n, V):
-    """The greatest and the least key of n >= 1 tokens."""
-    top = low = top2 = low2 = vload(k, 0, V)  # two, because a maximum takes some cycles
-    for t in range(n // 2):
-        x, y = vload(k, 2 * t * k_l, V), vload(k, (2 * t + 1) * k_l, V)
-        top, top2, low, low2 = _maximum(top, x), _maximum(top2, y), _minimum(low, x), _minimum(low2, y)
-    x = vload(k, (n - 1) * k_l, V)
-    return _maximum(_maximum(top, top2), x), _minimum(_minimum(low, low2), x)
-
-
-@_inline
-def _calm(first, top, low, tokens, ka, m, b, w, W):
-    """(whether a tile of at most ``tokens`` with these keys is calm, R as a key and minus the tokens since, the factor that
-    takes the state to it)"""
-    zero, half = vset(0.0, W), vset(0.5, W)
-    base = where_equal(b, zero, first, fma(zero - m, w, ka))
-    top = _maximum(base, top)
-    jump, spread = vset(-_JUMP, W), vset(-_RANGE, W)
-    calm = all_at_most(_by_slope(w, tokens, jump, spread, W), _by_slope(w, tokens, base, low, W) - top)
-    old = where_equal(b, zero, zero, where_less(base, top, zero, vset(1.0, W)))  # 1 where R stays
-    entry = vexp(zero - fma(m, w, top - ka), W)
-    return calm, where_less(half, old, ka, top), old * m, where_less(half, old, old, entry)
-
-
-@_inline
-def _leave(last, n, tokens, ka, m, a, b, w, W):
-    """The state after a calm tile of n tokens, ``last`` the key of the last: b is at least 1 again."""
-    zero, one, minus = vset(0.0, W), vset(1.0, W), vset(-float(n), W)
-    if all_at_most(vset(-_STEEP / tokens, W), w):
-        return ka, m + minus, a, b
-    d, x = fma(m, w, last - ka), vset(float(n), W) * w
-    scale = _by_slope(w, tokens, one, vexp(zero - where_less(x, d, d, x), W), W)
-    fresh = _by_slope(w, tokens, zero, where_less(x, d, one, zero), W)
-    half = vset(0.5, W)
-    return where_less(half, fresh, last, ka), where_less(half, fresh, zero, m + minus), a * scale, b * scale
-
-
-@_inline
-def _join(ka, m, a, b, ka2, m2, a2, b2, w, W):
-    """Two states of disjoint tokens as one, and their weights."""
-    zero = vset(0.0, W)
-    d = fma(m - m2, w, ka2 - ka)
-    A, E = _weights(d, W)
-    return where_less(d, zero, ka, ka2), where_less(d, zero, m, m2), fma(E, a2, A * a), fma(E, b2, A * b), A, E
-
-
-@_inline
-def _excess(ka, m, o, w, W):
-    """(ka - m w) - o, where both may be large and close: product and sum are taken apart into the rounded and the lost."""
-    n = vset(0.0, W) - m
-    p = n * w
-    total = ka + p
-    back = total - ka
-    lost = (ka - (total - back)) + (p - back) + fma(n, w, vset(0.0, W) - p)
-    return (total - o) + lost
-
-
-@_inline
-def _gap(ka, m, o, w, W):
-    """e^((ka - m w) - o), where o is ka - m w rounded; or, where chunks meet, the running maximum, which a calm tile's exponent
-    may miss by _STEEP. Where rounding leaves nothing of it, 1."""
-    x = _excess(ka, m, o, w, W)
-    return vexp(where_less(vset(-2.0 * _STEEP, W), negative_abs(x), x, vset(0.0, W)), W)
-
-
-@_inline
-def _rounded(ka, m, a, b, w, W):
-    """(a, b, o): the state with its exponent in one number."""
-    o = fma(vset(0.0, W) - m, w, ka)
-    gap = _gap(ka, m, o, w, W)
-    return a * gap, b * gap, o
-
-
-@_inline
-def _nearby(ka, m, a, b, w, W):
-    """The same state with no more than _FAR tokens since its exponent's key."""
-    far, zero = vset(-_FAR, W), vset(0.0, W)
-    a2, b2, o = _rounded(ka, m, a, b, w, W)
-    return (
-        where_less(m, far, o, ka),
-        where_less(m, far, zero, m),
-        where_less(m, far, a2, a),
-        where_less(m, far, b2, b),
-    )
-
-
-@_inline
-def _entry(ybar, lse, at, W):
-    """(ka, a, b) from a user's state; none where the addresses are 0."""
-    zero, one, nothing = vset(0.0, W), vset(1.0, W), vset(-1e300 if W % 8 == F64 else -3.4028234663852886e38, W)
-    if ybar == 0:
-        return nothing, zero, zero
-    y, o, empty = vload(ybar, at, W), vload(lse, at, W), vset(-np.inf, W)
-    return where_equal(o, empty, nothing, o), where_equal(o, empty, zero, y), where_equal(o, empty, zero, one)
-
-
-@_inline
-def _gate(r, W):
-    """(1 / sigmoid(r), e^-r), of r no less than -80 where e^80 is near the greatest float."""
-    least = vset(-80.0 if W % 8 != F64 else -700.0, W)
-    e = vexp(vset(0.0, W) - where_less(r, least, least, r), W)
-    return vset(1.0, W) + e, e
-
-
-@_inline
-def _channels(C, lanes, block, blocks):
-    """First vector of a block and the number of its vectors; the last takes the channels that fill no vector."""
-    whole = C // lanes
-    begin, end = whole * block // blocks, whole * (block + 1) // blocks
-    return begin, end - begin + (1 if block == blocks - 1 and whole * lanes < C else 0)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------
@@ -241,7 +51,7 @@ def _summary_kernel(X, lanes, BOTH):
             at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
-            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             ktile, vtile = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
             for side in range(2 if BOTH else 1):
                 if (last if side == 0 else first) == 1:
@@ -250,12 +60,12 @@ def _summary_kernel(X, lanes, BOTH):
                     c = min((begin + j) * lanes, C - lanes)
                     w = vload(w_, c, W)
                     user = first == 1 and side == 0
-                    ka, a, b = _entry(ybar if user else 0, lse, load_int(segments, at + 4) * C + c, W)
+                    ka, a, b = scan.user_state(ybar if user else 0, lse, load_int(segments, at + 4) * C + c, W)
                     m = vset(0.0, W)
                     for i in range(n):
                         t = i if side == 0 else n - 1 - i
                         kt, vt = vload(ktile, t * k_l + c, V), vload(vtile, t * v_l + c, V)
-                        ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                        ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
                     target = summary + ((side * 4 * count + segment) * C + c) * sb
                     step = count * C
                     vstore(target, 0, a, W)
@@ -291,7 +101,7 @@ def _scan_kernel(S, lanes, BOTH):
                     if side == 1:
                         row = row + (n + TILE - 1) // TILE - 1
                     target = keep + ((side * 3 * rows + row) * C + c) * sb
-                    a1, b1, o = _rounded(ka, m, a, b, w, W)
+                    a1, b1, o = scan.rounded(ka, m, a, b, w, W)
                     vstore(target, 0, a1, W)
                     vstore(target, rows * C, b1, W)
                     vstore(target, 2 * rows * C, o, W)
@@ -302,8 +112,8 @@ def _scan_kernel(S, lanes, BOTH):
                         ka, m, a, b = ka2, m2, a2, b2
                     else:
                         m = m - vset(float(n), W)
-                        ka, m, a, b, _, _ = _join(ka, m, a, b, ka2, m2, a2, b2, w, W)
-                        ka, m, a, b = _nearby(ka, m, a, b, w, W)
+                        ka, m, a, b, _, _ = scan.join(ka, m, a, b, ka2, m2, a2, b2, w, W)
+                        ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
 
     return Kernel(wkv_scan, f"wkv_scan_{TILE}_{S}_{lanes}{BOTH:d}")
 
@@ -316,11 +126,11 @@ def _forward_kernel(X, lanes, GATE, BOTH):
     STATE = (_BLOCK + 1) * lanes
     RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 2) * STATE)
 
-    @_inline
+    @scan.inline
     def write(out, at, y, z, r, r_at):
-        z = z + vset(_LEAST, W)  # where nothing is seen both are 0
+        z = z + vset(scan.LEAST, W)  # where nothing is seen both are 0
         if GATE:
-            over, _ = _gate(vload(r, r_at, V), W)
+            over, _ = scan.gate(vload(r, r_at, V), W)
             z = z * over
         vstore(out, at, y / z, V)
 
@@ -334,7 +144,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
-            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             kas, ms, as_, bs = tile(STATE, S), tile(STATE, S), tile(STATE, S), tile(STATE, S)
             constants, highs, lows = tile(CONSTANTS, S), tile(STATE, S), tile(STATE, S)
@@ -347,26 +157,26 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
                     w = vload(w_, c, W)
-                    ka, a, b = _entry(0, 0, 0, W)
+                    ka, a, b = scan.user_state(0, 0, 0, W)
                     m = zero
                     for i in range(tiles):
                         kept = keep + side + ((row + tiles - 1 - i) * C + c) * sb
                         if i == 0 and last == 0:
                             a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
                         else:
-                            ka, m, a, b = _nearby(ka, m, a, b, w, W)
-                            a1, b1, o = _rounded(ka, m, a, b, w, W)
+                            ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
+                            a1, b1, o = scan.rounded(ka, m, a, b, w, W)
                             vstore(kept, 0, a1, W)
                             vstore(kept, rows * C, b1, W)
                             vstore(kept, 2 * rows * C, o, W)
                         start = (tiles - 1 - i) * TILE
                         for t in range(min(n, start + TILE) - 1, start - 1, -1):
                             kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
-                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                            ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 if first == 1:
-                    ka, a, b = _entry(ybar, lse, sequence * C + c, W)
+                    ka, a, b = scan.user_state(ybar, lse, sequence * C + c, W)
                 else:
                     kept = keep + (row * C + c) * sb
                     a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
@@ -375,9 +185,9 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                 vstore(as_, j * lanes, a, W)
                 vstore(bs, j * lanes, b, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and n > 0 and _gentle(w, u, W):
-                    _constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
-                    high, low = _extremes(k0 + c * xb, k_l, min(n, TILE), V)
+                if not BOTH and n > 0 and scan.gentle(w, u, W):
+                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
+                    high, low = scan.extremes(k0 + c * xb, k_l, min(n, TILE), V)
                     vstore(highs, j * lanes, high, W)
                     vstore(lows, j * lanes, low, W)
             for i in range(tiles):
@@ -398,25 +208,25 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                             vstore(rm, slot, m, W)
                             vstore(ra, slot, a, W)
                             vstore(rb, slot, b, W)
-                            ka, m, a, b, _, _ = _include(
+                            ka, m, a, b, _, _ = scan.include(
                                 ka, m, a, b, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V), w, W
                             )  # fmt: skip
                     ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
                     a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
-                    if n > _FAR:
-                        ka, m, a, b = _nearby(ka, m, a, b, w, W)
+                    if n > scan.FAR:
+                        ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
                     if keep != 0 and (i > 0 or first == 1):
                         kept = keep + ((row + i) * C + c) * sb
-                        a1, b1, o = _rounded(ka, m, a, b, w, W)
+                        a1, b1, o = scan.rounded(ka, m, a, b, w, W)
                         vstore(kept, 0, a1, W)
                         vstore(kept, rows * C, b1, W)
                         vstore(kept, 2 * rows * C, o, W)
                     calm, top, since, entry = False, zero, zero, zero
-                    if not BOTH and _gentle(w, u, W):
+                    if not BOTH and scan.gentle(w, u, W):
                         high, low = vload(highs, j * lanes, W), vload(lows, j * lanes, W)
-                        calm, top, since, entry = _calm(vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W)
+                        calm, top, since, entry = scan.settle(vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W)
                         if end < n:  # those of the tile to come, so that nothing waits for them there
-                            high, low = _extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
+                            high, low = scan.extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
                             vstore(highs, j * lanes, high, W)
                             vstore(lows, j * lanes, low, W)
                     if calm:
@@ -429,21 +239,21 @@ def _forward_kernel(X, lanes, GATE, BOTH):
                             write(ot0, t * out_l, fma(bonus, Ev, a), fma(bonus, E, b), rt0, t * r_l)
                             a, b = fma(decay, a, Ev), fma(decay, b, E)
                         last_key = vload(kt0, (end - start - 1) * k_l, V)
-                        ka, m, a, b = _leave(last_key, end - start, TILE, ka, m, a, b, w, W)
+                        ka, m, a, b = scan.leave(last_key, end - start, TILE, ka, m, a, b, w, W)
                     else:
                         for t in range(end - start):
                             kt, vt = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
                             if BOTH:
                                 slot = t * lanes
-                                ka1, m1, a1, b1, _, _ = _join(
+                                ka1, m1, a1, b1, _, _ = scan.join(
                                     ka, m, a, b, vload(rk, slot, W), vload(rm, slot, W), vload(ra, slot, W),
                                     vload(rb, slot, W), w, W,
                                 )  # fmt: skip
                             else:
                                 ka1, m1, a1, b1 = ka, m, a, b
-                            old, new = _weights(fma(m1, w, kt - ka1) + u, W)
+                            old, new = scan.weights(fma(m1, w, kt - ka1) + u, W)
                             write(ot0, t * out_l, fma(new, vt, old * a1), fma(old, b1, new), rt0, t * r_l)
-                            ka, m, a, b, _, _ = _include(ka, m, a, b, kt, vt, w, W)
+                            ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
                     vstore(kas, j * lanes, ka, W)
                     vstore(ms, j * lanes, m, W)
                     vstore(as_, j * lanes, a, W)
@@ -465,7 +275,7 @@ def _forward_kernel(X, lanes, GATE, BOTH):
 _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM = range(14)
 
 
-@_inline
+@scan.inline
 def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb):
     """Fill ``h`` for a tile of n tokens from its entry states, with values less the tile's ``mean``. Returns its last states,
     left (ka, m, a, b) and right (ka, m), the factor that the left one's scale took on at its entry, and the mean."""
@@ -484,16 +294,20 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _RB * size + at, rb, W)
             vstore(h, _RK * size + at, rka, W)
             vstore(h, _RM * size + at, rm, W)
-            rka, rm, ra, rb, A, E = _include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, w, W)
+            rka, rm, ra, rb, A, E = scan.include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, w, W)
             vstore(h, _RKEEP * size + at, A, W)
             vstore(h, _RNEW * size + at, E, W)
     a = fma(zero - mean, b, a)
     m, calm, top, entry = zero, False, zero, one
-    if not BOTH and _gentle(w, u, W):
-        high, low = _extremes(kt0, k_l, n, V)
-        calm, top, _, entry = _calm(vload(kt0, 0, V), high, low, TILE, ka, zero, b, w, W)
+    if not BOTH and scan.gentle(w, u, W):
+        high, low = scan.extremes(kt0, k_l, n, V)
+        calm, top, _, entry = scan.settle(vload(kt0, 0, V), high, low, TILE, ka, zero, b, w, W)
     if calm:
-        bonus, decay, m = vload(constants, 0, W), vload(constants, lanes, W), _by_slope(w, TILE, vset(-float(n), W), zero, W)
+        bonus, decay, m = (
+            vload(constants, 0, W),
+            vload(constants, lanes, W),
+            scan.by_slope(w, TILE, vset(-float(n), W), zero, W),
+        )
         ka, a, b = top, a * entry, b * entry
         for t in range(n):
             v, at = vload(vt0, t * v_l, V) - mean, t * lanes
@@ -515,13 +329,13 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
         for t in range(n):
             k, v, at = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, t * lanes
             if BOTH:
-                ka1, m1, a1, b1, l_weight, r_weight = _join(
+                ka1, m1, a1, b1, l_weight, r_weight = scan.join(
                     ka, m, a, b, vload(h, _RK * size + at, W), vload(h, _RM * size + at, W), vload(h, _RA * size + at, W),
                     vload(h, _RB * size + at, W), w, W,
                 )  # fmt: skip
             else:
                 ka1, m1, a1, b1 = ka, m, a, b
-            old, new = _weights(fma(m1, w, k - ka1) + u, W)
+            old, new = scan.weights(fma(m1, w, k - ka1) + u, W)
             z = fma(old, b1, new)
             z = where_equal(z, zero, zero, one / z)
             old, new = old * z, new * z
@@ -534,18 +348,18 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _Y * size + at, fma(new, v, old * a1), W)
             vstore(h, _A * size + at, a, W)
             vstore(h, _B * size + at, b, W)
-            ka, m, a, b, A, E = _include(ka, m, a, b, k, v, w, W)
+            ka, m, a, b, A, E = scan.include(ka, m, a, b, k, v, w, W)
             vstore(h, _KEEP * size + at, A, W)
             vstore(h, _NEW * size + at, E, W)
     return ka, m, a, b, rka, rm, entry, mean
 
 
-@_inline
+@scan.inline
 def _upstream(g, index, r, r_index, V, W, GATE):
     """The gradient of y."""
     x = vload(g, index, V)
     if GATE:
-        over, _ = _gate(vload(r, r_index, V), W)
+        over, _ = scan.gate(vload(r, r_index, V), W)
         x = x / over
     return x
 
@@ -578,7 +392,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
             row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
             first, last = load_int(segments, at + 5), load_int(segments, at + 6)
-            begin, vectors = _channels(C, lanes, task - segment * blocks, blocks)
+            begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             h, constants = tile(HISTORY, S), tile(CONSTANTS, S)
             Ps, Qs, means, dws, dus = tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S), tile(SUMS, S)
@@ -608,7 +422,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                             vstore(right_keep, (row + i) * C + c, P, W)
                             vstore(right_keep, (rows + row + i) * C + c, Q, W)
                         if i > 0 or first == 0:
-                            gap = _gap(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            gap = scan.unrounding(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
                             P, Q = P * gap, Q * gap
                         for t in range(size):
                             gt = _upstream(
@@ -630,8 +444,8 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                 vstore(dws, j * lanes, zero, W)
                 vstore(dus, j * lanes, zero, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and _gentle(w, u, W):
-                    _constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
+                if not BOTH and scan.gentle(w, u, W):
+                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
             for i_ in range(tiles):
                 i = tiles - 1 - i_
                 start = i * TILE
@@ -648,7 +462,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
                         P, Q = vload(right_keep, (row + i) * C + c, W), vload(right_keep, (rows + row + i) * C + c, W)
                         if i > 0 or first == 0:
-                            gap = _gap(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            gap = scan.unrounding(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
                             P, Q = P * gap, Q * gap
                         for t in range(size):
                             slot = t * lanes
@@ -665,7 +479,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     Q = fma(mean - vload(means, j * lanes, W), P, Q)
                     vstore(means, j * lanes, mean, W)
                     if i < tiles - 1 or last == 0:
-                        gap = _gap(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
+                        gap = scan.unrounding(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
                         P, Q = P * gap, Q * gap
                     elif g_ybar != 0:
                         gy, gl = vload(g_ybar, sequence * C + c, W), vload(g_lse, sequence * C + c, W)
@@ -678,7 +492,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                         gt = vload(g0, token * g_l + c, V)
                         y = vload(h, _Y * SIZE + slot, W)
                         if GATE:
-                            over, e = _gate(vload(r0, token * r_l + c, V), W)
+                            over, e = scan.gate(vload(r0, token * r_l + c, V), W)
                             over = vset(1.0, W) / over
                             if not SUMMARY:
                                 vstore(dr + d0, token * d_l + c, gt * (y + mean) * (e * over) * over, V)
@@ -752,7 +566,7 @@ def _adjoint_kernel(S, lanes, BOTH):
                 exponents = keep + (side * 3 + 2) * rows * C * sb
                 before = vload(exponents, (row if side == 0 else row + tiles - 1) * C + c, W)
                 after = vload(exponents, (row + tiles if side == 0 else row - 1) * C + c, W)
-                d = _excess(before, vset(-float(n), W), after, w, W)
+                d = scan.excess(before, vset(-float(n), W), after, w, W)
                 decay = vexp(where_less(zero, d, zero, d), W)
                 decay = fma(decay, where_less(zero, d, d, zero), decay)  # above 0 by rounding alone: 1 + d
                 P = fma(decay, P, vload(own, spot, W))
