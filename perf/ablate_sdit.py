@@ -1,7 +1,7 @@
 """SDiT trained from several initial values, settings and sizes: what each is worth after equal steps, or equal CPU time.
 
     python perf/ablate_sdit.py --preset fashion_tiny --steps 600 --set bf16=true --json perf/results/sdit_fashion_ablation.json
-    python perf/ablate_sdit.py --preset digits --steps 1000 --json perf/results/sdit_digits_ablation.json
+    python perf/ablate_sdit.py --preset digits --steps 1000
     python perf/ablate_sdit.py --preset fashion_tiny --cpu-seconds 180 --arm "" --arm "lr=3e-4" --arm "dim=192 v_threshold=0.3"
 
 An arm is what it changes of the preset and its recipe: fields of ``Config`` and ``TrainSettings`` as NAME=VALUE, and
