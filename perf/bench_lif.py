@@ -351,7 +351,7 @@ def memory(args, settings):
         rows.append(row | {"peak_bytes": allocated["peak_bytes"]})
 
     x = current(T, *SHAPE, device=args.device)
-    long = current(64, 1 << 16, device=args.device)
+    long = current(64, 1 << (10 if args.quick else 16), device=args.device)
     flat = current(*SHAPE, device=args.device)
     v = torch.zeros(SHAPE, device=args.device, requires_grad=True)
     for a in (x, long):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from perf import harness
-from perf.harness import Contestant, check, compare
+from perf.harness import Contestant, check, compare, goal
 from sdit_kernels import relu_squared, token_shift
 
 B, L, C, EPS = 8, 394, 384, 1e-6
@@ -64,7 +64,7 @@ def compiled(f, inputs):
     return compiled, None
 
 
-def section(title, fused, plain, inputs, args, settings):
+def _section(op, title, fused, plain, inputs, args, settings):
     """Rows of forward and backward; both gates come first."""
     outputs = len(fused(*inputs))
     gs = [torch.randn_like(inputs[0]) for _ in range(outputs)]
@@ -93,36 +93,34 @@ def section(title, fused, plain, inputs, args, settings):
             ],
             **settings,
         )
-    harness.show(f"{title}, fp32; bytes: every tensor read or written once", rows, args)
-    return [{"section": title, **row} for row in rows]
+        ours, peer = rows[-4:-2]
+        goal(f"{op} {name}, times plain PyTorch", peer["ratio"], 3)
+        goal(f"{op} {name}, share of copy bandwidth", ours["percent_of_copy"], 40, " %")
+    goal(f"{op}, bytes of its inputs over bytes saved", sum(t.nbytes for t in inputs) / rows[0]["saved_bytes"], 1)
+    return f"{title}, fp32; bytes: every tensor read or written once", rows
 
 
-def main():
-    args = harness.parser(__doc__.splitlines()[0]).parse_args()
-    settings = harness.setup(args)
-    generator = torch.Generator().manual_seed(0)
+def _tensor(args, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(args.device).requires_grad_()
 
-    def tensor(*shape):
-        return torch.randn(shape, generator=generator).to(args.device).requires_grad_()
 
-    mixes = [torch.rand(C, generator=generator).to(args.device).requires_grad_() for _ in range(3)]
-    x, hidden = tensor(B, L, C), tensor(B, L, 4 * C)
-    shifts = section(f"token_shift, norm, 3 mixes, {(B, L, C)}", shift, plain_shift, [x, *mixes], args, settings)
-    squares = section(f"relu_squared, {(B, L, 4 * C)}", fused_relu_squared, plain_relu_squared, [hidden], args, settings)
-    goals = []
-    for op, inputs, rows in (("token_shift", [x, *mixes], shifts), ("relu_squared", [hidden], squares)):
-        for ours, plain in ((r, p) for r, p in zip(rows, rows[1:]) if r["name"] == "ours"):
-            goals.append((f"{op} {ours['pass']}, times plain PyTorch", plain["ratio"], 3))
-            goals.append((f"{op} {ours['pass']}, % of copy bandwidth", ours["percent_of_copy"], 40))
-        ideal = sum(t.nbytes for t in inputs)
-        goals.append((f"{op}, bytes of its inputs over bytes saved", ideal / rows[0]["saved_bytes"], 1))
-    goals = [
-        f"{'PASS' if value >= least else 'FAIL'}  {what}: {value:.3g} (goal: at least {least})" for what, value, least in goals
-    ]
-    harness.save("token_shift and relu_squared", shifts + squares, args, goals=goals)
-    print("\nGoals" + (" (--quick: the times mean nothing)" if args.quick else ""), *goals, sep="\n")
-    return not args.quick and any(g.startswith("FAIL") for g in goals)
+def shifts(args, settings):
+    """LayerNorm, the shift by one token and three lerps, in one pass"""
+    mixes = [torch.rand(C, generator=torch.Generator().manual_seed(i)).to(args.device).requires_grad_() for i in range(3)]
+    inputs = [_tensor(args, B, L, C), *mixes]
+    return _section("token_shift", f"token_shift, norm, 3 mixes, {(B, L, C)}", shift, plain_shift, inputs, args, settings)
+
+
+def squares(args, settings):
+    """The square of ReLU, of the hidden layer"""
+    inputs = [_tensor(args, B, L, 4 * C)]
+    return _section(
+        "relu_squared", f"relu_squared, {(B, L, 4 * C)}", fused_relu_squared, plain_relu_squared, inputs, args, settings
+    )
+
+
+SECTIONS = {"token_shift": shifts, "relu_squared": squares}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(harness.run(__doc__, SECTIONS))

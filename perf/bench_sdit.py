@@ -9,6 +9,7 @@ is written out below, on the weights of the model it is compared with, and must 
 """
 
 import copy
+import functools
 import pathlib
 import sys
 
@@ -29,13 +30,13 @@ PRESET = "fashion_mnist"
 # ---- the plain form --------------------------------------------------------------------------------------------------
 
 
-def lif_node():
+def lif_node(v_threshold):
     """currents (T, ...) -> spikes: SpikingJelly's LIFNode, or the definition where it is not installed."""
     if missing("spikingjelly"):
-        return reference.lif
+        return functools.partial(reference.lif, v_threshold=v_threshold)
     from spikingjelly.activation_based import neuron, surrogate
 
-    node = neuron.LIFNode(tau=2.0, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
+    node = neuron.LIFNode(tau=2.0, v_threshold=v_threshold, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
 
     def run(x):
         node.reset()
@@ -55,7 +56,7 @@ class Plain(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.lif = copy.deepcopy(model), lif_node()
+        self.model, self.lif = copy.deepcopy(model), lif_node(model.config.v_threshold)
 
     def rate(self, x):
         return self.lif(x.unsqueeze(0).repeat(self.model.config.T, 1, 1, 1)).mean(0)

@@ -80,7 +80,9 @@ def heinsen(time_decay, time_first, k, v):
 def fla(time_decay, time_first, k, v):
     from fla.ops.rwkv4 import fused_recurrent_rwkv4
 
-    return fused_recurrent_rwkv4(-torch.exp(time_decay), time_first, k, v)[0]
+    state = k.new_zeros(len(k), 3, 1, k.shape[2], dtype=torch.float32)  # numerator, denominator, exponent
+    state[:, 2] = -1e38
+    return fused_recurrent_rwkv4(time_decay, time_first, k, v, state)[0]
 
 
 def ours(algorithm):

@@ -69,7 +69,7 @@ def setup(args) -> dict:
         raise SystemExit("--device cuda: torch sees no GPU")
     min_time = 0.02 if args.quick else 0.1
     if args.device == "cuda":
-        min_time /= 10  # of GPU time: between the calls the L2 cache is overwritten, which takes longer than a small op
+        min_time /= 100  # of GPU time: between the calls the L2 cache is overwritten, and calls of a sample wait in a queue
     return {"device": args.device, "rounds": 3 if args.quick else 21, "min_time": min_time}
 
 
@@ -132,8 +132,9 @@ def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None
     A sample repeats the call for `min_time` seconds. Machines drift and stall, but the samples of one round share that:
     so the ratio to the `baseline` (default: the first that runs) is formed within each round, and the median of those
     is reported; below 1 is faster than the baseline. `iqr` is the distance between the quartiles. On the CPU the calls
-    of a sample follow each other, so what fits in a cache stays there; on a GPU the L2 cache is overwritten before
-    every call, which also hides the launch, unless flush_l2=False.
+    of a sample follow each other, so what fits in a cache stays there. On a GPU the time is between two events around a
+    call: the device is kept busy until all calls of a sample are queued, so that it does not wait for Python (unless one
+    call takes Python more than 50 ms), and the L2 cache is overwritten before every call, unless flush_l2=False.
     """
     run = [c for c in contestants if not c.skip]
     if baseline is None and run:
@@ -196,15 +197,19 @@ def _sample_cpu(fn, n: int) -> float:
 
 def _cuda_sampler(flush_l2: bool):
     flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
+    host = {}  # seconds in which a call is queued
 
     def sample(fn, n: int) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+        torch.cuda._sleep(int(2e9 * min(0.05, 1.5 * n * host.get(fn, 0.0))))  # cycles of some 2 GHz
+        began = time.perf_counter()
         for start, end in events:
             if flush_l2:
                 flush.zero_()
             start.record()
             fn()
             end.record()
+        host[fn] = (time.perf_counter() - began) / n
         torch.cuda.synchronize()
         return sum(start.elapsed_time(end) for start, end in events) / n / 1e3  # ms -> s
 

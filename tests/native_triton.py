@@ -8,7 +8,7 @@ Call :func:`setup` before ``triton`` is imported.  It answers with the way in wh
 ``"interpreter"``
     Where native compilation is not supported (:func:`reason` says why): Triton's interpreter, ``TRITON_INTERPRET=1``.
 ``"gpu"``
-    A CUDA device is present: Triton keeps its own driver and CPU tensors cannot be launched on.
+    A CUDA device is present: kernels run there.  Each launch carries the memory of its CPU tensors over and back.
 
 How native compilation works.  A Triton backend is registered under the name ``x86``.  It inherits the AMD lowering,
 the one that ends in plain LLVM IR without inline assembly, and asks it for *one lane per program*: a tile then
@@ -112,7 +112,7 @@ def setup():
     if _interpreter_requested():
         mode, why = "interpreter", "TRITON_INTERPRET is set in the environment."
     elif torch.cuda.is_available():
-        mode, why = "gpu", "A CUDA device is present, and a process can drive only one kind of device."
+        mode, why = "gpu", "A CUDA device is present: each launch carries its CPU tensors there and back."
     elif (why := unsupported_reason()) is not None:
         mode = "interpreter"
     else:
@@ -122,7 +122,7 @@ def setup():
     elif mode == "native":
         _install_native()
     else:
-        _count_runs_of("triton.runtime.jit", "JITFunction")
+        _use_gpu()
     _mode, _reason = mode, why
     return mode
 
@@ -176,6 +176,41 @@ def _count_runs_of(module, class_name):
         return result
 
     cls.run = run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _use_gpu():
+    """Tests written for CPU tensors run on the device: same code as a user's, same pointers' alignment and strides."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    type(driver.active).get_active_torch_device = lambda self: torch.device("cpu")  # what the package asks before a launch
+    original = JITFunction.run
+
+    @functools.wraps(original)
+    def run(self, *args, **kwargs):
+        storages = {}  # address -> (memory on the CPU, its copy on the GPU)
+
+        def over(x):
+            if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
+                return x
+            here = x.untyped_storage()
+            _, there = storages.setdefault(here.data_ptr(), (here, None))
+            if there is None:
+                _, there = storages[here.data_ptr()] = here, here.cuda()
+            return torch.empty(0, dtype=x.dtype, device="cuda").set_(there, x.storage_offset(), x.shape, x.stride())
+
+        result = original(self, *map(over, args), **{name: over(x) for name, x in kwargs.items()})
+        for here, there in storages.values():
+            here.copy_(there)
+        return result
+
+    JITFunction.run = run
+    _count_runs_of("triton.runtime.jit", "JITFunction")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
