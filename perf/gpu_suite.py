@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib
 import json
 import multiprocessing
@@ -402,7 +403,7 @@ def _check(name, device, small):
 
 @contextlib.contextmanager
 def launched_with(module, **values):
-    kernels = importlib.import_module(f"sdit_kernels.triton.{module}")
+    kernels = importlib.import_module(f"sdit_kernels.{module}")
     before = {name: getattr(kernels, name) for name in values}
     for name, value in values.items():
         setattr(kernels, name, value)
@@ -414,57 +415,64 @@ def launched_with(module, **values):
 
 
 def launch_cases(device, small):
-    """(name, module, parameters to try, function, leaves, ideal passes over the first data tensor forward and back)"""
-    B, L, C = (1, 33, 48) if small else (32, 394, 384)
+    """(name, module, parameters to try, function, shapes of its data, ideal passes over one of them forward and in all)"""
+    L, C = (33, 48) if small else (394, 384)
     n = 1 << (12 if small else 24)
-    x, k, v = (normal(B, L, C, device=device, seed=i) for i in range(3))
-    long = [normal(1, 64 if small else 16384, C, device=device, seed=i) for i in range(2)]
     d, u = (t.requires_grad_() for t in parameters(C, device))
     mixes = [torch.rand(C, device=device).requires_grad_() for _ in range(3)]
-    four = [normal(4, max(1, B // 4), L, C, device=device, seed=i) for i in range(3)]
-    threads = [dict(_THREADS=t) for t in (64, 128, 256)]
-    yield "lif", "lif", threads, lif, [bench_lif.current(4, n // 4, device=device)], (2, 5)
-    yield "lif_rate", "lif", threads, lif_rate, [bench_lif.current(n, device=device)], (2, 5)
-    yield "token_shift", "mix", threads, lambda *a: token_shift(*a, norm_eps=1e-6), [x, *mixes], (4, 9)
-    yield "relu_squared", "mix", threads, relu_squared, [normal(n, device=device)], (2, 5)
-    wkv_threads = [dict(_THREADS=t) for t in (32, 64, 128)]
-    for algorithm in ("serial", "chunked"):
-        yield f"wkv {algorithm}", "wkv", wkv_threads, bench_wkv.ours(algorithm), [d, u, k, v], (3, 8)
-    fill = [dict(_FILL=1 << e) for e in (15, 16, 17, 18)]
-    yield "wkv chunked, B=1", "wkv", fill, bench_wkv.ours("chunked"), [d, u, *long], (3, 8)
-    held = [dict(_HELD=h) for h in (4, 8, 16)]
-    yield "wkv serial, tokens held", "wkv", held, bench_wkv.ours("serial"), [d, u, k, v], (3, 8)
-    yield "spiking_wkv", "spiking_wkv", [dict(_THREADS=t) for t in (32, 64)], spiking_wkv, [d, u, *four], (4, 11)
+    many, few, one = (2, 1, 1) if small else (128, 32, 1)
+
+    def tries(name, *values):
+        return [{name: value} for value in values]
+
+    for threads in (tries("_THREADS", 64, 128, 256),):
+        yield "lif", "triton.lif", threads, lif, [(4, n // 4)], (2, 5)
+        yield "lif_rate", "triton.lif", threads, lif_rate, [(n,)], (2, 5)
+        yield "token_shift", "triton.mix", threads, lambda x: token_shift(x, *mixes, norm_eps=1e-6), [(few, L, C)], (4, 8)
+        yield "relu_squared", "triton.mix", threads, relu_squared, [(n,)], (2, 5)
+    for B in (few, many):
+        for name, module, values in (
+            ("threads", "triton.wkv", tries("_THREADS", 32, 64, 128)),
+            ("tokens held", "triton.wkv", tries("_HELD", 4, 8, 16)),
+            ("tile", "layout", tries("TILE", 8, 16, 32) if device == "cuda" else []),  # compiled into the CPU's kernels
+        ):
+            f = lambda k, v: wkv(d, u, k, v, algorithm="serial")
+            yield f"wkv serial, B={B}: {name}", module, values, f, [(B, L, C)] * 2, (3, 8)
+    for B, length in ((one, 16 * L), (few // 4 or 1, L), (few, L)):
+        f = lambda k, v: wkv(d, u, k, v, algorithm="chunked")
+        fill = tries("_FILL", *(1 << e for e in (15, 16, 17, 18)))
+        yield f"wkv chunked, B={B}, L={length}: fill", "triton.wkv", fill, f, [(B, length, C)] * 2, (3, 8)
+    f = lambda k, v, r: spiking_wkv(d, u, k, v, r)
+    yield "spiking_wkv", "triton.spiking_wkv", tries("_THREADS", 32, 64), f, [(4, few, L, C)] * 3, (4, 11)
 
 
-def data_bytes(leaves):
-    return max(leaves, key=lambda t: t.numel()).nbytes
-
-
-def output_gradient(f, leaves):
+def launch_case(case, device):
+    """The case with its data: (name, module, parameters to try, function, leaves, gradient of the output, passes)"""
+    name, module, values, f, shapes, passes = case
+    leaves = [normal(*shape, device=device, seed=i) for i, shape in enumerate(shapes)]
     with torch.no_grad():
         out = f(*leaves)
-    return tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out)
+    return name, module, values, f, leaves, tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out), passes
 
 
-def compile_launches(device, small):
-    """Not a measurement: compiles what `rules` times, beside the checks."""
-    for _, module, values, f, leaves, _ in launch_cases(device, small):
-        for value in values:
-            with launched_with(module, **value):
-                g = output_gradient(f, leaves)
-                torch.autograd.grad(f(*leaves), leaves, g)
+def compile_launches(i, device, small):
+    """Not a check: compiles what case i of `rules` times, beside the checks."""
+    _, module, values, f, leaves, g, _ = launch_case(list(launch_cases(device, small))[i], device)
+    for value in values:
+        with launched_with(module, **value):
+            torch.autograd.grad(f(*leaves), leaves, g)
     return {}
 
 
-CHECKS["compile_launches"] = compile_launches
+COMPILE = [f"compile_{i}" for i in range(14)]
+CHECKS |= {name: functools.partial(compile_launches, i) for i, name in enumerate(COMPILE)}
 
 
 def rules(args, settings):
     """Launch parameters side by side; "percent of copy" is of the bytes that an ideal kernel moves"""
     rows = []
-    for name, module, values, f, leaves, passes in launch_cases(args.device, args.quick):
-        g, nbytes = output_gradient(f, leaves), data_bytes(leaves)
+    for case in launch_cases(args.device, args.quick):
+        name, module, values, f, leaves, g, passes = launch_case(case, args.device)
         for mode, arrays in zip(("forward", "forward+backward"), passes):
 
             def contestant(value, mode=mode, arrays=arrays):
@@ -474,12 +482,34 @@ def rules(args, settings):
                     with launched_with(module, **value):
                         run()
 
-                extra = {"op": name, "mode": mode}
-                return Contestant(", ".join(f"{k}={v}" for k, v in value.items()), call, extra=extra, bytes=arrays * nbytes)
+                label = ", ".join(f"{k}={v}" for k, v in value.items())
+                return Contestant(label, call, extra={"op": name, "mode": mode}, bytes=arrays * leaves[0].nbytes)
 
-            rows += compare([*map(contestant, values), harness.copy_contestant(arrays * nbytes, args.device)], **settings)
+            rows += compare([*map(contestant, values), harness.copy_contestant(arrays * leaves[0].nbytes, args.device)], **settings)
         del g, leaves
     return "launch parameters, fp32", rows
+
+
+def spiking_sizes(args, settings):
+    """spiking_wkv against the chain of wkv and lif by batch, T = 4"""
+    rows = []
+    L, C = (33, 48) if args.quick else (394, 384)
+    d, u = (t.requires_grad_() for t in parameters(C, args.device))
+
+    def chain(k, v):
+        return lif(wkv(d, u, k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2]))
+
+    for B in (1, 2) if args.quick else (8, 32, 64, 128, 256):
+        leaves = [normal(4, B, L, C, device=args.device, seed=i, scale=1.0 + 2 * i) for i in range(2)]
+        g = torch.randn_like(leaves[0])
+        for mode in ("forward", "forward+backward"):
+            found = []
+            for name, f in (("spiking_wkv", lambda k, v: spiking_wkv(d, u, k, v)), ("wkv, then lif", chain)):
+                fn = inference(f, leaves) if mode == "forward" else forward_backward(f, leaves, g)
+                passes = 3 if mode == "forward" else 8
+                found.append(Contestant(name, fn, bytes=passes * g.nbytes, extra={"mode": mode, "B": B}))
+            rows += compare(found, **settings)
+    return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
 
 
 def algorithms(args, settings):
@@ -523,7 +553,7 @@ def steps(args, settings):
             fn = lambda: bench_sdit.step(model, inputs, target, optimizer, dtype)
             name = f"{preset}, batch {batch}, {'bf16' if dtype else 'fp32'}"
             rows += compare([Contestant(name, fn)], **settings | {"rounds": 2 if args.quick else 5})
-            rows[-1]["images_per_s"] = batch / rows[-1]["median_s"]
+            rows[-1]["images_per_second"] = batch / rows[-1]["median_s"]
             if args.device == "cuda":
                 rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
         del model, optimizer
@@ -580,6 +610,7 @@ TIMINGS = {
     "spiking": section(bench_wkv, "spiking", backward=True),
     "algorithms": algorithms,
     "rules": rules,
+    "spiking sizes": spiking_sizes,
     "mix": mix,
     "training": section(bench_sdit, "training", rounds=3),
     "sampling": section(bench_sdit, "sampling", rounds=3),

@@ -196,6 +196,8 @@ def _use_gpu():
         storages = {}  # address -> (memory on the CPU, its copy on the GPU)
 
         def over(x):
+            if isinstance(x, tuple):
+                return tuple(map(over, x))
             if not isinstance(x, torch.Tensor) or x.device.type != "cpu":
                 return x
             here = x.untyped_storage()
