@@ -123,10 +123,14 @@ def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
 
 
 @triton.jit
-def _program(C, chunks, BC: tl.constexpr):
-    """(sequence, chunk, channels, mask) of this program; programs beside each other have channels beside each other."""
+def _program(C, chunks, BC: tl.constexpr, AGAIN: tl.constexpr = False):
+    """(sequence, chunk, channels, mask) of this program; programs beside each other have channels beside each other.
+
+    AGAIN: the same, of what no compiler knows to be the same (the second axis of a grid that has one is 0). So what is needed
+    behind a loop alone is found there, and not held, or spilt, all through it.
+    """
     blocks = tl.cdiv(C, BC)
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) + tl.program_id(1) if AGAIN else tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)
     pid = pid // blocks
     return (pid // chunks).to(tl.int64), pid % chunks, cols, cols < C
@@ -440,10 +444,6 @@ def wkv_backward_kernel(
     if start_ptr is not None and start_left_ptr is None:
         P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
         Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
-    at_state = sequence * C + cols
-    if g_ybar_ptr is not None:
-        g_ybar = tl.load(g_ybar_ptr + at_state, mask=mask, other=0.0)
-        g_lse = tl.load(g_lse_ptr + at_state, mask=mask, other=0.0)
     if g_ptr is not None:
         g_ptr += sequence * g_b + first * g_l
     k_ptr += sequence * k_b + first * k_l
@@ -508,16 +508,15 @@ def wkv_backward_kernel(
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
                 p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
-                if OUT:
-                    dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
-                    tl.store(dr_at, dr, mask=mask & (j < left))
-                    dr_at += dr_l
                 g *= p
+                if OUT:
+                    tl.store(dr_at, (g * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=mask & (j < left))
+                    dr_at += dr_l
             g *= inverse
             dv = g * own
-            dk = dv * (v - y)
-            sum_u += dk
+            dk = dv * (v - y) if UP or not DOWN else zero
             if UP:
+                sum_u += dk
                 _, b_, _, _ = rights[HELD - 1 - j]
                 _, A, E = _advance(k, v, rights[HELD - 1 - j], w)
                 dv += E * P_
@@ -543,10 +542,13 @@ def wkv_backward_kernel(
             P, Q, F = _rescaled(P, Q, F, state, o_behind, w, t0 + HELD == tile * TILE + TILE)
             o_behind = o_entry
             if g_ybar_ptr is not None:
-                final = (part == parts - 1) & (state[1] != 0.0)
-                b = tl.where(final, state[1], 1.0)
-                P = tl.where(final, g_ybar / b, P)
-                Q = tl.where(final, (g_lse - g_ybar * state[0] / b) / b, Q)
+                if part == parts - 1:
+                    g_ybar = tl.load(g_ybar_ptr + sequence * C + cols, mask=mask, other=0.0)
+                    g_lse = tl.load(g_lse_ptr + sequence * C + cols, mask=mask, other=0.0)
+                    seen = state[1] != 0.0
+                    b = tl.where(seen, state[1], 1.0)
+                    P = tl.where(seen, g_ybar / b, P)
+                    Q = tl.where(seen, (g_lse - g_ybar * state[0] / b) / b, Q)
             if OUT:
                 dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, cols)
                 dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, cols)
@@ -554,6 +556,9 @@ def wkv_backward_kernel(
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
                 if OUT:
+                    if not UP:  # not before: it would be one more value to hold
+                        dk = dv * (v - y)
+                        sum_u += dk
                     dv = (dv + E * P).to(dv_ptr.dtype.element_ty)
                     dk = (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty)
                     tl.store(dv_at, dv, mask=m)
@@ -567,6 +572,12 @@ def wkv_backward_kernel(
                     F *= A
         else:
             P, Q, F = P_, Q_, F_
+    sequence, chunk, cols, mask = _program(C, chunks, BC, AGAIN=True)
+    first, length = _sequence(cu_ptr, sequence, L)
+    parts = tl.cdiv(length, HELD)
+    begin = chunk * parts_per_chunk
+    chunk_row = _row(cu_ptr, sequence, first, L, HELD * parts_per_chunk) + chunk
+    at_state = sequence * C + cols
     if exit_ptr is not None:
         _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, F)
     if OUT:
@@ -578,6 +589,8 @@ def wkv_backward_kernel(
         lse = tl.load(lse_ptr + at_state, mask=m, other=0.0)
         if g_ybar_ptr is not None:
             if parts == 0:
+                g_ybar = tl.load(g_ybar_ptr + at_state, mask=m, other=0.0)
+                g_lse = tl.load(g_lse_ptr + at_state, mask=m, other=0.0)
                 P, Q = g_ybar, g_lse - g_ybar * ybar
         seen = lse != -float("inf")
         tl.store(d_ybar_ptr + at_state, tl.where(seen, P, 0.0), mask=m)
