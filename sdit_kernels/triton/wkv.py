@@ -123,10 +123,15 @@ def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
 
 
 @triton.jit
-def _program(C, chunks, BC: tl.constexpr):
-    """(sequence, chunk, channels, mask) of this program; programs beside each other have channels beside each other."""
-    blocks = tl.cdiv(C, BC)
-    pid = tl.program_id(0)
+def _program(C, chunks, BC: tl.constexpr, AGAIN: tl.constexpr = False):
+    """(sequence, chunk, channels, mask) of this program; programs beside each other have channels beside each other.
+
+    AGAIN: the same once more, from what no compiler knows to be the same (the grid has one axis; a place on the second is 0), so
+    that what is needed behind a loop alone is found there, and not held, or spilt, all through it.
+    """
+    nought = tl.program_id(1) if AGAIN else 0
+    blocks = tl.cdiv(C + nought, BC)
+    pid = tl.program_id(0) + nought
     cols = (pid % blocks) * BC + tl.arange(0, BC)
     pid = pid // blocks
     return (pid // chunks).to(tl.int64), pid % chunks, cols, cols < C
@@ -424,15 +429,17 @@ def wkv_backward_kernel(
     OUT: tl.constexpr = dk_ptr is not None
     DOWN: tl.constexpr = OUT or not RIGHTWARDS  # the carry of the states from the left
     UP: tl.constexpr = BOTH and (OUT or RIGHTWARDS)
+    PARTS: tl.constexpr = TILE // HELD
     sequence, chunk, cols, mask = _program(C, chunks, BC)
     first, length = _sequence(cu_ptr, sequence, L)
+    length = length.to(L.dtype)
     parts = tl.cdiv(length, HELD)
-    parts_per_chunk = tl.cast(tiles_per_chunk, tl.int64) * (TILE // HELD)
+    parts_per_chunk = tiles_per_chunk * PARTS
     begin = chunk * parts_per_chunk
     end = tl.minimum(begin + parts_per_chunk, parts)
     row = _row(cu_ptr, sequence, first, L, TILE)
     part_row = _row(cu_ptr, sequence, first, L, HELD)
-    chunk_row = _row(cu_ptr, sequence, first, L, HELD * parts_per_chunk) + chunk
+    chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
     zero = tl.zeros_like(w)
     P, Q, F = zero, zero, zero + 1.0
@@ -440,10 +447,10 @@ def wkv_backward_kernel(
     if start_ptr is not None and start_left_ptr is None:
         P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
         Q = tl.load(start_ptr + start_plane + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
-    at_state = sequence * C + cols
-    if g_ybar_ptr is not None:
-        g_ybar = tl.load(g_ybar_ptr + at_state, mask=mask, other=0.0)
-        g_lse = tl.load(g_lse_ptr + at_state, mask=mask, other=0.0)
+    if g_ybar_ptr is not None:  # what enters from behind the last token, until the state there is known: as it was given
+        last = mask & (end == parts)
+        P += tl.load(g_ybar_ptr + sequence * C + cols, mask=last, other=0.0)
+        Q += tl.load(g_lse_ptr + sequence * C + cols, mask=last, other=0.0)
     if g_ptr is not None:
         g_ptr += sequence * g_b + first * g_l
     k_ptr += sequence * k_b + first * k_l
@@ -463,25 +470,26 @@ def wkv_backward_kernel(
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
-        t0 = part * HELD
-        left = tl.minimum(length - t0, HELD).to(tl.int32)
-        tile = t0 // TILE
+        left = tl.minimum(length - part * HELD, HELD).to(tl.int32)
+        tile = part // PARTS
+        t0 = tl.cast(part, tl.int64) * HELD
         at = (row + tile) * C + cols
         ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), False, HELD)
         vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, False, HELD)
         gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
-        for t in range(tile * TILE, t0, HELD):
+        for t in range(tl.cast(tile, tl.int64) * TILE, t0, HELD):
             state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
         rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
-            for t in range(0, TILE - HELD - t0 % TILE, HELD):
-                t1 = tile * TILE + TILE - HELD - t
-                there = tl.minimum(length - t1, HELD).to(tl.int32)
-                right = _walk(k_ptr, v_ptr, t1, k_l, v_l, cols, mask, there, right, w, True, HELD)
+            for j in range(0, PARTS - 1 - part % PARTS):
+                later = tile * PARTS + PARTS - 1 - j
+                there = tl.minimum(length - later * HELD, HELD).to(tl.int32)
+                t = tl.cast(later, tl.int64) * HELD
+                right = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, there, right, w, True, HELD)
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
@@ -496,7 +504,7 @@ def wkv_backward_kernel(
                     tl.store(keep_ptr + at_part, P_, mask=mask)
                     tl.store(keep_ptr + keep_plane + at_part, Q_, mask=mask)
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
-            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, t0 == tile * TILE)
+            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, part % PARTS == 0)
         if OUT and r_ptr is not None:
             dr_at = _at(dr_ptr, t0, dr_l, cols)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
@@ -508,16 +516,15 @@ def wkv_backward_kernel(
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
                 p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
-                if OUT:
-                    dr = (g * y * p * (1.0 - p)).to(dr_ptr.dtype.element_ty)
-                    tl.store(dr_at, dr, mask=mask & (j < left))
-                    dr_at += dr_l
                 g *= p
+                if OUT:
+                    tl.store(dr_at, (g * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=mask & (j < left))
+                    dr_at += dr_l
             g *= inverse
             dv = g * own
-            dk = dv * (v - y)
-            sum_u += dk
+            dk = dv * (v - y) if UP or not DOWN else zero
             if UP:
+                sum_u += dk
                 _, b_, _, _ = rights[HELD - 1 - j]
                 _, A, E = _advance(k, v, rights[HELD - 1 - j], w)
                 dv += E * P_
@@ -540,13 +547,14 @@ def wkv_backward_kernel(
             if keep_ptr is not None:
                 tl.store(keep_ptr + at_part, P, mask=mask)
                 tl.store(keep_ptr + keep_plane + at_part, Q, mask=mask)
-            P, Q, F = _rescaled(P, Q, F, state, o_behind, w, t0 + HELD == tile * TILE + TILE)
+            P, Q, F = _rescaled(P, Q, F, state, o_behind, w, (part % PARTS == PARTS - 1) & (part != parts - 1))
             o_behind = o_entry
             if g_ybar_ptr is not None:
-                final = (part == parts - 1) & (state[1] != 0.0)
-                b = tl.where(final, state[1], 1.0)
-                P = tl.where(final, g_ybar / b, P)
-                Q = tl.where(final, (g_lse - g_ybar * state[0] / b) / b, Q)
+                if part == parts - 1:
+                    seen = state[1] != 0.0
+                    b = tl.where(seen, state[1], 1.0)
+                    Q = tl.where(seen, (Q - P * state[0] / b) / b, 0.0)
+                    P = tl.where(seen, P / b, 0.0)
             if OUT:
                 dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, cols)
                 dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, cols)
@@ -554,6 +562,9 @@ def wkv_backward_kernel(
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
                 if OUT:
+                    if not UP:  # not before: it would be one more value to hold
+                        dk = dv * (v - y)
+                        sum_u += dk
                     dv = (dv + E * P).to(dv_ptr.dtype.element_ty)
                     dk = (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty)
                     tl.store(dv_at, dv, mask=m)
@@ -567,6 +578,12 @@ def wkv_backward_kernel(
                     F *= A
         else:
             P, Q, F = P_, Q_, F_
+    sequence, chunk, cols, mask = _program(C, chunks, BC, AGAIN=True)
+    first, length = _sequence(cu_ptr, sequence, L)
+    parts = tl.cdiv(length.to(L.dtype), HELD)
+    begin = chunk * parts_per_chunk
+    chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
+    at_state = sequence * C + cols
     if exit_ptr is not None:
         _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, F)
     if OUT:
@@ -578,7 +595,7 @@ def wkv_backward_kernel(
         lse = tl.load(lse_ptr + at_state, mask=m, other=0.0)
         if g_ybar_ptr is not None:
             if parts == 0:
-                P, Q = g_ybar, g_lse - g_ybar * ybar
+                Q -= P * ybar
         seen = lse != -float("inf")
         tl.store(d_ybar_ptr + at_state, tl.where(seen, P, 0.0), mask=m)
         tl.store(d_lse_ptr + at_state, tl.where(seen, P * ybar + Q, 0.0), mask=m)
