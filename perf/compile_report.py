@@ -148,7 +148,7 @@ def _wkv(case: WkvCase, dtype, target):
     B, L, C = (1, SHAPE[0] * SHAPE[1], SHAPE[2]) if case.packed else SHAPE
     data = [torch.empty(B, L, C, dtype=dtype) for _ in range(8)]
     k, v, out, g, dk, dv, r, dr = data if case.gate else (*data[:6], None, None)
-    w, u = torch.empty(C), torch.empty(C)
+    w, u, d_w, d_u = (torch.empty(C) for _ in range(4))
     states = [torch.empty(SHAPE[0], C) if case.state else None for _ in range(8)]
     ybar, lse, ybar_out, lse_out, g_ybar, g_lse, d_ybar, d_lse = states
     cu = torch.empty(SHAPE[0] + 1, dtype=torch.int32) if case.packed else None
@@ -156,8 +156,10 @@ def _wkv(case: WkvCase, dtype, target):
     checkpoint = torch.empty(1 + case.bidirectional, 3, rows, C)
     how = (cu, 0, case.bidirectional, case.algorithm)
     with gpu_code.launches(target) as found, _forgetting():
-        wkv.wkv_forward(k, v, r, w, u, ybar, lse, *how, out, ybar_out, lse_out, checkpoint)
-        wkv.wkv_backward(g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, *how, dk, dv, dr, d_ybar, d_lse)
+        wkv.wkv_forward(k, v, r, w, u, True, ybar, lse, *how, out, ybar_out, lse_out, checkpoint)
+        wkv.wkv_backward(
+            g, g_ybar, g_lse, k, v, r, w, u, True, ybar, lse, checkpoint, *how, dk, dv, dr, d_w, d_u, d_ybar, d_lse
+        )
     return found
 
 
@@ -172,17 +174,17 @@ def _spiking(case: SpikingCase, dtype, target):
     k, v, dk, dv, r, dr = [torch.empty(case.T, *SHAPE, dtype=dtype) for _ in range(6)]
     r, dr = (r, dr) if case.gate else (None, None)
     out, g = [torch.empty(SHAPE if case.rate else (case.T, *SHAPE), dtype=dtype) for _ in range(2)]
-    w, u = torch.empty(C), torch.empty(C)
+    w, u, d_w, d_u = (torch.empty(C) for _ in range(4))
     rows = layout.wkv_rows(case.T * B, L, None, layout.spiking_tile(case.T, "triton"))
     checkpoint = torch.empty(3, rows, C)
     neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
     with gpu_code.launches(target) as found, _forgetting():
         spiking_wkv.spiking_wkv_forward(
-            k, v, r, w, u, None, None, None, None, None, neuron, case.rate, out, None, None, None, checkpoint
+            k, v, r, w, u, True, None, None, None, None, None, neuron, case.rate, out, None, None, None, checkpoint
         )
         spiking_wkv.spiking_wkv_backward(
-            g, None, None, None, k, v, r, w, u, None, None, None, checkpoint, neuron, case.rate, False, dk, dv, dr,
-            None, None, None,
+            g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, case.rate, False,
+            dk, dv, dr, d_w, d_u, None, None, None,
         )  # fmt: skip
     return found
 

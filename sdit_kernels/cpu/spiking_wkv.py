@@ -398,9 +398,11 @@ def _spread(B, C, lanes, width):
 
 
 def spiking_wkv_forward(
-    k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out, checkpoint
-):
+    k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
+    checkpoint,
+):  # fmt: skip
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
+    w, u = scan.parameters(decay, first, raw, k)
     T, B, L, C = k.shape
     lanes = LANES if C >= LANES else 1
     p = _Parameters(tau, v_threshold, neuron, w.dtype)
@@ -420,10 +422,14 @@ def spiking_wkv_forward(
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint, neuron, rate, parameters,
-    dk, dv, dr, d_ybar, d_lse, d_membrane,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
+    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane,
 ):  # fmt: skip
-    """Fill the gradients that are given; return (dw, du, sums of d 1/tau and d v_threshold), (B, C) each. k is not empty."""
+    """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
+
+    ybar and lse are in the checkpoint too, and read there.
+    """
+    w, u = scan.parameters(decay, first, raw, k)
     T, B, L, C = k.shape
     lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu")
     p = _Parameters(tau, v_threshold, neuron, w.dtype)
@@ -447,4 +453,5 @@ def spiking_wkv_backward(
         dv.data_ptr(), _address(dr), _address(d_ybar), _address(d_lse), _address(d_membrane), dw.data_ptr(), du.data_ptr(),
         *((0, 0) if sums is None else map(_address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
-    return dw, du, sums
+    scan.parameter_sums(dw, du, w, raw, d_decay, d_first)
+    return sums

@@ -638,9 +638,10 @@ def _spread(count, C, lanes):
 
 
 def wkv_forward(
-    k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
-):  # fmt: skip
+    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
+):
     """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
+    w, u = scan.parameters(decay, first, raw, k)
     C, dtype = k.shape[2], w.dtype
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
     table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
@@ -670,10 +671,11 @@ def wkv_forward(
 
 
 def wkv_backward(
-    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm, dk, dv, dr,
-    d_ybar, d_lse,
+    g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
 ):  # fmt: skip
-    """Fill dk, dv and, where they are given, dr, d_ybar, d_lse; return sums (segments, C) of dw and du. k is not empty."""
+    """Fill dk, dv and, where they are given, dr, d_decay with d_first, and d_ybar with d_lse. k is not empty."""
+    w, u = scan.parameters(decay, first, raw, k)
     C, dtype = k.shape[2], w.dtype
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
     table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
@@ -707,4 +709,5 @@ def wkv_backward(
             0, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()
         )  # fmt: skip
     launch(False, adjoint)
-    return dw, du
+    if d_decay is not None:
+        scan.parameter_sums(dw, du, w, raw, d_decay, d_first)

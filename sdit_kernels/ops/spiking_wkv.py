@@ -20,7 +20,7 @@ from .lif import (
 )
 from .lif import _check_state as _check_membrane
 from .operator import register
-from .wkv import _check_flag, _check_state, _check_tokens, _parameters, _plain
+from .wkv import _check_flag, _check_state, _check_tokens, _plain
 
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
 
@@ -58,9 +58,8 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
         _check_values(tau, v_threshold, neuron.decay_input)
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
-        w, u = _parameters(decay, first, raw, k)
         _kernels(backend).spiking_wkv_forward(
-            k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
+            k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
         )  # fmt: skip
     elif return_state:  # no token or no step: the states as they came
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -98,14 +97,11 @@ def _backward(
         return outputs
     if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
-    w, u = _parameters(decay, first, raw, k)
-    dw, du, sums = _kernels(backend).spiking_wkv_backward(
-        g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint.contiguous(), Neuron(*neuron),
-        rate, parameters, dk, dv, *(d if d.numel() else None for d in (dr, d_ybar, d_lse, d_membrane)),
+    given = (d if d.numel() else None for d in (dr, d_decay, d_first, d_ybar, d_lse, d_membrane))
+    sums = _kernels(backend).spiking_wkv_backward(
+        g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
+        checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given,
     )  # fmt: skip
-    dw = dw.sum(0)
-    d_decay.copy_(w * dw if raw else dw)
-    d_first.copy_(du.sum(0))
     return *outputs[:8], *_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 

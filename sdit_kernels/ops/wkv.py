@@ -13,7 +13,6 @@ from .operator import register
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ALGORITHMS = ("auto", "serial", "chunked")
-_LEAST_DECAY = -1e30  # stands for -inf, which times 0 tokens would be NaN
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------------
@@ -125,14 +124,6 @@ def _kernels(backend):
     return _modules[backend]
 
 
-def _parameters(decay, first, raw, k):
-    """(w, u) as the kernels take them: contiguous, in the state type."""
-    dtype = state_dtype(k.dtype)
-    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
-    w = torch.exp(w).neg_() if raw else w
-    return w.clamp_min(_LEAST_DECAY).contiguous(), u.contiguous()
-
-
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
     """out, ybar, lse, checkpoint; an empty tensor for what is not asked for."""
     B, L, C = k.shape
@@ -159,9 +150,8 @@ def _wkv(
         _check_lengths(cu_seqlens, max_seqlen, k.shape[1])
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
-        w, u = _parameters(decay, first, raw, k)
         _kernels(backend).wkv_forward(
-            k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
+            k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
         )  # fmt: skip
     elif return_state:  # no token: the state as it came
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -199,15 +189,11 @@ def _wkv_backward(
         checkpoint = _wkv(
             k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, False, True, algorithm, backend
         )[3]  # fmt: skip
-    w, u = _parameters(decay, first, raw, k)
-    dw, du = _kernels(backend).wkv_backward(
-        g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional, algorithm,
-        dk, dv, dr if r is not None else None, *((None, None) if ybar is None else (d_ybar, d_lse)),
+    given = (t if t.numel() else None for t in (dr, d_decay, d_first, d_ybar, d_lse))
+    _kernels(backend).wkv_backward(
+        g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional,
+        algorithm, dk, dv, *given,
     )  # fmt: skip
-    if parameters:
-        d_first.copy_(du.sum(0))
-        dw = dw.sum(0)
-        d_decay.copy_(w * dw if raw else dw)
     return outputs
 
 
@@ -265,10 +251,11 @@ _wkv_backward_call = register(
 def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
     out = k.new_empty(k.shape)
     if k.numel():
-        w, u = _parameters(decay, first, raw, k)
         new = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ybar, lse)]
         k, v, r, out_ = (None if t is None else t.unsqueeze(1) for t in (k, v, r, out))
-        _kernels(backend).wkv_forward(k, v, r, w, u, ybar, lse, None, 0, False, "serial", out_, *new, None)
+        _kernels(backend).wkv_forward(
+            k, v, r, decay, first, raw, ybar, lse, None, 0, False, "serial", out_, *new, None
+        )  # fmt: skip
         for old, t in zip((ybar, lse), new):
             if t is not old:
                 old.copy_(t)

@@ -9,14 +9,19 @@ The arithmetic is that of triton/wkv.py, but for one thing: both exponents of a 
 q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers for _HELD pairs;
 16 would take all 255 and spill. The tokens of a tile before those are walked again. Membranes and currents are made again token
 by token, the last first.
+
+One thread for each of B * C is too few where B * C is small. Below _FUSED the launchers run the kernels of wkv, which cut the
+tokens into chunks, and those of lif, on a current in the state's precision that lives as long as the call.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..layout import spiking_tile
+from ..layout import spiking_tile, wkv_rows
+from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
+from . import lif, wkv
 from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
 from .wkv import (
     _LOG2E,
@@ -34,6 +39,7 @@ from .wkv import (
 
 _HELD = 8  # pairs of step and token that the walk back holds in registers
 _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
+_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif; on an H200, perf/results/gpu.json
 
 
 @triton.jit
@@ -93,11 +99,11 @@ def spiking_wkv_forward_kernel(
     B, L, C, plane, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
     leak: "fp64", theta: "fp64", v_reset: "fp64",
     T: tl.constexpr, TOKENS: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr,
-    TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+    TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """keep: the states that enter each tile, (3, T, B, tiles, C)."""
     sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset = tl.full([], v_reset, STATE)
@@ -167,10 +173,10 @@ def spiking_wkv_backward_kernel(
     leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
     T: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr,
     DECAY: tl.constexpr, DETACH: tl.constexpr,
-    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
     th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
@@ -331,42 +337,88 @@ def _launch(kernel, k, *args, **flags):
         kernel[grid](*args, **flags)
 
 
+def _steps_as_batch(*tensors):
+    """(T, B, ...) as (T B, ...)."""
+    return [None if t is None else t.flatten(0, 1) for t in tensors]
+
+
+def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint):
+    """y and the states by the kernels of wkv, whose checkpoints are further apart, in as much of the same memory as they need."""
+    T, B, L, _ = k.shape
+    if checkpoint is not None:
+        checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None)]
+    k, v, r, ybar, lse, y, ybar_out, lse_out = _steps_as_batch(k, v, r, ybar, lse, y, ybar_out, lse_out)
+    wkv.wkv_forward(k, v, r, decay, first, raw, ybar, lse, None, 0, False, "auto", y, ybar_out, lse_out, checkpoint)
+    return checkpoint
+
+
 def spiking_wkv_forward(
-    k, v, r, w, u, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out, checkpoint
-):
+    k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
+    checkpoint,
+):  # fmt: skip
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
     T, B, L, C = k.shape
+    if B * C < _FUSED:
+        y = torch.empty(k.shape, dtype=state_dtype(k.dtype), device=k.device)
+        _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint)
+        spikes = torch.empty_like(y, dtype=out.dtype) if rate else out
+        lif.lif_forward(y, membrane, tau, v_threshold, neuron, spikes, membrane_out, None, None)
+        if rate:
+            out.copy_(spikes.sum(0, dtype=y.dtype).div_(T))
+        return
     flags = _flags(neuron, tau, v_threshold, k.dtype)
     (k, *k_), (v, *v_), (r, *r_) = map(_placed, (k, v, r))
     membrane, *m_ = _placed(membrane, 2)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _launch(
-        spiking_wkv_forward_kernel, k, k, v, r, w, u, ybar, lse, membrane, _contiguous(tau), _contiguous(v_threshold),
-        out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
-        *k_, *v_, *r_, *m_, *_numbers(neuron), RATE=rate, **flags,
+        spiking_wkv_forward_kernel, k, k, v, r, decay.contiguous(), first.contiguous(), ybar, lse, membrane, _contiguous(tau),
+        _contiguous(v_threshold), out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C,
+        0 if checkpoint is None else checkpoint.stride(0), *k_, *v_, *r_, *m_, *_numbers(neuron), RATE=rate, RAW=raw, **flags,
     )  # fmt: skip
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, tau, v_threshold, checkpoint, neuron, rate, parameters,
-    dk, dv, dr, d_ybar, d_lse, d_membrane,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
+    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane,
 ):  # fmt: skip
-    """Fill the gradients that are given; return (dw, du, sums of d 1/tau and d v_threshold), (B, C) each. k is not empty."""
+    """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty."""
     T, B, L, C = k.shape
+    state = state_dtype(k.dtype)
+    upstream = g_ybar, g_lse, g_membrane
+    g_ybar, g_lse, g_membrane = (None if t is None else t.to(state).contiguous() for t in upstream)
+    if B * C < _FUSED:
+        y = torch.empty(k.shape, dtype=state, device=k.device)
+        checkpoint = _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, None, None, checkpoint)  # as forward, bit for bit
+        if g is not None:
+            g = (g.to(state) / T if rate else g).expand(k.shape)
+        dy = torch.empty_like(y)
+        sums = lif.lif_backward(
+            g, g_membrane, None, y, membrane, tau, v_threshold, y.new_empty(0), neuron, dy, d_membrane, parameters
+        )
+        del y
+        dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse = _steps_as_batch(
+            dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse
+        )
+        wkv.wkv_backward(
+            dy, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, None, 0, False, "auto",
+            dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
+        )  # fmt: skip
+        return sums
     flags = _flags(neuron, tau, v_threshold, k.dtype)
-    dw, du = w.new_empty(2, B, C)
-    sums = w.new_empty(2, B, C) if parameters else None
+    dw, du = k.new_empty(2, B, C, dtype=state)
+    sums = k.new_empty(2, B, C, dtype=state) if parameters else None
     g = None if g is None else g.to(k.dtype).expand(k.shape)
     (k, *k_), (v, *v_), (r, *r_), (g, *g_) = map(_placed, (k, v, r, g))
     membrane, *m_ = _placed(membrane, 2)
     if g_ybar is not None or g_lse is not None:
-        g_ybar, g_lse = (w.new_zeros(T, B, C) if s is None else s.to(w.dtype).contiguous() for s in (g_ybar, g_lse))
-    g_membrane = None if g_membrane is None else g_membrane.to(w.dtype).contiguous()
+        g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
+    decay = decay.contiguous()
     _launch(
-        spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, w, u, membrane, _contiguous(tau),
-        _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
+        spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, decay, first.contiguous(), membrane,
+        _contiguous(tau), _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
         *((None, None) if sums is None else sums), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
         *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
-        HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), **flags,
+        HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), RAW=raw, **flags,
     )  # fmt: skip
-    return dw, du, sums
+    wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first)
+    return sums

@@ -37,13 +37,14 @@ import triton.language as tl
 
 from .. import layout
 from ..reference.lif import state_dtype
-from .lif import _warps
+from .lif import _STATES, _warps
 
 _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
 _HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
 _HIGHEST: tl.constexpr = tl.constexpr(60.0)  # beside a token of weight 2^60 float32 sees no state of 2^31; |v| < 2^67 then
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
@@ -95,16 +96,17 @@ def _own(gap, u2):
 
 @triton.jit
 def _weights_of_three(k, left, right, w, u2):
-    """The same of two states and the token."""
+    """The same of two states and the token. Differences come before products: a product of 1e20 fused into a difference with its
+    own rounded value leaves what rounding took, and that is no small number."""
     a, b, ka, n = left
     a_, b_, ka_, n_ = right
     masked = k == -float("inf")
     origin = tl.where(masked, 0.0, k)
-    x = tl.fma(-n, w, origin - ka) * -_LOG2E
-    x_ = tl.fma(-n_, w, origin - ka_) * -_LOG2E
-    own = tl.where(masked, -float("inf"), u2)
-    m = tl.maximum(tl.maximum(x, x_), tl.maximum(own, -1e30))  # finite, where nothing was seen
-    return tl.exp2(x - m), tl.exp2(x_ - m), tl.exp2(own - m)
+    x = tl.fma(-n, w, origin - ka)  # how far below the token's key
+    x_ = tl.fma(-n_, w, origin - ka_)
+    m = tl.minimum(tl.minimum(x, x_), tl.where(masked, 1e30, u2 * -_LN2))  # finite, where nothing was seen
+    own = tl.where(masked, -float("inf"), tl.fma(m, tl.full(m.shape, _LOG2E, m.dtype), u2))
+    return tl.exp2((m - x) * _LOG2E), tl.exp2((m - x_) * _LOG2E), tl.exp2(own)
 
 
 @triton.jit
@@ -210,10 +212,9 @@ def _near_one(x):
 def _rounding(state, w):
     """o, which is ka + n w rounded, and e^(what that lost), up to 2e-6 from 1 at o = 50."""
     _, _, ka, n = state
-    p = n * w
-    o = ka + p
+    o = tl.fma(n, w, ka)
     back = o - ka
-    return o, _near_one((ka - (o - back)) + (p - back) + tl.fma(n, w, -p))
+    return o, _near_one((ka - (o - back)) + tl.fma(n, w, -back))
 
 
 @triton.jit
@@ -243,10 +244,32 @@ def _user_state(ybar_ptr, lse_ptr, at, mask, like):
 
 
 @triton.jit
-def _parameters(w_ptr, u_ptr, cols, mask):
-    """w, not so low that n w could overflow, and u log2(e)."""
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0)
-    return tl.where(w < -1e20, -1e20, w), tl.load(u_ptr + cols, mask=mask, other=0.0) * _LOG2E
+def _exp(x):
+    """e^x, and no more than e^60, which is past what a decay may be."""
+    x = tl.minimum(x, 60.0, propagate_nan=tl.PropagateNan.ALL)
+    if x.dtype == tl.float32:  # as 2^y, with what y = x log2(e) loses in rounding
+        y = x * _LOG2E
+        lost = tl.fma(x, tl.full(x.shape, _LOG2E, x.dtype), -y) + x * 1.925963033500212e-8
+        power = tl.exp2(y)
+        return tl.fma(power, lost * _LN2, power)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def _decay(w_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
+    """w = -exp(time_decay), or as given, not so low that n w could overflow."""
+    w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(STATE)
+    if RAW:
+        w = -_exp(w)
+    return tl.where(w < -1e20, -1e20, w)
+
+
+@triton.jit
+def _parameters(w_ptr, u_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
+    """w and u log2(e)."""
+    u = tl.load(u_ptr + cols, mask=mask, other=0.0).to(STATE)
+    return _decay(w_ptr, cols, mask, RAW, STATE), u * _LOG2E
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------------------
@@ -298,7 +321,7 @@ def wkv_forward_kernel(
     out_ptr, ybar_out_ptr, lse_out_ptr, keep_ptr, exit_ptr,
     L, C, tiles_per_chunk, chunks, plane, start_plane,
     k_b, k_l, v_b, v_l, r_b, r_l, out_b, out_l,
-    LEFTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    LEFTWARDS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Walk the tiles of a chunk; what is None is neither read nor written.
 
@@ -313,7 +336,7 @@ def wkv_forward_kernel(
     end = tl.minimum(begin + tiles_per_chunk, tiles)
     row = _row(cu_ptr, sequence, first, L, TILE)
     chunk_row = _row(cu_ptr, sequence, first, L, TILE * tl.cast(tiles_per_chunk, tl.int64)) + chunk
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     if start_ptr is None or BOTH:
         state = _user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
     else:
@@ -363,7 +386,7 @@ def wkv_forward_kernel(
 @triton.jit(do_not_specialize=["L", "tiles_per_chunk", "plane"])
 def wkv_combine_kernel(
     rows_ptr, w_ptr, ybar_ptr, lse_ptr, cu_ptr, L, C, tiles_per_chunk, plane,
-    CARRY: tl.constexpr, LEFTWARDS: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    CARRY: tl.constexpr, LEFTWARDS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Turn the summary of each chunk into what enters it, in place: a state, or the walk back's carry (P, Q, factor)."""
     sequence, chunk, cols, mask = _program(C, 1, BC)
@@ -371,8 +394,7 @@ def wkv_combine_kernel(
     span = TILE * tl.cast(tiles_per_chunk, tl.int64)
     chunks = tl.cdiv(length, span)
     row = _row(cu_ptr, sequence, first, L, span)
-    w = tl.load(w_ptr + cols, mask=mask, other=0.0)
-    w = tl.where(w < -1e20, -1e20, w)
+    w = _decay(w_ptr, cols, mask, RAW, STATE)
     steps = span.to(w.dtype)
     zero = tl.zeros_like(w)
     state = (zero, zero, zero, zero) if CARRY else _user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
@@ -415,7 +437,7 @@ def wkv_backward_kernel(
     start_ptr, start_left_ptr, dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dw_ptr, du_ptr, keep_ptr, exit_ptr,
     L, C, tiles_per_chunk, chunks, plane, start_plane, keep_plane,
     g_b, g_l, k_b, k_l, v_b, v_l, r_b, r_l, dk_b, dk_l, dv_b, dv_l, dr_b, dr_l,
-    RIGHTWARDS: tl.constexpr, HELD: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    RIGHTWARDS: tl.constexpr, HELD: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Walk a chunk by parts of HELD tokens with the carry, last part first (RIGHTWARDS: that of the states from the right,
     first part first).
@@ -440,7 +462,7 @@ def wkv_backward_kernel(
     row = _row(cu_ptr, sequence, first, L, TILE)
     part_row = _row(cu_ptr, sequence, first, L, HELD)
     chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     zero = tl.zeros_like(w)
     P, Q, F = zero, zero, zero + 1.0
     P_, Q_ = zero, zero
@@ -601,26 +623,51 @@ def wkv_backward_kernel(
         tl.store(d_lse_ptr + at_state, tl.where(seen, P * ybar + Q, 0.0), mask=m)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def wkv_sums_kernel(
+    dw_ptr, du_ptr, w_ptr, d_decay_ptr, d_first_ptr, rows, C,
+    RAW: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the parameters from the sums of the programs."""
+    cols = tl.program_id(0) * BC + tl.arange(0, BC)
+    mask = cols < C
+    sum_w = tl.zeros([BR, BC], STATE)
+    sum_u = tl.zeros([BR, BC], STATE)
+    for first in range(0, rows, BR):
+        row = first + tl.arange(0, BR)[:, None]
+        at = row.to(tl.int64) * C + cols[None, :]
+        there = (row < rows) & mask[None, :]
+        sum_w += tl.load(dw_ptr + at, mask=there, other=0.0)
+        sum_u += tl.load(du_ptr + at, mask=there, other=0.0)
+    d = tl.sum(sum_w, 0)
+    if RAW:
+        d *= _decay(w_ptr, cols, mask, RAW, STATE)
+    tl.store(d_decay_ptr + cols, d.to(d_decay_ptr.dtype.element_ty), mask=mask)
+    tl.store(d_first_ptr + cols, tl.sum(sum_u, 0).to(d_first_ptr.dtype.element_ty), mask=mask)
+
+
 # --- launchers: the same signatures as in cpu/wkv.py ------------------------------------------------------------------------
 
 
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    "serial" launches sequences * C threads. "auto" is "serial" from half of _FILL on, which keep an H100's memory busy, and
-    where there are no more than two tiles to walk. Otherwise chunks are as long as _FILL threads allow.
+    "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than four
+    tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384 (perf/results/gpu.json,
+    "algorithms"): 12,288 threads are better cut into chunks (forward and backward together take 0.79 to 0.55 of the time for 394
+    to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward (by 14 to 33 %) and as fast in all.
     """
 
-    def __init__(self, k, w, u, cu_seqlens, max_seqlen, algorithm):
+    def __init__(self, k, decay, raw, cu_seqlens, max_seqlen, algorithm):
         B, L, self.C = k.shape
         self.packed = None if cu_seqlens is None else cu_seqlens.numel() - 1
         self.sequences = B if self.packed is None else self.packed
         self.B, self.L, self.longest = B, L, L if self.packed is None else max_seqlen or L
-        self.w, self.u, self.cu_seqlens = w, u, cu_seqlens
+        self.decay, self.raw, self.cu_seqlens = decay, raw, cu_seqlens
         self.tiles = triton.cdiv(self.longest, layout.TILE)
         threads = self.sequences * self.C
         self.fine = max(1, self.tiles * threads // _FILL)  # tiles per chunk
-        serial = 2 * threads >= _FILL or self.tiles <= 2 if algorithm == "auto" else algorithm == "serial"
+        serial = 4 * threads >= _FILL or self.tiles <= 4 if algorithm == "auto" else algorithm == "serial"
         self.chunked = not serial and self.fine < self.tiles
         self.coarse = self.fine if self.chunked else self.tiles
         self.device, self.state = k.device, state_dtype(k.dtype)
@@ -642,12 +689,13 @@ class _Grid:
     def _launch(self, kernel, tiles, *args, **flags):
         chunks = triton.cdiv(self.tiles, tiles) if tiles else 1
         programs = self.sequences * chunks * triton.cdiv(self.C, _THREADS)
-        kernel[(programs,)](*args, **flags, TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
+        flags |= dict(RAW=self.raw, STATE=_STATES[self.state], TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
+        kernel[(programs,)](*args, **flags)
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
         self.launch(
-            wkv_combine_kernel, 0, rows, self.w, ybar, lse, self.cu_seqlens, self.L, self.C, self.coarse, rows.stride(0),
+            wkv_combine_kernel, 0, rows, self.decay, ybar, lse, self.cu_seqlens, self.L, self.C, self.coarse, rows.stride(0),
             CARRY=carry, LEFTWARDS=leftwards,
         )  # fmt: skip
 
@@ -665,9 +713,12 @@ def _plane(rows):
     return 0 if rows is None else rows.stride(0)
 
 
-def wkv_forward(k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint):
+def wkv_forward(
+    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
+):
     """Fill out, and ybar_out, lse_out and checkpoint where they are given. k is not empty."""
-    grid = _Grid(k, w, u, cu_seqlens, max_seqlen, algorithm)
+    decay, first = decay.contiguous(), first.contiguous()
+    grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
     (k, *k_), (v, *v_), (r, *r_), (out, *out_) = map(_placed, (k, v, r, out))
     if checkpoint is not None and not checkpoint.numel():
         checkpoint = None
@@ -676,7 +727,7 @@ def wkv_forward(k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional,
         chunk_plane = _plane(exit if start is None else start)
         given = (ybar, lse) if exit is None else (None, None)  # a summary starts from nothing
         grid.launch(
-            wkv_forward_kernel, tiles, k, v, r if y is not None else None, w, u, *given, start, right, cu_seqlens,
+            wkv_forward_kernel, tiles, k, v, r if y is not None else None, decay, first, *given, start, right, cu_seqlens,
             y, *final, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
             _plane(start if right is not None else keep), chunk_plane, *k_, *v_, *r_, *out_, LEFTWARDS=leftwards,
         )  # fmt: skip
@@ -703,13 +754,27 @@ def wkv_forward(k, v, r, w, u, ybar, lse, cu_seqlens, max_seqlen, bidirectional,
     walk(grid.fine, start=entering[0], right=entering[1], y=out)
 
 
+def parameter_sums(dw, du, decay, raw, d_decay, d_first):
+    """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
+    rows, C = dw.shape
+    grid = (triton.cdiv(C, 32),)
+    args = dw, du, decay, d_decay, d_first, rows, C
+    flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=32, BC=32, num_warps=_warps(128))
+    if dw.device.type == "cuda":
+        with torch.cuda.device(dw.device):
+            wkv_sums_kernel[grid](*args, **flags)
+    else:
+        wkv_sums_kernel[grid](*args, **flags)
+
+
 def wkv_backward(
-    g, g_ybar, g_lse, k, v, r, w, u, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
-    dk, dv, dr, d_ybar, d_lse,
+    g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
 ):  # fmt: skip
-    """Fill dk and dv, and dr, d_ybar and d_lse where they are given; return sums of dw and du. k is not empty."""
-    grid = _Grid(k, w, u, cu_seqlens, max_seqlen, algorithm)
-    g = None if g is None else g.to(k.dtype)
+    """Fill dk and dv, and dr, d_decay with d_first, and d_ybar with d_lse where they are given. k is not empty."""
+    decay, first = decay.contiguous(), first.contiguous()
+    grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
+    g = g if g is None or g.dtype == grid.state else g.to(k.dtype)
     (g, *g_), (k, *k_), (v, *v_), (r, *r_) = map(_placed, (g, k, v, r))
     (dk, *dk_), (dv, *dv_), (dr, *dr_) = map(_placed, (dk, dv, dr))
     if g_ybar is not None or g_lse is not None:
@@ -727,12 +792,13 @@ def wkv_backward(
         given = (dk, dv, dr, d_ybar, d_lse) if out else (None,) * 5
         upstream = (None, None) if rightwards else (g_ybar, g_lse)
         grid.launch(
-            wkv_backward_kernel, tiles, g, *upstream, k, v, r, w, u, ybar, lse, state, right, cu_seqlens,
+            wkv_backward_kernel, tiles, g, *upstream, k, v, r, decay, first, ybar, lse, state, right, cu_seqlens,
             start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
             _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
             RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
-        return sums
+        if out and d_decay is not None:
+            parameter_sums(*sums, decay, raw, d_decay, d_first)
 
     def starts(rightwards):
         """The carry that enters each chunk."""
@@ -744,9 +810,10 @@ def wkv_backward(
         return rows
 
     if not bidirectional:
-        return walk(grid.coarse, start=starts(False), out=True)
+        walk(grid.coarse, start=starts(False), out=True)
+        return
     rows = layout.wkv_rows(grid.B, grid.L, grid.packed, min(_HELD, layout.TILE))
     entering = torch.empty(2, 2, rows, grid.C, dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         walk(grid.coarse, start=starts(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
-    return walk(grid.fine, start=entering[0], left=entering[1], out=True)
+    walk(grid.fine, start=entering[0], left=entering[1], out=True)
