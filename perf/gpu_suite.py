@@ -37,6 +37,7 @@ import torch
 from perf import bench_lif, bench_mix, bench_sdit, bench_wkv, harness
 from perf.bench_wkv import forward_backward, inference, parameters, rms_error
 from perf.harness import Contestant, compare
+from sdit import PRESETS, SDiT
 from sdit_kernels import backend, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
 
 HALF = (torch.bfloat16, torch.float16)
@@ -96,10 +97,10 @@ def values_lif(device, small):
     return found
 
 
-def values_wkv(device, small):
+def values_wkv(device, small, dtypes=(torch.float32,)):
     B, L, C = (2, 37, 48) if small else (8, 394, 384)
     found = {}
-    for dtype in (torch.float32, *HALF):
+    for dtype in dtypes:
         k, v, r = (normal(B, L, C, device=device, dtype=dtype, seed=i) for i in range(3))
         p = [t.requires_grad_() for t in parameters(C, device)]
         for algorithm in ("serial", "chunked"):
@@ -111,6 +112,10 @@ def values_wkv(device, small):
 
                 found |= agree(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
     return found
+
+
+def values_wkv_half(device, small):
+    return values_wkv(device, small, HALF)
 
 
 def values_wkv_states(device, small):
@@ -141,6 +146,22 @@ def values_wkv_states(device, small):
     return found
 
 
+def steep_decays(device, small):
+    """log_decay = -inf: a token sees itself and its neighbour. Exponents of 1e20 must not leave their rounding behind."""
+    C = 48
+    k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
+    k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
+    u, w = parameters(C, device)[1], torch.full((C,), -torch.inf, device=device)
+    found = {}
+    for algorithm in ("serial", "chunked"):
+        for both in (False, True):
+            f = lambda k, v, a=algorithm, b=both: wkv(
+                None, u.to(k.dtype), k, v, log_decay=w.to(k.dtype), bidirectional=b, algorithm=a
+            )
+            found |= agree(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
+    return found
+
+
 def accuracy(device, small):
     args = argparse.Namespace(device=device, dtype=torch.float32, quick=small)
     before = len(harness.goals)
@@ -153,25 +174,25 @@ def accuracy(device, small):
 
 def values_spiking_wkv(device, small):
     """Spikes within rounding of the threshold may differ, and their gradients with them."""
-    T, B, L, C = (4, 2, 21, 48) if small else (4, 4, 300, 384)
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        k, r = (normal(T, B, L, C, device=device, dtype=dtype, seed=i) for i in range(2))
-        v = normal(T, B, L, C, device=device, dtype=dtype, scale=3.0, seed=2)
-        leaves = [*(t.requires_grad_() for t in parameters(C, device)), k, v, r]
+    for B in (2, 3) if small else (4, 96):  # the kernels of wkv and lif; one walk
+        for dtype in (torch.float32, torch.bfloat16):
+            T, L, C = (4, 21, 48) if small else (4, 131, 384)
+            k, r = (normal(T, B, L, C, device=device, dtype=dtype, seed=i) for i in range(2))
+            v = normal(T, B, L, C, device=device, dtype=dtype, scale=3.0, seed=2)
+            leaves = [*(t.requires_grad_() for t in parameters(C, device)), k, v, r]
 
-        def chain(d, u, k, v, r):
-            y = wkv(d, u, k.flatten(0, 1), v.flatten(0, 1), r=r.flatten(0, 1))
-            return lif(y.unflatten(0, (T, B)))
+            def chain(d, u, *data):
+                k, v, r = (t.float().flatten(0, 1) for t in data)
+                return lif(wkv(d, u, k, v, r=r).unflatten(0, (T, B))).to(dtype)
 
-        s, t = spiking_wkv(*leaves), chain(*leaves)
-        same = (s == t).float().mean().item()
-        g = torch.randn_like(s)
-        errors = [rms_error(a, b) for a, b in zip(torch.autograd.grad(s, leaves, g), torch.autograd.grad(t, leaves, g))]
-        # The chain rounds its current to bf16 between the ops.
-        assert same > (0.9995 if dtype == torch.float32 else 0.98), f"spikes agree in {same:.4%}"
-        assert max(errors) < (0.03 if dtype == torch.float32 else 0.2), errors
-        found[f"spiking_wkv {dtype}"] = {"spikes_equal": same, "gradient_errors": errors}
+            s, t = spiking_wkv(*leaves), chain(*leaves)
+            same = (s == t).float().mean().item()
+            g = torch.randn_like(s)
+            errors = [rms_error(a, b) for a, b in zip(torch.autograd.grad(s, leaves, g), torch.autograd.grad(t, leaves, g))]
+            assert same > 0.9999, f"spikes agree in {same:.4%}"
+            assert max(errors) < (0.02 if dtype == torch.float32 else 0.03), errors
+            found[f"B={B}, {dtype}"] = {"spikes_equal": same, "gradient_errors": errors}
     return found
 
 
@@ -264,6 +285,13 @@ def side_stream(device, small):
         stream.synchronize()
         assert all(map(torch.equal, want, got)), f"{name} does not keep to its stream"
     return {}
+
+
+def on_its_stream(device, small):
+    """What takes the same calls, in one process, so that they compile once."""
+    for check in (repeatable, no_host_sync, side_stream, cuda_graph):
+        check(device, small)
+    return {"ops": len(calls(device, True))}
 
 
 def cuda_graph(device, small):
@@ -382,8 +410,8 @@ def big_offsets(device, small):
 CHECKS = {
     f.__name__: f
     for f in (
-        big_offsets, compiled, network, values_wkv_states, values_wkv, values_lif, values_mix, values_spiking_wkv, accuracy,
-        repeatable, no_host_sync, side_stream, cuda_graph, autocast,
+        on_its_stream, values_wkv_half, values_wkv_states, values_wkv, network, autocast, values_spiking_wkv, compiled,
+        big_offsets, steep_decays, values_mix, values_lif, accuracy,
     )
 }  # fmt: skip
 
@@ -535,29 +563,58 @@ def algorithms(args, settings):
 
 
 def steps(args, settings):
-    """Training steps of our SDiT, bf16 autocast, by preset and batch: images a second"""
-    from sdit import PRESETS, SDiT
-
+    """Training steps of SDiT: images a second. The plain form, which walks the tokens one by one, is timed once"""
     rows = []
-    for preset, batch in (("digits", 2),) if args.quick else (("fashion_mnist", 256), ("cifar10", 64), ("cifar10", 256)):
+    cases = ("digits", 2, True), ("digits", 2, False)
+    if not args.quick:
+        cases = ("fashion_mnist", 64, True), ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False)
+    for preset, batch, plain in cases:
         torch.manual_seed(0)
         model = SDiT(PRESETS[preset], variant="improved").to(args.device)
         c = model.config
         x = torch.randn(batch, c.channels, c.image_size, c.image_size, device=args.device)
         inputs = x, torch.randint(0, 1000, (batch,), device=args.device), torch.zeros(batch, dtype=torch.long, device=args.device)
         target = torch.zeros((), device=args.device)
-        for dtype in (torch.bfloat16, None):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+        for form, dtype in (("ours", torch.bfloat16), ("ours", None), *[("plain", None)] * plain):
+            network = bench_sdit.Plain(model) if form == "plain" else model
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            fn = lambda: bench_sdit.step(model, inputs, target, optimizer, dtype)
-            name = f"{preset}, batch {batch}, {'bf16' if dtype else 'fp32'}"
-            rows += compare([Contestant(name, fn)], **settings | {"rounds": 2 if args.quick else 5})
-            rows[-1]["images_per_second"] = batch / rows[-1]["median_s"]
+            fn = lambda: bench_sdit.step(network, inputs, target, optimizer, dtype)
+            row = {"name": f"{preset}, batch {batch}, {form}, {'bf16' if dtype else 'fp32'}"}
+            if form == "plain":
+                fn()
+                began = time.perf_counter()
+                fn().item()
+                row["median_s"] = time.perf_counter() - began
+            else:
+                row |= compare([Contestant(row["name"], fn)], **settings | {"rounds": 2 if args.quick else 5})[0]
+                began = time.perf_counter()
+                fn()
+                row["host_s"] = time.perf_counter() - began
+            rows.append(row | {"images_per_second": batch / row["median_s"]})
             if args.device == "cuda":
                 rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated()
-        del model, optimizer
+        del model, optimizer, network
     return "training steps", rows
+
+
+def host(args, settings):
+    """Time in which Python and the launch are done with a call on small tensors, the device not waited for"""
+    rows = []
+    for name, (f, leaves) in calls(args.device, True).items():
+        g = torch.ones_like(f(*leaves))
+        found = compare(
+            [
+                Contestant("no_grad", inference(f, leaves), extra={"op": name}),
+                Contestant("forward+backward", forward_backward(f, leaves, g), extra={"op": name}),
+            ],
+            **settings | {"device": "cpu", "min_time": 0.002},
+        )
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        rows += found
+    return "host time of a call", rows
 
 
 def profile(args, settings):
@@ -600,26 +657,24 @@ def mix(args, settings):
 
 
 TIMINGS = {
+    "steps": steps,
+    "profile": profile,
+    "spiking": section(bench_wkv, "spiking", backward=True),
+    "spiking sizes": spiking_sizes,
+    "host": host,
+    "wkv": section(bench_wkv, "peers"),
+    "wkv backward": section(bench_wkv, "backward"),
+    "algorithms": algorithms,
     "lif": section(bench_lif, "peers"),
     "rate": section(bench_lif, "rate"),
     "bandwidth": section(bench_lif, "bandwidth"),
-    "wkv": section(bench_wkv, "peers"),
-    "wkv backward": section(bench_wkv, "backward"),
-    "wkv bf16": section(bench_wkv, "peers", dtype=torch.bfloat16),
-    "wkv backward bf16": section(bench_wkv, "backward", dtype=torch.bfloat16),
-    "spiking": section(bench_wkv, "spiking", backward=True),
-    "algorithms": algorithms,
-    "rules": rules,
-    "spiking sizes": spiking_sizes,
     "mix": mix,
-    "training": section(bench_sdit, "training", rounds=3),
-    "sampling": section(bench_sdit, "sampling", rounds=3),
-    "steps": steps,
-    "profile": profile,
-    "overhead": section(bench_lif, "overhead"),
     "decoding": section(bench_wkv, "decoding"),
     "memory": section(bench_lif, "memory"),
+    "wkv bf16": section(bench_wkv, "peers", dtype=torch.bfloat16),
+    "wkv backward bf16": section(bench_wkv, "backward", dtype=torch.bfloat16),
     "sweep": section(bench_wkv, "sweep"),
+    "rules": rules,
 }
 
 
