@@ -39,7 +39,7 @@ from .wkv import (
 
 _HELD = 8  # pairs of step and token that the walk back holds in registers
 _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
-_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif; on an H200, perf/results/gpu.json
+_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif; on an H200, perf/results/gpu_h200.json
 
 
 @triton.jit

@@ -653,7 +653,7 @@ class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
     "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than four
-    tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384 (perf/results/gpu.json,
+    tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384 (perf/results/gpu_h200.json,
     "algorithms"): 12,288 threads are better cut into chunks (forward and backward together take 0.79 to 0.55 of the time for 394
     to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward (by 14 to 33 %) and as fast in all.
     """

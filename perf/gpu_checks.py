@@ -1,0 +1,388 @@
+"""Checks on a device: does each op do on tensors that live there, at sizes of real models, what it is defined to do?
+
+Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of its
+own; on the CPU, and small, so that they cannot rot.
+"""
+
+import argparse
+import copy
+import functools
+
+import torch
+
+from perf import bench_lif, bench_sdit, bench_wkv, harness
+from perf.bench_wkv import parameters, rms_error
+from sdit_kernels import backend, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
+
+HALF = (torch.bfloat16, torch.float16)
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # relative rms of outputs
+GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def normal(*shape, device, dtype=torch.float32, scale=1.0, seed=0):
+    generator = torch.Generator(device).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype).requires_grad_()
+
+
+def agree(what, f, leaves, exact_output=False):
+    """Relative rms errors of outputs and gradients of f(*leaves), against the definition in float64 on the same device."""
+
+    def several(*tensors):
+        out = f(*tensors)
+        return out if isinstance(out, tuple) else (out,)
+
+    outputs = several(*leaves)
+    dtype = outputs[0].dtype
+    gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i).detach() for i, o in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, leaves, gs)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    with backend("reference"):
+        wanted = several(*wide)
+        want = torch.autograd.grad(wanted, wide, [g.double() for g in gs])
+    if exact_output:
+        assert torch.equal(outputs[0].double(), wanted[0]), f"{what}: outputs differ"
+    assert all(t.isfinite().all() for t in (*outputs, *found)), f"{what}: not finite"
+    for kind, got, exact, limit in (("output", outputs, wanted, LIMIT), ("gradient", found, want, GRADIENT)):
+        for i, (a, b) in enumerate(zip(got, exact)):
+            error = rms_error(a, b)
+            assert error <= limit[dtype], f"{what}: {kind} {i} has relative rms error {error:.2e}, {limit[dtype]:.0e} allowed"
+    return {what: {"output": rms_error(outputs, wanted), "gradient": rms_error(found, want)}}
+
+
+def values_lif(device, small):
+    shape = (2, 37, 48) if small else (8, 394, 384)
+    found = {}
+    for dtype in (torch.float32, *HALF):
+        x = bench_lif.current(4, *shape, device=device, dtype=dtype)
+        found |= agree(f"lif {dtype}", lif, [x], exact_output=True)
+        gate, residual = normal(*shape, device=device, dtype=dtype), normal(*shape, device=device, dtype=dtype, seed=1)
+        found |= agree(
+            f"lif_rate {dtype}", lambda x, r, g: lif_rate(x, 4, r, g, tau=4.0), [x[0].detach().requires_grad_(), residual, gate]
+        )
+    x = bench_lif.current(4, *shape, device=device)
+    long = bench_lif.current(37, *shape[:2], 64, device=device)
+    found |= agree("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
+    v = normal(*shape, device=device, scale=0.1)
+    tau = (torch.rand(shape[-1], device=device) + 1.5).requires_grad_()
+    found |= agree(
+        "lif, learnt tau, states", lambda x, v, tau: lif(x, v, tau=tau, return_v=True, detach_reset=True), [x, v, tau]
+    )
+    return found
+
+
+def values_wkv(device, small, dtypes=(torch.float32,)):
+    B, L, C = (2, 37, 48) if small else (8, 394, 384)
+    found = {}
+    for dtype in dtypes:
+        k, v, r = (normal(B, L, C, device=device, dtype=dtype, seed=i) for i in range(3))
+        p = [t.requires_grad_() for t in parameters(C, device)]
+        for algorithm in ("serial", "chunked"):
+            for gate in (False, True):
+                leaves = [*p, k, v, r][: 5 if gate else 4]
+
+                def f(d, u, k, v, r=None, algorithm=algorithm):
+                    return wkv(d, u, k, v, r=r, algorithm=algorithm)
+
+                found |= agree(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
+    return found
+
+
+def values_wkv_half(device, small):
+    return values_wkv(device, small, HALF)
+
+
+def values_wkv_states(device, small):
+    B, L, C = (2, 37, 48) if small else (4, 300, 384)
+    k, v = (normal(B, L, C, device=device, seed=i) for i in range(2))
+    p = [t.requires_grad_() for t in parameters(C, device)]
+    state = [normal(B, C, device=device, seed=i) for i in (3, 4)]
+    packed = [t.detach().reshape(1, B * L, C).requires_grad_() for t in (k, v)]
+    ends = torch.tensor([0, 5, 5, L // 2, B * L], device=device)
+
+    def with_states(algorithm, d, u, k, v, ybar, lse):
+        y, state = wkv(d, u, k, v, state=(ybar, lse), return_state=True, algorithm=algorithm)
+        return y, *state
+
+    def both_ways(algorithm, *leaves):
+        return wkv(*leaves, bidirectional=True, algorithm=algorithm)
+
+    def in_pieces(algorithm, *leaves):
+        return wkv(*leaves, cu_seqlens=ends, max_seqlen=B * L, algorithm=algorithm)
+
+    found = {}
+    for f, leaves in ((with_states, [*p, k, v, *state]), (both_ways, [*p, k, v]), (in_pieces, [*p, *packed])):
+        for algorithm in ("serial", "chunked"):
+            found |= agree(f"wkv {algorithm} {f.__name__}", functools.partial(f, algorithm), leaves)
+    return found
+
+
+def steep_decays(device, small):
+    """A token sees itself and the nearest key that is not masked. Exponents of 1e20 must not leave their rounding behind."""
+    C = 48
+    k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
+    k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
+    u, w = parameters(C, device)[1], torch.full((C,), -1e20, device=device)
+    found = {}
+    for algorithm in ("serial", "chunked"):
+        for both in (False, True):
+
+            def f(k, v, a=algorithm, b=both):
+                return wkv(None, u.to(k.dtype), k, v, log_decay=w.to(k.dtype), bidirectional=b, algorithm=a)
+
+            found |= agree(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
+    return found
+
+
+def accuracy(device, small):
+    args = argparse.Namespace(device=device, dtype=torch.float32, quick=small)
+    before = len(harness.goals)
+    _, rows = bench_wkv.accuracy(args, {})
+    missed = [g for g in harness.goals[before:] if g.startswith("FAIL")]
+    del harness.goals[before:]
+    assert not missed, missed
+    return {row.pop("name"): row for row in rows}
+
+
+def values_spiking_wkv(device, small):
+    """Spikes within rounding of the threshold may differ, and their gradients with them."""
+    T, L, C = (4, 21, 48) if small else (4, 131, 384)
+
+    def chain(d, u, *data):
+        k, v, r = (t.float().flatten(0, 1) for t in data)
+        return lif(wkv(d, u, k, v, r=r).unflatten(0, data[0].shape[:2])).to(data[0].dtype)
+
+    found = {}
+    for B in (2, 3) if small else (4, 96):  # the kernels of wkv and lif; one walk
+        for dtype in (torch.float32, torch.bfloat16):
+            k, r = (normal(T, B, L, C, device=device, dtype=dtype, seed=i) for i in range(2))
+            v = normal(T, B, L, C, device=device, dtype=dtype, scale=3.0, seed=2)
+            leaves = [*(t.requires_grad_() for t in parameters(C, device)), k, v, r]
+
+            s, t = spiking_wkv(*leaves), chain(*leaves)
+            same = (s == t).float().mean().item()
+            g = torch.randn_like(s)
+            errors = [rms_error(a, b) for a, b in zip(torch.autograd.grad(s, leaves, g), torch.autograd.grad(t, leaves, g))]
+            assert same > 0.9999, f"spikes agree in {same:.4%}"
+            assert max(errors) < (0.02 if dtype == torch.float32 else 0.03), errors
+            found[f"B={B}, {dtype}"] = {"spikes_equal": same, "gradient_errors": errors}
+    return found
+
+
+def values_mix(device, small):
+    found = {}
+    for C in (48, 40) if small else (384, 1536, 4096):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = normal(2, 37 if small else 394, C, device=device, dtype=dtype)
+            mixes = [torch.rand(C, device=device).requires_grad_() for _ in range(3)]
+            for eps in (None, 1e-6):
+                f = functools.partial(token_shift, norm_eps=eps)
+                found |= agree(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
+            found |= agree(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
+    return found
+
+
+def calls(device, small):
+    """{name: (function, leaves)}: one call of each op."""
+    B, L, C = (2, 21, 48) if small else (8, 394, 384)
+    x, k, v, r = (normal(B, L, C, device=device, seed=i) for i in range(4))
+    d, u = (t.requires_grad_() for t in parameters(C, device))
+    four = [normal(4, 2, L, C, device=device, seed=i) for i in range(3)]
+    tau = torch.full((C,), 2.0, device=device).requires_grad_()
+    ends = torch.tensor([0, L // 3, B * L], device=device)
+    return {
+        "lif": (lambda x, tau: lif(x, tau=tau), [normal(4, B, L, C, device=device), tau]),
+        "lif_rate": (lambda x, tau: lif_rate(x, tau=tau), [x, tau]),
+        "wkv serial": (lambda *a: wkv(*a, algorithm="serial"), [d, u, k, v]),
+        "wkv chunked": (lambda *a: wkv(*a, algorithm="chunked"), [d, u, k, v]),
+        "wkv gate, packed": (
+            lambda d, u, k, v, r: wkv(d, u, k, v, r=r, cu_seqlens=ends, max_seqlen=B * L),
+            [d, u, *(t.detach().reshape(1, B * L, C).requires_grad_() for t in (k, v, r))],
+        ),
+        "wkv bidirectional": (lambda *a: wkv(*a, bidirectional=True), [d, u, k, v]),
+        "spiking_wkv": (spiking_wkv, [d, u, *four]),
+        "token_shift": (lambda x, m: token_shift(x, m, norm_eps=1e-6)[0], [x, torch.rand(C, device=device).requires_grad_()]),
+        "relu_squared": (relu_squared, [x]),
+    }
+
+
+def run(f, leaves):
+    out = f(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out)))
+
+
+def repeatable(device, small):
+    """Bit for bit, also under the load of other work on the device."""
+    for name, (f, leaves) in calls(device, small).items():
+        first = run(f, leaves)
+        for _ in range(3):
+            assert all(map(torch.equal, first, run(f, leaves))), f"{name} differs from run to run"
+    return {"ops": len(calls(device, True))}
+
+
+def no_host_sync(device, small):
+    if device == "cpu":
+        small = True
+    ops = calls(device, small)
+    for f, leaves in ops.values():
+        run(f, leaves)  # compile
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        for name, (f, leaves) in ops.items():
+            try:
+                run(f, leaves)
+            except RuntimeError as e:
+                raise AssertionError(f"{name}: {e}") from None
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return {"ops": len(ops)}
+
+
+def side_stream(device, small):
+    """Work queued on another stream sees the inputs that this stream makes, and no others."""
+    if device == "cpu":
+        return {"note": "needs a GPU"}
+    for name, (f, leaves) in calls(device, small).items():
+        want = run(f, leaves)
+        stream = torch.cuda.Stream()
+        late = [torch.full_like(t, float("nan")).requires_grad_() for t in leaves]
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            with torch.no_grad():
+                for a, b in zip(late, leaves):
+                    a.copy_(b)
+            got = run(f, late)
+        stream.synchronize()
+        assert all(map(torch.equal, want, got)), f"{name} does not keep to its stream"
+    return {}
+
+
+def on_its_stream(device, small):
+    """What takes the same calls, in one process, so that they compile once."""
+    for check in (repeatable, no_host_sync, side_stream, cuda_graph):
+        check(device, small)
+    return {"ops": len(calls(device, True))}
+
+
+def cuda_graph(device, small):
+    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ likewise."""
+    if device == "cpu":
+        return {"note": "needs a GPU"}
+    found = {}
+    for name, (f, leaves) in calls(device, small).items():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            run(f, leaves)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            static = run(f, leaves)
+        with torch.no_grad():
+            leaves[-1].add_(0.25)
+        graph.replay()
+        torch.cuda.synchronize()
+        got = [t.clone() for t in static]
+        assert all(map(torch.equal, got, run(f, leaves))), f"{name}: the replay differs"
+    B, C = 4, 768
+    d, u = parameters(C, device)
+    k, v = (normal(B, C, device=device, seed=i).detach() for i in range(2))
+    state = torch.zeros(B, C, device=device), torch.full((B, C), -torch.inf, device=device)
+    other = None
+    wkv_step_(d, u, k, v, tuple(t.clone() for t in state))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = wkv_step_(d, u, k, v, state)
+    for i in range(5):
+        k.copy_(normal(B, C, device=device, seed=10 + i))
+        graph.replay()
+        want, other = wkv_step(d, u, k, v, other)
+        assert torch.equal(out, want), f"token {i} of a replayed wkv_step_ differs"
+    return found
+
+
+def compiled(device, small):
+    """torch.compile(fullgraph=True) of a block over the ops, forward and backward, for two batch sizes."""
+    torch.manual_seed(0)
+    C = 32 if small else 384
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.time, self.channel = nn.TimeMix(C, neuron=nn.LIFRate()), nn.ChannelMix(C, neuron=nn.LIFRate())
+
+        def forward(self, x):
+            x = self.time(x, residual=x)
+            x = x[0] if isinstance(x, tuple) else x
+            x = self.channel(x, residual=x)
+            return x[0] if isinstance(x, tuple) else x
+
+    block = Block().to(device)
+    fast = torch.compile(block, fullgraph=True, backend="aot_eager" if small else "inductor", dynamic=True)
+    worst = 0.0
+    for batch in (2, 3):
+        x = normal(batch, 33, C, device=device, seed=batch)
+        a = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+        b = torch.autograd.grad(fast(x).square().sum(), [x, *block.parameters()])
+        worst = max(worst, *(rms_error(p, q.double()) for p, q in zip(b, a)))
+    assert worst < 0.05, f"relative rms {worst:.2e} between a compiled block and the block"  # spikes flip within rounding
+    return {"gradients_rms": worst}
+
+
+def autocast(device, small):
+    """A training step of SDiT in bf16: finite, and near that in fp32."""
+    args = argparse.Namespace(device=device, batch=1 if small else 16)
+    model, inputs = bench_sdit.case(args, args.batch)
+    target = torch.zeros((), device=device)
+    losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
+    assert abs(losses[1] / losses[0] - 1) < 0.1, f"loss {losses[0]:.4g} in fp32, {losses[1]:.4g} in bf16"
+    return {"loss_fp32": losses[0], "loss_bf16": losses[1]}
+
+
+def network(device, small):
+    """The whole network in float64, outputs and every gradient, against its plain form."""
+    return bench_sdit.agree(argparse.Namespace(device=device, batch=1))
+
+
+def big_offsets(device, small):
+    """More than 2^31 elements a tensor: the last rows equal those of a call on them alone, forward and backward."""
+    rows, L, C = (3, 40, 8) if small else (350, 16384, 384)  # 2.2e9 elements
+    dtype = torch.bfloat16
+    x = torch.empty(rows, L, C, device=device, dtype=dtype)
+    for i in range(0, rows, 10):
+        x[i : i + 10].normal_()
+    found = {"elements": x.numel()}
+
+    def far(name, f, x, last, g_last):
+        """``last``: the part that a small call gets; the backward pass is compared too."""
+        x.requires_grad_()
+        y = f(x)
+        dx = torch.autograd.grad(y, x, torch.ones((), device=device, dtype=y.dtype).expand(y.shape))[0]
+        part = last(x).detach().clone().requires_grad_()
+        z = f(part)
+        dz = torch.autograd.grad(z, part, torch.ones_like(z))[0]
+        assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong behind 2^31 elements"
+        found[name] = "equal"
+
+    d, u = parameters(C, device)
+    batch, time_ = (lambda t: t[-1:]), (lambda t: t[:, -1:])
+    far("relu_squared", relu_squared, x, batch, batch)
+    far("lif_rate", lif_rate, x, batch, batch)
+    far("token_shift", lambda x: token_shift(x, torch.full((C,), 0.3, device=device), norm_eps=1e-6)[0], x, batch, batch)
+    far("wkv serial", lambda k: wkv(d, u, k, k, algorithm="serial"), x, batch, batch)
+    four = x.detach().view(-1)[: x.numel() // 4 * 4].view(4, -1, 4 if small else 64)
+    far("lif", lif, four, time_, time_)
+    five = x.detach()[: rows // 2 * 2].view(2, rows // 2, L, C)
+    far("spiking_wkv", lambda k: spiking_wkv(d, u, k, k), five, time_, time_)
+    return found
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        on_its_stream, values_wkv_half, values_wkv_states, values_wkv, network, autocast, values_spiking_wkv, compiled,
+        big_offsets, steep_decays, values_mix, values_lif, accuracy,
+    )
+}  # fmt: skip
