@@ -128,8 +128,8 @@ def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
 def _program(C, chunks, BC: tl.constexpr, AGAIN: tl.constexpr = False):
     """(sequence, chunk, channels, mask) of this program; programs beside each other have channels beside each other.
 
-    AGAIN: the same once more, from what no compiler knows to be the same (the grid has one axis; a place on the second is 0), so
-    that what is needed behind a loop alone is found there, and not held, or spilt, all through it.
+    AGAIN: the same once more, from what no compiler knows to be the same (the grid has one axis; a place on the second is 0),
+    so that what is needed behind a loop alone is found there, and not held, or spilt, all through it.
     """
     nought = tl.program_id(1) if AGAIN else 0
     blocks = tl.cdiv(C + nought, BC)
@@ -492,18 +492,20 @@ def wkv_backward_kernel(
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
+        # LLVM would hold every ptr + cols, two registers each, and with a gate that is too many: here is cols, which it cannot know
+        here = cols + (part >> L.dtype.primitive_bitwidth - 1) if r_ptr is not None else cols
         left = tl.minimum(length - part * HELD, HELD).to(tl.int32)
         tile = part // PARTS
         t0 = tl.cast(part, tl.int64) * HELD
-        at = (row + tile) * C + cols
-        ks = _tokens(k_ptr, t0, k_l, cols, mask, left, -float("inf"), False, HELD)
-        vs = _tokens(v_ptr, t0, v_l, cols, mask, left, 0.0, False, HELD)
-        gs = _tokens(g_ptr, t0, g_l, cols, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
+        at = (row + tile) * C + here
+        ks = _tokens(k_ptr, t0, k_l, here, mask, left, -float("inf"), False, HELD)
+        vs = _tokens(v_ptr, t0, v_l, here, mask, left, 0.0, False, HELD)
+        gs = _tokens(g_ptr, t0, g_l, here, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
         state = _load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
         for t in range(tl.cast(tile, tl.int64) * TILE, t0, HELD):
-            state = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, HELD, state, w, False, HELD)
-        rs = _tokens(r_ptr, t0, r_l, cols, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
+            state = _walk(k_ptr, v_ptr, t, k_l, v_l, here, mask, HELD, state, w, False, HELD)
+        rs = _tokens(r_ptr, t0, r_l, here, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
             right = _load_state(right_ptr, at, plane, mask)
@@ -511,11 +513,11 @@ def wkv_backward_kernel(
                 later = tile * PARTS + PARTS - 1 - j
                 there = tl.minimum(length - later * HELD, HELD).to(tl.int32)
                 t = tl.cast(later, tl.int64) * HELD
-                right = _walk(k_ptr, v_ptr, t, k_l, v_l, cols, mask, there, right, w, True, HELD)
+                right = _walk(k_ptr, v_ptr, t, k_l, v_l, here, mask, there, right, w, True, HELD)
             for j in tl.static_range(HELD - 1, -1, -1):
                 rights = rights + (right,)
                 right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
-        at_part = (part_row + part) * C + cols
+        at_part = (part_row + part) * C + here
         if UP:
             if OUT:
                 P_ = tl.load(start_left_ptr + at_part, mask=mask, other=0.0)
@@ -528,7 +530,7 @@ def wkv_backward_kernel(
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
             P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, part % PARTS == 0)
         if OUT and r_ptr is not None:
-            dr_at = _at(dr_ptr, t0, dr_l, cols)
+            dr_at = _at(dr_ptr, t0, dr_l, here)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
         for j in tl.static_range(HELD):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
@@ -544,7 +546,7 @@ def wkv_backward_kernel(
                     dr_at += dr_l
             g *= inverse
             dv = g * own
-            dk = dv * (v - y) if UP or not DOWN else zero
+            dk = dv * (v - y) if UP else zero
             if UP:
                 sum_u += dk
                 _, b_, _, _ = rights[HELD - 1 - j]
@@ -578,8 +580,8 @@ def wkv_backward_kernel(
                     Q = tl.where(seen, (Q - P * state[0] / b) / b, 0.0)
                     P = tl.where(seen, P / b, 0.0)
             if OUT:
-                dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, cols)
-                dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, cols)
+                dk_at = _at(dk_ptr, t0 + HELD - 1, dk_l, here)
+                dv_at = _at(dv_ptr, t0 + HELD - 1, dv_l, here)
             for j in tl.static_range(HELD - 1, -1, -1):
                 a, b, A, E, v, h, y, dv, dk = before[j]
                 m = mask & (j < left)
