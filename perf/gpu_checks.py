@@ -1,7 +1,7 @@
 """Checks on a device: does each op do on tensors that live there, at sizes of real models, what it is defined to do?
 
-Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of its
-own; on the CPU, and small, so that they cannot rot.
+Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of
+its own; on the CPU, and small, so that they cannot rot.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python perf/gpu_suite.py --json gpu.json
     python perf/gpu_suite.py --only checks,rules
-    python perf/gpu_suite.py --dry-run          the same on the CPU at small sizes, so that it cannot rot; its times mean nothing
+    python perf/gpu_suite.py --dry-run          the same on the CPU, small, so that it cannot rot; its times mean nothing
 
 tests     the project's tests of the Triton kernels, whose CPU tensors are carried to the device and back at every launch
 checks    gpu_checks.py: tensors that live on the device, at sizes of real models: values and gradients against float64,
-          repeatability, more than 2^31 elements, host syncs, side streams, CUDA graphs, torch.compile, autocast, the network
-timings   steps: training steps of SDiT; host: time of a call; algorithms, sizes, rules: what the launchers' rules quote; and the
+          repeatability, more than 2^31 elements, host syncs, side streams, CUDA graphs, torch.compile, autocast, SDiT
+timings   steps: training steps of SDiT; host: time of a call; algorithms, sizes, rules: for the launchers' rules; and the
           sections of bench_lif.py, bench_wkv.py and bench_mix.py
 
 Results are written after every part, so that a part that fails or runs out of time leaves those before it. The exit status says

@@ -39,7 +39,7 @@ from .wkv import (
 
 _HELD = 8  # pairs of step and token that the walk back holds in registers
 _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
-_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif; on an H200, perf/results/gpu_h200.json
+_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif (H200, perf/results/gpu_h200.json)
 
 
 @triton.jit
@@ -173,7 +173,8 @@ def spiking_wkv_backward_kernel(
     leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
     T: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr,
     DECAY: tl.constexpr, DETACH: tl.constexpr,
-    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     sequence, cols, mask = _program(C, BC)
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
@@ -343,7 +344,7 @@ def _steps_as_batch(*tensors):
 
 
 def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint):
-    """y and the states by the kernels of wkv, whose checkpoints are further apart, in as much of the same memory as they need."""
+    """y and the states by the kernels of wkv, whose checkpoints, further apart, take as much of the same memory as they need."""
     T, B, L, _ = k.shape
     if checkpoint is not None:
         checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None)]

@@ -96,8 +96,8 @@ def _own(gap, u2):
 
 @triton.jit
 def _weights_of_three(k, left, right, w, u2):
-    """The same of two states and the token. Differences come before products: a product of 1e20 fused into a difference with its
-    own rounded value leaves what rounding took, and that is no small number."""
+    """The same of two states and the token. Differences come before products: a product of 1e20 that the compiler fuses into a
+    difference with its own rounded value leaves what rounding took, and that is no small number."""
     a, b, ka, n = left
     a_, b_, ka_, n_ = right
     masked = k == -float("inf")
@@ -492,7 +492,7 @@ def wkv_backward_kernel(
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
-        # LLVM would hold every ptr + cols, two registers each, and with a gate that is too many: here is cols, which it cannot know
+        # LLVM would hold every ptr + cols, two registers each; with a gate, too many. here is cols, which it cannot know
         here = cols + (part >> L.dtype.primitive_bitwidth - 1) if r_ptr is not None else cols
         left = tl.minimum(length - part * HELD, HELD).to(tl.int32)
         tile = part // PARTS
@@ -654,10 +654,10 @@ def wkv_sums_kernel(
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than four
-    tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384 (perf/results/gpu_h200.json,
-    "algorithms"): 12,288 threads are better cut into chunks (forward and backward together take 0.79 to 0.55 of the time for 394
-    to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward (by 14 to 33 %) and as fast in all.
+    "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than
+    four tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384
+    (perf/results/gpu_h200.json, "algorithms"): 12,288 threads are better cut into chunks (forward and backward together take 0.79 to 0.55 of the time for
+    394 to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward, by 14 to 33 %.
     """
 
     def __init__(self, k, decay, raw, cu_seqlens, max_seqlen, algorithm):
