@@ -178,7 +178,7 @@ def _spiking(case: SpikingCase, dtype, target):
     rows = layout.wkv_rows(case.T * B, L, None, layout.spiking_tile(case.T, "triton"))
     checkpoint = torch.empty(3, rows, C)
     neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
-    with gpu_code.launches(target) as found, _forgetting():
+    with gpu_code.launches(target) as found, _forgetting(), mock.patch.object(spiking_wkv, "_FUSED", 0):
         spiking_wkv.spiking_wkv_forward(
             k, v, r, w, u, True, None, None, None, None, None, neuron, case.rate, out, None, None, None, checkpoint
         )

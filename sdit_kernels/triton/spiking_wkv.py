@@ -344,7 +344,7 @@ def _steps_as_batch(*tensors):
 
 
 def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint):
-    """y and the states by the kernels of wkv, whose checkpoints, further apart, take as much of the same memory as they need."""
+    """y and the states by the kernels of wkv, whose checkpoints, further apart, take what they need of the same memory."""
     T, B, L, _ = k.shape
     if checkpoint is not None:
         checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None)]

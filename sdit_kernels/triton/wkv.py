@@ -656,8 +656,8 @@ class _Grid:
 
     "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than
     four tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384
-    (perf/results/gpu_h200.json, "algorithms"): 12,288 threads are better cut into chunks (forward and backward together take 0.79 to 0.55 of the time for
-    394 to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward, by 14 to 33 %.
+    (perf/results/gpu_h200.json, "algorithms") 12,288 threads are better cut into chunks (forward and backward together take
+    0.79 to 0.55 of the time for 394 to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward.
     """
 
     def __init__(self, k, decay, raw, cu_seqlens, max_seqlen, algorithm):
