@@ -267,7 +267,10 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
     def has(name):
         return arguments.get(name) is not None
 
-    name, tile = found["kernel"].removesuffix("_kernel"), arguments["TILE"]
+    name = found["kernel"].removesuffix("_kernel")
+    if name == "wkv_sums":
+        return {"name": name, "count": None}
+    tile = arguments["TILE"]
     if name == "wkv_combine":
         what = "carries" if arguments["CARRY"] else "states"
         return {"name": f"{name} ({what})", "count": None}
@@ -291,6 +294,8 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
 def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     """The same of a spiking_wkv launch, per element of k. A rate's gradient, which all steps read, counts once."""
     name, T = found["kernel"].removesuffix("_kernel"), case.T
+    if name == "wkv_sums":
+        return {"name": name, "count": None}
     backward, size = "backward" in name, arguments["k_ptr"].element_size()
     tokens = arguments["HELD"] if backward else arguments["TOKENS"]
     parts = arguments["TOKENS"] // tokens

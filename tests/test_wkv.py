@@ -160,7 +160,7 @@ def compare(name, a, dtype, used=None, **flags):
             _, own = with_gradients("reference", a, used=used, **flags)
             return (own[n].double() - want_grads[n]).abs().max().item()
 
-        differences = n in ("decay", "lse")
+        differences = n in ("k", "decay", "lse")  # dk = E (P v + Q) + ...: two carries that may cancel
         assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n, own_error if differences else None)
         assert grads[n].dtype == a[n].dtype
     assert not grads["k"][torch.isneginf(a["k"])].any()

@@ -56,15 +56,16 @@ def inputs(B, L, C, dtype=torch.float32, gate=False, state=False, final=True, cu
     return x
 
 
-def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True):
-    """(out, ybar, lse, checkpoint) of the launcher; outputs start as NaN."""
+def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True, out=None):
+    """(out, ybar, lse, checkpoint) of the launcher; outputs start as NaN. ``out``: where to."""
     B, L, C = x["k"].shape
     packed = None if x["cu"] is None else x["cu"].numel() - 1
     wide, device = x["w"].dtype, x["k"].device
     state = torch.full((2, packed or B, C), math.nan, dtype=wide, device=device)
     shape = (2 if bidirectional else 1, 3, layout.wkv_rows(B, L, packed), C)
     checkpoint = torch.full(shape, math.nan, dtype=wide, device=device) if keep else None
-    out = torch.full((B, L, C), math.nan, dtype=x["k"].dtype, device=device)
+    out = torch.empty((B, L, C), dtype=x["k"].dtype, device=device) if out is None else out
+    out.fill_(math.nan)
     with native_triton.launches() as counts:
         kernels.wkv_forward(
             x["k"], x["v"], x["r"], x["w"], x["u"], False, x["ybar"], x["lse"], x["cu"], max_seqlen, bidirectional, algorithm,
@@ -74,10 +75,11 @@ def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True):
     return out, *state, checkpoint
 
 
-def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0):
-    """{name: gradient} of the launcher, dw and du summed."""
+def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0, into=()):
+    """{name: gradient} of the launcher. ``into``: where those of some names go."""
     names = "k", "v", "r", "w", "u", "ybar", "lse"
     nan = {n: None if x[n] is None else torch.full_like(x[n], math.nan) for n in names}
+    nan |= {n: t.fill_(math.nan) for n, t in dict(into).items()}
     kernels.wkv_backward(
         x["g"], x["g_ybar"], x["g_lse"], x["k"], x["v"], x["r"], x["w"], x["u"], False, x["ybar"], x["lse"], checkpoint,
         x["cu"], max_seqlen, bidirectional, algorithm, *nan.values(),
@@ -218,17 +220,31 @@ def test_extreme_keys_and_masks(bidirectional):
         assert not found["k"][nothing == -math.inf].any() and not found["v"][nothing == -math.inf].any()
 
 
+@pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_not_a_number(bidirectional):
-    """A NaN spoils its channel from its token on (bidirectional: all of it), and no other channel."""
-    for algorithm in (SERIAL, CHUNKED):
-        for name in ("k", "v"):
-            x = inputs(1, 21, 6)
-            x[name][0, 9, 2] = math.nan
-            out = forward(x, algorithm, bidirectional)[0]
-            assert out[0, 0 if bidirectional else 9 :, 2].isnan().all()
-            assert not out[0, :9, 2].isnan().any() or bidirectional
-            assert not out[..., [0, 1, 3, 4, 5]].isnan().any()
+@pytest.mark.parametrize("cut", [None, [0, 21, 21, 42]])
+def test_not_a_number(algorithm, bidirectional, cut):
+    """A NaN spoils its channel of its sequence from its token on (bidirectional: all of it), as in the reference. All others,
+    and their gradients, keep every bit."""
+
+    def others(t):
+        t = t.clone()
+        (t if t.dim() == 1 else t[-1] if t.dim() == 2 else t.view(2, 21, 6)[1])[..., 2] = 0.0
+        return t
+
+    x = inputs(1 if cut else 2, 42 if cut else 21, 6, gate=True, state=not bidirectional, final=not bidirectional, cut=cut)
+    clean = forward(x, algorithm, bidirectional)
+    gradients = backward(x, clean[3], algorithm, bidirectional)
+    for name in ("k", "v"):
+        y = x | {name: x[name].clone()}
+        y[name].view(2, 21, 6)[1, 9, 2] = math.nan
+        found, (wanted, _) = forward(y, algorithm, bidirectional), expected(y, bidirectional)
+        for got, want, before in zip(found, wanted, clean):
+            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(others(got), others(before))
+        spoilt = found[0].view(2, 21, 6)[1, :, 2].isnan()
+        assert spoilt[0 if bidirectional else 9 :].all() and (bidirectional or not spoilt[:9].any())
+        for n, t in backward(y, found[3], algorithm, bidirectional).items():
+            assert torch.equal(others(t), others(gradients[n])), n
 
 
 @pytest.mark.parametrize("decay", [-math.inf, -1e4, -20.0, 0.0, 3.0])
@@ -287,16 +303,33 @@ def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
             assert t is None or not t.isnan().any()
 
 
-def test_offsets_beyond_31_bits():
+@pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, False), (SERIAL, True)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_offsets_beyond_31_bits(algorithm, bidirectional, packed):
+    """Tokens lie so far apart that the second of two sequences starts, and goes on for, more than 2^31 elements: as if side by
+    side. Of the memory between, nothing is touched."""
     torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
-    stride = (1 << 31) + 64
-    device = "cuda" if native_triton.setup() == "gpu" else "cpu"  # too much to carry
-    memory = torch.empty(stride + 64, dtype=torch.bfloat16, device=device)
-    x = inputs(1, 2, 9, torch.bfloat16)
-    k = memory.as_strided((1, 2, 9), (0, stride, 1))
-    k.copy_(x["k"])
-    far, near = forward({n: t if t is None else t.to(device) for n, t in (x | {"k": k}).items()}, SERIAL), forward(x, SERIAL)
-    assert torch.equal(far[0].cpu(), near[0])
+    n, names = layout.TILE + 1, ("k", "v", "r", "g", "out", "dk", "dv", "dr")
+    L = 2 * n + 1
+    device = "cuda" if native_triton.setup() == "gpu" else "cpu"  # too much to carry there at each launch
+    stride = -(-(1 << 31) // (n * 128)) * 128
+    try:
+        memory = torch.empty((L - 1) * stride + 128, dtype=torch.bfloat16, device=device)
+    except RuntimeError as error:
+        pytest.skip(f"no {L * stride >> 29} GiB of addresses: {error}")
+    one = not bidirectional
+    x = inputs(1, L, 9, torch.bfloat16, gate=True, state=one, final=one, cut=[0, n, L] if packed else None)
+    found = []
+    for far in (False, True):
+        at = [memory.as_strided((1, L, 9), (0, stride, 1), 16 * i) if far else torch.empty_like(x["k"]) for i in range(8)]
+        t = dict(zip(names, at))
+        for name in names[:4]:
+            t[name].copy_(x[name])
+        y = x | {name: t[name] for name in names[:4]}
+        *outputs, checkpoint = forward(y, algorithm, bidirectional, out=t["out"])
+        into = {name: t["d" + name] for name in "kvr"}
+        found.append([*outputs, *backward(y, checkpoint, algorithm, bidirectional, into=into).values()])
+    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(*found))
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])

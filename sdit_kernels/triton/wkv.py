@@ -15,7 +15,7 @@ Bidirectional: the states that enter every tile, from the left and from the righ
 combines them with its own tokens. The walk back likewise.
 
 The walk back keeps nine values per token in registers: compile_report.py finds 248 registers for 16 tokens, and spills with a
-gate, but 120 to 145 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
+gate, but 95 to 170 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
 costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
 
 Range: a token far above the state weighs up to 2^60, so that float32 values must stay below 2^67; and a gate of r < -47 on such
@@ -492,7 +492,7 @@ def wkv_backward_kernel(
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
-        # LLVM would hold every ptr + cols, two registers each; with a gate, too many. here is cols, which it cannot know
+        # here is cols, which LLVM cannot know: it would hold every ptr + cols, two registers each, too many with a gate
         here = cols + (part >> L.dtype.primitive_bitwidth - 1) if r_ptr is not None else cols
         left = tl.minimum(length - part * HELD, HELD).to(tl.int32)
         tile = part // PARTS
