@@ -292,10 +292,8 @@ def load_research(path) -> SDiT:
         with Path(path).open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{path} is no checkpoint of PyTorch, or holds more than tensors and plain data: {reason[0]}"
-        ) from error
+        # torch's own text advises to read the file with weights_only=False, which would execute it.
+        raise ValueError(f"{path} is no checkpoint of PyTorch, or holds more than tensors and plain data") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         kind = f"a dict of {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} must hold {{"model": state dict, ...}}, as research checkpoints do; it holds {kind:.200}')

@@ -238,18 +238,21 @@ def _info(args):
     n, config = args.batch_size, model.config
     if n < 1:
         raise ValueError(f"--batch-size must be at least 1, got {n}")
-    if config.dataset is None:
-        raise ValueError(
-            "the model does not say which data set it is for: no images to measure on (sdit convert --dataset NAME)"
-        )
-    data = load(config.dataset, args.data, size=config.image_size)
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(len(data), (n,), generator=generator)
     t = torch.arange(n) * STEPS // n + STEPS // (2 * n)  # spread over all times
+    noise = torch.randn(n, config.channels, config.image_size, config.image_size, generator=generator)
+    try:
+        if config.dataset is None:
+            raise FileNotFoundError("the model does not say which data set it is for (sdit convert --dataset NAME)")
+        data = load(config.dataset, args.data, size=config.image_size)
+    except FileNotFoundError as error:
+        print(info(model, (noise, t, torch.arange(n) % config.num_classes)))
+        print(f"\nFiring rates, and what follows from them, are those of noise, not of images: {error}")
+        return
+    chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)
     signal, sigma = (table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)[:2])
-    x = signal * x0 + sigma * torch.randn(x0.shape, generator=generator)
-    print(info(model, (x, t, data.labels[chosen])))
+    print(info(model, (signal * x0 + sigma * noise, t, data.labels[chosen])))
 
 
 def _plot(args):

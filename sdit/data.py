@@ -105,7 +105,7 @@ def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) ->
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: a shape, or colour images where config.channels is not 3.
+        ValueError: a shape, or config.channels is neither that of the images nor 3.
 
     Example:
         >>> from sdit import PRESETS
@@ -120,8 +120,9 @@ def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) ->
         raise TypeError(f"images must be uint8 of 0..255, got {getattr(images, 'dtype', type(images).__name__)}")
     if images.ndim != 4 or images.shape[3] not in (1, 3) or not images.shape[1] * images.shape[2]:
         raise ValueError(f"images must be (B, H, W, C) with C 1 or 3, got {tuple(images.shape)}")
-    if images.shape[3] not in (1, config.channels):
-        raise ValueError(f"colour images need config.channels = 3, got {config.channels}")
+    if (images.shape[3], config.channels) not in ((1, 1), (1, 3), (3, 3)):
+        allowed = "1 or 3" if images.shape[3] == 1 else "3"
+        raise ValueError(f"config.channels must be {allowed} for images of {images.shape[3]}, got {config.channels}")
     x = from_uint8(_resize(images, config.image_size).permute(0, 3, 1, 2)).expand(-1, config.channels, -1, -1)
     if flip is not None:
         if not isinstance(flip, Tensor) or flip.dtype != torch.bool or flip.shape != (len(x),):

@@ -68,6 +68,14 @@ def test_plot_and_info(run, tmp_path, capsys):
     assert trained.splitlines()[0] == preset.splitlines()[0] and "blocks.0.attention" in trained
 
 
+def test_info_without_the_data(tmp_path, capsys, monkeypatch):
+    small = ["--batch-size", "2", "--set", "dim=32", "--set", "depth=2", "--set", "dataset=cifar10", "--data", str(tmp_path)]
+    monkeypatch.setattr("sdit.data._download", lambda *args: pytest.fail("no network is to be asked"), raising=False)
+    assert main(["info", "digits", *small]) == 0
+    out = capsys.readouterr().out
+    assert "parameters" in out and "those of noise, not of images: cifar10: " in out
+
+
 def test_convert(tmp_path, capsys):
     model = SDiT(PRESETS["digits"], dim=32, depth=2, variant="faithful")
     theirs = {}

@@ -523,12 +523,13 @@ def test_improved_initial_values(name, spiking):
     x = torch.randn(16, c.channels, c.image_size, c.image_size)
     t, y = torch.randint(0, 1000, (16,)), torch.randint(0, 10, (16,))
     gates = []
-    hooks = [block.tokens_out.register_forward_hook(lambda *args: gates.append(args[2])) for block in model.blocks]
+    gated = [block.tokens_out for block in model.blocks if c.reconstruction]
+    hooks = [layer.register_forward_hook(lambda *args: gates.append(args[2])) for layer in gated]
     with torch.no_grad(), model.record() as rates:
         assert (model(x, t, y) == 0).all()
     for hook in hooks:
         hook.remove()
-    assert all((gate == 0).all() for gate in gates)  # every gate is shut
+    assert len(gates) == len(gated) and all((gate == 0).all() for gate in gates)  # every gate is shut
     assert all(0.005 < rate < 0.5 for rate in rates.values()), rates  # and every layer fires
     assert [block.attention.layer for block in model.blocks] == list(range(2 * (c.depth // 2) + 1))
     torch.nn.init.normal_(model.final.weight)

@@ -478,6 +478,8 @@ def wkv_step_(
     if state is None:
         raise TypeError("state must be a pair (ybar, lse) of tensors to update, got None; begin with (0, -inf)")
     ybar, lse = _check_state(state, (k.shape[0], k.shape[-1]), k)
+    if ybar is lse:
+        raise ValueError("state must be two tensors to update, got the same one as ybar and lse")
     if _wants_gradient(k, v, r, decay, time_first, ybar, lse):
         raise RuntimeError("wkv_step_ overwrites its state and has no gradient: call it under torch.no_grad(), or use wkv_step")
     backend = dispatch.choose(k.device.type)
