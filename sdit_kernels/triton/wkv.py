@@ -104,9 +104,9 @@ def _weights_of_three(k, left, right, w, u2):
     origin = tl.where(masked, 0.0, k)
     x = tl.fma(-n, w, origin - ka)  # how far below the token's key
     x_ = tl.fma(-n_, w, origin - ka_)
-    m = tl.minimum(tl.minimum(x, x_), tl.where(masked, 1e30, u2 * -_LN2))  # finite, where nothing was seen
-    own = tl.where(masked, -float("inf"), tl.fma(m, tl.full(m.shape, _LOG2E, m.dtype), u2))
-    return tl.exp2((m - x) * _LOG2E), tl.exp2((m - x_) * _LOG2E), tl.exp2(own)
+    own = tl.where(masked, -_NONE, u2 * -_LN2)
+    m = tl.minimum(tl.minimum(x, x_), tl.minimum(own, 1e30))  # where nothing was seen, far above all three
+    return tl.exp2((m - x) * _LOG2E), tl.exp2((m - x_) * _LOG2E), tl.exp2((m - own) * _LOG2E)
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def _decay(w_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
     w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(STATE)
     if RAW:
         w = -_exp(w)
-    return tl.where(w < -1e20, -1e20, w)
+    return tl.maximum(w, -1e20, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -462,8 +462,7 @@ def wkv_backward_kernel(
     row = _row(cu_ptr, sequence, first, L, TILE)
     part_row = _row(cu_ptr, sequence, first, L, HELD)
     chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
-    zero = tl.zeros_like(w)
+    zero = tl.zeros([BC], STATE)
     P, Q, F = zero, zero, zero + 1.0
     P_, Q_ = zero, zero
     if start_ptr is not None and start_left_ptr is None:
@@ -490,6 +489,7 @@ def wkv_backward_kernel(
     if DOWN:
         behind = mask & (begin < end) & (end < parts)
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
+    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
         # here is cols, which LLVM cannot know: it would hold every ptr + cols, two registers each, too many with a gate
