@@ -330,6 +330,29 @@ def test_only_inputs_are_saved(name):
     assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) == 3 * 16  # the mixes, stacked
 
 
+@pytest.mark.parametrize("norm_eps, whole", [(None, 4096), (1e-6, 4096), (1e-6, 8)], ids=["plain", "norm", "sums first"])
+def test_triton_kernels_write_all_their_outputs_and_nothing_else(norm_eps, whole, monkeypatch):
+    """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
+    kernels = pytest.importorskip("sdit_kernels.triton.mix")
+    from sdit_kernels.triton import lif
+
+    for module in (kernels, lif):
+        monkeypatch.setattr(module, "_THREADS", 8)  # several programs, under such tools too
+    monkeypatch.setattr(kernels, "_WHOLE", whole)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # several tiles a program
+    B, L, C, M = 2, 21, 13, 2
+    inputs = [random(B, L, C), random(B, C, seed=1), torch.stack(mixes_for(M, C, torch.float32))]
+    inputs += [random(B, L, C, seed=2 + m) for m in range(M)]
+    outputs = [torch.full(size, math.nan) for size in [(B, L, C)] * (M + 3) + [(B, C)]]
+    with native_triton.guarded(*inputs, *outputs) as (x, last, mixes, *t):
+        gs, outs, (dx, squares, dsquares, dlast) = t[:M], t[M : 2 * M], t[2 * M :]
+        kernels.token_shift_forward(x, last, mixes, norm_eps, outs)
+        sums = kernels.token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, True)
+        kernels.relu_squared_forward(x, squares)
+        kernels.relu_squared_backward(gs[0], x, dsquares)
+        assert not any(o.isnan().any() for o in (*outs, dx, dlast, sums, squares, dsquares))
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------------
 
 X, M = torch.ones(2, 4, 3), torch.ones(3)
