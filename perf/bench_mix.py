@@ -94,7 +94,9 @@ def _section(op, title, fused, plain, inputs, args, settings):
             **settings,
         )
         ours, peer = rows[-4:-2]
-        goal(f"{op} {name}, times plain PyTorch", peer["ratio"], 3)
+        # relu and square, one after the other, move four arrays where two must: more than twice is luck of the caches
+        least = 2 if name == "forward" and not len(inputs) - 1 else 3
+        goal(f"{op} {name}, times plain PyTorch", peer["ratio"], least)
         goal(f"{op} {name}, share of copy bandwidth", ours["percent_of_copy"], 40, " %")
     goal(f"{op}, bytes of its inputs over bytes saved", sum(t.nbytes for t in inputs) / rows[0]["saved_bytes"], 1)
     return f"{title}, fp32; bytes: every tensor read or written once", rows

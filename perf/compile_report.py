@@ -25,14 +25,15 @@ import torch  # noqa: E402
 
 from perf import harness  # noqa: E402
 
-STEMS = ("lif", "wkv", "spiking_wkv")
+STEMS = ("lif", "wkv", "spiking_wkv", "mix")
 RESULTS = {stem: harness.ROOT / "perf" / "results" / f"compile_{stem}.json" for stem in STEMS}
 QUICK_TARGETS = ("cuda:90", "hip:gfx942")
 SHAPE = (2, 394, 384)  # batch, tokens, channels of SDiT
 STRETCH = 16  # steps that a LIF kernel holds in registers; a longer T is a loop over stretches
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCE = 1.10  # instructions, against the committed figures
-SPARE = {"lif": 1.001, "wkv": 1.10, "spiking_wkv": 1.10}  # bytes, against the floor
+SPARE = {"lif": 1.001, "wkv": 1.10, "spiking_wkv": 1.10, "mix": 1.001}  # bytes, against the floor
+MIX = ("token_shift", "relu_squared")  # how the names of its kernels begin
 
 
 class Case(NamedTuple):
@@ -105,6 +106,32 @@ SPIKING_CASES = (
     SpikingCase("T=4"),
     SpikingCase("T=4, gate", gate=True),
     SpikingCase("T=4, gate, rate", gate=True, rate=True),
+)
+
+
+class MixCase(NamedTuple):
+    """A call of the launchers of token_shift, whose mixes learn; without mixes, of those of relu_squared."""
+
+    variant: str
+    mixes: int = 1
+    norm: bool = False
+    C: int = SHAPE[-1]
+
+    @property
+    def op(self):
+        return "mix"
+
+
+MIX_CASES = (
+    MixCase("relu_squared", 0),
+    MixCase("1 mix"),
+    MixCase("2 mixes", 2),
+    MixCase("3 mixes", 3),
+    MixCase("1 mix, norm", norm=True),
+    MixCase("2 mixes, norm", 2, True),
+    MixCase("3 mixes, norm", 3, True),
+    MixCase("3 mixes, C=8192", 3, C=8192),
+    MixCase("3 mixes, norm, C=8192", 3, True, 8192),
 )
 PEER_CASES = tuple(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16))
 
@@ -186,6 +213,23 @@ def _spiking(case: SpikingCase, dtype, target):
             g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, case.rate, False,
             dk, dv, dr, d_w, d_u, None, None, None,
         )  # fmt: skip
+    return found
+
+
+def _mix(case: MixCase, dtype, target):
+    """The same of token_shift or relu_squared."""
+    from perf import gpu_code
+    from sdit_kernels.triton import mix
+
+    x, dx, *outs = (torch.empty(*SHAPE[:2], case.C, dtype=dtype) for _ in range(2 + case.mixes))
+    mixes, eps = torch.empty(case.mixes, case.C), 1e-6 if case.norm else None
+    with gpu_code.launches(target) as found, _forgetting():
+        if case.mixes:
+            mix.token_shift_forward(x, None, mixes, eps, outs)
+            mix.token_shift_backward(outs, x, None, mixes, eps, dx, None, True)
+        else:
+            mix.relu_squared_forward(x, dx)
+            mix.relu_squared_backward(x, x, dx)
     return found
 
 
@@ -307,6 +351,46 @@ def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     return {"name": name, "count": count, "tokens": T * tokens, "floor": passes * size + 12 / arguments["TOKENS"]}
 
 
+def _more_turns(whole: dict, loop: dict, turns: float) -> dict:
+    """Counts with a loop gone round so many times more than it stands in the code."""
+    count = {key: whole[key] + turns * loop[key] for key in ("instructions", "bytes")}
+    special = whole["special"].keys() | loop["special"].keys()
+    return count | {"special": {k: whole["special"].get(k, 0) + turns * loop["special"].get(k, 0) for k in special}}
+
+
+def _mix_part(case: MixCase, found: dict, arguments: dict) -> dict:
+    """The same of a launch of token_shift or relu_squared, per element of x, in a program with one run of tokens. No bytes:
+    what a cache has (the token and gradients that the next run reads too; a token's channels again in the same program; mixes;
+    sums of a norm), and the sums over tokens that a program leaves behind all its runs."""
+    name, size, M = found["kernel"].removesuffix("_kernel"), arguments["x_ptr"].element_size(), case.mixes
+    backward, values = "backward" in name, arguments["BC"] * arguments.get("BR", 1) // found["threads"]
+    whole = {key: found[key] for key in ("instructions", "bytes", "special")}
+    if name.startswith("relu"):
+        return {"name": name, "count": whole, "tokens": values, "floor": (3 if backward else 2) * size}
+    if name.endswith("stats"):
+        M = arguments["M"]
+        count = {"instructions": 0, "bytes": 0, "special": {}}
+        for i, loop in enumerate(found["loops"]):  # sum, sum of squares, products with the gradients: unrolled by the compiler
+            read = size if i < 2 else size + 2 * M * size + 4 * M
+            count = _more_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
+        again = (size + M * size + 4 * M if M else 0) + size
+        count["bytes"] -= values * again
+        name = f"{name} ({'backward' if M else 'forward'})"
+        return {"name": name, "count": count, "tokens": values, "floor": (1 + M) * size, "widths": set(found["loads"])}
+    run, normed, count = arguments["RUN"], arguments["NORM"] == 2, whole
+    again = (1 + backward * M) * size + (run + backward) * 4 * M
+    if backward:  # a loop over the tokens of a run, of which the compiler may have taken some out, or put several in one turn
+        body = max(found["loops"], key=lambda loop: loop["instructions"])
+        stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (found, body))
+        count = _more_turns(whole, body, (run * values * size + 4 * M * values - stored) / in_loop)
+        again += 4 * M
+    scalars = normed * 4 * ((4 if backward else 2) * run + 2)
+    count = count | {"bytes": count["bytes"] - values * again - scalars}
+    floor = (1 + M + backward) * size
+    widths = {*found["loads"], *found["stores"]} - ({32} if normed else set())
+    return {"name": name, "count": count, "tokens": run * values, "floor": floor, "widths": widths}
+
+
 def _calls(rows: list[dict]) -> list[dict]:
     """What the launches of one call move and do together, where there is more than one, against the floor of a single pass."""
     calls = {}
@@ -318,10 +402,12 @@ def _calls(rows: list[dict]) -> list[dict]:
     found = []
     for (direction, variant, data), parts in calls.items():
         if len(parts) > 1:
-            total = {"kernel": f"wkv_{direction} (call)", "variant": variant, "data": data, "target": parts[0]["target"]}
+            stem = parts[-1]["kernel"].split(f"_{direction}")[0]
+            total = {"kernel": f"{stem}_{direction} (call)", "variant": variant, "data": data, "target": parts[0]["target"]}
             size, gate = 4 if data == "fp32" else 2, "gate" in variant
             passes = 5 + 2 * gate if direction == "backward" else 3 + gate
-            total |= {key: sum(row[key] for row in parts) for key in summed} | {"floor": passes * size + 12 / 16}
+            floor = passes * size + 12 / 16 if stem == "wkv" else parts[-1]["floor"]
+            total |= {key: sum(row[key] for row in parts) for key in summed} | {"floor": floor}
             if total["target"] == "cuda:90":
                 from perf import gpu_code
 
@@ -331,17 +417,18 @@ def _calls(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _wkv_row(case: WkvCase | SpikingCase, compiled, arguments) -> dict:
+def _part_row(case: WkvCase | SpikingCase | MixCase, compiled, arguments) -> dict:
     from perf import gpu_code
 
     found = gpu_code.inspect(compiled)
-    part = (_wkv_part if case.op == "wkv" else _spiking_part)(case, found, arguments)
+    part = PARTS[case.op](case, found, arguments)
     keys = ("registers", "spills", "spill_bytes", "shared", "warps_resident", "warps_max", "limited_by", "loads", "stores")
-    data = next((arguments[n].dtype for n in ("k_ptr",) if n in arguments), torch.float32)
+    data = next((arguments[n].dtype for n in ("k_ptr", "x_ptr") if n in arguments), torch.float32)
     row = {"kernel": part["name"], "variant": case.variant, "data": "fp32" if data == torch.float32 else "bf16"}
-    row |= {"target": found["target"], "neurons_per_thread": arguments["BC"] / found["threads"]}
+    row |= {"target": found["target"], "neurons_per_thread": arguments["BC"] * arguments.get("BR", 1) / found["threads"]}
     row |= {k: found[k] for k in keys} | {"scalar_spills": found.get("scalar_spills")}
-    row |= {"narrowest": min(*found["loads"], *found["stores"]), "bytes_per_element": None, "floor": None}
+    widths = part.get("widths") or {*found["loads"], *found["stores"]}
+    row |= {"narrowest": min(widths), "bytes_per_element": None, "floor": None}
     row |= {"instructions_per_step": None, "special_per_step": None}
     if part["count"]:
         counts = part["count"] | {"special": sum(part["count"]["special"].values())}
@@ -356,8 +443,8 @@ def _wkv_row(case: WkvCase | SpikingCase, compiled, arguments) -> dict:
 def _row(case: Case, compiled, arguments) -> dict:
     from perf import gpu_code
 
-    if case.op in ("wkv", "spiking_wkv"):
-        return _wkv_row(case, compiled, arguments)
+    if case.op in PARTS:
+        return _part_row(case, compiled, arguments)
     found = gpu_code.inspect(compiled)
     name = compiled.metadata.name.removesuffix("_kernel")
     tile = arguments["BR"] * arguments["BC"] if "BR" in arguments else arguments["BLOCK"]
@@ -420,10 +507,11 @@ def _whole(found: dict, neurons: float, case: Case, size: int, backward: bool) -
     return whole
 
 
-LAUNCHES = {"wkv": _wkv, "spiking_wkv": _spiking}
+LAUNCHES = {"wkv": _wkv, "spiking_wkv": _spiking, "mix": _mix}
+PARTS = {"wkv": _wkv_part, "spiking_wkv": _spiking_part, "mix": _mix_part}
 
 
-def rows_of(target: str, cases=CASES + WKV_CASES + SPIKING_CASES + PEER_CASES) -> list[dict]:
+def rows_of(target: str, cases=CASES + WKV_CASES + SPIKING_CASES + MIX_CASES + PEER_CASES) -> list[dict]:
     """A row for every kernel that the cases launch on one target; SpikingJelly's, where they cannot be had, have a `note`."""
     rows, missing = [], harness.missing("spikingjelly")
     for case in cases:
@@ -440,7 +528,7 @@ def rows_of(target: str, cases=CASES + WKV_CASES + SPIKING_CASES + PEER_CASES) -
             else:
                 found = LAUNCHES.get(case.op, _ours)(case, dtype, target)
             new = [_row(case, compiled, arguments) for compiled, arguments in found]
-            rows += new + (_calls(new) if case.op == "wkv" else [])
+            rows += new + (_calls(new) if case.op in ("wkv", "mix") else [])
     return rows
 
 
@@ -457,11 +545,13 @@ def rows_of_all(targets, cases, jobs: int) -> list[dict]:
 
 def is_ours(row: dict) -> bool:
     """Whether it is a kernel of this project: not a peer's, nor the sum over a call."""
-    return row["kernel"].startswith(STEMS) and "(call)" not in row["kernel"]
+    return row["kernel"].startswith(STEMS + MIX) and "(call)" not in row["kernel"]
 
 
 def stem_of(row: dict) -> str:
     """SpikingJelly's stand with those that they are compared with."""
+    if row["kernel"].startswith(MIX):
+        return "mix"
     return next((stem for stem in ("wkv", "spiking_wkv") if row["kernel"].startswith(stem)), "lif")
 
 
@@ -587,19 +677,32 @@ How to read it:
 - Against the chain of wkv and lif, without states: 4 passes against 6 forward with a gate, 7 against 10 backward.
 - On gfx942 a wave of 64 lanes serves 32 channels: half of them idle.
 """
-NOTES = {"lif": LIF_NOTES, "wkv": WKV_NOTES, "spiking_wkv": SPIKING_NOTES}
+MIX_NOTES = """
+How to read it:
+
+- columns as in compile_lif.md; *bytes*, *instructions* and *special* per element of x, in a program with one run of tokens (4
+  forward, 8 going back), for whole tiles: C = 384 fills three quarters of one.
+- *floor*: forward x and an output per mix; backward x, a gradient per mix and dx, once each. What is read again from a cache is
+  no bytes: the token (and the gradients) that a run shares with its neighbour, the mixes, the channels of a token that
+  `token_shift_stats` walks over twice or three times, and the four numbers a token that it leaves. Nor are the sums for the
+  mixes' gradients, one row a program.
+- A norm over more channels than registers hold (forward 4096, backward fewer) takes its sums from `token_shift_stats`, so that
+  x, and backward the gradients, are read twice: *(call)*, beside the floor of one pass.
+- Going back, the loop over a run's tokens is counted by its stores: compilers take tokens out of it, or put two in a turn.
+"""
+NOTES = {"lif": LIF_NOTES, "wkv": WKV_NOTES, "spiking_wkv": SPIKING_NOTES, "mix": MIX_NOTES}
 
 
 def verdict(rows: list[dict]) -> str:
     ours = [row for row in rows if is_ours(row)]
-    wide = [r for r in ours if stem_of(r) == "lif"]  # those of wkv are as wide as an element
+    wide = [r for r in ours if stem_of(r) in ("lif", "mix")]  # those of wkv are as wide as an element
     found = (f"{r['kernel']} {r['variant']} {r['data']} ({r['narrowest']})" for r in wide if r["narrowest"] < 128)
     narrow = list(dict.fromkeys(found))
     spilt = [r for r in ours if r["spills"] or r["spill_bytes"]]
     over = [r for r in ours if (r["bytes_per_element"] or 0) > SPARE[stem_of(r)] * (r["floor"] or 0)]
     text = f"{len(ours)} kernels of this project: {len(spilt)} with spills to memory, {len(over)} above the floor of "
-    if over or any(stem_of(r) != "lif" for r in ours):
-        text = text.replace("above", "more than 10 % (lif: 0.1 %) above")
+    if over or any(stem_of(r) not in ("lif", "mix") for r in ours):
+        text = text.replace("above", "more than 10 % (lif, mix: 0.1 %) above")
     if not wide:
         return text + "bytes; accesses as wide as an element, a warp's side by side."
     return text + f"bytes; accesses of 128 bits {'in all but ' + '; '.join(narrow) if narrow else 'throughout'}."
@@ -655,6 +758,8 @@ def main(arguments=None) -> int:
         cases += WKV_CASES[1:2] if args.quick else WKV_CASES
     if args.stem in (None, "spiking_wkv"):
         cases += SPIKING_CASES[1:2] if args.quick else SPIKING_CASES
+    if args.stem in (None, "mix"):
+        cases += MIX_CASES[6:7] if args.quick else MIX_CASES
     rows = rows_of_all(targets, cases, min(args.jobs, len(targets)))
     facts = harness.provenance()
     facts = {k: facts[k] for k in ("date", "command", "commit", "dirty", "versions")}

@@ -14,7 +14,7 @@ if not (3, 6) <= VERSION < (3, 9):
     pytest.skip(f"perf/gpu_code.py knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
 
 from perf import compile_report  # noqa: E402
-from perf.compile_report import Case, WkvCase, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
+from perf.compile_report import Case, MixCase, WkvCase, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
 
 FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
 FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly"))
@@ -121,3 +121,25 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
         assert row["instructions_per_step"] < (122 if backward else 55), row
         assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
     assert "The WKV kernels" in markdown(wkv_rows, FACTS)
+
+
+def test_mix_no_spills_bytes_at_the_floor():
+    cases = [MixCase("relu_squared", 0), MixCase("1 mix"), MixCase("3 mixes, norm, C=8192", 3, True, 8192)]
+    rows = rows_of_all(TARGETS, cases, jobs=2)
+    found = [row for row in rows if "(call)" not in row["kernel"]]
+    assert len(found) == 32  # 2 targets, 2 dtypes, forward and backward; the last case with two kernels each
+    assert faults(rows) == []
+    for row in found:
+        assert row["spills"] == row["spill_bytes"] == 0, row
+        size, backward = {"fp32": 4, "bf16": 2}[row["data"]], "backward" in row["kernel"]
+        mixes = 3 if "3" in row["variant"] else "1" in row["variant"]
+        passes = 2 + backward if not mixes else 1 + mixes + backward
+        if "stats" in row["kernel"]:
+            passes = 1 + backward * mixes
+        assert row["bytes_per_element"] == row["floor"] == passes * size, row
+        assert row["instructions_per_step"] < 80, row
+    calls = {(row["kernel"], row["data"]): row for row in rows if row not in found}
+    forward, backward = (calls[f"token_shift_{direction} (call)", "fp32"] for direction in ("forward", "backward"))
+    assert (forward["bytes_per_element"], forward["floor"]) == (20, 16)  # x read twice
+    assert (backward["bytes_per_element"], backward["floor"]) == (36, 20)  # and three gradients
+    assert "The MIX kernels" in markdown(rows, FACTS)

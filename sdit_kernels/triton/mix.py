@@ -82,15 +82,16 @@ def token_shift_forward_kernel(
     rows = ()
     for i in tl.static_range(RUN + 1):
         rows = rows + (_row(x_ptr, last_ptr if i == 0 else None, b, t0 + i - 1, L, cols, mask, x_b, x_l, last_b, STATE),)
-    before, _ = _normal(rows[0], C, mask, eps_, stats_ptr, b, t0 - 1, exists, L, NORM, STATE)
+    normal = ()  # all before the first output: with stores between them ptxas reloads, for sm_100, what it never spilt
+    for i in tl.static_range(RUN + 1):
+        now, _ = _normal(rows[i], C, mask, eps_, stats_ptr, b, t0 + i - 1, exists & (t0 + i <= L), L, NORM, STATE)
+        normal = normal + (now,)
     for i in tl.static_range(RUN):
         t = t0 + i
-        now, _ = _normal(rows[i + 1], C, mask, eps_, stats_ptr, b, t, exists & (t < L), L, NORM, STATE)
         for m in tl.static_range(M):
             mix = tl.load(mixes_ptr + m * C + cols, mask=cols < C, other=0.0)
-            out = now * mix + before * (1.0 - mix)
+            out = normal[i + 1] * mix + normal[i] * (1.0 - mix)
             tl.store(outs[m] + (b * L + t) * C + cols, out.to(x_ptr.dtype.element_ty), mask=mask & (t < L))
-        before = now
 
 
 @triton.jit

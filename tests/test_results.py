@@ -1,0 +1,93 @@
+"""Figures in README.md are those of the files in perf/results/, and every file there is listed with its command."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "perf" / "results"
+README = " ".join((ROOT / "README.md").read_text().split())
+
+
+def rows(name, section, run=None):
+    """Rows of a section of a file, or of one of the runs of gpu_suite.py in it."""
+    found = json.loads((RESULTS / name).read_text())
+    if run is not None:
+        return found["runs"][run]["parts"][section]["rows"]
+    return [r for r in found["rows"] if r["section"] == section]
+
+
+def row(found, **wanted):
+    (one,) = (row for row in found if all(row.get(key) == value for key, value in wanted.items()))
+    return one
+
+
+def digits(x):
+    """To two digits, as in the tables."""
+    return f"{float(f'{x:.2g}'):g}x"
+
+
+def times(found, peer, key="mode", modes=("inference", "forward+backward")):
+    """Time over that of ours, the first contestant, within each round."""
+    return " | ".join(digits(row(found, name=peer, **{key: mode})["ratio"]) for mode in modes)
+
+
+def test_the_table_of_the_cpu():
+    peers, rate = rows("lif.json", "peers"), rows("lif.json", "rate")
+    for label, found, peer in (
+        ("SpikingJelly 2.0.0 `LIFNode` / `lif`", peers, "SpikingJelly LIFNode"),
+        ("snnTorch 1.0 `Leaky` / `lif`", peers, "snnTorch Leaky (detached reset)"),
+        ("plain PyTorch loop / `lif`", peers, "plain loop"),
+        ("`torch.compile` of that loop / `lif`", peers, "torch.compile(plain loop)"),
+        ("repeat, SpikingJelly `LIFNode`, mean / `lif_rate`", rate, "repeat, LIFNode, mean"),
+    ):
+        assert f"| {label} | {times(found, peer)} |" in README
+
+
+def test_the_table_of_the_gpu():
+    peers, rate = (rows("gpu_h200.json", section, 0) for section in ("lif", "rate"))
+    for label, found, peer in (
+        ("SpikingJelly 2.0.0 `LIFNode`, its Triton kernels / `lif`", peers, "SpikingJelly LIFNode"),
+        ("snnTorch 1.0 `Leaky` / `lif`", peers, "snnTorch Leaky (detached reset)"),
+        ("plain PyTorch loop / `lif`", peers, "plain loop"),
+        ("`torch.compile` of that loop / `lif`", peers, "torch.compile(plain loop)"),
+        ("repeat, `LIFNode`, mean / `lif_rate`", rate, "repeat, LIFNode, mean"),
+    ):
+        assert f"| {label} | {times(found, peer)} |" in README
+    scans = [rows("gpu_h200.json", section, 0) for section in ("wkv", "wkv backward")]
+    for label, peer in (
+        ("flash-linear-attention `fused_recurrent_rwkv4` / `wkv`", "flash-linear-attention"),
+        ("Heinsen's form, PyTorch / `wkv`", "Heinsen's form"),
+    ):  # over the algorithm that "auto" takes at this size
+        ratios = [row(found, name=peer)["median_s"] / row(found, name="wkv, chunked")["median_s"] for found in scans]
+        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in README
+    mix = times(rows("gpu_h200.json", "mix", 1)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
+    assert f"`token_shift` with norm and three mixes (backward alone in the second column) | {mix} |" in README
+
+
+def test_the_sentences():
+    bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 0)}
+    lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]
+    assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in README
+    one, both = (
+        row(rows("gpu_h200.json", "algorithms", 0), B=256, L=1024, name="auto", mode=mode)["gb_per_s"] / 1e3
+        for mode in ("forward", "forward+backward")
+    )
+    assert f"reaches {one:.1f} TB/s forward, {both:.1f} forward and backward" in README
+    goals = json.loads((RESULTS / "wkv.json").read_text())["goals"]
+    for text, what in (
+        ("{:.0f} times as fast as the eager loop over tokens", "forward, times the eager loop"),
+        ("{:.0f} times forward and backward", "forward + backward, times the eager loop"),
+    ):
+        value = next(float(re.search(r": ([\d.]+)", goal)[1]) for goal in goals if what in goal)
+        assert text.format(value) in README
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
+def test_every_file_is_listed(file):
+    text = (RESULTS / "README.md").read_text()
+    assert re.search(rf"\[{re.escape(file)}\]\({re.escape(file)}\)[^\n]*`python perf/", text), (
+        f"{file} is not listed with its command"
+    )
