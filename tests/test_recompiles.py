@@ -1,7 +1,7 @@
 """How often Triton compiles: a new batch size, length or number of steps beyond 16 must not make a user wait.
 
-Triton asks a hook before it compiles; the one here notes what would be compiled and refuses it: nothing is compiled or run, which
-takes milliseconds. test_the_hook_counts_what_is_compiled sets its counts against kernels that are.
+Triton asks a hook before it compiles. The one here notes what would be compiled and refuses it, so that nothing is and counting
+is quick. test_the_hook_counts_what_is_compiled sets its counts against kernels that are.
 """
 
 import collections
