@@ -1,7 +1,7 @@
 """Named ranges for Nsight Systems and Nsight Compute, domain "sdit_kernels": off unless SDIT_NVTX=1 when this is imported.
 
-On, a range costs under 100 ns around an operator and under 200 ns around a stage of a model, where torch.compile has to be
-asked whether it is tracing: then there are none. Off, a decorated function is the function itself.
+On, a range costs about 80 ns around an operator, 130 ns around a stage of a model, where torch.compile has to be asked whether it
+traces: a graph has no ranges but those of its operators. Off, a decorated function is the function itself.
 """
 
 import functools
@@ -51,10 +51,16 @@ class _Range:
             _DOMAIN.pop_range()
 
     def __call__(self, f):
-        inside = self.untraced(f)
+        attributes, push, pop, compiling = self.attributes, _DOMAIN.push_range, _DOMAIN.pop_range, torch.compiler.is_compiling
 
         def ranged(*args):
-            return f(*args) if torch.compiler.is_compiling() else inside(*args)
+            if compiling():
+                return f(*args)
+            push(attributes)
+            try:
+                return f(*args)
+            finally:
+                pop()
 
         ranged.__wrapped__ = f
         return ranged
