@@ -23,7 +23,7 @@ setup(
         "triton": ["triton>=3.6,<3.9"],  # where torch brings none; GPU builds of torch bring their own
         "sdit": ["einops", "diffusers", "safetensors", "pillow>=10.1", "matplotlib", "tqdm", "scikit-learn"],
         "profile": ["nvtx"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "matplotlib", "nvtx"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

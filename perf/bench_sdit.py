@@ -86,17 +86,17 @@ class Plain(torch.nn.Module):
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def case(args, batch):
+def case(device, batch, preset=None):
     """The model and its inputs: weights with which neurons fire and every layer has a gradient, as after some training."""
     torch.manual_seed(0)
-    model = SDiT(PRESETS[PRESET], variant="improved").to(args.device)
+    model = SDiT(PRESETS[preset or PRESET], variant="improved").to(device)
     for block in model.blocks:
         torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
     torch.nn.init.normal_(model.final.weight, std=0.05)
     config = model.config
-    x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=args.device)
-    t = torch.randint(0, 1000, (batch,), device=args.device)
-    return model, (x, t, torch.arange(batch, device=args.device) % config.num_classes)
+    x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
+    t = torch.randint(0, 1000, (batch,), device=device)
+    return model, (x, t, torch.arange(batch, device=device) % config.num_classes)
 
 
 def step(model, inputs, target, optimizer=None, dtype=None):
@@ -112,7 +112,7 @@ def step(model, inputs, target, optimizer=None, dtype=None):
 
 def agree(args):
     """The gate: outputs and every gradient, in float64."""
-    model, inputs = case(args, 1)
+    model, inputs = case(args.device, 1)
     model = model.double()
     inputs = inputs[0].double(), *inputs[1:]
     plain = Plain(model)
@@ -128,7 +128,7 @@ def agree(args):
 def training(args, settings):
     """A training step: forward, mean squared error, backward, AdamW"""
     error = agree(args)
-    model, inputs = case(args, args.batch)
+    model, inputs = case(args.device, args.batch)
     target = torch.randn(model.config.out_channels, *inputs[0].shape[2:], device=args.device)
 
     def contestant(name, model, dtype=None):
@@ -163,7 +163,7 @@ def training(args, settings):
 
 def sampling(args, settings):
     """A sampling step: a forward pass without gradients, the weights frozen"""
-    model, inputs = case(args, args.batch)
+    model, inputs = case(args.device, args.batch)
     model.eval()
     frozen = model.frozen()
     frozen.__enter__()

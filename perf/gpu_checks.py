@@ -333,8 +333,7 @@ def compiled(device, small):
 
 def autocast(device, small):
     """A training step of SDiT in bf16: finite, and near that in fp32."""
-    args = argparse.Namespace(device=device, batch=1 if small else 16)
-    model, inputs = bench_sdit.case(args, args.batch)
+    model, inputs = bench_sdit.case(device, 1 if small else 16)
     target = torch.zeros((), device=device)
     losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
     assert abs(losses[1] / losses[0] - 1) < 0.1, f"loss {losses[0]:.4g} in fp32, {losses[1]:.4g} in bf16"

@@ -33,7 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 
-from perf import bench_lif, bench_mix, bench_sdit, bench_wkv, harness
+from perf import bench_lif, bench_mix, bench_sdit, bench_wkv, harness, profile_sdit
 from perf.bench_wkv import forward_backward, inference, ours, parameters
 from perf.gpu_checks import CHECKS, calls, normal
 from perf.harness import Contestant, compare
@@ -245,25 +245,13 @@ def steps(args, settings):
 
 
 def profile(args, settings):
-    """Kernels of one training step of SDiT in bf16, by time on the device"""
-    from torch.profiler import ProfilerActivity
-
-    on_cpu = args.device == "cpu"
-    args = argparse.Namespace(**vars(args) | {"batch": 2 if args.quick else 128})
-    model, inputs = bench_sdit.case(args, args.batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    step = functools.partial(bench_sdit.step, model, inputs, torch.zeros((), device=args.device), optimizer, torch.bfloat16)
-    step()
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as found:
-        step().item()
-    events = [e for e in found.key_averages() if on_cpu or e.device_type == torch.autograd.DeviceType.CUDA]
-    cost = {e.key: (e.self_cpu_time_total if on_cpu else e.self_device_time_total) / 1e6 for e in events}
-    total, count = sum(cost.values()), {e.key: e.count for e in events}
-    rows = [
-        {"name": key[:90], "calls": count[key], "total_s": seconds, "percent_of_step": 100 * seconds / total}
-        for key, seconds in sorted(cost.items(), key=lambda item: -item[1])[:40]
-    ]
-    return f"{bench_sdit.PRESET}, batch {args.batch}: {1e3 * total:.1f} ms", rows
+    """Kernels of a training step of SDiT in bf16, by time on the device"""
+    batch = 2 if args.quick else 128
+    step = profile_sdit.step_of(args.device, batch, bf16=True)
+    profile_sdit.run(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
+    seconds, products, rows = profile_sdit.table(step, 1, args.device)
+    case = profile_sdit.describe(None, batch, bf16=True)
+    return f"{case}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
 
 
 def host(args, settings):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdit_kernels import backend, dispatch, lif, spiking_wkv, token_shift
+from sdit_kernels import backend, dispatch, lif, nvtx, spiking_wkv, token_shift
 from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
 
 from .config import Config
@@ -127,18 +127,20 @@ class Block(nn.Module):
         if self.skip is not None:
             x = self.skip(torch.cat([x, kept], -1)) if plain else self._join(x, kept)
         if self.reconstruction is None:
-            x = self.attention(x, residual=x)
-            return self.mlp(x, residual=x)
+            return self._mix(self._attend_all(x))
         if plain:
             z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)
-            z = self.attention(z, residual=z)
-            z = self.mlp(z, residual=z)
-            x, r = z.chunk(2, 1)
+            x, r = self._mix(self._attend_all(z)).chunk(2, 1)
             return x + x * self._gate(r)
         x, r = self._attend(x)
-        x, r = self.mlp(x, residual=x), self.mlp(r, x[:, -1], residual=r)
+        x, r = self._mix(x), self._mix(r, x[:, -1])
         return torch.addcmul(x, x, self._gate(r).to(x.dtype))
 
+    @nvtx.range("mlp")
+    def _mix(self, x, last=None):
+        return self.mlp(x, last, residual=x)
+
+    @nvtx.range("reconstruction")
     def _gate(self, r):
         return self.tokens_out(self.tokens_in(r).transpose(1, 2))
 
@@ -149,6 +151,11 @@ class Block(nn.Module):
         first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)
         return torch.addmm(first, kept.flatten(0, 1).to(first.dtype), weight[:, C:].t().to(first.dtype)).view_as(x).to(x.dtype)
 
+    @nvtx.range("attention")
+    def _attend_all(self, x):
+        return self.attention(x, residual=x)
+
+    @nvtx.range("attention")
     def _attend(self, x):
         """The attention of the tokens of the image and of those of R, both with their residual."""
         a, R = self.attention, self.reconstruction.expand(len(x), -1, -1)
@@ -296,18 +303,21 @@ class SDiT(nn.Module):
         again = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
             inputs = (x, kept.pop()) if i > half else (x,)
+            block = nvtx.range(f"block {i}")(block)
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
             if i < half:
                 kept.append(x)
         with wide:
             return self._image(x)
 
+    @nvtx.range("embedding")
     def _embed(self, x, t, y):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
         x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
         return torch.cat([c.unsqueeze(1), x], 1) + self.position
 
+    @nvtx.range("final")
     def _image(self, x):
         """Tokens back to an image, the condition's dropped."""
         P, C = self.config.patch_size, self.config.out_channels

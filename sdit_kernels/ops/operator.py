@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import nvtx
+
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -86,6 +88,7 @@ def register(
     """
     name = schema.partition("(")[0]
     save, gradient = save or _nothing, gradient or _no_second_derivative
+    implementation = nvtx.range(name).untraced(implementation)
     _LIBRARY.define(schema)
     operator = getattr(torch.ops.sdit_kernels, name).default
     below = torch._C._AutoDispatchBelowAutograd

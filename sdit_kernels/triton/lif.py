@@ -393,15 +393,17 @@ class _Grid:
     """Tiles of one 16-byte access per thread, and rows grouped so that partial sums stay few.
 
     Tile sizes depend on the kernel's variant and on C alone (where there are rows), so that no batch size compiles anew. Where
-    more values per neuron are ``kept`` than a thread has registers for, its accesses are of 8 or 4 bytes.
+    more values per neuron are ``kept`` than a thread has registers for, its accesses are of 8 or 4 bytes. ``per_channel``: the
+    columns are channels, even of a single row.
     """
 
-    def __init__(self, layout, dtype, parameters, kept=0):
+    def __init__(self, layout, dtype, parameters, per_channel=False, kept=0):
         elements = _THREADS * 16 // dtype.itemsize
         while kept * elements // _THREADS >= _KEPT:
             elements //= 2
-        self.BC = elements if layout.R == 1 else min(triton.next_power_of_2(layout.C), elements)
-        self.BR = 1 if layout.R == 1 else elements // self.BC
+        flat = layout.R == 1 and not per_channel
+        self.BC = elements if flat else min(triton.next_power_of_2(layout.C), elements)
+        self.BR = 1 if flat else elements // self.BC
         chunks, blocks = triton.cdiv(layout.C, self.BC), triton.cdiv(layout.R, self.BR)
         self.group = triton.cdiv(chunks * blocks, _PROGRAMS) if parameters else 1
         self.groups = triton.cdiv(blocks, self.group)
@@ -409,7 +411,8 @@ class _Grid:
 
     def partial_sums(self, layout, per_channel, like):
         shape = (self.groups, layout.C) if per_channel else (self.programs,)
-        return torch.empty((2, *shape), dtype=state_dtype(like.dtype), device=like.device)
+        # not two halves of one: where the second begins would be aligned for some batches only, and kernels compile for it
+        return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(2))
 
     def launch(self, kernel, device, *args, **flags):
         if device.type == "cuda":
@@ -472,7 +475,8 @@ def _bytes(t):
 def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     flags = _flags(neuron, tau, v_threshold, x.dtype)
-    layout = layout_of(x, s, flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"])
+    per_channel = flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"]
+    layout = layout_of(x, s, per_channel)
     T = x.shape[0]
     x, x_t, x_r = place(layout, x)
     s, s_t, s_r = place(layout, _bytes(s))
@@ -480,7 +484,7 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     v_final, v_final_r = _placed_state(layout, v_final)
     v_seq, seq_t, seq_r = _placed(layout, v_seq)
     checkpoint, keep_t, keep_r = _placed(layout, checkpoint)
-    grid = _Grid(layout, x.dtype, False)
+    grid = _Grid(layout, x.dtype, False, per_channel)
     grid.launch(
         lif_forward_kernel, x.device, x, s, v, v_final, v_seq, checkpoint, _contiguous(tau), _contiguous(v_threshold),
         T, layout.R, layout.C, x_t, x_r, s_t, s_r, v_r, v_final_r, seq_t, seq_r, keep_t, keep_r,
@@ -502,7 +506,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
     checkpoint, keep_t, keep_r = _placed(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_v_r = _placed_state(layout, None if g_v is None else g_v.to(state))
     g_seq, g_seq_t, g_seq_r = _placed(layout, None if g_seq is None else g_seq.to(state))
-    grid = _Grid(layout, x.dtype, parameters, kept=min(T, STRIDE) * (2 if parameters else 1))
+    grid = _Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         lif_backward_kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),
@@ -517,12 +521,13 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     flags = _flags(neuron, tau, v_threshold, x.dtype)
-    layout = layout_of_step(x, out, flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"])
+    per_channel = flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"]
+    layout = layout_of_step(x, out, per_channel)
     x, x_r = place_state(layout, x)
     gate, gate_r = _placed_state(layout, gate)
     residual, residual_r = _placed_state(layout, residual)
     out, out_r = place_state(layout, out)
-    grid = _Grid(layout, x.dtype, False)
+    grid = _Grid(layout, x.dtype, False, per_channel)
     grid.launch(
         lif_rate_forward_kernel, x.device, x, gate, residual, out, _contiguous(tau), _contiguous(v_threshold),
         T, layout.R, layout.C, x_r, gate_r, residual_r, out_r, *_numbers(neuron),
@@ -540,7 +545,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
     gate, gate_r = _placed_state(layout, gate)
     dx, dx_r = place_state(layout, dx)
     dgate, dgate_r = _placed_state(layout, dgate)
-    grid = _Grid(layout, x.dtype, parameters)
+    grid = _Grid(layout, x.dtype, parameters, per_channel)
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         lif_rate_backward_kernel, x.device, x, gate, g, dx, dgate, *(sums if parameters else (None, None)),

@@ -406,8 +406,7 @@ def spiking_wkv_backward(
         )  # fmt: skip
         return sums
     flags = _flags(neuron, tau, v_threshold, k.dtype)
-    dw, du = k.new_empty(2, B, C, dtype=state)
-    sums = k.new_empty(2, B, C, dtype=state) if parameters else None
+    dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))  # each of them aligned
     g = None if g is None else g.to(k.dtype).expand(k.shape)
     (k, *k_), (v, *v_), (r, *r_), (g, *g_) = map(_placed, (k, v, r, g))
     membrane, *m_ = _placed(membrane, 2)
@@ -417,9 +416,9 @@ def spiking_wkv_backward(
     _launch(
         spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, decay, first.contiguous(), membrane,
         _contiguous(tau), _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
-        *((None, None) if sums is None else sums), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
+        *(sums or (None, None)), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
         *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
         HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), RAW=raw, **flags,
     )  # fmt: skip
     wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first)
-    return sums
+    return sums or None

@@ -790,7 +790,7 @@ def wkv_backward(
         sums = (None, None)
         if out:
             new = torch.empty if cu_seqlens is None else torch.zeros  # packed: some rows belong to no chunk
-            sums = new(2, grid.rows(tiles), grid.C, dtype=grid.state, device=grid.device)
+            sums = tuple(new(grid.rows(tiles), grid.C, dtype=grid.state, device=grid.device) for _ in range(2))  # both aligned
         given = (dk, dv, dr, d_ybar, d_lse) if out else (None,) * 5
         upstream = (None, None) if rightwards else (g_ybar, g_lse)
         grid.launch(

@@ -1,0 +1,201 @@
+"""How often Triton compiles: a new batch size, length or number of steps beyond 16 must not make a user wait.
+
+Triton asks a hook before it compiles. The one here notes what would be compiled and refuses it, so that nothing is and counting
+is quick. test_the_hook_counts_what_is_compiled sets its counts against kernels that are.
+"""
+
+import collections
+import contextlib
+import itertools
+
+import native_triton
+import pytest
+import torch
+
+from sdit_kernels import backend, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+
+if native_triton.setup() == "interpreter":
+    pytest.skip(f"the interpreter compiles nothing: {native_triton.reason()}", allow_module_level=True)
+
+import triton
+
+import sdit_kernels.triton.lif
+import sdit_kernels.triton.mix
+import sdit_kernels.triton.spiking_wkv
+import sdit_kernels.triton.wkv
+
+SIZES = [  # (B, L)
+    (1, 1), (1, 2), (1, 16), (1, 63), (2, 1), (2, 7), (3, 5), (3, 16), (4, 4), (5, 31), (7, 64), (8, 1), (8, 17), (16, 2),
+    (16, 16), (17, 40), (20, 3), (32, 33), (33, 10), (40, 100),
+]  # fmt: skip
+LONG = 17, 18, 23, 31, 32, 33, 47, 64, 100
+MODULES = [getattr(sdit_kernels.triton, name) for name in ("lif", "mix", "spiking_wkv", "wkv")]
+KERNELS = {k for m in MODULES for k in vars(m).values() if isinstance(k, triton.runtime.jit.JITFunction)}
+
+
+@contextlib.contextmanager
+def nothing_compiled():
+    """Kernels as in a fresh process."""
+    before = {kernel: dict(kernel.device_caches) for kernel in KERNELS}
+    for kernel in KERNELS:
+        kernel.device_caches.clear()
+    try:
+        yield
+    finally:
+        for kernel, caches in before.items():
+            kernel.device_caches.clear()
+            kernel.device_caches.update(caches)
+
+
+def compilations(calls):
+    """Counter from kernel to what would be compiled for it."""
+    wanted = collections.defaultdict(set)
+
+    def refuse(key, fn, **_):
+        wanted[fn.jit_function.__name__.removesuffix("_kernel")].add(key)
+        return True
+
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = refuse
+    try:
+        with nothing_compiled(), backend("triton"):
+            for call in calls:
+                call()
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before
+    return {name: len(keys) for name, keys in wanted.items()}
+
+
+def there_and_back(f, *shape, dtype=torch.float32):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    out = f(x)
+    torch.autograd.backward(out, [torch.ones_like(out[0])] * len(out) if isinstance(out, tuple) else torch.ones_like(out))
+
+
+def scan(x, C, **options):
+    d, u = (torch.zeros(C, requires_grad=True) for _ in range(2))
+    return wkv(d, u, x, x, r=x, **options)
+
+
+def spiking(x, C, fused):
+    d, u, tau = (torch.full((C,), 2.0, requires_grad=True) for _ in range(3))
+    before = sdit_kernels.triton.spiking_wkv._FUSED
+    sdit_kernels.triton.spiking_wkv._FUSED = 0 if fused else 1 << 40
+    try:
+        out = spiking_wkv(d, u, x, x, r=x, tau=tau)
+        out.backward(torch.ones_like(out))  # here, as the backward pass asks for _FUSED as well
+    finally:
+        sdit_kernels.triton.spiking_wkv._FUSED = before
+    return x * 1.0
+
+
+def tau_of(C):
+    return torch.full((C,), 2.0, requires_grad=True)
+
+
+NO = (None,)
+FORWARD_BACKWARD = {  # op: (call with C channels, steps of its input, T given to it)
+    "lif": (lambda x, C, T: lif(x), (4,), NO),
+    "lif, many steps": (lambda x, C, T: lif(x), LONG, NO),
+    "lif, tau per channel": (lambda x, C, T: lif(x, tau=tau_of(C)), (4,), NO),
+    "lif_rate": (lambda x, C, T: lif_rate(x, T=4, residual=x, gate=x), NO, NO),
+    "lif_rate, many steps": (lambda x, C, T: lif_rate(x, T=T, residual=x, gate=x), NO, LONG),
+    "relu_squared": (lambda x, C, T: relu_squared(x), NO, NO),
+    "token_shift": (lambda x, C, T: token_shift(x, tau_of(C), tau_of(C), tau_of(C), norm_eps=1e-6), NO, NO),
+    "wkv, serial": (lambda x, C, T: scan(x, C, algorithm="serial"), NO, NO),
+    "wkv, chunked": (lambda x, C, T: scan(x, C, algorithm="chunked"), NO, NO),
+    "wkv, both ways": (lambda x, C, T: scan(x, C, algorithm="serial", bidirectional=True), NO, NO),
+    "spiking_wkv": (lambda x, C, T: spiking(x, C, True), (4,), NO),
+    "spiking_wkv, in parts": (lambda x, C, T: spiking(x, C, False), (4,), NO),
+}
+
+
+def runs(name, C, dtype):
+    f, leading, inner = FORWARD_BACKWARD[name]
+    for (B, L), T, steps in zip(SIZES, itertools.cycle(leading), itertools.cycle(inner)):
+        shape = (B, L, C) if T is None else (T, B, L, C)
+        yield lambda shape=shape, steps=steps: there_and_back(lambda x: f(x, C, steps), *shape, dtype=dtype)
+
+
+ONCE = {
+    "lif": {"lif_forward": 1, "lif_backward": 1},
+    "lif_rate": {"lif_rate_forward": 1, "lif_rate_backward": 1},
+    "relu_squared": {"relu_squared_forward": 1, "relu_squared_backward": 1},
+    "token_shift": {"token_shift_forward": 1, "token_shift_backward": 1},
+    "wkv, serial": {"wkv_forward": 1, "wkv_backward": 1, "wkv_sums": 1},
+    # one for sequences of a single chunk, one that sums up a chunk, one that goes on from what enters it
+    "wkv, chunked": {"wkv_forward": 3, "wkv_backward": 3, "wkv_combine": 2, "wkv_sums": 1},
+    "wkv, both ways": {"wkv_forward": 3, "wkv_backward": 3, "wkv_sums": 1},
+    "spiking_wkv": {"spiking_wkv_forward": 1, "spiking_wkv_backward": 1, "wkv_sums": 1},
+}
+ONCE |= {"lif, many steps": ONCE["lif"], "lif_rate, many steps": ONCE["lif_rate"]}
+# in parts: the kernels of wkv, "auto", and of lif
+ONCE |= {"lif, tau per channel": ONCE["lif"], "spiking_wkv, in parts": ONCE["lif"] | ONCE["wkv, chunked"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORWARD_BACKWARD)
+def test_once_for_all_sizes(name, dtype):
+    """Channels a multiple of 16, as they are in practice."""
+    assert len(SIZES) == len(set(SIZES)) == 20
+    assert compilations(runs(name, 32, dtype)) == ONCE[name]
+
+
+# Strides of a batch (and of a step, of all elements where the op does not tell rows apart) are multiples of 16 for some sizes
+# and not for others, and that they are is what wide accesses of other shapes need: two kernels, three where there are two such
+# strides. Both ways, half of the checkpoint is aligned or not, besides.
+ODD = {"spiking_wkv": 3}
+ODD_BOTH_WAYS = {"wkv_forward": 10, "wkv_backward": 18, "wkv_sums": 1}
+
+
+@pytest.mark.parametrize("name", FORWARD_BACKWARD)
+def test_an_odd_number_of_channels_compiles_for_each_alignment(name):
+    found = compilations(runs(name, 33, torch.float32))
+    if name == "wkv, both ways":
+        assert set(found) == set(ODD_BOTH_WAYS) and all(found[kernel] <= n for kernel, n in ODD_BOTH_WAYS.items())
+        return
+    assert set(found) == set(ONCE[name])
+    for kernel, count in found.items():
+        assert count <= ONCE[name][kernel] * (1 if kernel in ("wkv_sums", "wkv_combine") else ODD.get(name, 2)), kernel
+
+
+@pytest.mark.parametrize("op", ["lif", "lif_rate"])
+def test_up_to_16_steps_once_for_each_number(op):
+    def calls():
+        for T in (*range(1, 17), *LONG):
+            for B, L in SIZES[::7]:
+                if op == "lif":
+                    yield lambda T=T, B=B, L=L: there_and_back(lif, T, B, L, 32)
+                else:
+                    yield lambda T=T, B=B, L=L: there_and_back(lambda x: lif_rate(x, T=T), B, L, 32)
+
+    assert compilations(calls()) == {f"{op}_forward": 17, f"{op}_backward": 17}
+
+
+def test_packed_sequences_of_any_number_and_length():
+    def calls():
+        for lengths in ([1], [3, 5], [16, 16, 16], [0, 7, 1], [40, 1, 2, 64, 9], [17] * 12):
+            ends = torch.tensor([0, *itertools.accumulate(lengths)])
+            run = {"algorithm": "serial", "cu_seqlens": ends, "max_seqlen": max(lengths)}
+            yield lambda ends=ends, run=run: there_and_back(lambda x: scan(x, 32, **run), 1, int(ends[-1]), 32)
+
+    assert compilations(calls()) == ONCE["wkv, serial"]
+
+
+def test_the_numbers_of_a_neuron_are_no_constants():
+    def calls():
+        for tau, threshold, reset, alpha in ((2.0, 1.0, 0.0, 2.0), (1.0, 0.5, 0.25, 4.0), (16.0, 1.5, -1.0, 1.0), (3, 1, 0, 1)):
+            neuron = {"tau": float(tau), "v_threshold": float(threshold), "v_reset": float(reset), "alpha": float(alpha)}
+            yield lambda neuron=neuron: there_and_back(lambda x: lif(x, **neuron), 4, 3, 32)
+            yield lambda neuron=neuron: there_and_back(lambda x: lif_rate(x, T=4, **neuron), 3, 32)
+
+    assert compilations(calls()) == ONCE["lif"] | ONCE["lif_rate"]
+
+
+def test_the_hook_counts_what_is_compiled():
+    kernels = sdit_kernels.triton.mix.relu_squared_forward_kernel, sdit_kernels.triton.mix.relu_squared_backward_kernel
+    for C, wanted in ((32, 1), (33, 2)):
+        with nothing_compiled(), backend("triton"):
+            for B, L in SIZES[:8]:
+                there_and_back(relu_squared, B, L, C)
+            assert [sum(len(cache) for cache, *_ in k.device_caches.values()) for k in kernels] == [wanted] * 2
