@@ -200,8 +200,10 @@ def spiking_wkv(
 
     The kernel walks the tokens with T scan states, reads k, v and r once and writes the spikes once; the currents, float32 or
     float64, are nowhere stored. On a GPU one thread walks for each of B * C; where these are fewer than 32,768, the kernels of
-    wkv and lif, which share the tokens out too, are faster and run instead, on currents that live as long as the call. Kept for the backward pass are k, v, r, the states that are given, and the scan states at the
-    entry of every tile of tokens (64 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
+    wkv and lif, which share the tokens out too, are faster and run instead, on currents that live as long as the call.
+
+    Kept for the backward pass are k, v, r, the states that are given, and the scan states at the entry of every tile of tokens
+    (64 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
     bit for bit. Spikes of one backend and another may differ where the membrane is within rounding of the threshold, since
     exponentials do. Parameter gradients are summed in a fixed order: they repeat bit for bit, whatever the number of threads.
 
