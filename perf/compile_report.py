@@ -313,7 +313,7 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
 
     name = found["kernel"].removesuffix("_kernel")
     if name == "wkv_sums":
-        return {"name": name, "count": None}
+        return {"name": name, "count": None, "widths": set(found["loads"])}  # it stores a number for many
     tile = arguments["TILE"]
     if name == "wkv_combine":
         what = "carries" if arguments["CARRY"] else "states"
@@ -339,7 +339,7 @@ def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     """The same of a spiking_wkv launch, per element of k. A rate's gradient, which all steps read, counts once."""
     name, T = found["kernel"].removesuffix("_kernel"), case.T
     if name == "wkv_sums":
-        return {"name": name, "count": None}
+        return {"name": name, "count": None, "widths": set(found["loads"])}  # it stores a number for many
     backward, size = "backward" in name, arguments["k_ptr"].element_size()
     tokens = arguments["HELD"] if backward else arguments["TOKENS"]
     parts = arguments["TOKENS"] // tokens
