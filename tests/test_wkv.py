@@ -730,7 +730,7 @@ BAD = [
     (ValueError, r"k must have the axes \(B, C\)", lambda: wkv_step(P, P, X, X)),
     (ValueError, r"state's ybar must have shape \(4, 3\)", lambda: wkv_step(P, P, X[0], X[0], S)),
     (TypeError, r"state must be a pair .* got None; begin with \(0, -inf\)", lambda: wkv_step_(P, P, X[0], X[0], None)),
-    (ValueError, "state must be two tensors to update", lambda: wkv_step_(P, P, X[0], X[0], (X[0], X[0]))),
+    (ValueError, "state must be two tensors to update", lambda: wkv_step_(P, P, X[0], X[0], (X[0],) * 2)),
     (TypeError, "bb must be a tensor", lambda: wkv_state_from_rwkv(P, 1.0, P)),
     (TypeError, "aa must be a floating tensor", lambda: wkv_state_from_rwkv(P.long(), P, P)),
     (ValueError, "pp must have the shape, dtype and device of aa", lambda: wkv_state_from_rwkv(P, P, P[:2])),
