@@ -65,6 +65,16 @@ def launched_with(module, **values):
             setattr(kernels, name, value)
 
 
+def with_parameters(contestant, module, values):
+    """The contestant, its backward pass too, launched with these."""
+
+    def call():
+        with launched_with(module, **values):
+            contestant.fn()
+
+    return contestant._replace(fn=call)
+
+
 def launch_cases(device, small):
     """(name, module, parameters to try, function, shapes of its data, ideal passes over one of them forward and in all)"""
     L, C = (33, 48) if small else (394, 384)
@@ -135,13 +145,9 @@ def rules(args, settings):
         for mode, arrays in zip(MODES, passes):
             contestants = [harness.copy_contestant(arrays * leaves[0].nbytes, args.device)]
             for value in values:
-                c = contestant(", ".join(f"{k}={v}" for k, v in value.items()), mode, f, leaves, g, arrays, op=name)
-
-                def call(run=c.fn, module=module, value=value):
-                    with launched_with(module, **value):
-                        run()
-
-                contestants.append(c._replace(fn=call))
+                label = ", ".join(f"{k}={v}" for k, v in value.items())
+                c = contestant(label, mode, f, leaves, g, arrays, op=name)
+                contestants.append(with_parameters(c, module, value))
             rows += compare(contestants, **settings)
     return "launch parameters, fp32", rows
 
@@ -174,32 +180,19 @@ def sizes(args, settings):
     def whole(k, v):
         return spiking_wkv(d, u, k, v)
 
-    def with_fused(least):
-        def f(k, v):
-            with launched_with("triton.spiking_wkv", _FUSED=least):
-                return spiking_wkv(d, u, k, v)
-
-        return f
-
     def chain(k, v):
         return lif(wkv(d, u, k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2]))
 
-    forms = {"spiking_wkv": whole, "one walk": with_fused(0), "in parts": with_fused(1 << 40), "wkv, then lif": chain}
+    forms = {"spiking_wkv": {}, "one walk": {"_FUSED": 0}, "in parts": {"_FUSED": 1 << 40}, "wkv, then lif": {}}
     for B in (1, 2) if args.quick else (2, 8, 32, 64, 96, 128, 256):
         leaves = [normal(4, B, L, C, device=args.device, seed=i, scale=1.0 + 2 * i) for i in range(2)]
         g = torch.randn_like(leaves[0])
-        rows += compare([contestant(name, MODES[0], f, leaves, g, 3, B=B) for name, f in forms.items()], **settings)
-        # The backward pass asks for _FUSED itself: it is set around the whole call.
-        found = []
-        for name, least in (("spiking_wkv", None), ("one walk", 0), ("in parts", 1 << 40), ("wkv, then lif", None)):
-            c = contestant(name, MODES[1], chain if name == "wkv, then lif" else whole, leaves, g, 8, B=B)
-
-            def call(run=c.fn, least=least):
-                with launched_with("triton.spiking_wkv", **({} if least is None else {"_FUSED": least})):
-                    run()
-
-            found.append(c._replace(fn=call))
-        rows += compare(found, **settings)
+        for mode, passes in zip(MODES, (3, 8)):
+            found = []
+            for name, value in forms.items():
+                c = contestant(name, mode, chain if name == "wkv, then lif" else whole, leaves, g, passes, B=B)
+                found.append(with_parameters(c, "triton.spiking_wkv", value))
+            rows += compare(found, **settings)
     return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
 
 
