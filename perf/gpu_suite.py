@@ -345,7 +345,7 @@ def main(argv=None):
     p.add_argument("--minutes", type=float, default=9, help="parts that would begin later are left out (default: %(default)s)")
     p.add_argument("--workers", type=int, default=8, help="processes for tests and for checks, each (default: %(default)s)")
     options = p.parse_args(argv)
-    names = options.only.split(",") if options.only else ["tests", "checks", *TIMINGS]
+    names = options.only.split(",") if options.only is not None else ["tests", "checks", *TIMINGS]
     if unknown := set(names) - {"tests", "checks", *CHECKS, *COMPILE, *TIMINGS}:
         p.error(f"--only knows tests, checks, {', '.join([*CHECKS, *TIMINGS])}; got {', '.join(sorted(unknown))}")
     if not options.dry_run and not torch.cuda.is_available():

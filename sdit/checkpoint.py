@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import pickle
 import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -291,7 +290,9 @@ def load_research(path) -> SDiT:
     try:
         with Path(path).open("rb") as file, torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # on bytes that are no pickle torch's reader fails in many ways: KeyError, struct.error, ...
         # torch's own text advises to read the file with weights_only=False, which would execute it.
         raise ValueError(f"{path} is no checkpoint of PyTorch, or holds more than tensors and plain data") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):

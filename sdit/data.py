@@ -122,7 +122,7 @@ def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) ->
         raise ValueError(f"images must be (B, H, W, C) with C 1 or 3, got {tuple(images.shape)}")
     if (images.shape[3], config.channels) not in ((1, 1), (1, 3), (3, 3)):
         allowed = "1 or 3" if images.shape[3] == 1 else "3"
-        raise ValueError(f"config.channels must be {allowed} for images of {images.shape[3]}, got {config.channels}")
+        raise ValueError(f"config.channels must be {allowed} for images of {images.shape[3]} channels, got {config.channels}")
     x = from_uint8(_resize(images, config.image_size).permute(0, 3, 1, 2)).expand(-1, config.channels, -1, -1)
     if flip is not None:
         if not isinstance(flip, Tensor) or flip.dtype != torch.bool or flip.shape != (len(x),):

@@ -105,13 +105,19 @@ def test_resizing_is_pillows_bilinear_of_the_central_square():
         ([1], 1, None, TypeError, "images must be uint8 of 0..255, got list"),
         (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), 1, None, ValueError, r"images must be \(B, H, W, C\) with C 1 or 3"),
         (torch.zeros(2, 0, 4, 1, dtype=torch.uint8), 1, None, ValueError, "images must be"),
-        (torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 1, None, ValueError, "config.channels must be 3 for images of 3, got 1"),
+        (
+            torch.zeros(2, 4, 4, 3, dtype=torch.uint8),
+            1,
+            None,
+            ValueError,
+            "config.channels must be 3 for images of 3 channels, got 1",
+        ),
         (
             torch.zeros(2, 4, 4, 1, dtype=torch.uint8),
             2,
             None,
             ValueError,
-            "config.channels must be 1 or 3 for images of 1, got 2",
+            "config.channels must be 1 or 3 for images of 1 channels, got 2",
         ),
         (
             torch.zeros(2, 4, 4, 1, dtype=torch.uint8),

@@ -968,3 +968,29 @@ def test_docstrings():
 
 
 assert reference.wkv is not sdit_kernels.wkv
+
+
+@pytest.mark.parametrize("name", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("raw", [False, True])
+def test_infinite_parameters(name, algorithm, raw):
+    """-inf as log_decay (+inf as time_decay) is the limit: a token sees itself and the nearest key before it; as time_decay it
+    is no decay. As time_first: the token does not see itself."""
+    v = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).reshape(1, 5, 1).expand(1, 5, 3).contiguous()
+    k = torch.zeros(1, 5, 3)
+    k[:, 1], k[:, 3:] = -math.inf, -math.inf
+    decay = torch.tensor([89.0, math.inf, 1e30] if raw else [-math.inf, -1e31, -1e20]).requires_grad_()
+    u = torch.zeros(3, requires_grad=True)
+    for both, want in ((False, [1.0, 1.0, 3.0, 3.0, 3.0]), (True, [1.0, 2.0, 3.0, 3.0, 3.0])):
+        given = dict(bidirectional=both, algorithm=algorithm) | ({} if raw else dict(log_decay=decay))
+        y = run(name, wkv, decay if raw else None, u, k, v, **given)
+        torch.testing.assert_close(y[0], torch.tensor(want)[:, None].expand(5, 3))
+        with backend(name):
+            (d,) = torch.autograd.grad(y.square().sum(), decay)
+        assert (d == 0).all()
+    still = torch.full((3,), -math.inf) if raw else torch.zeros(3)
+    y = run(name, wkv, still if raw else None, u, k, v, algorithm=algorithm, **({} if raw else dict(log_decay=still)))
+    torch.testing.assert_close(y[0], torch.tensor([1.0, 1.0, 2.0, 2.0, 2.0])[:, None].expand(5, 3))
+    y = run(name, wkv, still if raw else None, u.detach() - math.inf, torch.zeros(1, 5, 3), v, algorithm=algorithm,
+            **({} if raw else dict(log_decay=still)))  # fmt: skip
+    torch.testing.assert_close(y[0], torch.tensor([0.0, 1.0, 1.5, 2.0, 2.5])[:, None].expand(5, 3))

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 
 from ..reference.lif import state_dtype
+from ..reference.wkv import STEEPEST
 from .runtime import F64
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less
 
 _STEEP, _BONUS, _JUMP, _RANGE = 36.0, 8.0, 26.0, 30.0  # of a calm tile; 36 + 8 + 26 < 88 - ln 2^24
 LEAST = 1e-30  # lost beside the denominator of a token that sees a key, which is e^-38 at least
 FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float32 counts to 2^24
-
-_LEAST_DECAY = -1e30  # stands for -inf, which times 0 tokens would be NaN
 
 inline = numba.njit(forceinline=True, error_model="numpy")
 
@@ -37,14 +36,14 @@ def parameters(decay, first, raw, k):
     dtype = state_dtype(k.dtype)
     w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
     w = torch.exp(w).neg_() if raw else w
-    return w.clamp_min(_LEAST_DECAY).contiguous(), u.contiguous()
+    return w.clamp_min(STEEPEST).contiguous(), u.contiguous()
 
 
 def parameter_sums(dw, du, w, raw, d_decay, d_first):
     """Fill d_decay and d_first from sums of the programs, (rows, C) each."""
     d_first.copy_(du.sum(0))
     dw = dw.sum(0)
-    d_decay.copy_(w * dw if raw else dw)
+    d_decay.copy_((w * dw if raw else dw).masked_fill_(w <= STEEPEST, 0.0))
 
 
 @inline

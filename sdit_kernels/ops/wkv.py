@@ -314,7 +314,7 @@ def wkv(
 
     Args:
         time_decay: RWKV's decay parameter, (C,); None where ``log_decay`` is given.
-        time_first: bonus u of the current token in the log domain, (C,).
+        time_first: bonus u of the current token in the log domain, (C,); not +inf.
         k, v: keys and values, (B, L, C), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
             float64. k = -inf masks a token: it counts for nothing and gets no gradient. Where no token is visible the output
             is 0, and so are its gradients. k = +inf is not allowed.
@@ -322,7 +322,8 @@ def wkv(
         state: (ybar, lse), each (B, C), or (N, C) with ``cu_seqlens``; float32 (float64 for float64 data). None: no token yet.
         return_state: also return the state after the last token.
         bidirectional: let each token see those after it too; neither takes nor returns a state.
-        log_decay: w itself, (C,), of any sign.
+        log_decay: w itself, (C,), of any sign. A w below -1e20, -inf too, counts as -1e20 and gets no gradient: a token then
+            sees itself and the nearest before it that is not masked.
         cu_seqlens: N + 1 bounds of N sequences packed one after the other into k of shape (1, tokens, C), int32 or int64: 0,
             ..., tokens.
         max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.

@@ -5,6 +5,8 @@ depend on it. Arithmetic is float32 (float64 for float64 data). A loop over toke
 float64, not how to compute it.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,13 @@ def _scan(w, u, k, v, ybar, lse, bidirectional):
     return (torch.stack(y, 1) if y else torch.zeros_like(v)), *state.user()
 
 
+STEEPEST = -1e20  # what any decay below it counts as: times a number of tokens, 0 too, it stays a number
+
+
 def _log_decay(time_decay, log_decay, dtype):
-    return -torch.exp(time_decay.to(dtype)) if log_decay is None else log_decay.to(dtype)
+    if log_decay is None:
+        return -torch.exp(time_decay.to(dtype).clamp_max(math.log(-STEEPEST)))
+    return log_decay.to(dtype).clamp_min(STEEPEST)
 
 
 def wkv(

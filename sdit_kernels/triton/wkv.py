@@ -45,7 +45,8 @@ _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is u
 _HELD = 8  # tokens that the walk back holds in registers
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
-_NONE: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # the exponent of an empty state
+_NONE: tl.constexpr = tl.constexpr(-1e38)  # the exponent of an empty state; times log2(e) it is a number yet
+_STEEPEST: tl.constexpr = tl.constexpr(-1e20)  # as in reference/wkv.py
 _HIGHEST: tl.constexpr = tl.constexpr(60.0)  # beside a token of weight 2^60 float32 sees no state of 2^31; |v| < 2^67 then
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 where nothing was seen: then y = 0 / _TINY
 
@@ -245,8 +246,9 @@ def _user_state(ybar_ptr, lse_ptr, at, mask, like):
 
 @triton.jit
 def _exp(x):
-    """e^x, and no more than e^60, which is past what a decay may be."""
+    """e^x, and no more than e^60, which is past what a decay may be; no infinity, whose rounding error is none."""
     x = tl.minimum(x, 60.0, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
     if x.dtype == tl.float32:  # as 2^y, with what y = x log2(e) loses in rounding
         y = x * _LOG2E
         lost = tl.fma(x, tl.full(x.shape, _LOG2E, x.dtype), -y) + x * 1.925963033500212e-8
@@ -262,7 +264,7 @@ def _decay(w_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
     w = tl.load(w_ptr + cols, mask=mask, other=0.0).to(STATE)
     if RAW:
         w = -_exp(w)
-    return tl.maximum(w, -1e20, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(w, _STEEPEST, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -641,9 +643,9 @@ def wkv_sums_kernel(
         there = (row < rows) & mask[None, :]
         sum_w += tl.load(dw_ptr + at, mask=there, other=0.0)
         sum_u += tl.load(du_ptr + at, mask=there, other=0.0)
-    d = tl.sum(sum_w, 0)
-    if RAW:
-        d *= _decay(w_ptr, cols, mask, RAW, STATE)
+    w = _decay(w_ptr, cols, mask, RAW, STATE)
+    d = tl.sum(sum_w, 0) * (w if RAW else 1.0)
+    d = tl.where(w <= _STEEPEST, 0.0, d)
     tl.store(d_decay_ptr + cols, d.to(d_decay_ptr.dtype.element_ty), mask=mask)
     tl.store(d_first_ptr + cols, tl.sum(sum_u, 0).to(d_first_ptr.dtype.element_ty), mask=mask)
 
