@@ -50,7 +50,7 @@ class _Range:
         if not torch.compiler.is_compiling():
             _DOMAIN.pop_range()
 
-    def __call__(self, f):
+    def __call__(self, f):  # as untraced, written out: a call between the two costs 40 ns
         attributes, push, pop, compiling = self.attributes, _DOMAIN.push_range, _DOMAIN.pop_range, torch.compiler.is_compiling
 
         def ranged(*args):
