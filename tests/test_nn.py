@@ -7,10 +7,9 @@ import io
 import math
 import pickle
 import re
-
-import pytest
 from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
