@@ -29,7 +29,7 @@ from sdit.sample import sample
 from sdit_kernels import reference
 
 PRESET = "fashion_mnist"
-BATCHES = (1, 8, 32, 64)
+BATCHES = (1, 4, 16, 64)
 FIGURE = "perf/results/sdit_profile.png"
 FORMS = ("ours", "ours, bf16 autocast", "plain", "plain, bf16 autocast")
 
@@ -156,7 +156,7 @@ def training_steps(args, batch, extra, known=None):
 
     def contestant(name, model, dtype):
         needed = batch * (known or {}).get(name, 0)
-        if args.device == "cpu" and needed > memory / 4:
+        if args.device == "cpu" and needed > memory / 8:  # at its peak a plain step holds more than twice that
             return Contestant(
                 name, skip=f"keeps {needed / 2**30:.0f} GiB for the backward pass", extra={"batch": batch, **extra}
             )
