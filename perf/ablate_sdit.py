@@ -39,6 +39,7 @@ from sklearn.svm import SVC
 import sdit.train
 from perf import harness
 from sdit import PRESETS, SDiT
+from sdit.checkpoint import save
 from sdit.cli import field_values
 from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
@@ -161,15 +162,19 @@ def main():
     p.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="write all rows; those that it has are kept, and not run again"
     )
-    p.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="save the generated images here")
+    p.add_argument(
+        "--keep", type=pathlib.Path, metavar="FOLDER", help="save the models, and grids of the generated images, here"
+    )
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
     torch.set_num_threads(1)  # CPU time of several threads counts their waiting
 
     name = PRESETS[args.preset].dataset
     data, test = load(name), load(name, split="test")
-    machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
-    real = machine.score(test.images[:2000].flatten(1).numpy() / 255, test.labels[:2000].numpy())
+    real = None
+    if args.images:
+        machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
+        real = machine.score(test.images[:2000].flatten(1).numpy() / 255, test.labels[:2000].numpy())
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
     for words in ARMS if args.arm is None else args.arm:
@@ -183,12 +188,15 @@ def main():
         row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
         row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)
+        if args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), "step": settings.steps}
+            save(args.keep / f"{len(rows):02d}.safetensors", {"model": model.state_dict()}, meta)
         for guidance in (1.0, 2.0) if args.images else ():
             images, labels = generate(model, args.images, guidance, settings.bf16)
             found = machine.score(to_uint8(images).flatten(1).numpy() / 255, labels.numpy())
             row[f"label_found_guidance_{guidance:g}"] = round(found, 4)
             if args.keep:
-                args.keep.mkdir(parents=True, exist_ok=True)
                 save_grid(args.keep / f"{len(rows):02d}_{guidance:g}.png", images[:100], labels[:100], columns=10)
         row |= {"config": config.to_dict(), "settings": dataclasses.asdict(settings)}
         row["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

@@ -111,7 +111,7 @@ def _parser():
     part.add_argument("--out", default="samples.png", help="the grid, a .png; .gif and .npz get the same name (%(default)s)")
     part.add_argument("--labels", default="all", help="all, random, or numbers and names with commas between (%(default)s)")
     part.add_argument("-n", type=int, help="images (40, or one for each label named)")
-    part.add_argument("--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)} (%(default)s)")
+    part.add_argument("--sampler", help=f"{', '.join(SAMPLERS)} (ddpm; of a model with prediction flow the last two, euler)")
     part.add_argument("--steps", type=int, help=f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})")
     part.add_argument("--guidance", type=float, default=1.0, metavar="X", help="classifier-free guidance, 1 for none (1)")
     part.add_argument("--threshold", type=float, metavar="X", help="threshold of all neurons, if not the trained one")
@@ -222,7 +222,7 @@ def _info(args):
     from .checkpoint import load_model
     from .config import PRESETS
     from .data import load, to_batch
-    from .diffusion import STEPS, _tables
+    from .diffusion import STEPS, _noisy
     from .info import info
     from .model import SDiT
 
@@ -251,8 +251,8 @@ def _info(args):
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)
-    signal, sigma = (table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)[:2])
-    print(info(model, (signal * x0 + sigma * noise, t, data.labels[chosen])))
+    xt, t, _ = _noisy(config, x0, noise, t)
+    print(info(model, (xt, t, data.labels[chosen])))
 
 
 def _plot(args):

@@ -237,6 +237,8 @@ class SDiT(nn.Module):
         else:
             layers, places = 2 * half + 1, range(2 * half + 1)
         self.blocks = nn.ModuleList(Block(config, place, layers, skip=i > half) for i, place in enumerate(places))
+        for name, order in zip(("_order", "_back"), _orders(config)):
+            self.register_buffer(name, order, persistent=False)
         self.final = nn.Linear(C, P * P * config.out_channels)
         self.smooth = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
         self.reset_parameters()
@@ -304,7 +306,12 @@ class SDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             inputs = (x, kept.pop()) if i > half else (x,)
             block = nvtx.range(f"block {i}")(block)
+            turned = self.config.scan == "four" and i % 4
+            if turned:
+                inputs = tuple(a[:, self._order[i % 4]] for a in inputs)
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if turned:
+                x = x[:, self._back[i % 4]]
             if i < half:
                 kept.append(x)
         with wide:
@@ -315,6 +322,8 @@ class SDiT(nn.Module):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
         x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
+        if self.config.condition == "every":
+            x = x + c.unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position
 
     @nvtx.range("final")
@@ -410,6 +419,15 @@ class _Mean:
         total = total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
         self.seen[part] = total, count + x.numel()
         self.rates[self.name + part] = total / self.seen[part][1]
+
+
+def _orders(config):
+    """Of scan "four": the tokens, the condition's always first, by rows, by rows backwards, by columns, by columns backwards;
+    and the ways back. Both (4, N+1)."""
+    rows = torch.arange(1, config.tokens)
+    columns = rows.view(config.image_size // config.patch_size, -1).t().flatten()
+    orders = torch.stack([F.pad(order, (1, 0)) for order in (rows, rows.flip(0), columns, columns.flip(0))])
+    return orders, orders.argsort(1)
 
 
 def _sinusoid(t, dtype):

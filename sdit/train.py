@@ -202,7 +202,7 @@ def train(
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
     if settings.sample_every:
-        make_scheduler("ddim", None, config)  # says now whether a package is missing
+        make_scheduler(_picture(config), None, config)  # says now whether a package is missing
     with _processes(device) as (rank, world, device):
         if settings.batch_size % (world * settings.accumulate):
             raise ValueError(
@@ -217,6 +217,11 @@ def train(
         run.restore(state, start)
         run.loop(start)
         return (run.ema or run.model).eval()
+
+
+def _picture(config):
+    """The sampler of pictures while a model is trained: one that draws no noise."""
+    return "euler" if config.prediction == "flow" else "ddim"
 
 
 def _data(config, data, root):
@@ -471,7 +476,7 @@ class _Run:
         n = min(len(names), 10)
         labels = torch.arange(4 * n) % n
         with self.autocast():
-            images = sample(model, labels, sampler="ddim", seed=self.settings.seed)
+            images = sample(model, labels, sampler=_picture(self.config), seed=self.settings.seed)
         (self.out / "samples").mkdir(exist_ok=True)
         save_grid(self.out / "samples" / f"step_{step:08d}.png", images, labels, names, columns=n)
 
