@@ -120,9 +120,9 @@ def training_loss(
         loss      = mean weight (prediction - target)^2 + vb
 
     signal and sigma are sqrt(abar_t) and sqrt(1 - abar_t); for "flow" 1 - s and s, s = (t + 1) / 1000, and the model is told
-    the time 1000 s. eps_hat (of "v": signal v_hat + sigma x_t) is detached in vb, which trains the logits alone. P is exact (the
-    usual approximation by tanh is not made) and its logarithm finite however unlikely x0 is. Without config.learn_sigma the
-    model gives its prediction alone, and vb is 0.
+    the time 1000 s. eps_hat (of "v": signal v_hat + sigma x_t) is detached in vb, which trains the logits alone. P is exact
+    (the usual approximation by tanh is not made) and its logarithm finite however unlikely x0 is. Without config.learn_sigma
+    the model gives its prediction alone, and vb is 0.
 
     The network runs under whatever autocast the caller has set; x_t and the loss are float32 (float64 for float64 x0) all the
     same. Nothing waits for a GPU if t, noise and drop are on it or drawn on it.

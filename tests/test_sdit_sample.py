@@ -119,14 +119,8 @@ def test_clip_limits_every_prediction():
     for sampler in SAMPLERS:
         for clip in (True, False):
             states = []
-            sample(
-                Far(**fit(sampler)),
-                [0],
-                sampler=sampler,
-                steps=20,
-                clip=clip,
-                callback=lambda *arguments: states.append(arguments[3]),
-            )  # noqa: B023
+            model, keep = Far(**fit(sampler)), states.append
+            sample(model, [0], sampler=sampler, steps=20, clip=clip, callback=lambda *given, keep=keep: keep(given[3]))
             assert (states[-1].abs().max() <= 1 + 1e-6) == clip
 
 
