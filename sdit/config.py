@@ -42,7 +42,7 @@ class Config:
             "v", the velocity of the diffusion; "flow", that of a straight line from image to noise (rectified flow).
         weighting: of the squared error over time: "uniform", or "min_snr" (Min-SNR-5).
         condition: the tokens that carry the condition, time and label: "first", one of its own alone, from which the scan takes
-            it to the others; or "every", where it is also added to each patch.
+            it to the others; or "every", where a learned projection of it is also added to each patch.
         scan: order of the patches in a block: "rows", or "four", which one block after the other takes in turn: by rows, by
             rows from the last to the first, by columns, by columns from the last to the first.
 

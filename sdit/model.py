@@ -230,6 +230,7 @@ class SDiT(nn.Module):
         self.patches = nn.Linear(config.channels * P * P, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
+        self.spread = nn.Linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
         if config.variant == "faithful":
@@ -252,7 +253,12 @@ class SDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for linear in (self.time[0], self.time[2], self.labels):
             nn.init.normal_(linear.weight, std=0.02)
-        for parameter in (self.final.weight, self.final.bias, self.position):
+        for parameter in (
+            self.final.weight,
+            self.final.bias,
+            self.position,
+            *(self.spread.parameters() if self.spread else ()),
+        ):
             nn.init.zeros_(parameter)
         self.smooth.reset_parameters()
         for block in self.blocks:
@@ -322,8 +328,8 @@ class SDiT(nn.Module):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
         x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
-        if self.config.condition == "every":
-            x = x + c.unsqueeze(1)
+        if self.spread is not None:
+            x = x + self.spread(c).unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position
 
     @nvtx.range("final")
