@@ -230,6 +230,7 @@ class SDiT(nn.Module):
         self.patches = nn.Linear(config.channels * P * P, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
+        # Gives nothing at first: the condition is large, and would drown the patches.
         self.spread = nn.Linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
@@ -253,13 +254,10 @@ class SDiT(nn.Module):
                 nn.init.zeros_(module.bias)
         for linear in (self.time[0], self.time[2], self.labels):
             nn.init.normal_(linear.weight, std=0.02)
-        for parameter in (
-            self.final.weight,
-            self.final.bias,
-            self.position,
-            *(self.spread.parameters() if self.spread else ()),
-        ):
+        for parameter in (self.final.weight, self.final.bias, self.position):
             nn.init.zeros_(parameter)
+        if self.spread is not None:
+            nn.init.zeros_(self.spread.weight)
         self.smooth.reset_parameters()
         for block in self.blocks:
             block.attention.reset_parameters()
@@ -430,7 +428,7 @@ class _Mean:
 def _orders(config):
     """Of scan "four": the tokens, the condition's always first, by rows, by rows backwards, by columns, by columns backwards;
     and the ways back. Both (4, N+1)."""
-    rows = torch.arange(1, config.tokens)
+    rows = torch.arange(1, config.tokens, device="cpu")  # also where parameters are to be on "meta"
     columns = rows.view(config.image_size // config.patch_size, -1).t().flatten()
     orders = torch.stack([F.pad(order, (1, 0)) for order in (rows, rows.flip(0), columns, columns.flip(0))])
     return orders, orders.argsort(1)

@@ -364,6 +364,16 @@ def test_four_scans_show_every_patch_all_others():
         assert reached(build(scan=scan, reconstruction=False), 15) == shown
 
 
+def test_a_checkpoint_knows_its_scan_and_condition(tmp_path):
+    model = build(torch.float32, scan="four", condition="every", prediction="v").eval()
+    sdit.checkpoint.save_model(tmp_path / "a.safetensors", model)
+    loaded = sdit.checkpoint.load_model(tmp_path / "a.safetensors")
+    inputs = batch(model, dtype=torch.float32)
+    assert loaded.config == model.config and torch.equal(loaded(*inputs), model(*inputs))
+    old = {k: v for k, v in SMALL.to_dict().items() if k not in ("prediction", "weighting", "condition", "scan")}
+    assert Config.from_dict(old) == SMALL  # a checkpoint from before these fields
+
+
 def test_a_condition_on_every_token_is_a_bias_of_the_patches():
     model = build(condition="every", reconstruction=False)
     x, t, y = batch(model, n=1)
