@@ -48,11 +48,16 @@ def train(classifier, data, *, epochs, shift, lr, batch_size=128, seed=0, progre
     return classifier.eval().requires_grad_(False)
 
 
+def save_classifier(path, classifier):
+    what = ("channels", "image_size", "names", "dataset", "widths")
+    save(path, {"classifier": classifier.state_dict()}, {"classifier": {name: getattr(classifier, name) for name in what}})
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=DATASETS, required=True)
     p.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
-    p.add_argument("--size", type=int, help="side that the images are resized to, if a model draws smaller ones than the data's")
+    p.add_argument("--size", type=int, help="make the images that many pixels square, for a model that draws such")
     p.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="the classifier, a .safetensors")
     p.add_argument("--epochs", type=int, default=16, help="(%(default)s)")
     p.add_argument("--shift", type=int, default=0, help="pixels (%(default)s)")
@@ -66,8 +71,8 @@ def main():
 
     data, test = (load(args.dataset, args.data, split=split, size=args.size) for split in ("train", "test"))
     torch.manual_seed(args.seed)
-    kind = {"channels": data.images.shape[3], "image_size": data.images.shape[1], "names": data.names, "dataset": data.name}
-    classifier = Classifier(**kind).to(memory_format=torch.channels_last)
+    _, size, _, channels = data.images.shape
+    classifier = Classifier(channels, size, data.names, data.name).to(memory_format=torch.channels_last)
     began = time.process_time()
     train(classifier, data, epochs=args.epochs, shift=args.shift, lr=args.lr, seed=args.seed)
     seconds = time.process_time() - began
@@ -75,7 +80,7 @@ def main():
     for split in (data, test):
         accuracy = label_accuracy(classifier, features(classifier, split.images), split.labels)
         row["test_accuracy" if split is test else "train_accuracy"] = round(accuracy, 5)
-    save(args.out, {"classifier": classifier.state_dict()}, {"classifier": kind | {"widths": classifier.widths}})
+    save_classifier(args.out, classifier)
     row["sha256"] = sha256(args.out)
     print(row)
     if args.json:

@@ -22,8 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 FASHION_MNIST = Path(__file__).with_name("fashion_mnist_classifier.safetensors")
-SHA256 = ""
-_TRAIN = "python perf/train_classifier.py --dataset {} --out {}.safetensors, in this package's repository, trains one"
+SHA256 = "66c07dc7394cb4da263e4f7611fd6cc0de2b31961b9d2c36a6ff763c47d6aa7a"
 
 
 # The classifier
@@ -67,6 +66,7 @@ class Classifier(nn.Module):
         """(B, classes) logits of (B, channels, S, S) in [-1, 1]."""
         return self.head(self.features(x))
 
+
 def load_classifier(path=None) -> Classifier:
     """The classifier in a file of ``perf/train_classifier.py``, in eval mode; without path the package's, for Fashion-MNIST.
 
@@ -90,7 +90,7 @@ def load_classifier(path=None) -> Classifier:
         classifier.load_state_dict(groups["classifier"])
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no classifier of perf/train_classifier.py: {' '.join(str(error).split())}") from None
-    return classifier.eval().requires_grad_(False)
+    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def sha256(path) -> str:
@@ -188,8 +188,8 @@ def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, se
         - \frac{2}{m n} \sum_{i, j} k(x_i, y_j)
 
     which is unbiased at any m and n, and negative by chance where the distributions are one. Both sets are shuffled and cut
-    into ``subsets`` parts; the i-th of one is set against the i-th of the other. No image is in two parts, so that the values are
-    independent and their standard deviation over the root of their number is a standard error.
+    into ``subsets`` parts; the i-th of one is set against the i-th of the other. No image is in two parts: the values are
+    independent, and their standard deviation over the root of their number is a standard error.
 
     Args:
         a, b: (N, D) and (M, D), of :func:`features`.
@@ -216,7 +216,7 @@ def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, se
     least = min(len(a), len(b))
     if not isinstance(subsets, int) or isinstance(subsets, bool) or not 2 <= subsets <= least // 2:
         raise ValueError(f"subsets must be an int of 2 to half of the smaller set, {least // 2}, got {subsets!r}")
-    a, b = (np.array_split(np.random.default_rng((seed, i)).permutation(x), subsets) for i, x in enumerate((a, b)))
+    a, b = (np.array_split(np.random.default_rng((seed, i)).permutation(x), subsets) for i, x in ((1, a), (2, b)))
     values = [_mmd(x, y) for x, y in zip(a, b)]
     return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(subsets))
 
@@ -235,3 +235,299 @@ def _mmd(x, y):
 def label_accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
     """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``."""
     return (classifier.head(features.float()).argmax(1) == labels).double().mean().item()
+
+
+def evaluate(
+    images: Tensor | np.ndarray,
+    labels: Tensor | np.ndarray,
+    classifier: Classifier | None = None,
+    root: str | Path | None = None,
+) -> dict:
+    """All measures of some images, beside those of real ones.
+
+    The images are set against the whole test split of the classifier's data set. So is the *floor*, as many images of the train
+    split, the classes in turn: of each class the first. The floor, not 0, is what real images reach; both grow as N falls. The
+    classifier was trained on the train split, which shows in the floor's label accuracy, the test split's being that of real
+    images it has not seen.
+
+    Args:
+        images: N of them, uint8, as :func:`features` takes them.
+        labels: (N,) ints; the number of classes stands for no label.
+        classifier: of :func:`load_classifier`; None for the package's, for Fashion-MNIST.
+        root: where the data set's files are, as :func:`sdit.data.load` takes it.
+
+    Returns:
+        {"n", "dataset", "drawn", "floor", "test"}: "drawn" and "floor" hold "frechet_distance" (:func:`frechet_distance`),
+        "kid" and "kid_standard_error" (:func:`kid`), "label_accuracy" of the images that have a label, or None where none has,
+        and "label_accuracy_by_class"; "test" the last two, of the images of the test split, and their number "n".
+
+    Raises:
+        TypeError, ValueError: images or labels; they are too few for a covariance of the features, or so many that
+        the train split has no floor. OSError, ImportError: the data set cannot be had.
+
+    Example:
+        >>> from sdit.data import load
+        >>> from sdit.evaluate import evaluate
+        >>> train = load("fashion_mnist")  # doctest: +SKIP
+        >>> evaluate(train.images[-1000:], train.labels[-1000:])["drawn"]["label_accuracy"] > 0.9  # doctest: +SKIP
+        True
+    """
+    classifier = load_classifier() if classifier is None else classifier
+    labels = _check(labels, classifier)
+    test, floor, floor_labels = _real(len(labels), classifier, root)
+    drawn = features(classifier, images)
+    if len(drawn) != len(labels):
+        raise ValueError(f"labels must be one for each of {len(drawn)} images, got {len(labels)}")
+    reference = features(classifier, test.images)
+
+    def against(found, labels):
+        mean, error = kid(found, reference)
+        measures = {"frechet_distance": frechet_distance(found, reference), "kid": mean, "kid_standard_error": error}
+        return measures | _accuracies(classifier, found, labels)
+
+    return {
+        "n": len(labels),
+        "dataset": classifier.dataset,
+        "drawn": against(drawn, labels),
+        "floor": against(features(classifier, floor), floor_labels),
+        "test": {"n": len(test)} | _accuracies(classifier, reference, test.labels),
+    }
+
+
+def _accuracies(classifier, found, labels):
+    def of(chosen):
+        return label_accuracy(classifier, found[chosen], labels[chosen]) if chosen.any() else None
+
+    by_class = {name: of(labels == i) for i, name in enumerate(classifier.names)}
+    return {"label_accuracy": of(labels < len(by_class)), "label_accuracy_by_class": by_class}
+
+
+def _check(labels, classifier):
+    labels, classes, least = torch.as_tensor(labels), len(classifier.names), classifier.widths[-1] + 1
+    if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be ints in one dimension, got {labels.dtype} of shape {tuple(labels.shape)}")
+    if len(labels) < least:
+        raise ValueError(f"n must be at least {least}, for a covariance of {least - 1} features, got {len(labels)}")
+    if labels.min() < 0 or labels.max() > classes:
+        raise ValueError(f"labels must be in 0..{classes} ({classes} for none), got {labels.min()}..{labels.max()}")
+    return labels.long()
+
+
+def _real(n, classifier, root):
+    """The test split; n images of the train split, the classes in turn, and their labels."""
+    test, train = (load(classifier.dataset, root, split=split, size=classifier.image_size) for split in ("test", "train"))
+    labels = torch.arange(n) % len(classifier.names)
+    chosen = torch.empty_like(labels)
+    for i, name in enumerate(classifier.names):
+        places, found = labels == i, (train.labels == i).nonzero()[:, 0]
+        if len(found) < (needed := int(places.sum())):
+            raise ValueError(
+                f"n must be smaller for a floor of as many train images: it takes {needed} of {name}, {classifier.dataset} "
+                f"has {len(found)}"
+            )
+        chosen[places] = found[:needed]
+    return test, train.images[chosen], labels
+
+
+# The command
+
+
+def draw(
+    checkpoint: str | Path,
+    n: int,
+    *,
+    folder: str | Path | None = None,
+    ema: bool = True,
+    bf16: bool = False,
+    device: str | None = None,
+    sampler: str = "ddpm",
+    steps: int | None = None,
+    guidance: float = 1.0,
+    threshold: float | None = None,
+    clip: bool = False,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> tuple[Tensor, Tensor, dict]:
+    """n images of a checkpoint, the classes in turn, batch after batch kept on the disk: the same call goes on where one was
+    killed, and a larger n goes on where a smaller one ended.
+
+    Args:
+        checkpoint: a file, or the folder of a run, whose newest checkpoint is taken.
+        n: at least 1.
+        folder: where images are kept, in a folder named after all that they depend on; None for ``~/.cache/sdit/evaluate``. It
+            may be deleted at any time.
+        ema, bf16, device: as ``sdit sample``.
+        sampler, steps, guidance, threshold, clip, seed, batch_size: as :func:`sdit.sample.sample`.
+
+    Returns:
+        (n, S, S, C) uint8, (n,) int64 labels, and what they depend on, for JSON.
+
+    Raises:
+        As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
+    """
+    import diffusers
+
+    from . import diffusion
+    from . import model as network
+    from . import sample as sampling
+    from .checkpoint import load_model, newest
+
+    for name, value in (("n", n), ("batch_size", batch_size)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    checkpoint = newest(checkpoint)
+    device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = load_model(checkpoint, ema=ema).to(device)
+    steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
+    settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
+    settings |= {"batch_size": batch_size}
+    facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
+    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    facts["code_sha256"] = [sha256(module.__file__) for module in (network, diffusion, sampling)]
+    key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
+    folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
+    facts["labels"] = "the classes in turn"
+
+    parts, labels = [], torch.arange(n) % model.config.num_classes
+    bar = sampling._bar(n, True)
+    cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+    try:
+        with bar, cast:
+            for start in range(0, n, batch_size):
+                wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
+                part = _kept(path, wanted)
+                if part is None:
+                    drawn = sampling.sample(
+                        model, wanted, first=start, **settings,
+                        callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
+                    )  # fmt: skip
+                    sampling.save_npz(path, drawn, wanted)
+                    part = to_uint8(drawn).permute(0, 2, 3, 1)
+                else:
+                    bar.initial += len(part)  # not counted in the images per second
+                    bar.update(len(part))
+                parts.append(part)
+    except KeyboardInterrupt:
+        done = sum(map(len, parts))
+        raise KeyboardInterrupt(f"stopped after {done} of {n} images, which {folder} keeps: the same command goes on") from None
+    return torch.cat(parts), labels, facts
+
+
+def _kept(path, labels):
+    """The first images of a file that :func:`draw` wrote for these labels or more; None where it is none, or damaged."""
+    try:
+        with np.load(path) as file:
+            images, found = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    n = len(labels)
+    return images[:n] if len(images) >= n and torch.equal(found[:n], labels) else None
+
+
+def _arrays(path):
+    """(images, labels) of a file that ``sdit sample --npz`` wrote."""
+    try:
+        with np.load(path) as file:
+            return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} must be an .npz with the arrays images and labels, as of sdit sample --npz: {error}"
+        ) from None
+
+
+def run(
+    checkpoint: str | Path | None = None,
+    *,
+    images: str | Path | None = None,
+    n: int | None = None,
+    classifier: str | Path | None = None,
+    root: str | Path | None = None,
+    npz: str | Path | None = None,
+    report: str | Path | None = None,
+    **settings,
+) -> dict:
+    """``sdit evaluate``: draw ``n`` images (1,000) with a checkpoint, as :func:`draw` with ``settings`` does, or take the first
+    ``n`` (all) of the file ``images``; print :func:`evaluate`'s measures of them; write the images to the file ``npz``, the
+    measures and what they were measured with to the file ``report``, as JSON. Returns what ``report`` holds.
+    """
+    from sdit_kernels import __version__
+
+    from .checkpoint import load_model
+    from .sample import writable
+
+    if (checkpoint is None) == (images is None):
+        raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
+    for path in (npz, report):
+        if path is not None:
+            writable(Path(path))
+    judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
+    if images is not None:
+        if settings or npz is not None:
+            wrong = ", ".join(settings) or "npz"
+            raise ValueError(f"--images are there already: {wrong} cannot be given with it")
+        pixels, labels = _arrays(images)
+        if n is not None and not 0 < n <= len(labels):
+            raise ValueError(f"n must be 1 to {len(labels)}, as many as {images} holds, got {n}")
+        pixels, labels = pixels[:n], labels[:n]
+        facts = {"images": Path(images).name, "images_sha256": sha256(images)}
+    else:
+        n = 1000 if n is None else n
+        config = load_model(checkpoint).config
+        _fits(judge, config)
+        _check(torch.arange(n) % config.num_classes, judge)
+        _real(n, judge, root)  # says what is wrong before anything is drawn
+        pixels, labels, facts = draw(checkpoint, n, **settings)
+        facts = {"checkpoint": str(checkpoint)} | facts
+    found = evaluate(pixels, labels, judge, root)
+    found |= {"images": facts, "classifier": path.name, "classifier_sha256": sha256(path)}
+    found |= {"sdit_kernels": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    if npz is not None:
+        with replacing(Path(npz)) as file:
+            np.savez(file, images=pixels.numpy(), labels=labels.numpy())
+    if report is not None:
+        with replacing(Path(report)) as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
+    print(_table(found))
+    return found
+
+
+def _fits(classifier, config):
+    if config.dataset is None:
+        raise ValueError("the model does not say which data set it is for (sdit convert --dataset NAME)")
+    name = config.dataset if config.image_size == classifier.image_size else f"{config.dataset} --size {config.image_size}"
+    if config.dataset != classifier.dataset:
+        what = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
+    elif config.image_size != classifier.image_size:
+        what = f"images of {config.image_size} pixels a side, the classifier is for {classifier.image_size}"
+    elif config.num_classes != len(classifier.names):
+        raise ValueError(f"the model has {config.num_classes} classes, the classifier {len(classifier.names)}")
+    else:
+        return
+    raise ValueError(
+        f"the model draws {what}: give --classifier FILE, which "
+        f"perf/train_classifier.py --dataset {name} --out FILE trains (in this package's repository)"
+    )
+
+
+def _table(found):
+    n, test = found["n"], found["test"]
+
+    def percent(x):
+        return "" if x is None else f"{100 * x:.1f} %"
+
+    rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
+    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"{n} train images")):
+        of = found[name]
+        error = f"{1000 * of['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * of['kid_standard_error']:.3f}"
+        rows.append((what, f"{of['frechet_distance']:.4f}", error, percent(of["label_accuracy"])))
+    rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
+    lines = [f"{a:<22}{b:>18}{c:>20}{d:>18}" for a, b, c, d in rows]
+    by_class = found["drawn"]["label_accuracy_by_class"]
+    least = ", ".join(f"{name} {100 * x:.0f}" for name, x in by_class.items() if x is not None)
+    lines += [
+        f"label accuracy by class: {least}" if least else "no image has a label",
+        f"distances to all test images of {found['dataset']}; the train images, of each class the first, are the floor: what",
+        f"as many real images reach. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:12]}.. ;",
+        "compare figures of one classifier and one number of images only.",
+    ]
+    return "\n".join(lines)

@@ -320,6 +320,15 @@ def usable(device) -> torch.device:
     return found
 
 
+def writable(path: Path) -> None:
+    """Make the folder of a file that is to be written, or an OSError or ValueError now, not when its content is there."""
+    if path.is_dir():
+        raise ValueError(f"out must be a file, {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 _SHOWN = 100  # images that the grid and the film have room for
 
 
@@ -350,11 +359,7 @@ def run(
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
     device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if out.is_dir():
-        raise ValueError(f"out must be a file, {out} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all images are drawn
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    writable(out)
     model = load_model(checkpoint, ema=ema).to(device)
     names = class_names(model.config) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)
