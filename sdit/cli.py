@@ -98,7 +98,7 @@ def _parser():
         def option(name, text, **kind):
             part.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
 
-        option("--sampler", f"{', '.join(SAMPLERS)} (ddpm)")
+        option("--sampler", f"{', '.join(SAMPLERS)} (ddpm; of a model with prediction flow the last two, euler)")
         option("--steps", f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})", type=int)
         option("--guidance", "classifier-free guidance, 1 for none (1)", type=float, metavar="X")
         option("--threshold", "threshold of all neurons, if not the trained one", type=float, metavar="X")

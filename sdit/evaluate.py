@@ -340,7 +340,7 @@ def draw(
     ema: bool = True,
     bf16: bool = False,
     device: str | None = None,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
     threshold: float | None = None,
@@ -378,6 +378,7 @@ def draw(
     checkpoint = newest(checkpoint)
     device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint, ema=ema).to(device)
+    sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
     steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
     settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
     settings |= {"batch_size": batch_size}
