@@ -9,6 +9,8 @@ import pickle
 import re
 
 import pytest
+from unittest import mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -754,6 +756,9 @@ def test_mixing_layers_compile_and_run_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net[0](x, residual=x)
         assert out.dtype == torch.float32 and net[0](x).dtype == torch.bfloat16
+        with mock.patch("torch.nn.functional.linear", side_effect=torch.nn.functional.linear) as products:
+            net(x)
+    assert len(products.mock_calls) == 7 and all(call.args[0].dtype == torch.bfloat16 for call in products.mock_calls)
     out.sum().backward()
 
 
