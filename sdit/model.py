@@ -230,7 +230,6 @@ class SDiT(nn.Module):
         self.patches = nn.Linear(config.channels * P * P, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
-        # Gives nothing at first: the condition is large, and would drown the patches.
         self.spread = nn.Linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
@@ -327,7 +326,8 @@ class SDiT(nn.Module):
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
         x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
         if self.spread is not None:
-            x = x + self.spread(c).unsqueeze(1)
+            # The condition is large, and would drown the patches: hence this norm, and weights that start at zero.
+            x = x + self.spread(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position
 
     @nvtx.range("final")

@@ -382,7 +382,8 @@ def test_a_condition_on_every_token_is_a_bias_of_the_patches():
     first.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("spread.")})
     assert not torch.allclose(first(x, t, y), got)
     with torch.no_grad():
-        first.patches.bias += model.spread(first.time(sdit.model._sinusoid(t, x.dtype)) + first.labels(y))[0]
+        c = first.time(sdit.model._sinusoid(t, x.dtype)) + first.labels(y)
+        first.patches.bias += model.spread(F.layer_norm(c, (24,), eps=sdit.model.EPS))[0]
     torch.testing.assert_close(first(x, t, y), got, rtol=1e-10, atol=1e-10)
 
 
