@@ -131,7 +131,9 @@ class TrainSettings:
 
 RECIPES = {  # by data set: minutes on two cores
     "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
-    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, sample_every=1000, save_every=500),
+    # Every sneaker and boot of Fashion-MNIST points to the left: mirrored, real images are twice as far from the test images
+    # (Frechet distance of 1,000 of the train split .037, half of them mirrored .075).
+    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, flip=False, sample_every=1000, save_every=500),
 }
 
 
