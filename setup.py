@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["sdit_kernels", "sdit_kernels.*", "sdit", "sdit.*"]),
-    package_data={"sdit_kernels": ["py.typed"]},
+    package_data={"sdit_kernels": ["py.typed"], "sdit": ["*.safetensors"]},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["sdit = sdit.cli:main"]},
     install_requires=["torch>=2.9", "numpy", "numba>=0.61"],

@@ -103,7 +103,8 @@ def case(device, batch, preset=None):
     torch.manual_seed(0)
     model = SDiT(PRESETS[preset or PRESET], variant="improved").to(device)
     for block in model.blocks:
-        torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
+        if block.reconstruction is not None:
+            torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
     torch.nn.init.normal_(model.final.weight, std=0.05)
     config = model.config
     x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
