@@ -157,7 +157,7 @@ def training_steps(args, batch, extra, known=None):
 
     def contestant(name, model, dtype):
         needed = batch * (known or {}).get(name, 0)
-        if args.device == "cpu" and needed > memory / 8:  # at its peak a plain step holds more than twice that
+        if args.device == "cpu" and needed > memory / 5:  # at its peak a plain step holds more than twice that
             return Contestant(
                 name, skip=f"keeps {needed / 2**30:.0f} GiB for the backward pass", extra={"batch": batch, **extra}
             )

@@ -22,6 +22,7 @@ The folder of the run holds checkpoints, metrics.jsonl, pictures in samples/ and
 _SAMPLE = """\
 Draw images with a trained model: a labelled grid, beside it a GIF of the denoising.
 
+  sdit sample                                           Fashion-MNIST, by the model that comes with the package
   sdit sample runs/digits                               forty images, the classes in turn
   sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
 """
@@ -45,6 +46,7 @@ What a model costs: parameters, multiply-adds, memory of a training step, firing
 
   sdit info mnist                                       an untrained preset
   sdit info runs/digits                                 a trained model
+  sdit info pretrained                                  that of the package
 """
 _PLOT = """\
 Draw the curves of a run: loss, gradient, firing rates, speed.
@@ -132,7 +134,10 @@ def _parser():
         group.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=_SETTINGS[field.name], **kind)
 
     part = command("sample", _SAMPLE, _sample)
-    part.add_argument("checkpoint", help="a .safetensors file, or the folder of a run, whose newest checkpoint is taken")
+    part.add_argument(
+        "checkpoint", nargs="?", default="pretrained",
+        help="a .safetensors file, the folder of a run, whose newest checkpoint is taken, or the package's (%(default)s)",
+    )  # fmt: skip
     part.add_argument("--out", default="samples.png", help="the grid, a .png; .gif and .npz get the same name (%(default)s)")
     part.add_argument("--labels", default="all", help="all, random, or numbers and names with commas between (%(default)s)")
     part.add_argument("-n", type=int, help="images (40, or one for each label named)")
@@ -141,7 +146,7 @@ def _parser():
     sampling(part)
 
     part = command("evaluate", _EVALUATE, _evaluate)
-    part.add_argument("checkpoint", nargs="?", help="a .safetensors file, or the folder of a run, whose newest is taken")
+    part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
     part.add_argument("--images", metavar="FILE", help="measure those of this .npz instead of drawing any")
     part.add_argument("-n", type=int, help="images (1000; all of --images)")
     part.add_argument("--classifier", metavar="FILE", help="of perf/train_classifier.py; that for Fashion-MNIST if left out")
@@ -156,7 +161,7 @@ def _parser():
     part.add_argument("--dataset", metavar="NAME", help=f"what it was trained on, to be kept: {', '.join(DATASETS)}")
 
     part = command("info", _INFO, _info)
-    part.add_argument("model", help=f"a checkpoint, the folder of a run, or a preset: {', '.join(PRESETS)}")
+    part.add_argument("model", help=f"a checkpoint, the folder of a run, pretrained, or a preset: {', '.join(PRESETS)}")
     part.add_argument("--batch-size", type=int, default=8, metavar="N", help="images to measure on (8)")
     part.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
     change(part)
@@ -266,7 +271,7 @@ def _info(args):
     else:
         if args.changes:
             raise ValueError("--set is for presets, a trained model is what it is")
-        if not Path(args.model).exists():
+        if not Path(args.model).exists() and args.model != "pretrained":
             raise FileNotFoundError(f"{args.model} is neither a file, nor a folder, nor a preset: {', '.join(PRESETS)}")
         model = load_model(args.model)
     n, config = args.batch_size, model.config
