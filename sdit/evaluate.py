@@ -306,16 +306,19 @@ def _check(labels, classifier):
     labels, classes, least = torch.as_tensor(labels), len(classifier.names), classifier.widths[-1] + 1
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise TypeError(f"labels must be ints in one dimension, got {labels.dtype} of shape {tuple(labels.shape)}")
+    labels = labels.long()
     if len(labels) < least:
         raise ValueError(f"n must be at least {least}, for a covariance of {least - 1} features, got {len(labels)}")
     if labels.min() < 0 or labels.max() > classes:
         raise ValueError(f"labels must be in 0..{classes} ({classes} for none), got {labels.min()}..{labels.max()}")
-    return labels.long()
+    return labels
 
 
 def _real(n, classifier, root):
     """The test split; n images of the train split, the classes in turn, and their labels."""
     test, train = (load(classifier.dataset, root, split=split, size=classifier.image_size) for split in ("test", "train"))
+    if train.names != classifier.names:
+        raise ValueError(f"the classes of {classifier.dataset} must be the classifier's, {classifier.names}, got {train.names}")
     labels = torch.arange(n) % len(classifier.names)
     chosen = torch.empty_like(labels)
     for i, name in enumerate(classifier.names):
@@ -383,7 +386,7 @@ def draw(
     settings |= {"batch_size": batch_size}
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
     facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    facts["code_sha256"] = [sha256(module.__file__) for module in (network, diffusion, sampling)]
+    facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
     key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
     folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
     facts["labels"] = "the classes in turn"
@@ -474,7 +477,7 @@ def run(
         n = 1000 if n is None else n
         config = load_model(checkpoint).config
         _fits(judge, config)
-        _check(torch.arange(n) % config.num_classes, judge)
+        _check(torch.arange(max(n, 0)) % config.num_classes, judge)
         _real(n, judge, root)  # says what is wrong before anything is drawn
         pixels, labels, facts = draw(checkpoint, n, **settings)
         facts = {"checkpoint": str(checkpoint)} | facts
@@ -494,7 +497,6 @@ def run(
 def _fits(classifier, config):
     if config.dataset is None:
         raise ValueError("the model does not say which data set it is for (sdit convert --dataset NAME)")
-    name = config.dataset if config.image_size == classifier.image_size else f"{config.dataset} --size {config.image_size}"
     if config.dataset != classifier.dataset:
         what = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
     elif config.image_size != classifier.image_size:
@@ -505,7 +507,7 @@ def _fits(classifier, config):
         return
     raise ValueError(
         f"the model draws {what}: give --classifier FILE, which "
-        f"perf/train_classifier.py --dataset {name} --out FILE trains (in this package's repository)"
+        f"perf/train_classifier.py --dataset {config.dataset} --size {config.image_size} --out FILE trains (in this package's repository)"
     )
 
 

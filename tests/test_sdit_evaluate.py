@@ -199,9 +199,9 @@ def apart(judge):
 
 @pytest.fixture(scope="module")
 def other():
-    """The other half."""
-    data = load("digits")
-    return Images("digits", data.images[1::2], data.labels[1::2], data.names)
+    """The other half, shuffled: writers follow one another in the file."""
+    data, order = load("digits"), torch.randperm(750, generator=torch.Generator().manual_seed(0))
+    return Images("digits", data.images[1::2][order], data.labels[1::2][order], data.names)
 
 
 def rises(values):
@@ -307,6 +307,8 @@ def test_wrong_arguments(judge):
             evaluate(**({"images": images, "labels": labels, "classifier": judge} | wrong))
     with pytest.raises(ValueError, match="n must be smaller for a floor of as many train images: it takes 200 of 0, dig"):
         evaluate(images.repeat(20, 1, 1, 1), labels.repeat(20), judge)
+    with pytest.raises(ValueError, match="the classes of digits must be the classifier's, .*'b'.*, got .*'1'"):
+        evaluate(images, labels % 2, Classifier(1, 8, ["a", "b"], "digits", judge.widths))
 
 
 # The classifier of the package
@@ -320,6 +322,7 @@ def test_the_classifier_of_the_package():
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
     assert row["sha256"] == module.SHA256 == sha256(module.FASHION_MNIST)
     assert module.FASHION_MNIST.stat().st_size < 500_000
+    assert f"({100 * row['test_accuracy']:.1f} % of Fashion-MNIST's test images right;" in (ROOT / "README.md").read_text()
 
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
@@ -531,7 +534,7 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         ([], "give a checkpoint, or --images"),
         ([tiny, "--images", tmp_path / "a.npz"], "give a checkpoint, or --images"),
         ([tiny], "the model draws images of digits, the classifier is for fashion_mnist: give --classifier FILE, which "
-                 "perf/train_classifier.py --dataset digits --out FILE trains"),
+                 "perf/train_classifier.py --dataset digits --size 8 --out FILE trains"),
         ([fashion, *judged], "the model draws images of mnist, the classifier is for digits"),
         ([big, *judged], "images of 16 pixels a side, the classifier is for 8: give --classifier FILE, which "
                          "perf/train_classifier.py --dataset digits --size 16"),
