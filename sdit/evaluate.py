@@ -433,9 +433,7 @@ def _arrays(path):
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} must be an .npz with the arrays images and labels, as of sdit sample --npz: {error}"
-        ) from None
+        raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {error}") from None
 
 
 def run(
@@ -506,8 +504,8 @@ def _fits(classifier, config):
     else:
         return
     raise ValueError(
-        f"the model draws {what}: give --classifier FILE, which "
-        f"perf/train_classifier.py --dataset {config.dataset} --size {config.image_size} --out FILE trains (in this package's repository)"
+        f"the model draws {what}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
+        f"--size {config.image_size} --out FILE trains (in this package's repository)"
     )
 
 
@@ -518,18 +516,18 @@ def _table(found):
         return "" if x is None else f"{100 * x:.1f} %"
 
     rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
-    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"{n} train images")):
+    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
         of = found[name]
         error = f"{1000 * of['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * of['kid_standard_error']:.3f}"
         rows.append((what, f"{of['frechet_distance']:.4f}", error, percent(of["label_accuracy"])))
     rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
-    lines = [f"{a:<22}{b:>18}{c:>20}{d:>18}" for a, b, c, d in rows]
+    lines = [f"{a:<26}{b:>18}{c:>18}{d:>18}" for a, b, c, d in rows]
     by_class = found["drawn"]["label_accuracy_by_class"]
     least = ", ".join(f"{name} {100 * x:.0f}" for name, x in by_class.items() if x is not None)
     lines += [
         f"label accuracy by class: {least}" if least else "no image has a label",
-        f"distances to all test images of {found['dataset']}; the train images, of each class the first, are the floor: what",
-        f"as many real images reach. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:12]}.. ;",
-        "compare figures of one classifier and one number of images only.",
+        f"Distances are to all test images of {found['dataset']}; the floor is that of as many real ones, of each class the",
+        f"first. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:8]}..; figures of another",
+        "classifier or number of images cannot be compared with these.",
     ]
     return "\n".join(lines)

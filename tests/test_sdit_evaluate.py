@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -463,22 +462,40 @@ def test_images_are_kept_apart_by_all_that_they_depend_on(tiny, tmp_path, drawn)
     assert len(calls) == i + 1
 
 
+DYING = """
+import os, signal, sys
+from sdit.cli import main
+replace, files = os.replace, []
+def dying(source, target):
+    files.extend(name for name in [str(target)] if name.endswith(".npz"))
+    os.kill(os.getpid(), signal.SIGKILL) if len(files) == 3 else replace(source, target)
+os.replace = dying
+main(sys.argv[1:])
+"""
+
+
 def test_killed(tiny, judge_file, tmp_path, drawn):
-    """kill -9 while it draws: the same images as in one go, and only those that are missing are drawn."""
-    command = [sys.executable, "-m", "sdit", "evaluate", tiny, "--classifier", judge_file, "-n", "96", "--sampler", "ddim",
-               "--steps", "100", "--batch-size", "16"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/sdit/evaluate/*/0000016.npz")):
-        assert process.poll() is None and time.monotonic() < until, process.stderr.read().decode()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    settings, (calls, _) = {"sampler": "ddim", "steps": 100, "batch_size": 16}, drawn
-    images, labels, _ = draw(tiny, 96, **settings)
-    assert 0 < len(calls) <= 4 and calls[-1] == (80, 16)
-    expected = sampling.sample(load_model(tiny), labels, first=0, **settings)
-    assert torch.equal(images, to_uint8(expected).permute(0, 2, 3, 1))
+    """kill -9 while a batch is being written: the same images as in one go, and only those that are missing are drawn."""
+    words = [
+        "evaluate",
+        tiny,
+        "--classifier",
+        judge_file,
+        "-n",
+        "50",
+        "--sampler",
+        "ddim",
+        "--steps",
+        "2",
+        "--batch-size",
+        "16",
+    ]
+    process = subprocess.run([sys.executable, "-c", DYING, *words], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    calls, _ = drawn
+    images, labels, _ = draw(tiny, 50, **FAST)
+    assert calls == [(32, 16), (48, 2)]
+    assert torch.equal(images, draw(tiny, 50, folder=tmp_path / "whole", **FAST)[0])
 
 
 # The command
@@ -495,7 +512,14 @@ def test_the_command(tiny, judge_file, tmp_path, capsys):
     assert {key: found[key] for key in measured} == measured and found["n"] == len(images) == 60
     assert found["classifier_sha256"] == sha256(judge_file) and found["images"]["checkpoint_sha256"] == sha256(tiny)
     assert (found["images"]["sampler"], found["images"]["steps"], found["torch"]) == ("dpm++", 3, torch.__version__)
-    for part in ("Frechet distance", "KID x 1000", "60 drawn images", "60 train images", "297 test images", "by class: 0 "):
+    for part in (
+        "Frechet distance",
+        "KID x 1000",
+        "60 drawn images",
+        "floor: 60 train images",
+        "297 test images",
+        "by class: 0 ",
+    ):
         assert part in text
     assert f"{found['drawn']['frechet_distance']:.4f}" in text and f"{found['floor']['frechet_distance']:.4f}" in text
     assert "FID" not in text + json.dumps(found)
@@ -517,7 +541,7 @@ def test_what_sample_writes_is_what_evaluate_draws(tiny, judge_file, tmp_path):
 
 
 def test_wrong_words(tiny, judge_file, tmp_path, capsys):
-    np.savez(tmp_path / "a.npz", images=np.zeros((50, 8, 8, 1), np.uint8), labels=np.arange(50) % 10)
+    np.savez(tmp_path / "a.npz", images=np.zeros((150, 8, 8, 1), np.uint8), labels=np.arange(150) % 10)
     np.savez(tmp_path / "b.npz", pictures=np.zeros((50, 8, 8, 1), np.uint8))
     (tmp_path / "c.npz").write_text("no array")
     np.save(tmp_path / "d.npy", np.zeros(3))
@@ -557,11 +581,11 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
         (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "seed, clip cannot be given with it"),
         (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "npz cannot be given with it"),
-        (["--images", tmp_path / "a.npz", *judged, "-n", "51"], "n must be 1 to 50, as many as"),
-        (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (50, 8, 8, 1)"),
-        (["--images", tmp_path / "b.npz", *judged], "must hold arrays images and labels"),
-        (["--images", tmp_path / "c.npz", *judged], "must hold arrays images and labels"),
-        (["--images", tmp_path / "d.npy", *judged], "must hold arrays images and labels"),
+        (["--images", tmp_path / "a.npz", *judged, "-n", "151"], "n must be 1 to 150, as many as"),
+        (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
+        (["--images", tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),
+        (["--images", tmp_path / "c.npz", *judged], "must hold the arrays images and labels"),
+        (["--images", tmp_path / "d.npy", *judged], "must hold the arrays images and labels"),
         ([tiny, "--classifier", tiny], "holds no classifier"),
     ):  # fmt: skip
         assert main(["evaluate", *map(str, words)]) == 2, words
