@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import zipfile
@@ -113,6 +114,12 @@ def features(classifier: Classifier, images: Tensor | np.ndarray) -> Tensor:
 
     Raises:
         TypeError, ValueError: images.
+
+    Example:
+        >>> import torch
+        >>> from sdit.evaluate import features, load_classifier
+        >>> features(load_classifier(), torch.zeros(3, 28, 28, 1, dtype=torch.uint8)).shape
+        torch.Size([3, 128])
     """
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8:
@@ -233,7 +240,14 @@ def _mmd(x, y):
 
 
 def label_accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``."""
+    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``.
+
+    Example:
+        >>> import torch
+        >>> from sdit.evaluate import label_accuracy, load_classifier
+        >>> label_accuracy(load_classifier(), torch.zeros(2, 128), torch.tensor([10, 10]))  # there is no class 10
+        0.0
+    """
     return (classifier.head(features.float()).argmax(1) == labels).double().mean().item()
 
 
@@ -367,9 +381,18 @@ def draw(
 
     Raises:
         As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
-    """
-    import diffusers
 
+    Example:
+        >>> import tempfile
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.checkpoint import save_model
+        >>> from sdit.evaluate import draw
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(f"{folder}/a.safetensors", SDiT(PRESETS["digits"], dim=32, depth=2))
+        ...     images, labels, facts = draw(f"{folder}/a.safetensors", 3, folder=folder, sampler="ddim", steps=2)
+        >>> images.shape, labels.tolist(), facts["seed"]
+        (torch.Size([3, 8, 8, 1]), [0, 1, 2], 0)
+    """
     from . import diffusion
     from . import model as network
     from . import sample as sampling
@@ -381,11 +404,12 @@ def draw(
     checkpoint = newest(checkpoint)
     device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint, ema=ema).to(device)
+    diffusion.make_scheduler(sampler, steps, model.config, clip)  # says what is wrong, or missing
     steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
     settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
     settings |= {"batch_size": batch_size}
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
-    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
     facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
     key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
     folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
