@@ -482,9 +482,9 @@ def run(
 
     if (checkpoint is None) == (images is None):
         raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
-    for path in (npz, report):
+    for name, path in (("npz", npz), ("json", report)):
         if path is not None:
-            writable(Path(path))
+            writable(Path(path), name)
     judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
         if settings or npz is not None:

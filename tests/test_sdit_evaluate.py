@@ -575,7 +575,7 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         ([tiny, *judged, "--threshold", "-1"], "threshold must be a positive number"),
         ([tiny, *judged, "--device", "tpu9"], "device 'tpu9' cannot be used"),
         ([tiny, *judged, "--data", tmp_path], "root must be None"),
-        ([tiny, *judged, "--json", tmp_path], "is a folder"),
+        ([tiny, *judged, "--json", tmp_path], "json must be a file"),
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),
         (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
