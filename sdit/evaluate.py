@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import zipfile
@@ -113,6 +114,12 @@ def features(classifier: Classifier, images: Tensor | np.ndarray) -> Tensor:
 
     Raises:
         TypeError, ValueError: images.
+
+    Example:
+        >>> import torch
+        >>> from sdit.evaluate import features, load_classifier
+        >>> features(load_classifier(), torch.zeros(3, 28, 28, 1, dtype=torch.uint8)).shape
+        torch.Size([3, 128])
     """
     images = torch.as_tensor(images)
     if images.dtype != torch.uint8:
@@ -233,7 +240,14 @@ def _mmd(x, y):
 
 
 def label_accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``."""
+    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``.
+
+    Example:
+        >>> import torch
+        >>> from sdit.evaluate import label_accuracy, load_classifier
+        >>> label_accuracy(load_classifier(), torch.zeros(2, 128), torch.tensor([10, 10]))  # there is no class 10
+        0.0
+    """
     return (classifier.head(features.float()).argmax(1) == labels).double().mean().item()
 
 
@@ -306,16 +320,19 @@ def _check(labels, classifier):
     labels, classes, least = torch.as_tensor(labels), len(classifier.names), classifier.widths[-1] + 1
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise TypeError(f"labels must be ints in one dimension, got {labels.dtype} of shape {tuple(labels.shape)}")
+    labels = labels.long()
     if len(labels) < least:
         raise ValueError(f"n must be at least {least}, for a covariance of {least - 1} features, got {len(labels)}")
     if labels.min() < 0 or labels.max() > classes:
         raise ValueError(f"labels must be in 0..{classes} ({classes} for none), got {labels.min()}..{labels.max()}")
-    return labels.long()
+    return labels
 
 
 def _real(n, classifier, root):
     """The test split; n images of the train split, the classes in turn, and their labels."""
     test, train = (load(classifier.dataset, root, split=split, size=classifier.image_size) for split in ("test", "train"))
+    if train.names != classifier.names:
+        raise ValueError(f"the classes of {classifier.dataset} must be the classifier's, {classifier.names}, got {train.names}")
     labels = torch.arange(n) % len(classifier.names)
     chosen = torch.empty_like(labels)
     for i, name in enumerate(classifier.names):
@@ -364,9 +381,18 @@ def draw(
 
     Raises:
         As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
-    """
-    import diffusers
 
+    Example:
+        >>> import tempfile
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.checkpoint import save_model
+        >>> from sdit.evaluate import draw
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_model(f"{folder}/a.safetensors", SDiT(PRESETS["digits"], dim=32, depth=2))
+        ...     images, labels, facts = draw(f"{folder}/a.safetensors", 3, folder=folder, sampler="ddim", steps=2)
+        >>> images.shape, labels.tolist(), facts["seed"]
+        (torch.Size([3, 8, 8, 1]), [0, 1, 2], 0)
+    """
     from . import diffusion
     from . import model as network
     from . import sample as sampling
@@ -379,12 +405,13 @@ def draw(
     device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint, ema=ema).to(device)
     sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
+    diffusion.make_scheduler(sampler, steps, model.config, clip)  # says what is wrong, or missing
     steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
     settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
     settings |= {"batch_size": batch_size}
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
-    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    facts["code_sha256"] = [sha256(module.__file__) for module in (network, diffusion, sampling)]
+    facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
+    facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
     key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
     folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
     facts["labels"] = "the classes in turn"
@@ -431,9 +458,7 @@ def _arrays(path):
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path} must be an .npz with the arrays images and labels, as of sdit sample --npz: {error}"
-        ) from None
+        raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {error}") from None
 
 
 def run(
@@ -458,9 +483,9 @@ def run(
 
     if (checkpoint is None) == (images is None):
         raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
-    for path in (npz, report):
+    for name, path in (("npz", npz), ("json", report)):
         if path is not None:
-            writable(Path(path))
+            writable(Path(path), name)
     judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
         if settings or npz is not None:
@@ -475,7 +500,7 @@ def run(
         n = 1000 if n is None else n
         config = load_model(checkpoint).config
         _fits(judge, config)
-        _check(torch.arange(n) % config.num_classes, judge)
+        _check(torch.arange(max(n, 0)) % config.num_classes, judge)
         _real(n, judge, root)  # says what is wrong before anything is drawn
         pixels, labels, facts = draw(checkpoint, n, **settings)
         facts = {"checkpoint": str(checkpoint)} | facts
@@ -495,7 +520,6 @@ def run(
 def _fits(classifier, config):
     if config.dataset is None:
         raise ValueError("the model does not say which data set it is for (sdit convert --dataset NAME)")
-    name = config.dataset if config.image_size == classifier.image_size else f"{config.dataset} --size {config.image_size}"
     if config.dataset != classifier.dataset:
         what = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
     elif config.image_size != classifier.image_size:
@@ -505,8 +529,8 @@ def _fits(classifier, config):
     else:
         return
     raise ValueError(
-        f"the model draws {what}: give --classifier FILE, which "
-        f"perf/train_classifier.py --dataset {name} --out FILE trains (in this package's repository)"
+        f"the model draws {what}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
+        f"--size {config.image_size} --out FILE trains (in this package's repository)"
     )
 
 
@@ -517,18 +541,18 @@ def _table(found):
         return "" if x is None else f"{100 * x:.1f} %"
 
     rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
-    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"{n} train images")):
+    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
         of = found[name]
         error = f"{1000 * of['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * of['kid_standard_error']:.3f}"
         rows.append((what, f"{of['frechet_distance']:.4f}", error, percent(of["label_accuracy"])))
     rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
-    lines = [f"{a:<22}{b:>18}{c:>20}{d:>18}" for a, b, c, d in rows]
+    lines = [f"{a:<26}{b:>18}{c:>18}{d:>18}" for a, b, c, d in rows]
     by_class = found["drawn"]["label_accuracy_by_class"]
     least = ", ".join(f"{name} {100 * x:.0f}" for name, x in by_class.items() if x is not None)
     lines += [
         f"label accuracy by class: {least}" if least else "no image has a label",
-        f"distances to all test images of {found['dataset']}; the train images, of each class the first, are the floor: what",
-        f"as many real images reach. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:12]}.. ;",
-        "compare figures of one classifier and one number of images only.",
+        f"Distances are to all test images of {found['dataset']}; the floor is that of as many real ones, of each class the",
+        f"first. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:8]}..; figures of another",
+        "classifier or number of images cannot be compared with these.",
     ]
     return "\n".join(lines)

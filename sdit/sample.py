@@ -320,10 +320,10 @@ def usable(device) -> torch.device:
     return found
 
 
-def writable(path: Path) -> None:
+def writable(path: Path, name: str) -> None:
     """Make the folder of a file that is to be written, or an OSError or ValueError now, not when its content is there."""
     if path.is_dir():
-        raise ValueError(f"out must be a file, {path} is a folder")
+        raise ValueError(f"{name} must be a file, {path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
@@ -359,7 +359,7 @@ def run(
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
     device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    writable(out)
+    writable(out, "out")
     model = load_model(checkpoint, ema=ema).to(device)
     names = class_names(model.config) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -199,9 +198,9 @@ def apart(judge):
 
 @pytest.fixture(scope="module")
 def other():
-    """The other half."""
-    data = load("digits")
-    return Images("digits", data.images[1::2], data.labels[1::2], data.names)
+    """The other half, shuffled: writers follow one another in the file."""
+    data, order = load("digits"), torch.randperm(750, generator=torch.Generator().manual_seed(0))
+    return Images("digits", data.images[1::2][order], data.labels[1::2][order], data.names)
 
 
 def rises(values):
@@ -307,6 +306,8 @@ def test_wrong_arguments(judge):
             evaluate(**({"images": images, "labels": labels, "classifier": judge} | wrong))
     with pytest.raises(ValueError, match="n must be smaller for a floor of as many train images: it takes 200 of 0, dig"):
         evaluate(images.repeat(20, 1, 1, 1), labels.repeat(20), judge)
+    with pytest.raises(ValueError, match="the classes of digits must be the classifier's, .*'b'.*, got .*'1'"):
+        evaluate(images, labels % 2, Classifier(1, 8, ["a", "b"], "digits", judge.widths))
 
 
 # The classifier of the package
@@ -320,6 +321,7 @@ def test_the_classifier_of_the_package():
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
     assert row["sha256"] == module.SHA256 == sha256(module.FASHION_MNIST)
     assert module.FASHION_MNIST.stat().st_size < 500_000
+    assert f"({100 * row['test_accuracy']:.1f} % of Fashion-MNIST's test images right;" in (ROOT / "README.md").read_text()
 
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
@@ -460,22 +462,40 @@ def test_images_are_kept_apart_by_all_that_they_depend_on(tiny, tmp_path, drawn)
     assert len(calls) == i + 1
 
 
+DYING = """
+import os, signal, sys
+from sdit.cli import main
+replace, files = os.replace, []
+def dying(source, target):
+    files.extend(name for name in [str(target)] if name.endswith(".npz"))
+    os.kill(os.getpid(), signal.SIGKILL) if len(files) == 3 else replace(source, target)
+os.replace = dying
+main(sys.argv[1:])
+"""
+
+
 def test_killed(tiny, judge_file, tmp_path, drawn):
-    """kill -9 while it draws: the same images as in one go, and only those that are missing are drawn."""
-    command = [sys.executable, "-m", "sdit", "evaluate", tiny, "--classifier", judge_file, "-n", "96", "--sampler", "ddim",
-               "--steps", "100", "--batch-size", "16"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("cache/sdit/evaluate/*/0000016.npz")):
-        assert process.poll() is None and time.monotonic() < until, process.stderr.read().decode()
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    settings, (calls, _) = {"sampler": "ddim", "steps": 100, "batch_size": 16}, drawn
-    images, labels, _ = draw(tiny, 96, **settings)
-    assert 0 < len(calls) <= 4 and calls[-1] == (80, 16)
-    expected = sampling.sample(load_model(tiny), labels, first=0, **settings)
-    assert torch.equal(images, to_uint8(expected).permute(0, 2, 3, 1))
+    """kill -9 while a batch is being written: the same images as in one go, and only those that are missing are drawn."""
+    words = [
+        "evaluate",
+        tiny,
+        "--classifier",
+        judge_file,
+        "-n",
+        "50",
+        "--sampler",
+        "ddim",
+        "--steps",
+        "2",
+        "--batch-size",
+        "16",
+    ]
+    process = subprocess.run([sys.executable, "-c", DYING, *words], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    calls, _ = drawn
+    images, labels, _ = draw(tiny, 50, **FAST)
+    assert calls == [(32, 16), (48, 2)]
+    assert torch.equal(images, draw(tiny, 50, folder=tmp_path / "whole", **FAST)[0])
 
 
 # The command
@@ -492,7 +512,14 @@ def test_the_command(tiny, judge_file, tmp_path, capsys):
     assert {key: found[key] for key in measured} == measured and found["n"] == len(images) == 60
     assert found["classifier_sha256"] == sha256(judge_file) and found["images"]["checkpoint_sha256"] == sha256(tiny)
     assert (found["images"]["sampler"], found["images"]["steps"], found["torch"]) == ("dpm++", 3, torch.__version__)
-    for part in ("Frechet distance", "KID x 1000", "60 drawn images", "60 train images", "297 test images", "by class: 0 "):
+    for part in (
+        "Frechet distance",
+        "KID x 1000",
+        "60 drawn images",
+        "floor: 60 train images",
+        "297 test images",
+        "by class: 0 ",
+    ):
         assert part in text
     assert f"{found['drawn']['frechet_distance']:.4f}" in text and f"{found['floor']['frechet_distance']:.4f}" in text
     assert "FID" not in text + json.dumps(found)
@@ -514,7 +541,7 @@ def test_what_sample_writes_is_what_evaluate_draws(tiny, judge_file, tmp_path):
 
 
 def test_wrong_words(tiny, judge_file, tmp_path, capsys):
-    np.savez(tmp_path / "a.npz", images=np.zeros((50, 8, 8, 1), np.uint8), labels=np.arange(50) % 10)
+    np.savez(tmp_path / "a.npz", images=np.zeros((150, 8, 8, 1), np.uint8), labels=np.arange(150) % 10)
     np.savez(tmp_path / "b.npz", pictures=np.zeros((50, 8, 8, 1), np.uint8))
     (tmp_path / "c.npz").write_text("no array")
     np.save(tmp_path / "d.npy", np.zeros(3))
@@ -531,7 +558,7 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         ([], "give a checkpoint, or --images"),
         ([tiny, "--images", tmp_path / "a.npz"], "give a checkpoint, or --images"),
         ([tiny], "the model draws images of digits, the classifier is for fashion_mnist: give --classifier FILE, which "
-                 "perf/train_classifier.py --dataset digits --out FILE trains"),
+                 "perf/train_classifier.py --dataset digits --size 8 --out FILE trains"),
         ([fashion, *judged], "the model draws images of mnist, the classifier is for digits"),
         ([big, *judged], "images of 16 pixels a side, the classifier is for 8: give --classifier FILE, which "
                          "perf/train_classifier.py --dataset digits --size 16"),
@@ -548,17 +575,17 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         ([tiny, *judged, "--threshold", "-1"], "threshold must be a positive number"),
         ([tiny, *judged, "--device", "tpu9"], "device 'tpu9' cannot be used"),
         ([tiny, *judged, "--data", tmp_path], "root must be None"),
-        ([tiny, *judged, "--json", tmp_path], "is a folder"),
+        ([tiny, *judged, "--json", tmp_path], "json must be a file"),
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),
         (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
         (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "seed, clip cannot be given with it"),
         (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "npz cannot be given with it"),
-        (["--images", tmp_path / "a.npz", *judged, "-n", "51"], "n must be 1 to 50, as many as"),
-        (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (50, 8, 8, 1)"),
-        (["--images", tmp_path / "b.npz", *judged], "must hold arrays images and labels"),
-        (["--images", tmp_path / "c.npz", *judged], "must hold arrays images and labels"),
-        (["--images", tmp_path / "d.npy", *judged], "must hold arrays images and labels"),
+        (["--images", tmp_path / "a.npz", *judged, "-n", "151"], "n must be 1 to 150, as many as"),
+        (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
+        (["--images", tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),
+        (["--images", tmp_path / "c.npz", *judged], "must hold the arrays images and labels"),
+        (["--images", tmp_path / "d.npy", *judged], "must hold the arrays images and labels"),
         ([tiny, "--classifier", tiny], "holds no classifier"),
     ):  # fmt: skip
         assert main(["evaluate", *map(str, words)]) == 2, words
