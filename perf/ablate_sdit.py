@@ -155,8 +155,9 @@ def generate(model, n, guidance, bf16):
     return images, labels
 
 
-def judge(data, test):
-    """(a function from images and labels to measures, {measure of real images})"""
+def judge(data, test, n):
+    """(a function from images and labels to measures, {measure of real images}), the latter of the test split, of n images of
+    the train split, and of those n with every other one mirrored."""
     if data.name == load_classifier().dataset:
         classifier = load_classifier()
         real = features(classifier, test.images)
@@ -166,7 +167,13 @@ def judge(data, test):
             distance, accuracy = frechet_distance(found, real), label_accuracy(classifier, found, labels)
             return {"frechet_distance": round(distance, 3), "label_accuracy": round(accuracy, 4)}
 
-        return measure, {"label_accuracy_real": round(label_accuracy(classifier, real, test.labels), 4)}
+        found = {"label_accuracy_test": round(label_accuracy(classifier, real, test.labels), 4)}
+        images = data.images[:n].permute(0, 3, 1, 2) / 127.5 - 1
+        half = images.clone()
+        half[::2] = images[::2].flip(3)
+        for name, x in (("train", images), ("train_half_mirrored", half)):
+            found |= {f"{what}_{name}": value for what, value in measure(x, data.labels[:n]).items()}
+        return measure, found | {"images_train": n}
 
     machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
 
@@ -198,7 +205,7 @@ def main():
 
     name = PRESETS[args.preset].dataset
     data, test = load(name), load(name, split="test")
-    measure, real = judge(data, test) if args.images else (None, {})
+    measure, real = judge(data, test, args.images) if args.images else (None, {})
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
     for words in ARMS if args.arm is None else args.arm:
