@@ -102,6 +102,19 @@ def test_the_table_of_the_model():
     assert f"are {plain:.0f} % of a plain fp32 step and {ours:.0f} % of ours ({bf16:.0f} % under bf16)" in README
 
 
+def test_the_table_of_first_results():
+    found = json.loads((RESULTS / "start.json").read_text())["rows"]
+    assert len(found) == 16
+    for name in {r["name"] for r in found}:
+        label = "`torch.compile` of the plain loop of `lif`" if name.startswith("torch") else f"`{name}`"
+        seconds = [
+            row(found, name=name, state=state)[key]
+            for state in ("nothing cached", "compiled before")
+            for key in ("forward_s", "forward_and_backward_s")
+        ]
+        assert f"| {label} | {' | '.join(digits(s).replace('x', ' s') for s in seconds)} |" in README
+
+
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
 def test_every_file_is_listed(file):
     text = (RESULTS / "README.md").read_text()
