@@ -33,7 +33,6 @@ import torch
 from ..dispatch import backend
 from ..ops.lif import lif
 from ..reference.lif import state_dtype
-from ..surrogate import SURROGATES
 from .swap import Report, Swapped, changed_behaviour, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
