@@ -1,5 +1,6 @@
 r"""snnTorch's Leaky on the fused kernels, and whole sequences where its users write a loop over steps.
 
+>>> import torch
 >>> from sdit_kernels.compat.snntorch import accelerate, unroll
 >>> report = accelerate(torch.nn.Linear(2, 2))  # your model: its Leaky neurons run sdit_kernels.leaky from here on
 >>> unroll(torch.nn.Linear(2, 2), torch.zeros(5, 3, 2)).shape  # (T, batch, ...): a layer at a time instead of a step at a time
@@ -22,18 +23,19 @@ and for an ``nn.Sequential`` of layers and neurons with ``init_hidden=True``, ``
 into earlier layers need the loop; in it, an accelerated neuron computes each step in one kernel.
 
 The neurons stay what they were: the same objects with the same names, parameters, buffers, ``mem``, hooks and state_dict,
-instances of ``snntorch.Leaky``; ``reset_mem``, ``detach_hidden``, ``reset_hidden`` and ``utils.reset`` go on working. ``Leaky`` of
-this file is that class, for construction: ``Leaky(beta=0.9)`` takes snnTorch's arguments. snnTorch is imported when ``Leaky`` is
+instances of ``snntorch.Leaky``; ``reset_mem``, ``detach_hidden``, ``reset_hidden`` and ``utils.reset`` go on working. ``Leaky``
+of this file is that class, for construction: ``Leaky(beta=0.9)`` takes snnTorch's arguments. snnTorch is imported when that is
 asked for, else only looked for among the imported modules. Made for snnTorch 1.0.0.
 
 Differences that remain:
 
 - Spikes have the dtype of the input, where snnTorch's are always float32; the membrane of bfloat16 and float16 data is float32.
-- An infinite membrane that is reset to zero is zero, where 0 * inf makes it NaN there; and so is the gradient of ``sigmoid`` far
-  below the threshold, where its exponential overflows to NaN there.
+- An infinite membrane that is reset to zero is zero, where 0 * inf makes it NaN there; and so is the gradient of ``sigmoid``
+  far below the threshold, where its exponential overflows to NaN there.
 - The attribute ``reset``, the last step's reset, is not set.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
-- A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such call.
+- A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
+  call.
 """
 
 import importlib
@@ -47,7 +49,7 @@ from ..ops.leaky import leaky
 from ..reference.lif import state_dtype
 from .swap import Report, Swapped, changed_behaviour, swap, swap_back, swapped_class
 
-__all__ = ["Leaky", "accelerate", "restore", "unroll"]
+__all__ = ["accelerate", "restore", "unroll"]  # and Leaky, which would import snnTorch
 
 _SURROGATES = {"atan": ("atan", "alpha"), "fast_sigmoid": ("fast_sigmoid", "slope"), "sigmoid": ("sigmoid", "slope")}
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
@@ -55,13 +57,15 @@ _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 def _surrogate(function):
     """(name, alpha) in the table here, or the reason why there is none. snnTorch makes a closure for each surrogate."""
-    made_by = getattr(function, "__qualname__", type(function).__name__).partition(".<locals>")[0]
+    made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")
+    if not inner:
+        made_by = getattr(function, "__name__", type(function).__name__)
     if getattr(function, "__module__", None) != "snntorch.surrogate" or made_by not in _SURROGATES:
         return f"surrogate {made_by} has no formula here"
     name, constant = _SURROGATES[made_by]
     alpha = dict(zip(function.__code__.co_freevars, function.__closure__))[constant].cell_contents
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        return f"surrogate {made_by} has a {constant} that is no positive number but {alpha!r}"
+        return f"surrogate {made_by} has {constant}={alpha!r}, which is no positive number"
     return name, alpha
 
 
@@ -81,10 +85,10 @@ def _obstacle(neuron):
 
 
 class _Blocks:
-    """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or one value per channel of the last axis.
+    """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or values for channels, the last axis.
 
-    Values per channel of another axis, as (C, 1, 1) for (..., C, H, W), or per neuron, as (C, H, W), become those of a last axis
-    by a change of view.
+    Values per channel of another axis, as (C, 1, 1) for (..., C, H, W), or per neuron, as (C, H, W), become those of a last
+    axis by a change of view.
     """
 
     def __init__(self, neuron, x):
@@ -146,7 +150,7 @@ def _obstacle_for(neuron, x):
 
 
 def _walk(neuron, x_seq, mem, sequence):
-    """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. Leaves the last one in the neuron."""
+    """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. The neuron keeps the last one."""
     if mem is not None and neuron.init_hidden:
         raise TypeError("mem must not be given to a neuron with init_hidden=True, which keeps its own")
     mem = neuron.mem if mem is None else mem
@@ -322,9 +326,10 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
     if not _hooked(module):
         if type(module) in _ANY_AXES:
             return module(x)
-        if x.dim() >= 2 and (_SAMPLES.get(type(module)) == x.dim() - 2 or type(module) is nn.Flatten and module.start_dim > 0):
-            found = module(x.flatten(0, 1))
-            return tuple(t.unflatten(0, x.shape[:2]) for t in found) if isinstance(found, tuple) else found.unflatten(0, x.shape[:2])
+        flatten = type(module) is nn.Flatten and module.start_dim > 0 and x.dim() >= 2
+        if flatten or _SAMPLES.get(type(module)) == x.dim() - 2:
+            found, steps = module(x.flatten(0, 1)), x.shape[:2]
+            return tuple(t.unflatten(0, steps) for t in found) if isinstance(found, tuple) else found.unflatten(0, steps)
     return _step_by_step(module, x, None)
 
 

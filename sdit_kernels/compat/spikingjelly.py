@@ -1,24 +1,27 @@
 r"""SpikingJelly's neurons on the fused kernels, in place: one line in an existing project.
 
+>>> import torch
 >>> from sdit_kernels.compat.spikingjelly import accelerate
 >>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after it was trained, moved or loaded
 >>> print(report)
 SpikingJelly: 0 replaced, 0 left as they were
 
-``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they were:
-the same objects with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict, instances of their old
-class; ``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies and pickles
-go on working. What is not replaced is in the report with the reason. SpikingJelly is not imported: a model that has its neurons
-has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend`` keeps its value and no longer matters.
+``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they
+were: the same objects with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict, instances of their
+old class; ``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies and
+pickles go on working. What is not replaced is in the report with the reason. SpikingJelly is not imported: a model that has its
+neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend`` keeps its value and no longer
+matters.
 
 Differences that remain:
 
 - A step multiplies by 1/tau, where SpikingJelly divides by tau (``ParametricLIFNode``: by 1 / (1 + exp(-w)), where it takes
-  sigmoid(w)). The same for tau a power of two; for others a membrane differs in its last bit, and so may the spike of a neuron that is
-  within that of the threshold.
+  sigmoid(w)). The same for tau a power of two; for others a membrane differs in its last bits, and so may the spike of a neuron
+  whose membrane is that near to the threshold.
 - bfloat16 and float16 data: the membrane is float32 within a call and rounded to the dtype of the data after it, where
   SpikingJelly on the CPU rounds it in every step.
 - An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
+- 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` (another surrogate, ``spiking=False``, a neuron
   precision) runs SpikingJelly's code, with a warning in every such call.
@@ -61,7 +64,7 @@ def _surrogate(function):
         return f"surrogate {kind.__name__} has spiking=False: its output is no spike"
     alpha = function.alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        return f"surrogate {kind.__name__} has an alpha that is no number but {type(alpha).__name__}"
+        return f"surrogate {kind.__name__} has an alpha that is no number but a {type(alpha).__name__}"
     if kind.__name__ == "QPseudoSpike" and alpha != 2:
         return f"surrogate QPseudoSpike has a formula here for alpha = 2 only, not {alpha}"
     if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:

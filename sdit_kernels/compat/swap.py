@@ -19,7 +19,7 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What ``accelerate`` or ``restore`` did: ``replaced``, pairs (name, class), and ``left``, triples (name, class, reason)."""
+    """What ``accelerate`` or ``restore`` did: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason)."""
 
     library: str
     outcome: str  # what the replaced ones run now

@@ -91,7 +91,7 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
     sums = _kernels(backend).leaky_backward(
         g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters
     )
-    for i, (p, d) in enumerate(zip((beta, v_threshold), d_parameters)):
+    for i, p in enumerate((beta, v_threshold)):
         if sums is not None and p is not None:
             total = sums[i].sum(0) if p.numel() > 1 else sums[i].sum()
             d_parameters[i] = total.reshape(p.shape).to(p.dtype)
@@ -188,8 +188,8 @@ def leaky(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor beta are
             looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
 
-    Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE (2023);
-    snnTorch's Leaky, which this equals.
+    Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE
+    (2023); snnTorch's Leaky, which this equals.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""snnTorch's Leaky over T steps, defined: a LIF neuron whose reset depends on the membrane before the step and carries no gradient.
+"""snnTorch's Leaky over T steps, defined: a LIF neuron whose reset follows the membrane before the step, without gradient.
 
 Every operation happens in this order, in float32 (float64 for float64 data), without fused multiply-adds; the CPU and Triton
 kernels repeat it bit for bit.
