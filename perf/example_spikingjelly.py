@@ -34,7 +34,5 @@ for name, model in (("SpikingJelly", net), ("accelerated", fused)):
         times.append(1e3 * (time.perf_counter() - start))
     kept = saved_bytes(lambda model=model: model(x[:, :50]))[0] / 2**20
     functional.reset_net(model.eval())
-    guess = model(x_test).mean(0).argmax(1)
-    print(
-        f"{name}: {statistics.median(times):.1f} ms a step, {kept:.0f} MiB kept, {(guess == y_test).float().mean():.1%} right"
-    )
+    right = (model(x_test).mean(0).argmax(1) == y_test).float().mean()
+    print(f"{name}: {statistics.median(times):.1f} ms a step, {kept:.0f} MiB kept, {right:.1%} right")
