@@ -9,11 +9,10 @@ from snntorch import Leaky
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from perf.harness import saved_bytes
-from sdit.data import from_uint8, load
+from sdit.data import load
 from sdit_kernels.compat.snntorch import unroll
 
-STEPS, data = 25, [load("digits", split=split) for split in ("train", "test")]
-(x, y), (x_test, y_test) = (((from_uint8(d.images).flatten(1) + 1) / 2, d.labels) for d in data)
+(x, y), (x_test, y_test) = ((d.images.flatten(1) / 255, d.labels) for d in (load("digits"), load("digits", split="test")))
 
 
 def membranes(name, fc1, lif1, fc2, lif2, x):
@@ -27,13 +26,14 @@ def membranes(name, fc1, lif1, fc2, lif2, x):
     return torch.stack(history)
 
 
-for name in ("loop", "unroll"):
+for name, steps in (("loop", 25), ("unroll", 25)):
+    torch.manual_seed(0)
     net = torch.nn.Linear(64, 500), Leaky(0.9, learn_beta=True), torch.nn.Linear(500, 10), Leaky(0.9)
     optimiser, times = torch.optim.Adam(torch.nn.ModuleList(net).parameters(), lr=2e-3), []
     for batch in torch.cat([torch.randperm(len(y)) for _ in range(5)]).split(100):
-        spikes, start = torch.bernoulli(x[batch].expand(STEPS, -1, -1)), time.perf_counter()  # rate coding
-        loss = torch.nn.functional.cross_entropy(membranes(name, *net, spikes).flatten(0, 1), y[batch].repeat(STEPS))
+        spikes, start = torch.bernoulli(x[batch].expand(steps, -1, -1)), time.perf_counter()  # rate coding
+        loss = torch.nn.functional.cross_entropy(membranes(name, *net, spikes).flatten(0, 1), y[batch].repeat(steps))
         optimiser.zero_grad(), loss.backward(), optimiser.step(), times.append(time.perf_counter() - start)
     kept = saved_bytes(lambda name=name, net=net, spikes=spikes: membranes(name, *net, spikes))[0] / 2**20
-    right = (membranes(name, *net, torch.bernoulli(x_test.expand(STEPS, -1, -1))).sum(0).argmax(1) == y_test).float().mean()
+    right = (membranes(name, *net, torch.bernoulli(x_test.expand(steps, -1, -1))).sum(0).argmax(1) == y_test).float().mean()
     print(f"{name}: {1e3 * sorted(times)[len(times) // 2]:.1f} ms a step, {kept:.0f} MiB kept, {right:.1%} right")
