@@ -254,12 +254,13 @@ def loop(neuron):
 
 
 def snn_neurons(args, settings):
-    """snnTorch's Leaky, forward and backward; saved: by autograd, inputs included"""
+    """snnTorch's Leaky, forward and backward; leaky alone returns no membranes. saved: by autograd, inputs included"""
     title = f"snnTorch's Leaky, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
     if missing("snntorch"):
         return skipped(title, "snntorch")
     import snntorch
 
+    from sdit_kernels import leaky
     from sdit_kernels.compat.snntorch import accelerate, unroll
 
     x = exact(STEPS, BATCH, HIDDEN, device=args.device)
@@ -287,6 +288,10 @@ def snn_neurons(args, settings):
             error = agree(f"{name}, {label}", step(f, x, g, parameters)(), wanted)
             extra = {"saved_bytes": kept(f, x, parameters)} | (error if n is fused else {})
             contestants.append(Contestant(f"{name}, {label}", step(f, x, g, parameters), extra=extra))
+        if not options:
+            check("leaky: spikes", leaky(x, beta=0.9), want[0], 0, 0)
+            extra = {"saved_bytes": kept(lambda x: leaky(x, beta=0.9), x)}
+            contestants.append(Contestant("leaky alone", step(lambda x: leaky(x, beta=0.9), x, g), extra=extra))
         found = compare(contestants, **settings)
         goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
         goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
