@@ -321,6 +321,15 @@ def test_the_class_for_construction(snn):
         Leaky(0.9, init_hidden=True)(x[0], x[0])
 
 
+def test_a_factor_that_is_loaded_counts(snn):
+    neuron = snn.Leaky(beta=0.5)
+    accelerate(neuron)
+    x = torch.full((3, 2), 2.0)
+    assert unroll(neuron, x)[0].max() == 1
+    neuron.load_state_dict(snn.Leaky(beta=0.5, graded_spikes_factor=3.0).state_dict())
+    assert unroll(neuron, x)[0].max() == 3
+
+
 def test_types(snn):
     """Half precision: the membrane is float32, the spikes keep the dtype of the data."""
     neuron = snn.Leaky(beta=0.5)
@@ -346,11 +355,15 @@ def test_what_is_left_alone(snn):
 
     changed = snn.Leaky(beta=0.5)
     changed.reset_mechanism = "zero"
+    replaced, loaded = snn.Leaky(beta=0.5), snn.Leaky(beta=0.5)
+    replaced.state_function = lambda x: x
+    loaded.load_state_dict(snn.Leaky(beta=0.5, reset_mechanism="zero").state_dict())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inhibition = snn.Leaky(beta=0.5, inhibition=True)
     net = nn.ModuleDict({
         "defaults": Defaults(), "quicker": Quicker(beta=0.5), "inhibition": inhibition, "changed": changed,
+        "replaced": replaced, "loaded": loaded,
         "quant": snn.Leaky(beta=0.5, state_quant=torch.round), "disabled": snn.Leaky(beta=0.5, surrogate_disable=True),
         "straight": snn.Leaky(beta=0.5, spike_grad=surrogate.straight_through_estimator()),
         "own": snn.Leaky(beta=0.5, spike_grad=surrogate.custom_surrogate(lambda x, g, s: g)),
@@ -362,7 +375,9 @@ def test_what_is_left_alone(snn):
     assert {name: reason for name, _, reason in report.left} == {
         "quicker": "Quicker overrides fire of Leaky",
         "inhibition": "inhibition has no fused kernel here",
-        "changed": "its reset_mechanism was changed after construction, and snnTorch goes on with a part of the old one",
+        "changed": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
+        "replaced": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
+        "loaded": "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism",
         "quant": "state_quant has no fused kernel here",
         "disabled": "surrogate_disable=True has no formula here",
         "straight": "surrogate straight_through_estimator has no formula here",

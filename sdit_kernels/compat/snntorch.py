@@ -79,8 +79,8 @@ def _obstacle(neuron):
     for option in ("inhibition", "state_quant"):
         if getattr(neuron, option):
             return f"{option} has no fused kernel here"
-    if _RESETS[neuron.state_function.__name__] != neuron.reset_mechanism:
-        return "its reset_mechanism was changed after construction, and snnTorch goes on with a part of the old one"
+    if _RESETS.get(getattr(neuron.state_function, "__name__", None)) != neuron.reset_mechanism:
+        return "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism"
     return None
 
 
@@ -167,10 +167,20 @@ def _walk(neuron, x_seq, mem, sequence):
     )  # fmt: skip
     spikes, last, *history = (blocks.after(t) for t in found)
     neuron.mem = last
-    factor = neuron.graded_spikes_factor
-    if factor.requires_grad or factor.device.type != "cpu" or factor.numel() != 1 or factor.item() != 1:
-        spikes = spikes * factor.to(spikes.dtype)
+    if not _ungraded(neuron):
+        spikes = spikes * neuron.graded_spikes_factor.to(spikes.dtype)
     return spikes, last, history[0] if sequence else None
+
+
+def _ungraded(neuron):
+    """Whether the spikes' factor is known to be 1. Looked at once, and again when it changes: on a GPU that waits for it."""
+    factor = neuron.graded_spikes_factor
+    if factor.requires_grad or factor.numel() != 1 or torch.compiler.is_compiling():
+        return False
+    state = id(factor), factor._version
+    if neuron.__dict__.get("_factor_seen", (None,))[0] != state:
+        neuron.__dict__["_factor_seen"] = state, factor.item() == 1
+    return neuron.__dict__["_factor_seen"][1]
 
 
 def _warn(neuron, reason, how):
@@ -237,7 +247,10 @@ def accelerate(model: nn.Module) -> Report:
     def choose(module):
         if not isinstance(module, cls):
             return None
-        return changed_behaviour(module, cls) or _obstacle(module) or _Leaky
+        reason = changed_behaviour(module, cls) or _obstacle(module)
+        if reason is None and module.reset_mechanism_val.item() != cls.reset_dict[module.reset_mechanism]:
+            reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
+        return reason or _Leaky
 
     return swap("snnTorch", model, (base,), choose)
 
