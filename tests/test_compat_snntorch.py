@@ -363,7 +363,7 @@ def test_what_is_left_alone(snn):
         inhibition = snn.Leaky(beta=0.5, inhibition=True)
     net = nn.ModuleDict({
         "defaults": Defaults(), "quicker": Quicker(beta=0.5), "inhibition": inhibition, "changed": changed,
-        "replaced": replaced, "loaded": loaded,
+        "replaced": replaced, "loaded": loaded, "never": snn.Leaky(beta=0.5, threshold=float("inf")),
         "quant": snn.Leaky(beta=0.5, state_quant=torch.round), "disabled": snn.Leaky(beta=0.5, surrogate_disable=True),
         "straight": snn.Leaky(beta=0.5, spike_grad=surrogate.straight_through_estimator()),
         "own": snn.Leaky(beta=0.5, spike_grad=surrogate.custom_surrogate(lambda x, g, s: g)),
@@ -378,6 +378,7 @@ def test_what_is_left_alone(snn):
         "changed": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
         "replaced": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
         "loaded": "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism",
+        "never": "its threshold is not finite",
         "quant": "state_quant has no fused kernel here",
         "disabled": "surrogate_disable=True has no formula here",
         "straight": "surrogate straight_through_estimator has no formula here",

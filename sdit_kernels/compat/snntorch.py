@@ -96,7 +96,7 @@ class _Blocks:
         axes = [a - p.dim() for p in parameters for a in range(p.dim()) if p.shape[a] != 1]
         self.first, self.last = min(axes, default=0), max(axes, default=0)
         self.shape = x.shape[1:]
-        if -self.first > len(self.shape):
+        if max(p.dim() for p in parameters) > len(self.shape):
             raise ValueError(f"has beta {tuple(neuron.beta.shape)} and threshold {tuple(neuron.threshold.shape)} for data "
                              f"{tuple(self.shape)}")  # fmt: skip
         block = self.shape[len(self.shape) + self.first : len(self.shape) + self.last + 1] if axes else ()
@@ -134,22 +134,18 @@ class _Blocks:
         return t.movedim(tuple(range(-n, 0)), tuple(range(self.first, self.last + 1))) if self.last < -1 else t
 
 
-def _blocks(neuron, x):
-    """The parameters for x; a string says why the kernels do not take them."""
+def _prepare(neuron, x):
+    """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
+    reason = _obstacle(neuron)
+    if reason is not None:
+        return reason
     try:
         return _Blocks(neuron, x)
     except (ValueError, RuntimeError) as error:
         return f"{error}, which the kernels do not take"
 
 
-def _obstacle_for(neuron, x):
-    """_obstacle, or beta and threshold that do not fit into a kernel with data x of (T, ...)."""
-    reason = _obstacle(neuron)
-    found = reason or _blocks(neuron, x)
-    return found if isinstance(found, str) else None
-
-
-def _walk(neuron, x_seq, mem, sequence):
+def _walk(neuron, x_seq, mem, sequence, blocks):
     """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. The neuron keeps the last one."""
     if mem is not None and neuron.init_hidden:
         raise TypeError("mem must not be given to a neuron with init_hidden=True, which keeps its own")
@@ -158,7 +154,6 @@ def _walk(neuron, x_seq, mem, sequence):
         mem = None  # snnTorch starts from zero
     elif mem.dtype not in (x_seq.dtype, state_dtype(x_seq.dtype)) or mem.device != x_seq.device:
         mem = mem.to(x_seq.device, state_dtype(x_seq.dtype))
-    blocks = _Blocks(neuron, x_seq)
     beta, threshold = blocks.parameters
     surrogate, alpha = _surrogate(neuron.spike_grad)
     found = leaky(
@@ -197,11 +192,12 @@ class _Leaky(Swapped):
             raise ValueError(f"Leaky cannot be fused: {reason}; use snntorch.Leaky")
 
     def forward(self, input_, mem=None):
-        reason = _obstacle_for(self, input_.unsqueeze(0))
-        if reason is not None:
-            _warn(self, reason, "runs snnTorch's own code")
+        x = input_.unsqueeze(0)
+        blocks = _prepare(self, x)
+        if isinstance(blocks, str):
+            _warn(self, blocks, "runs snnTorch's own code")
             return super().forward(input_, mem)
-        spikes, last, _ = _walk(self, input_.unsqueeze(0), mem, False)
+        spikes, last, _ = _walk(self, x, mem, False, blocks)
         return (spikes.squeeze(0), last) if self.output or not self.init_hidden else spikes.squeeze(0)
 
     def extra_repr(self):
@@ -250,6 +246,8 @@ def accelerate(model: nn.Module) -> Report:
         reason = changed_behaviour(module, cls) or _obstacle(module)
         if reason is None and module.reset_mechanism_val.item() != cls.reset_dict[module.reset_mechanism]:
             reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
+        if reason is None and not module.threshold.isfinite().all():
+            reason = "its threshold is not finite"
         return reason or _Leaky
 
     return swap("snnTorch", model, (base,), choose)
@@ -329,12 +327,12 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
             x = unroll(layer, x)
         return x
     if neuron:
-        reason = _why_not_whole(module, x, library[0])
-        if reason is None:
+        blocks = _why_not_whole(module, library[0]) or _prepare(module, x)
+        if not isinstance(blocks, str):
             both = module.output or not module.init_hidden
-            spikes, _, history = _walk(module, x, mem, both)
+            spikes, _, history = _walk(module, x, mem, both, blocks)
             return (spikes, history) if both else spikes
-        _warn(module, reason, "runs step by step")
+        _warn(module, blocks, "runs step by step")
         return _step_by_step(module, x, mem)
     if not _hooked(module):
         if type(module) in _ANY_AXES:
@@ -346,7 +344,7 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
     return _step_by_step(module, x, None)
 
 
-def _why_not_whole(neuron, x, leaky_class):
+def _why_not_whole(neuron, leaky_class):
     if isinstance(neuron, Swapped):
         if "_original" not in vars(type(neuron)):
             return "its class was changed after accelerate"
@@ -356,7 +354,7 @@ def _why_not_whole(neuron, x, leaky_class):
         changed = changed_behaviour(neuron, leaky_class)
         if changed is not None:
             return changed
-    return "it has hooks" if _hooked(neuron) else _obstacle_for(neuron, x)
+    return "it has hooks" if _hooked(neuron) else None
 
 
 def _hooked(module):
