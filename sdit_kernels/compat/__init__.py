@@ -1,1 +1,1 @@
-"""Drop-in for other libraries, one file per library, none of which is imported unless it is there."""
+"""Drop-in for other libraries: one file per library, none of which is imported before it is used."""

@@ -6,20 +6,20 @@ No library is imported: a layer is known by the names of its parameters, and rep
 import functools
 import inspect
 import types
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import backend
+from ..nn import ChannelMix, TimeMix
 from ..ops.mix import relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
 from ..reference.lif import state_dtype
+from .swap import Left, Report, Swapped, swap, swap_back, swapped_class
 
-__all__ = ["RUN_CUDA", "Report", "accelerate", "restore"]
+__all__ = ["RUN_CUDA", "accelerate", "restore"]
 
 
 # --- the function that RWKV-LM's copies call --------------------------------------------------------------------------------
@@ -92,16 +92,16 @@ def _as_wide(parameter: Tensor, data: Tensor) -> Tensor:
 # --- the layers' own arithmetic ---------------------------------------------------------------------------------------------
 
 
-class _Fused(nn.Module):
-    """What a replaced layer gains: it stays an instance of its class, with all it has, and only computes otherwise."""
+class _Fused(Swapped):
+    """The parameters and children are those of the layer whose class is swapped."""
 
-    _original: type[nn.Module]
-    _kind: str
-
-    def __reduce_ex__(self, protocol):
-        """The class is made at run time; copies and pickles name what it is made of."""
-        _, _, *rest = super().__reduce_ex__(max(2, protocol))
-        return _revive, (self._original, self._kind), *rest
+    time_decay: Tensor
+    time_first: Tensor
+    key: nn.Module
+    value: nn.Module
+    receptance: nn.Module
+    output: nn.Module
+    layer_id: int
 
     def _shift(self, x, last, *names):
         return token_shift(x, *(_as_wide(getattr(self, name), x) for name in names), last=last)
@@ -158,56 +158,20 @@ class _ChannelMix(_Fused):
         return self._gate(*self._shift(x, None, "time_mix_k", "time_mix_r"))
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A layer as some library writes it."""
+class _Call(Swapped):
+    """A layer that keeps its own forward but for the call of RUN_CUDA."""
 
-    fused: type[_Fused]
-    parameters: tuple[str, ...]
-    children: tuple[str, ...]
-    by: str
-    state: bool  # forward takes and returns the state of transformers
+    _original: type[nn.Module]
 
-    @property
-    def scans(self) -> bool:
-        return not set(_SCAN).isdisjoint(self.parameters)
-
-
-_TIME = ("key", "value", "receptance", "output")
-_CHANNEL = ("key", "receptance", "value")
-_SCAN = ("time_decay", "time_first")
-_SCANNED, _GATED = "token shift; wkv and gate", "token shift; squared ReLU"
-_KINDS = {
-    "transformers time mix": _Kind(
-        _TransformersTimeMix, (*_SCAN, "time_mix_key", "time_mix_value", "time_mix_receptance"), _TIME, _SCANNED, True
-    ),
-    "transformers channel mix": _Kind(_TransformersChannelMix, ("time_mix_key", "time_mix_receptance"), _CHANNEL, _GATED, True),
-    "time mix": _Kind(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME, _SCANNED, False),
-    "channel mix": _Kind(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL, _GATED, False),
-}
-_CALL = "RUN_CUDA"  # the kind of a layer of which only the call of this function is replaced
+    def forward(self, *args, **kwargs):
+        return _with_run_cuda(self._original.forward)(self, *args, **kwargs)
 
 
 @functools.cache
-def _fused_class(original: type[nn.Module], kind: str) -> type[_Fused]:
-    base = _Fused if kind == _CALL else _KINDS[kind].fused
-    body: dict[str, Any] = {"_original": original, "_kind": kind, "__module__": original.__module__}
-    if kind == _CALL:
-        body["forward"] = _with_run_cuda(original.forward)
-    return type(f"Fused{original.__name__}", (base, original), body)
-
-
-def _revive(original: type[nn.Module], kind: str) -> _Fused:
-    cls = _fused_class(original, kind)
-    return cls.__new__(cls)
-
-
-def _with_run_cuda(forward: Callable) -> types.FunctionType:
+def _with_run_cuda(forward: types.FunctionType) -> types.FunctionType:
     """The same code with another RUN_CUDA, its other globals as they are now; the user's module keeps its own."""
-    assert isinstance(forward, types.FunctionType)
-    changed = types.FunctionType(
-        forward.__code__, {**forward.__globals__, _CALL: RUN_CUDA}, forward.__name__, forward.__defaults__, forward.__closure__
-    )
+    space = {**forward.__globals__, "RUN_CUDA": RUN_CUDA}
+    changed = types.FunctionType(forward.__code__, space, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
     return changed
 
@@ -227,33 +191,55 @@ class _Pick(nn.Module):
         return x[..., self.index] * self.scale
 
 
-def _calls_run_cuda(forward: Callable) -> bool:
-    return isinstance(forward, types.FunctionType) and _CALL in forward.__code__.co_names
+class _Form(NamedTuple):
+    """A layer as some library writes it."""
+
+    fused: type[_Fused]
+    parameters: tuple[str, ...]
+    children: tuple[str, ...]
+    state: bool  # forward takes and returns the state of transformers
 
 
-def _difference(module: nn.Module, kind: str) -> str | None:
+_SCAN = ("time_decay", "time_first")
+_TIME, _CHANNEL = ("key", "value", "receptance", "output"), ("key", "receptance", "value")
+_FORMS = (
+    _Form(_TransformersTimeMix, (*_SCAN, "time_mix_key", "time_mix_value", "time_mix_receptance"), _TIME, True),
+    _Form(_TransformersChannelMix, ("time_mix_key", "time_mix_receptance"), _CHANNEL, True),
+    _Form(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME, False),
+    _Form(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL, False),
+)
+_MARKS = {  # parameters that only layers of an RWKV have
+    *(name for form in _FORMS for name in form.parameters), "time_faaaa", "time_maa_k", "spatial_decay", "spatial_mix_k",
+}  # fmt: skip
+
+
+def _arguments(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _difference(module: nn.Module, form: _Form) -> str | None:
     """None where the layer computes, on random values and tokens, what the fused one does; else what differs."""
-    cls, spec, draw = type(module), _KINDS[kind], torch.Generator("cpu").manual_seed(0)
-    own = {name: module._parameters[name] for name in spec.parameters}
-    inner, outer = (own[spec.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
+    cls, draw = type(module), torch.Generator("cpu").manual_seed(0)
+    shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
+    inner, outer = (shapes[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
 
-    stand_ins = {name: _Pick(outer, inner, draw) for name in spec.children} | {"output": _Pick(inner, outer, draw)}
+    stand_ins = {name: _Pick(outer, inner, draw) for name in form.children} | {"output": _Pick(inner, outer, draw)}
     twin = cls.__new__(cls)
     twin.__dict__.update(
         module.__dict__,
-        _parameters={name: normal(*p.shape) for name, p in own.items()},
+        _parameters={name: normal(*shape) for name, shape in shapes.items()},
         _modules={name: stand_ins.get(name, child) for name, child in module._modules.items()},
     )
     x, states = normal(2, 5, outer), [None]
-    if spec.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
-        states.append([normal(2, width, getattr(module, "layer_id", 0) + 1) for width in (outer, outer, inner, inner, inner)])
+    if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
+        states.append([normal(2, width, int(module.layer_id) + 1) for width in (outer, outer, inner, inner, inner)])
         states[1][3].exp_()
 
     def run(forward, state):
-        if not spec.state:
+        if not form.state:
             return [forward(twin, x)]
         out, state = forward(twin, x, state=state and [s.clone() for s in state])
         return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
@@ -261,91 +247,65 @@ def _difference(module: nn.Module, kind: str) -> str | None:
     what = "its forward does not run on random values"
     try:
         with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
-            theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls.forward) else cls.forward
+            theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
             wanted = [t for state in states for t in run(theirs, state)]
             what = "RWKV-4's forward does not take its parameters"
-            twin.__class__ = _fused_class(cls, kind)
-            found = [t for state in states for t in run(spec.fused.forward, state)]
-            same = (
-                a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, wanted, strict=True)
-            )
-            return None if all(same) else "its forward computes something else than RWKV-4's"  # transformers scans in float32
+            twin.__class__ = swapped_class(form.fused, cls)
+            found = [t for state in states for t in run(form.fused.forward, state)]
+            for a, b in zip(found, wanted, strict=True):
+                if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-4):  # transformers scans in float32
+                    return "its forward computes something else than RWKV-4's"
     except Exception as error:  # of code that is not ours, on values that it may not expect
         return f"{what} ({type(error).__name__}: {error})"
+    return None
 
 
-_MARKS = (  # parameters that only layers of an RWKV have
-    *_SCAN, "time_mix_k", "time_mix_r", "time_mix_key", "time_mix_receptance", "time_faaaa", "time_maa_k", "spatial_decay",
-    "spatial_mix_k",
-)  # fmt: skip
+def _unlike(module: nn.Module, form: _Form) -> str | None:
+    """None where the layer is of this form in all, else why not."""
+    own = {name for name, p in module._parameters.items() if p is not None}
+    trained = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    extra = sorted(own.difference(form.parameters) | trained.difference(form.children))
+    missing = sorted(set(form.children).difference(module._modules))
+    if extra or missing:
+        return f"beside RWKV-4's parts it has {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
+    theirs, ours = (_arguments(cls.forward)[1:] for cls in (type(module), form.fused))
+    if theirs != ours:
+        return f"its forward takes ({', '.join(theirs)}), RWKV-4's ({', '.join(ours)})"
+    return _difference(module, form)
 
 
-def _choose(module: nn.Module) -> tuple[str | None, str]:
-    """(kind, by what) or (None, why not)."""
-    if isinstance(module, _Fused):
-        return None, "accelerated already"
+def _calls_run_cuda(cls: type[nn.Module]) -> bool:
+    return isinstance(cls.forward, types.FunctionType) and "RUN_CUDA" in cls.forward.__code__.co_names
+
+
+def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
+    """What the layer becomes, if anything, and why not more than that; (None, "") where nothing is of an RWKV."""
+    own = dict(module.named_parameters(recurse=False))
+    if _MARKS.isdisjoint(own) or isinstance(module, TimeMix | ChannelMix | Swapped):
+        return None, ""
     if isinstance(module, torch.jit.ScriptModule):
         return None, "compiled by TorchScript, which keeps its code: set RWKV_JIT_ON=0"
     if "forward" in vars(module):
-        return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model first"
-    forward, found = type(module).forward, {name for name, p in module._parameters.items() if p is not None}
-    trained = {name for name, child in module._modules.items() if child is not None and any(True for _ in child.parameters())}
+        return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model before"
     why = "of another RWKV than RWKV-4, or another form of it"
-    for kind, spec in _KINDS.items():
-        scans = not found.isdisjoint(_SCAN)
-        if not found.issuperset(spec.parameters) or scans is not spec.scans:
-            continue
-        extra = sorted((found - set(spec.parameters)) | (trained - set(spec.children)))
-        missing = sorted(set(spec.children) - set(module._modules))
-        if not extra and not missing:
-            difference = _difference(module, kind)
-            if difference is None:
-                return kind, spec.by
-            why = difference
-        else:
-            why = f"beside RWKV-4's parts it has {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
-    if found.issuperset(_SCAN) and all(module._parameters[n].dim() == 1 for n in _SCAN) and _calls_run_cuda(forward):
-        theirs = forward.__globals__.get(_CALL)
-        if theirs is RUN_CUDA:
-            return None, f"its RUN_CUDA is this package's already; the rest: {why}"
-        arguments = len(inspect.signature(theirs).parameters) if callable(theirs) else 7
-        if arguments in (7, 8):
-            return _CALL, f"RUN_CUDA alone: {why}"
-        why = f"its RUN_CUDA takes {arguments} arguments, RWKV-4's 7, or 8 with a state"
-    return None, why
+    for form in _FORMS:
+        if ("time_decay" in own) is ("time_decay" in form.parameters) and own.keys() >= set(form.parameters):
+            found = _unlike(module, form)
+            if found is None:
+                return form.fused, ""
+            why = found
+    scan = [own.get(name) for name in _SCAN]
+    if any(p is None or p.dim() != 1 for p in scan) or not _calls_run_cuda(type(module)):
+        return None, why
+    theirs = type(module).forward.__globals__.get("RUN_CUDA")
+    if theirs is RUN_CUDA:
+        return None, f"its RUN_CUDA is this package's already; the rest: {why}"
+    if callable(theirs) and len(_arguments(theirs)) not in (7, 8):
+        return None, f"its RUN_CUDA takes {len(_arguments(theirs))} arguments, RWKV-4's 7, or 8 with a state"
+    return _Call, f"but for its call of RUN_CUDA: {why}"
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Report:
-    """What :func:`accelerate` did; ``print`` it.
-
-    Attributes:
-        replaced: (name in the model, class, what is fused) of every layer that was replaced.
-        left: (name, class, why) of every layer of an RWKV that was not.
-    """
-
-    replaced: tuple[tuple[str, str, str], ...]
-    left: tuple[tuple[str, str, str], ...]
-
-    def __str__(self) -> str:
-        lines = []
-        for title, entries in (("replaced", self.replaced), ("left", self.left)):
-            groups: dict[tuple[str, str], list[str]] = {}
-            for name, cls, text in entries:
-                groups.setdefault((cls, text), []).append(name or "(the model itself)")
-            lines.append(f"{title}: {len(entries)}")
-            for (cls, text), names in groups.items():
-                shown = names if len(names) <= 3 else [names[0], "...", names[-1]]
-                lines.append(f"  {len(names)} {cls} ({', '.join(shown)}): {text}")
-        return "\n".join(lines)
-
-
-def _check_model(model):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -356,10 +316,10 @@ def accelerate(model: nn.Module) -> Report:
     time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
     ReLU. A layer is replaced only if its own forward, run on a few random tokens with cheap stand-ins for its projections,
     gives what the fused one gives. One that has more than RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this
-    file for that call. The report names every other layer of an RWKV, and why it was left.
+    file for that call, and its own code otherwise. The report names every other layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
-    its class (of a subclass ``Fused...`` made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
+    its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
     on working, as do ``generate`` and its state. :func:`restore` undoes it.
 
     What differs, with transformers:
@@ -377,7 +337,8 @@ def accelerate(model: nn.Module) -> Report:
             ``forward``) or compiled.
 
     Returns:
-        A :class:`Report` of what was replaced, what was left and why. A UserWarning says if nothing of an RWKV was found.
+        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), with those of which only
+        the call of RUN_CUDA was replaced. A second call changes nothing more.
 
     Raises:
         TypeError: model is no module.
@@ -387,39 +348,43 @@ def accelerate(model: nn.Module) -> Report:
     Example:
         >>> import torch
         >>> from sdit_kernels.compat import rwkv
-        >>> from sdit_kernels.nn import TimeMix
-        >>> class RWKV_TimeMix(TimeMix):  # a stand-in: RWKV-LM's names of parameters
+        >>> class ChannelMix(torch.nn.Module):  # as RWKV-LM has it
+        ...     def __init__(self, C):
+        ...         super().__init__()
+        ...         self.time_mix_k, self.time_mix_r = (torch.nn.Parameter(torch.rand(1, 1, C)) for _ in range(2))
+        ...         self.key, self.receptance, self.value = (torch.nn.Linear(C, C, bias=False) for _ in range(3))
         ...     def forward(self, x):
-        ...         return super().forward(x)
-        >>> model = torch.nn.Sequential(RWKV_TimeMix(8))
+        ...         last = torch.nn.functional.pad(x, (0, 0, 1, -1))
+        ...         k, r = (x * m + last * (1 - m) for m in (self.time_mix_k, self.time_mix_r))
+        ...         return torch.sigmoid(self.receptance(r)) * self.value(torch.relu(self.key(k)) ** 2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), ChannelMix(8))
         >>> print(rwkv.accelerate(model))
-        replaced: 1
-          1 RWKV_TimeMix (0): token shift; wkv and gate
-        left: 0
-        >>> rwkv.restore(model)
+        RWKV: 1 replaced, 0 left as they were
+          1  ChannelMix: fused
+        >>> rwkv.restore(model).replaced
+        (('1', 'ChannelMix'),)
     """
-    _check_model(model)
-    replaced, left = [], []
-    for name, module in model.named_modules():
-        if not any(mark in module._parameters for mark in _MARKS):
-            continue
-        cls = type(module)
-        kind, text = _choose(module)
-        if kind is None:
-            left.append((name, cls.__name__, text))
-        else:
-            module.__class__ = _fused_class(cls, kind)
-            replaced.append((name, cls.__name__, text))
-    if not replaced and not left:
-        warnings.warn("accelerate found no layer of an RWKV: none has parameters of its names", stacklevel=2)
-    return Report(tuple(replaced), tuple(left))
+    rest = []
+
+    def choose(module):
+        cls, why = _choose(module)
+        if cls is None:
+            return why or None
+        rest.append(why)
+        return cls
+
+    report = swap("RWKV", model, (), choose)
+    return report._replace(left=report.left + tuple(Left(*entry, why) for entry, why in zip(report.replaced, rest) if why))
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module) -> Report:
     """Undo :func:`accelerate`: every layer computes as its own class says.
 
     Args:
-        model: a module that was accelerated; layers that were not are left alone.
+        model: what was given to ``accelerate``, or a part, copy or unpickled copy of it; changed in place.
+
+    Returns:
+        A report as that of ``accelerate``; ``replaced`` are the layers that run their own code again.
 
     Raises:
         TypeError: model is no module.
@@ -427,9 +392,7 @@ def restore(model: nn.Module) -> None:
     Example:
         >>> import torch
         >>> from sdit_kernels.compat.rwkv import restore
-        >>> restore(torch.nn.Linear(1, 1))
+        >>> restore(torch.nn.Linear(1, 1)).replaced
+        ()
     """
-    _check_model(model)
-    for module in model.modules():
-        if isinstance(module, _Fused):
-            module.__class__ = module._original
+    return swap_back("RWKV", model, (_Fused, _Call))
