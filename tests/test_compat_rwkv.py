@@ -17,7 +17,7 @@ import sdit_kernels
 from sdit_kernels.compat import rwkv
 from sdit_kernels.compat.rwkv import RUN_CUDA as FUSED
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def loop(w, u, k, v, aa=None, bb=None, pp=None):
@@ -83,7 +83,7 @@ def test_run_cuda_is_the_loop(B, T, C, dtype, seed, given):
         "wukvs", torch.autograd.grad(loss, over), torch.autograd.grad(wanted_loss, over, materialize_grads=True)
     ):
         assert found.dtype == ours.dtype
-        limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+        limit = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
         assert (found - ours).abs().max() <= limit * ours.abs().max() + limit, name
 
 
@@ -419,6 +419,7 @@ def test_the_call_alone():
     assert RUN_CUDA.__module__ == __name__
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(x), model(x))
+    assert torch.equal(torch.compile(model, backend="aot_eager")(x), model(x))
     rwkv.restore(model)
     assert type(layer) is MorePartsAndCall
 

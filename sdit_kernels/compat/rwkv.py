@@ -163,8 +163,10 @@ class _Call(Swapped):
 
     _original: type[nn.Module]
 
-    def forward(self, *args, **kwargs):
-        return _with_run_cuda(self._original.forward)(self, *args, **kwargs)
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
+        cls.forward = torch.compiler.disable(_with_run_cuda(cls._original.forward))
 
 
 @functools.cache
@@ -220,23 +222,9 @@ def _arguments(function: Callable) -> list[str]:
 def _difference(module: nn.Module, form: _Form) -> str | None:
     """None where the layer computes, on random values and tokens, what the fused one does; else what differs."""
     cls, draw = type(module), torch.Generator("cpu").manual_seed(0)
-    shapes = {name: p.shape for name, p in module._parameters.items() if p is not None}
-    inner, outer = (shapes[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
-
-    stand_ins = {name: _Pick(outer, inner, draw) for name in form.children} | {"output": _Pick(inner, outer, draw)}
-    twin = cls.__new__(cls)
-    twin.__dict__.update(
-        module.__dict__,
-        _parameters={name: normal(*shape) for name, shape in shapes.items()},
-        _modules={name: stand_ins.get(name, child) for name, child in module._modules.items()},
-    )
-    x, states = normal(2, 5, outer), [None]
-    if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
-        states.append([normal(2, width, int(module.layer_id) + 1) for width in (outer, outer, inner, inner, inner)])
-        states[1][3].exp_()
 
     def run(forward, state):
         if not form.state:
@@ -246,6 +234,16 @@ def _difference(module: nn.Module, form: _Form) -> str | None:
 
     what = "its forward does not run on random values"
     try:
+        parameters = {name: normal(*p.shape) for name, p in module._parameters.items() if p is not None}
+        inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
+        stand_ins = {name: _Pick(outer, inner, draw) for name in form.children} | {"output": _Pick(inner, outer, draw)}
+        modules = {name: stand_ins.get(name, child) for name, child in module._modules.items()}
+        twin = cls.__new__(cls)
+        twin.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
+        x, states = normal(2, 5, outer), [None]
+        if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
+            states.append([normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)])
+            states[1][3].exp_()
         with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
             theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
             wanted = [t for state in states for t in run(theirs, state)]
@@ -316,7 +314,7 @@ def accelerate(model: nn.Module) -> Report:
     time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
     ReLU. A layer is replaced only if its own forward, run on a few random tokens with cheap stand-ins for its projections,
     gives what the fused one gives. One that has more than RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this
-    file for that call, and its own code otherwise. The report names every other layer of an RWKV, and why it was left.
+    file for that call, and its own code otherwise (``torch.compile`` leaves it out of its graph). The report names every other layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
     its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
