@@ -27,7 +27,7 @@ bench: peers
 
 peers: .venv/installed
 	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib
-	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 snntorch==1.0.0
+	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 snntorch==1.0.0 fla-core==0.6.0
 
 # A torch with GPU support brings the Triton that fits it; only a CPU build of torch needs one beside it.
 .venv/installed: setup.py pyproject.toml Makefile

@@ -8,13 +8,9 @@ of the output say PASS or FAIL, and a FAIL is also the exit status (except with 
 """
 
 import functools
-import json
-import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -243,57 +239,6 @@ def overhead(args, settings):
     return "Overhead of a call, (4, 8) fp32", rows
 
 
-FIRST_CALL = """
-import sys, time
-import torch
-device, contestant, *shape = sys.argv[1:]
-x = torch.randn(*map(int, shape)).to(device).requires_grad_()
-torch.randn(8, 8, device=device) @ torch.randn(8, 8, device=device)
-start = time.perf_counter()
-from sdit_kernels import lif, reference
-imported = time.perf_counter()
-if contestant != "lif":
-    lif = torch.compile(reference.lif)
-y = lif(x)
-y.flatten()[0].item()
-forward = time.perf_counter()
-y.backward(torch.ones_like(y))
-x.grad.flatten()[0].item()
-print("[%.6f, %.6f, %.6f]" % (imported - start, forward - start, time.perf_counter() - start))
-"""
-
-
-def first_call(args, settings):
-    """A fresh process: seconds from `import torch` done to the first result, import of sdit_kernels included"""
-    x = current(T, 1 << 12, device=args.device)
-    agree("lif", lif, reference.lif, x, torch.randn_like(x))
-    samples = {}
-    contestants = (("lif", 1 if args.quick else 3), ("torch.compile(plain loop)", 0 if args.quick else 1))
-    for contestant, repeats in contestants:
-        for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                caches = dict.fromkeys(("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), folder)
-                environment = os.environ | caches | {"PYTHONPATH": str(harness.ROOT)}
-                command = [sys.executable, "-c", FIRST_CALL, args.device, contestant, *map(str, (T, *SHAPE))]
-                for state in ("cold", "compiled code cached"):
-                    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-                    if done.returncode:
-                        samples[contestant, state] = done.stderr.strip().splitlines()[-1][:80]
-                    else:
-                        samples.setdefault((contestant, state), []).append(json.loads(done.stdout))
-    rows = []
-    for (contestant, state), runs in samples.items():
-        row = {"name": contestant, "state": state}
-        if isinstance(runs, str):
-            rows.append(row | {"note": f"skipped: {runs}"})
-            continue
-        columns = zip(("import_s", "forward_s", "forward_and_backward_s"), zip(*runs))
-        rows.append(
-            row | {key: statistics.median(values) for key, values in columns} | {"processes": len(runs), "runs_s": runs}
-        )
-    return f"First call in a fresh process, T={T}, {SHAPE}, fp32", rows
-
-
 def scaling(args, settings):
     """Cost against work: T at fixed N, and N at fixed T"""
     last = 18 if args.quick else 24
@@ -382,7 +327,7 @@ def memory(args, settings):
     return "Bytes kept for the backward pass, fp32", rows
 
 
-SECTIONS = {f.__name__: f for f in (peers, rate, bandwidth, overhead, first_call, scaling, memory)}
+SECTIONS = {f.__name__: f for f in (peers, rate, bandwidth, overhead, scaling, memory)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SDiT against its plain form: repeat, SpikingJelly's LIFNode, the eager loop over tokens, concatenations.
 
-    python perf/bench_sdit.py --json perf/results/sdit.json
+    python perf/bench_sdit.py --json perf/results/sdit.json --plot perf/results/sdit_profile.png
     python perf/bench_sdit.py --only training --quick
 
 The plain form is what the research code computes, with the ops its users have, and stays as it is: B copies of the
@@ -8,9 +8,12 @@ reconstruction tokens appended to those of the image, four copies of every curre
 is written out below, on the weights of the model it is compared with, and must agree with it in float64 before any time counts.
 """
 
+import contextlib
 import copy
 import functools
+import os
 import pathlib
+import re
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -22,9 +25,13 @@ from perf import harness
 from perf.bench_wkv import eager_loop
 from perf.harness import Contestant, check, compare, goal, missing, ratio
 from sdit import PRESETS, SDiT
+from sdit.sample import sample
 from sdit_kernels import reference
 
 PRESET = "fashion_mnist"
+BATCHES = (1, 8, 32, 64)
+FIGURE = "perf/results/sdit_profile.png"
+FORMS = ("ours", "ours, bf16 autocast", "plain", "plain, bf16 autocast")
 
 
 # ---- the plain form --------------------------------------------------------------------------------------------------
@@ -57,6 +64,11 @@ class Plain(torch.nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model, self.lif = copy.deepcopy(model), lif_node(model.config.v_threshold)
+
+    config = property(lambda self: self.model.config)
+
+    def frozen(self):
+        return contextlib.nullcontext()
 
     def rate(self, x):
         return self.lif(x.unsqueeze(0).repeat(self.model.config.T, 1, 1, 1)).mean(0)
@@ -125,32 +137,65 @@ def agree(args):
     return {"fp64_max_abs_error": error["max_abs_error"]}
 
 
-def training(args, settings):
-    """A training step: forward, mean squared error, backward, AdamW"""
-    error = agree(args)
-    model, inputs = case(args.device, args.batch)
+def forms(model):
+    """(name, model, dtype of autocast) of each contestant, on weights of its own."""
+    for name in FORMS:
+        own = Plain(model) if name.startswith("plain") else copy.deepcopy(model)
+        yield name, own, torch.bfloat16 if "bf16" in name else None
+
+
+def autocast(args, dtype):
+    return torch.autocast(args.device, dtype=dtype, enabled=dtype is not None)
+
+
+def training_steps(args, batch, extra, known=None):
+    """``known``: {name: bytes kept per sample} of a smaller batch, to skip what would not fit into this machine's memory."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    model, inputs = case(args.device, batch)
     target = torch.randn(model.config.out_channels, *inputs[0].shape[2:], device=args.device)
 
-    def contestant(name, model, dtype=None):
+    def contestant(name, model, dtype):
+        needed = batch * (known or {}).get(name, 0)
+        if args.device == "cpu" and needed > memory / 4:
+            return Contestant(
+                name, skip=f"keeps {needed / 2**30:.0f} GiB for the backward pass", extra={"batch": batch, **extra}
+            )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
         def forward():
-            with torch.autocast(args.device, dtype=dtype, enabled=dtype is not None):
+            with autocast(args, dtype):
                 return model(*inputs)
 
-        kept = harness.saved_bytes(forward, exclude=[*model.parameters(), *inputs])[0] // args.batch
-        extra = {"saved_per_sample_bytes": kept, **error}
-        return Contestant(name, lambda: step(model, inputs, target, optimizer, dtype), extra=extra)
+        kept = harness.saved_bytes(forward, exclude=[*model.parameters(), *inputs])[0] // batch
+        return Contestant(
+            name,
+            lambda: step(model, inputs, target, optimizer, dtype),
+            extra={"batch": batch, "saved_per_sample_bytes": kept, **extra},
+        )
 
-    rows = compare(
-        [
-            contestant("ours", copy.deepcopy(model)),
-            contestant("ours, bf16 autocast", copy.deepcopy(model), torch.bfloat16),
-            contestant("plain", Plain(model)),
-            contestant("plain, bf16 autocast", Plain(model), torch.bfloat16),
-        ],
-        **settings,
-    )
+    return [contestant(*form) for form in forms(model)]
+
+
+def sampling_steps(args, batch, stack, extra):
+    """Inside ``stack`` what the weights alone determine is computed once."""
+    model, inputs = case(args.device, batch)
+
+    def contestant(name, model, dtype):
+        model.eval()
+        stack.enter_context(model.frozen())
+
+        def run():
+            with torch.no_grad(), autocast(args, dtype):
+                return model(*inputs)
+
+        return Contestant(name, run, extra={"batch": batch, **extra})
+
+    return [contestant(*form) for form in forms(model)]
+
+
+def training(args, settings):
+    """A training step: forward, mean squared error, backward, AdamW"""
+    rows = compare(training_steps(args, args.batch, agree(args)), **settings)
     ours, bf16, plain, plain_bf16 = rows
     goal("training step fp32, times plain fp32", plain["ratio"], 1.8)
     goal("training step bf16, times plain fp32", plain["median_s"] / bf16["median_s"], 4)
@@ -163,31 +208,127 @@ def training(args, settings):
 
 def sampling(args, settings):
     """A sampling step: a forward pass without gradients, the weights frozen"""
-    model, inputs = case(args.device, args.batch)
-    model.eval()
-    frozen = model.frozen()
-    frozen.__enter__()
-
-    def contestant(name, model, dtype=None):
-        def run():
-            with torch.no_grad(), torch.autocast(args.device, dtype=dtype, enabled=dtype is not None):
-                return model(*inputs)
-
-        return Contestant(name, run)
-
-    rows = compare(
-        [
-            contestant("ours", model),
-            contestant("ours, bf16 autocast", model, torch.bfloat16),
-            contestant("plain", Plain(model)),
-            contestant("plain, bf16 autocast", Plain(model), torch.bfloat16),
-        ],
-        **settings,
-    )
-    frozen.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        rows = compare(sampling_steps(args, args.batch, stack, {}), **settings)
     goal("sampling step fp32, times plain fp32", ratio(rows, "plain"), 1.6)
     goal("sampling step bf16, times plain fp32", rows[2]["median_s"] / rows[1]["median_s"], 4)
     return f"{PRESET}, batch {args.batch}", rows
+
+
+def image(args, settings):
+    """One whole image: noise to pixels in 50 steps of DPM-Solver++, batch 1"""
+    model, _ = case(args.device, 1)
+    draw = functools.partial(sample, labels=[3], sampler="dpm++")
+    double = copy.deepcopy(model).double()
+    error = check("image", draw(double, steps=2), draw(Plain(double), steps=2), 0, 1e-6)
+    del double
+    steps = 3 if args.quick else 50
+
+    def contestant(name, model, dtype):
+        def run():
+            with autocast(args, dtype):
+                return draw(model, steps=steps)
+
+        return Contestant(name, run, extra={"steps": steps, "fp64_max_abs_error": error["max_abs_error"]})
+
+    rows = compare([contestant(*form) for form in forms(model)], **settings | {"rounds": min(settings["rounds"], 3)})
+    goal("one image fp32, times plain fp32", ratio(rows, "plain"), 1.6)
+    return f"{PRESET}, 50 steps", rows
+
+
+def batches(args, settings):
+    """The same steps at other batch sizes; images a second"""
+    rows, sizes, known = [], BATCHES[:2] if args.quick else BATCHES, {}
+    for batch in sizes:
+        few = settings | {"rounds": min(settings["rounds"], 2 if batch > 16 else 3)}
+        rows += compare(training_steps(args, batch, {"step": "training"}, known), **few)
+        known = {row["name"]: row["saved_per_sample_bytes"] for row in rows[-4:] if "saved_per_sample_bytes" in row} or known
+        with contextlib.ExitStack() as stack:
+            rows += compare(sampling_steps(args, batch, stack, {"step": "sampling"}), **few)
+    for row in rows:
+        if "median_s" in row:
+            row["images_per_second"] = row["batch"] / row["median_s"]
+    slowest = min(plain["ratio"] for plain in rows[2::4] if "ratio" in plain)
+    goal("fp32, the least of all batches, times plain fp32", slowest, 1)
+    return f"{PRESET}, batch {sizes[0]} to {sizes[-1]}", rows
+
+
+# ---- where the time goes ---------------------------------------------------------------------------------------------
+
+GROUPS = {  # of torch.profiler's names; the first that fits
+    "matrix products": r"aten::(addmm_?|b?mm|baddbmm|\w*linear\w*|\w*conv(olution|[123]d)\w*|mkldnn\w*)",
+    "sdit_kernels: neurons": r"sdit_kernels::lif.*",
+    "sdit_kernels: scan": r"sdit_kernels::wkv.*",
+    "sdit_kernels: norm, shift, mixes": r"sdit_kernels::token_shift.*",
+    "sdit_kernels: squared ReLU": r"sdit_kernels::relu_squared.*",
+    "copies, fills, concatenations": r"aten::(copy_|cat|fill_|zero_|clone|repeat|_to_copy|stack|constant_pad_nd)",
+    "optimizer": r".*(adamw|Optimizer).*",
+    "elementwise, reductions, norms": r"(aten::.*|Spik.*|\w*[Aa]tan\w*)",
+    "autograd and Python": r".*",
+}
+VIEWS = r"aten::(\w*view\w*|t|transpose|permute|expand\w*|slice\w*|select\w*|narrow|chunk|split\w*|unbind|unsqueeze|squeeze|" \
+    r"as_strided\w*|empty\w*|to|detach|resize_|result_type|reshape|is_\w+|item|lift_fresh|contiguous)"  # fmt: skip
+
+
+def group(name):
+    """The row of GROUPS that an op of the profiler belongs to; views and allocations are the host's work."""
+    if re.fullmatch(VIEWS, name):
+        return "autograd and Python"
+    return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
+
+
+def profile(args, settings):
+    """Where a training step spends its time, by torch.profiler: plain (before) and ours (after)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows = []
+    for c in training_steps(args, args.batch, {}):
+        steps = 1 if args.quick or c.name.startswith("plain") else 3  # events of a plain step fill gigabytes
+        c.fn()
+        with profile(activities=[ProfilerActivity.CPU]) as found:
+            for _ in range(steps):
+                c.fn()
+        seconds = dict.fromkeys(GROUPS, 0.0)
+        for event in found.key_averages():
+            seconds[group(event.key)] += event.self_cpu_time_total / 1e6 / steps
+        total = sum(seconds.values())
+        rows += [
+            {"name": c.name, "group": title, "self_s": took, "percent_of_step": 100 * took / total}
+            for title, took in seconds.items()
+            if took
+        ]
+    share = next(r["percent_of_step"] for r in rows if (r["name"], r["group"]) == ("ours", "matrix products"))
+    goal("matrix products, share of the fp32 step", share, 80, " %")
+    if args.plot:
+        plot_profile(args.plot, rows)
+    return f"{PRESET}, batch {args.batch}", rows
+
+
+def plot_profile(path, rows):
+    """A bar for each form, as long as its step, in the colours of the groups."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 3), layout="constrained")
+    colors = ("#0072B2", "#009E73", "#56B4E9", "#F0E442", "#CC79A7", "#D55E00", "#000000", "#E69F00", "#999999")
+    names = [FORMS[i] for i in (2, 0, 3, 1)]
+    left = dict.fromkeys(names, 0.0)
+    for title, color in zip(GROUPS, colors):
+        widths = [sum(r["self_s"] for r in rows if r["name"] == name and r["group"] == title) for name in names]
+        axes.barh(names, widths, left=list(left.values()), color=color, label=title, height=0.62)
+        left = {name: start + width for (name, start), width in zip(left.items(), widths)}
+    for name, total in left.items():
+        products = next(r for r in rows if r["name"] == name and r["group"] == "matrix products")["percent_of_step"]
+        axes.text(total, name, f"  {products:.0f} % products", va="center", fontsize=8)
+    axes.set_xlim(0, 1.25 * max(left.values()))
+    axes.invert_yaxis()
+    axes.set(xlabel="seconds of a training step, by torch.profiler")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    figure.savefig(harness._folder_of(path), dpi=150)
+    pyplot.close(figure)
 
 
 def add_arguments(parser):
@@ -196,7 +337,7 @@ def add_arguments(parser):
 
 
 def main():
-    sections = {"training": training, "sampling": sampling}
+    sections = {"training": training, "sampling": sampling, "image": image, "batches": batches, "profile": profile}
 
     def with_rounds(section):
         def run(args, settings):  # a step takes seconds
@@ -205,7 +346,7 @@ def main():
         run.__doc__ = section.__doc__
         return run
 
-    return harness.run(__doc__, {k: with_rounds(v) for k, v in sections.items()}, add_arguments=add_arguments)
+    return harness.run(__doc__, {k: with_rounds(v) for k, v in sections.items()}, figure=FIGURE, add_arguments=add_arguments)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ class MixCase(NamedTuple):
     mixes: int = 1
     norm: bool = False
     C: int = SHAPE[-1]
+    autocast: bool = False  # results in bf16, whatever x is
 
     @property
     def op(self):
@@ -130,10 +131,20 @@ MIX_CASES = (
     MixCase("1 mix, norm", norm=True),
     MixCase("2 mixes, norm", 2, True),
     MixCase("3 mixes, norm", 3, True),
+    MixCase("3 mixes, norm, bf16 results", 3, True, autocast=True),
     MixCase("3 mixes, C=8192", 3, C=8192),
     MixCase("3 mixes, norm, C=8192", 3, True, 8192),
 )
-PEER_CASES = tuple(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16))
+
+
+class FlaCase(NamedTuple):
+    """A call of flash-linear-attention's fused_recurrent_rwkv4."""
+
+    variant: str = "serial"
+    op: str = "fla"
+
+
+PEER_CASES = (*(Case(f"T={T}", "spikingjelly", T=T) for T in (4, 16)), FlaCase())
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -222,6 +233,7 @@ def _mix(case: MixCase, dtype, target):
     from sdit_kernels.triton import mix
 
     x, dx, *outs = (torch.empty(*SHAPE[:2], case.C, dtype=dtype) for _ in range(2 + case.mixes))
+    outs = [out.bfloat16() for out in outs] if case.autocast else outs
     mixes, eps = torch.empty(case.mixes, case.C), 1e-6 if case.norm else None
     with gpu_code.launches(target) as found, _forgetting():
         if case.mixes:
@@ -251,7 +263,24 @@ def _forgetting():
         forget()
 
 
-def _peer(case: Case, dtype, target):
+def _fla(case: FlaCase, dtype, target):
+    """The same of flash-linear-attention's RWKV-4: its launchers, which take and return a state."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it sees no GPU
+        import fla.ops.rwkv4.fused_recurrent as peer
+
+    from perf import gpu_code
+
+    k, v, (w, u) = *(torch.empty(SHAPE, dtype=dtype) for _ in range(2)), torch.empty(2, SHAPE[-1])
+    with gpu_code.launches(target) as found:
+        out, states = peer.fused_recurrent_rwkv4_forward(w, u, k, v, torch.empty(SHAPE[0], 3, 1, SHAPE[-1]))
+        peer.fused_recurrent_rwkv4_backward(w, u, k, v, states, out, states[:, :, -1:])
+    return found
+
+
+def _spikingjelly(case: Case, dtype, target):
     """The same of SpikingJelly's LIF: its launchers, talked out of their look at the device."""
     import spikingjelly._ops.lif.triton as peer
 
@@ -335,6 +364,16 @@ def _wkv_part(case: WkvCase, found: dict, arguments: dict) -> dict:
     return {"name": name + role, "count": count, "tokens": tokens, "floor": floor}
 
 
+def _fla_part(case: FlaCase, found: dict, arguments: dict) -> dict:
+    """The same of a launch of fla, whose loop walks over tokens, some of them unrolled; beside the floor of our serial call.
+    It writes the state after every token and, going back, reads it, in fp32 as it stands after its concatenation."""
+    name, size = found["kernel"].removesuffix("_kernel"), arguments["k_ptr"].element_size()
+    backward = "backward" in name
+    count = max(found["loops"], key=lambda loop: loop["instructions"])
+    tokens = round(count["bytes"] / (5 * size + 12 if backward else 6 * size))
+    return {"name": f"fla {name}", "count": count, "tokens": tokens, "floor": (5 if backward else 3) * size + 12 / 16}
+
+
 def _spiking_part(case: SpikingCase, found: dict, arguments: dict) -> dict:
     """The same of a spiking_wkv launch, per element of k. A rate's gradient, which all steps read, counts once."""
     name, T = found["kernel"].removesuffix("_kernel"), case.T
@@ -363,6 +402,7 @@ def _mix_part(case: MixCase, found: dict, arguments: dict) -> dict:
     what a cache has (the token and gradients that the next run reads too; a token's channels again in the same program; mixes;
     sums of a norm), and the sums over tokens that a program leaves behind all its runs."""
     name, size, M = found["kernel"].removesuffix("_kernel"), arguments["x_ptr"].element_size(), case.mixes
+    mixed = 2 if case.autocast else size  # of a result, or of its gradient
     backward, values = "backward" in name, arguments["BC"] * arguments.get("BR", 1) // found["threads"]
     whole = {key: found[key] for key in ("instructions", "bytes", "special")}
     if name.startswith("relu"):
@@ -371,14 +411,14 @@ def _mix_part(case: MixCase, found: dict, arguments: dict) -> dict:
         M = arguments["M"]
         count = {"instructions": 0, "bytes": 0, "special": {}}
         for i, loop in enumerate(found["loops"]):  # sum, sum of squares, products with the gradients: unrolled by the compiler
-            read = size if i < 2 else size + 2 * M * size + 4 * M
+            read = size if i < 2 else size + 2 * M * mixed + 4 * M
             count = _more_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
-        again = (size + M * size + 4 * M if M else 0) + size
+        again = (size + M * mixed + 4 * M if M else 0) + size
         count["bytes"] -= values * again
         name = f"{name} ({'backward' if M else 'forward'})"
-        return {"name": name, "count": count, "tokens": values, "floor": (1 + M) * size, "widths": set(found["loads"])}
+        return {"name": name, "count": count, "tokens": values, "floor": size + M * mixed, "widths": set(found["loads"])}
     run, normed, count = arguments["RUN"], arguments["NORM"] == 2, whole
-    again = (1 + backward * M) * size + (run + backward) * 4 * M
+    again = size + backward * M * mixed + (run + backward) * 4 * M
     if backward:  # a loop over the tokens of a run, of which the compiler may have taken some out, or put several in one turn
         body = max(found["loops"], key=lambda loop: loop["instructions"])
         stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (found, body))
@@ -386,7 +426,7 @@ def _mix_part(case: MixCase, found: dict, arguments: dict) -> dict:
         again += 4 * M
     scalars = normed * 4 * ((4 if backward else 2) * run + 2)
     count = count | {"bytes": count["bytes"] - values * again - scalars}
-    floor = (1 + M + backward) * size
+    floor = (1 + backward) * size + M * mixed
     widths = {*found["loads"], *found["stores"]} - ({32} if normed else set())
     return {"name": name, "count": count, "tokens": run * values, "floor": floor, "widths": widths}
 
@@ -417,15 +457,16 @@ def _calls(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _part_row(case: WkvCase | SpikingCase | MixCase, compiled, arguments) -> dict:
+def _part_row(case: WkvCase | SpikingCase | MixCase | FlaCase, compiled, arguments) -> dict:
     from perf import gpu_code
 
     found = gpu_code.inspect(compiled)
     part = PARTS[case.op](case, found, arguments)
+    channels = arguments["BLOCK_SIZE_C" if case.op == "fla" else "BC"]
     keys = ("registers", "spills", "spill_bytes", "shared", "warps_resident", "warps_max", "limited_by", "loads", "stores")
     data = next((arguments[n].dtype for n in ("k_ptr", "x_ptr") if n in arguments), torch.float32)
     row = {"kernel": part["name"], "variant": case.variant, "data": "fp32" if data == torch.float32 else "bf16"}
-    row |= {"target": found["target"], "neurons_per_thread": arguments["BC"] * arguments.get("BR", 1) / found["threads"]}
+    row |= {"target": found["target"], "neurons_per_thread": channels * arguments.get("BR", 1) / found["threads"]}
     row |= {k: found[k] for k in keys} | {"scalar_spills": found.get("scalar_spills")}
     widths = part.get("widths") or {*found["loads"], *found["stores"]}
     row |= {"narrowest": min(widths), "bytes_per_element": None, "floor": None}
@@ -508,22 +549,24 @@ def _whole(found: dict, neurons: float, case: Case, size: int, backward: bool) -
 
 
 LAUNCHES = {"wkv": _wkv, "spiking_wkv": _spiking, "mix": _mix}
-PARTS = {"wkv": _wkv_part, "spiking_wkv": _spiking_part, "mix": _mix_part}
+PARTS = {"wkv": _wkv_part, "spiking_wkv": _spiking_part, "mix": _mix_part, "fla": _fla_part}
+PEERS = {"spikingjelly": _spikingjelly, "fla": _fla}
 
 
 def rows_of(target: str, cases=CASES + WKV_CASES + SPIKING_CASES + MIX_CASES + PEER_CASES) -> list[dict]:
-    """A row for every kernel that the cases launch on one target; SpikingJelly's, where they cannot be had, have a `note`."""
-    rows, missing = [], harness.missing("spikingjelly")
+    """A row for every kernel that the cases launch on one target; a peer's, where they cannot be had, have a `note`."""
+    rows = []
     for case in cases:
         for name, dtype in TYPES.items():
-            if case.op == "spikingjelly":
-                try:
-                    found = _peer(case, dtype, target) if not missing else []
-                    reason = missing
-                except Exception as error:  # another library, of any version
-                    found, reason = [], f"{type(error).__name__}: {error}"
+            if case.op in PEERS:
+                found, reason = [], harness.missing(case.op)
+                if not reason:
+                    try:
+                        found = PEERS[case.op](case, dtype, target)
+                    except Exception as error:  # another library, of any version
+                        reason = f"{type(error).__name__}: {error}"
                 if not found:
-                    row = {"kernel": "spikingjelly", "variant": case.variant, "data": name, "target": target}
+                    row = {"kernel": case.op, "variant": case.variant, "data": name, "target": target}
                     rows.append(row | {"note": f"skipped: {reason}"})
             else:
                 found = LAUNCHES.get(case.op, _ours)(case, dtype, target)
@@ -549,9 +592,11 @@ def is_ours(row: dict) -> bool:
 
 
 def stem_of(row: dict) -> str:
-    """SpikingJelly's stand with those that they are compared with."""
+    """A peer's stand with those that they are compared with."""
     if row["kernel"].startswith(MIX):
         return "mix"
+    if row["kernel"].startswith("fla"):
+        return "wkv"
     return next((stem for stem in ("wkv", "spiking_wkv") if row["kernel"].startswith(stem)), "lif")
 
 
@@ -618,7 +663,7 @@ TITLE = """# The {stem} kernels as compiled
 
 Compiler output, read from machine code. **Nothing here was run and no time was measured**; no GPU took part.
 
-`{command}`, {date}, torch {torch}, Triton {triton}, SpikingJelly {spikingjelly}, commit {commit}.
+`{command}`, {date}, torch {torch}, Triton {triton}, SpikingJelly {spikingjelly}, fla-core {fla-core}, commit {commit}.
 
 {verdict}
 """
@@ -642,6 +687,8 @@ How to read it:
 - Two-way backward kernels read one exponent of the tile beside (0.5 bytes) above their floor.
 - *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of k, and which is the
   largest; arithmetic on paper, not a prediction.
+- `fla`: flash-linear-attention's fused_recurrent_rwkv4 with its own launch settings. It writes the state after every token and
+  reads it again going back; the copy that it makes of all states in between is not in these figures.
 - For comparison: RWKV's CUDA forward kernel has 33 instructions per token on sm_90 with fast math, 72 without, 5 of them
   special; its backward kernel keeps 48 KiB of local memory per thread.
 """
@@ -711,7 +758,7 @@ def verdict(rows: list[dict]) -> str:
 def markdown(rows: list[dict], facts: dict) -> str:
     versions = facts["versions"]
     commit = f"{facts['commit']}{' with changes' if facts['dirty'] else ''}"
-    versions = {k: versions[k] or "(not installed)" for k in ("torch", "triton", "spikingjelly")}
+    versions = {k: versions[k] or "(not installed)" for k in ("torch", "triton", "spikingjelly", "fla-core")}
     words = {"command": f"python {facts['command']}", "date": facts["date"], "commit": commit, "verdict": verdict(rows)}
     stem = stem_of(rows[0])
     text = TITLE.format(stem=stem.upper(), **words, **versions) + NOTES[stem]
@@ -752,10 +799,11 @@ def main(arguments=None) -> int:
     from perf import gpu_code
 
     targets = args.target or (QUICK_TARGETS if args.quick else gpu_code.TARGETS)
-    cases = [c for c in CASES + PEER_CASES if not args.quick or c.T == 4 and not c.v and c.parameters != "scalar"]
+    cases = [c for c in CASES + PEER_CASES[:-1] if not args.quick or c.T == 4 and not c.v and c.parameters != "scalar"]
     cases = cases if args.stem in (None, "lif") else []
     if args.stem in (None, "wkv"):
         cases += WKV_CASES[1:2] if args.quick else WKV_CASES
+        cases += PEER_CASES[-1:]
     if args.stem in (None, "spiking_wkv"):
         cases += SPIKING_CASES[1:2] if args.quick else SPIKING_CASES
     if args.stem in (None, "mix"):

@@ -378,6 +378,13 @@ class _Mix(torch.nn.Module):
         self.channels, self.layer, self.layers, self.norm_eps = channels, layer, layers, norm_eps
         self.neuron = neuron
 
+    def _shift(self, x, *mixes, last=None):
+        """Mixed tokens as the matrix products want them, under autocast in its dtype."""
+        device = x.device.type
+        cast = x.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else None
+        return token_shift(x, *mixes, norm_eps=self.norm_eps, last=last, dtype=dtype)
+
     def _curve(self, exponent):
         """(c / C)^exponent of channel c."""
         return (torch.arange(self.channels, dtype=torch.float64) / self.channels) ** exponent
@@ -500,7 +507,7 @@ class TimeMix(_Mix):
 
     def project(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The first of three parts of ``forward``, for those who put them together differently: keys, values, receptances."""
-        xk, xv, xr = token_shift(x, self.time_mix_k, self.time_mix_v, self.time_mix_r, norm_eps=self.norm_eps, last=last)
+        xk, xv, xr = self._shift(x, self.time_mix_k, self.time_mix_v, self.time_mix_r, last=last)
         return self.key(xk), self.value(xv), self.receptance(xr)
 
     def scan(self, k: Tensor, v: Tensor, r: Tensor, state=None, return_state: bool = False):
@@ -588,7 +595,7 @@ class ChannelMix(_Mix):
         self._check_call(x, residual)
         if state is not None and not isinstance(state, Tensor):
             raise TypeError(f"state must be None or what an earlier call returned, the last token, got {type(state).__name__}")
-        xk, xr = token_shift(x, self.time_mix_k, self.time_mix_r, norm_eps=self.norm_eps, last=state)
+        xk, xr = self._shift(x, self.time_mix_k, self.time_mix_r, last=state)
         out = self._output(self.value(relu_squared(self.key(xk))), residual, self.receptance(xr))
         return (out, _last(x, state)) if return_state else out
 

@@ -17,7 +17,7 @@ from perf import compile_report  # noqa: E402
 from perf.compile_report import Case, MixCase, WkvCase, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
 
 FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
-FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly"))
+FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly", "fla-core"))
 
 
 TARGETS = ("cuda:90", "hip:gfx942")
@@ -66,13 +66,14 @@ def test_a_launch_is_what_the_launcher_says():
     assert lif._warps.cache_info().currsize == 0  # nothing of the target is remembered
 
 
-def test_a_peer_is_compiled_or_its_absence_explained():
-    rows = rows_of("cuda:90", [Case("T=4", "spikingjelly")])
-    if importlib.util.find_spec("spikingjelly") is None:
-        assert [row["note"] for row in rows] == ["skipped: spikingjelly is not installed (make peers)"] * 2
+@pytest.mark.parametrize("case", [Case("T=4", "spikingjelly"), compile_report.FlaCase()], ids=lambda case: case.op)
+def test_a_peer_is_compiled_or_its_absence_explained(case):
+    rows = rows_of("cuda:90", [case])
+    if importlib.util.find_spec(case.op) is None:
+        assert [row["note"] for row in rows] == [f"skipped: {case.op} is not installed (make peers)"] * 2
     assert all("note" in row or row["bytes_per_element"] > row["floor"] for row in rows)
     assert faults(rows) == []  # no business of the check
-    assert "spikingjelly" in markdown(rows, FACTS)
+    assert case.op in markdown(rows, FACTS)
 
 
 def test_floor():
@@ -126,18 +127,20 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
 
 def test_mix_no_spills_bytes_at_the_floor():
     cases = [MixCase("relu_squared", 0), MixCase("1 mix"), MixCase("3 mixes, norm, C=8192", 3, True, 8192)]
+    cases.append(MixCase("2 mixes, bf16 results", 2, autocast=True))
     rows = rows_of_all(TARGETS, cases, jobs=2)
     found = [row for row in rows if "(call)" not in row["kernel"]]
-    assert len(found) == 32  # 2 targets, 2 dtypes, forward and backward; the last case with two kernels each
+    assert len(found) == 40  # 2 targets, 2 dtypes, forward and backward; C=8192 with two kernels each
     assert faults(rows) == []
     for row in found:
         assert row["spills"] == row["spill_bytes"] == 0, row
         size, backward = {"fp32": 4, "bf16": 2}[row["data"]], "backward" in row["kernel"]
-        mixes = 3 if "3" in row["variant"] else "1" in row["variant"]
-        passes = 2 + backward if not mixes else 1 + mixes + backward
+        mixes = next((n for n in (1, 2, 3) if row["variant"].startswith(str(n))), 0)
+        mixed = 2 if "bf16 results" in row["variant"] else size
+        moved = size + mixes * mixed + backward * size if mixes else (2 + backward) * size
         if "stats" in row["kernel"]:
-            passes = 1 + backward * mixes
-        assert row["bytes_per_element"] == row["floor"] == passes * size, row
+            moved = size + backward * mixes * mixed
+        assert row["bytes_per_element"] == row["floor"] == moved, row
         assert row["instructions_per_step"] < 80, row
     calls = {(row["kernel"], row["data"]): row for row in rows if row not in found}
     forward, backward = (calls[f"token_shift_{direction} (call)", "fp32"] for direction in ("forward", "backward"))

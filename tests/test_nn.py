@@ -7,6 +7,7 @@ import io
 import math
 import pickle
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -754,6 +755,9 @@ def test_mixing_layers_compile_and_run_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net[0](x, residual=x)
         assert out.dtype == torch.float32 and net[0](x).dtype == torch.bfloat16
+        with mock.patch("torch.nn.functional.linear", side_effect=torch.nn.functional.linear) as products:
+            net(x)
+    assert len(products.mock_calls) == 7 and all(call.args[0].dtype == torch.bfloat16 for call in products.mock_calls)
     out.sum().backward()
 
 

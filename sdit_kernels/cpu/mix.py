@@ -128,10 +128,11 @@ def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PA
 
 
 @functools.cache
-def _forward_kernel(X, NORM):
+def _forward_kernel(X, O, NORM):
+    """X, O: dtypes of x and of the outputs; so below, where O is that of the upstream gradients."""
     S = state_code(X)
-    xb, sb = SIZES[X], SIZES[S]
-    V, W, V1, W1 = kind(X, _LANES), kind(S, _LANES), kind(X, 1), kind(S, 1)
+    xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
+    V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
     def token_shift(rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
         eps = num(eps_, S)
@@ -147,17 +148,17 @@ def _forward_kernel(X, NORM):
                 elif n == task * _RUN:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 _normalise(row, now, C, eps, NORM, X, S)
-                _mix(now, before, mixes, outs, n * C * xb, M, C, V, W, V1, W1)
+                _mix(now, before, mixes, outs, n * C * ob, M, C, V, W, V1, W1)
                 now, before = before, now
 
-    return Kernel(token_shift, f"token_shift_{X}{NORM:d}")
+    return Kernel(token_shift, f"token_shift_{X}{O}{NORM:d}")
 
 
 @functools.cache
-def _backward_kernel(X, NORM, PARAMETERS):
+def _backward_kernel(X, O, NORM, PARAMETERS):
     S = state_code(X)
-    xb, sb = SIZES[X], SIZES[S]
-    V, W, V1, W1 = kind(X, _LANES), kind(S, _LANES), kind(X, 1), kind(S, 1)
+    xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
+    V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
     def token_shift_backward(
         rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
@@ -174,7 +175,7 @@ def _backward_kernel(X, NORM, PARAMETERS):
                 b = n // L
                 t = n - b * L
                 row = x + (b * x_b + t * x_l) * xb
-                g = (b * g_b + t * g_l) * xb
+                g = (b * g_b + t * g_l) * ob
                 if t == 0:
                     scale = _normalise(last + b * last_b * xb, before, C, eps, NORM, X, S)
                     if dlast != 0:
@@ -183,12 +184,12 @@ def _backward_kernel(X, NORM, PARAMETERS):
                 elif n == task * run:
                     _normalise(row - x_l * xb, before, C, eps, NORM, X, S)
                 scale = _normalise(row, now, C, eps, NORM, X, S)
-                after = g + g_l * xb if t + 1 < L else -1
+                after = g + g_l * ob if t + 1 < L else -1
                 _mix_backward(now, before, mixes, gs, g, after, d, total, M, C, True, PARAMETERS, V, W, V1, W1)
                 _normalise_backward(d, now, scale, dx + n * C * xb, C, NORM, X, S)
                 now, before = before, now
 
-    return Kernel(token_shift_backward, f"token_shift_backward_{X}{NORM:d}{PARAMETERS:d}")
+    return Kernel(token_shift_backward, f"token_shift_backward_{X}{O}{NORM:d}{PARAMETERS:d}")
 
 
 @functools.cache
@@ -248,7 +249,7 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     last, placed = _placed(x, last)
     addresses = np.array([out.data_ptr() for out in outs])
     work = torch.empty((-(-B * L // _RUN), 2, C), dtype=state_dtype(x.dtype))
-    kernel = _forward_kernel(CODES[x.dtype], norm_eps is not None)
+    kernel = _forward_kernel(CODES[x.dtype], CODES[outs[0].dtype], norm_eps is not None)
     kernel(
         x.numel() * len(outs), B * L, L, C, len(outs), *placed, mixes.data_ptr(), addresses.ctypes.data, work.data_ptr(),
         norm_eps or 0.0,
@@ -267,7 +268,7 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     state = state_dtype(x.dtype)
     sums = torch.empty((tasks, M, C), dtype=state) if parameters else None
     work = torch.empty((tasks, 3, C), dtype=state)
-    kernel = _backward_kernel(CODES[x.dtype], norm_eps is not None, parameters)
+    kernel = _backward_kernel(CODES[x.dtype], CODES[gs[0].dtype], norm_eps is not None, parameters)
     kernel(
         2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, *gs[0].stride()[:2],
         dx.data_ptr(), 0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(),

@@ -26,19 +26,19 @@ def _kernels(backend):
 # --- token_shift ------------------------------------------------------------------------------------------------------------
 
 
-def _shift_outputs(x, mixes):
-    return tuple(memory.empty_contiguous(x.shape if i < mixes.shape[0] else (0,), x.dtype, x) for i in range(MIXES))
+def _shift_outputs(x, mixes, dtype):
+    return tuple(memory.empty_contiguous(x.shape if i < mixes.shape[0] else (0,), dtype, x) for i in range(MIXES))
 
 
-def _shift(x, last, mixes, norm_eps, backend):
-    outs = _shift_outputs(x, mixes)
+def _shift(x, last, mixes, norm_eps, dtype, backend):
+    outs = _shift_outputs(x, mixes, dtype)
     if x.numel():
         _kernels(backend).token_shift_forward(x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]])
     return outs
 
 
-def _shift_fake(x, last, mixes, norm_eps, backend):
-    return _shift_outputs(x, mixes)
+def _shift_fake(x, last, mixes, norm_eps, dtype, backend):
+    return _shift_outputs(x, mixes, dtype)
 
 
 def _shift_backward_outputs(x, last, mixes, parameters):
@@ -72,7 +72,7 @@ def _shift_backward_fake(*args):
 
 
 def _shift_save(ctx, inputs, output):
-    x, last, mixes, ctx.norm_eps, ctx.backend = inputs
+    x, last, mixes, ctx.norm_eps, _, ctx.backend = inputs
     ctx.save_for_backward(x, last, mixes)
     ctx.set_materialize_grads(False)
 
@@ -82,13 +82,14 @@ def _shift_gradient(ctx, *gs):
     gs = [g if i < mixes.shape[0] else None for i, g in enumerate(gs)]  # compiled graphs pass zeros for empty outputs
     needs = ctx.needs_input_grad
     if not any(g is not None for g in gs):
-        return (None,) * 5
+        return (None,) * 6
     found = _shift_backward_call(*gs, x, last, mixes, ctx.norm_eps, needs[2], ctx.backend)
-    return *(d if need else None for d, need in zip(found, needs)), None, None
+    return *(d if need else None for d, need in zip(found, needs)), None, None, None
 
 
 _shift_call = register(
-    f"token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, str backend) -> ({', '.join(['Tensor'] * MIXES)})",
+    "token_shift(Tensor x, Tensor? last, Tensor mixes, float? norm_eps, ScalarType dtype, str backend) -> "
+    f"({', '.join(['Tensor'] * MIXES)})",
     _shift,
     _shift_fake,
     batch_axes=(0, 0, None),
@@ -171,7 +172,13 @@ def _check_mix(name, m, x):
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {m.device}")
 
 
-def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: Tensor | None = None) -> tuple[Tensor, ...]:
+def token_shift(
+    x: Tensor,
+    *mixes: Tensor,
+    norm_eps: float | None = None,
+    last: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
     r"""RWKV's token shift, fused with the LayerNorm before it: every token mixed, channel by channel, with the one before it.
 
     For every mix vector m, in one pass over x::
@@ -189,9 +196,11 @@ def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: 
         norm_eps: None, or the eps of a LayerNorm over C without affine parameters, in front of the shift.
         last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is raw, as
             x is, before the norm: to cut a sequence into slices, give each slice the ``x[..., -1, :]`` of the slice before.
+        dtype: of the results; None: x's. bfloat16 or float16 beside float32 x spares matrix products under autocast the
+            casts that they would make, which move more bytes than this op does; upstream gradients then are in it too.
 
     Returns:
-        A tuple with one tensor per mix, x's shape and dtype, contiguous; a tuple for a single mix too. Gradients reach x, the
+        A tuple with one tensor per mix, x's shape, contiguous; a tuple for a single mix too. Gradients reach x, the
         mixes and last.
 
     Raises:
@@ -233,12 +242,17 @@ def token_shift(x: Tensor, *mixes: Tensor, norm_eps: float | None = None, last: 
             raise TypeError(f"last must have the dtype of x, {x.dtype}, got {last.dtype}; cast it: last.to({x.dtype})")
         if last.device != x.device:
             raise ValueError(f"last must be on the device of x, {x.device}, got {last.device}")
+    if dtype is None:
+        dtype = x.dtype
+    elif dtype != x.dtype and not (x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
+        narrower = ", bfloat16 or float16" if x.dtype == torch.float32 else ""
+        raise TypeError(f"dtype must be None or that of x, {x.dtype}{narrower}, got {dtype!r}")
     backend = dispatch.choose(x.device.type)
     if backend == "reference":
-        return reference.token_shift(x, *mixes, norm_eps=norm_eps, last=last)
-    dtype = state_dtype(x.dtype)
-    stacked = torch.stack([m.reshape(-1).to(dtype) for m in mixes])
-    return tuple(_shift_call(x, last, stacked, None if norm_eps is None else float(norm_eps), backend))[: len(mixes)]
+        return reference.token_shift(x, *mixes, norm_eps=norm_eps, last=last, dtype=dtype)
+    state = state_dtype(x.dtype)
+    stacked = torch.stack([m.reshape(-1).to(state) for m in mixes])
+    return tuple(_shift_call(x, last, stacked, None if norm_eps is None else float(norm_eps), dtype, backend))[: len(mixes)]
 
 
 def relu_squared(x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def token_shift_forward_kernel(
         for m in tl.static_range(M):
             mix = tl.load(mixes_ptr + m * C + cols, mask=cols < C, other=0.0)
             out = normal[i + 1] * mix + normal[i] * (1.0 - mix)
-            tl.store(outs[m] + (b * L + t) * C + cols, out.to(x_ptr.dtype.element_ty), mask=mask & (t < L))
+            tl.store(outs[m] + (b * L + t) * C + cols, out.to(outs[m].dtype.element_ty), mask=mask & (t < L))
 
 
 @triton.jit
@@ -222,10 +222,11 @@ def relu_squared_backward_kernel(
 class _Shift:
     """What both passes share: x, last and the mixes as the kernels take them, and tiles of one 16-byte access per thread.
 
-    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``.
+    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``. ``mixed``: one
+    of the outputs, or of the upstream gradients: the bulk of what is moved.
     """
 
-    def __init__(self, x, last, mixes, norm_eps, run, live, gs=()):
+    def __init__(self, x, last, mixes, norm_eps, run, live, mixed, gs=()):
         self.x = sequences(x)
         self.last = None if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
         self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
@@ -237,7 +238,7 @@ class _Shift:
         self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
         self.upstream = self.gs[0].stride()[:2] if gs else (0, 0)
         self.stats = None
-        values = 16 // x.dtype.itemsize
+        values = 16 // mixed.dtype.itemsize
         whole = triton.next_power_of_2(self.C)
         fits = whole <= min(_WHOLE, 1024 * values)
         fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
@@ -271,7 +272,7 @@ class _Shift:
 
 def token_shift_forward(x, last, mixes, norm_eps, outs):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
-    s = _Shift(x, last, mixes, norm_eps, _RUN, len(outs))
+    s = _Shift(x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
     s.find_stats()
     programs = triton.cdiv(s.runs, s.BR) * triton.cdiv(s.C, s.BC)
     s.launch(
@@ -282,7 +283,8 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
 
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
-    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, same_strides([sequences(g) for g in gs]))
+    gs = same_strides([sequences(g) for g in gs])
+    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, gs[0], gs)
     s.find_stats()
     blocks, tiles = triton.cdiv(s.C, s.BC), triton.cdiv(s.runs, s.BR)
     group = triton.cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
