@@ -7,7 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,10 @@ class _Fused(Swapped):
     layer_id: int
 
     def _shift(self, x, last, *names):
-        return token_shift(x, *(_as_wide(getattr(self, name), x) for name in names), last=last)
+        device = x.device.type
+        cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else None  # what the projections would cast to
+        return token_shift(x, *(_as_wide(getattr(self, name), x) for name in names), last=last, dtype=dtype)
 
     def _scan(self, xk, xv, xr, state, return_state):
         """``state``: None or RWKV's aa, bb, pp, and so is what comes back beside the output."""
@@ -219,9 +222,10 @@ def _arguments(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _difference(module: nn.Module, form: _Form) -> str | None:
+def _difference(module: Any, form: _Form) -> str | None:
     """None where the layer computes, on random values and tokens, what the fused one does; else what differs."""
-    cls, draw = type(module), torch.Generator("cpu").manual_seed(0)
+    cls: Any = type(module)
+    draw = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
@@ -240,10 +244,12 @@ def _difference(module: nn.Module, form: _Form) -> str | None:
         modules = {name: stand_ins.get(name, child) for name, child in module._modules.items()}
         twin = cls.__new__(cls)
         twin.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
-        x, states = normal(2, 5, outer), [None]
+        x = normal(2, 5, outer)
+        states: list[Any] = [None]
         if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
-            states.append([normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)])
-            states[1][3].exp_()
+            given = [normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)]
+            given[3].exp_()
+            states.append(given)
         with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
             theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
             wanted = [t for state in states for t in run(theirs, state)]
@@ -314,7 +320,8 @@ def accelerate(model: nn.Module) -> Report:
     time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
     ReLU. A layer is replaced only if its own forward, run on a few random tokens with cheap stand-ins for its projections,
     gives what the fused one gives. One that has more than RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this
-    file for that call, and its own code otherwise (``torch.compile`` leaves it out of its graph). The report names every other layer of an RWKV, and why it was left.
+    file for that call and is its own otherwise (``torch.compile`` leaves it out of its graph). The report names every other
+    layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
     its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go

@@ -8,6 +8,7 @@ import importlib
 import math
 import numbers
 import warnings
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ def _wants_gradient(*tensors):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):

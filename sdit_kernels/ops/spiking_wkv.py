@@ -1,6 +1,7 @@
 """spiking_wkv: the public function and the operators ``sdit_kernels::spiking_wkv*`` behind it."""
 
 import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from .wkv import _check_flag, _check_state, _check_tokens, _plain
 
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):

@@ -1,6 +1,7 @@
 """wkv and its one-token step: the public functions and the operators ``sdit_kernels::wkv*`` behind them."""
 
 import importlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def _brief(values):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):
