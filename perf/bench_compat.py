@@ -87,12 +87,12 @@ def rwkv_step(args, settings):
 
 
 def rwkv_layer(args, settings):
-    """One time mix of the 169M model, L = 512, forward and backward"""
+    """One time mix of the size of the 169M model's, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
     if missing("transformers"):
         return what, skipped(what)
     theirs, ours = (
-        m.rwkv.blocks[0].attention for m in rwkv_pair(args.device, vocab_size=8, hidden_size=768, num_hidden_layers=1)
+        m.rwkv.blocks[0].attention for m in rwkv_pair(args.device, vocab_size=8, hidden_size=768, num_hidden_layers=2)
     )
     x = torch.randn(2, 512, 768, device=args.device)
 
