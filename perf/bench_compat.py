@@ -50,25 +50,21 @@ def step(model, *inputs, **arguments):
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-def against_theirs(name, theirs, ours, run, args, settings, what, extra=()):
-    """Check, then time and weigh one of each kind."""
+def against_theirs(name, theirs, ours, run, args, settings, products=None):
+    """Check, then time and weigh one of each kind; ``products``: what the matrix products alone cost both."""
     error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
     forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
     kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
-    rows = contest(
-        [
-            Contestant("accelerated", lambda: run(ours), extra={"saved_bytes": kept[1]} | error),
-            Contestant("transformers", lambda: run(theirs), extra={"saved_bytes": kept[0]}),
-            *extra,
-        ],
-        args, settings, "accelerated",
-    )  # fmt: skip
-    goal(f"{what}, times transformers", ratio(rows, "transformers"), 5)
-    return rows
+    contestants = [
+        Contestant("accelerated", lambda: run(ours), extra={"saved_bytes": kept[1]} | error),
+        Contestant("transformers", lambda: run(theirs), extra={"saved_bytes": kept[0]}),
+    ]
+    if products:
+        contestants.append(Contestant("the matrix products of both", products))
+    return contest(contestants, args, settings, "accelerated")
 
 
-def skipped(what):
-    goal(f"{what}, times transformers", None, 5)
+def skipped():
     return [{"name": name, "note": f"skipped: {missing('transformers')}"} for name in ("accelerated", "transformers")]
 
 
@@ -76,21 +72,24 @@ def rwkv_step(args, settings):
     """A whole model, L = 512: loss, forward and backward; the bytes that a forward pass keeps"""
     what = "rwkv model (2, 512), 4 layers of 256 channels, forward+backward"
     if missing("transformers"):
-        return what, skipped(what)
+        goal(f"{what}, times transformers", None, 5)
+        return what, skipped()
     theirs, ours = rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4)
     ids = torch.randint(256, (2, 512), device=args.device)
 
     def run(model, backward=True):
         return step(model, ids, labels=ids) if backward else model(ids, labels=ids).loss
 
-    return what, against_theirs("model", theirs.train(), ours.train(), run, args, settings, what)
+    rows = against_theirs("model", theirs.train(), ours.train(), run, args, settings)
+    goal(f"{what}, times transformers", ratio(rows, "transformers"), 5)
+    return what, rows
 
 
 def rwkv_layer(args, settings):
     """One time mix of the size of the 169M model's, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
     if missing("transformers"):
-        return what, skipped(what)
+        return what, skipped()
     theirs, ours = (
         m.rwkv.blocks[0].attention for m in rwkv_pair(args.device, vocab_size=8, hidden_size=768, num_hidden_layers=2)
     )
@@ -99,14 +98,19 @@ def rwkv_layer(args, settings):
     def run(layer, backward=True):
         return step(layer, x) if backward else layer(x)[0]
 
-    return what, against_theirs("time mix", theirs, ours, run, args, settings, what)
+    def products():
+        y = ours.output(ours.key(x) + ours.value(x) + ours.receptance(x))
+        return torch.autograd.grad(y, [p for p in ours.parameters() if p.dim() == 2], y)
+
+    return what, against_theirs("time mix", theirs, ours, run, args, settings, products)
 
 
 def rwkv_decode(args, settings):
     """Inference: a prompt of 512 tokens with its state, and 16 tokens one by one from there, batch of one"""
     title = "rwkv, 4 layers of 256 channels, batch 1"
     if missing("transformers"):
-        return title, skipped("rwkv inference of 512 tokens")
+        goal("rwkv token by token, times transformers", None, 0.9)
+        return title, skipped()
     theirs, ours = (m.eval() for m in rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4))
     ids = torch.randint(256, (1, 528), device=args.device)
 
@@ -129,7 +133,6 @@ def rwkv_decode(args, settings):
          Contestant("transformers", lambda: prompt(theirs), extra={"what": "prompt"})],
         args, settings, "accelerated",
     )  # fmt: skip
-    goal("rwkv inference of 512 tokens, times transformers", ratio(rows, "transformers"), 5)
     error = check("decode", decode(ours, first.state), decode(theirs, second.state), rtol=1e-3, atol=1e-4)
     rows += contest(
         [Contestant("accelerated", lambda: decode(ours, first.state), extra={"what": "16 tokens"} | error),
