@@ -406,7 +406,8 @@ class _Settings(Settings, total=False):
     spike_dtype: torch.dtype | None
 
 
-_No, _Yes = Literal[False], Literal[True]
+_No = Literal[False]
+_Yes = Literal[True]
 
 
 @overload
