@@ -114,7 +114,7 @@ class _Fused(Swapped):
     def _shift(self, x, last, *names):
         mixes = [_as_wide(getattr(self, name), x) for name in names]
         if last is not None and x.shape[1] == 1 and all(m.dtype == x.dtype for m in mixes):
-            return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # nothing to fuse: 5 us, the operator's call costs 80
+            return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # as in _step
         device = x.device.type
         cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if cast else None  # what the projections would cast to
@@ -123,15 +123,32 @@ class _Fused(Swapped):
     def _scan(self, xk, xv, xr, state, return_state):
         """``state``: None or RWKV's aa, bb, pp, and so is what comes back beside the output."""
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
-        if state is not None:
-            state = wkv_state_from_rwkv(*(s.to(state_dtype(k.dtype)) for s in state))
         w, u = _as_wide(self.time_decay, k), _as_wide(self.time_first, k)
+        if state is not None:
+            state = [s.to(state_dtype(k.dtype)) for s in state]
+            if k.shape[1] == 1:
+                y, state = _step(w, u, k, v, r, *state)
+                return self.output(y), state
+            state = wkv_state_from_rwkv(*state)
         y = wkv(w, u, k, v, r=r, state=state, return_state=return_state)
         y, state = y if return_state else (y, None)
         return self.output(y), None if state is None else wkv_state_to_rwkv(*state)
 
     def _gate(self, xk, xr):
         return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
+
+
+def _step(w, u, k, v, r, aa, bb, pp):
+    """A single token, (B, 1, C), on RWKV's own state, (B, C): there is nothing to fuse, and a call of wkv, with the state put
+    into its form and back, takes twice as long."""
+    k_, v_, r_ = (t[:, 0].to(aa.dtype) for t in (k, v, r))
+    bonus, decayed = u.to(aa.dtype) + k_, pp - torch.exp(w.to(aa.dtype))
+    o = torch.maximum(pp, bonus)
+    old, now = torch.exp(pp - o), torch.exp(bonus - o)
+    y = torch.sigmoid(r_) * (old * aa + now * v_) / (old * bb + now)
+    o = torch.maximum(decayed, k_)
+    old, now = torch.exp(decayed - o), torch.exp(k_ - o)
+    return y.to(k.dtype).unsqueeze(1), (old * aa + now * v_, old * bb + now, o)
 
 
 def _row(state, layer, like):
@@ -330,10 +347,10 @@ def accelerate(model: nn.Module) -> Report:
     Known are those of Hugging Face transformers (``RwkvSelfAttention``, ``RwkvFeedForward``; 4.29 to 5.24 and on) and those
     of RWKV-LM (``RWKV_TimeMix``, ``RWKV_ChannelMix``) with its many copies, whatever their classes are called. Fused are, per
     time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
-    ReLU. A layer is replaced only if its own forward, run on a few random tokens with cheap stand-ins for its projections,
-    gives what the fused one gives. One that has more than RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this
-    file for that call and is its own otherwise (``torch.compile`` leaves it out of its graph). The report names every other
-    layer of an RWKV, and why it was left.
+    ReLU. A single token with a state runs as plain PyTorch, but for that ReLU. A layer is replaced only if its own forward, run
+    on a few random tokens with cheap stand-ins for its projections, gives what the fused one gives. One that has more than
+    RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this file for that call and is its own otherwise
+    (``torch.compile`` leaves it out of its graph). The report names every other layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
     its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
@@ -344,8 +361,8 @@ def accelerate(model: nn.Module) -> Report:
           the CPU does that, their CUDA kernel does not. With float64 weights the scan is float64, theirs float32.
         - One token after another with a state (``generate`` with a cache) is right for every batch size. Theirs is for a batch
           of one only: with B > 1 it gives logits of shape (B, B, vocabulary), mixed across the batch.
-        - The state is theirs, five tensors written to in place, but of the scan's three (num, den, max) den is 1: num e^max
-          and den e^max are the same. States can be handed from one to the other.
+        - The state is theirs, five tensors written to in place, but of the scan's three (num, den, max) den is 1 after more
+          than one token: num e^max and den e^max are the same. States can be handed from one to the other.
         - Gradients flow through the state; with ``use_cache=True`` theirs raise an error in the backward pass.
         - Their CUDA kernel is not used, nor its limit to ``context_length`` tokens. ``attention_mask`` is ignored, as theirs.
 
