@@ -4,7 +4,6 @@ A module stays the object it is, so that names, hooks, parameters, buffers, cont
 not be told. It gets a class derived from its own, so that ``isinstance`` holds as before.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -44,11 +43,16 @@ class Swapped(torch.nn.Module):
         return _rebuild, (type(self)._mixin, type(self)._original), *rest
 
 
-@functools.cache
+_classes: dict[tuple[type, type], type] = {}
+
+
 def swapped_class(mixin: type, original: type) -> type:
-    """``original`` with the methods of ``mixin``, under its own name."""
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    return type(original.__name__, (mixin, original), names | {"_mixin": mixin, "_original": original})
+    """``original`` with the methods of ``mixin``, under its own name; the same class each time."""
+    if (mixin, original) not in _classes:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        body = names | {"_mixin": mixin, "_original": original}
+        _classes[mixin, original] = type(original.__name__, (mixin, original), body)
+    return _classes[mixin, original]
 
 
 def _rebuild(mixin, original):
