@@ -15,8 +15,9 @@ The arms that run without --arm are the two variants, initial values and setting
 
 What is measured, of the averaged weights where there are such: the objective on 2,000 test images, with the same noise and
 times for all arms, and its mean squared error when no label is given; firing rates, and how many neurons (channels of a layer)
-never fire on those images; the share of generated images that a support vector machine trained on real ones takes for the label
-asked for (``label_found``).
+never fire on those images. Of generated images: Frechet distance from the test images and label accuracy in the features of the
+package's classifier where it knows the data; else the share that a support vector machine trained on real ones takes for the
+label asked for (``label_found``). An objective is only comparable among arms of one ``prediction``.
 """
 
 import argparse
@@ -39,10 +40,12 @@ from sklearn.svm import SVC
 import sdit.train
 from perf import harness
 from sdit import PRESETS, SDiT
+from sdit.checkpoint import save
 from sdit.cli import field_values
 from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
 from sdit.diffusion import STEPS, draw, training_loss
+from sdit.evaluate import features, frechet_distance, label_accuracy, load_classifier
 from sdit.model import Rate
 from sdit.sample import sample, save_grid
 from sdit.train import TrainSettings, train
@@ -54,6 +57,7 @@ PARTS = {  # of the initial values: names of parameters
     "condition": r"^(time|labels)\.",
     "smooth": r"^smooth\.",
 }
+SAMPLING, GUIDANCE = 25, (1.0, 1.5)
 FIELDS = [{field.name for field in dataclasses.fields(cls)} for cls in (Config, TrainSettings)]
 ARMS = ["variant=faithful", "variant=improved", "variant=faithful settings=improved", "variant=improved settings=faithful"]
 ARMS += [f"old={part}" for part in PARTS]
@@ -145,8 +149,39 @@ def objective(model, test):
 
 def generate(model, n, guidance, bf16):
     labels = torch.arange(n) % model.config.num_classes
+    sampler = "euler" if model.config.prediction == "flow" else "dpm++"
     with torch.autocast("cpu", dtype=torch.bfloat16) if bf16 else nullcontext():
-        return sample(model, labels, sampler="dpm++", guidance=guidance, clip=True, batch_size=100), labels
+        images = sample(model, labels, sampler=sampler, steps=SAMPLING, guidance=guidance, clip=True, batch_size=100)
+    return images, labels
+
+
+def judge(data, test, n):
+    """(a function from images and labels to measures, {measure of real images}), the latter of the test split, of n images of
+    the train split, and of those n with every other one mirrored."""
+    if data.name == load_classifier().dataset:
+        classifier = load_classifier()
+        real = features(classifier, test.images)
+
+        def measure(images, labels):
+            found = features(classifier, to_uint8(images).permute(0, 2, 3, 1))
+            distance, accuracy = frechet_distance(found, real), label_accuracy(classifier, found, labels)
+            return {"frechet_distance": round(distance, 3), "label_accuracy": round(accuracy, 4)}
+
+        found = {"label_accuracy_test": round(label_accuracy(classifier, real, test.labels), 4)}
+        images = data.images[:n].permute(0, 3, 1, 2) / 127.5 - 1
+        half = images.clone()
+        half[::2] = images[::2].flip(3)
+        for name, x in (("train", images), ("train_half_mirrored", half)):
+            found |= {f"{what}_{name}": value for what, value in measure(x, data.labels[:n]).items()}
+        return measure, found | {"images_train": n}
+
+    machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
+
+    def measure(images, labels):
+        return {"label_found": round(machine.score(to_uint8(images).flatten(1).numpy() / 255, labels.numpy()), 4)}
+
+    real = machine.score(test.images[:2000].flatten(1).numpy() / 255, test.labels[:2000].numpy())
+    return measure, {"label_found_real": real}
 
 
 def main():
@@ -161,15 +196,16 @@ def main():
     p.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="write all rows; those that it has are kept, and not run again"
     )
-    p.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="save the generated images here")
+    p.add_argument(
+        "--keep", type=pathlib.Path, metavar="FOLDER", help="save the models, and grids of the generated images, here"
+    )
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
     torch.set_num_threads(1)  # CPU time of several threads counts their waiting
 
     name = PRESETS[args.preset].dataset
     data, test = load(name), load(name, split="test")
-    machine = SVC(C=5).fit(data.images[:8000].flatten(1).numpy() / 255, data.labels[:8000].numpy())
-    real = machine.score(test.images[:2000].flatten(1).numpy() / 255, test.labels[:2000].numpy())
+    measure, real = judge(data, test, args.images) if args.images else (None, {})
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
     for words in ARMS if args.arm is None else args.arm:
@@ -183,18 +219,22 @@ def main():
         row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
         row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)
-        for guidance in (1.0, 2.0) if args.images else ():
+        if args.keep:
+            args.keep.mkdir(parents=True, exist_ok=True)
+            meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), "step": settings.steps}
+            save(args.keep / f"{len(rows):02d}.safetensors", {"model": model.state_dict()}, meta)
+        if args.images:
+            row["images"] = args.images
+        for guidance in GUIDANCE if args.images else ():
             images, labels = generate(model, args.images, guidance, settings.bf16)
-            found = machine.score(to_uint8(images).flatten(1).numpy() / 255, labels.numpy())
-            row[f"label_found_guidance_{guidance:g}"] = round(found, 4)
+            row |= {f"{name}_guidance_{guidance:g}": value for name, value in measure(images, labels).items()}
             if args.keep:
-                args.keep.mkdir(parents=True, exist_ok=True)
                 save_grid(args.keep / f"{len(rows):02d}_{guidance:g}.png", images[:100], labels[:100], columns=10)
         row |= {"config": config.to_dict(), "settings": dataclasses.asdict(settings)}
         row["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         rows.append(row)
         print({key: value for key, value in row.items() if key not in ("config", "settings", "rates")}, flush=True)
-        harness.save(__doc__.splitlines()[0], rows, args, label_found_real=real)
+        harness.save(__doc__.splitlines()[0], rows, args, **real)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from sdit.sample import sample
 from sdit_kernels import reference
 
 PRESET = "fashion_mnist"
-BATCHES = (1, 8, 32, 64)
+BATCHES = (1, 4, 16, 64)
 FIGURE = "perf/results/sdit_profile.png"
 FORMS = ("ours", "ours, bf16 autocast", "plain", "plain, bf16 autocast")
 
@@ -103,7 +103,8 @@ def case(device, batch, preset=None):
     torch.manual_seed(0)
     model = SDiT(PRESETS[preset or PRESET], variant="improved").to(device)
     for block in model.blocks:
-        torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
+        if block.reconstruction is not None:
+            torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
     torch.nn.init.normal_(model.final.weight, std=0.05)
     config = model.config
     x = torch.randn(batch, config.channels, config.image_size, config.image_size, device=device)
@@ -156,7 +157,7 @@ def training_steps(args, batch, extra, known=None):
 
     def contestant(name, model, dtype):
         needed = batch * (known or {}).get(name, 0)
-        if args.device == "cpu" and needed > memory / 4:
+        if args.device == "cpu" and needed > memory / 5:  # at its peak a plain step holds more than twice that
             return Contestant(
                 name, skip=f"keeps {needed / 2**30:.0f} GiB for the backward pass", extra={"batch": batch, **extra}
             )

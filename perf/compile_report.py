@@ -369,7 +369,8 @@ def _fla_part(case: FlaCase, found: dict, arguments: dict) -> dict:
     It writes the state after every token and, going back, reads it, in fp32 as it stands after its concatenation."""
     name, size = found["kernel"].removesuffix("_kernel"), arguments["k_ptr"].element_size()
     backward = "backward" in name
-    count = max(found["loops"], key=lambda loop: loop["instructions"])
+    loop = max(found["loops"], key=lambda loop: loop["instructions"])
+    count = {key: loop[key] for key in ("instructions", "bytes", "special")}
     tokens = round(count["bytes"] / (5 * size + 12 if backward else 6 * size))
     return {"name": f"fla {name}", "count": count, "tokens": tokens, "floor": (5 if backward else 3) * size + 12 / 16}
 

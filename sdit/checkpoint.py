@@ -95,7 +95,8 @@ def load_model(path, ema: bool = True) -> SDiT:
     """The model of a checkpoint, on the CPU, in eval mode.
 
     Args:
-        path: a checkpoint, or the folder of a run, whose newest one is taken.
+        path: a checkpoint, or the folder of a run, whose newest one is taken; or "pretrained", the package's, which draws
+            Fashion-MNIST.
         ema: take the averaged weights, where the checkpoint has some.
 
     Raises:
@@ -133,13 +134,19 @@ def checkpoints(run) -> list[Path]:
     return sorted(Path(run).glob("checkpoints/step_*.safetensors"))
 
 
+PRETRAINED = Path(__file__).with_name("fashion_mnist.safetensors")  # averaged weights of a run of fashion_tiny
+
+
 def newest(path) -> Path:
-    """path itself, or the newest checkpoint where it is the folder of a run.
+    """path itself, or the newest checkpoint where it is the folder of a run; "pretrained" is the model of the package, unless
+    something here has that name.
 
     Raises:
         FileNotFoundError: the folder holds none, or there is no such path.
     """
     path = Path(path)
+    if str(path) == "pretrained" and not path.exists():
+        return PRETRAINED
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint or the folder of a run")

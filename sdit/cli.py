@@ -22,8 +22,19 @@ The folder of the run holds checkpoints, metrics.jsonl, pictures in samples/ and
 _SAMPLE = """\
 Draw images with a trained model: a labelled grid, beside it a GIF of the denoising.
 
+  sdit sample                                           Fashion-MNIST, by the model that comes with the package
   sdit sample runs/digits                               forty images, the classes in turn
   sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
+"""
+_EVALUATE = """\
+Say how good images are: Frechet distance, KID and label accuracy in the features of a small classifier, beside real images.
+
+  sdit evaluate runs/fashion -n 5000 --sampler dpm++ --steps 50 --json fashion.json
+  sdit evaluate --images samples.npz                    what sdit sample --npz wrote
+  sdit evaluate runs/digits --classifier digits.safetensors
+
+The classifier that comes along is for Fashion-MNIST; perf/train_classifier.py trains others. What is drawn is kept in
+~/.cache/sdit/evaluate (to be deleted at any time): the same command goes on where one was stopped, or to a larger -n.
 """
 _CONVERT = """\
 Turn a checkpoint of the research code (.pt) into one of this package. Nothing in the file is executed.
@@ -35,6 +46,7 @@ What a model costs: parameters, multiply-adds, memory of a training step, firing
 
   sdit info mnist                                       an untrained preset
   sdit info runs/digits                                 a trained model
+  sdit info pretrained                                  that of the package
 """
 _PLOT = """\
 Draw the curves of a run: loss, gradient, firing rates, speed.
@@ -84,6 +96,21 @@ def _parser():
     def common(part):
         part.add_argument("--device", help="cpu, cuda, cuda:1, ..; a GPU where there is one if left out")
 
+    def sampling(part):  # what is left out has the default of the Python function
+        def option(name, text, **kind):
+            part.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
+
+        option("--sampler", f"{', '.join(SAMPLERS)} (ddpm; of a model with prediction flow the last two, euler)")
+        option("--steps", f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})", type=int)
+        option("--guidance", "classifier-free guidance, 1 for none (1)", type=float, metavar="X")
+        option("--threshold", "threshold of all neurons, if not the trained one", type=float, metavar="X")
+        option("--clip", "limit the predicted image to [-1, 1] in every step", action="store_true")
+        option("--seed", "each image is a function of it and of its place (0)", type=int, metavar="N")
+        option("--batch-size", "images at a time (64)", type=int, metavar="N")
+        option("--ema", "take the averaged weights (the default)", action=argparse.BooleanOptionalAction)
+        option("--bf16", "matrix products in bfloat16", action="store_true")
+        option("--device", "cpu, cuda, cuda:1, ..; a GPU where there is one if left out")
+
     def change(part):
         part.add_argument(
             "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
@@ -107,22 +134,26 @@ def _parser():
         group.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=_SETTINGS[field.name], **kind)
 
     part = command("sample", _SAMPLE, _sample)
-    part.add_argument("checkpoint", help="a .safetensors file, or the folder of a run, whose newest checkpoint is taken")
+    part.add_argument(
+        "checkpoint", nargs="?", default="pretrained",
+        help="a .safetensors file, the folder of a run, whose newest checkpoint is taken, or the package's (%(default)s)",
+    )  # fmt: skip
     part.add_argument("--out", default="samples.png", help="the grid, a .png; .gif and .npz get the same name (%(default)s)")
     part.add_argument("--labels", default="all", help="all, random, or numbers and names with commas between (%(default)s)")
     part.add_argument("-n", type=int, help="images (40, or one for each label named)")
-    part.add_argument("--sampler", default="ddpm", help=f"{', '.join(SAMPLERS)} (%(default)s)")
-    part.add_argument("--steps", type=int, help=f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})")
-    part.add_argument("--guidance", type=float, default=1.0, metavar="X", help="classifier-free guidance, 1 for none (1)")
-    part.add_argument("--threshold", type=float, metavar="X", help="threshold of all neurons, if not the trained one")
-    part.add_argument("--clip", action="store_true", help="limit the predicted image to [-1, 1] in every step")
-    part.add_argument("--seed", type=int, default=0, metavar="N", help="each image is a function of it and of its place (0)")
-    part.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     part.add_argument("--npz", action="store_true", help="also write images and labels as arrays")
     part.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="write the denoising")
-    part.add_argument("--ema", action=argparse.BooleanOptionalAction, default=True, help="take the averaged weights")
-    part.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
-    common(part)
+    sampling(part)
+
+    part = command("evaluate", _EVALUATE, _evaluate)
+    part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
+    part.add_argument("--images", metavar="FILE", help="measure those of this .npz instead of drawing any")
+    part.add_argument("-n", type=int, help="images (1000; all of --images)")
+    part.add_argument("--classifier", metavar="FILE", help="of perf/train_classifier.py; that for Fashion-MNIST if left out")
+    part.add_argument("--json", metavar="FILE", help="write the figures, and all they depend on")
+    part.add_argument("--npz", metavar="FILE", help="write the images that were drawn, and their labels, as arrays")
+    part.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
+    sampling(part)
 
     part = command("convert", _CONVERT, _convert)
     part.add_argument("source", metavar="in.pt")
@@ -130,7 +161,7 @@ def _parser():
     part.add_argument("--dataset", metavar="NAME", help=f"what it was trained on, to be kept: {', '.join(DATASETS)}")
 
     part = command("info", _INFO, _info)
-    part.add_argument("model", help=f"a checkpoint, the folder of a run, or a preset: {', '.join(PRESETS)}")
+    part.add_argument("model", help=f"a checkpoint, the folder of a run, pretrained, or a preset: {', '.join(PRESETS)}")
     part.add_argument("--batch-size", type=int, default=8, metavar="N", help="images to measure on (8)")
     part.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
     change(part)
@@ -198,6 +229,14 @@ def _sample(args):
     run(args.checkpoint, args.out, **{name: value for name, value in vars(args).items() if name not in apart})
 
 
+def _evaluate(args):
+    from .evaluate import run
+
+    apart = ("command", "debug", "run", "checkpoint", "json", "data")
+    given = {name: value for name, value in vars(args).items() if name not in apart}
+    run(args.checkpoint, report=args.json, root=args.data, **given)
+
+
 def _convert(args):
     from .checkpoint import load_research, save_model
     from .data import DATASETS
@@ -222,7 +261,7 @@ def _info(args):
     from .checkpoint import load_model
     from .config import PRESETS
     from .data import load, to_batch
-    from .diffusion import STEPS, _tables
+    from .diffusion import STEPS, _noisy
     from .info import info
     from .model import SDiT
 
@@ -232,7 +271,7 @@ def _info(args):
     else:
         if args.changes:
             raise ValueError("--set is for presets, a trained model is what it is")
-        if not Path(args.model).exists():
+        if not Path(args.model).exists() and args.model != "pretrained":
             raise FileNotFoundError(f"{args.model} is neither a file, nor a folder, nor a preset: {', '.join(PRESETS)}")
         model = load_model(args.model)
     n, config = args.batch_size, model.config
@@ -251,8 +290,8 @@ def _info(args):
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)
-    signal, sigma = (table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)[:2])
-    print(info(model, (signal * x0 + sigma * noise, t, data.labels[chosen])))
+    xt, t, _ = _noisy(config, x0, noise, t)
+    print(info(model, (xt, t, data.labels[chosen])))
 
 
 def _plot(args):

@@ -1,8 +1,9 @@
 """The diffusion that SDiT is trained on, and the samplers that undo it.
 
 q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), abar_t = prod_{s <= t} (1 - beta_s), t = 0 .. 999, beta linear from 1e-4 to
-2e-2. The network predicts the noise eps and, with ``learn_sigma``, where between its two extremes the logarithm of the variance
-of p(x_{t-1} | x_t) lies (Nichol and Dhariwal, arXiv 2102.09672).
+2e-2. The network predicts the noise eps, or v, and, with ``learn_sigma``, where between its two extremes the logarithm of the
+variance of p(x_{t-1} | x_t) lies (Nichol and Dhariwal, arXiv 2102.09672). With ``prediction="flow"`` the way from an image to
+noise is a straight line instead, x_t = (1 - s) x_0 + s eps, s = t / 1000, and what undoes it an ordinary differential equation.
 """
 
 import math
@@ -12,10 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "STEPS", "draw", "make_scheduler", "predict", "reverse_step", "training_loss"]
+__all__ = ["SAMPLERS", "STEPS", "draw", "make_scheduler", "predict", "reverse_step", "samplers", "training_loss"]
 
 STEPS = 1000
 _BETAS = (1e-4, 2e-2)
+_MOST_SNR = 5  # gamma of Min-SNR, as its paper has it
+
+
+@lru_cache(maxsize=16)
+def _line(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of flow: (1 - s, s) for the times 1 .. 1000, (1000,) each."""
+    s = torch.arange(1, STEPS + 1, dtype=torch.float64, device="cpu") / STEPS
+    return (1 - s).to(device, dtype), s.to(device, dtype)
 
 
 class _Tables(NamedTuple):
@@ -92,20 +101,28 @@ def training_loss(
     noise: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    r"""The objective: mean squared error of eps and the variational bound of the variance.
+    r"""The objective: mean squared error of what the model predicts and the variational bound of the variance.
 
     ::
 
-        x_t       = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise;    eps_hat, v = halves of model(x_t, t, y)
-        mse       = mean (noise - eps_hat)^2
+        x_t       = signal x0 + sigma noise;    prediction, logits = halves of model(x_t, t, y)
+        target    = noise                        config.prediction "epsilon"
+                    signal noise - sigma x0                        "v"
+                    noise - x0                                     "flow"
+        mse       = mean (prediction - target)^2
+        weight    = 1                            config.weighting "uniform"
+                    min(snr, 5) (d x0_hat / d prediction)^2       "min_snr",  snr = (signal / sigma)^2:
+                    min(snr, 5) / snr, min(snr, 5) / (snr + 1), min(snr, 5) sigma^2 for the three predictions
         vb        = mean over pixels, in bits, of  KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)),  t > 0
                                                    -log P(x0 | x_1),                              t = 0
-        p         = N(posterior mean at eps_hat, exp(f log beta_t + (1 - f) log beta~_t)),  f = (v + 1) / 2
+        p         = N(posterior mean at eps_hat, exp(f log beta_t + (1 - f) log beta~_t)),  f = (logits + 1) / 2
         P(x0)     = integral of p over x0's level of 256, [x0 - 1/255, x0 + 1/255]; the outermost two reach to infinity
-        loss      = mse + vb
+        loss      = mean weight (prediction - target)^2 + vb
 
-    eps_hat is detached in vb, which trains v alone. P is exact (the usual approximation by tanh is not made) and its logarithm
-    finite however unlikely x0 is. Without config.learn_sigma the model gives eps_hat alone, and vb is 0.
+    signal and sigma are sqrt(abar_t) and sqrt(1 - abar_t); for "flow" 1 - s and s, s = (t + 1) / 1000, and the model is told
+    the time 1000 s. eps_hat (of "v": signal v_hat + sigma x_t) is detached in vb, which trains the logits alone. P is exact
+    (the usual approximation by tanh is not made) and its logarithm finite however unlikely x0 is. Without config.learn_sigma
+    the model gives its prediction alone, and vb is 0.
 
     The network runs under whatever autocast the caller has set; x_t and the loss are float32 (float64 for float64 x0) all the
     same. Nothing waits for a GPU if t, noise and drop are on it or drawn on it.
@@ -127,7 +144,9 @@ def training_loss(
         ValueError: a shape, a value out of range (tensors on the CPU), or as many channels of the model's output as the config
             does not say.
 
-    Source: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672; Ho et al., DDPM, arXiv 2006.11239.
+    Source: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672; Ho et al., DDPM, arXiv 2006.11239. v: Salimans and Ho,
+    Progressive distillation, arXiv 2202.00512. Flow: Liu et al., Rectified flow, arXiv 2209.03003. Weights: Hang et al.,
+    Min-SNR, arXiv 2303.09556.
 
     Example:
         >>> import torch
@@ -161,18 +180,40 @@ def training_loss(
 
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
-    tables = _Tables(*(table[t].view(-1, 1, 1, 1) for table in _tables(x0.device, x0.dtype)))
-    xt = tables.signal * x0 + tables.sigma * noise  # autocast leaves elementwise arithmetic in float32, here and below
-    out = model(xt, t, torch.where(drop, config.num_classes, y)).to(x0.dtype)
+    xt, told, tables = _noisy(config, x0, noise, t)
+    out = model(xt, told, torch.where(drop, config.num_classes, y)).to(x0.dtype)
     if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
-        raise ValueError(f"model must give {'eps and variance' if config.learn_sigma else 'eps'}, got {out.shape[1]} channels")
+        what = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
+        raise ValueError(f"model must give {what}, got {out.shape[1]} channels")
+    error = out[:, : config.channels] - _target(config.prediction, x0, noise, *tables[:2])
+    square = error.square()
+    mse = square.mean()
+    loss = mse if config.weighting == "uniform" else (_min_snr(config.prediction, *tables[:2]) * square).mean()
     if not config.learn_sigma:
-        mse = (out - noise).square().mean()
-        return {"loss": mse, "mse": mse.detach(), "vb": torch.zeros_like(mse).detach()}
-    eps, v = out.chunk(2, dim=1)
-    mse = (eps - noise).square().mean()
-    vb = _variational_bound(tables, x0, eps.detach() - noise, v, (t == 0).view(-1, 1, 1, 1)).mean()
-    return {"loss": mse + vb, "mse": mse.detach(), "vb": vb.detach()}
+        return {"loss": loss, "mse": mse.detach(), "vb": torch.zeros_like(mse).detach()}
+    error = error.detach() if config.prediction == "epsilon" else tables.signal * error.detach()  # of eps
+    vb = _variational_bound(tables, x0, error, out[:, config.channels :], t == 0).mean()
+    return {"loss": loss + vb, "mse": mse.detach(), "vb": vb.detach()}
+
+
+def _noisy(config, x0, noise, t):
+    """(x_t, the time that the model is told, the tables at t, of which flow has but the first two)."""
+    flow = config.prediction == "flow"
+    every = _line(x0.device, x0.dtype) if flow else _tables(x0.device, x0.dtype)
+    tables = tuple(table[t].view(-1, 1, 1, 1) for table in every)
+    xt = tables[0] * x0 + tables[1] * noise  # autocast leaves elementwise arithmetic in float32, here and above
+    return (xt, t + 1, tables) if flow else (xt, t, _Tables(*tables))
+
+
+def _target(prediction, x0, noise, signal, sigma):
+    if prediction == "epsilon":
+        return noise
+    return noise - x0 if prediction == "flow" else signal * noise - sigma * x0
+
+
+def _min_snr(prediction, signal, sigma):
+    snr = (signal / sigma).square()
+    return snr.clamp(max=_MOST_SNR) * (1 / snr if prediction == "epsilon" else sigma.square())
 
 
 def _check_ints(name, value, n, largest):
@@ -192,7 +233,13 @@ def _variational_bound(tables, x0, error, v, first):
     distance = tables.shift * error  # mean of q - mean of p; the mean of q is x0 itself at t = 0
     d = tables.log_posterior - log_variance
     kl = 0.5 * (torch.expm1(d) - d + distance.square() * torch.exp(-log_variance))
-    return torch.where(first, -_log_likelihood(x0, distance, log_variance), kl) / math.log(2)
+    if first.device.type != "cpu":  # there, asking which they are would wait
+        first = first.view(-1, 1, 1, 1)
+        return torch.where(first, -_log_likelihood(x0, distance, log_variance), kl) / math.log(2)
+    i = first.nonzero().flatten()  # one image in a thousand: the likelihood of all took a twelfth of a training step
+    if len(i):
+        kl = kl.index_put((i,), -_log_likelihood(x0[i], distance[i], log_variance[i]))
+    return kl / math.log(2)
 
 
 def _log_likelihood(x, distance, log_variance):
@@ -216,7 +263,9 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
 
     ::
 
-        eps = eps(null) + guidance (eps(y) - eps(null));    the variance, where the model learns one, is that of y
+        prediction = prediction(null) + guidance (prediction(y) - prediction(null))
+
+    (of eps, v and flow it means the same); the variance, where the model learns one, is that of y.
 
     Guidance 1 is one call of the model, any other one call with twice the batch.
 
@@ -261,7 +310,12 @@ def check_guidance(config, guidance: float) -> None:
         )
 
 
-SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20}  # name: its usual number of steps
+SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20, "euler": 50, "heun": 25}  # name: its usual number of steps
+
+
+def samplers(config) -> dict[str, int]:
+    """Those of SAMPLERS that undo what a model of this ``config`` was trained on, the usual one first."""
+    return {name: n for name, n in SAMPLERS.items() if (name in ("euler", "heun")) == (config.prediction == "flow")}
 
 
 def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
@@ -270,14 +324,17 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     - ``ddpm``: ancestral sampling, respaced to equal parts of 0 .. 999 (rounded), with the variance that the model predicts, or
       the posterior's where it predicts none;
     - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps;
-    - ``dpm++``: DPM-Solver++ (2M), deterministic.
+    - ``dpm++``: DPM-Solver++ (2M), deterministic;
+    - ``euler``, ``heun``: for prediction "flow" and no other: the methods of these names for dx/ds = prediction, over equal
+      steps of s from 1 to 1/1000, and from there to 0. heun asks the model twice in every step but the last.
 
     :func:`reverse_step` takes its steps.
 
     Args:
-        name: one of ``SAMPLERS``.
-        steps: ddpm 2 .. 1000; ddim a divisor of 1000 from 2 on; dpm++ 1 .. 999; None for the usual number, ``SAMPLERS[name]``.
-        config: of the model; learn_sigma is used.
+        name: one of ``samplers(config)``.
+        steps: ddpm, euler, heun 2 .. 1000; ddim a divisor of 1000 from 2 on; dpm++ 1 .. 999; None for the usual number,
+            ``SAMPLERS[name]``.
+        config: of the model; prediction and learn_sigma are used.
         clip: limit the prediction of x_0 to [-1, 1] in every step.
 
     Returns:
@@ -287,7 +344,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
         ValueError, TypeError: a name or number of steps that is not allowed.
         ImportError: diffusers is missing.
 
-    Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095.
+    Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095; Rectified flow, arXiv 2209.03003.
 
     Example:
         >>> from sdit import PRESETS
@@ -298,10 +355,13 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    if name not in samplers(config):
+        allowed = ", ".join(samplers(config))
+        raise ValueError(f"sampler must be one of {allowed} for a model with prediction {config.prediction!r}, got {name!r}")
     steps = SAMPLERS[name] if steps is None else steps
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"steps must be an int, got {steps!r}")
-    least, most = {"ddpm": (2, STEPS), "ddim": (2, STEPS), "dpm++": (1, STEPS - 1)}[name]
+    least, most = (1, STEPS - 1) if name == "dpm++" else (2, STEPS)
     if not least <= steps <= most:
         raise ValueError(f"steps of {name} must be in {least}..{most}, got {steps}")
     if name == "ddim" and STEPS % steps:
@@ -311,7 +371,14 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
         import diffusers
     except ImportError:
         raise ImportError('sampling needs diffusers: pip install "sdit-kernels[sdit]"') from None
+    if config.prediction == "flow":
+        kind = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}[name]
+        scheduler = kind(num_train_timesteps=STEPS)
+        scheduler.clip = clip  # they have no such setting
+        scheduler.set_timesteps(steps)
+        return scheduler
     betas = {"num_train_timesteps": STEPS, "beta_start": _BETAS[0], "beta_end": _BETAS[1], "beta_schedule": "linear"}
+    betas["prediction_type"] = {"epsilon": "epsilon", "v": "v_prediction"}[config.prediction]
     if name == "ddpm":
         variance = "learned_range" if config.learn_sigma else "fixed_small"
         scheduler = diffusers.DDPMScheduler(**betas, variance_type=variance, clip_sample=clip, timestep_spacing="linspace")
@@ -333,7 +400,7 @@ def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> T
     Args:
         scheduler: it may keep earlier steps: one for each run.
         out: what :func:`predict` returned, (B, C or 2C, S, S).
-        t: the step, a Python int.
+        t: the step, one of the scheduler's timesteps, a Python number.
         x: x_t, (B, C, S, S).
         generator: draws the noise of ddpm, one or one for each image; the other samplers draw none.
 
@@ -343,7 +410,9 @@ def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> T
     kind = type(scheduler).__name__
     if kind == "DDPMScheduler":
         return scheduler.step(out, t, x, generator=generator).prev_sample
-    eps = out[:, : x.shape[1]]
+    out = out[:, : x.shape[1]]
     if kind == "DDIMScheduler":  # where x_0 is clipped, the eps that leads to it
-        return scheduler.step(eps, t, x, use_clipped_model_output=bool(scheduler.config.clip_sample)).prev_sample
-    return scheduler.step(eps, t, x).prev_sample
+        return scheduler.step(out, t, x, use_clipped_model_output=bool(scheduler.config.clip_sample)).prev_sample
+    if getattr(scheduler, "clip", False):  # of flow: x_0 = x - s out
+        out = (x - (x - t / STEPS * out).clamp(-1, 1)) / (t / STEPS)
+    return scheduler.step(out, t, x).prev_sample

@@ -230,6 +230,7 @@ class SDiT(nn.Module):
         self.patches = nn.Linear(config.channels * P * P, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
+        self.spread = nn.Linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
         if config.variant == "faithful":
@@ -237,6 +238,8 @@ class SDiT(nn.Module):
         else:
             layers, places = 2 * half + 1, range(2 * half + 1)
         self.blocks = nn.ModuleList(Block(config, place, layers, skip=i > half) for i, place in enumerate(places))
+        for name, order in zip(("_order", "_back"), _orders(config)):
+            self.register_buffer(name, order, persistent=False)
         self.final = nn.Linear(C, P * P * config.out_channels)
         self.smooth = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
         self.reset_parameters()
@@ -252,6 +255,8 @@ class SDiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         for parameter in (self.final.weight, self.final.bias, self.position):
             nn.init.zeros_(parameter)
+        if self.spread is not None:
+            nn.init.zeros_(self.spread.weight)
         self.smooth.reset_parameters()
         for block in self.blocks:
             block.attention.reset_parameters()
@@ -304,7 +309,12 @@ class SDiT(nn.Module):
         for i, block in enumerate(self.blocks):
             inputs = (x, kept.pop()) if i > half else (x,)
             block = nvtx.range(f"block {i}")(block)
+            turned = self.config.scan == "four" and i % 4
+            if turned:
+                inputs = tuple(a[:, self._order[i % 4]] for a in inputs)
             x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+            if turned:
+                x = x[:, self._back[i % 4]]
             if i < half:
                 kept.append(x)
         with wide:
@@ -315,6 +325,9 @@ class SDiT(nn.Module):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
         x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
+        if self.spread is not None:
+            # The condition is large, and would drown the patches: hence this norm, and weights that start at zero.
+            x = x + self.spread(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position
 
     @nvtx.range("final")
@@ -410,6 +423,15 @@ class _Mean:
         total = total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
         self.seen[part] = total, count + x.numel()
         self.rates[self.name + part] = total / self.seen[part][1]
+
+
+def _orders(config):
+    """Of scan "four": the tokens, the condition's always first, by rows, by rows backwards, by columns, by columns backwards;
+    and the ways back. Both (4, N+1)."""
+    rows = torch.arange(1, config.tokens, device="cpu")  # also where parameters are to be on "meta"
+    columns = rows.view(config.image_size // config.patch_size, -1).t().flatten()
+    orders = torch.stack([F.pad(order, (1, 0)) for order in (rows, rows.flip(0), columns, columns.flip(0))])
+    return orders, orders.argsort(1)
 
 
 def _sinusoid(t, dtype):

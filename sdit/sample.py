@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, replacing, to_uint8
-from .diffusion import check_guidance, make_scheduler, predict, reverse_step
+from .diffusion import check_guidance, make_scheduler, predict, reverse_step, samplers
 
 __all__ = ["Film", "choose_labels", "class_names", "run", "sample", "save_gif", "save_grid", "save_npz"]
 
@@ -25,7 +25,7 @@ def sample(
     model,
     labels: Sequence[int] | Tensor,
     *,
-    sampler: str = "ddpm",
+    sampler: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
     seed: int = 0,
@@ -48,7 +48,7 @@ def sample(
     Args:
         model: :class:`sdit.SDiT`; runs in eval mode, and is left in the mode it was in.
         labels: N ints in 0 .. num_classes; num_classes is the null label, for an image of no class in particular.
-        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`.
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; None for "ddpm", or "euler" with prediction "flow".
         guidance: see :func:`sdit.diffusion.predict`.
         seed: at least 0.
         first: number of the first image, at least 0.
@@ -77,6 +77,7 @@ def sample(
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    sampler = next(iter(samplers(config))) if sampler is None else sampler
     make_scheduler(sampler, steps, config, clip)  # says what is wrong before any work
     check_guidance(config, guidance)
     weight = next(model.parameters())
@@ -319,6 +320,15 @@ def usable(device) -> torch.device:
     return found
 
 
+def writable(path: Path, name: str) -> None:
+    """Make the folder of a file that is to be written, or an OSError or ValueError now, not when its content is there."""
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, {path} is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 _SHOWN = 100  # images that the grid and the film have room for
 
 
@@ -349,11 +359,7 @@ def run(
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
     device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if out.is_dir():
-        raise ValueError(f"out must be a file, {out} is a folder")
-    out.parent.mkdir(parents=True, exist_ok=True)  # now, not when all images are drawn
-    with tempfile.TemporaryFile(dir=out.parent):
-        pass
+    writable(out, "out")
     model = load_model(checkpoint, ema=ema).to(device)
     names = class_names(model.config) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)

@@ -131,7 +131,9 @@ class TrainSettings:
 
 RECIPES = {  # by data set: minutes on two cores
     "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
-    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, sample_every=1000, save_every=500),
+    # Every sneaker and boot of Fashion-MNIST points to the left: mirrored, real images are twice as far from the test images
+    # (Frechet distance of 1,000 of the train split .037, half of them mirrored .075).
+    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, flip=False, sample_every=1000, save_every=500),
 }
 
 
@@ -202,7 +204,7 @@ def train(
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
     if settings.sample_every:
-        make_scheduler("ddim", None, config)  # says now whether a package is missing
+        make_scheduler(_picture(config), None, config)  # says now whether a package is missing
     with _processes(device) as (rank, world, device):
         if settings.batch_size % (world * settings.accumulate):
             raise ValueError(
@@ -217,6 +219,11 @@ def train(
         run.restore(state, start)
         run.loop(start)
         return (run.ema or run.model).eval()
+
+
+def _picture(config):
+    """The sampler of pictures while a model is trained: one that draws no noise."""
+    return "euler" if config.prediction == "flow" else "ddim"
 
 
 def _data(config, data, root):
@@ -471,7 +478,7 @@ class _Run:
         n = min(len(names), 10)
         labels = torch.arange(4 * n) % n
         with self.autocast():
-            images = sample(model, labels, sampler="ddim", seed=self.settings.seed)
+            images = sample(model, labels, sampler=_picture(self.config), seed=self.settings.seed)
         (self.out / "samples").mkdir(exist_ok=True)
         save_grid(self.out / "samples" / f"step_{step:08d}.png", images, labels, names, columns=n)
 

@@ -763,6 +763,54 @@ def test_workqueue_layer_survives_threads():
     assert done.stdout.strip() == "workqueue", done.stderr
 
 
+EVERY_OP = """
+import torch
+from sdit_kernels import *
+x, one = torch.rand(4, 2, 3, 5, requires_grad=True), torch.ones(5)
+for y in (lif(x), lif_rate(x), wkv(one, one, x[0], x[1]), wkv_step(one, one, x[0, :, 0], x[1, :, 0])[0],
+          spiking_wkv(one, one, x, x), token_shift(x, one, norm_eps=1e-6)[0], relu_squared(x)):
+    y.sum().backward()
+"""
+
+
+def test_another_process_compiles_nothing(tmp_path):
+    """All kernels come from the disk, forward and backward: seconds for each that does not."""
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1").returncode == 0
+    first = files()
+    assert len(first) >= 2 * 12
+    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2").returncode == 0
+    assert files() == first
+
+
+def test_code_is_kept_by_the_numbers_in_it(tmp_path):
+    """One kernel's name, another constant: compiled for itself."""
+    code = """
+import sys, numba, numpy
+from sdit_kernels.cpu.runtime import Kernel
+def made(by):
+    @numba.njit
+    def twice(x): return 2 * x
+    def scale(x):
+        for i in numba.prange(1): x[0] = twice(x[0]) * by
+    return Kernel(scale, "scale")
+x = numpy.ones(1)
+made(int(sys.stdin.readline()))(1, x)
+print(x[0])
+"""
+    for by, files in ((3, 2), (5, 3), (3, 3)):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        script = tmp_path / "script.py"  # numba caches nothing of a command line
+        script.write_text(code)
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=300)
+        assert done.stdout == f"{2.0 * by}\n", done.stderr
+        assert len(list(tmp_path.rglob("*.nb?"))) == files
+
+
 UNCACHED = """
 import numba.core.caching as caching, torch
 name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))

@@ -94,6 +94,23 @@ def test_the_sentences_on_rwkv():
     assert f"spends {100 * row(layer, name='the matrix products of both')['ratio']:.0f} % of its time in them" in README
 
 
+def test_the_table_of_the_model():
+    for label, section in (
+        ("training step, batch 8", "training"), ("sampling step, batch 8", "sampling"),
+        ("one image, 50 steps of DPM-Solver++", "image"),
+    ):  # fmt: skip
+        ours, bf16, plain, plain_bf16 = rows("sdit.json", section)
+        ratios = plain["ratio"], plain["median_s"] / bf16["median_s"], plain_bf16["median_s"] / bf16["median_s"]
+        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in README
+    kept = [r["saved_per_sample_bytes"] for r in rows("sdit.json", "training")]
+    assert f"{100 * kept[0] / kept[2]:.0f} % of the plain form's bytes, {100 * kept[1] / kept[2]:.0f} % under bf16" in README
+    plain, ours, bf16 = (
+        row(rows("sdit.json", "profile"), name=name, group="matrix products")["percent_of_step"]
+        for name in ("plain", "ours", "ours, bf16 autocast")
+    )
+    assert f"are {plain:.0f} % of a plain fp32 step and {ours:.0f} % of ours ({bf16:.0f} % under bf16)" in README
+
+
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
 def test_every_file_is_listed(file):
     text = (RESULTS / "README.md").read_text()

@@ -13,8 +13,14 @@ from sdit import diffusion
 from sdit.diffusion import STEPS, draw, make_scheduler, predict, reverse_step, training_loss
 
 CONFIG = dict(channels=1, image_size=4, num_classes=3, learn_sigma=True, dropout_label=0.25)
+CONFIG |= dict(prediction="epsilon", weighting="uniform")
+PREDICTIONS = ("epsilon", "v", "flow")
 BETA = np.linspace(1e-4, 2e-2, STEPS)
 ABAR = np.cumprod(1 - BETA)
+
+
+def of(**changes):
+    return SimpleNamespace(**{**CONFIG, **changes})
 
 
 class Given(nn.Module):
@@ -22,7 +28,7 @@ class Given(nn.Module):
 
     def __init__(self, output=None, function=None, **changes):
         super().__init__()
-        self.config = SimpleNamespace(**{**CONFIG, **changes})
+        self.config = of(**changes)
         self.output, self.function, self.calls = output, function, []
 
     def forward(self, x, t, y):
@@ -32,7 +38,7 @@ class Given(nn.Module):
 
 def batch(n=6, dtype=torch.float64, **changes):
     """x0 on the levels of 8 bits, both ends among them; labels, t, noise, drop."""
-    c = SimpleNamespace(**{**CONFIG, **changes})
+    c = of(**changes)
     g = torch.Generator().manual_seed(1)
     x0 = torch.randint(256, (n, c.channels, c.image_size, c.image_size), generator=g)
     x0[:, 0, 0, 0], x0[:, 0, 0, 1] = 0, 255
@@ -237,11 +243,11 @@ def test_slices_of_one_draw_give_the_loss_of_the_whole():
 
 
 def test_draw_is_distributed_as_it_says():
-    t, noise, drop = draw(SimpleNamespace(**{**CONFIG, "dropout_label": 0.1}), 20000, torch.Generator().manual_seed(0))
+    t, noise, drop = draw(of(dropout_label=0.1), 20000, torch.Generator().manual_seed(0))
     assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
     assert noise.dtype == torch.float32 and abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
     assert abs(drop.float().mean() - 0.1) < 0.01
-    assert not draw(SimpleNamespace(**{**CONFIG, "dropout_label": 0.0}), 1000, torch.Generator())[2].any()
+    assert not draw(of(dropout_label=0.0), 1000, torch.Generator())[2].any()
 
 
 def test_autocast_reaches_the_network_only():
@@ -306,7 +312,7 @@ def test_a_model_inside_a_wrapper():
         (dict(t=None), TypeError, "generator must be a torch.Generator, got None"),
         (dict(noise=torch.zeros(6, 1, 4, 5)), ValueError, "noise must have the shape of x0"),
         (dict(drop=torch.zeros(6)), ValueError, "drop must be a bool tensor"),
-        (dict(output=torch.zeros(6, 1, 4, 4)), ValueError, "model must give eps and variance, got 1 channels"),
+        (dict(output=torch.zeros(6, 1, 4, 4)), ValueError, "model must give epsilon and variance, got 1 channels"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):
@@ -367,7 +373,7 @@ def walk(scheduler, x, learn_sigma=True, generator=None):
 @pytest.mark.parametrize("steps, learn_sigma", [(250, True), (250, False), (17, True)])
 def test_ddpm_steps_are_the_closed_form(steps, learn_sigma, channels, clip):
     """Nichol and Dhariwal's respaced chain: betas of the subsequence, posterior mean of x_0's prediction, variance in range."""
-    scheduler = make_scheduler("ddpm", steps, SimpleNamespace(learn_sigma=learn_sigma), clip)
+    scheduler = make_scheduler("ddpm", steps, of(learn_sigma=learn_sigma), clip)
     ts = np.round(np.linspace(0, 999, steps)).astype(int)[::-1]
     assert scheduler.timesteps.tolist() == ts.tolist() and ts[0] == 999 and ts[-1] == 0
     x = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(7))
@@ -394,7 +400,7 @@ def test_ddpm_steps_are_the_closed_form(steps, learn_sigma, channels, clip):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("steps", [2, 50, 1000])
 def test_ddim_steps_are_the_closed_form(steps, clip):
-    scheduler = make_scheduler("ddim", steps, SimpleNamespace(learn_sigma=True), clip)
+    scheduler = make_scheduler("ddim", steps, of(learn_sigma=True), clip)
     ts = np.arange(0, 1000, 1000 // steps)[::-1]
     assert scheduler.timesteps.tolist() == ts.tolist()
     mine = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(9)).double().numpy()
@@ -414,7 +420,7 @@ def test_ddim_steps_are_the_closed_form(steps, clip):
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_every_sampler_finds_a_normal_distribution_at_a_point(name, steps, learn_sigma):
     """Data that is one image x*: the exact eps is (x_t - sqrt(abar) x*) / sqrt(1 - abar), and every sampler ends at x*."""
-    scheduler = make_scheduler(name, steps, SimpleNamespace(learn_sigma=learn_sigma))
+    scheduler = make_scheduler(name, steps, of(learn_sigma=learn_sigma))
     target = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(10))
     for t in scheduler.timesteps.tolist():
@@ -427,7 +433,7 @@ def test_every_sampler_finds_a_normal_distribution_at_a_point(name, steps, learn
 @pytest.mark.parametrize("clip", [False, True])
 def test_dpm_steps_are_the_closed_form(clip):
     """DPM-Solver++(2M), multistep of order 2: algorithm 2 of arXiv 2211.01095, its first and its last step of order 1."""
-    scheduler = make_scheduler("dpm++", 8, SimpleNamespace(learn_sigma=True), clip)
+    scheduler = make_scheduler("dpm++", 8, of(learn_sigma=True), clip)
     ts = np.linspace(0, 999, 9).round().astype(int)[::-1][:-1]
     assert scheduler.timesteps.tolist() == ts.tolist()
     mine = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(12)).double().numpy()
@@ -450,7 +456,7 @@ def test_dpm_steps_are_the_closed_form(clip):
 
 def test_clipping_of_dpm_is_clipping():
     """With x_0 predicted far outside, the last step of the chain, which returns that prediction, returns the limits."""
-    scheduler = make_scheduler("dpm++", 5, SimpleNamespace(learn_sigma=False), clip=True)
+    scheduler = make_scheduler("dpm++", 5, of(learn_sigma=False), clip=True)
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(11))
     target = torch.linspace(-3, 3, 16).view(1, 1, 4, 4)
     for t in scheduler.timesteps.tolist():
@@ -461,7 +467,8 @@ def test_clipping_of_dpm_is_clipping():
 @pytest.mark.parametrize(
     "name, steps, error, message",
     [
-        ("euler", 10, ValueError, r"sampler must be one of ddpm, ddim, dpm\+\+, got 'euler'"),
+        ("rk4", 10, ValueError, r"sampler must be one of ddpm, ddim, dpm\+\+, euler, heun, got 'rk4'"),
+        ("euler", 10, ValueError, r"one of ddpm, ddim, dpm\+\+ for a model with prediction 'epsilon', got 'euler'"),
         ("ddpm", 1, ValueError, r"steps of ddpm must be in 2\.\.1000, got 1"),
         ("ddpm", 1001, ValueError, "steps of ddpm"),
         ("dpm++", 1000, ValueError, r"steps of dpm\+\+ must be in 1\.\.999"),
@@ -471,15 +478,119 @@ def test_clipping_of_dpm_is_clipping():
 )
 def test_wrong_schedules_are_named(name, steps, error, message):
     with pytest.raises(error, match=message):
-        make_scheduler(name, steps, SimpleNamespace(learn_sigma=True))
+        make_scheduler(name, steps, of(learn_sigma=True))
 
 
 def test_usual_steps():
-    assert [len(make_scheduler(name, None, SimpleNamespace(learn_sigma=True)).timesteps) for name in diffusion.SAMPLERS] == [
-        250,
-        50,
-        20,
+    def steps(**changes):
+        config = of(**changes)
+        return [len(make_scheduler(name, None, config).timesteps) for name in diffusion.samplers(config)]
+
+    assert steps() == steps(prediction="v") == [250, 50, 20]
+    assert steps(prediction="flow", learn_sigma=False) == [50, 2 * 25 - 1]
+
+
+# Predictions and weights
+
+
+def converted(prediction, x0, noise, t):
+    """x_t and what the model is to say of it, from the definitions."""
+    if prediction == "flow":
+        s = (t.double().view(-1, 1, 1, 1) + 1) / STEPS
+        return (1 - s) * x0 + s * noise, noise - x0
+    signal, sigma = (torch.from_numpy(a)[t].view(-1, 1, 1, 1) for a in (np.sqrt(ABAR), np.sqrt(1 - ABAR)))
+    return signal * x0 + sigma * noise, noise if prediction == "epsilon" else signal * noise - sigma * x0
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_the_perfect_prediction_costs_nothing_and_an_error_what_its_weight_says(prediction, weighting):
+    x0, y, _, noise, drop = batch()
+    t = torch.tensor([0, 3, 200, 500, 900, 999])
+    xt, target = converted(prediction, x0, noise, t)
+    changes = dict(prediction=prediction, weighting=weighting, learn_sigma=False)
+    model = Given(target, **changes)
+    losses = training_loss(model, x0, y, t=t, noise=noise, drop=drop)
+    assert losses["loss"] < 1e-24 and losses["mse"] < 1e-24 and losses["vb"] == 0
+    asked, told, _ = model.calls[0]
+    torch.testing.assert_close(asked, xt, rtol=1e-12, atol=1e-12)
+    assert torch.equal(told, t + 1 if prediction == "flow" else t)
+
+    # An error of 1 in the prediction is how much of x_0? By solving for x_0 the two equations that define x_t and the target.
+    one = torch.ones((), dtype=torch.float64)
+    for i in range(6):
+        error = torch.zeros_like(x0)
+        error[i] = 1
+        losses = training_loss(Given(target + error, **changes), x0, y, t=t, noise=noise, drop=drop)
+        a, b = (
+            converted("flow" if prediction == "flow" else "epsilon", u, w, t[i : i + 1])[0].item()
+            for u, w in ((one, 0 * one), (0 * one, one))
+        )
+        rows = {"epsilon": (0, 1), "v": (-b, a), "flow": (-1, 1)}[prediction]
+        per_x0 = np.linalg.solve(np.array([(a, b), rows]), np.array([0.0, 1.0]))[0] if a > 0 else -1.0
+        weight = min((a / b) ** 2, 5) * per_x0**2 if weighting == "min_snr" else 1
+        assert losses["mse"].item() == pytest.approx(1 / 6, rel=1e-9)
+        assert losses["loss"].item() == pytest.approx(weight / 6, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
+def test_v_and_epsilon_learn_the_same_variance(weighting):
+    """The same eps_hat said in both ways gives the same bound, and it trains the logits alone."""
+    x0, y, t, noise, drop = batch()
+    xt, _ = converted("epsilon", x0, noise, t)
+    g = torch.Generator().manual_seed(3)
+    eps = noise + 0.1 * torch.randn(x0.shape, dtype=torch.float64, generator=g)
+    logits = torch.randn(x0.shape, dtype=torch.float64, generator=g)
+    signal, sigma = (torch.from_numpy(a)[t].view(-1, 1, 1, 1) for a in (np.sqrt(ABAR), np.sqrt(1 - ABAR)))
+    found = {}
+    for prediction, said in (("epsilon", eps), ("v", (eps - sigma * xt) / signal)):
+        out = torch.cat([said, logits], 1).requires_grad_()
+        losses = training_loss(Given(out, prediction=prediction, weighting=weighting), x0, y, t=t, noise=noise, drop=drop)
+        (grad,) = torch.autograd.grad(losses["loss"], out)
+        found[prediction] = losses["vb"], grad[:, 1:]
+        assert grad[:, :1].abs().min() > 0
+    for ours, theirs in zip(*found.values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name, steps", [("ddpm", 50), ("ddim", 20), ("dpm++", 8)])
+@pytest.mark.parametrize("clip", [False, True])
+def test_samplers_take_v_as_they_take_epsilon(name, steps, clip):
+    schedulers = {p: make_scheduler(name, steps, of(prediction=p, learn_sigma=True), clip) for p in ("epsilon", "v")}
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    for t in schedulers["v"].timesteps.tolist():
+        out = network_of(x, t)
+        v = torch.cat([(out[:, :1] - math.sqrt(1 - ABAR[t]) * x) / math.sqrt(ABAR[t]), out[:, 1:]], 1)
+        one, other = (
+            reverse_step(schedulers[p], said, t, x, torch.Generator().manual_seed(t))
+            for p, said in (("epsilon", out), ("v", v))
+        )
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-3 if t > 900 and not clip else 1e-4)
+        x = other
+
+
+@pytest.mark.parametrize("name, steps, order", [("euler", 40, 1), ("heun", 40, 2)])
+def test_flow_samplers_follow_the_straight_line_and_have_their_order(name, steps, order):
+    config = of(prediction="flow", learn_sigma=False)
+
+    def end(field, steps, clip=False):
+        scheduler = make_scheduler(name, steps, config, clip)
+        times = scheduler.timesteps.tolist()
+        assert len(times) == (steps if name == "euler" else 2 * steps - 1) and times[0] == 1000 and times[-1] == 1
+        x = torch.full((1, 1, 2, 2), 0.7)
+        for t in times:
+            x = reverse_step(scheduler, field(x, t / STEPS), t, x)
+        return x
+
+    point = torch.tensor([[-1.0, 0.2], [0.5, 3.0]]).view(1, 1, 2, 2)
+    torch.testing.assert_close(end(lambda x, s: (x - point) / s, 7), point, rtol=0, atol=1e-5)  # data that is one image
+    torch.testing.assert_close(end(lambda x, s: (x - point) / s, 7, True), point.clamp(-1, 1), rtol=0, atol=1e-5)
+    # Normal data N(0, 1/4): x moves along with the deviation of x_s, so that the end is 0.7 / 2.
+    errors = [
+        abs(end(lambda x, s: x * (s - (1 - s) / 4) / (s**2 + (1 - s) ** 2 / 4), n)[0, 0, 0, 0].item() - 0.35)
+        for n in (steps, 2 * steps)
     ]
+    assert 2 ** (order - 0.5) < errors[0] / errors[1] < 2 ** (order + 0.7), errors
 
 
 def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
@@ -487,7 +598,7 @@ def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r'pip install "sdit-kernels\[sdit\]"'):
-        make_scheduler("ddpm", 10, SimpleNamespace(learn_sigma=True))
+        make_scheduler("ddpm", 10, of(learn_sigma=True))
 
 
 def test_examples():

@@ -294,6 +294,8 @@ OPTIONS = {
     "bidirectional": {"bidirectional": True, "depth": 2},
     "spiking wkv": {"spiking": "wkv", "depth": 2},
     "spiking wkv, no reconstruction": {"spiking": "wkv", "reconstruction": False, "depth": 1, "channels": 3},
+    "scan four, every token": {"scan": "four", "condition": "every", "reconstruction": False},
+    "scan four, every token, reconstruction": {"scan": "four", "condition": "every"},
     "other neuron": {"T": 6, "tau": 3.0, "v_threshold": 0.7, "alpha": 3.0, "depth": 2},
     "other image": {"image_size": 15, "patch_size": 5, "channels": 3, "learn_sigma": False, "depth": 3},
 }
@@ -318,6 +320,71 @@ def test_the_plain_form_agrees(option):
     with model.frozen(), torch.no_grad():
         for _ in range(2):
             assert (model(*inputs) - want[0]).abs().max() <= 1e-10 * want[0].abs().max()
+
+
+def reached(model, patch):
+    """Which patches of the output change with one patch of the image."""
+    P, (x, t, y) = model.config.patch_size, batch(model, n=1)
+    side = model.config.image_size // P
+    row, column = divmod(patch, side)
+    other = x.clone()
+    other[..., row * P : (row + 1) * P, column * P : (column + 1) * P] += 1
+    with torch.no_grad():
+        model.smooth = torch.nn.Identity()  # else neighbours share their edges
+        change = (model(x, t, y) - model(other, t, y))[0].abs().amax(0)
+    return set(change.unfold(0, P, P).unfold(1, P, P).amax((-2, -1)).flatten().nonzero().flatten().tolist())
+
+
+class Pass(torch.nn.Module):
+    frozen = None
+
+    def forward(self, x, kept=None):
+        return x
+
+
+@pytest.mark.parametrize("spiking", ["rate", "wkv"])
+@pytest.mark.parametrize("block", range(5))
+def test_what_a_block_sees(block, spiking):
+    """Changes of a patch reach it and those after it, in the order of the block's scan, all that it says."""
+    grid = torch.arange(9).view(3, 3)
+    four = [grid.flatten(), grid.flatten().flip(0), grid.t().flatten(), grid.t().flatten().flip(0)]
+    for scan, order in (("rows", four[0]), ("four", four[block % 4])):
+        model = build(scan=scan, image_size=6, reconstruction=False, spiking=spiking)
+        for i in set(range(5)) - {block}:
+            model.blocks[i] = Pass()
+        for patch in (0, 5, 7):
+            place = order.tolist().index(patch)
+            found = reached(model, patch)
+            assert {patch} <= found <= set(order[place:].tolist())
+            assert len(found) >= min(9 - place, 2)
+
+
+def test_four_scans_show_every_patch_all_others():
+    for scan, shown in (("rows", set(range(15, 16))), ("four", set(range(16)))):
+        assert reached(build(scan=scan, reconstruction=False), 15) == shown
+
+
+def test_a_checkpoint_knows_its_scan_and_condition(tmp_path):
+    model = build(torch.float32, scan="four", condition="every", prediction="v").eval()
+    sdit.checkpoint.save_model(tmp_path / "a.safetensors", model)
+    loaded = sdit.checkpoint.load_model(tmp_path / "a.safetensors")
+    inputs = batch(model, dtype=torch.float32)
+    assert loaded.config == model.config and torch.equal(loaded(*inputs), model(*inputs))
+    old = {k: v for k, v in SMALL.to_dict().items() if k not in ("prediction", "weighting", "condition", "scan")}
+    assert Config.from_dict(old) == SMALL  # a checkpoint from before these fields
+
+
+def test_a_condition_on_every_token_is_a_bias_of_the_patches():
+    model = build(condition="every", reconstruction=False)
+    x, t, y = batch(model, n=1)
+    got = model(x, t, y)
+    first = build(condition="first", reconstruction=False)
+    first.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("spread.")})
+    assert not torch.allclose(first(x, t, y), got)
+    with torch.no_grad():
+        c = first.time(sdit.model._sinusoid(t, x.dtype)) + first.labels(y)
+        first.patches.bias += model.spread(F.layer_norm(c, (24,), eps=sdit.model.EPS))[0]
+    torch.testing.assert_close(first(x, t, y), got, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("option", ["default", "no reconstruction", "bidirectional", "spiking wkv"])
@@ -618,6 +685,11 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"spiking": "lif"}, ValueError, "spiking must be 'rate' or 'wkv', got 'lif'"),
         ({"variant": ""}, ValueError, "variant must be 'improved' or 'faithful'"),
         ({"spiking": "wkv", "bidirectional": True}, ValueError, "bidirectional must be false"),
+        ({"condition": "all"}, ValueError, "condition must be 'first' or 'every', got 'all'"),
+        ({"scan": "columns"}, ValueError, "scan must be 'rows' or 'four', got 'columns'"),
+        ({"prediction": "x0"}, ValueError, "prediction must be 'epsilon' or 'v' or 'flow', got 'x0'"),
+        ({"weighting": "snr"}, ValueError, "weighting must be 'uniform' or 'min_snr', got 'snr'"),
+        ({"prediction": "flow"}, ValueError, "learn_sigma must be false with prediction='flow'"),
         ({"dataset": 3}, TypeError, "dataset must be a name or None"),
         ({"width": 3}, TypeError, "no such fields of a Config: width"),
     ],

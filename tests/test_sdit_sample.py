@@ -28,7 +28,9 @@ class Pointwise(nn.Module):
     def __init__(self, channels=1, size=4, learn_sigma=True, **changes):
         super().__init__()
         self.config = SimpleNamespace(
-            channels=channels, image_size=size, num_classes=3, learn_sigma=learn_sigma, dropout_label=0.1, **changes
+            **dict(channels=channels, image_size=size, num_classes=3, learn_sigma=learn_sigma, dropout_label=0.1)
+            | dict(prediction="epsilon")
+            | changes
         )
         self.weight = nn.Parameter(torch.tensor([0.3, 0.7]))
         self.seen, self.is_frozen, self.frozen_runs = [], False, 0
@@ -46,10 +48,16 @@ class Pointwise(nn.Module):
         return torch.cat([eps, x.clamp(-1, 1)], 1) if self.config.learn_sigma else eps
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("learn_sigma", [True, False])
-def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, learn_sigma):
-    model = Pointwise(channels=3, size=6, learn_sigma=learn_sigma)
+def fit(sampler):
+    """Fields of a model that the sampler is for."""
+    return dict(prediction="flow", learn_sigma=False) if sampler in ("euler", "heun") else {}
+
+
+@pytest.mark.parametrize(
+    "sampler, changes", [(s, fit(s)) for s in SAMPLERS] + [(s, dict(learn_sigma=False)) for s in SAMPLERS if not fit(s)]
+)
+def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, changes):
+    model = Pointwise(channels=3, size=6, **changes)
     labels = [0, 1, 2, 0, 3]
     settings = {"sampler": sampler, "steps": 10}
     images = sample(model, labels, seed=5, **settings)
@@ -81,10 +89,14 @@ def test_the_chain_is_the_schedulers():
 
 def test_the_usual_number_of_steps_and_one_frozen_run():
     for sampler, steps in SAMPLERS.items():
-        model = Pointwise().train()
+        model = Pointwise(**fit(sampler)).train()
         sample(model, [0, 1, 2], sampler=sampler, batch_size=2)
-        assert len(model.seen) == 2 * steps and model.frozen_runs == 1 and model.training and not model.is_frozen
-    assert [t for _, (t, *_), _ in model.seen[:20]] == make_scheduler("dpm++", 20, model.config).timesteps.tolist()
+        calls = 2 * steps - 1 if sampler == "heun" else steps
+        assert len(model.seen) == 2 * calls and model.frozen_runs == 1 and model.training and not model.is_frozen
+        assert [t for _, (t, *_), _ in model.seen[:calls]] == make_scheduler(sampler, steps, model.config).timesteps.tolist()
+    images = sample(model, [0, 1])
+    assert torch.equal(images, sample(model, [0, 1], sampler="euler"))
+    assert torch.equal(sample(Pointwise(), [0]), sample(Pointwise(), [0], sampler="ddpm"))
 
 
 def test_guidance():
@@ -102,12 +114,13 @@ def test_guidance():
 def test_clip_limits_every_prediction():
     class Far(Pointwise):
         def forward(self, x, t, y):
-            return torch.cat([x - 2, x], 1)
+            return torch.cat([x - 2, x], 1) if self.config.learn_sigma else x - 2
 
     for sampler in SAMPLERS:
         for clip in (True, False):
             states = []
-            sample(Far(), [0], sampler=sampler, steps=20, clip=clip, callback=lambda *arguments: states.append(arguments[3]))  # noqa: B023
+            model, keep = Far(**fit(sampler)), states.append
+            sample(model, [0], sampler=sampler, steps=20, clip=clip, callback=lambda *given, keep=keep: keep(given[3]))
             assert (states[-1].abs().max() <= 1 + 1e-6) == clip
 
 

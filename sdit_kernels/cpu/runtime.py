@@ -344,12 +344,20 @@ class Kernel:
         except RuntimeError:  # numba found no folder it may write to
             _warn_uncached()
             return numba.njit(self._function, **options)
+        self._key(compiled)
         try:
             compiled.compile(signature)
         except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
             compiled._cache.flush()
             compiled.compile(signature)
         return compiled
+
+    def _key(self, compiled):
+        """Find the code again in another process. Numba's key holds a pickle of all closed-over variables; of a jitted function
+        among them that is new in every process. Name and stamp say what those are, but for numbers that someone has changed."""
+        cells = (cell.cell_contents for cell in self._function.__closure__ or ())
+        numbers = tuple(value for value in cells if isinstance(value, (int, float)))
+        compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
 
     def __call__(self, work: int, *args):
         """``work`` in elementary steps decides between the twins."""

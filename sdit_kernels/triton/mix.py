@@ -222,8 +222,8 @@ def relu_squared_backward_kernel(
 class _Shift:
     """What both passes share: x, last and the mixes as the kernels take them, and tiles of one 16-byte access per thread.
 
-    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``. ``mixed``: one
-    of the outputs, or of the upstream gradients: the bulk of what is moved.
+    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``.
+    ``mixed``: one of the outputs, or of the upstream gradients: the bulk of what is moved.
     """
 
     def __init__(self, x, last, mixes, norm_eps, run, live, mixed, gs=()):
