@@ -21,6 +21,7 @@ start = {name: value.clone() for name, value in model.state_dict().items()}
 
 def train(steps):
     model.train().load_state_dict(start)
+    model(text[None, :512], labels=text[None, :512]).loss.backward()  # a first call compiles
     adam, draw, began = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0), time.perf_counter()
     for step in range(1, steps + 1):
         ids = text[torch.randint(len(text) - 512, (4, 1), generator=draw) + torch.arange(512)]

@@ -40,7 +40,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COPY = "copy"  # the contestant of this name is the bandwidth ceiling that `percent_of_copy` refers to
-PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fla-core")
+PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fla-core", "transformers")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------

@@ -119,6 +119,15 @@ def test_the_sentences():
         assert text.format(value) in README
 
 
+def test_the_sentences_on_rwkv():
+    model, layer = (rows("compat_rwkv.json", section) for section in ("rwkv_step", "rwkv_layer"))
+    ours, theirs = (row(model, name=name)["saved_bytes"] for name in ("accelerated", "transformers"))
+    assert f"run {row(model, name='transformers')['ratio']:.1f} times as fast" in README
+    assert f"keep {100 * ours / theirs:.0f} % of the bytes" in README
+    assert f"runs {row(layer, name='transformers')['ratio']:.1f} times as fast" in README
+    assert f"spends {100 * row(layer, name='the matrix products of both')['ratio']:.0f} % of its time in them" in README
+
+
 def test_the_table_of_the_model():
     for label, section in (
         ("training step, batch 8", "training"), ("sampling step, batch 8", "sampling"),

@@ -426,6 +426,10 @@ def lif(
 def lif(
     x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _Yes, **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def lif(
+    x: Tensor, v: Tensor | None = ..., *, return_v: bool = ..., return_v_seq: bool = ..., **settings: "Unpack[_Settings]"
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def lif(

@@ -204,6 +204,17 @@ def spiking_wkv(
     return_state: Literal[True],
     **options: "Unpack[_Options]",
 ) -> tuple[Tensor, tuple[State, Tensor]]: ...
+@overload
+def spiking_wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = ...,
+    *,
+    return_state: bool,
+    **options: "Unpack[_Options]",
+) -> Tensor | tuple[Tensor, tuple[State, Tensor]]: ...
 
 
 def spiking_wkv(

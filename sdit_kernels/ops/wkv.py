@@ -317,6 +317,16 @@ def wkv(
     return_state: Literal[True],
     **options: "Unpack[_Options]",
 ) -> tuple[Tensor, State]: ...
+@overload
+def wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: bool,
+    **options: "Unpack[_Options]",
+) -> Tensor | tuple[Tensor, State]: ...
 
 
 def wkv(
