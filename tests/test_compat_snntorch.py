@@ -168,6 +168,9 @@ def test_equals_the_loop(snn, case):
             found = play(fused, unroll, x, mem, seed), play(fused, loop, x, mem, seed), play(neuron, unroll, x, mem, seed)
     for spikes, history, grads in found:
         assert torch.equal(spikes, want[0]) and torch.equal(history, want[1])
+        if any(g.isnan().any() for g in want[2]):
+            assert surrogate[0] == "sigmoid"  # the library's overflows far below the threshold: see the docstring
+            continue
         for got, wanted in zip(grads, want[2], strict=True):
             scale = max(1.0, *(g.abs().max().item() for g in want[2]))
             torch.testing.assert_close(got, wanted, rtol=3e-5, atol=3e-5 * scale)

@@ -71,29 +71,28 @@ def other_libraries():
     """The rows of README's table in "Use it in your project": time and bytes kept, over those of the fused form."""
 
     def pair(section, fused, own):
-        found = rows("compat_snn_model.json" if section == "snn_model" else "compat_snn.json", section)
+        found = rows("compat_snn.json", section)
         fused, own = row(found, name=fused), row(found, name=own)
         ratio = own["times_fused"] if "times_fused" in own else own["ratio"] / fused["ratio"]
         return f"{digits(ratio)} | {digits(own['saved_bytes'] / fused['saved_bytes'])} |"
 
+    own = "SpikingJelly's own"
     for label, name in (
         ("`LIFNode`, 4 steps of (8, 394, 384)", "LIFNode"),
         ("... a step at a time", "LIFNode, single steps"),
         ("`IFNode`", "IFNode"),
         ("`ParametricLIFNode`", "ParametricLIFNode"),
     ):
-        yield f"| {label} | {pair('jelly_neurons', f'{name}, fused', f'{name}, SpikingJelly{chr(39)}s own')}"
+        yield f"| {label} | {pair('jelly_neurons', f'{name}, fused', f'{name}, {own}')}"
     for label, name in (
         ("a spiking CNN, a training step", "spiking CNN"),
         ("a Spikformer block, likewise", "Spikformer block"),
     ):
-        own = f"{name}, training step, SpikingJelly's own"
-        yield f"| {label} | {pair('jelly_models', f'{name}, training step, fused', own)}"
+        step = f"{name}, training step"
+        yield f"| {label} | {pair('jelly_models', f'{step}, fused', f'{step}, {own}')}"
     yield f"| `Leaky`, 25 steps of (128, 1000), `unroll` | {pair('snn_neurons', 'subtract, unroll', 'subtract, the loop')}"
     looped = pair("snn_neurons", "subtract, accelerated, in the loop", "subtract, the loop")
     yield f"| ... accelerated, in the loop | {looped}"
-    whole = pair("snn_model", "unrolled", "snnTorch's own")
-    yield f"| the tutorials' network of 784, 1000 and 10, a training step, `unroll` | {whole}"
 
 
 def test_the_table_of_other_libraries():

@@ -209,7 +209,7 @@ def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, d
     checkpoint, keep_t, keep_r = _placed(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_v_r = _placed_state(layout, None if g_v is None else g_v.to(state))
     g_seq, g_seq_t, g_seq_r = _placed(layout, None if g_seq is None else g_seq.to(state))
-    grid = _Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * 2)
+    grid = _Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         leaky_backward_kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),
