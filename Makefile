@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: test demo check format peers bench clean
+.PHONY: test demo check format peers bench package clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -16,6 +16,7 @@ demo: .venv/installed
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python perf/compile_report.py --check --quick
 
 format: .venv/installed
@@ -26,8 +27,15 @@ bench: peers
 	$(BIN)/python perf/bench_lif.py
 
 peers: .venv/installed
-	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib
+	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib transformers
 	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 snntorch==1.0.0 fla-core==0.6.0
+
+# dist/: a wheel and an sdist as they would be uploaded, and whether an index would show README.md.
+package:
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/pip install --quiet build twine
+	build/venv/bin/python -m build
+	build/venv/bin/twine check --strict dist/*
 
 # A torch with GPU support brings the Triton that fits it; only a CPU build of torch needs one beside it.
 .venv/installed: setup.py pyproject.toml Makefile

@@ -12,7 +12,7 @@ import torch
 
 from perf import bench_lif, bench_sdit, bench_wkv, harness
 from perf.bench_wkv import parameters, rms_error
-from sdit_kernels import backend, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
+from sdit_kernels import backend, leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
 
 HALF = (torch.bfloat16, torch.float16)
 LIMIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # relative rms of outputs
@@ -67,6 +67,9 @@ def values_lif(device, small):
     found |= agree(
         "lif, learnt tau, states", lambda x, v, tau: lif(x, v, tau=tau, return_v=True, detach_reset=True), [x, v, tau]
     )
+    beta = torch.rand(shape[-1], device=device).requires_grad_()
+    found |= agree("leaky, learnt beta, states", lambda x, v, b: leaky(x, v, beta=b, return_v_seq=True), [x, v, beta])
+    found |= agree("leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long])
     return found
 
 

@@ -5,6 +5,7 @@ Letters: B batch, T simulation steps, L tokens, C channels.
 
 from . import nn
 from .dispatch import backend
+from .ops.leaky import leaky
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
 from .ops.spiking_wkv import spiking_wkv
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SURROGATES",
     "backend",
+    "leaky",
     "lif",
     "lif_rate",
     "nn",

@@ -22,8 +22,8 @@ __all__ = ["IF", "LIF", "ChannelMix", "LIFRate", "ParametricLIF", "TimeMix", "de
 class _Neuron(torch.nn.Module):
     """What a neuron is told, under the names of the ops' arguments."""
 
-    _settings = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
-    _shown = _settings
+    _settings: tuple[str, ...] = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
+    _shown: tuple[str, ...] = _settings
 
     def __init__(self, **settings):
         super().__init__()
@@ -247,6 +247,7 @@ class ParametricLIF(_Stateful):
         ([2.0, 2.0, 2.0], torch.Size([3]))
     """
 
+    w: torch.nn.Parameter
     _settings = _Stateful._settings[1:]  # tau is made of w in every call
     _shown = ("init_tau", "channels", *_Stateful._shown[1:])
 
@@ -325,6 +326,7 @@ class LIFRate(_Neuron):
         ([0.0, 0.25, 0.5, 1.0], [1.0, 1.350000023841858, 2.0, 3.0])
     """
 
+    T: int
     _shown = ("T", *_Neuron._shown)
 
     def __init__(

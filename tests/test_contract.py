@@ -179,6 +179,7 @@ def test_devices_without_kernels_run_the_reference_and_say_so_once(monkeypatch):
 
 ONE = torch.ones(5)
 CALLS = {
+    "leaky": lambda x: sdit_kernels.leaky(x, beta=0.5),
     "lif": sdit_kernels.lif,
     "lif_rate": sdit_kernels.lif_rate,
     "relu_squared": sdit_kernels.relu_squared,

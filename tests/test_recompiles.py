@@ -12,13 +12,14 @@ import native_triton
 import pytest
 import torch
 
-from sdit_kernels import backend, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
 
 if native_triton.setup() == "interpreter":
     pytest.skip(f"the interpreter compiles nothing: {native_triton.reason()}", allow_module_level=True)
 
 import triton
 
+import sdit_kernels.triton.leaky
 import sdit_kernels.triton.lif
 import sdit_kernels.triton.mix
 import sdit_kernels.triton.spiking_wkv
@@ -29,7 +30,7 @@ SIZES = [  # (B, L)
     (16, 16), (17, 40), (20, 3), (32, 33), (33, 10), (40, 100),
 ]  # fmt: skip
 LONG = 17, 18, 23, 31, 32, 33, 47, 64, 100
-MODULES = [getattr(sdit_kernels.triton, name) for name in ("lif", "mix", "spiking_wkv", "wkv")]
+MODULES = [getattr(sdit_kernels.triton, name) for name in ("leaky", "lif", "mix", "spiking_wkv", "wkv")]
 KERNELS = {k for m in MODULES for k in vars(m).values() if isinstance(k, triton.runtime.jit.JITFunction)}
 
 
@@ -98,6 +99,9 @@ FORWARD_BACKWARD = {  # op: (call with C channels, steps of its input, T given t
     "lif": (lambda x, C, T: lif(x), (4,), NO),
     "lif, many steps": (lambda x, C, T: lif(x), LONG, NO),
     "lif, tau per channel": (lambda x, C, T: lif(x, tau=tau_of(C)), (4,), NO),
+    "leaky": (lambda x, C, T: leaky(x, beta=0.5), (4,), NO),
+    "leaky, many steps": (lambda x, C, T: leaky(x, beta=0.5), LONG, NO),
+    "leaky, beta per channel": (lambda x, C, T: leaky(x, beta=tau_of(C) / 2), (4,), NO),
     "lif_rate": (lambda x, C, T: lif_rate(x, T=4, residual=x, gate=x), NO, NO),
     "lif_rate, many steps": (lambda x, C, T: lif_rate(x, T=T, residual=x, gate=x), NO, LONG),
     "relu_squared": (lambda x, C, T: relu_squared(x), NO, NO),
@@ -119,6 +123,7 @@ def runs(name, C, dtype):
 
 ONCE = {
     "lif": {"lif_forward": 1, "lif_backward": 1},
+    "leaky": {"leaky_forward": 1, "leaky_backward": 1},
     "lif_rate": {"lif_rate_forward": 1, "lif_rate_backward": 1},
     "relu_squared": {"relu_squared_forward": 1, "relu_squared_backward": 1},
     "token_shift": {"token_shift_forward": 1, "token_shift_backward": 1},
@@ -128,6 +133,7 @@ ONCE = {
     "wkv, both ways": {"wkv_forward": 3, "wkv_backward": 3, "wkv_sums": 1},
     "spiking_wkv": {"spiking_wkv_forward": 1, "spiking_wkv_backward": 1, "wkv_sums": 1},
 }
+ONCE |= {"leaky, many steps": ONCE["leaky"], "leaky, beta per channel": ONCE["leaky"]}
 ONCE |= {"lif, many steps": ONCE["lif"], "lif_rate, many steps": ONCE["lif_rate"]}
 # in parts: the kernels of wkv, "auto", and of lif
 ONCE |= {"lif, tau per channel": ONCE["lif"], "spiking_wkv, in parts": ONCE["lif"] | ONCE["wkv, chunked"]}

@@ -67,6 +67,40 @@ def test_the_table_of_the_gpu():
     assert f"`token_shift` with norm and three mixes (backward alone in the second column) | {mix} |" in README
 
 
+def other_libraries():
+    """The rows of README's table in "Use it in your project": time and bytes kept, over those of the fused form."""
+
+    def pair(section, fused, own):
+        found = rows("compat_snn_model.json" if section == "snn_model" else "compat_snn.json", section)
+        fused, own = row(found, name=fused), row(found, name=own)
+        ratio = own["times_fused"] if "times_fused" in own else own["ratio"] / fused["ratio"]
+        return f"{digits(ratio)} | {digits(own['saved_bytes'] / fused['saved_bytes'])} |"
+
+    for label, name in (
+        ("`LIFNode`, 4 steps of (8, 394, 384)", "LIFNode"),
+        ("... a step at a time", "LIFNode, single steps"),
+        ("`IFNode`", "IFNode"),
+        ("`ParametricLIFNode`", "ParametricLIFNode"),
+    ):
+        yield f"| {label} | {pair('jelly_neurons', f'{name}, fused', f'{name}, SpikingJelly{chr(39)}s own')}"
+    for label, name in (
+        ("a spiking CNN, a training step", "spiking CNN"),
+        ("a Spikformer block, likewise", "Spikformer block"),
+    ):
+        own = f"{name}, training step, SpikingJelly's own"
+        yield f"| {label} | {pair('jelly_models', f'{name}, training step, fused', own)}"
+    yield f"| `Leaky`, 25 steps of (128, 1000), `unroll` | {pair('snn_neurons', 'subtract, unroll', 'subtract, the loop')}"
+    looped = pair("snn_neurons", "subtract, accelerated, in the loop", "subtract, the loop")
+    yield f"| ... accelerated, in the loop | {looped}"
+    whole = pair("snn_model", "unrolled", "snnTorch's own")
+    yield f"| the tutorials' network of 784, 1000 and 10, a training step, `unroll` | {whole}"
+
+
+def test_the_table_of_other_libraries():
+    for line in other_libraries():
+        assert line in README
+
+
 def test_the_sentences():
     bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 0)}
     lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]

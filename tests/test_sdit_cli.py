@@ -163,7 +163,7 @@ def test_debug_shows_where(tmp_path):
         main(["sample", str(tmp_path / "none"), "--debug"])
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "convert", "info", "plot"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "info", "plot"])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])

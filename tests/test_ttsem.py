@@ -31,6 +31,9 @@ FAULTS = (
           "tl.store(dv_at, dv, mask=mask)"),  # behind the end of a sequence
     Fault("spiking_wkv", "test_spiking_wkv.py", "nothing_else", "tl.store(dw_ptr + at, sum_w, mask=mask)",
           "tl.store(dw_ptr + cols, sum_w, mask=mask)"),  # all sequences' sums in one row
+    Fault("leaky", "test_leaky.py", "nothing_else and subtract",
+          "tl.store(v_final_ptr + first + rows * v_final_r + cols, v, mask=mask)",
+          "tl.store(v_final_ptr + first + rows * v_final_r + cols, v)"),  # behind the end of a row
     Fault("mix", "test_mix.py", "nothing_else", "tl.store(sums_ptr + (block.to(tl.int64) * M + m) * C + cols,",
           "tl.store(sums_ptr + m * C + cols,"),  # all programs' sums in one row
 )  # fmt: skip

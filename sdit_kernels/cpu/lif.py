@@ -162,7 +162,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
-    def back(i, t, dv, hs, start, k, th, vr, alpha, x, g, gseq, dx, sum_r, sum_th):
+    def back(i, t, first, dv, hs, start, k, th, vr, alpha, x, g, gseq, dx, sum_r, sum_th):
         """From the gradient of the membrane after step t of a segment to that of the membrane before it."""
         h = load(hs + t * ROW, i, S)
         if SEQUENCE:
@@ -174,7 +174,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
             through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
         dh = through + (dv if SOFT or not fired else num(0.0, S))
         if PARAMETERS:
-            v = load(start, i, S) if t == 0 else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
+            v = load(start, i, S) if first else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
             rest = v if SOFT else v - vr
             store(sum_r, i, load(sum_r, i, S) + (dh * (load_input(x, i, X) - rest) if DECAY else -dh * rest), S)
             if SOFT and fired:
@@ -230,14 +230,24 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
                         target = row_out if STREAMED else dxs + t * dx_t
-                        for i in range(n):
-                            if PER_CHANNEL:
-                                k, th = load(rs, i, S), load(ths, i, S)
-                            d = back(
-                                i, t, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
-                                gss + t * gseq_t, target, sum_r, sum_th,
-                            )  # fmt: skip
-                            store(carry, i, d, S)
+                        if t > 0:
+                            for i in range(n):
+                                if PER_CHANNEL:
+                                    k, th = load(rs, i, S), load(ths, i, S)
+                                d = back(
+                                    i, t, False, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
+                                    gss + t * gseq_t, target, sum_r, sum_th,
+                                )  # fmt: skip
+                                store(carry, i, d, S)
+                        else:  # a loop of its own: with the choice inside, those with an exponential would not vectorise
+                            for i in range(n):
+                                if PER_CHANNEL:
+                                    k, th = load(rs, i, S), load(ths, i, S)
+                                d = back(
+                                    i, t, True, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
+                                    gss + t * gseq_t, target, sum_r, sum_th,
+                                )  # fmt: skip
+                                store(carry, i, d, S)
                         if STREAMED:
                             stream(dxs + t * dx_t, row_out, n * xb)
                 if dv != 0:

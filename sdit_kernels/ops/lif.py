@@ -8,7 +8,8 @@ import importlib
 import math
 import numbers
 import warnings
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from .operator import register
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Unpack
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INFERENCE = (torch.uint8, torch.bool)
@@ -174,7 +180,7 @@ def _wants_gradient(*tensors):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):
@@ -382,6 +388,44 @@ _rate_backward_call = register(
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------
+
+
+class Settings(TypedDict, total=False):
+    """What a neuron is told, for those who check types."""
+
+    tau: "float | Tensor"
+    v_threshold: "float | Tensor"
+    v_reset: float | None
+    decay_input: bool
+    detach_reset: bool
+    surrogate: "str | Callable[[Tensor], Tensor]"
+    alpha: float | None
+
+
+class _Settings(Settings, total=False):
+    spike_dtype: torch.dtype | None
+
+
+_No = Literal[False]
+_Yes = Literal[True]
+
+
+@overload
+def lif(
+    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+) -> Tensor: ...
+@overload
+def lif(
+    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def lif(
+    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def lif(
+    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
 
 
 def lif(

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from .operator import register
 
 MIXES = 6  # as many as an RWKV block has (RWKV-7)
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):

@@ -1,6 +1,8 @@
 """spiking_wkv: the public function and the operators ``sdit_kernels::spiking_wkv*`` behind it."""
 
 import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from ..reference.lif import state_dtype
 from .lif import (
     _NEURON,
     Neuron,
+    Settings,
     _check_neuron,
     _check_values,
     _parameter_gradients,
@@ -20,11 +23,14 @@ from .lif import (
 )
 from .lif import _check_state as _check_membrane
 from .operator import register
-from .wkv import _check_flag, _check_state, _check_tokens, _plain
+from .wkv import State, _check_flag, _check_state, _check_tokens, _plain
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):
@@ -167,6 +173,37 @@ def _chunks(k, v, r, scan_state, membrane, rate, one):
     if rate:
         s = (s.sum(0, dtype=state_dtype(k.dtype)) / k.shape[0]).to(k.dtype)
     return s, (tuple(torch.cat(parts) for parts in zip(*states)), membrane)
+
+
+class _Options(Settings, total=False):
+    log_decay: Tensor | None
+    scan_state: State | None
+    membrane: Tensor | None
+    rate: bool
+
+
+@overload
+def spiking_wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = ...,
+    *,
+    return_state: Literal[False] = ...,
+    **options: "Unpack[_Options]",
+) -> Tensor: ...
+@overload
+def spiking_wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    r: Tensor | None = ...,
+    *,
+    return_state: Literal[True],
+    **options: "Unpack[_Options]",
+) -> tuple[Tensor, tuple[State, Tensor]]: ...
 
 
 def spiking_wkv(

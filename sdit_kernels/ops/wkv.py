@@ -1,6 +1,8 @@
 """wkv and its one-token step: the public functions and the operators ``sdit_kernels::wkv*`` behind them."""
 
 import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -10,6 +12,11 @@ from ..layout import wkv_rows
 from ..reference.lif import state_dtype
 from .lif import _check_flag, _check_tensor, _wants_gradient
 from .operator import register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+State = tuple[Tensor, Tensor]  # (ybar, lse)
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ALGORITHMS = ("auto", "serial", "chunked")
@@ -115,7 +122,7 @@ def _brief(values):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):
@@ -280,6 +287,38 @@ _step_call_ = register(
 # --- the public functions ---------------------------------------------------------------------------------------------------
 
 
+class _Options(TypedDict, total=False):
+    r: Tensor | None
+    state: State | None
+    bidirectional: bool
+    log_decay: Tensor | None
+    cu_seqlens: Tensor | None
+    max_seqlen: int | None
+    algorithm: str
+
+
+@overload
+def wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: Literal[False] = ...,
+    **options: "Unpack[_Options]",
+) -> Tensor: ...
+@overload
+def wkv(
+    time_decay: Tensor | None,
+    time_first: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_state: Literal[True],
+    **options: "Unpack[_Options]",
+) -> tuple[Tensor, State]: ...
+
+
 def wkv(
     time_decay: Tensor | None,
     time_first: Tensor,
@@ -392,7 +431,7 @@ def wkv_step(
     *,
     r: Tensor | None = None,
     log_decay: Tensor | None = None,
-):
+) -> tuple[Tensor, State]:
     r"""One token of :func:`wkv`, for decoding::
 
         out, state = wkv_step(time_decay, time_first, k, v, state)

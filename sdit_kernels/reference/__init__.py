@@ -1,11 +1,13 @@
 """The definitions, in plain PyTorch: same names and signatures as the public ops, any floating dtype, any device."""
 
+from .leaky import leaky
 from .lif import lif, lif_rate
 from .mix import relu_squared, token_shift
 from .spiking_wkv import spiking_wkv
 from .wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 
 __all__ = [
+    "leaky",
     "lif",
     "lif_rate",
     "relu_squared",

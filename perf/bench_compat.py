@@ -1,0 +1,488 @@
+"""Models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
+
+    python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
+    python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
+    python perf/bench_compat.py --quick
+
+A section is one function, one table and one correctness gate; each needs its library alone and is skipped with a reason where
+that is not installed. Goals at the end, PASS or FAIL, which is also the exit status (except with --quick, whose times mean
+nothing).
+"""
+
+import copy
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from perf import harness
+from perf.harness import Contestant, check, compare, goal, missing
+
+T, SHAPE = 4, (8, 394, 384)  # time steps; batch, tokens and channels, as in bench_lif.py
+
+
+def skipped(title, library):
+    """What a section returns where its library is absent; its goals are then SKIP."""
+    return title, [{"name": library, "note": f"skipped: {missing(library)}"}]
+
+
+def exact(*shape, device="cpu"):
+    """Odd multiples of 1/32 around 0.5: spikes of a first step agree bit for bit, whatever the order of operations."""
+    generator = torch.Generator().manual_seed(0)
+    x = (0.5 + 1.5 * torch.randn(shape, generator=generator)).clamp(-7, 7)
+    return (((x * 16).floor() + 0.5) / 16).to(device).requires_grad_()
+
+
+def step(f, x, g, parameters=()):
+    """Forward and backward, the output's gradient dense, as it comes from a layer above. Returns the gradients."""
+
+    def run():
+        out = f(x)
+        return torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], (x, *parameters), g)
+
+    return run
+
+
+def agree(name, got, want, rtol=1e-4):
+    """The gate of gradients: close beside the greatest of each."""
+    errors = [check(f"{name}: gradient", g, w, rtol, rtol * max(w.abs().max().item(), 1e-3)) for g, w in zip(got, want)]
+    return {"grad_rel_rms_error": max(e["rel_rms_error"] for e in errors)}
+
+
+def kept(f, x, parameters=()):
+    """Bytes that autograd saves in f(x), x among them, parameters not."""
+    return harness.saved_bytes(lambda: f(x), exclude=tuple(parameters))[0]
+
+
+def pairs(found, least, what):
+    """A goal for each contestant that is followed by its original, "NAME, SpikingJelly's own": how many times as fast."""
+    for fused, own in zip(found[::2], found[1::2]):
+        ratios = [b / a for a, b in zip(fused["samples_s"], own["samples_s"])]
+        own["times_fused"] = sorted(ratios)[len(ratios) // 2]
+        goal(f"{what}, {fused['name'].removesuffix(', fused')}: times as fast", own["times_fused"], least)
+    return without_ratios(found)
+
+
+def without_ratios(rows):
+    """Where several pairs share a table, the time over that of its first row says nothing."""
+    for row in rows:
+        for key in ("ratio", "ratio_iqr", "baseline"):
+            row.pop(key, None)
+    return rows
+
+
+# ---- SpikingJelly ----------------------------------------------------------------------------------------------------
+
+
+def jelly_neurons(args, settings):
+    """SpikingJelly's neurons, forward and backward in training; saved: by autograd, inputs included"""
+    title = f"SpikingJelly's neurons, T={T}, {SHAPE}, fp32"
+    if missing("spikingjelly"):
+        return skipped(title, "spikingjelly")
+    from spikingjelly.activation_based import neuron, surrogate
+
+    from sdit_kernels.compat.spikingjelly import accelerate
+
+    x = exact(T, *SHAPE, device=args.device)
+    g = torch.randn_like(x)
+    nodes = {
+        "LIFNode": neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m"),
+        "LIFNode, soft reset, detached": neuron.LIFNode(v_reset=None, detach_reset=True, step_mode="m"),
+        "LIFNode, single steps": neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="s"),
+        "IFNode": neuron.IFNode(step_mode="m"),
+        "ParametricLIFNode": neuron.ParametricLIFNode(step_mode="m"),
+    }
+    contestants = []
+    for name, node in nodes.items():
+        node.to(args.device)
+        fused = copy.deepcopy(node)
+        assert accelerate(fused).replaced
+
+        def run(x, node):
+            node.reset()
+            return node(x) if node.step_mode == "m" else torch.stack([node(x_t) for x_t in x])
+
+        calls = [lambda x, node=node: run(x, node) for node in (fused, node)]
+        check(f"{name}: spikes", calls[0](x), calls[1](x), 0, 0)
+        error = agree(name, *(step(f, x, g, n.parameters())() for f, n in zip(calls, (fused, node))))
+        for label, f, n in ((f"{name}, fused", calls[0], fused), (f"{name}, SpikingJelly's own", calls[1], node)):
+            row = {"saved_bytes": kept(f, x, n.parameters()), **(error if f is calls[0] else {})}
+            contestants.append(Contestant(label, step(f, x, g, tuple(n.parameters())), extra=row))
+    return title, pairs(compare(contestants, **settings), 3, "SpikingJelly layer")
+
+
+def spiking_cnn():
+    """A spiking CNN for images of 28 x 28, of SpikingJelly's layers, as in its tutorials."""
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+    def node():
+        return neuron.LIFNode(surrogate_function=surrogate.ATan())
+
+    net = nn.Sequential(
+        layer.Conv2d(1, 32, 3, padding=1, bias=False), layer.BatchNorm2d(32), node(), layer.MaxPool2d(2),
+        layer.Conv2d(32, 32, 3, padding=1, bias=False), layer.BatchNorm2d(32), node(), layer.MaxPool2d(2),
+        layer.Flatten(), layer.Linear(32 * 49, 256, bias=False), node(), layer.Linear(256, 10, bias=False), node(),
+    )  # fmt: skip
+    functional.set_step_mode(net, "m")
+    return net, torch.rand(T, 16, 1, 28, 28)
+
+
+class SpikformerBlock(nn.Module):
+    """Spikformer's block for tokens (T, N, C, L): SpikingJelly's SpikingSelfAttention, then an MLP of four times the width."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        from spikingjelly.activation_based import layer, neuron
+        from spikingjelly.activation_based.layer.attention import SpikingSelfAttention
+
+        def linear(inputs, outputs):
+            product = layer.SeqToANNContainer(nn.Conv1d(inputs, outputs, 1, bias=False), nn.BatchNorm1d(outputs))
+            return nn.Sequential(product, neuron.LIFNode(detach_reset=True, step_mode="m"))
+
+        self.attention = SpikingSelfAttention(dim=channels, num_heads=heads)
+        self.mlp = nn.Sequential(linear(channels, 4 * channels), linear(4 * channels, channels))
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+def spikformer_block():
+    return SpikformerBlock(128, 8), 2 * torch.rand(T, 16, 128, 64)
+
+
+def jelly_models(args, settings):
+    """Training step: forward, backward, SGD, reset_net. The layers: each neuron of the model on its own input"""
+    title = f"Models of SpikingJelly, T={T}, fp32"
+    if missing("spikingjelly"):
+        return skipped(title, "spikingjelly")
+    from spikingjelly.activation_based import functional, neuron
+
+    from sdit_kernels.compat.spikingjelly import accelerate
+
+    def forward(net):
+        def f(x):
+            functional.reset_net(net)
+            return net(x)
+
+        return f
+
+    def gradients(net, x):
+        return torch.autograd.grad(forward(net)(x).square().mean(), tuple(net.parameters()))
+
+    def train(net, x):
+        optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+        def run():
+            loss = net(x).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            functional.reset_net(net)
+
+        return run
+
+    def inputs(net, x):
+        """What each neuron is given, by its name."""
+        found = {}
+        for key, module in net.named_modules():
+            if isinstance(module, neuron.BaseNode):
+                module.register_forward_pre_hook(lambda _, args, key=key: found.setdefault(key, args[0].detach().clone()))
+        forward(net)(x)
+        return {key: t.requires_grad_() for key, t in found.items()}
+
+    def alone(net, key):
+        """A neuron of the net, without its past."""
+        functional.reset_net(net)
+        return copy.deepcopy(net.get_submodule(key))
+
+    rows = []
+    for name, make in (("spiking CNN", spiking_cnn), ("Spikformer block", spikformer_block)):
+        torch.manual_seed(0)
+        net, x = make()
+        net, x = net.to(args.device).train(), x.to(args.device)
+        fused = copy.deepcopy(net)
+        replaced = accelerate(fused).replaced
+        error = agree(name, *(gradients(copy.deepcopy(n), x) for n in (fused, net)))  # batch norm counts: copies
+        functional.reset_net(fused), functional.reset_net(net)
+        nets = {"fused": fused, "SpikingJelly's own": net}
+        layers = []
+        currents = inputs(copy.deepcopy(net), x)
+        assert set(currents) == {key for key, _ in replaced}
+        for key, current in currents.items():
+            g = torch.randn_like(current)
+            for label, n in nets.items():
+                f = forward(alone(n, key))
+                extra = {"saved_bytes": kept(f, current)}
+                layers.append(Contestant(f"{name}, {key}, {label}", step(f, current, g), extra=extra))
+        both = []
+        for label, n in nets.items():
+            extra = {"saved_bytes": kept(forward(n), x, n.parameters())} | (error if n is fused else {})
+            functional.reset_net(n)
+            both.append(Contestant(f"{name}, training step, {label}", train(n, x), extra=extra))
+        whole = compare(both, **settings)
+        goal(f"{name}, training step: times as fast", whole[1]["ratio"], 1)
+        ratio = whole[1]["saved_bytes"] / whole[0]["saved_bytes"]
+        goal(f"{name}, bytes saved in a training step: times as few", ratio, 1)
+        whole[1]["times_fused"] = whole[1]["ratio"]
+        found = pairs(compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer")
+        for i, row in enumerate(whole):
+            row["neurons_s"] = sum(layer["median_s"] for layer in found[i::2])
+        rows += without_ratios(whole) + found
+    return title, rows
+
+
+# ---- snnTorch --------------------------------------------------------------------------------------------------------
+
+STEPS, BATCH, HIDDEN = 25, 128, 1000  # as in snnTorch's tutorials
+
+
+def loop(neuron):
+    """The loop that snnTorch's users write."""
+
+    def run(x):
+        mem, spikes, history = torch.zeros_like(x[0]), [], []
+        for x_t in x:
+            s, mem = neuron(x_t, mem)
+            spikes.append(s)
+            history.append(mem)
+        return torch.stack(spikes), torch.stack(history)
+
+    return run
+
+
+def snn_neurons(args, settings):
+    """snnTorch's Leaky, forward and backward; leaky alone returns no membranes. saved: by autograd, inputs included"""
+    title = f"snnTorch's Leaky, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
+    if missing("snntorch"):
+        return skipped(title, "snntorch")
+    import snntorch
+
+    from sdit_kernels import leaky
+    from sdit_kernels.compat.snntorch import accelerate, unroll
+
+    x = exact(STEPS, BATCH, HIDDEN, device=args.device)
+    g = torch.randn_like(x)
+    rows = []
+    for name, options in {
+        "subtract": {},
+        "zero": {"reset_mechanism": "zero"},
+        "subtract, learnt beta and threshold": {"learn_beta": True, "learn_threshold": True},
+        "subtract at once": {"reset_delay": False},
+    }.items():
+        neuron = snntorch.Leaky(beta=0.9, **options).to(args.device)
+        fused = copy.deepcopy(neuron)
+        assert accelerate(fused).replaced
+
+        def whole(x, neuron=fused):
+            return unroll(neuron, x, torch.zeros_like(x[0]))
+
+        calls = {"unroll": (whole, fused), "accelerated, in the loop": (loop(fused), fused), "the loop": (loop(neuron), neuron)}
+        want, contestants = loop(neuron)(x), []
+        wanted = step(loop(neuron), x, g, tuple(neuron.parameters()))()
+        for label, (f, n) in calls.items():
+            check(f"{name}, {label}: spikes and membranes", f(x), want, 0, 0)
+            parameters = tuple(n.parameters())
+            error = agree(f"{name}, {label}", step(f, x, g, parameters)(), wanted)
+            extra = {"saved_bytes": kept(f, x, parameters)} | (error if n is fused else {})
+            contestants.append(Contestant(f"{name}, {label}", step(f, x, g, parameters), extra=extra))
+        if not options:
+            check("leaky: spikes", leaky(x, beta=0.9), want[0], 0, 0)
+            extra = {"saved_bytes": kept(lambda x: leaky(x, beta=0.9), x)}
+            contestants.append(Contestant("leaky alone", step(lambda x: leaky(x, beta=0.9), x, g), extra=extra))
+        found = compare(contestants, **settings)
+        goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
+        goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
+        rows += found
+    return title, rows
+
+
+def snn_model(args, settings):
+    """Training step of the tutorials' network (784, 1000, 10), cross entropy of every membrane: forward, backward, Adam"""
+    title = f"A network of snnTorch, T={STEPS}, batch {BATCH}, fp32"
+    if missing("snntorch"):
+        return skipped(title, "snntorch")
+    import snntorch
+
+    from sdit_kernels.compat.snntorch import accelerate, unroll
+
+    torch.manual_seed(0)
+    net = nn.ModuleList([nn.Linear(784, HIDDEN), snntorch.Leaky(beta=0.95), nn.Linear(HIDDEN, 10), snntorch.Leaky(beta=0.95)])
+    net = net.to(args.device)
+    x = (torch.rand(STEPS, BATCH, 784, device=args.device) < 0.3).float()  # rate-coded images
+    y = torch.randint(10, (BATCH,), device=args.device)
+
+    def looped(net):
+        mem1 = mem2 = torch.zeros(0, device=args.device)
+        history = []
+        for x_t in x:
+            s, mem1 = net[1](net[0](x_t), mem1)
+            s, mem2 = net[3](net[2](s), mem2)
+            history.append(mem2)
+        return torch.stack(history)
+
+    def unrolled(net):
+        net[1].reset_mem(), net[3].reset_mem()
+        s, _ = unroll(net[1], net[0](x))
+        return unroll(net[3], net[2](s))[1]
+
+    def loss(f, net):
+        return nn.functional.cross_entropy(f(net).flatten(0, 1), y.repeat(STEPS))
+
+    def train(f, net):
+        optimiser = torch.optim.Adam(net.parameters(), lr=5e-4)
+
+        def run():
+            optimiser.zero_grad()
+            loss(f, net).backward()
+            optimiser.step()
+
+        return run
+
+    def gradients(f, net):
+        return torch.autograd.grad(loss(f, net), tuple(net.parameters()))
+
+    fused = copy.deepcopy(net)
+    assert len(accelerate(fused).replaced) == 2
+    twins = {id(n): copy.deepcopy(n) for n in (fused, net)}
+    contestants, wanted = [], gradients(looped, net)
+    cases = (("unrolled", unrolled, fused), ("accelerated, in the loop", looped, fused), ("snnTorch's own", looped, net))
+    for label, f, n in cases:
+        error = agree(label, gradients(f, n), wanted)
+        extra = {"saved_bytes": harness.saved_bytes(lambda f=f, n=n: f(n), exclude=tuple(n.parameters()))[0], **error}
+        contestants.append(Contestant(label, train(f, copy.deepcopy(twins[id(n)])), extra=extra))
+    found = compare(contestants, **settings)
+    goal("snnTorch, training step: times as fast, unrolled", found[2]["ratio"], 1)
+    goal("snnTorch, bytes saved in a training step: times as few", found[2]["saved_bytes"] / found[0]["saved_bytes"], 1)
+    return title, found
+
+
+# ---- transformers' RWKV ------------------------------------------------------------------------------------------------
+
+
+def rwkv_pair(device, **config):
+    """transformers' model with random weights, and the accelerated one on a copy of them."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    from sdit_kernels.compat import rwkv
+
+    torch.manual_seed(0)
+    theirs = RwkvForCausalLM(RwkvConfig(context_length=1024, bos_token_id=0, eos_token_id=None, **config))
+    for p in theirs.parameters():  # initial values make some products zero
+        p.data += 0.02 * torch.randn_like(p)
+    theirs = theirs.to(device)
+    ours = copy.deepcopy(theirs)
+    rwkv.accelerate(ours)
+    return theirs, ours
+
+
+def rwkv_contest(contestants, args, settings):
+    """Few rounds: a call of theirs takes most of a second."""
+    settings = settings | {"rounds": 3 if args.quick else 7, "min_time": settings["min_time"] / 5}
+    return compare(contestants, **settings, baseline="accelerated")
+
+
+def rwkv_gradients(model, *inputs, **arguments):
+    """Forward and backward; returns the result and the gradients of the parameters."""
+    out = model(*inputs, **arguments)
+    loss = out.loss if hasattr(out, "loss") else out[0].square().mean()
+    return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
+
+
+def against_theirs(name, theirs, ours, run, args, settings, products=None):
+    """Check, then time and weigh one of each kind; ``products``: what the matrix products alone cost both."""
+    error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
+    forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
+    kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
+    contestants = [
+        Contestant("accelerated", lambda: run(ours), extra={"saved_bytes": kept[1]} | error),
+        Contestant("transformers", lambda: run(theirs), extra={"saved_bytes": kept[0]}),
+    ]
+    if products:
+        contestants.append(Contestant("the matrix products of both", products))
+    return rwkv_contest(contestants, args, settings)
+
+
+def rwkv_step(args, settings):
+    """A whole model, L = 512: loss, forward and backward; the bytes that a forward pass keeps"""
+    what = "rwkv model (2, 512), 4 layers of 256 channels, forward+backward"
+    if missing("transformers"):
+        goal(f"{what}, times transformers", None, 5)
+        return skipped(what, "transformers")
+    theirs, ours = rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4)
+    ids = torch.randint(256, (2, 512), device=args.device)
+
+    def run(model, backward=True):
+        return rwkv_gradients(model, ids, labels=ids) if backward else model(ids, labels=ids).loss
+
+    rows = against_theirs("model", theirs.train(), ours.train(), run, args, settings)
+    goal(f"{what}, times transformers", harness.ratio(rows, "transformers"), 5)
+    return what, rows
+
+
+def rwkv_layer(args, settings):
+    """One time mix of the size of the 169M model's, L = 512, forward and backward"""
+    what = "rwkv time mix (2, 512, 768), forward+backward"
+    if missing("transformers"):
+        return skipped(what, "transformers")
+    theirs, ours = (
+        m.rwkv.blocks[0].attention for m in rwkv_pair(args.device, vocab_size=8, hidden_size=768, num_hidden_layers=2)
+    )
+    x = torch.randn(2, 512, 768, device=args.device)
+
+    def run(layer, backward=True):
+        return rwkv_gradients(layer, x) if backward else layer(x)[0]
+
+    def products():
+        y = ours.output(ours.key(x) + ours.value(x) + ours.receptance(x))
+        return torch.autograd.grad(y, [p for p in ours.parameters() if p.dim() == 2], y)
+
+    return what, against_theirs("time mix", theirs, ours, run, args, settings, products)
+
+
+def rwkv_decode(args, settings):
+    """Inference: a prompt of 512 tokens with its state, and 16 tokens one by one from there, batch of one"""
+    title = "rwkv, 4 layers of 256 channels, batch 1"
+    if missing("transformers"):
+        goal("rwkv token by token, times transformers", None, 0.9)
+        return skipped(title, "transformers")
+    theirs, ours = (m.eval() for m in rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4))
+    ids = torch.randint(256, (1, 528), device=args.device)
+
+    @torch.inference_mode()
+    def prompt(model):
+        return model(ids[:, :512], use_cache=True)
+
+    @torch.inference_mode()
+    def decode(model, state):
+        state, logits = [s.clone() for s in state], []
+        for t in range(512, 528):
+            out = model(ids[:, t : t + 1], state=state, use_cache=True)
+            state, logits = out.state, [*logits, out.logits]
+        return torch.cat(logits, 1)
+
+    first, second = prompt(ours), prompt(theirs)
+    error = check("prompt", first.logits, second.logits, rtol=1e-3, atol=1e-4)
+    rows = rwkv_contest(
+        [Contestant("accelerated", lambda: prompt(ours), extra={"what": "prompt"} | error),
+         Contestant("transformers", lambda: prompt(theirs), extra={"what": "prompt"})],
+        args, settings,
+    )  # fmt: skip
+    error = check("decode", decode(ours, first.state), decode(theirs, second.state), rtol=1e-3, atol=1e-4)
+    rows += rwkv_contest(
+        [Contestant("accelerated", lambda: decode(ours, first.state), extra={"what": "16 tokens"} | error),
+         Contestant("transformers", lambda: decode(theirs, second.state), extra={"what": "16 tokens"})],
+        args, settings,
+    )  # fmt: skip
+    goal("rwkv token by token, times transformers", harness.ratio(rows[2:], "transformers"), 0.9)
+    return title, rows
+
+
+SECTIONS = {f.__name__: f for f in (jelly_neurons, jelly_models, snn_neurons, snn_model, rwkv_step, rwkv_layer, rwkv_decode)}
+
+
+if __name__ == "__main__":
+    sys.exit(harness.run(__doc__, SECTIONS))

@@ -1,0 +1,37 @@
+"""RWKV-4 on characters, the source of Python's own library: transformers' model, before and after one line."""
+
+import os
+import pathlib
+import sys
+import time
+
+import torch
+from transformers import RwkvConfig, RwkvForCausalLM  # pip install transformers
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+from perf.harness import saved_bytes
+from sdit_kernels.compat import rwkv
+
+files = sorted(pathlib.Path(os.__file__).parent.glob("*.py"))
+text = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8).long()
+torch.manual_seed(0)
+model = RwkvForCausalLM(RwkvConfig(vocab_size=256, hidden_size=128, num_hidden_layers=4, bos_token_id=10, eos_token_id=None))
+start = {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def train(steps):
+    model.train().load_state_dict(start)
+    adam, draw, began = torch.optim.AdamW(model.parameters(), lr=3e-3), torch.Generator().manual_seed(0), time.perf_counter()
+    for step in range(1, steps + 1):
+        ids = text[torch.randint(len(text) - 512, (4, 1), generator=draw) + torch.arange(512)]
+        loss = model(ids, labels=ids).loss
+        adam.zero_grad(), loss.backward(), adam.step()
+        print(f"\r{step:4}  loss {loss.item():.4f}  {1e3 * (time.perf_counter() - began) / step:.0f} ms a step", end="")
+    kept, _ = saved_bytes(lambda: model(ids, labels=ids).loss, [*model.parameters()])
+    print(f", {kept / 2**20:.0f} MiB kept for the backward pass")
+
+
+train(5)
+print(rwkv.accelerate(model))  # the one line
+train(5), train(300)
+print(bytes(model.eval().generate(torch.tensor([[*b"def "]]), max_new_tokens=200, do_sample=True)[0].tolist()).decode("latin"))

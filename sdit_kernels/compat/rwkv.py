@@ -1,0 +1,432 @@
+"""RWKV-4 as others write it: their mixing layers made to run on this package's ops, and their function ``RUN_CUDA``.
+
+No library is imported: a layer is known by the names of its parameters, and replaced only if it computes what RWKV-4 computes.
+"""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import backend
+from ..nn import ChannelMix, TimeMix
+from ..ops.mix import relu_squared, token_shift
+from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
+from ..reference.lif import state_dtype
+from .swap import Left, Report, Swapped, swap, swap_back, swapped_class
+
+__all__ = ["RUN_CUDA", "accelerate", "restore"]
+
+
+# --- the function that RWKV-LM's copies call --------------------------------------------------------------------------------
+
+
+@overload
+def RUN_CUDA(B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, last_state: None = ...) -> Tensor: ...
+@overload
+def RUN_CUDA(
+    B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, last_state: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
+def RUN_CUDA(
+    B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, last_state: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""The function of this name in RWKV-LM's RWKV-4 (folders RWKV-v4 and RWKV-v4neo) and in the repositories that copy it.
+
+    ::
+
+        y[t] = (sum_{i<t} e^(k[i] - (t-1-i) e^w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
+
+    w is the parameter ``time_decay`` as it is: -exp(w) is taken inside, and the gradient is that of w. In a model file,
+    ``from sdit_kernels.compat.rwkv import RUN_CUDA`` takes the place of the lines that compile ``wkv_cuda``, of ``class WKV``
+    and of ``def RUN_CUDA``.
+
+    What differs: any device that this package serves, any T (no ``T_MAX``) and C; strides; y has k's dtype, where RWKV-LM goes
+    by ``RWKV_FLOAT_MODE``; gradients have the dtype of their tensors. Not meant are ``wkv_cuda.forward`` beneath it, whose w is
+    -exp(time_decay), and the function of this name in Vision-RWKV, which looks both ways: that is, but for its 1e-6 in the
+    denominator, ``wkv(None, u, k, v, log_decay=-w, bidirectional=True)``.
+
+    Args:
+        B, T, C: batch, tokens, channels: the shape of k.
+        w, u: time_decay and time_first, (C,), any floating dtype.
+        k, v: keys and values, (B, T, C), float32, float64, bfloat16 or float16.
+        last_state: the state after the tokens before these, (B, C, 3), float32 (float64 for float64 data): aa, bb, pp of RWKV's
+            own code, as the copies that train on pieces of a sequence pass it; before any token 0, 0, -1e38. None: no state.
+
+    Returns:
+        y, (B, T, C), of k's dtype; with ``last_state`` the pair (y, new_state), new_state like last_state. Of its two scales
+        bb is 1 where RWKV's code has another: aa e^pp and bb e^pp are the same. Gradients reach w, u, k, v and last_state.
+
+    Raises:
+        TypeError, ValueError: B, T, C are not k's shape; else as :func:`sdit_kernels.wkv`.
+
+    Source: the interface of BlinkDL's RWKV-LM; Peng et al., RWKV, arXiv 2305.13048.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.compat.rwkv import RUN_CUDA
+        >>> w, u, k = torch.full((2,), -torch.inf), torch.zeros(2), torch.zeros(1, 3, 2)  # -exp(w) = 0: no decay
+        >>> RUN_CUDA(1, 3, 2, w, u, k, torch.tensor([1.0, 2.0, 6.0]).reshape(1, 3, 1).repeat(1, 1, 2))[0, :, 0]
+        tensor([1.0000, 1.5000, 3.0000])
+    """
+    for name, t in (("w", w), ("u", u), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if k.shape != (B, T, C):
+        raise ValueError(f"k must have the shape (B, T, C) = ({B}, {T}, {C}), got {tuple(k.shape)}")
+    dtype = torch.promote_types(k.dtype, v.dtype)
+    k_, v_ = k.to(dtype), v.to(dtype)
+    w, u = _as_wide(w, k_), _as_wide(u, k_)
+    if last_state is None:
+        return wkv(w, u, k_, v_).to(k.dtype)
+    if not isinstance(last_state, Tensor):
+        raise TypeError(f"last_state must be a tensor or None, got {type(last_state).__name__}")
+    if last_state.shape != (B, C, 3):
+        raise ValueError(f"last_state must have the shape (B, C, 3) = ({B}, {C}, 3), got {tuple(last_state.shape)}")
+    y, state = wkv(w, u, k_, v_, state=wkv_state_from_rwkv(*last_state.unbind(-1)), return_state=True)
+    return y.to(k.dtype), torch.stack(wkv_state_to_rwkv(*state), -1)
+
+
+def _as_wide(parameter: Tensor, data: Tensor) -> Tensor:
+    """Parameters may be wider than the data; narrower ones are cast, as arithmetic on the two would."""
+    return parameter.to(torch.promote_types(parameter.dtype, data.dtype))
+
+
+# --- the layers' own arithmetic ---------------------------------------------------------------------------------------------
+
+
+class _Fused(Swapped):
+    """The parameters and children are those of the layer whose class is swapped."""
+
+    time_decay: Tensor
+    time_first: Tensor
+    key: nn.Module
+    value: nn.Module
+    receptance: nn.Module
+    output: nn.Module
+    layer_id: int
+
+    def _shift(self, x, last, *names):
+        mixes = [_as_wide(getattr(self, name), x) for name in names]
+        if last is not None and x.shape[1] == 1 and all(m.dtype == x.dtype for m in mixes):
+            return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # as in _step
+        device = x.device.type
+        cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if cast else None  # what the projections would cast to
+        return token_shift(x, *mixes, last=last, dtype=dtype)
+
+    def _scan(self, xk, xv, xr, state, return_state):
+        """``state``: None or RWKV's aa, bb, pp, and so is what comes back beside the output."""
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
+        w, u = _as_wide(self.time_decay, k), _as_wide(self.time_first, k)
+        if state is not None:
+            state = [s.to(state_dtype(k.dtype)) for s in state]
+            if k.shape[1] == 1:
+                y, state = _step(w, u, k, v, r, *state)
+                return self.output(y), state
+            state = wkv_state_from_rwkv(*state)
+        y = wkv(w, u, k, v, r=r, state=state, return_state=return_state)
+        y, state = y if return_state else (y, None)
+        return self.output(y), None if state is None else wkv_state_to_rwkv(*state)
+
+    def _gate(self, xk, xr):
+        return torch.sigmoid(self.receptance(xr)) * self.value(relu_squared(self.key(xk)))
+
+
+def _step(w, u, k, v, r, aa, bb, pp):
+    """A single token, (B, 1, C), on RWKV's own state, (B, C): there is nothing to fuse, and a call of wkv, with the state put
+    into its form and back, takes twice as long."""
+    k_, v_, r_ = (t[:, 0].to(aa.dtype) for t in (k, v, r))
+    bonus, decayed = u.to(aa.dtype) + k_, pp - torch.exp(w.to(aa.dtype))
+    o = torch.maximum(pp, bonus)
+    old, now = torch.exp(pp - o), torch.exp(bonus - o)
+    y = torch.sigmoid(r_) * (old * aa + now * v_) / (old * bb + now)
+    o = torch.maximum(decayed, k_)
+    old, now = torch.exp(decayed - o), torch.exp(k_ - o)
+    return y.to(k.dtype).unsqueeze(1), (old * aa + now * v_, old * bb + now, o)
+
+
+def _row(state, layer, like):
+    """A layer's part of a state of transformers, (B, C, layers): where gradients may need it, a copy, for the state is written
+    to in place."""
+    return state[:, :, layer].to(like.dtype, copy=torch.is_grad_enabled())
+
+
+class _TransformersTimeMix(_Fused):
+    def forward(self, hidden, state=None, use_cache=False):
+        last = scan = None
+        if state is not None:
+            last = _row(state[1], self.layer_id, hidden)
+            scan = [_row(s, self.layer_id, s) for s in state[2:]]
+        mixed = self._shift(hidden, last, "time_mix_key", "time_mix_value", "time_mix_receptance")
+        out, scan = self._scan(*mixed, scan, state is not None)
+        if state is not None:
+            for old, new in zip(state[1:], (hidden[:, -1], *scan)):
+                old[:, :, self.layer_id] = new
+        return out, state
+
+
+class _TransformersChannelMix(_Fused):
+    def forward(self, hidden, state=None):
+        last = None if state is None else _row(state[0], self.layer_id, hidden)
+        out = self._gate(*self._shift(hidden, last, "time_mix_key", "time_mix_receptance"))
+        if state is not None:
+            state[0][:, :, self.layer_id] = hidden[:, -1]
+        return out, state
+
+
+class _TimeMix(_Fused):
+    def forward(self, x):
+        return self._scan(*self._shift(x, None, "time_mix_k", "time_mix_v", "time_mix_r"), None, False)[0]
+
+
+class _ChannelMix(_Fused):
+    def forward(self, x):
+        return self._gate(*self._shift(x, None, "time_mix_k", "time_mix_r"))
+
+
+class _Call(Swapped):
+    """A layer that keeps its own forward but for the call of RUN_CUDA."""
+
+    _original: type[nn.Module]
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
+        cls.forward = torch.compiler.disable(_with_run_cuda(cls._original.forward))
+
+
+@functools.cache
+def _with_run_cuda(forward: types.FunctionType) -> types.FunctionType:
+    """The same code with another RUN_CUDA, its other globals as they are now; the user's module keeps its own."""
+    space = {**forward.__globals__, "RUN_CUDA": RUN_CUDA}
+    changed = types.FunctionType(forward.__code__, space, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+# --- which layers -----------------------------------------------------------------------------------------------------------
+
+
+class _Pick(nn.Module):
+    """Stands for a Linear: channels picked and scaled at random, at no cost."""
+
+    def __init__(self, inputs, outputs, generator):
+        super().__init__()
+        self.index = torch.randint(inputs, (outputs,), generator=generator, device="cpu")
+        self.scale = torch.randn(outputs, generator=generator, dtype=torch.float64, device="cpu")
+
+    def forward(self, x):
+        return x[..., self.index] * self.scale
+
+
+class _Form(NamedTuple):
+    """A layer as some library writes it."""
+
+    fused: type[_Fused]
+    parameters: tuple[str, ...]
+    children: tuple[str, ...]
+    state: bool  # forward takes and returns the state of transformers
+
+
+_SCAN = ("time_decay", "time_first")
+_TIME, _CHANNEL = ("key", "value", "receptance", "output"), ("key", "receptance", "value")
+_FORMS = (
+    _Form(_TransformersTimeMix, (*_SCAN, "time_mix_key", "time_mix_value", "time_mix_receptance"), _TIME, True),
+    _Form(_TransformersChannelMix, ("time_mix_key", "time_mix_receptance"), _CHANNEL, True),
+    _Form(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME, False),
+    _Form(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL, False),
+)
+_MARKS = {  # parameters that only layers of an RWKV have
+    *(name for form in _FORMS for name in form.parameters), "time_faaaa", "time_maa_k", "spatial_decay", "spatial_mix_k",
+}  # fmt: skip
+
+
+def _arguments(function: Callable) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _difference(module: Any, form: _Form) -> str | None:
+    """None where the layer computes, on random values and tokens, what the fused one does; else what differs."""
+    cls: Any = type(module)
+    draw = torch.Generator("cpu").manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
+
+    def run(forward, state):
+        if not form.state:
+            return [forward(twin, x)]
+        out, state = forward(twin, x, state=state and [s.clone() for s in state])
+        return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
+
+    what = "its forward does not run on random values"
+    try:
+        parameters = {name: normal(*p.shape) for name, p in module._parameters.items() if p is not None}
+        inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
+        stand_ins = {name: _Pick(outer, inner, draw) for name in form.children} | {"output": _Pick(inner, outer, draw)}
+        modules = {name: stand_ins.get(name, child) for name, child in module._modules.items()}
+        twin = cls.__new__(cls)
+        twin.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
+        x = normal(2, 5, outer)
+        states: list[Any] = [None]
+        if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
+            given = [normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)]
+            given[3].exp_()
+            states.append(given)
+        with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
+            theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
+            wanted = [t for state in states for t in run(theirs, state)]
+            what = "RWKV-4's forward does not take its parameters"
+            twin.__class__ = swapped_class(form.fused, cls)
+            found = [t for state in states for t in run(form.fused.forward, state)]
+            for a, b in zip(found, wanted, strict=True):
+                if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-4):  # transformers scans in float32
+                    return "its forward computes something else than RWKV-4's"
+    except Exception as error:  # of code that is not ours, on values that it may not expect
+        return f"{what} ({type(error).__name__}: {error})"
+    return None
+
+
+def _unlike(module: nn.Module, form: _Form) -> str | None:
+    """None where the layer is of this form in all, else why not."""
+    own = {name for name, p in module._parameters.items() if p is not None}
+    trained = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
+    extra = sorted(own.difference(form.parameters) | trained.difference(form.children))
+    missing = sorted(set(form.children).difference(module._modules))
+    if extra or missing:
+        return f"beside RWKV-4's parts it has {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
+    theirs, ours = (_arguments(cls.forward)[1:] for cls in (type(module), form.fused))
+    if theirs != ours:
+        return f"its forward takes ({', '.join(theirs)}), RWKV-4's ({', '.join(ours)})"
+    return _difference(module, form)
+
+
+def _calls_run_cuda(cls: type[nn.Module]) -> bool:
+    return isinstance(cls.forward, types.FunctionType) and "RUN_CUDA" in cls.forward.__code__.co_names
+
+
+def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
+    """What the layer becomes, if anything, and why not more than that; (None, "") where nothing is of an RWKV."""
+    own = dict(module.named_parameters(recurse=False))
+    if _MARKS.isdisjoint(own) or isinstance(module, TimeMix | ChannelMix | Swapped):
+        return None, ""
+    if isinstance(module, torch.jit.ScriptModule):
+        return None, "compiled by TorchScript, which keeps its code: set RWKV_JIT_ON=0"
+    if "forward" in vars(module):
+        return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model before"
+    why = "of another RWKV than RWKV-4, or another form of it"
+    for form in _FORMS:
+        if ("time_decay" in own) is ("time_decay" in form.parameters) and own.keys() >= set(form.parameters):
+            found = _unlike(module, form)
+            if found is None:
+                return form.fused, ""
+            why = found
+    scan = [own.get(name) for name in _SCAN]
+    if any(p is None or p.dim() != 1 for p in scan) or not _calls_run_cuda(type(module)):
+        return None, why
+    theirs = type(module).forward.__globals__.get("RUN_CUDA")
+    if theirs is RUN_CUDA:
+        return None, f"its RUN_CUDA is this package's already; the rest: {why}"
+    if callable(theirs) and len(_arguments(theirs)) not in (7, 8):
+        return None, f"its RUN_CUDA takes {len(_arguments(theirs))} arguments, RWKV-4's 7, or 8 with a state"
+    return _Call, f"but for its call of RUN_CUDA: {why}"
+
+
+# --- the public functions ---------------------------------------------------------------------------------------------------
+
+
+def accelerate(model: nn.Module) -> Report:
+    r"""Let the mixing layers of an RWKV-4 run on this package's ops, in place, on CPUs and GPUs.
+
+    Known are those of Hugging Face transformers (``RwkvSelfAttention``, ``RwkvFeedForward``; 4.29 to 5.24 and on) and those
+    of RWKV-LM (``RWKV_TimeMix``, ``RWKV_ChannelMix``) with its many copies, whatever their classes are called. Fused are, per
+    time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
+    ReLU. A single token with a state runs as plain PyTorch, but for that ReLU. A layer is replaced only if its own forward, run
+    on a few random tokens with cheap stand-ins for its projections, gives what the fused one gives. One that has more than
+    RWKV-4's parts but calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this file for that call and is its own otherwise
+    (``torch.compile`` leaves it out of its graph). The report names every other layer of an RWKV, and why it was left.
+
+    Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
+    its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
+    on working, as do ``generate`` and its state. :func:`restore` undoes it.
+
+    What differs, with transformers:
+        - Results agree to rounding. With bfloat16 weights the decay -exp(time_decay) is not rounded to bfloat16: their loop on
+          the CPU does that, their CUDA kernel does not. With float64 weights the scan is float64, theirs float32.
+        - One token after another with a state (``generate`` with a cache) is right for every batch size. Theirs is for a batch
+          of one only: with B > 1 it gives logits of shape (B, B, vocabulary), mixed across the batch.
+        - The state is theirs, five tensors written to in place, but of the scan's three (num, den, max) den is 1 after more
+          than one token: num e^max and den e^max are the same. States can be handed from one to the other.
+        - Gradients flow through the state; with ``use_cache=True`` theirs raise an error in the backward pass.
+        - Their CUDA kernel is not used, nor its limit to ``context_length`` tokens. ``attention_mask`` is ignored, as theirs.
+
+    Args:
+        model: any module; layers of an RWKV are looked for in all of it. Before it is wrapped (FSDP, hooks that replace
+            ``forward``) or compiled.
+
+    Returns:
+        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), with those of which only
+        the call of RUN_CUDA was replaced. A second call changes nothing more.
+
+    Raises:
+        TypeError: model is no module.
+
+    Source: Peng et al., RWKV, arXiv 2305.13048.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.compat import rwkv
+        >>> class ChannelMix(torch.nn.Module):  # as RWKV-LM has it
+        ...     def __init__(self, C):
+        ...         super().__init__()
+        ...         self.time_mix_k, self.time_mix_r = (torch.nn.Parameter(torch.rand(1, 1, C)) for _ in range(2))
+        ...         self.key, self.receptance, self.value = (torch.nn.Linear(C, C, bias=False) for _ in range(3))
+        ...     def forward(self, x):
+        ...         last = torch.nn.functional.pad(x, (0, 0, 1, -1))
+        ...         k, r = (x * m + last * (1 - m) for m in (self.time_mix_k, self.time_mix_r))
+        ...         return torch.sigmoid(self.receptance(r)) * self.value(torch.relu(self.key(k)) ** 2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), ChannelMix(8))
+        >>> print(rwkv.accelerate(model))
+        RWKV: 1 replaced, 0 left as they were
+          1  ChannelMix: fused
+        >>> rwkv.restore(model).replaced
+        (('1', 'ChannelMix'),)
+    """
+    rest = []
+
+    def choose(module):
+        cls, why = _choose(module)
+        if cls is None:
+            return why or None
+        rest.append(why)
+        return cls
+
+    report = swap("RWKV", model, (), choose)
+    return report._replace(left=report.left + tuple(Left(*entry, why) for entry, why in zip(report.replaced, rest) if why))
+
+
+def restore(model: nn.Module) -> Report:
+    """Undo :func:`accelerate`: every layer computes as its own class says.
+
+    Args:
+        model: what was given to ``accelerate``, or a part, copy or unpickled copy of it; changed in place.
+
+    Returns:
+        A report as that of ``accelerate``; ``replaced`` are the layers that run their own code again.
+
+    Raises:
+        TypeError: model is no module.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.compat.rwkv import restore
+        >>> restore(torch.nn.Linear(1, 1)).replaced
+        ()
+    """
+    return swap_back("RWKV", model, (_Fused, _Call))

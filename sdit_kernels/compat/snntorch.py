@@ -1,0 +1,371 @@
+r"""snnTorch's Leaky on the fused kernels, and whole sequences where its users write a loop over steps.
+
+>>> import torch
+>>> from sdit_kernels.compat.snntorch import accelerate, unroll
+>>> report = accelerate(torch.nn.Linear(2, 2))  # your model: its Leaky neurons run sdit_kernels.leaky from here on
+>>> unroll(torch.nn.Linear(2, 2), torch.zeros(5, 3, 2)).shape  # (T, batch, ...): a layer at a time instead of a step at a time
+torch.Size([5, 3, 2])
+
+A loop over a feed-forward network ::
+
+    mem1, mem2 = lif1.init_leaky(), lif2.init_leaky()
+    for step in range(T):
+        spk1, mem1 = lif1(fc1(x[step]), mem1)
+        spk2, mem2 = lif2(fc2(spk1), mem2)
+        ...                                             # spk2 and mem2 into lists, stacked in the end
+
+says the same as ::
+
+    spk1, mem1 = unroll(lif1, fc1(x))
+    spk2, mem2 = unroll(lif2, fc2(spk1))                # (T, ...) each
+
+and for an ``nn.Sequential`` of layers and neurons with ``init_hidden=True``, ``unroll(net, x)``. Networks whose steps feed back
+into earlier layers need the loop; in it, an accelerated neuron computes each step in one kernel.
+
+The neurons stay what they were: the same objects with the same names, parameters, buffers, ``mem``, hooks and state_dict,
+instances of ``snntorch.Leaky``; ``reset_mem``, ``detach_hidden``, ``reset_hidden`` and ``utils.reset`` go on working. ``Leaky``
+of this file is that class, for construction: ``Leaky(beta=0.9)`` takes snnTorch's arguments. snnTorch is imported when that is
+asked for, else only looked for among the imported modules. Made for snnTorch 1.0.0.
+
+Differences that remain:
+
+- Spikes have the dtype of the input, where snnTorch's are always float32; the membrane of bfloat16 and float16 data is float32.
+- An infinite membrane that is reset to zero is zero, where 0 * inf makes it NaN there; and so is the gradient of ``sigmoid``
+  far below the threshold, where its exponential overflows to NaN there.
+- The attribute ``reset``, the last step's reset, is not set.
+- Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
+- A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
+  call.
+"""
+
+import importlib
+import sys
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.leaky import leaky
+from ..reference.lif import state_dtype
+from .swap import Report, Swapped, changed_behaviour, swap, swap_back, swapped_class
+
+__all__ = ["accelerate", "restore", "unroll"]  # and Leaky, which would import snnTorch
+
+_SURROGATES = {"atan": ("atan", "alpha"), "fast_sigmoid": ("fast_sigmoid", "slope"), "sigmoid": ("sigmoid", "slope")}
+_RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
+
+
+def _surrogate(function):
+    """(name, alpha) in the table here, or the reason why there is none. snnTorch makes a closure for each surrogate."""
+    made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")
+    if not inner:
+        made_by = getattr(function, "__name__", type(function).__name__)
+    if getattr(function, "__module__", None) != "snntorch.surrogate" or made_by not in _SURROGATES:
+        return f"surrogate {made_by} has no formula here"
+    name, constant = _SURROGATES[made_by]
+    alpha = dict(zip(function.__code__.co_freevars, function.__closure__))[constant].cell_contents
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+        return f"surrogate {made_by} has {constant}={alpha!r}, which is no positive number"
+    return name, alpha
+
+
+def _obstacle(neuron):
+    """Why the kernels cannot serve this Leaky, None if they can."""
+    if neuron.surrogate_disable:
+        return "surrogate_disable=True has no formula here"
+    found = _surrogate(neuron.spike_grad)
+    if isinstance(found, str):
+        return found
+    for option in ("inhibition", "state_quant"):
+        if getattr(neuron, option):
+            return f"{option} has no fused kernel here"
+    if _RESETS.get(getattr(neuron.state_function, "__name__", None)) != neuron.reset_mechanism:
+        return "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism"
+    return None
+
+
+class _Blocks:
+    """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or values for channels, the last axis.
+
+    Values per channel of another axis, as (C, 1, 1) for (..., C, H, W), or per neuron, as (C, H, W), become those of a last
+    axis by a change of view.
+    """
+
+    def __init__(self, neuron, x):
+        parameters = [neuron.beta.clamp(0, 1), neuron.threshold]
+        axes = [a - p.dim() for p in parameters for a in range(p.dim()) if p.shape[a] != 1]
+        self.first, self.last = min(axes, default=0), max(axes, default=0)
+        self.shape = x.shape[1:]
+        if max(p.dim() for p in parameters) > len(self.shape):
+            raise ValueError(f"has beta {tuple(neuron.beta.shape)} and threshold {tuple(neuron.threshold.shape)} for data "
+                             f"{tuple(self.shape)}")  # fmt: skip
+        block = self.shape[len(self.shape) + self.first : len(self.shape) + self.last + 1] if axes else ()
+        self.parameters = [self._value(p, block, state_dtype(x.dtype)) for p in parameters]
+
+    def _value(self, p, block, dtype):
+        if p.numel() == 1:
+            plain = not p.requires_grad and p.device.type == "cpu" and not torch.compiler.is_compiling()
+            return p.item() if plain else p.to(dtype).reshape(())
+        p = p[(..., *[0] * (-1 - self.last))] if self.last < -1 else p  # axes of size 1 behind the block
+        p = p.reshape(p.shape[-len(block) :]) if p.dim() >= len(block) else p
+        return p.to(dtype).expand(block).reshape(-1)
+
+    @property
+    def _moves(self):
+        return self.first and (self.first, self.last) != (-1, -1)
+
+    def before(self, t):
+        """Data or a membrane, with the block as its last axis."""
+        if t is None or not self._moves:
+            return t
+        behind = -1 - self.last
+        n = self.last - self.first + 1
+        t = t.movedim(tuple(range(self.first, self.last + 1)), tuple(range(-n, 0))) if behind else t
+        return t.flatten(-n) if n > 1 else t
+
+    def after(self, t):
+        """Back again."""
+        if not self._moves:
+            return t
+        n = self.last - self.first + 1
+        if n > 1:
+            d = len(self.shape)
+            t = t.unflatten(-1, self.shape[d + self.first : d + self.last + 1])
+        return t.movedim(tuple(range(-n, 0)), tuple(range(self.first, self.last + 1))) if self.last < -1 else t
+
+
+def _prepare(neuron, x):
+    """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
+    reason = _obstacle(neuron)
+    if reason is not None:
+        return reason
+    try:
+        return _Blocks(neuron, x)
+    except (ValueError, RuntimeError) as error:
+        return f"{error}, which the kernels do not take"
+
+
+def _walk(neuron, x_seq, mem, sequence, blocks):
+    """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. The neuron keeps the last one."""
+    if mem is not None and neuron.init_hidden:
+        raise TypeError("mem must not be given to a neuron with init_hidden=True, which keeps its own")
+    mem = neuron.mem if mem is None else mem
+    if mem.shape != x_seq.shape[1:]:
+        mem = None  # snnTorch starts from zero
+    elif mem.dtype not in (x_seq.dtype, state_dtype(x_seq.dtype)) or mem.device != x_seq.device:
+        mem = mem.to(x_seq.device, state_dtype(x_seq.dtype))
+    beta, threshold = blocks.parameters
+    surrogate, alpha = _surrogate(neuron.spike_grad)
+    found = leaky(
+        blocks.before(x_seq), blocks.before(mem), beta=beta, v_threshold=threshold, reset=neuron.reset_mechanism,
+        reset_delay=bool(neuron.reset_delay), surrogate=surrogate, alpha=alpha, return_v=True, return_v_seq=sequence,
+    )  # fmt: skip
+    spikes, last, *history = (blocks.after(t) for t in found)
+    neuron.mem = last
+    if not _ungraded(neuron):
+        spikes = spikes * neuron.graded_spikes_factor.to(spikes.dtype)
+    return spikes, last, history[0] if sequence else None
+
+
+def _ungraded(neuron):
+    """Whether the spikes' factor is known to be 1. Looked at once, and again when it changes: on a GPU that waits for it."""
+    factor = neuron.graded_spikes_factor
+    if factor.requires_grad or factor.numel() != 1 or torch.compiler.is_compiling():
+        return False
+    state = id(factor), factor._version
+    if neuron.__dict__.get("_factor_seen", (None,))[0] != state:
+        neuron.__dict__["_factor_seen"] = state, factor.item() == 1
+    return neuron.__dict__["_factor_seen"][1]
+
+
+def _warn(neuron, reason, how):
+    warnings.warn(f"{type(neuron).__name__} {how}: {reason}", stacklevel=4)
+
+
+class _Leaky(Swapped):
+    """snnTorch's Leaky, a step in one kernel."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        reason = _obstacle(self)
+        if reason is not None:
+            raise ValueError(f"Leaky cannot be fused: {reason}; use snntorch.Leaky")
+
+    def forward(self, input_, mem=None):
+        x = input_.unsqueeze(0)
+        blocks = _prepare(self, x)
+        if isinstance(blocks, str):
+            _warn(self, blocks, "runs snnTorch's own code")
+            return super().forward(input_, mem)
+        spikes, last, _ = _walk(self, x, mem, False, blocks)
+        return (spikes.squeeze(0), last) if self.output or not self.init_hidden else spikes.squeeze(0)
+
+    def extra_repr(self):
+        return "fused by sdit_kernels"
+
+
+def __getattr__(name):
+    if name == "Leaky":
+        try:
+            library = importlib.import_module("snntorch")
+        except ModuleNotFoundError as error:
+            raise ImportError("sdit_kernels.compat.snntorch.Leaky needs snnTorch: pip install snntorch") from error
+        return swapped_class(_Leaky, library.Leaky)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _library():
+    """(Leaky, the base of all neurons), or None where nobody has imported snnTorch, so that no model can have one."""
+    library = sys.modules.get("snntorch")
+    cls = getattr(library, "Leaky", None)
+    return cls and (cls, next(base for base in cls.__mro__ if base.__name__ == "SpikingNeuron"))
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Let the Leaky neurons of a snnTorch model run on the fused kernels, a step at a time or by :func:`unroll`.
+
+    Args:
+        model: any module that contains snnTorch's neurons, or is one; changed in place.
+
+    Returns:
+        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay as
+        they were: of other kinds; subclasses that override what a neuron does; surrogates other than ``atan``,
+        ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``. A second call changes nothing.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    library = _library()
+    if library is None:
+        return swap("snnTorch", model, (), lambda module: None)
+    cls, base = library
+
+    def choose(module):
+        if not isinstance(module, cls):
+            return None
+        reason = changed_behaviour(module, cls) or _obstacle(module)
+        if reason is None and module.reset_mechanism_val.item() != cls.reset_dict[module.reset_mechanism]:
+            reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
+        if reason is None and not module.threshold.isfinite().all():
+            reason = "its threshold is not finite"
+        return reason or _Leaky
+
+    return swap("snnTorch", model, (base,), choose)
+
+
+def restore(model: nn.Module) -> Report:
+    """Undo :func:`accelerate`: snnTorch's own code again, from the state that was reached.
+
+    Args:
+        model: what was given to ``accelerate``, or a part or copy of it; changed in place.
+
+    Returns:
+        A report as that of ``accelerate``; ``replaced`` are the neurons that run snnTorch's code again.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    return swap_back("snnTorch", model, _Leaky)
+
+
+# Layers that do to every sample what they do to it alone: (T, batch, ...) is one batch to them. With the axes of a sample.
+_SAMPLES = {
+    getattr(nn, f"{kind}{n}d"): n + 1
+    for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
+    for n in (1, 2, 3)
+}
+_ANY_AXES = (nn.Linear, nn.Identity, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh)
+
+
+def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
+    """A whole sequence through a layer, a neuron or an ``nn.Sequential`` of them: what a loop over steps gives, stacked.
+
+    The layers take their turns, each for all steps: snnTorch's Leaky in one kernel; linear layers, convolutions, pooling,
+    Flatten and common activations as one batch of T * batch; any other module, and one with hooks, step by step. So does a
+    neuron that has no kernel, with a warning.
+
+    Args:
+        module: a ``snntorch.Leaky``, accelerated or not, a layer, or an ``nn.Sequential``, whose neurons have
+            ``init_hidden=True``.
+        x: (T, batch, ...), T at least 1.
+        mem: membrane before the first step, for a single neuron with ``init_hidden=False``; None: the neuron's ``mem``, or 0
+            where that has another shape.
+
+    Returns:
+        What ``module`` returns for a step, stacked: (T, batch, ...), or the pair (spikes, membranes) of those from a neuron
+        with ``output=True`` or ``init_hidden=False``. ``mem`` of a neuron is then the last membrane.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type; mem for anything but such a neuron; a layer that would be given a
+            pair; T = 0.
+
+    Random layers draw in another order than in a loop over steps.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.compat.snntorch import unroll
+        >>> unroll(torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten()), torch.zeros(5, 3, 1, 4, 4)).shape
+        torch.Size([5, 3, 8])
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, (T, batch, ...), got {type(x).__name__}")
+    if x.dim() < 1 or x.shape[0] == 0:
+        raise ValueError(f"x must have a time axis of at least one step in front, got {tuple(x.shape)}")
+    library = _library()
+    neuron = library is not None and isinstance(module, library[1])
+    if mem is not None and not neuron:
+        raise ValueError(f"mem belongs to a single neuron, got a {type(module).__name__}")
+    if type(module) is nn.Sequential and not _hooked(module):
+        for i, layer in enumerate(module):
+            if not isinstance(x, Tensor):
+                raise ValueError(
+                    f"layer {i} of the nn.Sequential would be given the pair (spikes, membranes) of the neuron before it: "
+                    "that one needs init_hidden=True and output=False"
+                )
+            x = unroll(layer, x)
+        return x
+    if neuron:
+        blocks = _why_not_whole(module, library[0]) or _prepare(module, x)
+        if not isinstance(blocks, str):
+            both = module.output or not module.init_hidden
+            spikes, _, history = _walk(module, x, mem, both, blocks)
+            return (spikes, history) if both else spikes
+        _warn(module, blocks, "runs step by step")
+        return _step_by_step(module, x, mem)
+    if not _hooked(module):
+        if type(module) in _ANY_AXES:
+            return module(x)
+        flatten = type(module) is nn.Flatten and module.start_dim > 0 and x.dim() >= 2
+        if flatten or _SAMPLES.get(type(module)) == x.dim() - 2:
+            found, steps = module(x.flatten(0, 1)), x.shape[:2]
+            return tuple(t.unflatten(0, steps) for t in found) if isinstance(found, tuple) else found.unflatten(0, steps)
+    return _step_by_step(module, x, None)
+
+
+def _why_not_whole(neuron, leaky_class):
+    if isinstance(neuron, Swapped):
+        if "_original" not in vars(type(neuron)):
+            return "its class was changed after accelerate"
+    elif not isinstance(neuron, leaky_class):
+        return "this kind of neuron has no fused kernel here"
+    else:
+        changed = changed_behaviour(neuron, leaky_class)
+        if changed is not None:
+            return changed
+    return "it has hooks" if _hooked(neuron) else None
+
+
+def _hooked(module):
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _step_by_step(module, x, mem):
+    steps = []
+    for x_t in x:
+        found = module(x_t) if mem is None else module(x_t, mem)
+        steps.append(found)
+        if mem is not None:
+            mem = found[1]
+    return tuple(map(torch.stack, zip(*steps))) if isinstance(steps[0], tuple) else torch.stack(steps)

@@ -1,0 +1,238 @@
+r"""SpikingJelly's neurons on the fused kernels, in place: one line in an existing project.
+
+>>> import torch
+>>> from sdit_kernels.compat.spikingjelly import accelerate
+>>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after it was trained, moved or loaded
+>>> print(report)
+SpikingJelly: 0 replaced, 0 left as they were
+
+``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they
+were: the same objects with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict, instances of their
+old class; ``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies and
+pickles go on working. What is not replaced is in the report with the reason. SpikingJelly is not imported: a model that has its
+neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend`` keeps its value and no longer
+matters.
+
+Differences that remain:
+
+- A step multiplies by 1/tau, where SpikingJelly divides by tau (``ParametricLIFNode``: by 1 / (1 + exp(-w)), where it takes
+  sigmoid(w)). The same for tau a power of two; for others a membrane differs in its last bits, and so may the spike of a neuron
+  whose membrane is that near to the threshold.
+- bfloat16 and float16 data: the membrane is float32 within a call and rounded to the dtype of the data after it, where
+  SpikingJelly on the CPU rounds it in every step.
+- An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
+- 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
+- Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
+- A neuron that is given what the kernels do not have after ``accelerate`` (another surrogate, ``spiking=False``, a neuron
+  precision) runs SpikingJelly's code, with a warning in every such call.
+"""
+
+import math
+import sys
+import warnings
+
+import torch
+
+from ..dispatch import backend
+from ..ops.lif import lif
+from ..reference.lif import state_dtype
+from .swap import Report, Swapped, changed_behaviour, swap, swap_back
+
+__all__ = ["accelerate", "restore"]
+
+_SURROGATES = {
+    "ATan": "atan",
+    "Sigmoid": "sigmoid",
+    "PiecewiseQuadratic": "piecewise_quadratic",
+    "PiecewiseExp": "piecewise_exp",
+    "SoftSign": "soft_sign",
+    "SuperSpike": "super_spike",
+    "Erf": "erf",
+    "Rect": "rect",
+    "QPseudoSpike": "fast_sigmoid",  # (1 + 2|z| / (alpha - 1))^-alpha at alpha = 2
+}
+_LIBRARY = "spikingjelly.activation_based"
+
+
+def _surrogate(function):
+    """(name, alpha) in the table here, or the reason why there is none."""
+    kind = type(function)
+    name = _SURROGATES.get(kind.__name__) if kind.__module__ == f"{_LIBRARY}.surrogate" else None
+    if name is None:
+        return f"surrogate {getattr(function, '__name__', kind.__name__)} has no formula here"
+    if not function.spiking:
+        return f"surrogate {kind.__name__} has spiking=False: its output is no spike"
+    alpha = function.alpha
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        return f"surrogate {kind.__name__} has an alpha that is no number but a {type(alpha).__name__}"
+    if kind.__name__ == "QPseudoSpike" and alpha != 2:
+        return f"surrogate QPseudoSpike has a formula here for alpha = 2 only, not {alpha}"
+    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+        return f"surrogate {kind.__name__} has hooks, which the kernels would not call"
+    return name, alpha
+
+
+def _settings(node):
+    """Arguments of lif that all three have."""
+    surrogate, alpha = _surrogate(node.surrogate_function)
+    return dict(
+        v_threshold=node.v_threshold, v_reset=node.v_reset, surrogate=surrogate, alpha=alpha, detach_reset=node.detach_reset
+    )  # fmt: skip
+
+
+class _Node(Swapped):
+    """SpikingJelly's neuron, its charge, fire and reset in one kernel for all steps."""
+
+    def _obstacle(self):
+        """Why the kernels cannot do this now, None if they can."""
+        if getattr(self, "_neuron_precision", None) is not None:
+            return "a precision of its own is asked for, which the fused kernels do not have"
+        found = _surrogate(self.surrogate_function)
+        return found if isinstance(found, str) else None
+
+    def _leaves(self):
+        """True, with a warning, where the library's own code must run."""
+        reason = self._obstacle()
+        if reason is not None:
+            warnings.warn(f"{type(self).__name__} runs SpikingJelly's own code: {reason}", stacklevel=4)
+        return reason is not None
+
+    def _start(self, x):
+        """The membrane before a step x: None where it is at rest."""
+        v, rest = self.v, 0.0 if self.v_reset is None else self.v_reset
+        if isinstance(v, (int, float)):
+            return None if v == rest else torch.full_like(x, v, requires_grad=False)
+        if v.shape != x.shape:
+            if hasattr(self, "materialize_states"):
+                return None  # SpikingJelly 2 starts anew
+            v = v.expand(x.shape)
+        return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
+
+    def _walk(self, x_seq, v, store):
+        """T steps from v: (spikes, v, v_seq or None), in the dtype of the data."""
+        if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
+            v = v.clone()  # autograd keeps v, and refuses one that inference_mode made
+        found = lif(x_seq, v, **_settings(self), **self._leak(x_seq), return_v=True, return_v_seq=store)
+        spikes, *states = found
+        v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
+        return spikes, v, v_seq
+
+    def single_step_forward(self, x, *args, **kwargs):
+        if self._leaves():
+            return super().single_step_forward(x, *args, **kwargs)
+        spikes, self.v, _ = self._walk(x.unsqueeze(0), self._start(x), False)
+        if self.store_v_seq and hasattr(self, "_append_v_seq"):  # SpikingJelly 2 collects the steps
+            self._append_v_seq(self.v)
+        return spikes.squeeze(0)
+
+    def multi_step_forward(self, x_seq, *args, **kwargs):
+        if self._leaves():
+            return super().multi_step_forward(x_seq, *args, **kwargs)
+        start = self._start(x_seq[0]) if x_seq.shape[0] else None
+        spikes, self.v, v_seq = self._walk(x_seq, start, self.store_v_seq)
+        if self.store_v_seq or "v_seq" in self.__dict__:
+            self.v_seq = v_seq
+        return spikes
+
+    def single_step_functional_forward(self, inputs, states, **kwargs):
+        if self._leaves():
+            return super().single_step_functional_forward(inputs, states, **kwargs)
+        spikes, v, _ = self._walk(inputs[0].unsqueeze(0), states[0], False)
+        return (spikes.squeeze(0),), (v, *states[1:])
+
+    def multi_step_functional_forward(self, inputs, states, **kwargs):
+        if self._leaves():
+            return super().multi_step_functional_forward(inputs, states, **kwargs)
+        spikes, v, _ = self._walk(inputs[0], states[0], False)
+        return (spikes,), (v, *states[1:])
+
+    def extra_repr(self):
+        return super().extra_repr() + ", fused by sdit_kernels"
+
+
+class _LIFNode(_Node):
+    def _leak(self, x):
+        return {"tau": self.tau, "decay_input": self.decay_input}
+
+
+class _IFNode(_Node):
+    def _leak(self, x):
+        return {"tau": math.inf, "decay_input": False}
+
+
+class _ParametricLIFNode(_Node):
+    def _leak(self, x):
+        wide = torch.promote_types(self.w.dtype, state_dtype(x.dtype))
+        return {"tau": 1 + torch.exp(-self.w.to(wide)), "decay_input": self.decay_input}
+
+
+_MIXINS = {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _ParametricLIFNode}
+
+
+def _choose(neurons):
+    """module -> its mixin, the reason to leave it, or None: not one of the three."""
+    bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items()}
+
+    def choose(module):
+        base = next((cls for cls in type(module).__mro__ if cls in bases), None)
+        if base is None:
+            return None
+        mixin = bases[base]
+        reason = changed_behaviour(module, base) or mixin._obstacle(module)
+        if reason is not None:
+            return reason
+        device = next((p.device for p in module.parameters(recurse=False)), "cpu")
+        try:
+            x = torch.empty(0, device=device)
+            with backend("reference"):
+                lif(x, **_settings(module), **mixin._leak(module, x))
+        except (TypeError, ValueError) as error:
+            return f"the kernels refuse its settings: {error}"
+        return mixin
+
+    return choose
+
+
+def accelerate(model: torch.nn.Module) -> Report:
+    """Let the LIFNode, IFNode and ParametricLIFNode of a SpikingJelly model run on the fused kernels.
+
+    Args:
+        model: any module that contains SpikingJelly's neurons, or is one; changed in place.
+
+    Returns:
+        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay
+        as they were: of other kinds; subclasses that override what a neuron does; surrogates without a formula in
+        ``sdit_kernels.SURROGATES``, with ``spiking=False``, with hooks or without a positive number as alpha; a neuron
+        precision of their own; parametrized ones. Subclasses that only set defaults are replaced. A second call changes
+        nothing more.
+
+    Raises:
+        TypeError: model is no module.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.compat.spikingjelly import accelerate, restore
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2))  # with SpikingJelly's neurons in it
+        >>> accelerate(model).replaced
+        ()
+    """
+    neurons = sys.modules.get(f"{_LIBRARY}.neuron")
+    if neurons is None:  # nobody has imported it, so the model cannot have any
+        return swap("SpikingJelly", model, (), lambda module: None)
+    bases = tuple(getattr(neurons, name) for name in ("BaseNode", "SimpleBaseNode") if hasattr(neurons, name))
+    return swap("SpikingJelly", model, bases, _choose(neurons))
+
+
+def restore(model: torch.nn.Module) -> Report:
+    """Undo :func:`accelerate`: SpikingJelly's own code again, from the state that was reached.
+
+    Args:
+        model: what was given to ``accelerate``, or a part, copy or unpickled copy of it; changed in place.
+
+    Returns:
+        A report as that of ``accelerate``; ``replaced`` are the neurons that run SpikingJelly's code again.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    return swap_back("SpikingJelly", model, _Node)

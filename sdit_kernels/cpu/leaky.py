@@ -1,0 +1,304 @@
+"""Leaky on the CPU, as cpu/lif.py: a task is a block of columns; LLVM vectorises over columns.
+
+The walk back holds the membrane before every step in a stack tile, STRIDE steps at a time, and computes the charge from it once
+more. Arithmetic follows reference/leaky.py operation by operation.
+"""
+
+import functools
+
+import numba
+
+from ..layout import STRIDE, layout_of, place, place_state
+from ..reference.lif import state_dtype
+from ..surrogate import SURROGATES
+from .lif import _BACK, _BLOCK, _address, _fill, _gradient, _Parameters, _sum_tile, _surrogate
+from .runtime import (  # fmt: skip
+    CODES,
+    SIZES,
+    STREAM,
+    Kernel,
+    load,
+    load_input,
+    num,
+    prefetch,
+    state_code,
+    store,
+    store_output,
+    store_spike,
+    stream,
+    tile,
+)
+
+_SUBTRACT, _ZERO = 0, 1
+_RESETS = {"subtract": _SUBTRACT, "zero": _ZERO, "none": 2}
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _charge(x, v, k, th, RESET, S):
+    """h, and what the membrane before the step has left to decay."""
+    left = num(0.0, S) if RESET == _ZERO and v > th else v
+    h = k * left + x
+    return (h - th if RESET == _SUBTRACT and v > th else h), left
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def _after(h, v, th, RESET, DELAY, S):
+    """The membrane after the step; ``v`` is that before it."""
+    if DELAY:
+        return h
+    if RESET == _SUBTRACT:
+        return h - ((num(1.0, S) if h > th else num(0.0, S)) - (num(1.0, S) if v > th else num(0.0, S))) * th
+    fired = num(0.0, S) if not v > th else h
+    resting = h if not v > th else h + h
+    return fired if h > th else resting
+
+
+@functools.cache
+def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
+    S = state_code(X)
+    xb, sb = SIZES[X], SIZES[S]
+    BLOCK = _BLOCK
+
+    def leaky_forward(
+        T,
+        R,
+        C,
+        x,
+        x_t,
+        x_r,
+        s,
+        s_t,
+        s_r,
+        v0,
+        v0_r,
+        v1,
+        v1_r,
+        seq,
+        seq_t,
+        seq_r,
+        keep,
+        keep_t,
+        keep_r,
+        beta_,
+        beta,
+        theta_,
+        theta,
+    ):
+        zero = num(0.0, S)
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(R * chunks):
+            row = task // chunks
+            c = (task - row * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            v, ks, ths = tile(BLOCK, S), tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            k, th = num(beta_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(ks, n, beta, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            _fill(v, n, v0, row * v0_r + c, zero, V, S)
+            for t in range(T):
+                if keep != 0 and t > 0 and t % STRIDE == 0:
+                    _fill(keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb, n, v, 0, zero, S, S)
+                xt = x + (t * x_t + row * x_r + c) * xb
+                st = s + (t * s_t + row * s_r + c) * xb
+                for i in range(n):
+                    if PER_CHANNEL:
+                        k, th = load(ks, i, S), load(ths, i, S)
+                    before = load(v, i, S)
+                    h, _ = _charge(load(xt, i, X), before, k, th, RESET, S)
+                    store_spike(st, i, h > th, X)
+                    store(v, i, _after(h, before, th, RESET, DELAY, S), S)
+                if seq != 0:
+                    _fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, zero, S, S)
+            if v1 != 0:
+                _fill(v1 + (row * v1_r + c) * sb, n, v, 0, zero, S, S)
+
+    return Kernel(leaky_forward, f"leaky_forward_{X}{V}{RESET}{DELAY:d}{PER_CHANNEL:d}")
+
+
+@functools.cache
+def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE, STREAMED):
+    """SEQUENCE: there is a gradient of the membrane after every step."""
+    S = state_code(X)
+    xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
+    BLOCK = _BACK
+    HISTORY = STRIDE * BLOCK
+    ROW = BLOCK * sb
+
+    @numba.njit(forceinline=True, error_model="numpy")
+    def back(i, dv, vs, k, th, alpha, x, g, gseq, dx, sum_k, sum_th):
+        """From the gradient of the membrane after a step to that of the membrane before it."""
+        zero, one = num(0.0, S), num(1.0, S)
+        if SEQUENCE:
+            dv = dv + load_input(gseq, i, S)
+        v = load(vs, i, S)
+        h, left = _charge(load_input(x, i, X), v, k, th, RESET, S)
+        reset, fired = (one if v > th else zero), (one if h > th else zero)
+        through, dh = load_input(g, i, X), dv
+        if not DELAY:
+            through = through - (th if RESET == _SUBTRACT else h) * dv
+            if RESET == _ZERO:
+                dh = dv * (one - fired + reset)
+        through = through * _surrogate(KIND, h - th, alpha, S)
+        dh = dh + through
+        if PARAMETERS:
+            store(sum_k, i, load(sum_k, i, S) + dh * left, S)
+            if RESET == _SUBTRACT:
+                through = through + reset * dh
+                if not DELAY:
+                    through = through + (fired - reset) * dv
+            store(sum_th, i, load(sum_th, i, S) - through, S)
+        store_output(dx, i, dh, X)
+        return zero if RESET == _ZERO and v > th else dh * k
+
+    def leaky_backward(
+        T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t, gseq_r,
+        dx, dx_t, dx_r, dv, dv_r, dbeta, dth, beta_, beta, theta_, theta, alpha_,
+    ):  # fmt: skip
+        alpha, zero = num(alpha_, S), num(0.0, S)
+        x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
+        chunks = (C + BLOCK - 1) // BLOCK
+        for task in numba.prange(groups * chunks):
+            block = task // chunks
+            c = (task - block * chunks) * BLOCK
+            n = min(BLOCK, C - c)
+            vs, carry, row_out = tile(HISTORY, S), tile(BLOCK, S), tile(BLOCK, S)
+            ks, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
+            sum_k, sum_th = tile(BLOCK if PARAMETERS else 1, S), tile(BLOCK if PARAMETERS else 1, S)
+            k, th = num(beta_, S), num(theta_, S)
+            if PER_CHANNEL:
+                _fill(ks, n, beta, c, k, S, S)
+                _fill(ths, n, theta, c, th, S, S)
+            if PARAMETERS:
+                _fill(sum_k, n, 0, 0, zero, S, S)
+                _fill(sum_th, n, 0, 0, zero, S, S)
+            for row in range(block * group, min(R, block * group + group)):
+                _fill(carry, n, gv, row * gv_r + c, zero, S, S)
+                for segment in range((T - 1) // STRIDE, -1, -1):
+                    t0 = segment * STRIDE
+                    steps = min(STRIDE, T - t0)
+                    if segment > 0:
+                        _fill(vs, n, keep, (segment - 1) * keep_t + row * keep_r + c, zero, S, S)
+                    else:
+                        _fill(vs, n, v0, row * v0_r + c, zero, V, S)
+                    xs = x + t0 * x_t + (row * x_r + c) * xb
+                    gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
+                    gss = gseq + t0 * gseq_t + (row * gseq_r + c) * sb
+                    dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
+                    for t in range(steps):
+                        prefetch(gs + t * g_t, n * xb, 0)
+                        if not STREAMED:
+                            prefetch(dxs + t * dx_t, n * xb, 1)
+                        if t < steps - 1:
+                            for i in range(n):
+                                if PER_CHANNEL:
+                                    k, th = load(ks, i, S), load(ths, i, S)
+                                v = load(vs + t * ROW, i, S)
+                                h, _ = _charge(load_input(xs + t * x_t, i, X), v, k, th, RESET, S)
+                                store(vs + (t + 1) * ROW, i, _after(h, v, th, RESET, DELAY, S), S)
+                    for t in range(steps - 1, -1, -1):
+                        prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
+                        target = row_out if STREAMED else dxs + t * dx_t
+                        for i in range(n):
+                            if PER_CHANNEL:
+                                k, th = load(ks, i, S), load(ths, i, S)
+                            d = back(
+                                i, load(carry, i, S), vs + t * ROW, k, th, alpha, xs + t * x_t, gs + t * g_t,
+                                gss + t * gseq_t, target, sum_k, sum_th,
+                            )  # fmt: skip
+                            store(carry, i, d, S)
+                        if STREAMED:
+                            stream(dxs + t * dx_t, row_out, n * xb)
+                if dv != 0:
+                    for i in range(n):
+                        store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
+            if PARAMETERS:
+                if PER_CHANNEL:
+                    _fill(dbeta + (block * C + c) * sb, n, sum_k, 0, zero, S, S)
+                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                else:
+                    store(dbeta, task, _sum_tile(sum_k, n, BLOCK, S), S)
+                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+
+    flags = f"{X}{V}{RESET}{DELAY:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}{STREAMED:d}"
+    return Kernel(leaky_backward, f"leaky_backward_{flags}")
+
+
+class _BetaAndThreshold(_Parameters):
+    """beta in the place of 1/tau."""
+
+    def __init__(self, beta, v_threshold, neuron, dtype):
+        self._dtype, self._alive = dtype, []
+        self.r = self._split(None if beta is None else beta.detach().to(dtype), neuron.beta)
+        self.theta = self._split(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
+        self.per_channel = bool(self._alive)
+
+
+def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
+    layout = layout_of(x, s, p.per_channel)
+    x, x_t, x_r = place(layout, x)
+    s, s_t, s_r = place(layout, s)
+    code = CODES[x.dtype]
+    v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
+    if checkpoint is not None:
+        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+    if v is not None:
+        v, v_r = place_state(layout, v)
+    if v_final is not None:
+        v_final, v1_r = place_state(layout, v_final)
+    if v_seq is not None:
+        v_seq, seq_t, seq_r = place(layout, v_seq)
+    kernel = _forward_kernel(
+        code,
+        state_code(code) if v is None else CODES[v.dtype],
+        _RESETS[neuron.reset],
+        neuron.reset_delay or neuron.reset == "none",
+        p.per_channel,
+    )
+    kernel(
+        x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, _address(v), v_r,
+        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta,
+    )  # fmt: skip
+
+
+def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
+    """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
+    state = state_dtype(x.dtype)
+    p = _BetaAndThreshold(beta, v_threshold, neuron, state)
+    layout = layout_of(x, dx, p.per_channel)
+    code = CODES[x.dtype]
+    g, g_t, g_r, g_c = _gradient(layout, g, x)
+    x, x_t, x_r = place(layout, x)
+    dx, dx_t, dx_r = place(layout, dx)
+    v_r = dv_r = gv_r = gseq_t = gseq_r = keep_t = keep_r = 0
+    if checkpoint.numel():
+        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+    if v is not None:
+        v, v_r = place_state(layout, v)
+    if dv is not None:
+        dv, dv_r = place_state(layout, dv)
+    if g_v is not None:
+        g_v, gv_r = place_state(layout, g_v.to(state))
+    if g_seq is not None:
+        g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
+    group, groups, sums = p.partial_sums(layout, parameters)
+    kernel = _backward_kernel(
+        code,
+        state_code(code) if v is None else CODES[v.dtype],
+        _RESETS[neuron.reset],
+        neuron.reset_delay or neuron.reset == "none",
+        SURROGATES[neuron.surrogate].id,
+        p.per_channel,
+        parameters,
+        g_seq is not None,
+        dx.nbytes >= STREAM,
+    )
+    kernel(
+        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
+        _address(checkpoint), keep_t, keep_r, g.data_ptr(), g_t, g_r, g_c, _address(g_v), gv_r, _address(g_seq), gseq_t, gseq_r,
+        dx.data_ptr(), dx_t, dx_r, _address(dv), dv_r, *((0, 0) if sums is None else map(_address, sums)),
+        *p.r, *p.theta, neuron.alpha,
+    )  # fmt: skip
+    return sums

@@ -1,0 +1,412 @@
+"""compat.snntorch against snnTorch itself: the loop its users write, step by step and unrolled."""
+
+import copy
+import doctest
+import sys
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from sdit_kernels import backend
+from sdit_kernels.compat import snntorch as compat
+from sdit_kernels.compat.snntorch import accelerate, restore, unroll
+
+
+@pytest.fixture(scope="module")
+def snn():
+    pytest.importorskip("snntorch", reason="snntorch is not installed (make peers)")
+    import snntorch
+    import snntorch.surrogate
+
+    return snntorch
+
+
+# ---- what needs no library -------------------------------------------------------------------------------------------
+
+
+def test_without_neurons():
+    report = accelerate(nn.Linear(2, 2))
+    assert report.replaced == report.left == () and str(report) == "snnTorch: 0 replaced, 0 left as they were"
+    for function in (accelerate, restore):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+            function(3)
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "snntorch", None)
+    with pytest.raises(ImportError, match="Leaky needs snnTorch: pip install snntorch"):
+        compat.Leaky  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Lucky'"):
+        compat.Lucky  # noqa: B018
+
+
+class Counts(nn.Module):
+    """Of a kind that unroll knows nothing about."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + self.calls
+
+
+def test_layers_are_unrolled_as_a_loop_would():
+    torch.manual_seed(0)
+    convolution, flat = nn.Conv2d(2, 3, 3), nn.Flatten()
+    counts = Counts()
+    net = nn.Sequential(convolution, nn.BatchNorm2d(3), nn.ReLU(), nn.MaxPool2d(2), flat, nn.Linear(12, 5), counts)
+    shapes = []
+    convolution.forward = lambda x, forward=convolution.forward: shapes.append(x.shape) or forward(x)
+    x = torch.randn(6, 4, 2, 6, 6)
+    got = unroll(net, x)
+    assert shapes == [(24, 2, 6, 6)] and counts.calls == 6  # one batch, and one step after the other
+    running = net[1].running_mean.clone()
+    net[1].reset_running_stats()
+    counts.calls = 0
+    want = torch.stack([net(x_t) for x_t in x])
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(running, net[1].running_mean)
+    seen = []
+    flat.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    unroll(net, x)
+    assert seen == [(4, 12)] * 6
+    unbatched = torch.randn(6, 2, 6, 6)
+    torch.testing.assert_close(unroll(nn.Conv2d(2, 3, 3), unbatched).shape, (6, 3, 4, 4))
+    pool = nn.MaxPool2d(2, return_indices=True)
+    assert [t.shape for t in unroll(pool, x)] == [(6, 4, 2, 3, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, message, call",
+    [
+        (TypeError, "module must be a torch.nn.Module, got builtin_function", lambda: unroll(len, torch.ones(2))),
+        (TypeError, r"x must be a tensor, \(T, batch, ...\), got list", lambda: unroll(nn.ReLU(), [1.0])),
+        (ValueError, "x must have a time axis of at least one step", lambda: unroll(nn.ReLU(), torch.tensor(1.0))),
+        (ValueError, r"time axis of at least one step in front, got \(0, 3\)", lambda: unroll(nn.ReLU(), torch.ones(0, 3))),
+        (ValueError, "mem belongs to a single neuron, got a ReLU", lambda: unroll(nn.ReLU(), torch.ones(2), torch.ones(()))),
+    ],
+)
+def test_errors(kind, message, call):
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_docstrings():
+    assert doctest.testmod(compat).attempted >= 4 and doctest.testmod(compat).failed == 0
+
+
+# ---- against the library ---------------------------------------------------------------------------------------------
+
+
+def loop(neuron, x, mem):
+    spikes, history = [], []
+    for x_t in x:
+        s, mem = neuron(x_t, mem)
+        spikes.append(s)
+        history.append(mem)
+    return torch.stack(spikes), torch.stack(history)
+
+
+def play(neuron, f, x, mem, seed):
+    """Spikes, membranes and gradients; the last membrane must be the neuron's."""
+    generator = torch.Generator().manual_seed(seed)
+    x, mem = x.clone().requires_grad_(), mem.clone().requires_grad_()
+    spikes, history = f(neuron, x, mem)
+    assert torch.equal(neuron.mem, history[-1])
+    weights = [torch.randn(t.shape, generator=generator, dtype=x.dtype) for t in (spikes, history)]
+    tensors = [x, mem, *neuron.parameters()]
+    loss = (spikes * weights[0]).sum() + (history * weights[1]).sum()
+    return spikes, history, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+@st.composite
+def cases(draw):
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5]), min_size=2, max_size=4)))
+    kinds = {"number": (), "channel": shape[-1:], "neuron": shape[1:], "first": (shape[1], *[1] * (len(shape) - 2))}
+    values = {}
+    for name in ("beta", "threshold"):
+        size = kinds[draw(st.sampled_from([*kinds, "number"]))]
+        values[name] = (size, draw(st.sampled_from([0.9, 0.5, 0.0, 1.2] if name == "beta" else [1.0, 0.5])))
+    options = dict(
+        reset_mechanism=draw(st.sampled_from(["subtract", "zero", "none"])),
+        reset_delay=draw(st.booleans()),
+        learn_beta=draw(st.booleans()),
+        learn_threshold=draw(st.booleans()),
+        graded_spikes_factor=draw(st.sampled_from([1.0, 1.0, 2.5])),
+        learn_graded_spikes_factor=draw(st.booleans()),
+    )
+    surrogate = draw(st.sampled_from([None, ("atan", 3.0), ("fast_sigmoid", 25), ("fast_sigmoid", 5.0), ("sigmoid", 4)]))
+    return shape, values, options, surrogate, draw(st.sampled_from([1, 3, 20])), draw(st.integers(0, 99))
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_equals_the_loop(snn, case):
+    """Spikes and membranes bit for bit, whatever beta, threshold and data; gradients to rounding."""
+    shape, values, options, surrogate, T, seed = case
+    generator = torch.Generator().manual_seed(seed)
+    values = {
+        name: value + 0.1 * torch.rand(size, generator=generator) if size else value for name, (size, value) in values.items()
+    }
+    spike_grad = None if surrogate is None else getattr(snn.surrogate, surrogate[0])(surrogate[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        neuron = snn.Leaky(**values, **options, spike_grad=spike_grad)
+        fused = copy.deepcopy(neuron)
+        assert accelerate(fused).replaced
+        x = 1.5 * torch.randn((T, *shape), generator=generator)
+        mem = 1.5 * torch.randn(shape, generator=generator)
+        want = play(neuron, loop, x, mem, seed)
+        kernels = seed % 3 == 0 and surrogate is None  # test_leaky.py has the kernels against the reference
+        with backend("cpu" if kernels else "reference"):
+            found = play(fused, unroll, x, mem, seed), play(fused, loop, x, mem, seed), play(neuron, unroll, x, mem, seed)
+    for spikes, history, grads in found:
+        assert torch.equal(spikes, want[0]) and torch.equal(history, want[1])
+        for got, wanted in zip(grads, want[2], strict=True):
+            scale = max(1.0, *(g.abs().max().item() for g in want[2]))
+            torch.testing.assert_close(got, wanted, rtol=3e-5, atol=3e-5 * scale)
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
+def test_at_the_threshold(snn, reset):
+    """snnTorch fires above the threshold, not at it: bit for bit, the floats around it too."""
+    one = torch.tensor(1.0)
+    x = torch.stack([one, torch.nextafter(one, 2 * one), torch.nextafter(one, 0 * one)]).repeat(3, 1)
+    neuron = snn.Leaky(beta=1.0, reset_mechanism=reset)
+    want, got = loop(neuron, x, torch.zeros(3)), unroll(neuron, x, torch.zeros(3))
+    assert want[0][0].tolist() == [0.0, 1.0, 0.0]
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+
+
+class Net(nn.Module):
+    """As in snnTorch's tutorials."""
+
+    def __init__(self, snn):
+        super().__init__()
+        grad = snn.surrogate.fast_sigmoid(slope=25)
+        self.fc1, self.lif1 = nn.Linear(64, 30), snn.Leaky(beta=0.9, spike_grad=grad, learn_beta=True)
+        self.fc2, self.lif2 = (
+            nn.Linear(30, 10),
+            snn.Leaky(beta=0.8, spike_grad=grad, learn_threshold=True, reset_mechanism="zero"),
+        )
+
+    def forward(self, x):
+        mem1, mem2 = self.lif1.reset_mem(), self.lif2.reset_mem()
+        spikes, history = [], []
+        for x_t in x:
+            spk1, mem1 = self.lif1(self.fc1(x_t), mem1)
+            spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
+            spikes.append(spk2)
+            history.append(mem2)
+        return torch.stack(spikes), torch.stack(history)
+
+
+class Unrolled(Net):
+    def forward(self, x):
+        self.lif1.reset_mem(), self.lif2.reset_mem()
+        spk1, _ = unroll(self.lif1, self.fc1(x))
+        return unroll(self.lif2, self.fc2(spk1))
+
+
+def train(net, steps=6):
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        x, y = torch.rand((8, 16, 64), generator=generator), torch.randint(10, (16,), generator=generator)
+        spikes, history = net(2 * x)
+        loss = sum(nn.functional.cross_entropy(mem, y) for mem in history) / len(history) + spikes.mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("cls, accelerated", [(Net, True), (Unrolled, True), (Unrolled, False)])
+def test_training_goes_the_same_way(snn, cls, accelerated):
+    """Losses of six steps, relative, within 1e-5: rounding times what training makes of it."""
+    torch.manual_seed(0)
+    net = Net(snn)
+    fused = cls(snn)
+    fused.load_state_dict(net.state_dict())
+    if accelerated:
+        assert [name for name, _ in accelerate(fused).replaced] == ["lif1", "lif2"]
+    want, got = train(net), train(fused)
+    assert want[-1] < want[0]
+    assert max(abs(g - w) / w for g, w in zip(got, want)) <= 1e-5
+    assert list(fused.state_dict()) == list(net.state_dict())
+    for p, q in zip(fused.state_dict().values(), net.state_dict().values()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+
+
+def hidden_net(snn):
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), snn.Leaky(beta=0.7, init_hidden=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 10),
+        snn.Leaky(beta=0.9, init_hidden=True, output=True),
+    )  # fmt: skip
+
+
+def test_sequential_with_hidden_states(snn):
+    """The other idiom, with utils.reset: pairs come out at the end, membranes are kept between calls."""
+    from snntorch import utils
+
+    torch.manual_seed(0)
+    net = hidden_net(snn)
+    fused = hidden_net(snn)
+    fused.load_state_dict(net.state_dict())
+    x = 3 * torch.rand(10, 2, 1, 8, 8)
+    want = [torch.stack(t) for t in zip(*[net(x_t) for x_t in x])]
+    for prepare in (lambda: None, lambda: accelerate(fused)):
+        prepare()
+        utils.reset(fused)
+        got = [torch.cat(t) for t in zip(*[unroll(fused, part) for part in x.split([4, 6])])]
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+        assert torch.equal(fused[5].mem, got[1][-1]) and fused[1].mem.shape == (2, 4, 6, 6)
+    utils.reset(fused)
+    assert not fused[1].mem.any() and fused[1].mem.grad_fn is None
+    step = fused(x[0])
+    assert (
+        isinstance(step, tuple) and torch.equal(step[0], want[0][0]) and isinstance(fused[1](x[0][:, :, :6, :6]), torch.Tensor)
+    )
+    snn.Leaky.detach_hidden()
+    assert fused[5].mem.grad_fn is None
+    with pytest.raises(TypeError, match="mem must not be given to a neuron with init_hidden=True"):
+        unroll(fused[1], x, x[0])
+    net = nn.Sequential(snn.Leaky(beta=0.7), nn.Flatten())
+    with pytest.raises(ValueError, match="layer 1 of the nn.Sequential would be given the pair"):
+        unroll(net, x)
+
+
+def test_identity_copies_and_restore(snn):
+    from sdit_kernels.compat.snntorch import Leaky
+
+    neuron = snn.Leaky(beta=0.9, learn_beta=True)
+    keys, seen = list(neuron.state_dict()), []
+    neuron.register_forward_hook(lambda *args: seen.append(1))
+    net = nn.ModuleList([neuron, neuron])
+    assert accelerate(net).replaced == (("0", "Leaky"),) and net[0] is neuron and type(neuron) is Leaky
+    assert isinstance(neuron, snn.Leaky) and list(neuron.state_dict()) == keys and neuron in snn.Leaky.instances
+    x = torch.rand(5, 2, 3)
+    with torch.no_grad():
+        first, _ = loop(neuron, x, neuron.reset_mem())
+        assert seen == [1] * 5
+        twin = copy.deepcopy(neuron)
+        assert type(twin) is Leaky
+        report = restore(net)
+        assert report.replaced == (("0", "Leaky"),) and "snnTorch's own code" in str(report) and type(neuron) is snn.Leaky
+        assert all(torch.equal(a, b) for a, b in zip(loop(neuron, x, neuron.mem), loop(twin, x, twin.mem)))
+    assert "fused by sdit_kernels" in repr(twin) and "fused" not in repr(neuron)
+
+
+def test_the_class_for_construction(snn):
+    from sdit_kernels.compat.snntorch import Leaky
+
+    neuron = Leaky(0.9, threshold=0.5, reset_mechanism="zero")
+    assert isinstance(neuron, snn.Leaky)
+    x = torch.rand(5, 2, 3)
+    got = loop(neuron, x, neuron.init_leaky())
+    want = loop(snn.Leaky(0.9, threshold=0.5, reset_mechanism="zero"), x, torch.zeros(2, 3))
+    assert all(torch.equal(g, w) for g, w in zip(got, want))
+    with pytest.raises(ValueError, match="Leaky cannot be fused: state_quant has no fused kernel here; use snntorch.Leaky"):
+        Leaky(0.9, state_quant=lambda t: t)
+    with pytest.raises(TypeError, match="mem must not be given to a neuron with init_hidden=True"):
+        Leaky(0.9, init_hidden=True)(x[0], x[0])
+
+
+def test_a_factor_that_is_loaded_counts(snn):
+    neuron = snn.Leaky(beta=0.5)
+    accelerate(neuron)
+    x = torch.full((3, 2), 2.0)
+    assert unroll(neuron, x)[0].max() == 1
+    neuron.load_state_dict(snn.Leaky(beta=0.5, graded_spikes_factor=3.0).state_dict())
+    assert unroll(neuron, x)[0].max() == 3
+
+
+def test_types(snn):
+    """Half precision: the membrane is float32, the spikes keep the dtype of the data."""
+    neuron = snn.Leaky(beta=0.5)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        spikes, history = unroll(neuron, torch.rand(4, 3).to(dtype) * 2)
+        assert spikes.dtype == dtype and history.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    double = copy.deepcopy(neuron).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for got, want in zip(unroll(double, x, x[0]), loop(double, x, x[0])):
+        torch.testing.assert_close(got, want, check_dtype=False)
+
+
+def test_what_is_left_alone(snn):
+    surrogate = snn.surrogate
+
+    class Defaults(snn.Leaky):
+        def __init__(self):
+            super().__init__(beta=0.5)
+
+    class Quicker(snn.Leaky):
+        def fire(self, mem):
+            return mem
+
+    changed = snn.Leaky(beta=0.5)
+    changed.reset_mechanism = "zero"
+    replaced, loaded = snn.Leaky(beta=0.5), snn.Leaky(beta=0.5)
+    replaced.state_function = lambda x: x
+    loaded.load_state_dict(snn.Leaky(beta=0.5, reset_mechanism="zero").state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inhibition = snn.Leaky(beta=0.5, inhibition=True)
+    net = nn.ModuleDict({
+        "defaults": Defaults(), "quicker": Quicker(beta=0.5), "inhibition": inhibition, "changed": changed,
+        "replaced": replaced, "loaded": loaded, "never": snn.Leaky(beta=0.5, threshold=float("inf")),
+        "quant": snn.Leaky(beta=0.5, state_quant=torch.round), "disabled": snn.Leaky(beta=0.5, surrogate_disable=True),
+        "straight": snn.Leaky(beta=0.5, spike_grad=surrogate.straight_through_estimator()),
+        "own": snn.Leaky(beta=0.5, spike_grad=surrogate.custom_surrogate(lambda x, g, s: g)),
+        "function": snn.Leaky(beta=0.5, spike_grad=torch.relu), "slope": snn.Leaky(beta=0.5, spike_grad=surrogate.atan(-1.0)),
+        "synaptic": snn.Synaptic(alpha=0.9, beta=0.8),
+    })  # fmt: skip
+    report = accelerate(net)
+    assert report.replaced == (("defaults", "Defaults"),)
+    assert {name: reason for name, _, reason in report.left} == {
+        "quicker": "Quicker overrides fire of Leaky",
+        "inhibition": "inhibition has no fused kernel here",
+        "changed": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
+        "replaced": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
+        "loaded": "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism",
+        "never": "its threshold is not finite",
+        "quant": "state_quant has no fused kernel here",
+        "disabled": "surrogate_disable=True has no formula here",
+        "straight": "surrogate straight_through_estimator has no formula here",
+        "own": "surrogate custom_surrogate has no formula here",
+        "function": "surrogate relu has no formula here",
+        "slope": "surrogate atan has alpha=-1.0, which is no positive number",
+        "synaptic": "this kind of neuron has no fused kernel here",
+    }
+    x = torch.rand(5, 2, 3)
+    with pytest.warns(UserWarning, match="Quicker runs step by step: Quicker overrides fire of Leaky"):
+        spikes, history = unroll(net["quicker"], x, torch.zeros(2, 3))
+    assert torch.equal(spikes, history)
+    with pytest.warns(UserWarning, match="Synaptic runs step by step: this kind of neuron has no fused kernel here"):
+        assert [t.shape for t in unroll(net["synaptic"], x)] == [x.shape] * 3
+
+
+def test_what_changes_after_accelerate_is_said(snn):
+    neuron = snn.Leaky(beta=0.5, init_hidden=True)
+    accelerate(neuron)
+    neuron.state_quant = torch.round
+    with pytest.warns(UserWarning, match="Leaky runs snnTorch's own code: state_quant has no fused kernel here"):
+        assert neuron(torch.full((3,), 2.0)).tolist() == [1.0] * 3
+    neuron.state_quant = False
+    hooked = copy.deepcopy(neuron)
+    hooked.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="Leaky runs step by step: it has hooks"):
+        unroll(hooked, torch.rand(4, 3))
+    wide = snn.Leaky(beta=torch.rand(2, 3, 4), init_hidden=True)
+    accelerate(wide)
+    with pytest.warns(UserWarning, match=r"has beta \(2, 3, 4\) and threshold \(\) for data \(3, 4\), which the kernels"):
+        assert wide(torch.rand(3, 4)).shape == (2, 3, 4)  # the library broadcasts

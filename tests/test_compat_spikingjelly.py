@@ -1,0 +1,432 @@
+"""compat.spikingjelly against SpikingJelly itself, and the change of class that it shares with compat.snntorch."""
+
+import copy
+import doctest
+import io
+import math
+import pickle
+import warnings
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from sdit_kernels import backend
+from sdit_kernels.compat import spikingjelly as compat
+from sdit_kernels.compat import swap
+from sdit_kernels.compat.spikingjelly import accelerate, restore
+
+
+@pytest.fixture(scope="module")
+def jelly():
+    """The library's modules; 2.0.0, or 0.0.0.0.14 where that is what is installed."""
+    pytest.importorskip("spikingjelly", reason="spikingjelly is not installed (make peers)")
+    from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+
+    class Jelly:
+        pass
+
+    found = Jelly()
+    found.base, found.functional, found.layer, found.neuron, found.surrogate = base, functional, layer, neuron, surrogate
+    found.version = 2 if hasattr(neuron.BaseNode, "materialize_states") else 0
+    return found
+
+
+# ---- the change of class, which needs no library ---------------------------------------------------------------------
+
+
+class Doubles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        return self.factor() * self.w * x
+
+    def factor(self):
+        return 2
+
+
+class Triples(swap.Swapped):
+    def factor(self):
+        return 1.5 * super().factor()
+
+
+class Named(Doubles):
+    def __init__(self):
+        super().__init__()
+
+    def extra(self):
+        return "not a method of Doubles"
+
+
+class Changed(Doubles):
+    def factor(self):
+        return 5
+
+
+def choose(module):
+    if isinstance(module, Doubles):
+        return swap.changed_behaviour(module, Doubles) or Triples
+    return None
+
+
+def test_swap_keeps_the_object():
+    inner = Doubles()
+    model = nn.ModuleDict({"a": inner, "again": inner, "b": nn.Sequential(Named()), "c": Changed()})
+    calls = []
+    inner.register_forward_hook(lambda *args: calls.append(1))
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    report = swap.swap("Toys", model, (Doubles,), choose)
+    assert report.replaced == (("a", "Doubles"), ("b.0", "Named"))
+    assert report.left == (("c", "Changed", "Changed overrides factor of Doubles"),)
+    assert str(report).splitlines() == [
+        "Toys: 2 replaced, 1 left as they were",
+        "  a    Doubles: fused",
+        "  b.0  Named: fused",
+        "  c    Changed: left, Changed overrides factor of Doubles",
+    ]
+    assert model["a"] is inner is model["again"] and type(inner).__name__ == "Doubles" and isinstance(inner, Doubles)
+    assert list(model.state_dict()) == keys and all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    assert model["a"](torch.ones(2)).tolist() == [3.0, 3.0] and calls == [1]
+    assert swap.swap("Toys", model, (Doubles,), choose).replaced == ()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(nn.ModuleList([model["b"]])))):
+        assert next(m for m in twin.modules() if isinstance(m, Named)).factor() == 3
+    assert swap.swap_back("Toys", model, Triples).replaced == (("a", "Doubles"), ("b.0", "Named"))
+    assert type(inner) is Doubles and model["b"][0].factor() == 2
+
+
+def test_what_changes_behaviour():
+    assert swap.changed_behaviour(Doubles(), Doubles) is None and swap.changed_behaviour(Named(), Doubles) is None
+    patched = Doubles()
+    patched.factor = lambda: 7
+    assert swap.changed_behaviour(patched, Doubles) == "factor of Doubles is replaced on the instance"
+    parametrized = nn.utils.parametrize.register_parametrization(Doubles(), "w", nn.Identity())
+    assert "parametrized" in swap.changed_behaviour(parametrized, Doubles)
+
+
+def test_a_class_changed_afterwards_is_left():
+    model = Doubles()
+    swap.swap("Toys", model, (), choose)
+    nn.utils.parametrize.register_parametrization(model, "w", nn.Identity())
+    report = swap.swap_back("Toys", model, Triples)
+    assert report.replaced == () and report.left[0].reason == "its class was changed again after accelerate"
+
+
+def test_without_neurons():
+    report = accelerate(nn.Linear(2, 2))
+    assert report.replaced == report.left == () and str(report) == "SpikingJelly: 0 replaced, 0 left as they were"
+    for function in (accelerate, restore):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+            function(3)
+
+
+def test_docstrings():
+    assert doctest.testmod(compat).attempted >= 7 and doctest.testmod(compat).failed == 0
+
+
+# ---- against the library ---------------------------------------------------------------------------------------------
+
+SURROGATES = ["ATan", "Sigmoid", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf", "Rect", "QPseudoSpike"]
+
+
+def make(jelly, kind, options, surrogate, alpha):
+    if not hasattr(jelly.surrogate, surrogate):  # SuperSpike and Rect came with version 2
+        surrogate = "ATan"
+    alpha = {} if alpha is None or surrogate == "QPseudoSpike" else {"alpha": alpha}
+    return getattr(jelly.neuron, kind)(surrogate_function=getattr(jelly.surrogate, surrogate)(**alpha), **options)
+
+
+@st.composite
+def cases(draw):
+    kind = draw(st.sampled_from(["LIFNode", "IFNode", "ParametricLIFNode"]))
+    exact = draw(st.booleans())
+    options = dict(
+        v_threshold=draw(st.sampled_from([1.0, 0.5])),
+        v_reset=draw(st.sampled_from([0.0, None, -0.5])),
+        detach_reset=draw(st.booleans()),
+        step_mode=draw(st.sampled_from(["m", "s"])),
+        store_v_seq=draw(st.booleans()),
+    )
+    if kind != "IFNode":
+        tau = 2.0 if exact else draw(st.floats(1.05, 20.0))
+        options |= {"tau" if kind == "LIFNode" else "init_tau": tau, "decay_input": draw(st.booleans())}
+    surrogate, alpha = draw(st.sampled_from(SURROGATES)), draw(st.sampled_from([None, 0.75, 3.0]))
+    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 17, 33]), min_size=0, max_size=3)))
+    calls = draw(st.lists(st.sampled_from([1, 2, 4]), min_size=1, max_size=3))
+    start = draw(st.sampled_from([None, None, 0.25]))
+    return kind, exact, options, surrogate, alpha, shape, calls, start, draw(st.booleans()), draw(st.integers(0, 99))
+
+
+def inputs(exact, shape, generator):
+    """Multiples of 1/16, on which all arithmetic is exact in float32; or anything, in float64, where no membrane is so near the
+    threshold that another rounding would flip a spike."""
+    if exact:
+        return torch.randint(-32, 64, shape, generator=generator) / 16
+    return 2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
+
+
+def play(jelly, node, exact, calls, shape, start, seed):
+    """Calls one after the other, gradients through all: spikes, membranes and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    if start is not None:
+        node.v = start
+    xs, states, loss = [], [], 0.0
+    differentiable = jelly.version > 0 or node.training  # no surrogate gradient in the evaluation mode of 0.0.0.0.14
+
+    def weigh(t):
+        return (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+
+    for T in calls:
+        x = inputs(exact, (T, *shape), generator).requires_grad_(differentiable)
+        spikes = node(x) if node.step_mode == "m" else torch.stack([node(x_t) for x_t in x])
+        loss = loss + weigh(spikes) + weigh(node.v)
+        states += [spikes, node.v]
+        if node.store_v_seq and (jelly.version == 2 or node.step_mode == "m"):
+            loss = loss + weigh(node.v_seq)
+            states.append(node.v_seq)
+        xs.append(x)
+    return states, torch.autograd.grad(loss, [*xs, *node.parameters()]) if differentiable else ()
+
+
+@settings(max_examples=60)
+@given(case=cases())
+def test_equals_the_library(jelly, case):
+    """Spikes bit for bit, membranes too where the arithmetic is exact, gradients to rounding, in every step mode and option."""
+    kind, exact, options, surrogate, alpha, shape, calls, start, training, seed = case
+    node = make(jelly, kind, options, surrogate, alpha).to(torch.float32 if exact else torch.float64).train(training)
+    fused = copy.deepcopy(node)
+    assert accelerate(fused).replaced
+    kernels = surrogate == "ATan" and options["v_reset"] == 0.0  # test_lif.py has every kernel against the reference
+    with backend("cpu" if kernels else "reference"):
+        states, grads = play(jelly, fused, exact, calls, shape, start, seed)
+    want, want_grads = play(jelly, node, exact, calls, shape, start, seed)
+    for got, wanted in zip(states, want, strict=True):
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        if exact:
+            assert torch.equal(got, wanted)
+        else:
+            torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-11)
+    tolerance = 2e-5 if exact else 1e-9
+    for got, wanted in zip(grads, want_grads, strict=True):
+        scale = max(1.0, *(g.abs().max().item() for g in want_grads if g.numel()))
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * scale)
+
+
+def network(jelly, hidden=12, **options):
+    layer, neuron = jelly.layer, jelly.neuron
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3, padding=1, bias=False), layer.BatchNorm2d(4),
+        neuron.IFNode(surrogate_function=jelly.surrogate.ATan()), layer.MaxPool2d(2), layer.Flatten(),
+        layer.Linear(4 * 16, hidden), neuron.ParametricLIFNode(v_threshold=0.1, detach_reset=True),
+        layer.Linear(hidden, 10), neuron.LIFNode(tau=3.0, v_threshold=0.05, v_reset=None),
+    )  # fmt: skip
+    jelly.functional.set_step_mode(net, "m")
+    return net
+
+
+def train(jelly, net, dtype, steps=6):
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        x = torch.rand((16, 1, 8, 8), generator=generator, dtype=dtype)
+        y = torch.randint(10, (16,), generator=generator)
+        loss = nn.functional.cross_entropy(net(3 * x.expand(4, *x.shape)).mean(0), y)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        jelly.functional.reset_net(net)
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_training_goes_the_same_way(jelly, dtype, bound):
+    """Losses of six steps, relative: float64 to rounding; float32 to rounding times what training makes of it."""
+    torch.manual_seed(0)
+    net = network(jelly).to(dtype)
+    fused = copy.deepcopy(net)
+    assert len(accelerate(fused).replaced) == 3
+    want, got = train(jelly, net, dtype), train(jelly, fused, dtype)
+    assert want[0] != want[-1]
+    assert max(abs(g - w) / w for g, w in zip(got, want)) <= bound
+    for p, q in zip(fused.state_dict().values(), net.state_dict().values()):
+        torch.testing.assert_close(p, q, rtol=1e3 * bound, atol=1e3 * bound)
+
+
+def test_what_a_project_relies_on(jelly):
+    """Identity, isinstance, keys, step mode, reset, detach, memories, conversion, checkpoints."""
+    net = network(jelly)
+    nodes = [m for m in net if isinstance(m, jelly.neuron.BaseNode)]
+    keys, memories = list(net.state_dict()), list(jelly.base.named_memories(net)) if jelly.version else None
+    jelly.functional.reset_net(net)  # version 2 remembers the modules to reset
+    accelerate(net)
+    assert [m for m in net if isinstance(m, jelly.neuron.BaseNode)] == nodes and isinstance(
+        net[6], jelly.neuron.ParametricLIFNode
+    )
+    assert all(isinstance(m, (jelly.base.MemoryModule, jelly.base.StepModule)) for m in nodes)
+    assert list(net.state_dict()) == keys and "6.w" in keys
+    assert "fused by sdit_kernels" in repr(net)
+    if jelly.version:
+        assert list(jelly.base.named_memories(net)) == memories
+    x = torch.rand(4, 2, 1, 8, 8)
+    net(x).sum().backward()
+    assert net[2].v.shape == (2, 4, 8, 8) and net[2].v.grad_fn is not None
+    jelly.functional.detach_net(net)
+    assert net[2].v.grad_fn is None
+    net(x)
+    jelly.functional.reset_net(net)
+    assert [n.v for n in nodes] == [0.0] * 3
+    jelly.functional.set_step_mode(net, "s")
+    assert [n.step_mode for n in nodes] == ["s"] * 3 and net(x[0]).shape == (2, 10)
+    jelly.functional.reset_net(net)
+    net.double()
+    assert net[2].v == 0.0 and net(x[0].double()).dtype == torch.float64
+    jelly.functional.reset_net(net)
+    other = network(jelly).double()
+    other.load_state_dict(net.state_dict())
+    with pytest.raises(ValueError):
+        net[2].step_mode = "x"
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_and_restore_carry_the_state_on(jelly, how):
+    torch.manual_seed(0)
+    net = network(jelly).eval()
+    fused = copy.deepcopy(net)
+    accelerate(fused)
+    first, second = torch.rand(2, 4, 2, 1, 8, 8) * 3
+    with torch.no_grad():
+        net(first), fused(first)
+        if how == "deepcopy":
+            fused = copy.deepcopy(fused)
+        elif how == "pickle":
+            fused = pickle.loads(pickle.dumps(fused))
+        else:
+            file = io.BytesIO()
+            torch.save(fused, file)
+            file.seek(0)
+            fused = torch.load(file, weights_only=False)
+        assert "fused" in repr(fused)
+        report = restore(fused)
+        assert len(report.replaced) == 3 and "SpikingJelly's own code" in str(report) and "fused" not in repr(fused)
+        assert type(fused[2]) is jelly.neuron.IFNode and torch.is_tensor(fused[2].v)
+        assert torch.equal(fused(second), net(second))
+        jelly.functional.reset_net(net), jelly.functional.reset_net(fused)
+
+
+def test_hooks_and_shared_neurons(jelly):
+    node = jelly.neuron.LIFNode(step_mode="m")
+    net = nn.ModuleList([node, nn.Sequential(node)])
+    seen = []
+    node.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    assert accelerate(net).replaced == (("0", "LIFNode"),) and net[1][0] is node
+    node(torch.ones(4, 3))
+    assert seen == [(4, 3)]
+    assert accelerate(net).replaced == () and len(restore(net).replaced) == 1
+
+
+def test_half_precision_keeps_the_types(jelly):
+    for dtype in (torch.bfloat16, torch.float16):
+        node = jelly.neuron.LIFNode(step_mode="m", store_v_seq=True)
+        fused = copy.deepcopy(node)
+        accelerate(fused)
+        x = (torch.randint(-32, 64, (4, 50)) / 16).to(dtype)
+        assert torch.equal(fused(x), node(x)) and fused.v.dtype == node.v.dtype == fused.v_seq.dtype == dtype
+
+
+def test_shapes_that_change_and_inference_mode(jelly):
+    node = jelly.neuron.LIFNode(step_mode="m")
+    accelerate(node)
+    with torch.inference_mode():
+        node(torch.ones(2, 3))
+    node(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    if jelly.version:  # starts anew, as the library does
+        assert node(torch.ones(2, 5)).shape == (2, 5)
+    else:
+        with pytest.raises(RuntimeError):
+            node(torch.ones(2, 5))
+
+
+def test_functional_forward(jelly):
+    if not jelly.version:
+        pytest.skip("to_functional_forward of explicit states came with version 2")
+    node = jelly.neuron.LIFNode(step_mode="m")
+    fused = copy.deepcopy(node)
+    accelerate(fused)
+    x, v = torch.rand(4, 3) * 3, torch.rand(3)
+    for mode, data in (("m", x), ("s", x[0])):
+        node.step_mode = fused.step_mode = mode
+        (got,), (state,) = jelly.base.to_functional_forward(fused)((data,), (v,))
+        (want,), (wanted,) = jelly.base.to_functional_forward(node)((data,), (v,))
+        assert torch.equal(got, want) and torch.equal(state, wanted) and fused.v == 0.0
+
+
+def test_what_is_left_alone(jelly):
+    neuron, surrogate = jelly.neuron, jelly.surrogate
+
+    class Defaults(neuron.LIFNode):
+        def __init__(self):
+            super().__init__(tau=4.0, step_mode="m")
+
+    class Quicker(neuron.LIFNode):
+        def single_step_forward(self, x):
+            return x
+
+    patched, hooked, odd = neuron.LIFNode(), neuron.LIFNode(), neuron.LIFNode()
+    patched.forward = lambda x: x
+    hooked.surrogate_function = surrogate.ATan()
+    hooked.surrogate_function.register_forward_hook(lambda *args: None)
+    odd.tau = 0.5
+    primitive = neuron.IFNode(surrogate_function=surrogate.Sigmoid(spiking=False))
+    learned = neuron.IFNode(surrogate_function=surrogate.Sigmoid(alpha=torch.ones(())))
+    net = nn.ModuleDict({
+        "defaults": Defaults(), "quicker": Quicker(), "patched": patched, "hooked": hooked, "odd": odd, "primitive": primitive,
+        "learned": learned, "s2nn": neuron.LIFNode(surrogate_function=surrogate.S2NN()), "qif": neuron.QIFNode(),
+        "pseudo": neuron.LIFNode(surrogate_function=surrogate.QPseudoSpike(alpha=3.0)),
+        "sign": neuron.LIFNode(surrogate_function=torch.sign),
+        "negative": neuron.LIFNode(surrogate_function=surrogate.ATan(alpha=-1.0)),
+        "parametrized": nn.utils.parametrize.register_parametrization(neuron.ParametricLIFNode(), "w", nn.Identity()),
+    })  # fmt: skip
+    before = {name: type(module) for name, module in net.items()}
+    report = accelerate(net)
+    assert report.replaced == (("defaults", "Defaults"),)
+    reasons = {name: reason for name, _, reason in report.left}
+    assert reasons == {
+        "quicker": "Quicker overrides single_step_forward of LIFNode",
+        "patched": "forward of LIFNode is replaced on the instance",
+        "hooked": "surrogate ATan has hooks, which the kernels would not call",
+        "odd": "the kernels refuse its settings: tau must be at least 1 (and infinite only with decay_input=False), got 0.5",
+        "primitive": "surrogate Sigmoid has spiking=False: its output is no spike",
+        "learned": "surrogate Sigmoid has an alpha that is no number but a Tensor",
+        "s2nn": "surrogate S2NN has no formula here",
+        "qif": "this kind of neuron has no fused kernel here",
+        "pseudo": "surrogate QPseudoSpike has a formula here for alpha = 2 only, not 3.0",
+        "sign": "surrogate sign has no formula here",
+        "negative": "the kernels refuse its settings: alpha must be positive and finite, got -1.0",
+        "parametrized": "it is parametrized (torch.nn.utils.parametrize)",
+    }
+    assert all(type(net[name]) is before[name] for name in reasons)
+    assert all(f"{name} " in str(report) for name in (*reasons, "defaults"))
+
+
+def test_what_changes_after_accelerate_is_said(jelly):
+    node = jelly.neuron.LIFNode(step_mode="m", store_v_seq=True)
+    accelerate(node)
+    x = torch.rand(4, 3) * 3
+    node.tau, node.v_threshold = 4.0, 0.5
+    twin = jelly.neuron.LIFNode(tau=4.0, v_threshold=0.5, step_mode="m", store_v_seq=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(node(x), twin(x))  # settings are read at every call
+    node.surrogate_function.set_spiking_mode(False)
+    twin.surrogate_function.set_spiking_mode(False)
+    for mode, data in (("m", x), ("s", x[0])):
+        node.step_mode = twin.step_mode = mode
+        with pytest.warns(UserWarning, match="LIFNode runs SpikingJelly's own code: surrogate Sigmoid has spiking=False"):
+            got = node(data)
+        torch.testing.assert_close(got, twin(data))
+        assert math.isclose(node.v.sum().item(), twin.v.sum().item(), rel_tol=1e-6)
