@@ -154,7 +154,7 @@ PRESETS: dict[str, Config] = {
     "fashion_tiny": Config(
         # What was worth most in equal time (perf/results/sdit_fashion_trials.json): no reconstruction tokens, into which half
         # of a step went (objective .0614 without, .0649 with, after 150 s of one core); scans in four orders (.0651 against
-        # .0701 after 500 steps); and v (with both, Frechet distance 6.7 and label accuracy .55, against 7.1 and .19 before).
+        # .0701 after 500 steps); and v (label accuracy .55 against .24, at the same Frechet distance).
         28,
         1,
         4,
