@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def _check_values(beta, v_threshold):
             check(p.max().item())
 
 
-_modules = {}
+_modules: dict[str, ModuleType] = {}
 
 
 def _kernels(backend):
@@ -234,6 +235,7 @@ def leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
             return_v=return_v, return_v_seq=return_v_seq,
         )  # fmt: skip
+    assert alpha is not None  # a surrogate function went to the reference
     neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, float(alpha))
     T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
     keep = isinstance(T, int) and T > STRIDE and _wants_gradient(x, v, beta_tensor, threshold_tensor)
