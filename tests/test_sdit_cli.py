@@ -150,7 +150,7 @@ def test_bad_input_is_one_line(command, message, run, tmp_path, capsys, monkeypa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("words", [[], ["nope"], ["train", "--steps", "x"], ["sample"]])
+@pytest.mark.parametrize("words", [[], ["nope"], ["train", "--steps", "x"], ["convert"]])
 def test_bad_words_are_one_line(words, capsys):
     with pytest.raises(SystemExit) as left:
         main(words)
