@@ -277,7 +277,8 @@ def run(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) 
         results += [{"section": name, **row} for row in rows]
     save(doc.splitlines()[0], results, args, goals=goals)
     if goals:
-        print("\nGoals" + (" (--quick: the times mean nothing)" if args.quick else ""), *goals, sep="\n")
+        shown = [goal.replace(goal[:4], "    ", 1) for goal in goals] if args.quick else goals
+        print("\nGoals" + (" (--quick: not judged, the times mean nothing)" if args.quick else ""), *shown, sep="\n")
     return not args.quick and any(g.startswith("FAIL") for g in goals)
 
 

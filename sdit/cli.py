@@ -14,6 +14,7 @@ Train a model, with a progress bar that shows loss and mean firing rate.
   sdit train --preset digits                            minutes on two cores, no GPU
   sdit train --preset fashion_mnist --bf16              on a GPU
   sdit train --preset digits --set variant=faithful --out runs/faithful
+  sdit train --preset digits --set prediction=flow --set learn_sigma=false --out runs/flow
   sdit train --resume runs/digits                       goes on after a crash, a kill or Ctrl-C
   torchrun --nproc-per-node 2 -m sdit train --preset mnist
 
@@ -147,7 +148,7 @@ def _parser():
 
     part = command("evaluate", _EVALUATE, _evaluate)
     part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
-    part.add_argument("--images", metavar="FILE", help="measure those of this .npz instead of drawing any")
+    part.add_argument("--images", metavar="FILE", help="measure those of this .npz: images (N, S, S, C) uint8, labels (N,)")
     part.add_argument("-n", type=int, help="images (1000; all of --images)")
     part.add_argument("--classifier", metavar="FILE", help="of perf/train_classifier.py; that for Fashion-MNIST if left out")
     part.add_argument("--json", metavar="FILE", help="write the figures, and all they depend on")

@@ -458,7 +458,8 @@ def _arrays(path):
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {error}") from None
+        why = str(error).partition(". ")[0]  # numpy goes on to recommend what executes the file
+        raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {why}") from None
 
 
 def run(

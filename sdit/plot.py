@@ -78,9 +78,11 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     layers = list(rows[-1]["rates"])
     for i, name in enumerate(layers):
         style = {"color": f"C{i // 2 % 10}", "linestyle": "-" if i % 2 == 0 else "--"}  # a block has two kinds of layers
-        firing.plot(steps, [row["rates"].get(name) for row in rows], label=name.removeprefix("blocks."), **style, **marker)
+        firing.plot(
+            steps, [row["rates"].get(name) for row in rows], label=name.removeprefix("blocks."), linewidth=1, **style, **marker
+        )
     firing.set(title="mean firing rate", xlabel="step", ylim=(0, None))
-    firing.legend(fontsize="small", ncols=2)
+    firing.legend(fontsize="x-small", ncols=min(5, len(layers)), loc="upper center", bbox_to_anchor=(0.5, -0.14))
     speed.plot(steps, [row["images_per_s"] for row in rows], **marker)
     speed.set(title="images/s", xlabel="step", ylim=(0, None))
     for axes in (loss, gradient, firing, speed):

@@ -413,3 +413,12 @@ def test_what_changes_after_accelerate_is_said(snn):
     accelerate(wide)
     with pytest.warns(UserWarning, match=r"has beta \(2, 3, 4\) and threshold \(\) for data \(3, 4\), which the kernels"):
         assert wide(torch.rand(3, 4)).shape == (2, 3, 4)  # the library broadcasts
+
+
+def test_data_of_ints_run_the_librarys_code(snn):
+    neuron, twin = (snn.Leaky(beta=0.5) for _ in range(2))
+    accelerate(neuron)
+    x = torch.randint(3, (2, 3))
+    with pytest.warns(UserWarning, match="Leaky runs snnTorch's own code: the kernels do not take its data, torch.int64"):
+        got = neuron(x, neuron.init_leaky())
+    assert all(torch.equal(a, b) for a, b in zip(got, twin(x, twin.init_leaky())))

@@ -414,11 +414,12 @@ def test_what_is_left_alone(jelly):
 
 
 def test_what_changes_after_accelerate_is_said(jelly):
-    node = jelly.neuron.LIFNode(step_mode="m", store_v_seq=True)
+    own = jelly.surrogate.Sigmoid  # all neurons share the library's default
+    node = jelly.neuron.LIFNode(surrogate_function=own(), step_mode="m", store_v_seq=True)
     accelerate(node)
     x = torch.rand(4, 3) * 3
     node.tau, node.v_threshold = 4.0, 0.5
-    twin = jelly.neuron.LIFNode(tau=4.0, v_threshold=0.5, step_mode="m", store_v_seq=True)
+    twin = jelly.neuron.LIFNode(tau=4.0, v_threshold=0.5, surrogate_function=own(), step_mode="m", store_v_seq=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(node(x), twin(x))  # settings are read at every call
@@ -430,3 +431,22 @@ def test_what_changes_after_accelerate_is_said(jelly):
             got = node(data)
         torch.testing.assert_close(got, twin(data))
         assert math.isclose(node.v.sum().item(), twin.v.sum().item(), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda node: setattr(node, "tau", 0.75), "tau is 0.75, and the kernels' is at least 1"),
+    (None, "data, torch.int64 of shape"),
+])  # fmt: skip
+def test_what_the_kernels_do_not_take_runs_the_librarys_code(jelly, change, message):
+    node, twin = (jelly.neuron.LIFNode(step_mode="m") for _ in range(2))
+    accelerate(node)
+    x = torch.rand(4, 3) * 3
+    if change is None:
+        x = x.long()
+    else:
+        change(node), change(twin)
+    with pytest.warns(UserWarning, match=message):
+        got = node(x)
+    assert torch.equal(got, twin(x))
+    with pytest.warns(UserWarning, match="data, torch.float32 of shape"), pytest.raises(IndexError):
+        node(torch.tensor(3.0))  # SpikingJelly's own answer

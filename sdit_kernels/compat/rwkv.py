@@ -54,7 +54,7 @@ def RUN_CUDA(
     Args:
         B, T, C: batch, tokens, channels: the shape of k.
         w, u: time_decay and time_first, (C,), any floating dtype.
-        k, v: keys and values, (B, T, C), float32, float64, bfloat16 or float16.
+        k, v: keys and values, (B, T, C), float32, float64, bfloat16 or float16; of two dtypes, the wider one is computed in.
         last_state: the state after the tokens before these, (B, C, 3), float32 (float64 for float64 data): aa, bb, pp of RWKV's
             own code, as the copies that train on pieces of a sequence pass it; before any token 0, 0, -1e38. None: no state.
 
@@ -77,6 +77,8 @@ def RUN_CUDA(
     for name, t in (("w", w), ("u", u), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {t.dtype}")
     if k.shape != (B, T, C):
         raise ValueError(f"k must have the shape (B, T, C) = ({B}, {T}, {C}), got {tuple(k.shape)}")
     dtype = torch.promote_types(k.dtype, v.dtype)
@@ -88,6 +90,8 @@ def RUN_CUDA(
         raise TypeError(f"last_state must be a tensor or None, got {type(last_state).__name__}")
     if last_state.shape != (B, C, 3):
         raise ValueError(f"last_state must have the shape (B, C, 3) = ({B}, {C}, 3), got {tuple(last_state.shape)}")
+    if last_state.dtype != state_dtype(dtype):
+        raise TypeError(f"last_state must be {state_dtype(dtype)} beside data of {dtype}, got {last_state.dtype}")
     y, state = wkv(w, u, k_, v_, state=wkv_state_from_rwkv(*last_state.unbind(-1)), return_state=True)
     return y.to(k.dtype), torch.stack(wkv_state_to_rwkv(*state), -1)
 

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.leaky import leaky
+from ..ops.lif import _FLOATS
 from ..reference.lif import state_dtype
 from .swap import Report, Swapped, changed_behaviour, swap, swap_back, swapped_class
 
@@ -137,6 +138,8 @@ class _Blocks:
 def _prepare(neuron, x):
     """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
     reason = _obstacle(neuron)
+    if x.dtype not in _FLOATS:
+        reason = f"the kernels do not take its data, {x.dtype}"
     if reason is not None:
         return reason
     try:
@@ -288,8 +291,8 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
         module: a ``snntorch.Leaky``, accelerated or not, a layer, or an ``nn.Sequential``, whose neurons have
             ``init_hidden=True``.
         x: (T, batch, ...), T at least 1.
-        mem: membrane before the first step, for a single neuron with ``init_hidden=False``; None: the neuron's ``mem``, or 0
-            where that has another shape.
+        mem: membrane before the first step, for a single neuron with ``init_hidden=False``; None: the neuron's ``mem``. Where
+            it has another shape than a step, the neuron starts from 0, as snnTorch's does.
 
     Returns:
         What ``module`` returns for a step, stacked: (T, batch, ...), or the pair (spikes, membranes) of those from a neuron

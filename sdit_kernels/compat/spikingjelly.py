@@ -24,7 +24,7 @@ Differences that remain:
 - 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` (another surrogate, ``spiking=False``, a neuron
-  precision) runs SpikingJelly's code, with a warning in every such call.
+  precision, tau below 1, data of ints) runs SpikingJelly's code, with a warning in every such call.
 """
 
 import math
@@ -34,7 +34,7 @@ import warnings
 import torch
 
 from ..dispatch import backend
-from ..ops.lif import lif
+from ..ops.lif import _FLOATS, lif
 from ..reference.lif import state_dtype
 from .swap import Report, Swapped, changed_behaviour, swap, swap_back
 
@@ -90,9 +90,15 @@ class _Node(Swapped):
         found = _surrogate(self.surrogate_function)
         return found if isinstance(found, str) else None
 
-    def _leaves(self):
+    def _leaves(self, x, axes=0):
         """True, with a warning, where the library's own code must run."""
         reason = self._obstacle()
+        tau = getattr(self, "tau", 1)
+        if not isinstance(tau, (int, float)) or not tau >= 1:
+            reason = f"tau is {tau}, and the kernels' is at least 1"
+        if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
+            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+            reason = f"the kernels do not take its data, {what}"
         if reason is not None:
             warnings.warn(f"{type(self).__name__} runs SpikingJelly's own code: {reason}", stacklevel=4)
         return reason is not None
@@ -118,7 +124,7 @@ class _Node(Swapped):
         return spikes, v, v_seq
 
     def single_step_forward(self, x, *args, **kwargs):
-        if self._leaves():
+        if self._leaves(x):
             return super().single_step_forward(x, *args, **kwargs)
         spikes, self.v, _ = self._walk(x.unsqueeze(0), self._start(x), False)
         if self.store_v_seq and hasattr(self, "_append_v_seq"):  # SpikingJelly 2 collects the steps
@@ -126,7 +132,7 @@ class _Node(Swapped):
         return spikes.squeeze(0)
 
     def multi_step_forward(self, x_seq, *args, **kwargs):
-        if self._leaves():
+        if self._leaves(x_seq, 1):
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self._start(x_seq[0]) if x_seq.shape[0] else None
         spikes, self.v, v_seq = self._walk(x_seq, start, self.store_v_seq)
@@ -135,13 +141,13 @@ class _Node(Swapped):
         return spikes
 
     def single_step_functional_forward(self, inputs, states, **kwargs):
-        if self._leaves():
+        if self._leaves(inputs[0]):
             return super().single_step_functional_forward(inputs, states, **kwargs)
         spikes, v, _ = self._walk(inputs[0].unsqueeze(0), states[0], False)
         return (spikes.squeeze(0),), (v, *states[1:])
 
     def multi_step_functional_forward(self, inputs, states, **kwargs):
-        if self._leaves():
+        if self._leaves(inputs[0], 1):
             return super().multi_step_functional_forward(inputs, states, **kwargs)
         spikes, v, _ = self._walk(inputs[0], states[0], False)
         return (spikes,), (v, *states[1:])
