@@ -626,7 +626,8 @@ def faults(rows: list[dict], committed: dict | None = None) -> list[str]:
         where = " ".join(key(row))
         if row["spills"] or row["spill_bytes"]:
             found.append(f"{where}: spills {row['spills']}, {row['spill_bytes']} bytes a thread")
-        wanted = min(128, int(row["neurons_per_thread"] * 8 * (4 if row["data"] == "fp32" else 2)))
+        size = 4 if row["data"] == "fp32" and "bf16 results" not in row["variant"] else 2
+        wanted = min(128, int(row["neurons_per_thread"] * 8 * size))
         if row["narrowest"] < wanted:
             found.append(f"{where}: an access of {row['narrowest']} bits, {wanted} wanted")
         if row["bytes_per_element"] is None:  # per chunk, not per token

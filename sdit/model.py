@@ -134,7 +134,7 @@ class Block(nn.Module):
             return x + x * self._gate(r)
         x, r = self._attend(x)
         x, r = self._mix(x), self._mix(r, x[:, -1])
-        return x * self._gate(r).to(x.dtype).add_(1)  # addcmul would go over x and the gate three times more, coming back
+        return x * (self._gate(r).to(x.dtype) + 1)  # addcmul would go over x and the gate three times more, coming back
 
     @nvtx.range("mlp")
     def _mix(self, x, last=None):

@@ -223,10 +223,10 @@ class _Shift:
     """What both passes share: x, last and the mixes as the kernels take them, and tiles of one 16-byte access per thread.
 
     ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``.
-    ``mixed``: one of the outputs, or of the upstream gradients: the bulk of what is moved.
+    ``wide``: of the tensors that are moved, one whose elements make such an access.
     """
 
-    def __init__(self, x, last, mixes, norm_eps, run, live, mixed, gs=()):
+    def __init__(self, x, last, mixes, norm_eps, run, live, wide, gs=()):
         self.x = sequences(x)
         self.last = None if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
         self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
@@ -238,7 +238,7 @@ class _Shift:
         self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
         self.upstream = self.gs[0].stride()[:2] if gs else (0, 0)
         self.stats = None
-        values = 16 // mixed.dtype.itemsize
+        values = 16 // wide.dtype.itemsize
         whole = triton.next_power_of_2(self.C)
         fits = whole <= min(_WHOLE, 1024 * values)
         fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
@@ -284,7 +284,7 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
     gs = same_strides([sequences(g) for g in gs])
-    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, gs[0], gs)
+    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # by narrower gradients, two mixes spill
     s.find_stats()
     blocks, tiles = triton.cdiv(s.C, s.BC), triton.cdiv(s.runs, s.BR)
     group = triton.cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
