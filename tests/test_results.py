@@ -157,9 +157,18 @@ def test_the_table_of_first_results():
         assert f"| {label} | {' | '.join(digits(s).replace('x', ' s') for s in seconds)} |" in README
 
 
+def test_the_figures_of_the_model():
+    found = json.loads((RESULTS / "fashion_mnist_dpm.json").read_text())
+    for who, what in (("drawn images", "drawn"), ("train images, the floor", "floor")):
+        of = found[what]
+        cells = f"{of['frechet_distance']:.3f}", f"{1000 * of['kid']:.1f} ± {1000 * of['kid_standard_error']:.1f}"
+        assert f"| {found['n']:,} {who} | {' | '.join(cells)} | {100 * of['label_accuracy']:.1f} % |" in README
+    assert f"| all test images | | | {100 * found['test']['label_accuracy']:.1f} % |" in README
+
+
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
 def test_every_file_is_listed(file):
     text = (RESULTS / "README.md").read_text()
-    assert re.search(rf"\[{re.escape(file)}\]\({re.escape(file)}\)[^\n]*`python perf/", text), (
+    assert re.search(rf"\[{re.escape(file)}\]\({re.escape(file)}\)[^\n]*`(python perf/|sdit )", text), (
         f"{file} is not listed with its command"
     )

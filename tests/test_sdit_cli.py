@@ -57,6 +57,15 @@ def test_sample(run, tmp_path, capsys):
     assert "5 images in" in capsys.readouterr().out
 
 
+def test_the_model_of_the_package(tmp_path, capsys):
+    """Draws without being told from what."""
+    assert main(["sample", "-n", "2", "--sampler", "dpm++", "--steps", "2", "--no-gif", "--out", str(tmp_path / "a.png")]) == 0
+    assert (tmp_path / "a.png").stat().st_size > 1000 and "2 images" in capsys.readouterr().out
+    model = load_model("pretrained")
+    assert model.config.dataset == "fashion_mnist" and model.config.prediction == "v"
+    assert sum(p.numel() for p in model.parameters()) == 1_198_790
+
+
 def test_plot_and_info(run, tmp_path, capsys):
     assert main(["plot", str(run), "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
