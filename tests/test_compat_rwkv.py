@@ -132,10 +132,10 @@ def test_run_cuda_on_triton():
         ({"w": 1.0}, TypeError, "w must be a tensor, got float"),
         ({"u": torch.zeros(3)}, ValueError, r"time_first must have shape \(2,\)"),
         ({"v": torch.zeros(1, 3, 2)}, ValueError, "v must have the shape of k"),
-        ({"k": torch.zeros(1, 4, 2).int(), "v": torch.zeros(1, 4, 2).int()}, TypeError, "k must be of a floating dtype, got torch.int32"),
+        ({"k": torch.zeros(1, 4, 2).int(), "v": torch.zeros(1, 4, 2).int()}, TypeError, "k must be of a floating dtype"),
         ({"last_state": (0, 0)}, TypeError, "last_state must be a tensor or None, got tuple"),
         ({"last_state": torch.zeros(1, 3, 2)}, ValueError, r"last_state must have the shape \(B, C, 3\) = \(1, 2, 3\)"),
-        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "last_state must be torch.float32 beside data of torch.float32, got torch.float64"),
+        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 beside data"),
     ],
 )  # fmt: skip
 def test_run_cuda_says_what_is_wrong(change, error, message):
