@@ -26,7 +26,7 @@ from sdit import PRESETS
 from sdit_kernels import nvtx
 
 WARM_UP = 3  # the allocator and cuBLAS settle in the second
-PRODUCT = re.compile(r"aten::(addmm_?|b?mm|baddbmm|\w*linear\w*|\w*conv(olution|[123]d)\w*)")
+PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .dispatch import backend
 from .ops.lif import _check_data, lif, lif_rate
-from .ops.mix import relu_squared, token_shift
+from .ops.mix import autocast_dtype, relu_squared, token_shift
 from .ops.wkv import wkv
 from .reference.lif import state_dtype
 
@@ -382,10 +382,7 @@ class _Mix(torch.nn.Module):
 
     def _shift(self, x, *mixes, last=None):
         """Mixed tokens as the matrix products want them, under autocast in its dtype."""
-        device = x.device.type
-        cast = x.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast else None
-        return token_shift(x, *mixes, norm_eps=self.norm_eps, last=last, dtype=dtype)
+        return token_shift(x, *mixes, norm_eps=self.norm_eps, last=last, dtype=autocast_dtype(x))
 
     def _curve(self, exponent):
         """(c / C)^exponent of channel c."""

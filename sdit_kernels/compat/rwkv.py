@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dispatch import backend
 from ..nn import ChannelMix, TimeMix
-from ..ops.mix import relu_squared, token_shift
+from ..ops.mix import autocast_dtype, relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
 from ..reference.lif import state_dtype
 from .swap import Left, Report, Swapped, swap, swap_back, swapped_class
@@ -119,10 +119,7 @@ class _Fused(Swapped):
         mixes = [_as_wide(getattr(self, name), x) for name in names]
         if last is not None and x.shape[1] == 1 and all(m.dtype == x.dtype for m in mixes):
             return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # as in _step
-        device = x.device.type
-        cast = x.dtype == torch.float32 and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if cast else None  # what the projections would cast to
-        return token_shift(x, *mixes, last=last, dtype=dtype)
+        return token_shift(x, *mixes, last=last, dtype=autocast_dtype(x))
 
     def _scan(self, xk, xv, xr, state, return_state):
         """``state``: None or RWKV's aa, bb, pp, and so is what comes back beside the output."""

@@ -256,6 +256,14 @@ def token_shift(
     return tuple(_shift_call(x, last, stacked, None if norm_eps is None else float(norm_eps), dtype, backend))[: len(mixes)]
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The ``dtype`` that autocast would cast x to in front of a matrix product; None where it would leave it."""
+    device = x.device.type
+    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def relu_squared(x: Tensor) -> Tensor:
     r"""max(x, 0)^2, the activation of RWKV's channel mix, in one pass each way.
 
