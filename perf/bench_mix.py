@@ -121,7 +121,32 @@ def squares(args, settings):
     )
 
 
-SECTIONS = {"token_shift": shifts, "relu_squared": squares}
+def narrow(args, settings):
+    """token_shift of fp32 data for products in bf16, as under autocast: its own bf16 results, or fp32 and a cast of each"""
+    mixes = [torch.rand(C, generator=torch.Generator().manual_seed(i)).to(args.device).requires_grad_() for i in range(3)]
+    x = _tensor(args, B, L, C)
+
+    def ours(x, *mixes):
+        return token_shift(x, *mixes, norm_eps=EPS, dtype=torch.bfloat16)
+
+    def casts(x, *mixes):
+        return tuple(y.bfloat16() for y in shift(x, *mixes))
+
+    inputs = x, *mixes
+    check("token_shift, bf16 results", ours(*inputs), casts(*inputs), 1e-2, 1e-2)
+    gs = [torch.randn_like(y) for y in ours(*inputs)]
+    rows = []
+    for name, measured in (("forward", without_grad), ("backward", None)):
+        found = [
+            Contestant(label, measured(f, inputs) if measured else backward(f, inputs, gs), extra={"pass": name})
+            for label, f in (("bf16 results", ours), ("fp32 results, cast", casts))
+        ]
+        rows += compare(found, **settings)
+        goal(f"token_shift in bf16 {name}, times the casts", rows[-1]["ratio"], 1)
+    return f"token_shift, norm, 3 mixes, {(B, L, C)}, fp32 to bf16", rows
+
+
+SECTIONS = {"token_shift": shifts, "relu_squared": squares, "narrow": narrow}
 
 
 if __name__ == "__main__":

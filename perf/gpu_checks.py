@@ -180,6 +180,12 @@ def values_mix(device, small):
             for eps in (None, 1e-6):
                 f = functools.partial(token_shift, norm_eps=eps)
                 found |= agree(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
+            if dtype == torch.float32:
+
+                def f(x, *mixes):
+                    return token_shift(x, *mixes, norm_eps=1e-6, dtype=torch.bfloat16 if x.dtype == torch.float32 else None)
+
+                found |= agree(f"token_shift, norm, C={C}, bfloat16 of {dtype}", f, [x, *mixes])
             found |= agree(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
     return found
 
@@ -195,6 +201,10 @@ def calls(device, small):
     return {
         "lif": (lambda x, tau: lif(x, tau=tau), [normal(4, B, L, C, device=device), tau]),
         "lif_rate": (lambda x, tau: lif_rate(x, tau=tau), [x, tau]),
+        "leaky": (
+            lambda x, b: leaky(x, beta=b),
+            [normal(4, B, L, C, device=device), torch.full_like(tau, 0.9).requires_grad_()],
+        ),
         "wkv serial": (lambda *a: wkv(*a, algorithm="serial"), [d, u, k, v]),
         "wkv chunked": (lambda *a: wkv(*a, algorithm="chunked"), [d, u, k, v]),
         "wkv gate, packed": (

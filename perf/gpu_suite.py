@@ -17,6 +17,7 @@ whether a test, a check or a section failed.
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import importlib
 import json
@@ -33,12 +34,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 
-from perf import bench_lif, bench_mix, bench_sdit, bench_wkv, harness, profile_sdit
+from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, profile_sdit
 from perf.bench_wkv import forward_backward, inference, ours, parameters
 from perf.gpu_checks import CHECKS, calls, normal
 from perf.harness import Contestant, compare
 from sdit import PRESETS, SDiT
-from sdit_kernels import lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from sdit_kernels import leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from sdit_kernels.compat import snntorch as compat_snntorch
 
 MODES = "forward", "forward+backward"
 
@@ -265,6 +267,36 @@ def mix(args, settings):
     return ", ".join(titles), sum(rows, [])
 
 
+def snn(args, settings):
+    """leaky, by itself and as compat.snntorch unrolls a neuron, against snnTorch's Leaky in the loop that its users write"""
+    steps, *shape = (3, 2, 33) if args.quick else (bench_compat.STEPS, bench_compat.BATCH, bench_compat.HIDDEN)
+    title = f"leaky, T={steps}, {tuple(shape)}, fp32"
+    if harness.missing("snntorch"):
+        return bench_compat.skipped(title, "snntorch")
+    import snntorch
+
+    neuron = snntorch.Leaky(beta=0.9).to(args.device)
+    fused = copy.deepcopy(neuron)
+    compat_snntorch.accelerate(fused)
+    x = bench_compat.exact(steps, *shape, device=args.device)
+    g = torch.randn_like(x)
+
+    def alone(x):
+        return leaky(x, beta=0.9)
+
+    def unrolled(x):
+        return compat_snntorch.unroll(fused, x, torch.zeros_like(x[0]))[0]
+
+    def loop(x):
+        return bench_compat.loop(neuron)(x)[0]
+
+    rows = []
+    for mode, passes in zip(MODES, (2, 5)):
+        found = [contestant(n, mode, f, [x], g, passes) for n, f in (("leaky", alone), ("unroll", unrolled), ("loop", loop))]
+        rows += compare([*found, harness.copy_contestant(passes * x.nbytes, args.device)], **settings)
+    return title, rows
+
+
 def section(module, name, **changes):
     """A section of a bench, with other arguments."""
 
@@ -287,6 +319,8 @@ TIMINGS = {
     "rate": section(bench_lif, "rate"),
     "bandwidth": section(bench_lif, "bandwidth"),
     "mix": mix,
+    "jelly": section(bench_compat, "jelly_neurons"),
+    "snn": snn,
     "algorithms": algorithms,
     "decoding": section(bench_wkv, "decoding"),
     "memory": section(bench_lif, "memory"),
@@ -352,7 +386,7 @@ def main(argv=None):
         raise SystemExit("gpu_suite.py: torch sees no GPU; --dry-run goes through it on the CPU")
     device = "cpu" if options.dry_run else "cuda"
     if options.dry_run:
-        bench_lif.SHAPE = bench_wkv.SHAPE = bench_mix.B, bench_mix.L, bench_mix.C = 1, 33, 32
+        bench_compat.SHAPE = bench_lif.SHAPE = bench_wkv.SHAPE = bench_mix.B, bench_mix.L, bench_mix.C = 1, 33, 32
         bench_sdit.PRESET = "digits"
     args = argparse.Namespace(
         device=device, quick=options.dry_run, threads=None, plot=None, json=options.json, csv=None, dtype=torch.float32,
