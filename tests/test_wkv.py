@@ -994,3 +994,21 @@ def test_infinite_parameters(name, algorithm, raw):
     y = run(name, wkv, still if raw else None, u.detach() - math.inf, torch.zeros(1, 5, 3), v, algorithm=algorithm,
             **({} if raw else dict(log_decay=still)))  # fmt: skip
     torch.testing.assert_close(y[0], torch.tensor([0.0, 1.0, 1.5, 2.0, 2.5])[:, None].expand(5, 3))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("both", [False, True])
+def test_steepest_decay_over_masked_keys(name, algorithm, both):
+    """Gradients where a tile of masked tokens alone reads one key: exponents of 1e20 must not leave their rounding behind."""
+    k, v, g = (torch.randn(2, 21, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    k[:, 3:5], k[1, 15:] = -math.inf, -math.inf
+    u, w = torch.randn(6, generator=torch.Generator().manual_seed(3)), torch.full((6,), -1e20)
+    found = []
+    for backend_name, dtype in ((name, torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (k, v)]
+        with backend(backend_name):
+            y = wkv(None, u.to(dtype), *leaves, log_decay=w.to(dtype), bidirectional=both, algorithm=algorithm)
+            found.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)

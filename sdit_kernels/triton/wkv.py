@@ -210,12 +210,19 @@ def _near_one(x):
 
 
 @triton.jit
+def _lost(o, state, w):
+    """e^(what o, which is ka + n w rounded, lost), up to 2e-6 from 1 at o = 50."""
+    _, _, ka, n = state
+    back = o - ka
+    return _near_one((ka - (o - back)) + tl.fma(n, w, -back))
+
+
+@triton.jit
 def _rounding(state, w):
-    """o, which is ka + n w rounded, and e^(what that lost), up to 2e-6 from 1 at o = 50."""
+    """o, which is ka + n w rounded, and e^(what that lost)."""
     _, _, ka, n = state
     o = tl.fma(n, w, ka)
-    back = o - ka
-    return o, _near_one((ka - (o - back)) + tl.fma(n, w, -back))
+    return o, _lost(o, state, w)
 
 
 @triton.jit
@@ -427,8 +434,7 @@ def wkv_combine_kernel(
 @triton.jit
 def _rescaled(P, Q, F, state, o, w, border):
     """A carry P e^o, from the exponent o of the checkpoint behind a tile to that at which the tile, walked again, arrives."""
-    a, b, ka, n = state
-    factor = tl.where(b != 0.0, _near_one(tl.fma(n, w, ka - o)), 0.0)
+    factor = tl.where(state[1] != 0.0, _lost(o, state, w), 0.0)
     factor = tl.where(border, factor, 1.0)
     return P * factor, Q * factor, F * factor
 
