@@ -16,10 +16,8 @@ whether a test, a check or a section failed.
 
 import argparse
 import concurrent.futures
-import contextlib
 import copy
 import functools
-import importlib
 import json
 import multiprocessing
 import pathlib
@@ -36,7 +34,7 @@ import torch
 
 from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, profile_sdit
 from perf.bench_wkv import forward_backward, inference, ours, parameters
-from perf.gpu_checks import CHECKS, calls, normal
+from perf.gpu_checks import CHECKS, calls, launched_with, normal
 from perf.harness import Contestant, compare
 from sdit import PRESETS, SDiT
 from sdit_kernels import leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
@@ -52,19 +50,6 @@ def contestant(name, mode, f, leaves, g, passes=None, **extra):
 
 
 # ---- launch parameters -----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def launched_with(module, **values):
-    kernels = importlib.import_module(f"sdit_kernels.{module}")
-    before = {name: getattr(kernels, name) for name in values}
-    for name, value in values.items():
-        setattr(kernels, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(kernels, name, value)
 
 
 def with_parameters(contestant, module, values):

@@ -18,6 +18,7 @@ import triton.language as tl
 from ..layout import STRIDE, layout_of, layout_of_step, place, place_state
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
+from . import cdiv, launch, power_of_2
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the rows are spread where parameter gradients are summed
@@ -402,11 +403,11 @@ class _Grid:
         while kept * elements // _THREADS >= _KEPT:
             elements //= 2
         flat = layout.R == 1 and not per_channel
-        self.BC = elements if flat else min(triton.next_power_of_2(layout.C), elements)
+        self.BC = elements if flat else min(power_of_2(layout.C), elements)
         self.BR = 1 if flat else elements // self.BC
-        chunks, blocks = triton.cdiv(layout.C, self.BC), triton.cdiv(layout.R, self.BR)
-        self.group = triton.cdiv(chunks * blocks, _PROGRAMS) if parameters else 1
-        self.groups = triton.cdiv(blocks, self.group)
+        chunks, blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
+        self.group = cdiv(chunks * blocks, _PROGRAMS) if parameters else 1
+        self.groups = cdiv(blocks, self.group)
         self.programs = chunks * self.groups
 
     def partial_sums(self, layout, per_channel, like):
@@ -415,14 +416,8 @@ class _Grid:
         return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(2))
 
     def launch(self, kernel, device, *args, **flags):
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._launch(kernel, *args, **flags)
-        else:
-            self._launch(kernel, *args, **flags)
-
-    def _launch(self, kernel, *args, **flags):
-        kernel[(self.programs,)](*args, **flags, BR=self.BR, BC=self.BC, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+        flags |= dict(BR=self.BR, BC=self.BC, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+        launch(kernel, self.programs, device, *args, **flags)
 
 
 def _per_channel(p):

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
+from . import cdiv, launch, power_of_2
 from .lif import _STATES, _Grid, _tile, _warps
 
 _THREADS = 128
@@ -233,13 +234,13 @@ class _Shift:
         self.B, self.L, self.C = self.x.shape
         self.eps = norm_eps or 0.0
         self.STATE = _STATES[mixes.dtype]
-        self.chunks = triton.cdiv(self.L, run)
+        self.chunks = cdiv(self.L, run)
         self.runs = self.B * self.chunks
         self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
         self.upstream = self.gs[0].stride()[:2] if gs else (0, 0)
         self.stats = None
         values = 16 // wide.dtype.itemsize
-        whole = triton.next_power_of_2(self.C)
+        whole = power_of_2(self.C)
         fits = whole <= min(_WHOLE, 1024 * values)
         fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
         self.norm = _NO_NORM if norm_eps is None else _NORM if fits else _STATS
@@ -251,11 +252,7 @@ class _Shift:
         self.BR, self.BC, self.warps = rows, columns, _warps(rows * columns // values)
 
     def launch(self, kernel, programs, *args, **flags):
-        if self.x.device.type == "cuda":
-            with torch.cuda.device(self.x.device):
-                kernel[(programs,)](*args, **flags, STATE=self.STATE, num_warps=self.warps)
-        else:
-            kernel[(programs,)](*args, **flags, STATE=self.STATE, num_warps=self.warps)
+        launch(kernel, programs, self.x.device, *args, **flags, STATE=self.STATE, num_warps=self.warps)
 
     def find_stats(self):
         if self.norm == _STATS:
@@ -274,7 +271,7 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
     s = _Shift(x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
     s.find_stats()
-    programs = triton.cdiv(s.runs, s.BR) * triton.cdiv(s.C, s.BC)
+    programs = cdiv(s.runs, s.BR) * cdiv(s.C, s.BC)
     s.launch(
         token_shift_forward_kernel, programs, s.x, s.last, mixes, tuple(outs), s.stats, s.L, s.C, s.chunks, s.runs,
         *s.strides, s.eps, **s.flags(),
@@ -286,9 +283,9 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     gs = same_strides([sequences(g) for g in gs])
     s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # by narrower gradients, two mixes spill
     s.find_stats()
-    blocks, tiles = triton.cdiv(s.C, s.BC), triton.cdiv(s.runs, s.BR)
-    group = triton.cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
-    groups = triton.cdiv(tiles, group)
+    blocks, tiles = cdiv(s.C, s.BC), cdiv(s.runs, s.BR)
+    group = cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
+    groups = cdiv(tiles, group)
     sums = torch.empty((groups, s.M, s.C), dtype=mixes.dtype, device=x.device) if parameters else None
     s.launch(
         token_shift_backward_kernel, groups * blocks, s.x, s.last, mixes, s.gs, s.stats, dx, dlast, sums,

@@ -21,7 +21,7 @@ import triton.language as tl
 from ..layout import spiking_tile, wkv_rows
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from . import lif, wkv
+from . import cdiv, launch, lif, wkv
 from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
 from .wkv import (
     _LOG2E,
@@ -330,12 +330,7 @@ def _placed(t, axes=3):
 def _launch(kernel, k, *args, **flags):
     T, B, L, C = k.shape
     flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
-    grid = (B * triton.cdiv(C, _THREADS),)
-    if k.device.type == "cuda":
-        with torch.cuda.device(k.device):
-            kernel[grid](*args, **flags)
-    else:
-        kernel[grid](*args, **flags)
+    launch(kernel, B * cdiv(C, _THREADS), k.device, *args, **flags)
 
 
 def _steps_as_batch(*tensors):

@@ -37,6 +37,7 @@ import triton.language as tl
 
 from .. import layout
 from ..reference.lif import state_dtype
+from . import cdiv, launch
 from .lif import _STATES, _warps
 
 _THREADS = 64  # channels of a program
@@ -674,7 +675,7 @@ class _Grid:
         self.sequences = B if self.packed is None else self.packed
         self.B, self.L, self.longest = B, L, L if self.packed is None else max_seqlen or L
         self.decay, self.raw, self.cu_seqlens = decay, raw, cu_seqlens
-        self.tiles = triton.cdiv(self.longest, layout.TILE)
+        self.tiles = cdiv(self.longest, layout.TILE)
         threads = self.sequences * self.C
         self.fine = max(1, self.tiles * threads // _FILL)  # tiles per chunk
         serial = 4 * threads >= _FILL or self.tiles <= 4 if algorithm == "auto" else algorithm == "serial"
@@ -690,17 +691,10 @@ class _Grid:
         return torch.empty(*leading, self.rows(tiles), self.C, dtype=self.state, device=self.device)
 
     def launch(self, kernel, tiles, *args, **flags):
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                self._launch(kernel, tiles, *args, **flags)
-        else:
-            self._launch(kernel, tiles, *args, **flags)
-
-    def _launch(self, kernel, tiles, *args, **flags):
-        chunks = triton.cdiv(self.tiles, tiles) if tiles else 1
-        programs = self.sequences * chunks * triton.cdiv(self.C, _THREADS)
+        chunks = cdiv(self.tiles, tiles) if tiles else 1
+        programs = self.sequences * chunks * cdiv(self.C, _THREADS)
         flags |= dict(RAW=self.raw, STATE=_STATES[self.state], TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
-        kernel[(programs,)](*args, **flags)
+        launch(kernel, programs, self.device, *args, **flags)
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
@@ -738,7 +732,7 @@ def wkv_forward(
         given = (ybar, lse) if exit is None else (None, None)  # a summary starts from nothing
         grid.launch(
             wkv_forward_kernel, tiles, k, v, r if y is not None else None, decay, first, *given, start, right, cu_seqlens,
-            y, *final, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
+            y, *final, keep, exit, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
             _plane(start if right is not None else keep), chunk_plane, *k_, *v_, *r_, *out_, LEFTWARDS=leftwards,
         )  # fmt: skip
 
@@ -767,14 +761,8 @@ def wkv_forward(
 def parameter_sums(dw, du, decay, raw, d_decay, d_first):
     """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
     rows, C = dw.shape
-    grid = (triton.cdiv(C, 32),)
-    args = dw, du, decay, d_decay, d_first, rows, C
     flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=32, BC=32, num_warps=_warps(128))
-    if dw.device.type == "cuda":
-        with torch.cuda.device(dw.device):
-            wkv_sums_kernel[grid](*args, **flags)
-    else:
-        wkv_sums_kernel[grid](*args, **flags)
+    launch(wkv_sums_kernel, cdiv(C, 32), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
 
 
 def wkv_backward(
@@ -803,7 +791,7 @@ def wkv_backward(
         upstream = (None, None) if rightwards else (g_ybar, g_lse)
         grid.launch(
             wkv_backward_kernel, tiles, g, *upstream, k, v, r, decay, first, ybar, lse, state, right, cu_seqlens,
-            start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, triton.cdiv(grid.tiles, tiles),
+            start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
             _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
             RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
