@@ -19,6 +19,9 @@ def rows(name, section, run=None):
     return [r for r in found["rows"] if r["section"] == section]
 
 
+MODES = "forward", "forward+backward"
+
+
 def row(found, **wanted):
     (one,) = (row for row in found if all(row.get(key) == value for key, value in wanted.items()))
     return one
@@ -47,7 +50,7 @@ def test_the_table_of_the_cpu():
 
 
 def test_the_table_of_the_gpu():
-    peers, rate = (rows("gpu_h200.json", section, 0) for section in ("lif", "rate"))
+    peers, rate = rows("gpu_h200.json", "lif", 1), rows("gpu_h200.json", "rate", 3)
     for label, found, peer in (
         ("SpikingJelly 2.0.0 `LIFNode`, its Triton kernels / `lif`", peers, "SpikingJelly LIFNode"),
         ("snnTorch 1.0 `Leaky` / `lif`", peers, "snnTorch Leaky (detached reset)"),
@@ -56,15 +59,33 @@ def test_the_table_of_the_gpu():
         ("repeat, `LIFNode`, mean / `lif_rate`", rate, "repeat, LIFNode, mean"),
     ):
         assert f"| {label} | {times(found, peer)} |" in README
-    scans = [rows("gpu_h200.json", section, 0) for section in ("wkv", "wkv backward")]
+    scans = [rows("gpu_h200.json", "wkv", 0), rows("gpu_h200.json", "wkv_backward", 1)]
     for label, peer in (
         ("flash-linear-attention `fused_recurrent_rwkv4` / `wkv`", "flash-linear-attention"),
         ("Heinsen's form, PyTorch / `wkv`", "Heinsen's form"),
     ):  # over the algorithm that "auto" takes at this size
         ratios = [row(found, name=peer)["median_s"] / row(found, name="wkv, chunked")["median_s"] for found in scans]
         assert f"| {label} | {' | '.join(map(digits, ratios))} |" in README
-    mix = times(rows("gpu_h200.json", "mix", 1)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
+    mix = times(rows("gpu_h200.json", "mix", 0)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
     assert f"`token_shift` with norm and three mixes (backward alone in the second column) | {mix} |" in README
+    found = rows("gpu_h200.json", "snn", 0)
+    loop, unroll = (
+        [digits(row(found, name="loop", mode=m)["median_s"] / row(found, name=n, mode=m)["median_s"]) for m in MODES]
+        for n in ("leaky", "unroll")
+    )
+    assert f"| snnTorch 1.0 `Leaky` in a loop of 25 steps / `leaky` | {' | '.join(loop)} |" in README
+    assert f"| ... / `compat.snntorch.unroll` | {' | '.join(unroll)} |" in README
+
+
+def test_the_training_steps_on_the_gpu():
+    found = rows("gpu_h200.json", "steps", 0)
+    for preset, batch in (("fashion_mnist", 32), ("fashion_mnist", 256), ("cifar10", 256)):
+        ours = [row(found, name=f"{preset}, batch {batch}, ours, {dtype}") for dtype in ("bf16", "fp32")]
+        cells = [f"{1e3 * r['median_s']:.3g} ms" for r in ours] + [f"{ours[0]['images_per_second']:,.0f}"]
+        cells += [f"{r['peak_bytes'] / 2**30:.1f} GiB" for r in ours]
+        assert f"| `{preset}`, batch {batch} | {' | '.join(cells)} |" in README
+    plain, ours = (row(found, name=f"fashion_mnist, batch 32, {form}, fp32")["median_s"] for form in ("plain", "ours"))
+    assert f"{plain / ours:.0f} times as long" in README
 
 
 def other_libraries():
@@ -101,11 +122,11 @@ def test_the_table_of_other_libraries():
 
 
 def test_the_sentences():
-    bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 0)}
+    bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 1)}
     lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]
     assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in README
     one, both = (
-        row(rows("gpu_h200.json", "algorithms", 0), B=256, L=1024, name="auto", mode=mode)["gb_per_s"] / 1e3
+        row(rows("gpu_h200.json", "algorithms", 1), B=256, L=1024, name="auto", mode=mode)["gb_per_s"] / 1e3
         for mode in ("forward", "forward+backward")
     )
     assert f"reaches {one:.1f} TB/s forward, {both:.1f} forward and backward" in README
