@@ -8,12 +8,11 @@ import functools
 
 import numba
 
-from ..layout import STRIDE, layout_of, place, place_state
+from ..layout import STRIDE
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from .lif import _BACK, _BLOCK, _address, _fill, _gradient, _Parameters, _sum_tile, _surrogate
+from .lif import _BACK, _BLOCK, _codes, _fill, _launch_backward, _launch_forward, _Parameters, _sum_tile, _surrogate
 from .runtime import (  # fmt: skip
-    CODES,
     SIZES,
     STREAM,
     Kernel,
@@ -234,71 +233,22 @@ class _BetaAndThreshold(_Parameters):
         self.per_channel = bool(self._alive)
 
 
+def _flags(neuron):
+    return _RESETS[neuron.reset], neuron.reset_delay or neuron.reset == "none"
+
+
 def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
-    layout = layout_of(x, s, p.per_channel)
-    x, x_t, x_r = place(layout, x)
-    s, s_t, s_r = place(layout, s)
-    code = CODES[x.dtype]
-    v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
-    if checkpoint is not None:
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
-    if v is not None:
-        v, v_r = place_state(layout, v)
-    if v_final is not None:
-        v_final, v1_r = place_state(layout, v_final)
-    if v_seq is not None:
-        v_seq, seq_t, seq_r = place(layout, v_seq)
-    kernel = _forward_kernel(
-        code,
-        state_code(code) if v is None else CODES[v.dtype],
-        _RESETS[neuron.reset],
-        neuron.reset_delay or neuron.reset == "none",
-        p.per_channel,
-    )
-    kernel(
-        x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, _address(v), v_r,
-        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta,
-    )  # fmt: skip
+    kernel = _forward_kernel(*_codes(x, v), *_flags(neuron), p.per_channel)
+    _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint)
 
 
 def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
-    state = state_dtype(x.dtype)
-    p = _BetaAndThreshold(beta, v_threshold, neuron, state)
-    layout = layout_of(x, dx, p.per_channel)
-    code = CODES[x.dtype]
-    g, g_t, g_r, g_c = _gradient(layout, g, x)
-    x, x_t, x_r = place(layout, x)
-    dx, dx_t, dx_r = place(layout, dx)
-    v_r = dv_r = gv_r = gseq_t = gseq_r = keep_t = keep_r = 0
-    if checkpoint.numel():
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
-    if v is not None:
-        v, v_r = place_state(layout, v)
-    if dv is not None:
-        dv, dv_r = place_state(layout, dv)
-    if g_v is not None:
-        g_v, gv_r = place_state(layout, g_v.to(state))
-    if g_seq is not None:
-        g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
-    group, groups, sums = p.partial_sums(layout, parameters)
+    p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
-        code,
-        state_code(code) if v is None else CODES[v.dtype],
-        _RESETS[neuron.reset],
-        neuron.reset_delay or neuron.reset == "none",
-        SURROGATES[neuron.surrogate].id,
-        p.per_channel,
-        parameters,
-        g_seq is not None,
+        *_codes(x, v), *_flags(neuron), SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None,
         dx.nbytes >= STREAM,
-    )
-    kernel(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
-        _address(checkpoint), keep_t, keep_r, g.data_ptr(), g_t, g_r, g_c, _address(g_v), gv_r, _address(g_seq), gseq_t, gseq_r,
-        dx.data_ptr(), dx_t, dx_r, _address(dv), dv_r, *((0, 0) if sums is None else map(_address, sums)),
-        *p.r, *p.theta, neuron.alpha,
     )  # fmt: skip
-    return sums
+    return _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, neuron.alpha)

@@ -468,13 +468,11 @@ def _gradient(layout, g, like):
     return *place(layout, g.to(like.dtype)), 1
 
 
-def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
-    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+def _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
+    """Run a forward kernel over T steps of a neuron whose parameters are p."""
     layout = layout_of(x, s, p.per_channel)
     x, x_t, x_r = place(layout, x)
     s, s_t, s_r = place(layout, s)
-    code = CODES[x.dtype]
     v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
     if checkpoint is not None:
         checkpoint, keep_t, keep_r = place(layout, checkpoint)
@@ -484,28 +482,16 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
         v_final, v1_r = place_state(layout, v_final)
     if v_seq is not None:
         v_seq, seq_t, seq_r = place(layout, v_seq)
-    kernel = _forward_kernel(
-        code,
-        CODES[s.dtype],
-        state_code(code) if v is None else CODES[v.dtype],
-        neuron.v_reset is None,
-        not neuron.v_reset,
-        neuron.decay_input,
-        p.per_channel,
-    )
     kernel(
         x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, _address(v), v_r,
-        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta,
-        neuron.v_reset or 0.0,
+        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta, *numbers,
     )  # fmt: skip
 
 
-def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+def _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers):
+    """Run a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
     state = state_dtype(x.dtype)
-    p = _Parameters(tau, v_threshold, neuron, state)
     layout = layout_of(x, dx, p.per_channel)
-    code = CODES[x.dtype]
     g, g_t, g_r, g_c = _gradient(layout, g, x)
     x, x_t, x_r = place(layout, x)
     dx, dx_t, dx_r = place(layout, dx)
@@ -521,26 +507,39 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
     if g_seq is not None:
         g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
     group, groups, sums = p.partial_sums(layout, parameters)
-    kernel = _backward_kernel(
-        code,
-        state_code(code) if v is None else CODES[v.dtype],
-        neuron.v_reset is None,
-        not neuron.v_reset,
-        neuron.decay_input,
-        neuron.detach_reset,
-        SURROGATES[neuron.surrogate].id,
-        p.per_channel,
-        parameters,
-        g_seq is not None,
-        dx.nbytes >= STREAM,
-    )
     kernel(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
         _address(checkpoint), keep_t, keep_r, g.data_ptr(), g_t, g_r, g_c, _address(g_v), gv_r, _address(g_seq), gseq_t, gseq_r,
         dx.data_ptr(), dx_t, dx_r, _address(dv), dv_r, *((0, 0) if sums is None else map(_address, sums)),
-        *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+        *p.r, *p.theta, *numbers,
     )  # fmt: skip
     return sums
+
+
+def _codes(x, v):
+    """Of x and of the membrane that enters, which, where there is none, is of the state type."""
+    code = CODES[x.dtype]
+    return code, state_code(code) if v is None else CODES[v.dtype]
+
+
+def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    X, V = _codes(x, v)
+    soft, zero = neuron.v_reset is None, not neuron.v_reset
+    kernel = _forward_kernel(X, CODES[s.dtype], V, soft, zero, neuron.decay_input, p.per_channel)
+    _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, neuron.v_reset or 0.0)
+
+
+def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
+    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    kernel = _backward_kernel(
+        *_codes(x, v), neuron.v_reset is None, not neuron.v_reset, neuron.decay_input, neuron.detach_reset,
+        SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None, dx.nbytes >= STREAM,
+    )  # fmt: skip
+    numbers = neuron.v_reset or 0.0, neuron.alpha
+    return _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers)
 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):

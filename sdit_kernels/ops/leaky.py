@@ -1,7 +1,6 @@
 """leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it, built as those of lif."""
 
 import importlib
-import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -10,14 +9,13 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..layout import STRIDE
-from ..surrogate import SURROGATES
 from .lif import (
     _check_data,
     _check_flag,
     _check_parameter,
     _check_state,
+    _check_surrogate,
     _check_threshold,
-    _is_number,
     _lif_backward_outputs,
     _lif_outputs,
     _wants_gradient,
@@ -215,19 +213,10 @@ def leaky(
         raise ValueError(f"reset must be one of {', '.join(map(repr, RESETS))}, got {reset!r}")
     for name, flag in (("reset_delay", reset_delay), ("return_v", return_v), ("return_v_seq", return_v_seq)):
         _check_flag(name, flag)
-    if callable(surrogate):
-        if alpha is not None:
-            raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
+    alpha = _check_surrogate(surrogate, alpha)
+    if alpha is None:
         _warn_custom_surrogate()
-    elif surrogate not in SURROGATES:
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)} or a function of z, got {surrogate!r}")
-    elif alpha is None:
-        alpha = SURROGATES[surrogate].alpha
-    elif not _is_number(alpha):
-        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    elif not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive and finite, got {alpha}")
-    backend = "reference" if callable(surrogate) else dispatch.choose(x.device.type)
+    backend = "reference" if alpha is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             _check_values(beta_tensor, threshold_tensor)
@@ -236,7 +225,7 @@ def leaky(
             return_v=return_v, return_v_seq=return_v_seq,
         )  # fmt: skip
     assert alpha is not None  # a surrogate function went to the reference
-    neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, float(alpha))
+    neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, alpha)
     T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
     keep = isinstance(T, int) and T > STRIDE and _wants_gradient(x, v, beta_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _leaky_call(x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, keep, backend)

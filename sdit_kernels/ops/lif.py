@@ -127,20 +127,28 @@ def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_re
         v_reset = float(v_reset)
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
         _check_flag(name, flag)
+    alpha = _check_surrogate(surrogate, alpha)
+    if alpha is None:
+        return None, tau, v_threshold
+    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha)
+    return neuron, tau, v_threshold
+
+
+def _check_surrogate(surrogate, alpha):
+    """The sharpness; None for a user's own surrogate."""
     if callable(surrogate):
         if alpha is not None:
             raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
-        return None, tau, v_threshold
+        return None
     if surrogate not in SURROGATES:
         raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)} or a function of z, got {surrogate!r}")
     if alpha is None:
-        alpha = SURROGATES[surrogate].alpha
-    elif not _is_number(alpha):
+        return SURROGATES[surrogate].alpha
+    if not _is_number(alpha):
         raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    elif not 0 < alpha < math.inf:
+    if not 0 < alpha < math.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}")
-    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, float(alpha))
-    return neuron, tau, v_threshold
+    return float(alpha)
 
 
 def _check_tau(tau, decay_input):

@@ -7,21 +7,15 @@ reference/leaky.py operation by operation, compiled without fused multiply-adds.
 import triton
 import triton.language as tl
 
-from ..layout import STRIDE, layout_of, place
 from ..reference.lif import state_dtype
-from ..surrogate import SURROGATES
 from .lif import (
     _STATES,
-    _contiguous,
-    _gradient,
-    _Grid,
+    _launch_backward,
+    _launch_forward,
     _parameter,
     _per_channel,
-    _placed,
-    _placed_state,
     _store_sums,
     _tile,
-    _time,
     surrogate_derivative,
 )
 
@@ -178,43 +172,13 @@ def _flags(neuron, beta, v_threshold, dtype):
 def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     flags = _flags(neuron, beta, v_threshold, x.dtype)
-    per_channel = flags["BETA_CHANNELS"] or flags["THETA_CHANNELS"]
-    layout = layout_of(x, s, per_channel)
-    T = x.shape[0]
-    x, x_t, x_r = place(layout, x)
-    s, s_t, s_r = place(layout, s)
-    v, v_r = _placed_state(layout, v)
-    v_final, v_final_r = _placed_state(layout, v_final)
-    v_seq, seq_t, seq_r = _placed(layout, v_seq)
-    checkpoint, keep_t, keep_r = _placed(layout, checkpoint)
-    grid = _Grid(layout, x.dtype, False, per_channel)
-    grid.launch(
-        leaky_forward_kernel, x.device, x, s, v, v_final, v_seq, checkpoint, _contiguous(beta), _contiguous(v_threshold),
-        T, layout.R, layout.C, x_t, x_r, s_t, s_r, v_r, v_final_r, seq_t, seq_r, keep_t, keep_r,
-        neuron.beta, neuron.v_threshold, **_time(T), **flags,
-    )  # fmt: skip
+    numbers = neuron.beta, neuron.v_threshold
+    _launch_forward(leaky_forward_kernel, x, v, beta, v_threshold, s, v_final, v_seq, checkpoint, *numbers, **flags)
 
 
 def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
-    flags = _flags(neuron, beta, v_threshold, x.dtype)
-    per_channel = flags["BETA_CHANNELS"] or flags["THETA_CHANNELS"]
-    layout = layout_of(x, dx, per_channel)
-    T, state = x.shape[0], state_dtype(x.dtype)
-    g, g_t, g_r, g_c = _gradient(layout, g, x.dtype)
-    x, x_t, x_r = place(layout, x)
-    dx, dx_t, dx_r = place(layout, dx)
-    v, v_r = _placed_state(layout, v)
-    dv, dv_r = _placed_state(layout, dv)
-    checkpoint, keep_t, keep_r = _placed(layout, checkpoint if checkpoint.numel() else None)
-    g_v, g_v_r = _placed_state(layout, None if g_v is None else g_v.to(state))
-    g_seq, g_seq_t, g_seq_r = _placed(layout, None if g_seq is None else g_seq.to(state))
-    grid = _Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
-    sums = grid.partial_sums(layout, per_channel, x) if parameters else None
-    grid.launch(
-        leaky_backward_kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),
-        _contiguous(beta), _contiguous(v_threshold), T, layout.R, layout.C, grid.group,
-        x_t, x_r, v_r, keep_t, keep_r, g_t, g_r, g_c, g_v_r, g_seq_t, g_seq_r, dx_t, dx_r, dv_r,
-        neuron.beta, neuron.v_threshold, neuron.alpha, KIND=SURROGATES[neuron.surrogate].id, **_time(T), **flags,
+    return _launch_backward(
+        leaky_backward_kernel, g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters, neuron.beta,
+        neuron.v_threshold, **_flags(neuron, beta, v_threshold, x.dtype),
     )  # fmt: skip
-    return sums

@@ -467,10 +467,9 @@ def _bytes(t):
     return t.view(torch.uint8) if t.dtype == torch.bool else t
 
 
-def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
-    flags = _flags(neuron, tau, v_threshold, x.dtype)
-    per_channel = flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"]
+def _launch_forward(kernel, x, v, first, v_threshold, s, v_final, v_seq, checkpoint, *numbers, **flags):
+    """Launch a forward kernel over T steps of a neuron whose parameters are ``first`` (tau or beta) and v_threshold."""
+    per_channel = _per_channel(first) or _per_channel(v_threshold)
     layout = layout_of(x, s, per_channel)
     T = x.shape[0]
     x, x_t, x_r = place(layout, x)
@@ -479,18 +478,18 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     v_final, v_final_r = _placed_state(layout, v_final)
     v_seq, seq_t, seq_r = _placed(layout, v_seq)
     checkpoint, keep_t, keep_r = _placed(layout, checkpoint)
-    grid = _Grid(layout, x.dtype, False, per_channel)
-    grid.launch(
-        lif_forward_kernel, x.device, x, s, v, v_final, v_seq, checkpoint, _contiguous(tau), _contiguous(v_threshold),
+    _Grid(layout, x.dtype, False, per_channel).launch(
+        kernel, x.device, x, s, v, v_final, v_seq, checkpoint, _contiguous(first), _contiguous(v_threshold),
         T, layout.R, layout.C, x_t, x_r, s_t, s_r, v_r, v_final_r, seq_t, seq_r, keep_t, keep_r,
-        *_numbers(neuron), **_time(T), **flags,
+        *numbers, **_time(T), **flags,
     )  # fmt: skip
 
 
-def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
-    flags = _flags(neuron, tau, v_threshold, x.dtype)
-    per_channel = flags["TAU_CHANNELS"] or flags["THETA_CHANNELS"]
+def _launch_backward(
+    kernel, g, g_v, g_seq, x, v, first, v_threshold, checkpoint, neuron, dx, dv, parameters, *numbers, **flags
+):  # fmt: skip
+    """Launch a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
+    per_channel = _per_channel(first) or _per_channel(v_threshold)
     layout = layout_of(x, dx, per_channel)
     T, state = x.shape[0], state_dtype(x.dtype)
     g, g_t, g_r, g_c = _gradient(layout, g, x.dtype)
@@ -504,13 +503,26 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
     grid = _Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
-        lif_backward_kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),
-        _contiguous(tau), _contiguous(v_threshold), T, layout.R, layout.C, grid.group,
+        kernel, x.device, x, v, checkpoint, g, g_v, g_seq, dx, dv, *(sums if parameters else (None, None)),
+        _contiguous(first), _contiguous(v_threshold), T, layout.R, layout.C, grid.group,
         x_t, x_r, v_r, keep_t, keep_r, g_t, g_r, g_c, g_v_r, g_seq_t, g_seq_r, dx_t, dx_r, dv_r,
-        *_numbers(neuron), neuron.alpha,
-        DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id, **_time(T), **flags,
+        *numbers, neuron.alpha, KIND=SURROGATES[neuron.surrogate].id, **_time(T), **flags,
     )  # fmt: skip
     return sums
+
+
+def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    flags = _flags(neuron, tau, v_threshold, x.dtype)
+    _launch_forward(lif_forward_kernel, x, v, tau, v_threshold, s, v_final, v_seq, checkpoint, *_numbers(neuron), **flags)
+
+
+def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
+    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    return _launch_backward(
+        lif_backward_kernel, g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters, *_numbers(neuron),
+        DETACH=neuron.detach_reset, **_flags(neuron, tau, v_threshold, x.dtype),
+    )  # fmt: skip
 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
