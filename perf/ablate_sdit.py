@@ -46,7 +46,6 @@ from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
 from sdit.diffusion import STEPS, draw, training_loss
 from sdit.evaluate import features, frechet_distance, label_accuracy, load_classifier
-from sdit.model import Rate
 from sdit.sample import sample, save_grid
 from sdit.train import TrainSettings, train
 
@@ -120,30 +119,21 @@ def steps_in(seconds, *arm):
 def objective(model, test):
     """The objective on test images, batch i of eight at times of the i-th eighth; firing rates; neurons that never fire."""
     config, each = model.config, min(250, len(test) // 8)
-    layers = {name.removesuffix(".neuron"): m for name, m in model.named_modules() if isinstance(m, Rate)}
-    seen = {name: [] for name in layers}
-    for name, neuron in layers.items():
-        neuron.recorder = lambda part, s, name=name: seen[name].append(
-            (s.sum(dtype=torch.float64), s.numel(), s.flatten(0, -2).amax(0))
-        )
-    losses, without = [], []
-    for i in range(8):
-        g = torch.Generator().manual_seed(i)
-        t = torch.randint(STEPS // 8 * i, STEPS // 8 * (i + 1), (each,), generator=g)
-        part = slice(i * each, (i + 1) * each)
-        x0, y, (_, noise, drop) = to_batch(test.images[part], config), test.labels[part], draw(config, each, g)
-        losses.append(training_loss(model, x0, y, t=t, noise=noise, drop=drop))
-        without.append(training_loss(model, x0, y, t=t, noise=noise, drop=torch.ones_like(drop))["mse"].item())
-    for neuron in layers.values():
-        neuron.recorder = None
+    losses, without, fired = [], [], {}
+    with model.record(fired) as rates:
+        for i in range(8):
+            g = torch.Generator().manual_seed(i)
+            t = torch.randint(STEPS // 8 * i, STEPS // 8 * (i + 1), (each,), generator=g)
+            part = slice(i * each, (i + 1) * each)
+            x0, y, (_, noise, drop) = to_batch(test.images[part], config), test.labels[part], draw(config, each, g)
+            losses.append(training_loss(model, x0, y, t=t, noise=noise, drop=drop))
+            without.append(training_loss(model, x0, y, t=t, noise=noise, drop=torch.ones_like(drop))["mse"].item())
     found = {name: round(sum(loss[name].item() for loss in losses) / 8, 5) for name in ("loss", "mse", "vb")}
     found["mse_by_time"] = [round(loss["mse"].item(), 5) for loss in losses]
     found["mse_without_label"] = round(sum(without) / 8, 5)
-    fired = [torch.stack([most for *_, most in calls]).amax(0) > 0 for calls in seen.values()]
-    found |= {"dead_neurons": sum(int((~some).sum()) for some in fired), "neurons": sum(some.numel() for some in fired)}
-    found["rates"] = {
-        name: round(float(sum(c[0] for c in calls) / sum(c[1] for c in calls)), 4) for name, calls in seen.items()
-    }
+    found |= {"dead_neurons": sum(int((~some).sum()) for some in fired.values())}
+    found["neurons"] = sum(some.numel() for some in fired.values())
+    found["rates"] = {name: round(rate.item(), 4) for name, rate in rates.items()}
     return found
 
 

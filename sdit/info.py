@@ -27,6 +27,8 @@ class Info:
             counted once.
         saved_bytes: what autograd keeps for the backward pass, per image; plain_saved_bytes: for the plain form.
         rates: mean firing rate of each layer of neurons on the batch, 0 .. 1; sparsity is 1 - rate.
+        silent: of each layer, how many of its neurons (channels) fire nowhere in the batch; the larger the batch, the fewer.
+        neurons: all there are.
         synaptic_operations: {layer: additions for one image}: a spike that meets a weight. A layer is listed if a product
             with its weights is of spikes; none is in the default model.
     """
@@ -37,6 +39,8 @@ class Info:
     saved_bytes: int
     plain_saved_bytes: int
     rates: dict[str, float]
+    silent: dict[str, int]
+    neurons: int
     synaptic_operations: dict[str, float] = field(default_factory=dict)
     spiking_multiply_adds: int = 0
 
@@ -65,11 +69,13 @@ class Info:
             f"kept for backward, of one image: {self.saved_bytes / 2**20:.1f} MiB "
             f"(plain form: {self.plain_saved_bytes / 2**20:.1f})",
             "",
-            f"{'neurons':30s}{'rate':>12s}{'sparsity':>12s}{'synaptic operations, million':>32s}",
+            f"{'neurons':30s}{'rate':>12s}{'sparsity':>12s}{'silent':>12s}{'synaptic operations, million':>32s}",
         ]
         for name, rate in self.rates.items():
-            lines.append(f"  {name:28s}{rate:12.3f}{1 - rate:12.3f}{self.synaptic_operations.get(name, 0) / 1e6:32,.2f}")
+            each = f"{rate:12.3f}{1 - rate:12.3f}{self.silent[name]:12d}"
+            lines.append(f"  {name:28s}{each}{self.synaptic_operations.get(name, 0) / 1e6:32,.2f}")
         lines += [
+            f"  {sum(self.silent.values()):,} of {self.neurons:,} neurons fire nowhere in this batch",
             "",
             f"{'arithmetic of one image':30s}{'MAC, million':>14s}{'AC, million':>14s}{'energy, mJ':>12s}"
             f"   (float32, 45 nm: {MAC_PJ} pJ a MAC, {AC_PJ} pJ an AC)",
@@ -107,7 +113,8 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         (202657, 0)
     """
     B = len(batch[0])
-    with torch.no_grad(), model.record() as rates, _counted(model) as counts, backend("reference"):
+    fired = {}
+    with torch.no_grad(), model.record(fired) as rates, _counted(model) as counts, backend("reference"):
         model(*batch)
     with torch.enable_grad(), FlopCounterMode(display=False) as computed:  # it stumbles over views made without gradients
         model(*batch)
@@ -130,6 +137,8 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         saved_bytes=_saved_bytes(model, batch) // B,
         plain_saved_bytes=plain,
         rates=rates,
+        silent={name: int((~some).sum()) for name, some in fired.items()},
+        neurons=sum(some.numel() for some in fired.values()),
         synaptic_operations={name: rates[name] * counts[name] for name in of_spikes},
         spiking_multiply_adds=sum(counts[name] for name in of_spikes),
     )

@@ -361,8 +361,11 @@ class SDiT(nn.Module):
                 raise ValueError(f"y must be labels 0 .. {config.num_classes}, the last the null label, got {low} .. {high}")
 
     @contextlib.contextmanager
-    def record(self):
+    def record(self, fired=None):
         """Gather firing rates: a dict from the name of a layer to its mean rate over all calls inside the block, a tensor.
+
+        Args:
+            fired: a dict that gets, for each layer, which of its neurons (channels) fired at all, a bool tensor (C,).
 
         Example:
             >>> import torch
@@ -377,7 +380,7 @@ class SDiT(nn.Module):
         rates = {}
         neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, Rate)]
         for name, neuron in neurons:
-            neuron.recorder = _Mean(rates, name)
+            neuron.recorder = _Mean(rates, fired, name)
         try:
             yield rates
         finally:
@@ -413,16 +416,19 @@ class SDiT(nn.Module):
 
 
 class _Mean:
-    """Keeps rates[name + part] the mean of all it was called with."""
+    """Keeps rates[name + part] the mean of all it was called with, and fired[name + part] where it was ever above 0."""
 
-    def __init__(self, rates, name):
-        self.rates, self.name, self.seen = rates, name, {}
+    def __init__(self, rates, fired, name):
+        self.rates, self.fired, self.name, self.seen = rates, fired, name, {}
 
     def __call__(self, part, x):
         total, count = self.seen.get(part, (0, 0))
         total = total + x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
         self.seen[part] = total, count + x.numel()
         self.rates[self.name + part] = total / self.seen[part][1]
+        if self.fired is not None:
+            some = x.flatten(0, -2).amax(0) > 0
+            self.fired[self.name + part] = some | self.fired.get(self.name + part, False)
 
 
 def _orders(config):

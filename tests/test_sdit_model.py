@@ -650,6 +650,19 @@ def test_info():
     assert not found.synaptic_operations and found.energy["mac"] == found.energy["ac"] == found.total * 4.6e-9
     text = str(found)
     assert "0 synaptic operations" in text and "MAC, million" in text and "AC, million" in text
+    assert found.neurons == 6 * C and set(found.silent) == set(found.rates)
+
+
+def test_info_counts_silent_neurons():
+    """Those whose current is never above 0: of what stands before them, weights and bias are 0 there."""
+    model = SDiT(SMALL, depth=2)
+    last = model.blocks[1].mlp.value
+    with torch.no_grad():
+        last.weight[5:8] = 0
+        if last.bias is not None:
+            last.bias[5:8] = 0
+    before, now = (info(m, batch(m, dtype=torch.float32)).silent for m in (SDiT(SMALL, depth=2), model))
+    assert now["blocks.1.mlp"] >= 3 > before["blocks.1.mlp"] and "neurons fire nowhere" in str(info(model, batch(model)))
 
 
 def test_info_counts_synaptic_operations_of_spikes():
