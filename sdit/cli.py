@@ -211,16 +211,18 @@ def _train(args):
     if args.resume:
         if args.changes or args.out:
             raise ValueError("--resume takes the model and the folder as they are, without --set and --out")
-        settings = load(newest(args.resume))[1].get("settings", {}) | given
-        train(None, TrainSettings(**settings), args.resume, resume=True, root=args.data, device=args.device)
-        return
-    config = _config(args.preset, args.changes)
-    if args.out == "":
-        raise ValueError("--out must name a folder, got ''")
-    out = args.out or f"runs/{args.preset}"
-    train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device)
+        meta, out = load(newest(args.resume))[1], args.resume
+        settings = TrainSettings(**meta.get("settings", {}) | given)
+        train(None, settings, out, resume=True, root=args.data, device=args.device)
+        more = f"its {settings.steps:,} steps were done before; --steps N goes on" if meta["step"] >= settings.steps else ""
+    else:
+        config, more = _config(args.preset, args.changes), ""
+        if args.out == "":
+            raise ValueError("--out must name a folder, got ''")
+        out = args.out or f"runs/{args.preset}"
+        train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"done: sdit sample {out}, sdit plot {out}")
+        print(f"done: sdit sample {out}, sdit plot {out}" + (more and f" ({more})"))
 
 
 def _sample(args):

@@ -43,8 +43,9 @@ def test_resume(run, capsys):
     before = load(newest(run))[1]
     assert main(["train", "--resume", str(run), "--steps", "6", "--sample-every", "0"]) == 0
     assert before["step"] == 4 and load(newest(run))[1]["step"] == 6
-    err = capsys.readouterr().err
-    assert "6/6" in err and "loss=" in err and "firing=" in err
+    found = capsys.readouterr()
+    assert "6/6" in found.err and "loss=" in found.err and "firing=" in found.err and f"sdit sample {run}" in found.out
+    assert main(["train", "--resume", str(run)]) == 0 and "its 6 steps were done before" in capsys.readouterr().out
     assert main(["train", "--resume", str(run), "--lr", "1"]) == 2
     assert "settings.lr is 0.003" in said(capsys)
 
