@@ -145,12 +145,12 @@ def leaky_backward_kernel(
                 through = through * surrogate_derivative(h - th, a, KIND)
                 dh = dh + through
                 if dbeta_ptr is not None:
-                    sum_beta += tl.where(m, dh * left, 0.0)
+                    sum_beta += tl.where(m, dh * left, 0.0) if LONG else dh * left
                     if RESET == 0:
-                        through += reset * dh
+                        through = tl.where(before > th, through + dh, through)
                         if not DELAY:
                             through += (fired - reset) * carry
-                    sum_theta -= tl.where(m, through, 0.0)
+                    sum_theta -= tl.where(m, through, 0.0) if LONG else through
                 tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dh.to(dx_ptr.dtype.element_ty), mask=m)
                 before_t = tl.where(before > th, 0.0, dh * k_) if RESET == 1 else dh * k_
                 carry = tl.where(t0 + k < T, before_t, carry) if LONG else before_t
