@@ -7,6 +7,8 @@ from .data import replacing
 
 __all__ = ["plot", "read_metrics"]
 
+_LINES = "-", "--", ":", "-.", (0, (1, 1))
+
 
 def read_metrics(run) -> list[dict]:
     """The lines of a run's metrics.jsonl, whole ones.
@@ -75,19 +77,24 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     gradient.set(yscale="log", title="gradient")
     gradient.legend()
     gradient.twinx().plot(steps, [row["lr"] for row in rows], color="C1", **marker)
-    layers = list(rows[-1]["rates"])
-    for i, name in enumerate(layers):
-        style = {"color": f"C{i // 2 % 10}", "linestyle": "-" if i % 2 == 0 else "--"}  # a block has two kinds of layers
-        firing.plot(
-            steps, [row["rates"].get(name) for row in rows], label=name.removeprefix("blocks."), linewidth=1, **style, **marker
-        )
+    blocks, kinds = {}, {}  # a colour for each block, a line for each kind of its layers
+    for name in rows[-1]["rates"]:
+        block, _, kind = name.removeprefix("blocks.").partition(".")
+        color = blocks.setdefault(block, f"C{len(blocks) % 10}")
+        style = kinds.setdefault(kind, _LINES[len(kinds) % len(_LINES)])
+        rates = [row["rates"].get(name) for row in rows]
+        firing.plot(steps, rates, linewidth=1, color=color, linestyle=style, **marker)
+    for block, color in blocks.items():
+        firing.plot([], [], color=color, label=f"block {block}" if any(kinds) else block)
+    for kind, style in kinds.items() if any(kinds) else ():
+        firing.plot([], [], color="0.3", linestyle=style, label=kind)
     firing.set(title="mean firing rate", xlabel="step", ylim=(0, None))
-    firing.legend(fontsize="x-small", ncols=min(5, len(layers)), loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    firing.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     speed.plot(steps, [row["images_per_s"] for row in rows], **marker)
     speed.set(title="images/s", xlabel="step", ylim=(0, None))
     for axes in (loss, gradient, firing, speed):
         axes.grid(alpha=0.3)
-    figure.suptitle(str(Path(run)))
+    figure.suptitle(Path(run).resolve().name)
     with replacing(out) as file:
         figure.savefig(file, format="png", dpi=110)
     return out
