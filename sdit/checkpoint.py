@@ -69,7 +69,10 @@ def _opened(path):
                 raise ValueError(f"{path} is no checkpoint of sdit: its header has no entry 'sdit'")
             yield file, meta
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no checkpoint of sdit, or damaged: {error}") from None
+        run = path.parent.parent if path.parent.name == "checkpoints" else path
+        older = [other for other in checkpoints(run) if other < path]
+        instead = f"; remove it, and {older[-1].name} is the newest" if older else ""
+        raise ValueError(f"{path} is no checkpoint of sdit, or damaged: {error}{instead}") from None
 
 
 def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:

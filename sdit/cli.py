@@ -102,7 +102,8 @@ def _parser():
             part.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
 
         option("--sampler", f"{', '.join(SAMPLERS)} (ddpm; of a model with prediction flow the last two, euler)")
-        option("--steps", f"of the sampler ({', '.join(f'{k}: {v}' for k, v in SAMPLERS.items())})", type=int)
+        given = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
+        option("--steps", f"of the sampler ({given}); of ddim a divisor of 1000", type=int)
         option("--guidance", "classifier-free guidance, 1 for none (1)", type=float, metavar="X")
         option("--threshold", "threshold of all neurons, if not the trained one", type=float, metavar="X")
         option("--clip", "limit the predicted image to [-1, 1] in every step", action="store_true")
@@ -149,7 +150,7 @@ def _parser():
     part = command("evaluate", _EVALUATE, _evaluate)
     part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
     part.add_argument("--images", metavar="FILE", help="measure those of this .npz: images (N, S, S, C) uint8, labels (N,)")
-    part.add_argument("-n", type=int, help="images (1000; all of --images)")
+    part.add_argument("-n", type=int, help="images, at least 129 (1000; all of --images)")
     part.add_argument("--classifier", metavar="FILE", help="of perf/train_classifier.py; that for Fashion-MNIST if left out")
     part.add_argument("--json", metavar="FILE", help="write the figures, and all they depend on")
     part.add_argument("--npz", metavar="FILE", help="write the images that were drawn, and their labels, as arrays")
@@ -211,6 +212,8 @@ def _train(args):
     if args.resume:
         if args.changes or args.out:
             raise ValueError("--resume takes the model and the folder as they are, without --set and --out")
+        if Path(args.resume).is_file():
+            raise ValueError(f"--resume takes the folder of a run, {args.resume} is a file")
         meta, out = load(newest(args.resume))[1], args.resume
         settings = TrainSettings(**meta.get("settings", {}) | given)
         train(None, settings, out, resume=True, root=args.data, device=args.device)

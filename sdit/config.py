@@ -98,6 +98,8 @@ class Config:
             raise ValueError(f"image_size must be a multiple of patch_size, {self.patch_size}, got {self.image_size}")
         if self.tau < 1:
             raise ValueError(f"tau must be at least 1, got {self.tau}")
+        if self.v_threshold <= 0:
+            raise ValueError(f"v_threshold must be positive, got {self.v_threshold}")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0 <= self.dropout_label < 1:

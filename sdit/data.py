@@ -437,7 +437,7 @@ def _load_cifar(name, spec, root, split):
 
 def _load_digits(name, spec, root, split):
     if root is not None:
-        raise ValueError(f"digits come with scikit-learn: root must be None, got {root!r}")
+        raise ValueError(f"digits come with scikit-learn, not from a folder: leave root (--data) out, got {str(root)!r}")
     try:
         from sklearn.datasets import load_digits
     except ImportError:

@@ -287,11 +287,11 @@ def evaluate(
         True
     """
     classifier = load_classifier() if classifier is None else classifier
+    if len(images) != len(labels):
+        raise ValueError(f"labels must be one for each of {len(images)} images, got {len(labels)}")
     labels = _check(labels, classifier)
     test, floor, floor_labels = _real(len(labels), classifier, root)
     drawn = features(classifier, images)
-    if len(drawn) != len(labels):
-        raise ValueError(f"labels must be one for each of {len(drawn)} images, got {len(labels)}")
     reference = features(classifier, test.images)
 
     def against(found, labels):
@@ -487,6 +487,8 @@ def run(
     for name, path in (("npz", npz), ("json", report)):
         if path is not None:
             writable(Path(path), name)
+    if npz is not None and Path(npz).suffix != ".npz":
+        raise ValueError(f"npz must end in .npz, got {str(npz)!r}")
     judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
         if settings or npz is not None:

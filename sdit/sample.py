@@ -172,8 +172,8 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
     r"""Labels from what a user types.
 
     Args:
-        wanted: "all": the classes in turn; "random": uniform, from ``seed``; or numbers and names of classes with commas
-            between, "none" for the null label, repeated until there are n.
+        wanted: "all": the classes in turn; "random": uniform, from ``seed``; or numbers and names of classes, in any case, with
+            commas between, "none" for the null label, repeated until there are n.
         n: images; None for 40, or the length of the list.
         names: of the classes.
         seed: at least 0.
@@ -182,7 +182,7 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
         (n,) int64.
 
     Raises:
-        ValueError: a class that is none, or n below 1.
+        ValueError: a class that is none, n below 1 or below the length of the list.
 
     Example:
         >>> from sdit.sample import choose_labels
@@ -193,16 +193,19 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
         raise ValueError(f"n must be at least 1, got {n}")
     if wanted == "random":
         return torch.from_numpy(np.random.default_rng((seed,)).integers(len(names), size=n or 40))
-    numbers = {name: i for i, name in [*enumerate(map(str, range(len(names)))), *enumerate(names), (len(names), "none")]}
+    known = [*enumerate(map(str, range(len(names)))), *enumerate(names), (len(names), "none")]
+    numbers = {name.lower(): i for i, name in known}
     given = [part.strip() for part in wanted.split(",")]
     if wanted == "all":
         n, given = n or 40, list(map(str, range(len(names))))
-    wrong = [part for part in given if part not in numbers]
+    wrong = [part for part in given if part.lower() not in numbers]
     if wrong:
         raise ValueError(
             f"labels must be 'all', 'random', or of 0..{len(names) - 1}, none, {', '.join(names)}; got {wrong[0]!r}"
         )
-    labels = torch.tensor([numbers[part] for part in given])
+    labels = torch.tensor([numbers[part.lower()] for part in given])
+    if wanted != "all" and n is not None and n < len(labels):
+        raise ValueError(f"n must be at least {len(labels)}, the number of labels, got {n}")
     n = n or len(labels)
     return labels.repeat(math.ceil(n / len(labels)))[:n]
 
@@ -325,8 +328,11 @@ def writable(path: Path, name: str) -> None:
     if path.is_dir():
         raise ValueError(f"{name} must be a file, {path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{name}: no file can be written in {path.parent}: {error.strerror}") from None
 
 
 _SHOWN = 100  # images that the grid and the film have room for

@@ -631,7 +631,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, pictures):
         ),
         (dict(name="digits", split="valid"), ValueError, "split must be 'train' or 'test', got 'valid'"),
         (dict(name="digits", size=0), ValueError, "size must be a positive int or None, got 0"),
-        (dict(name="digits", root="x"), ValueError, "digits come with scikit-learn: root must be None, got 'x'"),
+        (dict(name="digits", root="x"), ValueError, "leave root .--data. out, got 'x'"),
     ],
 )
 def test_wrong_requests_are_named(arguments, error, message):

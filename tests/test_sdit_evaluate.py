@@ -297,10 +297,10 @@ def test_wrong_arguments(judge):
         (({"images": images.float()}), TypeError, "images must be uint8, got torch.float32"),
         (({"images": images[:, :7]}), ValueError, r"images must be \(N, 8, 8, 1 or 3\), got \(100, 7, 8, 1\)"),
         (({"images": images[:99]}), ValueError, "labels must be one for each of 99 images, got 100"),
-        (({"labels": labels[:32]}), ValueError, "n must be at least 33, for a covariance of 32 features, got 32"),
+        (({"images": images[:32], "labels": labels[:32]}), ValueError, "n must be at least 33, for a covariance of 32 features, got 32"),
         (({"labels": labels + 2}), ValueError, r"labels must be in 0..10 \(10 for none\), got 2..11"),
         (({"labels": labels.float()}), TypeError, "labels must be ints in one dimension, got torch.float32"),
-        (({"root": "."}), ValueError, "root must be None"),
+        (({"root": "."}), ValueError, "leave root"),
     ):
         with pytest.raises(error, match=message):
             evaluate(**({"images": images, "labels": labels, "classifier": judge} | wrong))
@@ -574,7 +574,7 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         ([tiny, *judged, "--batch-size", "0"], "batch_size must be an int of at least 1, got 0"),
         ([tiny, *judged, "--threshold", "-1"], "threshold must be a positive number"),
         ([tiny, *judged, "--device", "tpu9"], "device 'tpu9' cannot be used"),
-        ([tiny, *judged, "--data", tmp_path], "root must be None"),
+        ([tiny, *judged, "--data", tmp_path], "leave root (--data) out"),
         ([tiny, *judged, "--json", tmp_path], "json must be a file"),
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),

@@ -339,3 +339,12 @@ def test_two_processes_train_as_one(tmp_path):
     two = load_model(tmp_path / "two")
     for (name, a), b in zip(one.named_parameters(), two.parameters()):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
+    for step in (1, 2):
+        save(tmp_path / f"checkpoints/step_{step:08d}.safetensors", {"model": {"w": torch.ones(9)}}, {"step": step})
+    path = newest(tmp_path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"step_00000002.* damaged: .*remove it, and step_00000001.safetensors is the newest"):
+        load(path)
