@@ -178,13 +178,43 @@ def test_the_table_of_first_results():
         assert f"| {label} | {' | '.join(digits(s).replace('x', ' s') for s in seconds)} |" in README
 
 
+def measured(name):
+    return json.loads((RESULTS / f"fashion_mnist_{name}.json").read_text())
+
+
+def figures(of):
+    return f"{of['frechet_distance']:.3f} | {1000 * of['kid']:.1f} ± {1000 * of['kid_standard_error']:.1f}"
+
+
+def percent(of):
+    return f"{100 * of['label_accuracy']:.1f} %"
+
+
 def test_the_figures_of_the_model():
-    found = json.loads((RESULTS / "fashion_mnist_dpm.json").read_text())
-    for who, what in (("drawn images", "drawn"), ("train images, the floor", "floor")):
-        of = found[what]
-        cells = f"{of['frechet_distance']:.3f}", f"{1000 * of['kid']:.1f} ± {1000 * of['kid_standard_error']:.1f}"
-        assert f"| {found['n']:,} {who} | {' | '.join(cells)} | {100 * of['label_accuracy']:.1f} % |" in README
-    assert f"| all test images | | | {100 * found['test']['label_accuracy']:.1f} % |" in README
+    found, slow = measured("dpm"), measured("ddpm")
+    assert found["n"] == slow["n"] == 5000 and found["floor"] == slow["floor"]
+    for label, of in (
+        ("5,000 drawn images, 50 steps of DPM-Solver++", found["drawn"]),
+        ("5,000 drawn images, 250 steps of DDPM", slow["drawn"]),
+        ("5,000 train images, the floor", found["floor"]),
+    ):
+        assert f"| {label} | {figures(of)} | {percent(of)} |" in README
+    assert f"| all test images | | | {percent(found['test'])} |" in README
+    for guidance in ("1", "1.5", "2", "3"):
+        of = measured("guidance")[guidance]["drawn"]
+        assert f"{guidance}: {of['frechet_distance']:.2f}, {100 * of['label_accuracy']:.0f} %" in README
+    lines = (RESULTS / "fashion_mnist_run.jsonl").read_text().splitlines()
+    assert min(min(json.loads(line)["rates"].values()) for line in lines) >= 0.03
+
+
+def test_the_figures_of_the_spiking_form():
+    for found in measured("wkv")["rows"]:
+        text = "\n".join(found["info"])
+        energy = re.search(r"AC where a product is of spikes +([\d.]+) +([\d.]+) +([\d.]+)", text).groups()
+        silent, neurons = re.search(r"([\d,]+) of ([\d,]+) neurons fire nowhere", text).groups()
+        cells = [f"{found['images_per_s']:.0f}", f"{found['evaluate']['drawn']['frechet_distance']:.3f}"]
+        cells += [percent(found["evaluate"]["drawn"]), *energy[:2], f"{energy[2]} mJ", f"{silent} of {neurons}"]
+        assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in README
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))

@@ -297,7 +297,11 @@ def test_wrong_arguments(judge):
         (({"images": images.float()}), TypeError, "images must be uint8, got torch.float32"),
         (({"images": images[:, :7]}), ValueError, r"images must be \(N, 8, 8, 1 or 3\), got \(100, 7, 8, 1\)"),
         (({"images": images[:99]}), ValueError, "labels must be one for each of 99 images, got 100"),
-        (({"images": images[:32], "labels": labels[:32]}), ValueError, "n must be at least 33, for a covariance of 32 features, got 32"),
+        (
+            ({"images": images[:32], "labels": labels[:32]}),
+            ValueError,
+            "n must be at least 33, for a covariance of 32 features, got 32",
+        ),
         (({"labels": labels + 2}), ValueError, r"labels must be in 0..10 \(10 for none\), got 2..11"),
         (({"labels": labels.float()}), TypeError, "labels must be ints in one dimension, got torch.float32"),
         (({"root": "."}), ValueError, "leave root"),
