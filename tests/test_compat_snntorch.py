@@ -82,6 +82,41 @@ def test_layers_are_unrolled_as_a_loop_would():
     assert [t.shape for t in unroll(pool, x)] == [(6, 4, 2, 3, 3)] * 2
 
 
+class Wrapped(nn.Module):
+    """A user's own module around another."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_state_in_two_places_is_walked_as_the_loop_does():
+    norm, counts, linear, relu = nn.BatchNorm1d(5), Counts(), nn.Linear(5, 5), nn.ReLU()
+    x = torch.randn(6, 3, 5)
+    for net, kind in (
+        (nn.Sequential(norm, linear, norm), "BatchNorm1d"),
+        (nn.Sequential(nn.Sequential(linear, norm), nn.Sequential(norm)), "BatchNorm1d"),
+        (nn.Sequential(counts, linear, counts), "Counts"),
+        (nn.Sequential(linear, Wrapped(counts), Wrapped(counts)), "Counts"),
+    ):
+        twin = copy.deepcopy(net)
+        want = torch.stack([twin(x_t) for x_t in x])
+        with pytest.warns(UserWarning, match=f"Sequential runs step by step: its {kind} is reached more than once") as seen:
+            assert torch.equal(unroll(net, x), want)
+        assert seen[0].filename == __file__
+        for got, wanted in zip(net.buffers(), twin.buffers(), strict=True):
+            assert torch.equal(got, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unroll(nn.Sequential(linear, relu, norm.eval(), nn.Sequential(linear, relu, norm)), x)  # no state to go wrong
+    norm.register_forward_hook(lambda *args: None)
+    with pytest.warns(UserWarning, match="its BatchNorm1d is reached more than once"):
+        unroll(nn.Sequential(norm, norm), x)
+
+
 @pytest.mark.parametrize(
     "kind, message, call",
     [
@@ -89,6 +124,12 @@ def test_layers_are_unrolled_as_a_loop_would():
         (TypeError, r"x must be a tensor, \(T, batch, ...\), got list", lambda: unroll(nn.ReLU(), [1.0])),
         (ValueError, "x must have a time axis of at least one step", lambda: unroll(nn.ReLU(), torch.tensor(1.0))),
         (ValueError, r"time axis of at least one step in front, got \(0, 3\)", lambda: unroll(nn.ReLU(), torch.ones(0, 3))),
+        (
+            TypeError,
+            "LSTM cannot be unrolled: a step of it gives no tensor, nor",
+            lambda: unroll(nn.LSTM(5, 5), torch.ones(6, 3, 5)),
+        ),
+        (TypeError, "mem must be a tensor or None, got float", lambda: unroll(nn.ReLU(), torch.ones(2), 0.5)),
         (ValueError, "mem belongs to a single neuron, got a ReLU", lambda: unroll(nn.ReLU(), torch.ones(2), torch.ones(()))),
     ],
 )
@@ -422,3 +463,134 @@ def test_data_of_ints_run_the_librarys_code(snn):
     with pytest.warns(UserWarning, match="Leaky runs snnTorch's own code: the kernels do not take its data, torch.int64"):
         got = neuron(x, neuron.init_leaky())
     assert all(torch.equal(a, b) for a, b in zip(got, twin(x, twin.init_leaky())))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_neuron_in_two_places(snn, fused):
+    """Within one step it sees what it did before in that step: the whole net is walked, and says so."""
+    from snntorch import utils
+
+    torch.manual_seed(0)
+    neuron, fc, fc2 = snn.Leaky(beta=0.8, threshold=0.3, init_hidden=True), nn.Linear(5, 5), nn.Linear(5, 5)
+    block, own = nn.Sequential(fc, neuron), Wrapped(neuron)
+    nets = [
+        nn.Sequential(block, block), nn.Sequential(block, fc2, neuron), nn.Sequential(neuron, neuron),
+        nn.Sequential(Wrapped(neuron), Wrapped(neuron)), nn.Sequential(own, fc, own),
+        nn.Sequential(fc2, nn.Sequential(nn.Sequential(neuron), fc), Wrapped(block)),
+    ]  # fmt: skip
+    x = torch.randn(6, 3, 5)
+    for net in nets:
+        neuron.mem = torch.zeros(0)
+        twin = copy.deepcopy(net)
+        restore(twin)
+        if fused:
+            assert len(accelerate(net).replaced) == (net is nets[0])
+        want = torch.stack([twin(x_t) for x_t in x])
+        utils.reset(net)
+        with pytest.warns(UserWarning, match="Sequential runs step by step: its (Leaky|Wrapped) is reached more than once"):
+            assert torch.equal(unroll(net, x), want)
+        assert torch.equal(neuron.mem, next(m for m in twin.modules() if isinstance(m, snn.Leaky)).mem)
+    pairs = snn.Leaky(beta=0.8)
+    with (
+        pytest.warns(UserWarning, match="its Leaky is reached more than once"),
+        pytest.raises(ValueError, match="layer 1 of the nn.Sequential would be given the pair"),
+    ):
+        unroll(nn.Sequential(pairs, pairs), x)
+
+
+def test_a_factor_that_changes_without_a_version(snn):
+    neuron, twin = (snn.Leaky(beta=0.9, threshold=0.2) for _ in range(2))
+    accelerate(neuron)
+    x = torch.ones(3, 5)
+    for change in (
+        lambda n: None,
+        lambda n: n.graded_spikes_factor.data.fill_(3.0),
+        lambda n: n.graded_spikes_factor.data.fill_(1.0),
+        lambda n: setattr(n, "graded_spikes_factor", torch.tensor(2.0)),
+        lambda n: setattr(n, "graded_spikes_factor", torch.arange(5.0)),
+        lambda n: setattr(n, "graded_spikes_factor", torch.tensor(1.0)),
+    ):
+        change(neuron), change(twin)
+        for x_t in (x, x):
+            assert all(torch.equal(a, b) for a, b in zip(neuron(x_t), twin(x_t)))
+    neuron.graded_spikes_factor = twin.graded_spikes_factor = torch.ones(2, 1, 1)
+    with pytest.warns(UserWarning, match=r"Leaky runs step by step: has graded_spikes_factor \(2, 1, 1\) for data \(3, 5\)"):
+        assert torch.equal(unroll(neuron, torch.ones(2, 3, 5), x)[0], loop(twin, torch.ones(2, 3, 5), x)[0])
+
+
+def test_a_neuron_made_under_inference_mode(snn):
+    with torch.inference_mode():
+        neuron = snn.Leaky(beta=0.5, threshold=0.5)
+    accelerate(neuron)
+    spikes, _ = unroll(neuron, torch.ones(2, 3, requires_grad=True))
+    assert spikes.sum() == 6 and neuron(torch.ones(3))[0].sum() == 3
+
+
+def test_values_without_a_kernel_run_the_librarys_code(snn):
+    x, inf, nan = torch.randn(6, 3, 5), torch.tensor(float("inf")), torch.tensor(float("nan"))
+
+    def same(got, want):
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+
+    for options, change, reason in (
+        ({"reset_mechanism": "none"}, lambda n: n.threshold.fill_(inf), "its threshold is not finite"),
+        ({}, lambda n: n.threshold.fill_(inf), "its threshold is not finite"),
+        ({}, lambda n: n.threshold.fill_(nan), "its threshold is not finite"),
+        ({}, lambda n: n.beta.fill_(nan), "its beta is not a number"),
+        ({"learn_beta": True}, lambda n: n.beta.data.fill_(nan), "its beta is not a number"),
+        ({"beta": torch.full((5,), 0.9)}, lambda n: n.beta[1:2].fill_(nan), "its beta is not a number"),
+        ({"threshold": torch.ones(5), "learn_threshold": True}, lambda n: n.threshold.data[:1].fill_(inf), "its threshold"),
+    ):
+        neuron, twin, late = (snn.Leaky(**{"beta": 0.9} | options) for _ in range(3))
+        accelerate(neuron)
+        change(neuron), change(twin), change(late)
+        with pytest.warns(UserWarning, match=f"Leaky runs snnTorch's own code: {reason}") as seen:
+            same(neuron(x[0], x[1]), twin(x[0], x[1]))
+        assert seen[0].filename == __file__
+        for n in (neuron, late):
+            with pytest.warns(UserWarning, match=f"Leaky runs step by step: {reason}"):
+                same(unroll(n, x, x[1]), loop(twin, x, x[1]))
+        assert [(kind, why.startswith(reason)) for _, kind, why in accelerate(late).left] == [("Leaky", True)]
+
+
+def test_every_neuron_is_in_the_report(snn):
+    from snntorch._neurons.leakykernel import LeakyKernel
+
+    net = nn.ModuleDict({
+        "parallel": snn.LeakyParallel(5, 5), "kernel": LeakyKernel(5, 5), "lapicque": snn.Lapicque(beta=0.5),
+        "recurrent": snn.RLeaky(beta=0.5, all_to_all=False), "delta": snn.DeltaLeaky(beta=0.5),
+    })  # fmt: skip
+    report = accelerate(net)
+    assert {name: kind for name, kind, _ in report.left} == {
+        "parallel": "LeakyParallel", "kernel": "LeakyKernel", "lapicque": "Lapicque", "recurrent": "RLeaky",
+        "delta": "DeltaLeaky",
+    }  # fmt: skip
+    assert all(left.reason == "this kind of neuron has no fused kernel here" for left in report.left[:-1])
+    assert not report.replaced and report.left[-1].reason.startswith("DeltaLeaky overrides")
+
+
+def test_what_is_wrong_is_said_in_our_words(snn):
+    x = torch.ones(6, 3, 5)
+    for neuron in (snn.Leaky(beta=0.5), compat.Leaky(beta=0.5)):
+        with pytest.raises(TypeError, match="mem must be a tensor or None, got float"):
+            unroll(neuron, x, 0.5)
+    with pytest.raises(TypeError, match="mem must be a tensor or None, got float"):
+        neuron(x[0], 0.5)
+    for shape in ((2, 1), (3, 2)):
+        neuron = snn.Leaky(beta=torch.rand(shape))
+        with (
+            pytest.warns(UserWarning, match=rf"step by step: has beta \({shape[0]}, {shape[1]}\) and threshold \(\) for data"),
+            pytest.raises(RuntimeError, match="must match"),  # the library's own
+        ):
+            unroll(neuron, x, x[0])
+
+
+def test_data_changed_in_place_before_the_backward_pass_are_refused(snn):
+    neuron = compat.Leaky(beta=0.5)
+    x = torch.ones(3, requires_grad=True)
+    y = 1 * x
+    spikes, _ = neuron(y)
+    y += spikes
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        spikes.sum().backward()

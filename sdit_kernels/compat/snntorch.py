@@ -33,17 +33,23 @@ Differences that remain:
 - An infinite membrane that is reset to zero is zero, where 0 * inf makes it NaN there; and so is the gradient of ``sigmoid``
   far below the threshold, where its exponential overflows to NaN there.
 - The attribute ``reset``, the last step's reset, is not set.
+- The input of a neuron, and a membrane that it gave or was given, must not be changed in place (``y += s``) before the
+  backward pass, which recomputes the steps from them: autograd then raises.
+- On a GPU the values of beta and threshold are looked at in ``accelerate`` only, for a threshold that is not finite and a beta
+  that is not a number: to look at each call would wait for them.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
   call.
 """
 
 import importlib
+import math
 import sys
 import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ..ops.leaky import leaky
 from ..ops.lif import _FLOATS
@@ -53,6 +59,7 @@ from .swap import Report, Swapped, changed_behaviour, swap, swap_back, swapped_c
 __all__ = ["accelerate", "restore", "unroll"]  # and Leaky, which would import snnTorch
 
 _SURROGATES = {"atan": ("atan", "alpha"), "fast_sigmoid": ("fast_sigmoid", "slope"), "sigmoid": ("sigmoid", "slope")}
+_NO_KERNEL = "this kind of neuron has no fused kernel here"
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 
@@ -85,6 +92,18 @@ def _obstacle(neuron):
     return None
 
 
+def _not_numbers(neuron):
+    """Why the kernels cannot serve the values of its beta and threshold, None if they can."""
+    if not neuron.threshold.isfinite().all():
+        return "its threshold is not finite"
+    return "its beta is not a number" if neuron.beta.isnan().any() else None
+
+
+def _readable(p):
+    """Whether the value of a parameter can be had for nothing: on a GPU that would wait for it, and a graph has none."""
+    return p.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
 class _Blocks:
     """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or values for channels, the last axis.
 
@@ -97,7 +116,7 @@ class _Blocks:
         axes = [a - p.dim() for p in parameters for a in range(p.dim()) if p.shape[a] != 1]
         self.first, self.last = min(axes, default=0), max(axes, default=0)
         self.shape = x.shape[1:]
-        if max(p.dim() for p in parameters) > len(self.shape):
+        if not all(_broadcasts_to(p.shape, self.shape) for p in parameters):
             raise ValueError(f"has beta {tuple(neuron.beta.shape)} and threshold {tuple(neuron.threshold.shape)} for data "
                              f"{tuple(self.shape)}")  # fmt: skip
         block = self.shape[len(self.shape) + self.first : len(self.shape) + self.last + 1] if axes else ()
@@ -105,8 +124,7 @@ class _Blocks:
 
     def _value(self, p, block, dtype):
         if p.numel() == 1:
-            plain = not p.requires_grad and p.device.type == "cpu" and not torch.compiler.is_compiling()
-            return p.item() if plain else p.to(dtype).reshape(())
+            return p.item() if not p.requires_grad and _readable(p) else p.to(dtype).reshape(())
         p = p[(..., *[0] * (-1 - self.last))] if self.last < -1 else p  # axes of size 1 behind the block
         p = p.reshape(p.shape[-len(block) :]) if p.dim() >= len(block) else p
         return p.to(dtype).expand(block).reshape(-1)
@@ -135,21 +153,39 @@ class _Blocks:
         return t.movedim(tuple(range(-n, 0)), tuple(range(self.first, self.last + 1))) if self.last < -1 else t
 
 
+def _broadcasts_to(shape, data):
+    """Whether values of this shape go with data of that one, which keep theirs."""
+    return len(shape) <= len(data) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(data)))
+
+
 def _prepare(neuron, x):
     """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
     reason = _obstacle(neuron)
     if x.dtype not in _FLOATS:
         reason = f"the kernels do not take its data, {x.dtype}"
+    elif not _broadcasts_to(neuron.graded_spikes_factor.shape, x.shape[1:]):
+        factor = tuple(neuron.graded_spikes_factor.shape)
+        reason = reason or f"has graded_spikes_factor {factor} for data {tuple(x.shape[1:])}, which the kernels do not take"
     if reason is not None:
         return reason
     try:
-        return _Blocks(neuron, x)
-    except (ValueError, RuntimeError) as error:
+        blocks = _Blocks(neuron, x)
+    except ValueError as error:
         return f"{error}, which the kernels do not take"
+    if all(not isinstance(p, Tensor) and math.isfinite(p) for p in blocks.parameters):
+        return blocks
+    readable = _readable(neuron.beta) and _readable(neuron.threshold)
+    return (_not_numbers(neuron) if readable else None) or blocks
+
+
+def _check_mem(mem):
+    if mem is not None and not isinstance(mem, Tensor):
+        raise TypeError(f"mem must be a tensor or None, got {type(mem).__name__}")
 
 
 def _walk(neuron, x_seq, mem, sequence, blocks):
     """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. The neuron keeps the last one."""
+    _check_mem(mem)
     if mem is not None and neuron.init_hidden:
         raise TypeError("mem must not be given to a neuron with init_hidden=True, which keeps its own")
     mem = neuron.mem if mem is None else mem
@@ -171,18 +207,14 @@ def _walk(neuron, x_seq, mem, sequence, blocks):
 
 
 def _ungraded(neuron):
-    """Whether the spikes' factor is known to be 1. Looked at once, and again when it changes: on a GPU that waits for it."""
+    """Whether the spikes' factor is known to be 1. Read in every call, as no version counts all changes; on a GPU never."""
     factor = neuron.graded_spikes_factor
-    if factor.requires_grad or factor.numel() != 1 or torch.compiler.is_compiling():
-        return False
-    state = id(factor), factor._version
-    if neuron.__dict__.get("_factor_seen", (None,))[0] != state:
-        neuron.__dict__["_factor_seen"] = state, factor.item() == 1
-    return neuron.__dict__["_factor_seen"][1]
+    return not factor.requires_grad and factor.numel() == 1 and _readable(factor) and factor.item() == 1
 
 
-def _warn(neuron, reason, how):
-    warnings.warn(f"{type(neuron).__name__} {how}: {reason}", stacklevel=4)
+def _warn(neuron, reason, how, frames):
+    """``frames``: from the caller of this to the user's."""
+    warnings.warn(f"{type(neuron).__name__} {how}: {reason}", stacklevel=2 + frames)
 
 
 class _Leaky(Swapped):
@@ -198,7 +230,7 @@ class _Leaky(Swapped):
         x = input_.unsqueeze(0)
         blocks = _prepare(self, x)
         if isinstance(blocks, str):
-            _warn(self, blocks, "runs snnTorch's own code")
+            _warn(self, blocks, "runs snnTorch's own code", 3)
             return super().forward(input_, mem)
         spikes, last, _ = _walk(self, x, mem, False, blocks)
         return (spikes.squeeze(0), last) if self.output or not self.init_hidden else spikes.squeeze(0)
@@ -224,6 +256,12 @@ def _library():
     return cls and (cls, next(base for base in cls.__mro__ if base.__name__ == "SpikingNeuron"))
 
 
+def _made_by_snntorch(module):
+    """Whether it is one of snnTorch's neurons, not all of which have a base in common; nor is all of that package a neuron."""
+    classes = [cls for cls in type(module).__mro__ if cls.__module__.startswith("snntorch._neurons.")]
+    return any(cls.__name__ != "RecurrentOneToOne" for cls in classes)
+
+
 def accelerate(model: nn.Module) -> Report:
     """Let the Leaky neurons of a snnTorch model run on the fused kernels, a step at a time or by :func:`unroll`.
 
@@ -233,7 +271,8 @@ def accelerate(model: nn.Module) -> Report:
     Returns:
         A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay as
         they were: of other kinds; subclasses that override what a neuron does; surrogates other than ``atan``,
-        ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``. A second call changes nothing.
+        ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``; a threshold that is not
+        finite, a beta that is not a number. A second call changes nothing.
 
     Raises:
         TypeError: model is no module.
@@ -245,13 +284,11 @@ def accelerate(model: nn.Module) -> Report:
 
     def choose(module):
         if not isinstance(module, cls):
-            return None
+            return _NO_KERNEL if _made_by_snntorch(module) else None
         reason = changed_behaviour(module, cls) or _obstacle(module)
         if reason is None and module.reset_mechanism_val.item() != cls.reset_dict[module.reset_mechanism]:
             reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
-        if reason is None and not module.threshold.isfinite().all():
-            reason = "its threshold is not finite"
-        return reason or _Leaky
+        return reason or _not_numbers(module) or _Leaky
 
     return swap("snnTorch", model, (base,), choose)
 
@@ -285,7 +322,8 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
 
     The layers take their turns, each for all steps: snnTorch's Leaky in one kernel; linear layers, convolutions, pooling,
     Flatten and common activations as one batch of T * batch; any other module, and one with hooks, step by step. So does a
-    neuron that has no kernel, with a warning.
+    neuron that has no kernel, with a warning, and an ``nn.Sequential`` in which something that keeps a state between steps is
+    reached more than once: a neuron, a BatchNorm in training, a module with hooks or of a class that is not PyTorch's.
 
     Args:
         module: a ``snntorch.Leaky``, accelerated or not, a layer, or an ``nn.Sequential``, whose neurons have
@@ -300,7 +338,7 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type; mem for anything but such a neuron; a layer that would be given a
-            pair; T = 0.
+            pair, or that returns for a step what is no tensor nor a tuple of them; T = 0.
 
     Random layers draw in another order than in a loop over steps.
 
@@ -316,26 +354,26 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
         raise TypeError(f"x must be a tensor, (T, batch, ...), got {type(x).__name__}")
     if x.dim() < 1 or x.shape[0] == 0:
         raise ValueError(f"x must have a time axis of at least one step in front, got {tuple(x.shape)}")
+    _check_mem(mem)
     library = _library()
-    neuron = library is not None and isinstance(module, library[1])
-    if mem is not None and not neuron:
+    if mem is not None and not (library is not None and isinstance(module, library[1])):
         raise ValueError(f"mem belongs to a single neuron, got a {type(module).__name__}")
-    if type(module) is nn.Sequential and not _hooked(module):
-        for i, layer in enumerate(module):
-            if not isinstance(x, Tensor):
-                raise ValueError(
-                    f"layer {i} of the nn.Sequential would be given the pair (spikes, membranes) of the neuron before it: "
-                    "that one needs init_hidden=True and output=False"
-                )
-            x = unroll(layer, x)
-        return x
-    if neuron:
+    repeated = _repeated(module)
+    if repeated is not None:
+        _warn(module, f"its {type(repeated).__name__} is reached more than once", "runs step by step", 1)
+        return _step_by_step(module, x, None)
+    return _through(module, x, lambda layer, x: _whole(layer, x, mem, library))
+
+
+def _whole(module, x, mem, library):
+    """A whole sequence through what is no ``nn.Sequential``, or one that has hooks."""
+    if library is not None and isinstance(module, library[1]):
         blocks = _why_not_whole(module, library[0]) or _prepare(module, x)
         if not isinstance(blocks, str):
             both = module.output or not module.init_hidden
             spikes, _, history = _walk(module, x, mem, both, blocks)
             return (spikes, history) if both else spikes
-        _warn(module, blocks, "runs step by step")
+        _warn(module, blocks, "runs step by step", 4)
         return _step_by_step(module, x, mem)
     if not _hooked(module):
         if type(module) in _ANY_AXES:
@@ -347,12 +385,45 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
     return _step_by_step(module, x, None)
 
 
+def _through(module, x, run):
+    """x through ``run(layer, x)`` for each layer of an ``nn.Sequential``, and of those in it; or for the module itself."""
+    if type(module) is not nn.Sequential or _hooked(module):
+        return run(module, x)
+    for i, layer in enumerate(module):
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"layer {i} of the nn.Sequential would be given the pair (spikes, membranes) of the neuron before it: "
+                "that one needs init_hidden=True and output=False"
+            )
+        x = _through(layer, x, run)
+    return x
+
+
+def _repeated(module):
+    """What may keep a state between steps and has more than one turn in a step, so that layers cannot take theirs whole."""
+    if type(module) is not nn.Sequential:
+        return None
+    layers, seen = [], {}
+    _through(module, torch.empty(0), lambda layer, x: layers.append(layer) or x)
+    for i, layer in enumerate(layers):
+        for part in layer.modules():
+            if _keeps_state(part) and seen.setdefault(part, i) != i:
+                return part
+    return None
+
+
+def _keeps_state(module):
+    if not type(module).__module__.startswith("torch.nn.modules.") or _hooked(module):
+        return True
+    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+
+
 def _why_not_whole(neuron, leaky_class):
     if isinstance(neuron, Swapped):
         if "_original" not in vars(type(neuron)):
             return "its class was changed after accelerate"
     elif not isinstance(neuron, leaky_class):
-        return "this kind of neuron has no fused kernel here"
+        return _NO_KERNEL
     else:
         changed = changed_behaviour(neuron, leaky_class)
         if changed is not None:
@@ -367,7 +438,9 @@ def _hooked(module):
 def _step_by_step(module, x, mem):
     steps = []
     for x_t in x:
-        found = module(x_t) if mem is None else module(x_t, mem)
+        found = _through(module, x_t, lambda layer, x: layer(x)) if mem is None else module(x_t, mem)
+        if not isinstance(found, Tensor) and not (isinstance(found, tuple) and all(isinstance(t, Tensor) for t in found)):
+            raise TypeError(f"{type(module).__name__} cannot be unrolled: a step of it gives no tensor, nor a tuple of tensors")
         steps.append(found)
         if mem is not None:
             mem = found[1]
