@@ -19,9 +19,6 @@ def rows(name, section, run=None):
     return [r for r in found["rows"] if r["section"] == section]
 
 
-MODES = "forward", "forward+backward"
-
-
 def row(found, **wanted):
     (one,) = (row for row in found if all(row.get(key) == value for key, value in wanted.items()))
     return one
@@ -69,12 +66,11 @@ def test_the_table_of_the_gpu():
     mix = times(rows("gpu_h200.json", "mix", 0)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
     assert f"`token_shift` with norm and three mixes (backward alone in the second column) | {mix} |" in README
     found = rows("gpu_h200.json", "snn", 0)
-    loop, unroll = (
-        [digits(row(found, name="loop", mode=m)["median_s"] / row(found, name=n, mode=m)["median_s"]) for m in MODES]
-        for n in ("leaky", "unroll")
-    )
+    loop = [
+        digits(row(found, name="loop", mode=m)["median_s"] / row(found, name="leaky", mode=m)["median_s"])
+        for m in ("forward", "forward+backward")
+    ]
     assert f"| snnTorch 1.0 `Leaky` in a loop of 25 steps / `leaky` | {' | '.join(loop)} |" in README
-    assert f"| ... / `compat.snntorch.unroll` | {' | '.join(unroll)} |" in README
 
 
 def test_the_training_steps_on_the_gpu():
