@@ -125,7 +125,8 @@ class _Node(Swapped):
         """Arguments of lif that all three have."""
         surrogate, alpha = _surrogate(self.surrogate_function)
         return dict(
-            v_threshold=self.v_threshold, v_reset=self.v_reset, surrogate=surrogate, alpha=alpha, detach_reset=self.detach_reset,
+            v_threshold=self.v_threshold, v_reset=self.v_reset, detach_reset=self.detach_reset,
+            surrogate=surrogate, alpha=alpha,
         )  # fmt: skip
 
     def _start(self, x):
@@ -197,7 +198,7 @@ class _IFNode(_Node):
 
 class _ParametricLIFNode(_Node):
     def _leak(self, x):
-        if _may_look(self.w) and torch.isnan(self.w).any().item():
+        if _may_look(self.w) and math.isnan(self.w.detach().sum().item()):
             raise ValueError("w is NaN")
         wide = torch.promote_types(self.w.dtype, state_dtype(x.dtype))
         exponent = (-self.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient
