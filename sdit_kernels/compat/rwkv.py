@@ -255,7 +255,7 @@ def _arguments(function: Callable) -> list[str]:
 
 
 def _twin(module: Any, instead: dict[str, nn.Module]) -> Any:
-    """A copy to run, with other children where given. Modes and buffers are its own, down to its children's; the rest is shared."""
+    """A copy to run, with other children where given. Its modes and buffers, and its children's, are no others'."""
     if isinstance(module, torch.jit.ScriptModule):
         return copy.deepcopy(module)
     twin = type(module).__new__(type(module))
