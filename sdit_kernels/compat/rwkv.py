@@ -8,7 +8,7 @@ import functools
 import inspect
 import random
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -254,11 +254,12 @@ def _arguments(function: Callable) -> list[str]:
     return list(inspect.signature(function).parameters)
 
 
-def _twin(module: Any, instead: dict[str, nn.Module]) -> Any:
+def _twin(module: Any, instead: Mapping[str, nn.Module]) -> Any:
     """A copy to run, with other children where given. Its modes and buffers, and its children's, are no others'."""
     if isinstance(module, torch.jit.ScriptModule):
         return copy.deepcopy(module)
-    twin = type(module).__new__(type(module))
+    cls: Any = type(module)
+    twin = cls.__new__(cls)
     buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
     children = {
         name: instead[name] if name in instead else child if child is None else _twin(child, {})
