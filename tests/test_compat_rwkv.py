@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import pickle
+import random
 import types
 
 import hypothesis
@@ -401,6 +402,68 @@ def test_other_layers_are_left_with_the_reason(layer, why):
     ((name, cls, text),) = report.left
     assert (name, cls, report.replaced) == ("0", layer.__name__, ()) and text.startswith(why)
     assert type(model[0]) is layer and type(model[0]).forward is forward
+
+
+class Tail(nn.Module):
+    """A layer's output as another layer would have it."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.tail, self.norm = tail, nn.BatchNorm1d(5, affine=False, dtype=torch.float64)
+
+    def forward(self, y):
+        self.norm(y.double())  # to no effect but on its buffers
+        return self.tail(y, self.training)
+
+
+def ends_in(base, tail):
+    """A layer of the base that ends in ``tail(y, training)``, or in a module."""
+
+    class Layer(base):
+        def __init__(self, C):
+            super().__init__(C)
+            self.tail = tail if isinstance(tail, nn.Module) else Tail(tail)
+
+        def forward(self, x):
+            return self.tail(super().forward(x))
+
+    return Layer
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("base", [PlainTimeMix, ChannelMix])
+@pytest.mark.parametrize(
+    "tail, why",
+    [
+        (nn.Dropout(0.5), "draws random numbers, in train mode"),
+        (nn.Dropout(1e-6), "draws random numbers, in train mode"),
+        (lambda y, training: y * 0.5 if training else y, "computes something else than RWKV-4's, in train mode"),
+        (lambda y, training: y if training else y * 0.5, "computes something else than RWKV-4's, in eval mode"),
+        (lambda y, training: y if random.random() < 2 else 0, "draws random numbers"),
+        (lambda y, training: y.clamp(-30, 30), "computes something else than RWKV-4's"),
+        (lambda y, training: y.clamp(-65504, 65504), "computes something else than RWKV-4's, on large values"),
+        (lambda y, training: y, None),
+    ],
+)
+def test_both_modes_and_large_values(base, training, tail, why):
+    layer = ends_in(base, tail)(8).train(training)
+    layer.tail.training = True  # flags of their own
+    model, cls = nn.Sequential(layer).eval() if why is None else nn.Sequential(layer), type(layer)
+    flags, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
+    drawn = torch.random.get_rng_state(), random.getstate()
+    report = rwkv.accelerate(model)
+    assert torch.equal(torch.random.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
+    assert [m.training for m in model.modules()] == flags and all(map(torch.equal, model.buffers(), buffers))
+    if why is None:
+        assert report.replaced == (("0", "Layer"),)
+        return
+    assert type(layer) is cls and report.replaced == ()
+    mode = why.rpartition(", in ")[2] == f"{'train' if training else 'eval'} mode"
+    wanted = f"its forward {why.rpartition(', in ')[0] if mode else why}"
+    assert report.left[0].reason.startswith(wanted.replace(",", ""))
+    if isinstance(tail, nn.Dropout) and tail.p == 0.5:
+        share = (layer.train()(torch.randn(2, 64, 8)) == 0).float().mean()
+        assert 0.4 < share < 0.6
 
 
 def test_the_call_alone():

@@ -434,19 +434,81 @@ def test_what_changes_after_accelerate_is_said(jelly):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda node: setattr(node, "tau", 0.75), "tau is 0.75, and the kernels' is at least 1"),
+    ({"tau": 0.75}, "tau is 0.75, and the kernels' is at least 1"),
+    ({"tau": torch.tensor(3.0)}, "tau is a Tensor, and the kernels' is a number"),
+    ({"tau": math.inf}, "tau must be at least 1"),
+    ({"v_threshold": math.inf}, "v_threshold must be finite"),
+    ({"v_threshold": math.nan}, "v_threshold must be finite"),
+    ({"v_threshold": True}, "v_threshold must be a number or a tensor, got bool"),
+    ({"v_threshold": torch.tensor(math.inf)}, "v_threshold must be finite"),
+    ({"v_reset": -math.inf}, "v_reset must be finite"),
+    ({"v_reset": torch.tensor(0.25)}, "v_reset must be a number or None"),
+    ({"v_reset": True}, "v_reset must be a number or None"),
+    ({"decay_input": 1}, "decay_input must be a bool"),
     (None, "data, torch.int64 of shape"),
 ])  # fmt: skip
 def test_what_the_kernels_do_not_take_runs_the_librarys_code(jelly, change, message):
     node, twin = (jelly.neuron.LIFNode(step_mode="m") for _ in range(2))
     accelerate(node)
-    x = torch.rand(4, 3) * 3
+    x = torch.rand(4, 3, 3) * 3
     if change is None:
         x = x.long()
     else:
-        change(node), change(twin)
-    with pytest.warns(UserWarning, match=message):
-        got = node(x)
-    assert torch.equal(got, twin(x))
+        for name, value in change.items():
+            setattr(node, name, value), setattr(twin, name, value)
+    for mode, data in (("m", x), ("s", x[0])):
+        node.step_mode = twin.step_mode = mode
+        with pytest.warns(UserWarning, match=message):
+            got = node(data)
+        torch.testing.assert_close(got, twin(data), rtol=0, atol=0, equal_nan=True)
+        jelly.functional.reset_net(node), jelly.functional.reset_net(twin)
+    node.step_mode = "m"
     with pytest.warns(UserWarning, match="data, torch.float32 of shape"), pytest.raises(IndexError):
         node(torch.tensor(3.0))  # SpikingJelly's own answer
+
+
+@pytest.mark.parametrize("decay_input", [True, False])
+@pytest.mark.parametrize("w", [-80.0, -95.0, -200.0, -math.inf, 95.0, math.nan])
+def test_extreme_w(jelly, w, decay_input):
+    """exp(-w) overflows where sigmoid(w) does not; a NaN is a NaN."""
+    node = jelly.neuron.ParametricLIFNode(decay_input=decay_input, step_mode="m")
+    fused, found = copy.deepcopy(node), []
+    accelerate(fused)
+    x = torch.rand(4, 3) * 3
+    for n in (fused, node):
+        n.w.data.fill_(w)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            y = n(x)
+        assert {str(entry.message).endswith("settings: w is NaN") for entry in seen} == (
+            {True} if n is fused and w != w else set()
+        )
+        y.sum().backward()
+        found.append((y, n.v, n.w.grad))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-30, equal_nan=True)
+    assert w != w or found[0][2].abs() <= 1e-30
+
+
+def test_every_other_neuron_is_in_the_report(jelly):
+    """Those too that are none of BaseNode; layers are not."""
+    kinds = "DSRIFNode DSRLIFNode HalfThresholdIFNode ActivationAwareIFNode NonSpikingIFNode NonSpikingLIFNode"
+    here = [kind for kind in kinds.split() if hasattr(jelly.neuron, kind)]
+
+    class Own(jelly.neuron.NonSpikingIFNode if jelly.version else jelly.neuron.QIFNode):
+        pass
+
+    net = nn.ModuleDict({kind: getattr(jelly.neuron, kind)() for kind in here} | {"own": Own()})
+    net["psn"], net["layer"] = jelly.neuron.PSN(T=4), jelly.layer.Linear(2, 2)
+    report = accelerate(nn.Sequential(net))
+    assert report.replaced == () and {name.split(".")[1] for name, _, _ in report.left} == net.keys() - {"layer"}
+    assert {reason for _, _, reason in report.left} == {"this kind of neuron has no fused kernel here"}
+
+
+def test_the_input_must_stay_as_it_is(jelly):
+    """What the docstring says."""
+    node = jelly.neuron.LIFNode(step_mode="m")
+    accelerate(node)
+    y = torch.rand(4, 3, requires_grad=True) * 3
+    y += node(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

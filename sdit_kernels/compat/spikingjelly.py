@@ -21,10 +21,14 @@ Differences that remain:
 - bfloat16 and float16 data: the membrane is float32 within a call and rounded to the dtype of the data after it, where
   SpikingJelly on the CPU rounds it in every step.
 - An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
+- The input of a neuron must not be modified in place afterwards (``s = node(y); y += s``): the backward pass recomputes the
+  membrane from it, and autograd says "modified by an inplace operation". SpikingJelly does not keep its input. ``y = y + s``.
+- ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as that, with no gradient; 1/tau is 2e-35 there.
 - 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` (another surrogate, ``spiking=False``, a neuron
-  precision, tau below 1, data of ints) runs SpikingJelly's code, with a warning in every such call.
+  precision, tau below 1, an infinite threshold, a NaN as w on the CPU, data of ints) runs SpikingJelly's code, with a warning
+  in every such call.
 """
 
 import math
@@ -34,7 +38,7 @@ import warnings
 import torch
 
 from ..dispatch import backend
-from ..ops.lif import _FLOATS, lif
+from ..ops.lif import _FLOATS, _check_neuron, _check_values, lif
 from ..reference.lif import state_dtype
 from .swap import Report, Swapped, changed_behaviour, swap, swap_back
 
@@ -72,12 +76,16 @@ def _surrogate(function):
     return name, alpha
 
 
-def _settings(node):
-    """Arguments of lif that all three have."""
-    surrogate, alpha = _surrogate(node.surrogate_function)
-    return dict(
-        v_threshold=node.v_threshold, v_reset=node.v_reset, surrogate=surrogate, alpha=alpha, detach_reset=node.detach_reset
-    )  # fmt: skip
+def _may_look(t):
+    """Whether the values of a tensor may be looked at: not where that waits for a GPU or breaks a graph."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+
+
+def _check(x, shape, **settings):
+    """Raise what lif would, for data x whose steps have this shape."""
+    _, _, v_threshold = _check_neuron(x, shape[-1] if shape else None, **settings)
+    if v_threshold is not None and _may_look(v_threshold):
+        _check_values(None, v_threshold, settings["decay_input"])
 
 
 class _Node(Swapped):
@@ -90,18 +98,36 @@ class _Node(Swapped):
         found = _surrogate(self.surrogate_function)
         return found if isinstance(found, str) else None
 
-    def _leaves(self, x, axes=0):
-        """True, with a warning, where the library's own code must run."""
-        reason = self._obstacle()
+    def _ready(self, x, axes=0):
+        """Arguments of lif for data x, with ``axes`` before those of a step; None, with a warning, where the library's own code
+        must run."""
+        reason, found = self._obstacle(), None
         tau = getattr(self, "tau", 1)
-        if not isinstance(tau, (int, float)) or not tau >= 1:
+        if not isinstance(tau, (int, float)):
+            reason = f"tau is a {type(tau).__name__}, and the kernels' is a number"
+        elif not tau >= 1:
             reason = f"tau is {tau}, and the kernels' is at least 1"
         if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
             what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
             reason = f"the kernels do not take its data, {what}"
-        if reason is not None:
-            warnings.warn(f"{type(self).__name__} runs SpikingJelly's own code: {reason}", stacklevel=4)
-        return reason is not None
+        if reason is None:
+            try:
+                found = self._settings() | self._leak(x)
+                _check(x, x.shape[axes:], **found)
+            except (TypeError, ValueError) as error:
+                reason = f"the kernels refuse its settings: {error}"
+        if reason is None:
+            return found
+        warnings.warn(f"{type(self).__name__} runs SpikingJelly's own code: {reason}", stacklevel=4)
+        return None
+
+    def _settings(self):
+        """Arguments of lif that all three have."""
+        surrogate, alpha = _surrogate(self.surrogate_function)
+        return dict(
+            v_threshold=self.v_threshold, v_reset=self.v_reset, detach_reset=self.detach_reset,
+            surrogate=surrogate, alpha=alpha,
+        )  # fmt: skip
 
     def _start(self, x):
         """The membrane before a step x: None where it is at rest."""
@@ -114,42 +140,46 @@ class _Node(Swapped):
             v = v.expand(x.shape)
         return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
 
-    def _walk(self, x_seq, v, store):
+    def _walk(self, x_seq, v, store, settings):
         """T steps from v: (spikes, v, v_seq or None), in the dtype of the data."""
         if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
             v = v.clone()  # autograd keeps v, and refuses one that inference_mode made
-        found = lif(x_seq, v, **_settings(self), **self._leak(x_seq), return_v=True, return_v_seq=store)
+        found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
         spikes, *states = found
         v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
         return spikes, v, v_seq
 
     def single_step_forward(self, x, *args, **kwargs):
-        if self._leaves(x):
+        settings = self._ready(x)
+        if settings is None:
             return super().single_step_forward(x, *args, **kwargs)
-        spikes, self.v, _ = self._walk(x.unsqueeze(0), self._start(x), False)
+        spikes, self.v, _ = self._walk(x.unsqueeze(0), self._start(x), False, settings)
         if self.store_v_seq and hasattr(self, "_append_v_seq"):  # SpikingJelly 2 collects the steps
             self._append_v_seq(self.v)
         return spikes.squeeze(0)
 
     def multi_step_forward(self, x_seq, *args, **kwargs):
-        if self._leaves(x_seq, 1):
+        settings = self._ready(x_seq, 1)
+        if settings is None:
             return super().multi_step_forward(x_seq, *args, **kwargs)
         start = self._start(x_seq[0]) if x_seq.shape[0] else None
-        spikes, self.v, v_seq = self._walk(x_seq, start, self.store_v_seq)
+        spikes, self.v, v_seq = self._walk(x_seq, start, self.store_v_seq, settings)
         if self.store_v_seq or "v_seq" in self.__dict__:
             self.v_seq = v_seq
         return spikes
 
     def single_step_functional_forward(self, inputs, states, **kwargs):
-        if self._leaves(inputs[0]):
+        settings = self._ready(inputs[0])
+        if settings is None:
             return super().single_step_functional_forward(inputs, states, **kwargs)
-        spikes, v, _ = self._walk(inputs[0].unsqueeze(0), states[0], False)
+        spikes, v, _ = self._walk(inputs[0].unsqueeze(0), states[0], False, settings)
         return (spikes.squeeze(0),), (v, *states[1:])
 
     def multi_step_functional_forward(self, inputs, states, **kwargs):
-        if self._leaves(inputs[0], 1):
+        settings = self._ready(inputs[0], 1)
+        if settings is None:
             return super().multi_step_functional_forward(inputs, states, **kwargs)
-        spikes, v, _ = self._walk(inputs[0], states[0], False)
+        spikes, v, _ = self._walk(inputs[0], states[0], False, settings)
         return (spikes,), (v, *states[1:])
 
     def extra_repr(self):
@@ -168,21 +198,30 @@ class _IFNode(_Node):
 
 class _ParametricLIFNode(_Node):
     def _leak(self, x):
+        if _may_look(self.w) and math.isnan(self.w.detach().sum().item()):
+            raise ValueError("w is NaN")
         wide = torch.promote_types(self.w.dtype, state_dtype(x.dtype))
-        return {"tau": 1 + torch.exp(-self.w.to(wide)), "decay_input": self.decay_input}
+        exponent = (-self.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient
+        return {"tau": 1 + torch.exp(exponent), "decay_input": self.decay_input}
 
 
 _MIXINS = {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _ParametricLIFNode}
 
 
+def _is_neuron(module):
+    """Whether its class, or one it derives from, is from a module of SpikingJelly for neurons."""
+    parts = (cls.__module__.split(".") for cls in type(module).__mro__)
+    return any(names[0] == "spikingjelly" and "neuron" in names for names in parts)
+
+
 def _choose(neurons):
-    """module -> its mixin, the reason to leave it, or None: not one of the three."""
-    bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items()}
+    """module -> its mixin, the reason to leave it, or None: no neuron of SpikingJelly's."""
+    bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items() if neurons is not None}
 
     def choose(module):
         base = next((cls for cls in type(module).__mro__ if cls in bases), None)
         if base is None:
-            return None
+            return "this kind of neuron has no fused kernel here" if _is_neuron(module) else None
         mixin = bases[base]
         reason = changed_behaviour(module, base) or mixin._obstacle(module)
         if reason is not None:
@@ -191,7 +230,7 @@ def _choose(neurons):
         try:
             x = torch.empty(0, device=device)
             with backend("reference"):
-                lif(x, **_settings(module), **mixin._leak(module, x))
+                lif(x, **mixin._settings(module), **mixin._leak(module, x))
         except (TypeError, ValueError) as error:
             return f"the kernels refuse its settings: {error}"
         return mixin
@@ -222,11 +261,8 @@ def accelerate(model: torch.nn.Module) -> Report:
         >>> accelerate(model).replaced
         ()
     """
-    neurons = sys.modules.get(f"{_LIBRARY}.neuron")
-    if neurons is None:  # nobody has imported it, so the model cannot have any
-        return swap("SpikingJelly", model, (), lambda module: None)
-    bases = tuple(getattr(neurons, name) for name in ("BaseNode", "SimpleBaseNode") if hasattr(neurons, name))
-    return swap("SpikingJelly", model, bases, _choose(neurons))
+    neurons = sys.modules.get(f"{_LIBRARY}.neuron")  # where nobody has imported it, the model cannot have any
+    return swap("SpikingJelly", model, (), _choose(neurons))
 
 
 def restore(model: torch.nn.Module) -> Report:
