@@ -110,6 +110,8 @@ def other_libraries():
     yield f"| `Leaky`, 25 steps of (128, 1000), `unroll` | {pair('snn_neurons', 'subtract, unroll', 'subtract, the loop')}"
     looped = pair("snn_neurons", "subtract, accelerated, in the loop", "subtract, the loop")
     yield f"| ... accelerated, in the loop | {looped}"
+    whole = pair("snn_model", "unrolled", "snnTorch's own")
+    yield f"| a network of 784, 1000 and 10 over 25 steps, a training step, unrolled | {whole}"
 
 
 def test_the_table_of_other_libraries():
