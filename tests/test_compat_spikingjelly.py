@@ -450,6 +450,8 @@ def test_what_changes_after_accelerate_is_said(jelly):
 def test_what_the_kernels_do_not_take_runs_the_librarys_code(jelly, change, message):
     node, twin = (jelly.neuron.LIFNode(step_mode="m") for _ in range(2))
     accelerate(node)
+    if not jelly.version and change is not None and change.get("v_threshold") is True:
+        pytest.skip("before version 2 its own code cannot subtract True")
     x = torch.rand(4, 3, 3) * 3
     if change is None:
         x = x.long()
@@ -498,7 +500,9 @@ def test_every_other_neuron_is_in_the_report(jelly):
         pass
 
     net = nn.ModuleDict({kind: getattr(jelly.neuron, kind)() for kind in here} | {"own": Own()})
-    net["psn"], net["layer"] = jelly.neuron.PSN(T=4), jelly.layer.Linear(2, 2)
+    if hasattr(jelly.neuron, "PSN"):
+        net["psn"] = jelly.neuron.PSN(T=4)
+    net["layer"] = jelly.layer.Linear(2, 2)
     report = accelerate(nn.Sequential(net))
     assert report.replaced == () and {name.split(".")[1] for name, _, _ in report.left} == net.keys() - {"layer"}
     assert {reason for _, _, reason in report.left} == {"this kind of neuron has no fused kernel here"}
