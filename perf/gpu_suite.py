@@ -320,13 +320,18 @@ TIMINGS = {
 # ---- the parts -------------------------------------------------------------------------------------------------------------
 
 
+def where():
+    """The end of the traceback of what is being handled, without this machine's paths."""
+    return traceback.format_exc().replace(f"{harness.ROOT}/", "")[-3000:]
+
+
 def run_check(name, device, small):
     """(name, result) of one check, in a process of its own."""
     began = time.perf_counter()
     try:
         result = {"passed": True, "figures": (CHECKS | COMPILE)[name](device, small)}
     except Exception as e:  # a check that breaks is one that fails, and the others go on
-        result = {"passed": False, "error": f"{type(e).__name__}: {e}"[:2000], "where": traceback.format_exc()[-1500:]}
+        result = {"passed": False, "error": f"{type(e).__name__}: {e}"[:2000], "where": where()}
     return name, result | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -419,7 +424,7 @@ def main(argv=None):
         try:
             title, rows = TIMINGS[name](args, settings)
         except Exception as e:  # the parts after it are worth having
-            parts[name] = {"error": f"{type(e).__name__}: {e}"[:2000], "where": traceback.format_exc()[-3000:]}
+            parts[name] = {"error": f"{type(e).__name__}: {e}"[:2000], "where": where()}
             failed.append(name)
             print(f"\n[{name}] {parts[name]['where']}", flush=True)
         else:
