@@ -213,6 +213,11 @@ def test_the_figures_of_the_spiking_form():
         cells = [f"{found['images_per_s']:.0f}", f"{found['evaluate']['drawn']['frechet_distance']:.3f}"]
         cells += [percent(found["evaluate"]["drawn"]), *energy[:2], f"{energy[2]} mJ", f"{silent} of {neurons}"]
         assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in README
+    silent = re.search(r"([\d,]+ of [\d,]+) neurons fire nowhere", "\n".join(measured("wkv")["pretrained"]["info"]))[1]
+    assert f"of single neurons {silent} fire nowhere on 512 noisy images" in README
+    every, first = measured("wkv")["condition_every"]["evaluate"]["drawn"], measured("wkv")["rows"][0]["evaluate"]["drawn"]
+    distances = f"{every['frechet_distance']:.3f} against {first['frechet_distance']:.3f}"
+    assert f"Frechet distance {distances}, label accuracy {percent(every)} against {percent(first)}" in README
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
