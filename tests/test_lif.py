@@ -717,10 +717,11 @@ def test_two_threads_at_once():
     assert len(found) == 40 and all(found)
 
 
-def python(code, **environment):
+def python(code, *arguments, **environment):
     environment = {**os.environ, **environment}
     environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
 
 
 FORKED = """
@@ -740,27 +741,41 @@ print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batc
 """
 
 
-@pytest.mark.parametrize("layer", ["default", "workqueue"])
-def test_forked_worker(layer):
-    done = python(FORKED, NUMBA_THREADING_LAYER=layer)
+def test_forked_worker():
+    done = python(FORKED)
     assert done.stdout.split("\n")[:2] == ["1.0", "[1.0, 1.0, 1.0, 1.0]"], done.stderr
 
 
-WORKQUEUE = """
-import torch, threading
+POOLS = """
+import sys, torch, threading
+import sdit_kernels.cpu.runtime as runtime
 from sdit_kernels import lif
+torch.set_num_threads(3)
+if sys.argv[1] == "threads": runtime._OPENMP = False  # as where torch has no OpenMP
 x = torch.full((4, 100000), 2.0)
 def work():
     for _ in range(50): assert lif(x).all()
 threads = [threading.Thread(target=work) for _ in range(4)]
 [t.start() for t in threads]; [t.join() for t in threads]
-import numba; print(numba.threading_layer())
+print(sum(t.name.startswith("sdit_kernels") for t in threading.enumerate()) > 0, "numba.np.ufunc.omppool" in sys.modules)
 """
 
 
-def test_workqueue_layer_survives_threads():
-    done = python(WORKQUEUE, NUMBA_THREADING_LAYER="workqueue")
-    assert done.stdout.strip() == "workqueue", done.stderr
+@pytest.mark.parametrize("kind", ["openmp", "threads"])
+def test_one_pool_of_threads(kind):
+    """The kernels run on torch's OpenMP threads, or, where torch has none, on threads of their own; never on numba's."""
+    if kind == "openmp" and sys.platform != "linux":
+        pytest.skip("torch's OpenMP is looked for on Linux")
+    done = python(POOLS, kind)
+    assert done.stdout.split() == [str(kind == "threads"), "False"], done.stderr
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+@pytest.mark.parametrize("tasks", [0, 1, 6, 7, 100])
+def test_every_task_has_one_thread(tasks, parts):
+    from sdit_kernels.cpu.runtime import share
+
+    assert [i for part in range(parts) for i in share.py_func(tasks, (part, parts))] == list(range(tasks))
 
 
 EVERY_OP = """
@@ -781,7 +796,7 @@ def test_another_process_compiles_nothing(tmp_path):
 
     assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1").returncode == 0
     first = files()
-    assert len(first) >= 2 * 12
+    assert len(first) >= 2 * 12  # an index and the code
     assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2").returncode == 0
     assert files() == first
 
@@ -790,12 +805,12 @@ def test_code_is_kept_by_the_numbers_in_it(tmp_path):
     """One kernel's name, another constant: compiled for itself."""
     code = """
 import sys, numba, numpy
-from sdit_kernels.cpu.runtime import Kernel
+from sdit_kernels.cpu.runtime import Kernel, share
 def made(by):
     @numba.njit
     def twice(x): return 2 * x
-    def scale(x):
-        for i in numba.prange(1): x[0] = twice(x[0]) * by
+    def scale(part, x):
+        for i in share(1, part): x[0] = twice(x[0]) * by
     return Kernel(scale, "scale")
 x = numpy.ones(1)
 made(int(sys.stdin.readline()))(1, x)

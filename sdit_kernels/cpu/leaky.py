@@ -20,6 +20,7 @@ from .runtime import (  # fmt: skip
     load_input,
     num,
     prefetch,
+    share,
     state_code,
     store,
     store_output,
@@ -59,6 +60,7 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
     BLOCK = _BLOCK
 
     def leaky_forward(
+        part,
         T,
         R,
         C,
@@ -85,7 +87,7 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
     ):
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             n = min(BLOCK, C - c)
@@ -151,13 +153,13 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
         return zero if RESET == _ZERO and v > th else dh * k
 
     def leaky_backward(
-        T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t, gseq_r,
-        dx, dx_t, dx_r, dv, dv_r, dbeta, dth, beta_, beta, theta_, theta, alpha_,
+        part, T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t,
+        gseq_r, dx, dx_t, dx_r, dv, dv_r, dbeta, dth, beta_, beta, theta_, theta, alpha_,
     ):  # fmt: skip
         alpha, zero = num(alpha_, S), num(0.0, S)
         x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(groups * chunks):
+        for task in share(groups * chunks, part):
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)

@@ -26,6 +26,7 @@ from .runtime import (
     mul_add,
     num,
     prefetch,
+    share,
     sigmoid,
     state_code,
     store,
@@ -117,12 +118,12 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
     BLOCK = _BLOCK
 
     def lif_forward(
-        T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r,
+        part, T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r,
         r_, r, theta_, theta, reset_,
     ):  # fmt: skip
         vr = num(0.0 if ZERO else reset_, S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             n = min(BLOCK, C - c)
@@ -184,13 +185,13 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
         return dh * (num(1.0, S) - k)
 
     def lif_backward(
-        T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t, gseq_r,
-        dx, dx_t, dx_r, dv, dv_r, dr, dth, r_, r, theta_, theta, reset_, alpha_,
+        part, T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t,
+        gseq_r, dx, dx_t, dx_r, dv, dv_r, dr, dth, r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
         vr, alpha, zero = num(0.0 if ZERO else reset_, S), num(alpha_, S), num(0.0, S)
         x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(groups * chunks):
+        for task in share(groups * chunks, part):
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)
@@ -272,10 +273,10 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
     BLOCK = _BLOCK
     COUNTS = O == U8
 
-    def lif_rate_forward(T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
+    def lif_rate_forward(part, T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
         vr, zero, one, steps = num(0.0 if ZERO else reset_, S), num(0.0, S), num(1.0, S), num(float(T), S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             n = min(BLOCK, C - c)
@@ -322,7 +323,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     EXTRA = BLOCK if PARAMETERS else 1
 
     def lif_rate_backward(
-        T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
+        part, T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
         r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
         vr, alpha, zero, one, steps = (
@@ -333,7 +334,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
             num(float(T), S),
         )
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(groups * chunks):
+        for task in share(groups * chunks, part):
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)

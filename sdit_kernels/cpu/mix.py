@@ -13,7 +13,7 @@ import torch
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from .runtime import CODES, SIZES, Kernel, load, load_int, num, state_code, store
+from .runtime import CODES, SIZES, Kernel, load, load_int, num, share, state_code, store
 from .vector import LANES, fma, kind, vload, vset, vstore
 
 _LANES = 2 * LANES  # channels mixed at once
@@ -134,9 +134,9 @@ def _forward_kernel(X, O, NORM):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
-    def token_shift(rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
+    def token_shift(part, rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
         eps = num(eps_, S)
-        for task in numba.prange((rows + _RUN - 1) // _RUN):
+        for task in share((rows + _RUN - 1) // _RUN, part):
             before = work + task * 2 * C * sb
             now = before + C * sb
             for n in range(task * _RUN, min(rows, task * _RUN + _RUN)):
@@ -161,10 +161,10 @@ def _backward_kernel(X, O, NORM, PARAMETERS):
     V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
     def token_shift_backward(
-        rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
+        part, rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
     ):  # fmt: skip
         eps = num(eps_, S)
-        for task in numba.prange((rows + run - 1) // run):
+        for task in share((rows + run - 1) // run, part):
             before = work + task * 3 * C * sb
             now, d = before + C * sb, before + 2 * C * sb
             total = sums + task * M * C * sb
@@ -197,10 +197,10 @@ def _relu_squared_kernel(X):
     S, xb = state_code(X), SIZES[X]
     BLOCK = _BLOCK
 
-    def relu_squared(R, C, x, x_r, out, out_r):
+    def relu_squared(part, R, C, x, x_r, out, out_r):
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             source, target = x + (row * x_r + c) * xb, out + (row * out_r + c) * xb
@@ -217,10 +217,10 @@ def _relu_squared_backward_kernel(X):
     S, xb = state_code(X), SIZES[X]
     BLOCK = _BLOCK
 
-    def relu_squared_backward(R, C, g, g_r, x, x_r, dx, dx_r):
+    def relu_squared_backward(part, R, C, g, g_r, x, x_r, dx, dx_r):
         zero, two = num(0.0, S), num(2.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             upstream, source = g + (row * g_r + c) * xb, x + (row * x_r + c) * xb

@@ -5,13 +5,18 @@ plain pointers whose stack tiles cannot alias them, and bf16 needs no array type
 integer codes; the state type of a code is float64 for F64, else float32.
 """
 
+import ctypes
+import functools
 import math
 import os
+import sys
 import threading
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import llvmlite.binding
 import numba
 import numpy as np
 import torch
@@ -307,43 +312,122 @@ def _source_stamp() -> str:
 _STAMP = _source_stamp()
 STREAM = 8 << 20  # bytes of an output from which on it is written around the caches, which it would not fit
 _SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
-_launch_lock = None  # a lock where numba's workqueue layer serves, which aborts when two threads enter it
-_started = False  # numba's threads run in this process
-_forked = False  # ... or ran in a parent of it: a forked child must not enter them
+_forked = False  # this process was forked: OpenMP's threads do not survive that
 
 
 def _after_fork():
-    global _forked, _launch_lock
-    _forked = _started
-    _launch_lock = threading.Lock() if _launch_lock is not None else None
+    global _forked
+    _forked = True
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class Kernel:
-    """A numba function whose outermost loop is a ``prange``, compiled twice: serial, and parallel over that loop.
+# --- threads ----------------------------------------------------------------------------------------------------------------
 
-    The serial twin serves small tensors, one thread, and children forked after the threads were started. Each is compiled at
-    first use and cached on disk in a file of its own (``name`` holds the variant's flags), so that processes that compile
-    different variants at the same time cannot take each other's code.
+
+def _find_openmp() -> bool:
+    """Tell compiled code where the OpenMP library of torch is, so that one pool of threads serves torch and these kernels.
+
+    numba's own threads would be a second pool: each spins for a while when it has nothing to do, in the other's way.
+    """
+    library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+    try:
+        openmp = ctypes.CDLL(str(library))
+        found = {name: getattr(openmp, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
+    except (OSError, AttributeError):  # Windows, or a torch that runs on other threads
+        return False
+    for name, function in found.items():
+        llvmlite.binding.add_symbol(f"sdit_kernels_{name}", ctypes.cast(function, ctypes.c_void_p).value)
+    return True
+
+
+_OPENMP = _find_openmp()
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def share(tasks, part):
+    """The tasks of one thread: ``part`` is (its number, the number of threads)."""
+    i, n = part
+    return range(tasks * i // n, tasks * (i + 1) // n)
+
+
+@intrinsic
+def _run_team(typingctx, body, threads, args):
+    """Call body((i, n), *args) on every thread i of a team of OpenMP's, n threads in all."""
+    pair = types.UniTuple(types.int64, 2)
+    kinds = (pair, *args.types)
+    signature = body.get_call_type(typingctx, kinds, {})
+    i32, i64, pointer, void = _I32, _I64, ir.IntType(8).as_pointer(), ir.VoidType()
+
+    def codegen(context, builder, _, values):
+        def openmp(name, result, *arguments):
+            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), f"sdit_kernels_{name}")
+
+        compiled = body.dispatcher.get_compile_result(signature)
+        context.active_code_library.add_linking_library(compiled.library)
+        packed = cgutils.alloca_once_value(builder, values[2])
+        member = ir.Function(builder.module, ir.FunctionType(void, (pointer,)), builder.module.get_unique_name("member"))
+        member.linkage = "internal"
+        inside = ir.IRBuilder(member.append_basic_block())
+        numbers = [inside.call(openmp(f"omp_get_{name}", i32), ()) for name in ("thread_num", "num_threads")]
+        part = context.make_tuple(inside, pair, [inside.sext(number, i64) for number in numbers])
+        unpacked = inside.load(inside.bitcast(member.args[0], packed.type))
+        arguments = [part, *(inside.extract_value(unpacked, i) for i in range(len(args.types)))]
+        function = context.declare_function(builder.module, compiled.fndesc)
+        context.call_conv.call_function(inside, function, types.none, kinds, arguments)
+        inside.ret_void()
+        parallel = openmp("GOMP_parallel", void, pointer, pointer, i32, i32)
+        data = (builder.bitcast(x, pointer) for x in (member, packed))
+        builder.call(parallel, (*data, builder.trunc(values[1], i32), ir.Constant(i32, 0)))
+        return context.get_dummy_value()
+
+    return types.void(body, types.int64, args), codegen
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="sdit_kernels")
+
+
+class Kernel:
+    """A numba function whose first argument is ``part`` and whose outermost loop is over ``share(tasks, part)``.
+
+    One thread runs it alone, or as many as torch has run their parts of it. It is compiled at first use and cached on disk in a
+    file of its own (``name`` holds the variant's flags), so that processes that compile different variants at the same time
+    cannot take each other's code.
     """
 
     def __init__(self, function, name: str):
-        self._function, self._name = function, f"{name}_{_STAMP}"
-        self._serial = self._parallel = None
+        self._function, self._name = function, f"{name}_{_STAMP}" + ("" if _OPENMP else "_threads")
+        self._compiled = None
         self._lock = threading.Lock()
 
-    def _compile(self, parallel, args):
-        self._function.__name__ = self._function.__qualname__ = self._name + ("_parallel" if parallel else "")
+    def _compile(self, args):
         # Python's error model tests every divisor for zero, which stops the vectoriser.
-        options = dict(nogil=True, parallel=parallel, error_model="numpy")
-        signature = tuple(map(numba.typeof, args))
+        options = dict(nogil=True, error_model="numpy")
+        self._function.__name__ = self._function.__qualname__ = self._name
+        body = numba.njit(self._function, **options)
+
+        if _OPENMP:
+
+            def entry(part, *args):
+                if part[0] < 0:
+                    _run_team(body, part[1], args)
+                else:
+                    body(part, *args)
+        else:
+
+            def entry(part, *args):
+                body(part, *args)
+
+        entry.__name__ = entry.__qualname__ = self._name
+        signature = numba.typeof((0, 1)), numba.typeof(args)
         try:
-            compiled = numba.njit(self._function, cache=True, **options)
+            compiled = numba.njit(entry, cache=True, **options)
         except RuntimeError:  # numba found no folder it may write to
             _warn_uncached()
-            return numba.njit(self._function, **options)
+            return numba.njit(entry, **options)
         self._key(compiled)
         try:
             compiled.compile(signature)
@@ -360,37 +444,22 @@ class Kernel:
         compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
 
     def __call__(self, work: int, *args):
-        """``work`` in elementary steps decides between the twins."""
-        if work >= _SERIAL_BELOW and not _forked:
-            threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-            if threads > 1:
-                return self._run_parallel(threads, args)
-        if self._serial is None:
+        """``work`` in elementary steps decides whether one thread does it alone."""
+        if self._compiled is None:
             with self._lock:
-                self._serial = self._serial or self._compile(False, args)
-        self._serial(*args)
-
-    def _run_parallel(self, threads, args):
-        global _started, _launch_lock
-        if self._parallel is None:
-            with self._lock:
-                self._parallel = self._parallel or self._compile(True, args)
-        if not _started:
-            with _start_lock:
-                if not _started:
-                    numba.set_num_threads(threads)  # starts the threads
-                    if numba.threading_layer() == "workqueue":
-                        _launch_lock = threading.Lock()
-                    _started = True
-        numba.set_num_threads(threads)
-        if _launch_lock is None:
-            self._parallel(*args)
+                self._compiled = self._compiled or self._compile(args)
+        threads = 1 if work < _SERIAL_BELOW or _forked else torch.get_num_threads()
+        if threads == 1:
+            self._compiled((0, 1), *args)
+        elif _OPENMP:
+            self._compiled((-1, threads), *args)
         else:
-            with _launch_lock:
-                self._parallel(*args)
+            others = [_threads().submit(self._compiled, (i, threads), *args) for i in range(1, threads)]
+            self._compiled((0, threads), *args)
+            for other in others:
+                other.result()
 
 
-_start_lock = threading.Lock()
 _warned = False
 
 

@@ -10,7 +10,6 @@ by tile from the entry states in ``checkpoint``: both do the same operations in 
 
 import functools
 
-import numba
 import numpy as np
 import torch
 
@@ -18,7 +17,7 @@ from ..layout import TILE, spiking_tile
 from ..surrogate import SURROGATES
 from . import scan
 from .lif import _charge, _Parameters, _surrogate
-from .runtime import CODES, SIZES, Kernel, state_code, tile
+from .runtime import CODES, SIZES, Kernel, share, state_code, tile
 from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
 from .wkv import _address, _place
 
@@ -95,10 +94,10 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
         return ka, m, a, b
 
     def spiking_wkv_forward(
-        T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b, m0_l,
-        states, rows, field, keep, out, ybar1, lse1, m1, leak_, leaks, theta_, thetas, reset_,
+        part, T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b,
+        m0_l, states, rows, field, keep, out, ybar1, lse1, m1, leak_, leaks, theta_, thetas, reset_,
     ):  # fmt: skip
-        for task in numba.prange(B * blocks):
+        for task in share(B * blocks, part):
             batch = task // blocks
             begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
             membrane, counts, constants = tile(AREA, S), tile(COUNTS, S), tile(CONSTANTS, S)
@@ -217,12 +216,12 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         return ka, m, a, b
 
     def spiking_wkv_backward(
-        T, B, L, C, tokens, blocks, workers, work, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, m0, m0_b, m0_l,
-        states, rows, field, g, g_t, g_b, g_l, g_ybar, g_lse, g_m, dk, dv, dr, d_ybar, d_lse, d_m, dw, du, d_leak, d_theta,
-        leak_, leaks, theta_, thetas, reset_, alpha_,
+        part, T, B, L, C, tokens, blocks, workers, work, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, m0, m0_b,
+        m0_l, states, rows, field, g, g_t, g_b, g_l, g_ybar, g_lse, g_m, dk, dv, dr, d_ybar, d_lse, d_m, dw, du, d_leak,
+        d_theta, leak_, leaks, theta_, thetas, reset_, alpha_,
     ):  # fmt: skip
         area = tokens * ROW
-        for worker in numba.prange(workers):
+        for worker in share(workers, part):
             history = work + worker * (T * (FIELDS * area + 3 * ROW) + area) * sb
             carries = history + T * FIELDS * area * sb  # gradients of the tile's membranes
             adjoint = carries + area * sb  # P and Q of every step

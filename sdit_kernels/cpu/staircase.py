@@ -2,11 +2,10 @@
 
 import functools
 
-import numba
 import numpy as np
 import torch
 
-from .runtime import SIZES, Kernel, load, num, sigmoid, state_code, store, tile
+from .runtime import SIZES, Kernel, load, num, share, sigmoid, state_code, store, tile
 
 
 @functools.cache
@@ -15,10 +14,10 @@ def kernel(X, O, GATE):
     xb, ob = SIZES[X], SIZES[O]
     BLOCK = 1024
 
-    def lif_rate_staircase(R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, levels, edges, values):
+    def lif_rate_staircase(part, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, levels, edges, values):
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
-        for task in numba.prange(R * chunks):
+        for task in share(R * chunks, part):
             row = task // chunks
             c = (task - row * chunks) * BLOCK
             n = min(BLOCK, C - c)

@@ -11,13 +11,12 @@ The state and its arithmetic are those of cpu/scan.py.
 
 import functools
 
-import numba
 import numpy as np
 import torch
 
 from ..layout import TILE, wkv_rows
 from . import scan
-from .runtime import CODES, SIZES, Kernel, load_int, state_code, tile
+from .runtime import CODES, SIZES, Kernel, load_int, share, state_code, tile
 from .vector import (
     LANES,
     fma,
@@ -45,8 +44,8 @@ def _summary_kernel(X, lanes, BOTH):
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
 
-    def wkv_summary(segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, w_, ybar, lse, summary):
-        for task in numba.prange(count * blocks):
+    def wkv_summary(part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, w_, ybar, lse, summary):
+        for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
@@ -135,10 +134,10 @@ def _forward_kernel(X, lanes, GATE, BOTH):
         vstore(out, at, y / z, V)
 
     def wkv_forward(
-        segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, out, out_b, out_l, w_, u_, ybar, lse, ybar1, lse1,
-        keep, rows,
+        part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, out, out_b, out_l, w_, u_, ybar, lse, ybar1,
+        lse1, keep, rows,
     ):  # fmt: skip
-        for task in numba.prange(count * blocks):
+        for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
@@ -383,10 +382,10 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
     CONSTANTS = 1 if BOTH else (TILE + 2) * SUMS
 
     def wkv_backward(
-        segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse, g_ybar,
-        g_lse, adjoint, right_keep, dk, dv, dr, d_b, d_l, d_ybar, d_lse, dw, du,
+        part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse,
+        g_ybar, g_lse, adjoint, right_keep, dk, dv, dr, d_b, d_l, d_ybar, d_lse, dw, du,
     ):  # fmt: skip
-        for task in numba.prange(count * blocks):
+        for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
             batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
