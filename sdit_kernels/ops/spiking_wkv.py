@@ -257,8 +257,9 @@ def spiking_wkv(
 
     Args:
         time_decay, time_first, log_decay: as in :func:`wkv`, (C,).
-        k, v, r: (T, B, L, C), else as in :func:`wkv`: float32, float64, bfloat16 or float16; k = -inf masks a token. On a GPU
-            more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes the mean of stored spikes.
+        k, v, r: (T, B, L, C), else as in :func:`wkv`, r by position or by name: float32, float64, bfloat16 or float16;
+            k = -inf masks a token. On a GPU more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes
+            the mean of stored spikes.
         tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; tensors are scalars or (C,).
         scan_state: the scans' states before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data);
             None: no token yet.
