@@ -61,7 +61,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
     neuron = Neuron(*neuron)
     outputs = _outputs(k, rate, return_state, keep, backend)
     if k.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         _kernels(backend).spiking_wkv_forward(
@@ -303,7 +303,7 @@ def spiking_wkv(
     backend = "reference" if neuron is None else dispatch.choose(k.device.type)
     if backend == "reference":
         if k.device.type == "cpu" and _plain():
-            _check_values(tau_tensor, threshold_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
         return reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, log_decay=log_decay, scan_state=scan_state,
