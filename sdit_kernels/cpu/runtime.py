@@ -5,6 +5,7 @@ plain pointers whose stack tiles cannot alias them, and bf16 needs no array type
 integer codes; the state type of a code is float64 for F64, else float32.
 """
 
+import logging
 import math
 import os
 import threading
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
+
+from .. import dispatch
 
 F32, F64, BF16, F16, U8 = range(5)
 CODES = {
@@ -309,30 +312,55 @@ STREAM = 8 << 20  # bytes of an output from which on it is written around the ca
 _SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
 _launch_lock = None  # a lock where numba's workqueue layer serves, which aborts when two threads enter it
 _started = False  # numba's threads run in this process
-_forked = False  # ... or ran in a parent of it: a forked child must not enter them
+_lock = threading.Lock()  # held to compile, and to start the threads
 
 
 def _after_fork():
-    global _forked, _launch_lock
-    _forked = _started
-    _launch_lock = threading.Lock() if _launch_lock is not None else None
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held the old one
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+_SLOW = 2.0  # seconds of compiling after which a line says what the user waits for
+_LOG = logging.getLogger("sdit_kernels")
+
+
+class _Notice(event.Listener):
+    """Logs one line per process when a kernel compiles for longer than _SLOW. Loading code from disk starts no clock."""
+
+    said = False
+
+    def __init__(self, compiled):
+        self._compiled, self._timer = compiled, None
+
+    def on_start(self, event):
+        if event.data["dispatcher"] is self._compiled and not _Notice.said:
+            self._timer = threading.Timer(_SLOW, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_end(self, event):
+        if event.data["dispatcher"] is self._compiled and self._timer is not None:
+            self._timer.cancel()
+
+    def _say(self):
+        if not _Notice.said:
+            _Notice.said = True
+            _LOG.warning("sdit_kernels: compiling CPU kernels, seconds each; later processes load the compiled code from disk")
 
 
 class Kernel:
     """A numba function whose outermost loop is a ``prange``, compiled twice: serial, and parallel over that loop.
 
-    The serial twin serves small tensors, one thread, and children forked after the threads were started. Each is compiled at
-    first use and cached on disk in a file of its own (``name`` holds the variant's flags), so that processes that compile
-    different variants at the same time cannot take each other's code.
+    The serial twin serves small tensors, one thread, and forked children, in which no thread of the parent runs and OpenMP
+    would wait for them. Each is compiled at first use and cached on disk in a file of its own (``name`` holds the variant's
+    flags), so that processes that compile different variants at the same time cannot take each other's code.
     """
 
     def __init__(self, function, name: str):
         self._function, self._name = function, f"{name}_{_STAMP}"
         self._serial = self._parallel = None
-        self._lock = threading.Lock()
 
     def _compile(self, parallel, args):
         self._function.__name__ = self._function.__qualname__ = self._name + ("_parallel" if parallel else "")
@@ -343,13 +371,15 @@ class Kernel:
             compiled = numba.njit(self._function, cache=True, **options)
         except RuntimeError:  # numba found no folder it may write to
             _warn_uncached()
-            return numba.njit(self._function, **options)
-        self._key(compiled)
-        try:
-            compiled.compile(signature)
-        except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
-            compiled._cache.flush()
-            compiled.compile(signature)
+            compiled = numba.njit(self._function, **options)
+        else:
+            self._key(compiled)
+        with event.install_listener("numba:compile", _Notice(compiled)):
+            try:
+                compiled.compile(signature)
+            except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
+                compiled._cache.flush()
+                compiled.compile(signature)
         return compiled
 
     def _key(self, compiled):
@@ -361,22 +391,22 @@ class Kernel:
 
     def __call__(self, work: int, *args):
         """``work`` in elementary steps decides between the twins."""
-        if work >= _SERIAL_BELOW and not _forked:
+        if work >= _SERIAL_BELOW and not dispatch.forked:
             threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
             if threads > 1:
                 return self._run_parallel(threads, args)
         if self._serial is None:
-            with self._lock:
+            with _lock:
                 self._serial = self._serial or self._compile(False, args)
         self._serial(*args)
 
     def _run_parallel(self, threads, args):
         global _started, _launch_lock
         if self._parallel is None:
-            with self._lock:
+            with _lock:
                 self._parallel = self._parallel or self._compile(True, args)
         if not _started:
-            with _start_lock:
+            with _lock:
                 if not _started:
                     numba.set_num_threads(threads)  # starts the threads
                     if numba.threading_layer() == "workqueue":
@@ -390,7 +420,6 @@ class Kernel:
                 self._parallel(*args)
 
 
-_start_lock = threading.Lock()
 _warned = False
 
 
