@@ -7,6 +7,7 @@ an error.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 import threading
@@ -25,6 +26,17 @@ def _checked(name, where):
 def _from_environment():
     name = os.environ.get("SDIT_KERNELS_BACKEND")
     return _checked(name, "SDIT_KERNELS_BACKEND") if name else None
+
+
+forked = False  # this process was forked, without exec, from one that had imported the library
+
+
+def _after_fork():
+    global forked
+    forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Choice(threading.local):
@@ -98,6 +110,11 @@ def _cpu_obstacle(device: str) -> str | None:
         return f"it serves CPU tensors, not {device!r}; leave the choice out, or take 'reference'"
     if not _installed("numba"):
         return "numba is not installed; pip install numba, or take the slow path with SDIT_KERNELS_BACKEND=reference"
+    if importlib.import_module("numba").config.DISABLE_JIT:
+        return (
+            "NUMBA_DISABLE_JIT is set, so that numba compiles nothing; unset it, or run the plain PyTorch reference with "
+            "SDIT_KERNELS_BACKEND=reference"
+        )
     return None
 
 

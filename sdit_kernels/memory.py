@@ -92,7 +92,7 @@ def empty_strided(shape, stride, dtype: torch.dtype, like: Tensor) -> Tensor:
             except OSError:  # no memory left for one: torch says so better
                 pass
             else:
-                return torch.empty(0, dtype=dtype).set_(block.untyped_storage(), 0, shape, stride)
+                return torch.empty(0, dtype=dtype, device=like.device).set_(block.untyped_storage(), 0, shape, stride)
     return torch.empty_strided(shape, stride, dtype=dtype, device=like.device)
 
 

@@ -454,7 +454,7 @@ class _Parameters:
         if not wanted:
             return group, groups, None
         shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // _BACK),)
-        return group, groups, torch.empty((2, *shape), dtype=self._dtype)
+        return group, groups, torch.empty((2, *shape), dtype=self._dtype, device="cpu")
 
 
 def _address(t):

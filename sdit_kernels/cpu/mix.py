@@ -248,7 +248,7 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     B, L, C = x.shape
     last, placed = _placed(x, last)
     addresses = np.array([out.data_ptr() for out in outs])
-    work = torch.empty((-(-B * L // _RUN), 2, C), dtype=state_dtype(x.dtype))
+    work = torch.empty((-(-B * L // _RUN), 2, C), dtype=state_dtype(x.dtype), device=x.device)
     kernel = _forward_kernel(CODES[x.dtype], CODES[outs[0].dtype], norm_eps is not None)
     kernel(
         x.numel() * len(outs), B * L, L, C, len(outs), *placed, mixes.data_ptr(), addresses.ctypes.data, work.data_ptr(),
@@ -266,8 +266,8 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     run = max(_RUN, -(-B * L // _GROUPS))
     tasks = -(-B * L // run)
     state = state_dtype(x.dtype)
-    sums = torch.empty((tasks, M, C), dtype=state) if parameters else None
-    work = torch.empty((tasks, 3, C), dtype=state)
+    sums = torch.empty((tasks, M, C), dtype=state, device=x.device) if parameters else None
+    work = torch.empty((tasks, 3, C), dtype=state, device=x.device)
     kernel = _backward_kernel(CODES[x.dtype], CODES[gs[0].dtype], norm_eps is not None, parameters)
     kernel(
         2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, *gs[0].stride()[:2],

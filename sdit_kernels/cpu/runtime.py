@@ -7,6 +7,7 @@ integer codes; the state type of a code is float64 for F64, else float32.
 
 import ctypes
 import functools
+import logging
 import math
 import os
 import sys
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, event
 from numba.extending import intrinsic
+
+from .. import dispatch
 
 F32, F64, BF16, F16, U8 = range(5)
 CODES = {
@@ -312,15 +315,42 @@ def _source_stamp() -> str:
 _STAMP = _source_stamp()
 STREAM = 8 << 20  # bytes of an output from which on it is written around the caches, which it would not fit
 _SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
-_forked = False  # this process was forked: OpenMP's threads do not survive that
+_lock = threading.Lock()  # held to compile
 
 
 def _after_fork():
-    global _forked
-    _forked = True
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held the old one
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+_SLOW = 2.0  # seconds of compiling after which a line says what the user waits for
+_LOG = logging.getLogger("sdit_kernels")
+
+
+class _Notice(event.Listener):
+    """Logs one line per process when a kernel compiles for longer than _SLOW. Loading code from disk starts no clock."""
+
+    said = False
+
+    def __init__(self, compiled):
+        self._compiled, self._timer = compiled, None
+
+    def on_start(self, event):
+        if event.data["dispatcher"] is self._compiled and not _Notice.said:
+            self._timer = threading.Timer(_SLOW, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_end(self, event):
+        if event.data["dispatcher"] is self._compiled and self._timer is not None:
+            self._timer.cancel()
+
+    def _say(self):
+        if not _Notice.said:
+            _Notice.said = True
+            _LOG.warning("sdit_kernels: compiling CPU kernels, seconds each; later processes load the compiled code from disk")
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------------
@@ -401,7 +431,6 @@ class Kernel:
     def __init__(self, function, name: str):
         self._function, self._name = function, f"{name}_{_STAMP}" + ("" if _OPENMP else "_threads")
         self._compiled = None
-        self._lock = threading.Lock()
 
     def _compile(self, args):
         # Python's error model tests every divisor for zero, which stops the vectoriser.
@@ -427,13 +456,15 @@ class Kernel:
             compiled = numba.njit(entry, cache=True, **options)
         except RuntimeError:  # numba found no folder it may write to
             _warn_uncached()
-            return numba.njit(entry, **options)
-        self._key(compiled)
-        try:
-            compiled.compile(signature)
-        except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
-            compiled._cache.flush()
-            compiled.compile(signature)
+            compiled = numba.njit(entry, **options)
+        else:
+            self._key(compiled)
+        with event.install_listener("numba:compile", _Notice(compiled)):
+            try:
+                compiled.compile(signature)
+            except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
+                compiled._cache.flush()
+                compiled.compile(signature)
         return compiled
 
     def _key(self, compiled):
@@ -446,9 +477,9 @@ class Kernel:
     def __call__(self, work: int, *args):
         """``work`` in elementary steps decides whether one thread does it alone."""
         if self._compiled is None:
-            with self._lock:
+            with _lock:
                 self._compiled = self._compiled or self._compile(args)
-        threads = 1 if work < _SERIAL_BELOW or _forked else torch.get_num_threads()
+        threads = 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
         if threads == 1:
             self._compiled((0, 1), *args)
         elif _OPENMP:

@@ -52,6 +52,7 @@ def kernel(X, O, GATE):
 
 
 @functools.lru_cache(maxsize=256)
+@np.errstate(all="ignore")  # extreme numbers give infinities and NaN, which no comparison below lets pass
 def table(T, neuron, state, counts):
     """(levels, edges, values): lif_rate as a step function of its current, or None where it is not known to be one.
 
@@ -69,12 +70,14 @@ def table(T, neuron, state, counts):
         if edges and T // n == values[-1]:
             continue
         grown = 1 - (1 - float(r)) ** n if r else float(n)  # h after n steps is reset + grown * (x - reset)
+        if grown == 0:  # 1 - r rounds to 1
+            return None
         rise = float(theta) - float(reset)
         edge = float(reset) + rise / grown if neuron.decay_input else rise * (float(r) or 1.0) / grown
         slope = grown if neuron.decay_input else grown / (float(r) or 1.0)
         scale = max(abs(edge), abs(float(theta)), abs(float(reset)))
         reach = 16 * (n + 2) * scale * np.finfo(float_).eps / slope
-        if not abs(edge) > 0 or reach / np.spacing(float_(abs(edge))) > 1 << 15 or reach > abs(edge) / 4:
+        if not (abs(edge) > 0 and reach / np.spacing(float_(abs(edge))) <= 1 << 15 and reach <= abs(edge) / 4):
             return None
         near = np.asarray([edge], float_).view(int_) + np.arange(-int(1 << 15), (1 << 15) + 1, dtype=int_)
         x = near.view(float_)
@@ -84,10 +87,9 @@ def table(T, neuron, state, counts):
             h = v + (x - (v - reset)) * r if neuron.decay_input else v - (v - reset) * r + x
             fired |= h >= theta
             v = np.where(h >= theta, reset, h)
-        first = int(fired.argmax())
-        if fired[0] or not fired[first:].all():
+        if not fired.any() or fired[0] or not fired[fired.argmax() :].all():
             return None
-        edges.append(x[first])
+        edges.append(x[fired.argmax()])
         values.append(T // n)
     if any(b < a for a, b in zip(edges, edges[1:])):
         return None

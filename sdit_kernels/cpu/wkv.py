@@ -648,13 +648,13 @@ def wkv_forward(
     chunked = count > (sequences or k.shape[0])
     rows = wkv_rows(*k.shape[:2], sequences)
     if checkpoint is None and (chunked or bidirectional):
-        checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype)
+        checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype, device=w.device)
     (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(_place, (k, v, r, out))
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     blocks = _spread(count, C, lanes)
     work = out.numel()
     if chunked:
-        summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype)
+        summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype, device=w.device)
         _summary_kernel(X, lanes, bidirectional)(
             work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), _address(ybar), _address(lse),
             summary.data_ptr(),
@@ -689,8 +689,8 @@ def wkv_backward(
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     blocks = _spread(count, C, lanes)
     work = 4 * dk.numel()
-    dw, du = torch.empty((2, count, C), dtype=dtype)
-    right_keep = torch.empty((2, rows, C), dtype=dtype) if bidirectional else None
+    dw, du = torch.empty((2, count, C), dtype=dtype, device=w.device)
+    right_keep = torch.empty((2, rows, C), dtype=dtype, device=w.device) if bidirectional else None
 
     def launch(summary, adjoint):
         _backward_kernel(X, lanes, r is not None, bidirectional, summary)(
@@ -702,7 +702,7 @@ def wkv_backward(
 
     adjoint = None
     if chunked:
-        own, adjoint = torch.empty((2, sides, 2, count, C), dtype=dtype)
+        own, adjoint = torch.empty((2, sides, 2, count, C), dtype=dtype, device=w.device)
         launch(True, own)
         _adjoint_kernel(state_code(X), lanes, bidirectional)(
             0, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..layout import STRIDE
+from ..reference.lif import state_dtype
 from .lif import (
     _check_data,
     _check_flag,
@@ -43,9 +44,9 @@ def _check_beta(beta):
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
 
 
-def _check_values(beta, v_threshold):
+def _check_values(beta, v_threshold, dtype):
     """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
-    for p, check in ((beta, _check_beta), (v_threshold, _check_threshold)):
+    for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: _check_threshold(extreme, dtype))):
         if p is not None and p.numel():
             check(p.min().item())
             check(p.max().item())
@@ -65,7 +66,7 @@ def _leaky(x, v, beta, v_threshold, *rest):
     outputs = _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
-        _check_values(beta, v_threshold)
+        _check_values(beta, v_threshold, state_dtype(x.dtype))
     if x.numel():
         _kernels(backend).leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted)
     elif return_v:
@@ -208,18 +209,19 @@ def leaky(
     beta_value, beta_tensor = _check_parameter("beta", beta, x, channels)
     threshold_value, threshold_tensor = _check_parameter("v_threshold", v_threshold, x, channels)
     _check_beta(beta_value)
-    _check_threshold(threshold_value)
+    dtype = state_dtype(x.dtype)
+    _check_threshold(threshold_value, dtype)
     if reset not in RESETS:
         raise ValueError(f"reset must be one of {', '.join(map(repr, RESETS))}, got {reset!r}")
     for name, flag in (("reset_delay", reset_delay), ("return_v", return_v), ("return_v_seq", return_v_seq)):
         _check_flag(name, flag)
-    alpha = _check_surrogate(surrogate, alpha)
+    alpha = _check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         _warn_custom_surrogate()
     backend = "reference" if alpha is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            _check_values(beta_tensor, threshold_tensor)
+            _check_values(beta_tensor, threshold_tensor, dtype)
         return reference.leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
             return_v=return_v, return_v_seq=return_v_seq,

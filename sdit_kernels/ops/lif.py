@@ -118,23 +118,24 @@ def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_re
     tau_value, tau = _check_parameter("tau", tau, x, channels, data)
     threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels, data)
     _check_tau(tau_value, decay_input)
-    _check_threshold(threshold_value)
+    dtype = state_dtype(x.dtype)
+    _check_threshold(threshold_value, dtype)
     if v_reset is not None:
         if not _is_number(v_reset):
             raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
-        if not -math.inf < v_reset < math.inf:
-            raise ValueError(f"v_reset must be finite or None (soft reset), got {v_reset}")
+        if not _is_finite(v_reset, dtype):
+            raise ValueError(f"v_reset must be finite or None (soft reset), {_got(v_reset, dtype)}")
         v_reset = float(v_reset)
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
         _check_flag(name, flag)
-    alpha = _check_surrogate(surrogate, alpha)
+    alpha = _check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         return None, tau, v_threshold
     neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha)
     return neuron, tau, v_threshold
 
 
-def _check_surrogate(surrogate, alpha):
+def _check_surrogate(surrogate, alpha, dtype):
     """The sharpness; None for a user's own surrogate."""
     if callable(surrogate):
         if alpha is not None:
@@ -146,8 +147,8 @@ def _check_surrogate(surrogate, alpha):
         return SURROGATES[surrogate].alpha
     if not _is_number(alpha):
         raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be positive and finite, got {alpha}")
+    if not (alpha > 0 and _is_finite(alpha, dtype)):
+        raise ValueError(f"alpha must be positive and finite, {_got(alpha, dtype)}")
     return float(alpha)
 
 
@@ -156,12 +157,22 @@ def _check_tau(tau, decay_input):
         raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
 
 
-def _check_threshold(v_threshold):
-    if not -math.inf < v_threshold < math.inf:
-        raise ValueError(f"v_threshold must be finite, got {v_threshold}")
+def _is_finite(number, dtype):
+    limit = torch.finfo(dtype).max
+    return -limit <= number <= limit
 
 
-def _check_values(tau, v_threshold, decay_input):
+def _got(number, dtype):
+    """The end of an error message about a number that is not finite in ``dtype``, the type of the arithmetic."""
+    return f"got {number}" + (f", more than {dtype} holds" if math.isfinite(number) and not _is_finite(number, dtype) else "")
+
+
+def _check_threshold(v_threshold, dtype):
+    if not _is_finite(v_threshold, dtype):
+        raise ValueError(f"v_threshold must be finite, {_got(v_threshold, dtype)}")
+
+
+def _check_values(tau, v_threshold, decay_input, dtype=torch.float64):
     """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
     for p in (tau, v_threshold):
         if p is not None and p.numel():
@@ -169,7 +180,7 @@ def _check_values(tau, v_threshold, decay_input):
                 if p is tau:
                     _check_tau(extreme, decay_input)
                 else:
-                    _check_threshold(extreme)
+                    _check_threshold(extreme, dtype)
 
 
 _warned_of_custom_surrogate = False
@@ -217,7 +228,7 @@ def _lif(x, v, tau, v_threshold, *rest):
     outputs = _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
         _kernels(backend).lif_forward(x, v, tau, v_threshold, neuron, *wanted)
     elif return_v:
@@ -289,7 +300,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     neuron = Neuron(*neuron)
     out = _rate_output(x, residual, tau, v_threshold, return_counts)
     if x.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
         _kernels(backend).lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
     return out
@@ -525,7 +536,7 @@ def lif(
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            _check_values(tau_tensor, threshold_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
@@ -620,7 +631,7 @@ def lif_rate(
     backend = "reference" if neuron is None else dispatch.choose(x.device.type)
     if backend == "reference":
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            _check_values(tau_tensor, threshold_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,

@@ -61,7 +61,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
     neuron = Neuron(*neuron)
     outputs = _outputs(k, rate, return_state, keep, backend)
     if k.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input)
+        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         _kernels(backend).spiking_wkv_forward(
@@ -257,8 +257,9 @@ def spiking_wkv(
 
     Args:
         time_decay, time_first, log_decay: as in :func:`wkv`, (C,).
-        k, v, r: (T, B, L, C), else as in :func:`wkv`: float32, float64, bfloat16 or float16; k = -inf masks a token. On a GPU
-            more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes the mean of stored spikes.
+        k, v, r: (T, B, L, C), else as in :func:`wkv`, r by position or by name: float32, float64, bfloat16 or float16;
+            k = -inf masks a token. On a GPU more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes
+            the mean of stored spikes.
         tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; tensors are scalars or (C,).
         scan_state: the scans' states before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data);
             None: no token yet.
@@ -302,7 +303,7 @@ def spiking_wkv(
     backend = "reference" if neuron is None else dispatch.choose(k.device.type)
     if backend == "reference":
         if k.device.type == "cpu" and _plain():
-            _check_values(tau_tensor, threshold_tensor, decay_input)
+            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
         return reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, log_decay=log_decay, scan_state=scan_state,

@@ -288,7 +288,6 @@ _step_call_ = register(
 
 
 class _Options(TypedDict, total=False):
-    r: Tensor | None
     state: State | None
     bidirectional: bool
     log_decay: Tensor | None
@@ -303,6 +302,7 @@ def wkv(
     time_first: Tensor,
     k: Tensor,
     v: Tensor,
+    r: Tensor | None = ...,
     *,
     return_state: Literal[False] = ...,
     **options: "Unpack[_Options]",
@@ -313,6 +313,7 @@ def wkv(
     time_first: Tensor,
     k: Tensor,
     v: Tensor,
+    r: Tensor | None = ...,
     *,
     return_state: Literal[True],
     **options: "Unpack[_Options]",
@@ -323,6 +324,7 @@ def wkv(
     time_first: Tensor,
     k: Tensor,
     v: Tensor,
+    r: Tensor | None = ...,
     *,
     return_state: bool,
     **options: "Unpack[_Options]",
@@ -334,8 +336,8 @@ def wkv(
     time_first: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
     r: Tensor | None = None,
+    *,
     state: tuple[Tensor, Tensor] | None = None,
     return_state: bool = False,
     bidirectional: bool = False,
@@ -367,7 +369,7 @@ def wkv(
         k, v: keys and values, (B, L, C), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
             float64. k = -inf masks a token: it counts for nothing and gets no gradient. Where no token is visible the output
             is 0, and so are its gradients. k = +inf is not allowed.
-        r: receptance, logits of a gate on the output; as k.
+        r: receptance, logits of a gate on the output, by position or by name; as k.
         state: (ybar, lse), each (B, C), or (N, C) with ``cu_seqlens``; float32 (float64 for float64 data). None: no token yet.
         return_state: also return the state after the last token.
         bidirectional: let each token see those after it too; neither takes nor returns a state.
@@ -417,7 +419,7 @@ def wkv(
         if cu_seqlens is not None and k.device.type == "cpu" and _plain():
             _check_lengths(cu_seqlens, longest, k.shape[1])
         return reference.wkv(
-            time_decay, time_first, k, v, r=r, state=state, return_state=return_state, bidirectional=bidirectional,
+            time_decay, time_first, k, v, r, state=state, return_state=return_state, bidirectional=bidirectional,
             log_decay=log_decay, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, algorithm=algorithm,
         )  # fmt: skip
     keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)

@@ -277,8 +277,9 @@ def _decay(w_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
 
 @triton.jit
 def _parameters(w_ptr, u_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
-    """w and u log2(e)."""
+    """w and u log2(e), u greater than an empty state's exponent or -inf."""
     u = tl.load(u_ptr + cols, mask=mask, other=0.0).to(STATE)
+    u = tl.where((u < 0.1 * _NONE) & (u > -float("inf")), 0.1 * _NONE, u)
     return _decay(w_ptr, cols, mask, RAW, STATE), u * _LOG2E
 
 

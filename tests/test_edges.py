@@ -1,0 +1,201 @@
+"""Every op at the edges: unusual defaults of torch, extreme numbers, infinities, arguments given both ways."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdit_kernels import SURROGATES, backend, leaky, lif, lif_rate, spiking_wkv, token_shift, wkv
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = ["cpu", "triton", "reference"]
+
+
+def python(code, **environment):
+    """Run code in a process of its own, as users do: the tests' choice of a backend stays behind."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=300
+    )
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_gate_by_position_and_by_name(name):
+    k, v, r = torch.randn(3, 2, 1, 5, 4).unbind(0)
+    w, u = torch.randn(2, 4)
+    with backend(name):
+        assert torch.equal(wkv(w, u, k[:, 0], v[:, 0], r[:, 0]), wkv(w, u, k[:, 0], v[:, 0], r=r[:, 0]))
+        assert torch.equal(spiking_wkv(w, u, k, v, r), spiking_wkv(w, u, k, v, r=r))
+
+
+X = torch.tensor([0.0, 1.0, -3.0, 2.5, 1e3, 1e20, -1e20]).repeat(3, 1)
+EXTREMES = [dict(tau=t, v_reset=v) for t in (1.0, 1 + 1e-16, 1e8, 2e16, 1e38, 1e45, 1.7e308) for v in (0.0, None, -0.5)]
+EXTREMES += [dict(v_threshold=t, v_reset=v) for t in (0.0, -1.0, 1e-45, 5e-324, 3.4e38) for v in (0.0, None, -1e38, 5e-324)]
+EXTREMES += [dict(v_reset=v) for v in (1e38, 0.999999999)] + [dict(T=t) for t in (1, 255, 1000)]
+EXTREMES += [dict(surrogate=s, alpha=a) for s in SURROGATES for a in (1e-3, 1e3)]
+
+
+def outputs_and_gradients(name, function, *tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    with backend(name):
+        out = function(*leaves)
+        out = out if isinstance(out, tuple) else (out,)
+        return *out, *torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
+
+
+def assert_alike(found, wanted, what):
+    for i, (got, want) in enumerate(zip(found, wanted)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda m, i=i: f"{what}, {i}: {m}")
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.filterwarnings("error")
+def test_extreme_numbers(name, dtype):
+    """Numbers as great or small as the checks let pass: the outputs and gradients of the reference, no error, no warning."""
+    x = X.to(dtype)
+    for settings in EXTREMES:
+        for decay_input in (True, False):
+            neuron = {k: v for k, v in settings.items() if k != "T"} | dict(decay_input=decay_input)
+            for function, data in (
+                (lambda x, n=neuron: lif(x, return_v=True, **n), x),
+                (lambda x, n=neuron, s=settings: lif_rate(x, s.get("T", 4), **n), x[0]),
+            ):
+                found, wanted = (outputs_and_gradients(b, function, data) for b in (name, "reference"))
+                assert_alike(found, wanted, neuron)
+    for settings in (dict(beta=b, v_threshold=t) for b in (0.0, 1.0, 5e-324, 1 - 1e-16) for t in (0.0, 1e-45, 3e38, -3e38)):
+        found, wanted = (
+            outputs_and_gradients(b, lambda x, s=settings: leaky(x, return_v=True, **s), x) for b in (name, "reference")
+        )
+        assert_alike(found, wanted, settings)
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("first", [-math.inf, -1e38, -1e20, 0.0, 60.0, 1e20])
+def test_extreme_decay(name, dtype, first):
+    k, v = torch.randn(2, 1, 22, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    for decay in (-math.inf, -1e20, -88.0, -36.0, -1e-45, 0.0, 1.0):
+        w, u = torch.full((6,), decay, dtype=dtype), torch.full((6,), first, dtype=dtype)
+
+        def scan(k, v, w=w, u=u):
+            y, state = wkv(None, u, k, v, log_decay=w, return_state=True)
+            return y, *state
+
+        found, wanted = (outputs_and_gradients(b, scan, k, v) for b in (name, "reference"))
+        assert_alike(found, wanted, decay)
+
+
+@pytest.mark.parametrize("name", BACKENDS[:2])
+def test_extreme_norms_and_mixes(name):
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for eps in (1e-300, 1e-5, 1e30, 1e300):
+        for mix in (0.0, 1.0, 1e30, -1e30):
+
+            def shift(x, m, eps=eps, mix=mix):
+                return token_shift(x, m, norm_eps=eps)[0] / max(abs(mix), 1.0)
+
+            m = torch.full((6,), mix, dtype=torch.float64)
+            assert_alike(*(outputs_and_gradients(b, shift, x, m) for b in (name, "reference")), (eps, mix))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+@pytest.mark.parametrize("setting", ["v_threshold", "v_reset", "alpha"])
+def test_numbers_that_float32_cannot_hold(name, setting):
+    for number in (3.5e38, 1e300):
+        calls = [lambda n=number: lif(X, **{setting: n}), lambda n=number: lif_rate(X, **{setting: n})]
+        if setting != "v_reset":
+            calls.append(lambda n=number: leaky(X, beta=0.5, **{setting: n}))
+        if setting == "v_threshold":
+            calls.append(lambda n=number: lif(X, v_threshold=torch.tensor(n, dtype=torch.float64)))
+        for call in calls:
+            with backend(name), pytest.raises(ValueError, match=f"{setting} must be .*finite.*, got .*more than torch.float32"):
+                call()
+    with backend(name):
+        assert lif(X.double(), **{setting: 1e300}).shape == X.shape
+
+
+# --- processes --------------------------------------------------------------------------------------------------------------
+
+
+def test_numba_that_compiles_nothing():
+    """The error names the variable, the report says the same, and the way out that they name works."""
+    code = "import torch, sdit_kernels as K; print(K.lif(torch.full((4, 1), 1.5)).flatten().tolist())"
+    done = python(code, NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 1 and "RuntimeError" in done.stderr and "NUMBA_DISABLE_JIT is set" in done.stderr
+    report = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
+    assert "cannot be served: backend 'cpu': NUMBA_DISABLE_JIT is set" in python(report, NUMBA_DISABLE_JIT="1").stdout
+    done = python(code, NUMBA_DISABLE_JIT="1", SDIT_KERNELS_BACKEND="reference")
+    assert done.stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
+    assert python(code, NUMBA_DISABLE_JIT="0").stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
+
+
+FORKED = """
+import os, sys, torch
+import sdit_kernels as K
+from torch.utils.data import DataLoader
+
+torch.set_num_threads(2)
+before, generations = {before!r}, {generations}
+x = torch.empty(4, 64, 512)
+if "torch" in before:
+    x.fill_(3)  # wakes torch's threads
+else:
+    x.numpy()[:] = 3
+if "ours" in before:
+    K.lif(x)
+def child(n):
+    if n == 0:
+        s = K.lif(x, return_v_seq=True)[0]
+        return print(s.numpy().mean(), flush=True)
+    pid = os.fork()
+    if pid == 0:
+        child(n - 1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+child(generations)
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i): return float(K.lif(x).numpy().mean())
+if generations == 1:
+    print(sum(b.item() for b in DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")) / 2)
+"""
+
+
+@pytest.mark.parametrize("before", ["torch", "ours", "torch and ours", "neither"])
+@pytest.mark.parametrize("generations", [1, 2])
+def test_forked_children_run_serially(before, generations):
+    """OpenMP's threads do not survive a fork, whoever started them: a child that entered them would wait for ever."""
+    done = python(FORKED.format(before=before, generations=generations))
+    assert done.stdout.split() == ["1.0"] * (2 if generations == 1 else 1), done.stderr
+
+
+COMPILE = """
+import logging, torch
+import sdit_kernels.cpu.runtime as runtime
+from sdit_kernels import lif, relu_squared
+runtime._SLOW = {limit}
+{more}
+print(lif(torch.full((2, 3), 2.0)).sum().item(), relu_squared(torch.ones(3)).sum().item())
+"""
+
+
+def test_slow_compilation_says_so_once(tmp_path):
+    """One line where code is really compiled for longer than the limit; none when it is loaded, or when the logger is off."""
+
+    def lines(folder, limit=0.01, more=""):
+        done = python(COMPILE.format(limit=limit, more=more), NUMBA_CACHE_DIR=str(tmp_path / folder))
+        assert done.stdout.split() == ["6.0", "3.0"], done.stderr
+        return done.stderr.count("compiling CPU kernels")
+
+    assert lines("a") == 1
+    assert lines("a", limit=0.0) == 0  # from disk
+    assert lines("b", limit=100.0) == 0
+    assert lines("c", more="logging.getLogger('sdit_kernels').setLevel(logging.ERROR)") == 0
