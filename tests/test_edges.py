@@ -1,5 +1,7 @@
 """Every op at the edges: unusual defaults of torch, extreme numbers, infinities, arguments given both ways."""
 
+import ast
+import contextlib
 import math
 import os
 import subprocess
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdit_kernels import SURROGATES, backend, leaky, lif, lif_rate, spiking_wkv, token_shift, wkv
+import sdit_kernels
+from sdit_kernels import SURROGATES, backend, leaky, lif, lif_rate, nn, spiking_wkv, token_shift, wkv
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton", "reference"]
@@ -120,6 +123,117 @@ def test_numbers_that_float32_cannot_hold(name, setting):
                 call()
     with backend(name):
         assert lif(X.double(), **{setting: 1e300}).shape == X.shape
+
+
+# --- defaults of torch ------------------------------------------------------------------------------------------------------
+
+K, P = torch.randn(3, 4, 33, generator=torch.Generator().manual_seed(0)), torch.full((33,), 0.5)
+STATE = P.expand(3, 33), P.expand(3, 33)
+CALLS = {
+    "lif": lambda x, p: lif(3 * x, x[0], tau=1 + p, v_threshold=p, return_v=True, return_v_seq=True),
+    "lif, long": lambda x, p: lif(x.repeat(6, 1, 1), return_v=True),
+    "lif_rate": lambda x, p: lif_rate(x, 3, x, x, tau=1 + p),
+    "lif_rate, stairs": lambda x, p: lif_rate(x),
+    "leaky": lambda x, p: leaky(3 * x, x[0], beta=p, return_v=True, return_v_seq=True),
+    "relu_squared": lambda x, p: sdit_kernels.relu_squared(x),
+    "token_shift": lambda x, p: token_shift(x, p, 1 - p, norm_eps=1e-5, last=x[:, 0]),
+    "wkv": lambda x, p: flat(wkv(p, p, x, x, x, state=STATE, return_state=True)),
+    "wkv, chunked": lambda x, p: flat(
+        wkv(p, p, x.repeat(1, 99, 1), x.repeat(1, 99, 1), return_state=True, algorithm="chunked")
+    ),
+    "wkv, both ways": lambda x, p: wkv(p, p, x.repeat(1, 99, 1), x.repeat(1, 99, 1), bidirectional=True, algorithm="chunked"),
+    "wkv, packed": lambda x, p: wkv(p, p, x.reshape(1, 12, 33), x.reshape(1, 12, 33), cu_seqlens=ENDS),
+    "wkv_step": lambda x, p: flat(sdit_kernels.wkv_step(p, p, x[:, 0], x[:, 0])),
+    "wkv_state": lambda x, p: sdit_kernels.wkv_state_from_rwkv(*sdit_kernels.wkv_state_to_rwkv(x, x)),
+    "spiking_wkv": lambda x, p: flat(spiking_wkv(p, p, x[None], x[None], x[None], tau=1 + p, return_state=True)),
+    "spiking_wkv, rate": lambda x, p: spiking_wkv(p, p, x[None], x[None], rate=True),
+    "LIF": lambda x, p: MODULES["LIF"](x),
+    "ParametricLIF": lambda x, p: MODULES["ParametricLIF"](x),
+    "IF": lambda x, p: MODULES["IF"](x),
+    "LIFRate": lambda x, p: MODULES["LIFRate"](x),
+    "TimeMix": lambda x, p: MODULES["TimeMix"](x),
+    "ChannelMix": lambda x, p: MODULES["ChannelMix"](x),
+}
+ENDS = torch.tensor([0, 5, 12])
+MODULES = dict(
+    LIF=nn.LIF(),
+    ParametricLIF=nn.ParametricLIF(),
+    IF=nn.IF(),
+    LIFRate=nn.LIFRate(),
+    TimeMix=nn.TimeMix(33),
+    ChannelMix=nn.ChannelMix(33),
+)
+
+
+def flat(outputs):
+    """(a, (b, c)) as (a, b, c)."""
+    return tuple(t for o in outputs for t in (flat(o) if isinstance(o, tuple) else (o,)))
+
+
+@contextlib.contextmanager
+def defaults(device, dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("call", CALLS)
+def test_foreign_default_devices_and_dtypes(name, call):
+    """Forward and backward: what torch creates where nobody says on which device and of which dtype."""
+
+    def run():
+        for module in MODULES.values():
+            nn.reset(module)
+        x, p = K.clone().requires_grad_(), P.clone().requires_grad_()
+        parameters = list(MODULES[call].parameters()) if call in MODULES else [p]
+        with backend(name):
+            out = CALLS[call](x, p)
+            out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+            return *out, *torch.autograd.grad(out, [x, *parameters], [torch.ones_like(o) for o in out], allow_unused=True)
+
+    wanted = run()
+    for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("meta", torch.float32), ("meta", torch.bfloat16)):
+        with defaults(device, dtype):
+            found = run()
+        for got, want in zip(found, wanted):
+            assert (got is None) == (want is None), (device, dtype)
+            if want is not None:
+                assert got.dtype == want.dtype and got.device == want.device, (device, dtype)
+                assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), (device, dtype)
+
+
+def test_large_outputs_under_a_foreign_default_device():
+    """Those that come from the pool of blocks, which deterministic mode leaves alone."""
+    torch.use_deterministic_algorithms(False)
+    x = torch.full((4, 1 << 19), 3.0, requires_grad=True)
+    with defaults("meta", torch.float64):
+        s = lif(x)
+        (dx,) = torch.autograd.grad(s.sum(), x)
+    assert s.device.type == dx.device.type == "cpu" and (s == 1).all()
+
+
+def test_every_allocation_names_its_device():
+    """Scratch memory on the default device may be another device's: the kernel then writes to an address that is none."""
+    factories = "empty empty_strided zeros ones full tensor scalar_tensor arange linspace eye as_tensor rand randn randint"
+    package = ROOT / "sdit_kernels"
+    found = 0
+    for path in package.rglob("*.py"):
+        if (
+            path.name == "nn.py" or path.parent.name == "compat"
+        ):  # modules create parameters on the default device, as torch's do
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in factories.split():
+                if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+                    found += 1
+                    named = {keyword.arg for keyword in node.keywords}
+                    assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: torch.{node.func.attr} without both"
+    assert found > 20
 
 
 # --- processes --------------------------------------------------------------------------------------------------------------

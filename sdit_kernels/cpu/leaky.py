@@ -139,8 +139,9 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
         if not DELAY:
             through = through - (th if RESET == _SUBTRACT else h) * dv
             if RESET == _ZERO:
-                dh = dv * (one - fired + reset)
-        through = through * _surrogate(KIND, h - th, alpha, S)
+                dh = (dv if v > th else zero) if h > th else (dv + dv if v > th else dv)
+        slope = _surrogate(KIND, h - th, alpha, S)
+        through = zero if slope == zero else through * slope  # an infinite h is hidden by the reset
         dh = dh + through
         if PARAMETERS:
             store(sum_k, i, load(sum_k, i, S) + dh * left, S)

@@ -173,6 +173,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
         through = load_input(g, i, X) * slope  # what reaches h - th by way of the spike; few products wait for dv
         if not DETACH:
             through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
+        through = num(0.0, S) if slope == num(0.0, S) else through  # an infinite h is hidden by the reset
         dh = through + (dv if SOFT or not fired else num(0.0, S))
         if PARAMETERS:
             v = load(start, i, S) if first else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
@@ -381,7 +382,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                         elif SOFT:
                             q = -th
                         else:
-                            q = vr - h
+                            q = zero if slope == zero else vr - h  # an infinite h is hidden by the reset
                         leak = one - k
                         h_x = load(v_x, i, S) * leak + (k if DECAY else one)
                         ds = slope * h_x
@@ -406,7 +407,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 dxt = dx + (row * dx_r + c) * xb
                 for i in range(n):
                     gi = load(gt, i, O) / steps
-                    di = gi * load(s_x, i, S)
+                    si = load(s_x, i, S)
+                    di = zero if si == zero else gi * si
                     if GATE:
                         p = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
                         slope = load(x + (row * x_r + c) * xb, i, X) * p * (one - p)

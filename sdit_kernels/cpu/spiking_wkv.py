@@ -327,7 +327,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 through = ds  # what reaches the step function
                                 if not DETACH:
                                     through = ds + carry * (zero - th if SOFT else vr - h)
-                                dh = through * slope + (carry if SOFT else where_at_least(h, th, zero, carry))
+                                through = where_equal(slope, zero, zero, through * slope)  # the reset hides an infinite h
+                                dh = through + (carry if SOFT else where_at_least(h, th, zero, carry))
                                 if PARAMETERS:
                                     if t > 0:
                                         x = vload(here - FIELDS * area * sb, _H * lanes, W)
@@ -340,7 +341,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                         in_leak = in_leak + dh * (x - rest)
                                     else:
                                         in_leak = in_leak - dh * rest
-                                    in_th = in_th - through * slope
+                                    in_th = in_th - through
                                     if SOFT:
                                         in_th = in_th - where_at_least(h, th, carry, zero)
                                 carry = dh * (one - leak)

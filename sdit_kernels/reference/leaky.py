@@ -33,7 +33,7 @@ class _ZeroNow(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv):
         h, s, r = ctx.saved_tensors
-        return dv * (1 - s + r), -dv * h, None
+        return torch.where(s > r, 0.0, torch.where(s < r, dv + dv, dv)), -dv * h, None
 
 
 def leaky(

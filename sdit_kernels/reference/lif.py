@@ -11,7 +11,8 @@ from ..surrogate import SURROGATES
 
 
 class _Fire(torch.autograd.Function):
-    """s = 1 where z >= 0, else 0; the gradient is dS * derivative(z)."""
+    """s = 1 where z >= 0, else 0; the gradient is dS * derivative(z), and 0 where the derivative is 0, as at an infinite h: the
+    reset hides that h, and dS is infinite there."""
 
     generate_vmap_rule = True
 
@@ -27,7 +28,8 @@ class _Fire(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ds):
         (z,) = ctx.saved_tensors
-        return ds * ctx.derivative(z), None
+        slope = ctx.derivative(z)
+        return torch.where(slope == 0, 0.0, ds * slope), None
 
 
 class _HardReset(torch.autograd.Function):
@@ -47,7 +49,7 @@ class _HardReset(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv):
         h, s = ctx.saved_tensors
-        return dv * (1 - s), dv * (ctx.v_reset - h), None
+        return torch.where(s > 0, 0.0, dv), dv * (ctx.v_reset - h), None
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -141,8 +141,9 @@ def leaky_backward_kernel(
                 if not DELAY:
                     through -= carry * (th if RESET == 0 else h)
                     if RESET == 1:
-                        dh = carry * (1.0 - fired + reset)
-                through = through * surrogate_derivative(h - th, a, KIND)
+                        dh = tl.where(h > th, tl.where(before > th, carry, 0.0), tl.where(before > th, carry + carry, carry))
+                slope = surrogate_derivative(h - th, a, KIND)
+                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
                 dh = dh + through
                 if dbeta_ptr is not None:
                     sum_beta += tl.where(m, dh * left, 0.0) if LONG else dh * left

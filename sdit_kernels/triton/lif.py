@@ -53,7 +53,7 @@ def surrogate_derivative(z, alpha, KIND: tl.constexpr):
         q = alpha * z
         return _INVERSE_ROOT_PI * alpha * tl.exp(-q * q)
     elif KIND == 7:
-        return tl.where(m < 0.5 / alpha, alpha, 0.0) + z * 0.0
+        return tl.where(m < 0.5 / alpha, alpha, 0.0)
     else:
         q = 1.0 + alpha * m
         return 1.0 / (q * q)
@@ -215,12 +215,13 @@ def lif_backward_kernel(
                 through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # reaches the step function
                 if not DETACH:
                     through += carry * (-th if SOFT else reset - h)
-                dh = through * slope + (carry if SOFT else tl.where(fired, 0.0, carry))
+                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
+                dh = through + (carry if SOFT else tl.where(fired, 0.0, carry))
                 if dr_ptr is not None:
                     before = _reset_at(hs[k - 1], hs[k - 1] - th, reset, SOFT) if k > 0 else start
                     rest = before if SOFT else before - reset
                     sum_r += tl.where(m, dh * (xs[k].to(STATE) - rest if DECAY else -rest), 0.0)
-                    d_theta = through * slope
+                    d_theta = through
                     if SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)
@@ -318,7 +319,10 @@ def _rate_step(
     h, rest = _charge(current, v, r_, reset, SOFT, DECAY)
     fired = h >= th
     slope = surrogate_derivative(h - th, a, KIND)
-    q = tl.zeros_like(h) if DETACH else (tl.zeros_like(h) - th if SOFT else reset - h)
+    if DETACH:
+        q = tl.zeros_like(h)
+    else:
+        q = tl.zeros_like(h) - th if SOFT else tl.where(slope == 0.0, 0.0, reset - h)  # the reset hides an infinite h
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if DECAY else 1.0)
     ds, v_x = _tangent(v_x, h_x, h_x, slope, fired, q, SOFT)
@@ -364,7 +368,7 @@ def lif_rate_backward_kernel(
             for _ in range(T):
                 state = _rate_step(state, current, r_, th, reset, a, PARAMETERS, SOFT, DECAY, DETACH, KIND)
             g = g / T
-        d = g * state[2]
+        d = tl.where(state[2] == 0.0, 0.0, g * state[2])
         if gate_ptr is not None:
             dgate = (d * x * p * (1.0 - p)).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + first + rows * dgate_r + cols, dgate, mask=mask)

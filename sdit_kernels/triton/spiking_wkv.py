@@ -276,10 +276,11 @@ def spiking_wkv_backward_kernel(
                     through += g * (1.0 / T) if RATE else g
                 if not DETACH:
                     through += carry * (-th if SOFT else reset - h)
-                dh = through * slope + (carry if SOFT else tl.where(fired, 0.0, carry))
+                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
+                dh = through + (carry if SOFT else tl.where(fired, 0.0, carry))
                 if d_leak_ptr is not None:
                     sum_leak += tl.where(m, dh * apart, 0.0)
-                    d_theta = through * slope
+                    d_theta = through
                     if SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)
