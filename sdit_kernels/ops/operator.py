@@ -3,6 +3,8 @@
 torch.library.register_autograd would cost 60 us a call more than what is here, and functorch refuses it.
 """
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -11,6 +13,9 @@ from .. import nvtx
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+# torch.jit.trace warns of every shape that the argument checks compare; none of these decides what the graph computes.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(ops|nn)\b")
 
 
 def _looped(operator, n, dims, tensors, rest):
@@ -77,6 +82,48 @@ def _no_forward_mode(ctx, *_):
     )
 
 
+def _explain_freed_graph(gradient):
+    """Name reset(net) where autograd finds saved tensors freed: the usual cause is a membrane carried over from earlier."""
+
+    def backward(ctx, *upstream):
+        try:
+            return gradient(ctx, *upstream)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: the backward pass reached an earlier call of an op of "
+                "sdit_kernels, whose saved tensors are freed. If a neuron's membrane led there, call "
+                "sdit_kernels.nn.reset(net) before each new batch, or sdit_kernels.nn.detach(net) after each backward pass "
+                "to keep the membrane; if not, call the first backward pass with retain_graph=True"
+            ) from error
+
+    return backward
+
+
+def _refuse_onnx(name):
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            f"sdit_kernels::{name} has no ONNX operator: run torch.onnx.export under sdit_kernels.backend('reference'), "
+            "whose plain PyTorch operations have"
+        )
+
+
+def refuse_proxy(value):
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx.symbolic_trace cannot trace sdit_kernels, whose ops need tensors, not proxies: use torch.export or "
+            "make_fx, or keep the call whole with torch.fx.wrap (an op) or Tracer.is_leaf_module (a module)"
+        )
+
+
+def refuse_script(*_):
+    """For ``__prepare_scriptable__``, which torch.jit.script calls before it compiles a function or a module."""
+    raise RuntimeError(
+        "torch.jit.script cannot compile sdit_kernels: use torch.jit.trace, whose graph records the operators, or torch.export"
+    )
+
+
 def register(
     schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None, flatten=False, loop=None, mutates=()
 ):  # fmt: skip
@@ -87,14 +134,19 @@ def register(
     save(ctx, inputs, outputs), gradient(ctx, *upstream): as in autograd.Function; without them a derivative is refused.
     """
     name = schema.partition("(")[0]
-    save, gradient = save or _nothing, gradient or _no_second_derivative
+    save, gradient = save or _nothing, _explain_freed_graph(gradient) if gradient else _no_second_derivative
     implementation = nvtx.range(name).untraced(implementation)
     _LIBRARY.define(schema)
     operator = getattr(torch.ops.sdit_kernels, name).default
     below = torch._C._AutoDispatchBelowAutograd
     _LIBRARY.impl(name, implementation, "CPU")
     _LIBRARY.impl(name, implementation, "CUDA")
-    torch.library.register_fake(f"sdit_kernels::{name}", fake, lib=_LIBRARY)
+
+    def fake_unless_onnx(*args):
+        _refuse_onnx(name)
+        return fake(*args)
+
+    torch.library.register_fake(f"sdit_kernels::{name}", fake_unless_onnx, lib=_LIBRARY)
     arguments = [argument.name for argument in operator._schema.arguments]
     sums = arguments.index("parameters") if "parameters" in arguments else None
     rule = _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
@@ -164,6 +216,9 @@ def register(
 
     def call(*args):
         if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch._C._is_tracing():  # torch.jit.trace: sizes and addresses are tensors
+            _refuse_onnx(name)
             return operator(*args)
         if torch._C._are_functorch_transforms_active():
             return operator(*args) if mutates else Functorch.apply(*args)
