@@ -217,6 +217,15 @@ def test_memory_that_holds_the_negative(name, gradient):
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_a_second_backward_pass_names_the_way_out(name):
+    loss = CALLS[name](torch.randn(3, 4, 5, requires_grad=True)).sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    with pytest.raises(RuntimeError, match=r"graph a second time.*reset\(net\).*detach\(net\).*retain_graph=True"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_is_refused(name):
     """With and without gradients enabled, which are another thing."""
     with torch.autograd.forward_ad.dual_level():

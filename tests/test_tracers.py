@@ -181,6 +181,14 @@ def test_a_traced_graph_has_gradients(name):
         assert a is b is None or torch.equal(a, b)
 
 
+def test_a_traced_graph_of_packed_sequences_replays_on_other_lengths():
+    k, v = data([(1, 8, C)] * 2)
+    traced = torch.jit.trace(lambda k, v, ends: wkv(ONE, ONE, k, v, cu_seqlens=ends), (k, v, torch.tensor([0, 3, 8])))
+    for ends in ([0, 3, 8], [0, 1, 1, 8], [0, 8]):
+        ends = torch.tensor(ends)
+        assert torch.equal(traced(k, v, ends), wkv(ONE, ONE, k, v, cu_seqlens=ends))
+
+
 def test_a_traced_network_can_be_saved_and_loaded():
     torch.manual_seed(0)
     net = torch.nn.Sequential(nn.OverTime(torch.nn.Linear(C, C)), nn.ParametricLIF(), nn.LIFRate(), nn.TimeMix(C))
