@@ -3,11 +3,12 @@
 Letters: B batch, T simulation steps, L tokens, C channels.
 """
 
-from . import nn
+from . import nn as nn  # no name of __all__: with * it would replace torch's nn
 from .dispatch import backend
 from .ops.leaky import leaky
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
+from .ops.operator import refuse_script as _refuse_script
 from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .surrogate import SURROGATES
@@ -19,7 +20,6 @@ __all__ = [
     "leaky",
     "lif",
     "lif_rate",
-    "nn",
     "relu_squared",
     "token_shift",
     "spiking_wkv",
@@ -29,3 +29,7 @@ __all__ = [
     "wkv_step",
     "wkv_step_",
 ]
+
+for _name in __all__:
+    if _name not in ("SURROGATES", "backend"):
+        globals()[_name].__prepare_scriptable__ = _refuse_script

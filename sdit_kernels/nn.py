@@ -6,6 +6,7 @@ DistributedDataParallel would overwrite it with the membrane of rank 0 in every 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,10 +14,11 @@ from torch import Tensor
 from .dispatch import backend
 from .ops.lif import _check_data, lif, lif_rate
 from .ops.mix import autocast_dtype, relu_squared, token_shift
+from .ops.operator import refuse_proxy, refuse_script
 from .ops.wkv import wkv
 from .reference.lif import state_dtype
 
-__all__ = ["IF", "LIF", "ChannelMix", "LIFRate", "ParametricLIF", "TimeMix", "detach", "reset"]
+__all__ = ["IF", "LIF", "ChannelMix", "LIFRate", "OverTime", "ParametricLIF", "TimeMix", "detach", "reset"]
 
 
 class _Neuron(torch.nn.Module):
@@ -24,6 +26,7 @@ class _Neuron(torch.nn.Module):
 
     _settings: tuple[str, ...] = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
     _shown: tuple[str, ...] = _settings
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, **settings):
         super().__init__()
@@ -48,6 +51,24 @@ class _Neuron(torch.nn.Module):
             return f"{type(value).__name__}{tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
         return ", ".join(f"{name}={show(getattr(self, name))}" for name in self._shown)
+
+
+class _Context(NamedTuple):
+    """The torch.jit.trace or the transform of torch.func in which a membrane was made. The membrane does not outlive it."""
+
+    trace: object | None
+    layer: Tensor | None  # functorch marks it as dead when the transform ends
+    before: tuple  # v and v_seq when the trace began
+
+
+def _context(v, before):
+    """The context of a new membrane v, None for an ordinary call."""
+    functorch, layer = torch._C._functorch, None
+    if functorch.is_functorch_wrapped_tensor(v):
+        layer = functorch._wrap_for_grad(functorch.get_unwrapped(v), functorch.maybe_get_level(v))
+    elif not torch._C._is_tracing():
+        return None
+    return _Context(torch._C._get_tracing_state(), layer, before)
 
 
 class _Stateful(_Neuron):
@@ -85,10 +106,13 @@ class _Stateful(_Neuron):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
+            refuse_proxy(x)
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         single = self.step_mode == "s"
         if single:
             x = x.unsqueeze(0)
+        eager = not torch.compiler.is_compiling()
+        before = self._leave_context(x) if eager else None
         v = self.v
         if isinstance(v, (int, float)):
             v = torch.full(x.shape[1:], v, dtype=state_dtype(x.dtype), device=x.device)
@@ -99,11 +123,31 @@ class _Stateful(_Neuron):
                 f"v, the membrane carried over from earlier calls, has shape {tuple(v.shape)}, and x asks for "
                 f"{tuple(x.shape[1:])}; call reset() before data of another shape"
             )
-        elif v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
+        elif v is not None and eager and v.is_inference() and not torch.is_inference_mode_enabled():
             v = v.clone()  # autograd refuses a membrane that inference_mode made
         out = lif(x, v, **self._arguments(x), return_v=True, return_v_seq=self.store_v_seq)
         s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
+        if eager and (context := _context(self.v, before)):
+            self.v.context = context  # type: ignore[union-attr]
         return s.squeeze(0) if single else s
+
+    def _leave_context(self, x):
+        """Refuse a membrane that has no values any more. Forget a membrane of a trace that has ended: torch.jit.trace records a
+        module twice to check its graph, and both must start alike. Returns v and v_seq from when the current trace began."""
+        context, fake_mode = getattr(self.v, "context", None), getattr(self.v, "fake_mode", None)
+        if (fake_mode is not None and fake_mode is not getattr(x, "fake_mode", None)) or (
+            context is not None and context.layer is not None and torch._C._functorch.is_dead_tensor_wrapper(context.layer)
+        ):
+            raise RuntimeError(
+                "v, the membrane carried over from an earlier call, has no values here: it was made inside a transform of "
+                "torch.func (vmap, grad, ...) or under a FakeTensorMode (make_fx, ...) that has ended; call reset() before "
+                "this call"
+            )
+        if context is not None:
+            if context.trace is torch._C._get_tracing_state():
+                return context.before
+            self.v, self.v_seq = context.before
+        return self.v, self.v_seq
 
     def _map_state(self, fn):
         for name in self._state:
@@ -154,7 +198,8 @@ class LIF(_Stateful):
             and for an x of another shape than the membrane's.
 
     A membrane that outlives a call does not go together with torch.utils.checkpoint, which calls the module twice: reset within
-    the checkpointed function.
+    the checkpointed function. A transform of torch.func (vmap, grad, ...) leaves a membrane without values: reset after it.
+    torch.jit.trace records the membrane of that moment as a constant: reset before it.
 
     Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose LIFNode this equals.
 
@@ -351,6 +396,74 @@ class LIFRate(_Neuron):
         return lif_rate(x, self.T, residual, gate, **self._arguments(x))
 
 
+class OverTime(torch.nn.Sequential):
+    r"""Apply stateless modules to every time step at once: fold (T, B, ...) to (T*B, ...), call them, unfold the output.
+
+    ::
+
+        y[t, b] = module(x)[t, b] = module(x.reshape(T*B, ...)).reshape(T, B, ...)[t, b]
+
+    Use it between neurons for modules without a time axis, for example Conv2d or BatchNorm, whose statistics are then over T
+    and B. A module must not depend on earlier time steps: neurons stand outside.
+
+    Args:
+        modules: called one after the other, as in ``torch.nn.Sequential``; the state_dict keys are the same too.
+
+    Shape:
+        x: (T, B, ...), any strides. Output: (T, B, ...), or a tuple or list of tensors with these axes.
+
+    Raises:
+        TypeError: x, or an output, is not a tensor. ValueError: a module keeps a membrane between calls; x has fewer than two
+            axes; an output's first axis is not T*B.
+
+    Source: SpikingJelly's SeqToANNContainer does the same.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import LIF, OverTime
+        >>> net = torch.nn.Sequential(OverTime(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8)), LIF())
+        >>> net(torch.rand(4, 32, 3)).shape
+        torch.Size([4, 32, 8])
+    """
+
+    __prepare_scriptable__ = refuse_script
+
+    def add_module(self, name: str, module: torch.nn.Module | None) -> None:
+        for inner in [] if module is None else module.modules():
+            if _is_stateful(inner):
+                raise ValueError(
+                    f"OverTime takes stateless modules, got {type(inner).__name__}, which needs the time axis: put it after "
+                    "OverTime, as in Sequential(OverTime(Linear(3, 8)), LIF())"
+                )
+        super().add_module(name, module)
+
+    def forward(self, x: Tensor):
+        if not isinstance(x, Tensor):
+            refuse_proxy(x)
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() < 2:
+            raise ValueError(f"x must have axes for time and batch, (T, B, ...), got {tuple(x.shape)}")
+        return _unfold(super().forward(x.flatten(0, 1)), x.shape[:2])
+
+
+def _is_stateful(module):
+    """Neurons of this file and of SpikingJelly have a step mode and a reset, snnTorch's a reset_mem."""
+    return hasattr(module, "reset") and hasattr(module, "step_mode") or hasattr(module, "reset_mem")
+
+
+def _unfold(y, steps):
+    if isinstance(y, (tuple, list)):
+        unfolded = [_unfold(part, steps) for part in y]
+        return type(y)(*unfolded) if hasattr(y, "_fields") else type(y)(unfolded)
+    if not isinstance(y, Tensor):
+        raise TypeError(f"the modules of OverTime must return tensors, or tuples of tensors, got {type(y).__name__}")
+    if y.dim() == 0 or y.shape[0] != steps[0] * steps[1]:
+        raise ValueError(
+            f"the modules of OverTime must keep the first axis, {steps[0] * steps[1]} = T*B, got an output of {tuple(y.shape)}"
+        )
+    return y.unflatten(0, steps)
+
+
 def _linear(inputs, outputs):
     return torch.nn.Linear(inputs, outputs, bias=False)
 
@@ -366,6 +479,8 @@ def _last(x, last):
 
 class _Mix(torch.nn.Module):
     """What TimeMix and ChannelMix share: their place in the network, which sets initial values; norm; neuron and residual."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, channels, layer, layers, norm_eps, neuron):
         super().__init__()
@@ -492,12 +607,13 @@ class TimeMix(_Mix):
             linear.reset_parameters()
         self._reset_mixes()
 
-    def forward(self, x: Tensor, state=None, return_state: bool = False, *, residual: Tensor | None = None):
+    def forward(self, x: Tensor, state=None, return_state: bool = False, residual: Tensor | None = None):
+        self._check_call(x, residual)
+        return_state = bool(return_state)  # the older ONNX exporter passes a tensor
         if self.bidirectional and (state is not None or return_state):
             raise ValueError("a bidirectional TimeMix sees the whole sequence: it takes and returns no state")
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
             raise TypeError("state must be None or what an earlier call returned, (last token, (ybar, lse))")
-        self._check_call(x, residual)
         last, scan = (None, None) if state is None else state
         y = self.scan(*self.project(x, last), scan, return_state)
         y, scan = y if return_state else (y, None)
@@ -590,7 +706,7 @@ class ChannelMix(_Mix):
             linear.reset_parameters()
         self._reset_mixes()
 
-    def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False, *, residual: Tensor | None = None):
+    def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False, residual: Tensor | None = None):
         self._check_call(x, residual)
         if state is not None and not isinstance(state, Tensor):
             raise TypeError(f"state must be None or what an earlier call returned, the last token, got {type(state).__name__}")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import sdit_kernels.nn
 from sdit_kernels import backend, dispatch, lif, lif_rate
-from sdit_kernels.nn import IF, LIF, ChannelMix, LIFRate, ParametricLIF, TimeMix, detach, reset
+from sdit_kernels.nn import IF, LIF, ChannelMix, LIFRate, OverTime, ParametricLIF, TimeMix, detach, reset
 
 STATEFUL = [LIF, IF, ParametricLIF]
 on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -408,6 +408,155 @@ def test_reset_and_detach_reach_every_neuron_of_a_network_and_nothing_else():
     assert net(data(4, 7, 3)).shape == (4, 7, 3)
     reset(torch.compile(net))
     assert all(n.v is None for n in neurons)
+
+
+@pytest.mark.parametrize("mode", ["m", "s"])
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_a_forgotten_reset_is_named_where_autograd_finds_the_graph_of_the_last_call_freed(kind, mode):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), kind(step_mode=mode), torch.nn.Linear(3, 3))
+    x = data(*((4, 2, 3) if mode == "m" else (2, 3)))
+    net(x).sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"backward through the graph a second time.*call sdit_kernels.nn.reset\(net\)"
+    ) as caught:
+        net(x).sum().backward()
+    assert "saved tensors after they have already been freed" in str(caught.value.__cause__)
+    for mend in (reset, detach):
+        mend(net)
+        net(x).sum().backward()
+
+
+def test_two_backward_passes_of_one_call_are_told_of_retain_graph():
+    loss = LIF()(data(4, 3).requires_grad_()).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+
+
+# --- OverTime ---------------------------------------------------------------------------------------------------------------
+
+
+def over_time():
+    torch.manual_seed(0)
+    return OverTime(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8))
+
+
+@pytest.mark.parametrize("T, B", [(4, 32), (1, 5), (3, 1), (0, 2)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_over_time_is_its_modules_at_every_step(T, B, contiguous):
+    x = data(T, B, 3) if contiguous else data(B, 3, T).permute(2, 0, 1)
+    module = OverTime(torch.nn.Linear(3, 8), torch.nn.GELU())
+    x.requires_grad_()
+    found = module(x)
+    wanted = torch.stack([module[1](module[0](x_t)) for x_t in x]) if T else torch.empty(0, B, 8)
+    torch.testing.assert_close(found, wanted)
+    if T:
+        g = data(T, B, 8, seed=1)
+        for a, b in zip(*(torch.autograd.grad(y, [x, *module.parameters()], g) for y in (found, wanted))):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_statistics_of_a_norm_over_time_are_over_steps_and_batch():
+    net, x = torch.nn.Sequential(over_time(), LIF()), data(4, 32, 3)
+    assert net(x).shape == (4, 32, 8)
+    linear, norm = net[0]
+    flat = torch.nn.functional.linear(x.reshape(128, 3), linear.weight, linear.bias)
+    torch.testing.assert_close(norm.running_mean, 0.1 * flat.mean(0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * flat.var(0))
+    assert list(net.state_dict()) == [
+        "0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias", "0.1.running_mean", "0.1.running_var", "0.1.num_batches_tracked",
+    ]  # fmt: skip
+
+
+def test_over_time_of_images_and_of_modules_that_return_several_tensors():
+    assert OverTime(torch.nn.Conv2d(3, 8, 3))(data(4, 2, 3, 6, 6)).shape == (4, 2, 8, 4, 4)
+    attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+
+    class Attends(torch.nn.Module):
+        def forward(self, x):
+            return attention(x, x, x)
+
+    y, weights = OverTime(Attends())(data(3, 2, 5, 4))
+    assert y.shape == (3, 2, 5, 4) and weights.shape == (3, 2, 5, 5)
+    found = OverTime(torch.nn.AdaptiveMaxPool1d(2, return_indices=True))(data(3, 2, 5, 4))
+    assert isinstance(found, tuple) and all(t.shape == (3, 2, 5, 2) for t in found)
+
+    class Largest(torch.nn.Module):
+        def forward(self, x):
+            return [x, x.max(-1)]
+
+    x = data(3, 2, 5)
+    same, largest = OverTime(Largest())(x)
+    assert torch.equal(same, x) and torch.equal(largest.values, x.max(-1).values) and largest.indices.shape == (3, 2)
+
+
+class Returns(torch.nn.Module):
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, x):
+        return self.value
+
+
+@pytest.mark.parametrize(
+    ("modules", "x", "error", "message"),
+    [
+        ([], [1.0], TypeError, "x must be a tensor, got list"),
+        ([], data(4), ValueError, "x must have axes for time and batch, (T, B, ...), got (4,)"),
+        ([Returns(None)], data(4, 2, 3), TypeError, "must return tensors, or tuples of tensors, got NoneType"),
+        ([Returns(data(4, 2))], data(4, 2, 3), ValueError, "must keep the first axis, 8 = T*B, got an output of (4, 2)"),
+        ([torch.nn.Flatten(0)], data(4, 2, 3), ValueError, "must keep the first axis, 8 = T*B, got an output of (24,)"),
+        ([Returns(data())], data(4, 2, 3), ValueError, "must keep the first axis, 8 = T*B, got an output of ()"),
+    ],
+)
+def test_what_over_time_refuses(modules, x, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        OverTime(*modules)(x)
+
+
+class WithStepMode(torch.nn.Module):
+    """As the layers and the neurons of SpikingJelly."""
+
+    step_mode = "m"
+
+
+class WithMemory(WithStepMode):
+    def reset(self):
+        pass
+
+
+class WithMembrane(torch.nn.Module):
+    """As the neurons of snnTorch."""
+
+    def reset_mem(self):
+        pass
+
+
+@pytest.mark.parametrize("neuron", [LIF, IF, ParametricLIF, WithMemory, WithMembrane])
+def test_over_time_takes_no_neuron_that_keeps_a_membrane(neuron):
+    with pytest.raises(ValueError, match=rf"stateless modules, got {neuron.__name__}, which needs the time axis"):
+        OverTime(torch.nn.Linear(3, 3), torch.nn.Sequential(neuron()))
+    module = OverTime(torch.nn.Linear(3, 3), LIFRate(), WithStepMode())
+    with pytest.raises(ValueError, match=neuron.__name__):
+        module.append(neuron())
+
+
+def test_over_time_compiles_exports_and_copies():
+    net, x = torch.nn.Sequential(over_time(), LIF()).eval(), data(4, 6, 3)
+    wanted = net(x)
+    for made in (
+        torch.compile(copy.deepcopy(net), fullgraph=True, backend="aot_eager"),
+        torch.export.export(
+            over_time().eval(), (x,), dynamic_shapes=[{0: torch.export.Dim("T"), 1: torch.export.Dim("B")}]
+        ).module(),
+        pickle.loads(pickle.dumps(net)),
+    ):
+        if isinstance(made, torch.fx.GraphModule):
+            torch.testing.assert_close(made(data(3, 5, 3)), over_time().eval()(data(3, 5, 3)))
+        else:
+            reset(made)
+            torch.testing.assert_close(made(x), wanted)
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from .. import dispatch, memory, reference
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from .operator import register
+from .operator import refuse_proxy, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,6 +56,7 @@ def _is_number(value):
 
 def _check_tensor(name, t, optional=False):
     if not isinstance(t, Tensor):
+        refuse_proxy(t)
         raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
     if t.layout is not torch.strided or t.is_nested:
         kind = "a nested tensor" if t.is_nested else t.layout
@@ -194,7 +195,9 @@ def _warn_custom_surrogate():
 
 
 def _wants_gradient(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """False under torch.jit.trace: a graph replays with and without gradients."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and torch._C._get_tracing_state() is None
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def leaky(
     if v is None:
         v = torch.zeros(x.shape[1:], dtype=dtype, device=x.device)
     else:
-        v = v.to(dtype, copy=x.shape[0] == 0)
+        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace a tensor
     spikes, membrane = [], []
     for x_t in x.to(dtype).unbind(0):
         r = (v > v_threshold).to(dtype)

@@ -103,7 +103,7 @@ def lif(
     if v is None:
         v = torch.full(x.shape[1:], 0.0 if v_reset is None else v_reset, dtype=dtype, device=x.device)
     else:
-        v = v.to(dtype, copy=x.shape[0] == 0)
+        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace a tensor
     spikes, membrane = [], []
     for x_t in x.to(dtype).unbind(0):
         s, v = _step(x_t, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative)
