@@ -91,6 +91,12 @@ def tile_constants(target, n, w, u, lanes, W):
 
 
 @inline
+def finite(x, W):
+    """x, and 0 where it is infinite or NaN: what may be taken from every value without making NaN of them."""
+    return where_less(absolute(x), vset(np.inf, W), x, vset(0.0, W))
+
+
+@inline
 def maximum(x, y):
     """The greater; x where one is NaN."""
     return where_less(x, y, y, x)

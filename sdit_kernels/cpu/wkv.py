@@ -281,10 +281,10 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
     zero, one, size = vset(0.0, W), vset(1.0, W), TILE * lanes
     rka, rm = zero, zero
     a, b, ka = vload(left, 0, W), vload(left, rows * C, W), vload(left, 2 * rows * C, W)
-    mean = where_equal(b, zero, zero, a / b)
+    mean = scan.finite(where_equal(b, zero, zero, a / b), W)
     if BOTH:
         ra, rb, rka = vload(right, 0, W), vload(right, rows * C, W), vload(right, 2 * rows * C, W)
-        mean = where_equal(b, zero, where_equal(rb, zero, zero, ra / rb), mean)
+        mean = where_equal(b, zero, scan.finite(where_equal(rb, zero, zero, ra / rb), W), mean)
         ra = fma(zero - mean, rb, ra)
         for i in range(n):
             t = n - 1 - i

@@ -25,7 +25,7 @@ from . import cdiv, launch, lif, wkv
 from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
 from .wkv import (
     _LOG2E,
-    _TINY,
+    _at_least_tiny,
     _load_state,
     _own,
     _parameters,
@@ -56,7 +56,7 @@ def _take_in(k, v, state, w):
 def _mean(a, b, q, v, u2):
     """y, and the shares in it of the state (per unit of b) and of the token."""
     own = _own(q, u2)
-    inverse = _reciprocal(tl.maximum(b + own, _TINY))
+    inverse = _reciprocal(_at_least_tiny(b + own))
     return (a + own * v) * inverse, inverse, own * inverse
 
 
@@ -264,7 +264,7 @@ def spiking_wkv_backward_kernel(
                 h, apart, seen, own, p = steps[t]
                 a, b, q = past[j * T + t]
                 v = vs[j * T + t].to(STATE)
-                y = seen * a + own * v
+                y = tl.where(j < left, seen * a + own * v, 0.0)  # as in wkv
                 z = h - th
                 fired = z >= 0.0
                 slope = surrogate_derivative(z, a_, KIND)

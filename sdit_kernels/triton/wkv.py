@@ -112,15 +112,20 @@ def _weights_of_three(k, left, right, w, u2):
 
 
 @triton.jit
+def _at_least_tiny(x):
+    return tl.maximum(x, _TINY, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
     """(numerator, denominator, weight of the state, of that from the right, of the token) of y."""
     if BOTH:
         e, e_, own = _weights_of_three(k, state, right, w, u2)
-        return e * state[0] + e_ * right[0] + own * v, tl.maximum(e * state[1] + e_ * right[1] + own, _TINY), e, e_, own
+        return e * state[0] + e_ * right[0] + own * v, _at_least_tiny(e * state[1] + e_ * right[1] + own), e, e_, own
     else:
         own = _own(_gap(k, state, w), u2)
         one = tl.full(own.shape, 1.0, own.dtype)
-        return state[0] + own * v, tl.maximum(state[1] + own, _TINY), one, one, own
+        return state[0] + own * v, _at_least_tiny(state[1] + own), one, one, own
 
 
 # --- places ------------------------------------------------------------------------------------------------------------------
@@ -546,7 +551,7 @@ def wkv_backward_kernel(
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
             num, den, e, e_, own = _mean(k, v, state, rights[HELD - 1 - j] if BOTH else state, w, u2, BOTH)
             inverse = _reciprocal(den)
-            y = num * inverse
+            y = tl.where(j < left, num * inverse, 0.0)  # behind the last token its mean, infinite too, times no gradient
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
                 p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
