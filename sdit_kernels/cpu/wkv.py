@@ -81,9 +81,9 @@ def _scan_kernel(S, lanes, BOTH):
     some 1/500 of the work."""
     W, sb = kind(S, lanes), SIZES[S]
 
-    def wkv_scan(segments, count, C, w_, summary, keep, rows):
+    def wkv_scan(part, segments, count, C, w_, summary, keep, rows):
         vectors = (C + lanes - 1) // lanes
-        for task in range(vectors * (2 if BOTH else 1)):
+        for task in share(vectors * (2 if BOTH else 1), part):
             side = task // vectors
             c = min((task - side * vectors) * lanes, C - lanes)
             w = vload(w_, c, W)
@@ -544,9 +544,9 @@ def _adjoint_kernel(S, lanes, BOTH):
     """From the segments' own adjoints to the adjoint that enters each but the last (the right side's: but the first)."""
     W, sb = kind(S, lanes), SIZES[S]
 
-    def wkv_adjoint(segments, count, C, w_, keep, rows, own, entering):
+    def wkv_adjoint(part, segments, count, C, w_, keep, rows, own, entering):
         vectors = (C + lanes - 1) // lanes
-        for task in range(vectors * (2 if BOTH else 1)):
+        for task in share(vectors * (2 if BOTH else 1), part):
             side = task // vectors
             c = min((task - side * vectors) * lanes, C - lanes)
             w, zero = vload(w_, c, W), vset(0.0, W)
