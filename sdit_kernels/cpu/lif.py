@@ -327,11 +327,12 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
         part, T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
         r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
-        vr, alpha, zero, one, steps = (
+        vr, alpha, zero, one, infinity, steps = (
             num(0.0 if ZERO else reset_, S),
             num(alpha_, S),
             num(0.0, S),
             num(1.0, S),
+            num(math.inf, S),
             num(float(T), S),
         )
         chunks = (C + BLOCK - 1) // BLOCK
@@ -382,7 +383,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                         elif SOFT:
                             q = -th
                         else:
-                            q = zero if slope == zero else vr - h  # an infinite h is hidden by the reset
+                            q = vr - h
                         leak = one - k
                         h_x = load(v_x, i, S) * leak + (k if DECAY else one)
                         ds = slope * h_x
@@ -407,7 +408,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 dxt = dx + (row * dx_r + c) * xb
                 for i in range(n):
                     gi = load(gt, i, O) / steps
-                    si = load(s_x, i, S)
+                    # the reset hides an infinite current: it fires at every step, where no surrogate has a gradient
+                    si = zero if load(current, i, S) == infinity else load(s_x, i, S)
                     di = zero if si == zero else gi * si
                     if GATE:
                         p = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
@@ -419,7 +421,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                     for i in range(n):
                         gi = load(gt, i, O) / steps
                         store(sum_r, i, load(sum_r, i, S) + gi * load(s_r, i, S), S)
-                        store(sum_th, i, load(sum_th, i, S) + gi * load(s_th, i, S), S)
+                        si = zero if load(current, i, S) == infinity else load(s_th, i, S)
+                        store(sum_th, i, load(sum_th, i, S) + gi * si, S)
             if PARAMETERS:
                 if PER_CHANNEL:
                     _fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)

@@ -319,10 +319,7 @@ def _rate_step(
     h, rest = _charge(current, v, r_, reset, SOFT, DECAY)
     fired = h >= th
     slope = surrogate_derivative(h - th, a, KIND)
-    if DETACH:
-        q = tl.zeros_like(h)
-    else:
-        q = tl.zeros_like(h) - th if SOFT else tl.where(slope == 0.0, 0.0, reset - h)  # the reset hides an infinite h
+    q = tl.zeros_like(h) if DETACH else (tl.zeros_like(h) - th if SOFT else reset - h)
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if DECAY else 1.0)
     ds, v_x = _tangent(v_x, h_x, h_x, slope, fired, q, SOFT)
@@ -368,7 +365,9 @@ def lif_rate_backward_kernel(
             for _ in range(T):
                 state = _rate_step(state, current, r_, th, reset, a, PARAMETERS, SOFT, DECAY, DETACH, KIND)
             g = g / T
-        d = tl.where(state[2] == 0.0, 0.0, g * state[2])
+        hidden = current == float("inf")  # by the reset: it fires at every step, where no surrogate has a gradient
+        s_x = tl.where(hidden, 0.0, state[2])
+        d = tl.where(s_x == 0.0, 0.0, g * s_x)
         if gate_ptr is not None:
             dgate = (d * x * p * (1.0 - p)).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + first + rows * dgate_r + cols, dgate, mask=mask)
@@ -376,7 +375,7 @@ def lif_rate_backward_kernel(
         tl.store(dx_ptr + first + rows * dx_r + cols, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if PARAMETERS:
             sum_r += tl.where(mask, g * state[4], 0.0)
-            sum_theta += tl.where(mask, g * state[6], 0.0)
+            sum_theta += tl.where(mask, g * tl.where(hidden, 0.0, state[6]), 0.0)
     _store_sums(dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c, TAU_CHANNELS, THETA_CHANNELS)
 
 
