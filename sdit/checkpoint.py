@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,19 +15,19 @@ from .config import Config
 from .data import replacing
 from .model import SDiT
 
-__all__ = ["checkpoints", "from_research", "load", "load_model", "load_research", "newest", "save", "save_model"]
+__all__ = ["about", "checkpoints", "from_research", "load", "load_model", "load_research", "newest", "save", "save_model"]
 
 
 def _safetensors():
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError('checkpoints need safetensors: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("checkpoints need safetensors: pip install safetensors") from None
     return safetensors
 
 
 def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
-    """Write a checkpoint, whole or not at all: a file beside it takes its place once it is on the disk.
+    """Write a checkpoint, whole or not at all: a file beside it takes its place once it is on the disk. It has a checksum.
 
     Args:
         path: of the file, which an earlier one gives way to.
@@ -47,32 +48,59 @@ def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
     """
     path = Path(path)
     flat = {f"{group}.{name}": t.detach().cpu().contiguous() for group, named in groups.items() for name, t in named.items()}
-    content = _safetensors().torch.save(flat, {"sdit": json.dumps(meta)})
-    try:
-        with replacing(path) as file:
-            file.write(content)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"{error.strerror}; this checkpoint is not saved, earlier ones are intact", str(path)
-        ) from None
+    # One entry, with the checksum in it first: of several, safetensors writes now one first and now another.
+    content = _safetensors().torch.save(flat, {"sdit": json.dumps({"crc32": _UNKNOWN.decode(), **meta})})
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = _CHECKSUM.sub(rb"\g<1>%08x" % zlib.crc32(content), content[:size], count=1)
+    with replacing(path, "this checkpoint is not saved, earlier ones are intact") as file:
+        file.write(header)
+        file.write(memoryview(content)[size:])
+
+
+# The checksum is of the whole file, with _UNKNOWN in its own place. CRC-32 finds all damage that lies within 32 bits and misses
+# one in 4e9 of other damage. It is the cheapest: zlib's CRC-32 runs at 1.4 GB/s, hashlib's SHA-256 at 0.6 and blake2b at 0.3.
+_UNKNOWN = b"--------"
+_CHECKSUM = re.compile(rb'^([^{]{,8}{"__metadata__":{"sdit":"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})')
+
+
+def _verify(path):
+    """Raise if the file has a checksum, as files of earlier versions have not, and it is not that of its content."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        header = start + file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
+        found = _CHECKSUM.match(header)
+        if found is None:
+            return
+        actual = zlib.crc32(_CHECKSUM.sub(rb"\1" + _UNKNOWN, header, count=1))
+        while part := file.read(1 << 20):
+            actual = zlib.crc32(part, actual)
+    if b"%08x" % actual != found[2]:
+        raise _damaged(path, f"its checksum is {actual:08x}, it should be {found[2].decode()}")
+
+
+def _damaged(path, why):
+    run = path.parent.parent if path.parent.name == "checkpoints" else path
+    older = [other for other in checkpoints(run) if other < path]
+    instead = f"; remove it to go on from the one before, {older[-1].name}" if older else ""
+    return ValueError(f"{path} is no checkpoint of sdit, or damaged: {why}{instead}")
 
 
 @contextmanager
-def _opened(path):
+def _opened(path, verify=True):
     safetensors = _safetensors()
     path = Path(path)
     path.open("rb").close()  # an OSError says more than safetensors' own
+    if verify:
+        _verify(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("sdit", "null"))
             if not isinstance(meta, dict):
                 raise ValueError(f"{path} is no checkpoint of sdit: its header has no entry 'sdit'")
+            meta.pop("crc32", None)
             yield file, meta
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        run = path.parent.parent if path.parent.name == "checkpoints" else path
-        older = [other for other in checkpoints(run) if other < path]
-        instead = f"; remove it, and {older[-1].name} is the newest" if older else ""
-        raise ValueError(f"{path} is no checkpoint of sdit, or damaged: {error}{instead}") from None
+        raise _damaged(path, error) from None
 
 
 def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -89,9 +117,15 @@ def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
         return groups, meta
 
 
+def about(path) -> dict:
+    """The meta that :func:`save` was given; errors as :func:`load`. It reads the header alone and verifies no checksum."""
+    with _opened(path, verify=False) as (_, meta):
+        return meta
+
+
 def save_model(path, model: SDiT) -> None:
     """Write a model alone, for :func:`load_model`; errors as :func:`save`."""
-    save(path, {"model": model.state_dict()}, {"config": model.config.to_dict()})
+    save(path, {"model": model.state_dict()}, {"config": model.config.to_dict(), "data": model.trained_on})
 
 
 def load_model(path, ema: bool = True) -> SDiT:
@@ -129,6 +163,7 @@ def load_model(path, ema: bool = True) -> SDiT:
         raise ValueError(f"{path} holds no model: {' '.join(str(error).split())}") from None
     for parameter in model.parameters():
         parameter.requires_grad_(True)
+    model.trained_on = meta.get("data", {})
     return model.eval()
 
 

@@ -13,7 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -229,10 +229,16 @@ def _folders(spec, root) -> list[Path]:
 
 def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
     failed = f", nor downloaded ({'; '.join(reasons)})" if reasons else ""
+    if root is not None:
+        advice = "Leave root (--data) out to have them downloaded, "
+    elif reasons:
+        advice = "Connect to a network, "
+    else:
+        advice = f"""python -c "from sdit.data import load; load('{name}')" downloads them; else """
     return FileNotFoundError(
         f"{name}: {', '.join(files)} not found in folders named {', '.join(spec.folders)} below "
-        f"{', '.join(map(str, _bases(root)))}{failed}. {spec.advice}put the files into {_cache() / name}, "
-        "or say where they are: the environment variable SDIT_DATA, or root"
+        f"{', '.join(map(str, _bases(root)))}{failed}. {advice}{spec.advice}put the files into {_cache() / name}, "
+        "or say where they are with the environment variable SDIT_DATA or root (--data)"
     )
 
 
@@ -240,21 +246,33 @@ def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
 
 
 @contextmanager
-def replacing(path: Path):
-    """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+def replacing(path: Path, lost: str = ""):
+    """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise; an OSError of
+    it names ``path``, and says what is ``lost``."""
+    with explained(path, lost):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(part, 0o644)
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part)
+            raise
+
+
+@contextmanager
+def explained(path: Path, lost: str = ""):
+    """An OSError in this block, which writes ``path``, names it, and says what is ``lost``."""
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno, f"{why}; {lost}" if lost else why, str(path)) from None
 
 
 def _get(url: str) -> bytes:
@@ -441,7 +459,7 @@ def _load_digits(name, spec, root, split):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError('the digits come with scikit-learn: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     part = slice(None, 1500) if split == "train" else slice(1500, None)  # by writer: the last 297 are by others than the first
     images = np.rint(digits.images[part] * (255 / 16)).astype(np.uint8)  # levels 0..16
@@ -453,18 +471,18 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 
 def _load_folder(name, spec, root, split, size):
     if root is None:
-        raise ValueError("a folder of images needs root: where it is")
+        raise ValueError("root (--data) must name the folder of images, in which each class has a folder of its own")
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise ImportError('reading image files needs pillow: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("reading image files needs pillow: pip install pillow") from None
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise FileNotFoundError(f"root: there is no folder {top}")
+        raise FileNotFoundError(f"there is no folder {top}")
     if (top / "train").is_dir() and (top / "test").is_dir():
         top = top / split
     elif split != "train":
-        raise ValueError(f"split: {top} has no folders train and test, so that all of it is 'train'; got {split!r}")
+        raise ValueError(f"{top} has no test split, all of it is 'train': make folders train and test in it for that")
     classes = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
     paths = [
         (path, label)
@@ -529,7 +547,6 @@ DATASETS: dict[str, _Spec] = {
             "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
-        advice="Connect to a network, or ",
     ),
     "fashion_mnist": _Spec(
         _load_idx,
@@ -547,7 +564,7 @@ DATASETS: dict[str, _Spec] = {
             "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
             "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
-        advice="Install Debian's package dataset-fashion-mnist, connect to a network, or ",
+        advice="install Debian's package dataset-fashion-mnist, ",
     ),
     "cifar10": _Spec(
         _load_cifar,
@@ -564,13 +581,15 @@ DATASETS: dict[str, _Spec] = {
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             "test_batch": "40351d587109b95175f43aff81a1287e",
         },
-        advice="Connect to a network, or unpack cifar-10-python.tar.gz and ",
+        advice="unpack cifar-10-python.tar.gz and ",
     ),
     "folder": _Spec(_load_folder, mirror=True),
 }
 
 
-def load(name: str, root: str | Path | None = None, split: str = "train", size: int | None = None) -> Images:
+def load(
+    name: str, root: str | Path | None = None, split: str = "train", size: int | None = None, download: bool = True
+) -> Images:
     r"""A data set, whole, in memory.
 
     ======================  =================================================================================================
@@ -583,14 +602,15 @@ def load(name: str, root: str | Path | None = None, split: str = "train", size: 
     ======================  =================================================================================================
 
     Files are looked for in root and below it, under the names that torchvision and Debian use; without root in $SDIT_DATA,
-    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit and checked against
-    the checksum of what it decompresses to.
+    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit, unless root is given,
+    and checked against the checksum of what it decompresses to.
 
     Args:
         name: one of ``DATASETS``.
         root: where the files are; for ``folder`` it must be given, for ``digits`` it must not.
         split: "train" or "test".
         size: make all images that many pixels square (the central square, resized); None leaves them as they are.
+        download: False to look for files on this machine only.
 
     Returns:
         :class:`Images`.
@@ -616,7 +636,7 @@ def load(name: str, root: str | Path | None = None, split: str = "train", size: 
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size must be a positive int or None, got {size!r}")
-    spec = DATASETS[name]
+    spec = DATASETS[name] if download else replace(DATASETS[name], mirrors=())
     if name == "folder":
         images, labels, names = spec.load(name, spec, root, split, size)
     else:

@@ -370,7 +370,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     try:
         import diffusers
     except ImportError:
-        raise ImportError('sampling needs diffusers: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("sampling needs diffusers: pip install diffusers") from None
     if config.prediction == "flow":
         kind = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}[name]
         scheduler = kind(num_train_timesteps=STEPS)

@@ -9,7 +9,7 @@ import json
 import math
 import zipfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .data import _cache, from_uint8, load, replacing, to_uint8
+from .lock import lock
 
 __all__ = [
     "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier", "run",
@@ -381,6 +382,7 @@ def draw(
 
     Raises:
         As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
+        BlockingIOError: another process draws these images.
 
     Example:
         >>> import tempfile
@@ -398,17 +400,16 @@ def draw(
     from . import sample as sampling
     from .checkpoint import load_model, newest
 
-    for name, value in (("n", n), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be an int of at least 1, got {n!r}")
     checkpoint = newest(checkpoint)
     device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint, ema=ema).to(device)
     sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
-    diffusion.make_scheduler(sampler, steps, model.config, clip)  # says what is wrong, or missing
     steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
     settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
     settings |= {"batch_size": batch_size}
+    sampling.check_settings(model.config, **settings)
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
     facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
     facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
@@ -416,15 +417,22 @@ def draw(
     folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
     facts["labels"] = "the classes in turn"
 
-    parts, labels = [], torch.arange(n) % model.config.num_classes
-    bar = sampling._bar(n, True)
+    parts, labels, checked = [], torch.arange(n) % model.config.num_classes, False
+    size = model.config.channels * model.config.image_size**2
     cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     try:
-        with bar, cast:
+        with (
+            lock(folder / "lock", f"{folder}, where these images are kept,", "wait until it ends"),
+            sampling._bar(n, True) as bar,
+            cast,
+        ):
             for start in range(0, n, batch_size):
                 wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
                 part = _kept(path, wanted)
                 if part is None:
+                    if not checked:
+                        sampling.writable(path, "folder (XDG_CACHE_HOME moves it)", (1 << 20) + (n - start) * size)
+                        checked = True
                     drawn = sampling.sample(
                         model, wanted, first=start, **settings,
                         callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
@@ -455,6 +463,8 @@ def _kept(path, labels):
 def _arrays(path):
     """(images, labels) of a file that ``sdit sample --npz`` wrote."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"it is not an npz file, but {Path(path).stat().st_size} bytes of something else")
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -477,23 +487,33 @@ def run(
     ``n`` (all) of the file ``images``; print :func:`evaluate`'s measures of them; write the images to the file ``npz``, the
     measures and what they were measured with to the file ``report``, as JSON. Returns what ``report`` holds.
     """
-    from sdit_kernels import __version__
-
-    from .checkpoint import load_model
     from .sample import writable
 
     if (checkpoint is None) == (images is None):
         raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
-    for name, path in (("npz", npz), ("json", report)):
-        if path is not None:
-            writable(Path(path), name)
     if npz is not None and Path(npz).suffix != ".npz":
         raise ValueError(f"npz must end in .npz, got {str(npz)!r}")
+    if images is not None and (settings or npz is not None):
+        wrong = [*settings, *(["npz"] if npz is not None else [])]
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise ValueError(f"--images are there already: {given} cannot be given with it")
+    with ExitStack() as stack:
+        for name, path in (("npz", npz), ("json", report)):
+            if path is not None:
+                path = Path(path)
+                writable(path, name)
+                advice = f"wait until it ends, or choose another {name} (--{name})"
+                stack.enter_context(lock(path.with_name(f".{path.name}.lock"), str(path), advice))
+        return _run(checkpoint, images, n, classifier, root, npz, report, settings)
+
+
+def _run(checkpoint, images, n, classifier, root, npz, report, settings):
+    from sdit_kernels import __version__
+
+    from .checkpoint import load_model
+
     judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
-        if settings or npz is not None:
-            wrong = ", ".join(settings) or "npz"
-            raise ValueError(f"--images are there already: {wrong} cannot be given with it")
         pixels, labels = _arrays(images)
         if n is not None and not 0 < n <= len(labels):
             raise ValueError(f"n must be 1 to {len(labels)}, as many as {images} holds, got {n}")
@@ -501,7 +521,8 @@ def run(
         facts = {"images": Path(images).name, "images_sha256": sha256(images)}
     else:
         n = 1000 if n is None else n
-        config = load_model(checkpoint).config
+        model = load_model(checkpoint)
+        config, root = model.config, root or model.trained_on.get("root")
         _fits(judge, config)
         _check(torch.arange(max(n, 0)) % config.num_classes, judge)
         _real(n, judge, root)  # says what is wrong before anything is drawn
@@ -510,13 +531,14 @@ def run(
     found = evaluate(pixels, labels, judge, root)
     found |= {"images": facts, "classifier": path.name, "classifier_sha256": sha256(path)}
     found |= {"sdit_kernels": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    print(_table(found))  # first, in case no file can be written
+    lost = "with room for it the same command writes it" + (", without drawing the images again" if images is None else "")
     if npz is not None:
-        with replacing(Path(npz)) as file:
+        with replacing(Path(npz), lost) as file:
             np.savez(file, images=pixels.numpy(), labels=labels.numpy())
     if report is not None:
-        with replacing(Path(report)) as file:
+        with replacing(Path(report), lost) as file:
             file.write((json.dumps(found, indent=1) + "\n").encode())
-    print(_table(found))
     return found
 
 

@@ -1,5 +1,6 @@
 """The curves of a run as a picture."""
 
+import io
 import json
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('plots need matplotlib: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -95,6 +96,8 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     for axes in (loss, gradient, firing, speed):
         axes.grid(alpha=0.3)
     figure.suptitle(Path(run).resolve().name)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
     with replacing(out) as file:
-        figure.savefig(file, format="png", dpi=110)
+        file.write(picture.getbuffer())
     return out

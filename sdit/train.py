@@ -24,13 +24,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .checkpoint import _forget, checkpoints, load, newest, save
+from .checkpoint import _forget, about, checkpoints, load, newest, save
 from .config import Config
-from .data import Images, Order, replacing, to_batch
+from .data import DATASETS, Images, Order, explained, replacing, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
+from .lock import lock
 from .model import SDiT
-from .sample import class_names, sample, save_grid, usable
+from .sample import check_pillow, class_names, sample, save_grid, usable
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
@@ -103,10 +104,10 @@ class TrainSettings:
             if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
                 least = 1
             limit, said = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
+            if field.name == "lr" and not 0 < value < limit:
+                raise ValueError(f"lr must be positive and finite, got {value}")
             if not least <= value < limit:
                 raise ValueError(f"{field.name} must be at least {least} and {said}, got {value}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
         if not self.ema < 1:
             raise ValueError(f"ema must be below 1, got {self.ema}")
 
@@ -158,6 +159,9 @@ def train(
     tensorboard/                            the same numbers, where tensorboard is installed
     ======================================  ================================================================================
 
+    While it runs, a file ``lock`` names its process, and no other process can train in the folder. A checkpoint also remembers
+    root, device and the names of the classes.
+
     Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient is
     that of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in, with a
     checkpoint.
@@ -169,17 +173,18 @@ def train(
         resume: go on from the newest checkpoint in out_dir. steps, accumulate, keep and the four *_every may be other than they
             were.
         data: images to train on; None for ``sdit.data.load(config.dataset, root)``.
-        root: where the data set's files are.
-        device: None for the GPU where there is one.
+        root: where the data set's files are; None with ``resume`` for where they were.
+        device: None for the GPU where there is one, or with ``resume`` for the device that was named at the start.
         progress: show a bar, with loss and mean firing rate.
 
     Returns:
         The model with the averaged weights (the weights, without an average), in eval mode.
 
     Raises:
-        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. FileNotFoundError: nothing
-            to resume, or data missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite;
-            it says where, and the last checkpoint is kept. KeyboardInterrupt: after a signal, when all is saved.
+        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. BlockingIOError: another
+            process trains in out_dir; it says which. FileNotFoundError: nothing to resume, or data missing. OSError: a file
+            cannot be written. FloatingPointError: a loss or gradient is not finite; it says where, and the last checkpoint is
+            kept. KeyboardInterrupt: after a signal, when all is saved.
 
     Example:
         >>> import tempfile
@@ -191,13 +196,43 @@ def train(
         >>> model.training
         False
     """
-    out, state, start = Path(out_dir), None, 0
+    out, state, start, remembered = Path(out_dir), None, 0, {}
     if resume:
-        path = newest(out)
-        state, meta = load(path)
-        config, settings, start = _resumed(path, meta, config, settings)
-    elif checkpoints(out):
-        raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
+        before = about(newest(out)).get("device")
+        if device is None and before is not None:
+            try:
+                device = usable(before)
+            except ValueError as error:
+                raise ValueError(f"{error}. The run was on it until now: name another device (--device)") from None
+    else:
+        _refuse_a_run(out)
+        config, settings = _checked(config, settings)
+    named = device
+    with ExitStack() as stack:
+        rank, world, device = stack.enter_context(_processes(device))
+        if not resume:  # before there is a folder
+            data, remembered = _data(config, settings, world, data, root)
+        stack.enter_context(_alone(out, rank, world))
+        if resume:
+            state, meta = load(path := newest(out))
+            config, settings, start = _resumed(path, meta, config, settings)
+            _checked(config, settings)
+            data, remembered = _data(config, settings, world, data, root, meta.get("data", {}))
+        else:
+            _refuse_a_run(out)
+        remembered = {"data": remembered, "device": named and str(named)}
+        run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
+        run.restore(state, start)
+        run.loop(start)
+        return (run.ema or run.model).eval()
+
+
+def _refuse_a_run(out):
+    if checkpoints(out):
+        raise FileExistsError(f"{out} holds a run already: resume it (--resume {out}), or choose another folder")
+
+
+def _checked(config, settings):
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
     settings = TrainSettings.of(config) if settings is None else settings
@@ -205,20 +240,27 @@ def train(
         raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
     if settings.sample_every:
         make_scheduler(_picture(config), None, config)  # says now whether a package is missing
-    with _processes(device) as (rank, world, device):
-        if settings.batch_size % (world * settings.accumulate):
-            raise ValueError(
-                f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
-                f"got {settings.batch_size}"
-            )
-        data = _data(config, data, root)
-        most = max(len(data), _MOST)
-        if settings.batch_size > most:
-            raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
-        run = _Run(config, settings, out, data, device, rank, world, progress)
-        run.restore(state, start)
-        run.loop(start)
-        return (run.ema or run.model).eval()
+        check_pillow()
+    return config, settings
+
+
+@contextmanager
+def _alone(out, rank, world):
+    """The first process holds the lock of the run's folder; if it cannot have it, all raise the same error."""
+    refused = None
+    with ExitStack() as stack:
+        if rank == 0:
+            try:
+                stack.enter_context(lock(out / "lock", f"the run in {out}", "wait until it ends, or train in another folder"))
+            except OSError as error:
+                refused = error
+        if world > 1:
+            told = [refused]
+            dist.broadcast_object_list(told)
+            refused = told[0]
+        if refused is not None:
+            raise refused
+        yield
 
 
 def _picture(config):
@@ -226,18 +268,46 @@ def _picture(config):
     return "euler" if config.prediction == "flow" else "ddim"
 
 
-def _data(config, data, root):
+def _data(config, settings, world, data, root, before=None):
+    """The images, and what a checkpoint remembers of them; ``before`` is what it does remember."""
+    if settings.batch_size % (world * settings.accumulate):
+        raise ValueError(
+            f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
+            f"got {settings.batch_size}"
+        )
     if data is None:
         if config.dataset is None:
-            raise ValueError("config.dataset must name a data set, or data be given")
-        data = load_data(config.dataset, root, size=config.image_size)
+            raise ValueError(f"config.dataset must be one of {', '.join(DATASETS)}, or data must be given; got None")
+        remembered = root is None and before and before["root"]
+        root = root or remembered or None
+        try:
+            data = load_data(config.dataset, root, size=config.image_size)
+        except FileNotFoundError as error:
+            if not remembered:
+                raise
+            raise FileNotFoundError(
+                f"this run had its data in {root}: {error}; say with root (--data) where they are now"
+            ) from None
+        root = root and str(Path(root).expanduser().absolute())
+    else:
+        root = None
     if data.labels.max() >= config.num_classes:
         raise ValueError(
             f"config.num_classes must be at least {int(data.labels.max()) + 1}, for the labels of {data.name}, "
             f"got {config.num_classes}"
         )
     to_batch(data.images[:1], config)  # says now what does not fit
-    return data
+    most = max(len(data), _MOST)
+    if settings.batch_size > most:
+        raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
+    now = {"name": data.name, "images": len(data), "classes": list(data.names), "root": root}
+    for key in ("name", "images", "classes"):
+        if before and before[key] != now[key]:
+            raise ValueError(
+                f"data must be what the run began with: {key} was {before[key]!r} and is {now[key]!r} now. Give that data set "
+                f"(--data), or begin a new run"
+            )
+    return data, now
 
 
 def _resumed(path, meta, config, settings):
@@ -284,8 +354,9 @@ def _processes(device):
 class _Run:
     """The state of one training run in one process."""
 
-    def __init__(self, config, settings, out, data, device, rank, world, progress):
+    def __init__(self, config, settings, out, data, remembered, device, rank, world, progress):
         self.config, self.settings, self.out, self.data = config, settings, out, data
+        self.about = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), **remembered}
         self.device, self.rank, self.world, self.progress = device, rank, world, progress and rank == 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -323,9 +394,8 @@ class _Run:
                 kept = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of(line) <= step)
             with replacing(metrics) as file:
                 file.write(kept)
-            about = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "torch": torch.__version__}
             with replacing(self.out / "run.json") as file:
-                file.write(json.dumps(about, indent=2).encode())
+                file.write(json.dumps(self.about | {"torch": torch.__version__}, indent=2).encode())
             (self.out / "checkpoints").mkdir(exist_ok=True)
             _forget(self.out, self.settings.keep)
 
@@ -342,8 +412,7 @@ class _Run:
             groups["ema"] = self.ema.state_dict()
         if self.pending:
             groups["pending"] = {"steps": torch.stack(self.pending)}
-        meta = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "step": step}
-        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, meta)
+        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, self.about | {"step": step})
         _forget(self.out, self.settings.keep)
 
     # Steps
@@ -385,6 +454,9 @@ class _Run:
         with ExitStack() as stack:
             stop = stack.enter_context(_signals())
             log = stack.enter_context(_Log(self, start))
+            if start and self.wants_picture(start) and not self.picture_file(start).exists():
+                self.picture(start)  # the process before was stopped between its checkpoint and its picture
+                log.restart_clock()
             for step in range(start, s.steps):
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
@@ -413,7 +485,7 @@ class _Run:
                 if saves or stopping:
                     log.flush()  # lines first: a checkpoint never knows more steps than they do
                     self.save(done)
-                if s.sample_every and (done % s.sample_every == 0 or done == s.steps) and not stopping:
+                if self.wants_picture(done) and not stopping:
                     self.picture(done)
                 if saves or s.sample_every and done % s.sample_every == 0:
                     log.restart_clock()
@@ -447,7 +519,7 @@ class _Run:
             where.append(f"the gradient of {lost[0]}{more} is not finite")
         kept = checkpoints(self.out)
         where.append(f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
-        raise FloatingPointError("; ".join(where) + ". A lower lr, or clip, may help")
+        raise FloatingPointError("; ".join(where) + ". A lower lr (--lr), or another clip (--clip), may help")
 
     @torch.no_grad()
     def first_not_finite(self, step):
@@ -471,16 +543,23 @@ class _Run:
                 handle.remove()
         return found[0] if found else None
 
+    def wants_picture(self, step):
+        every = self.settings.sample_every
+        return every and (step % every == 0 or step == self.settings.steps)
+
+    def picture_file(self, step):
+        return self.out / "samples" / f"step_{step:08d}.png"
+
     def picture(self, step):
         if self.rank:
             return
-        model, names = self.ema or self.model, class_names(self.config)
+        model, names = self.ema or self.model, class_names(self.config, self.data.names)
         n = min(len(names), 10)
         labels = torch.arange(4 * n) % n
         with self.autocast():
             images = sample(model, labels, sampler=_picture(self.config), seed=self.settings.seed)
-        (self.out / "samples").mkdir(exist_ok=True)
-        save_grid(self.out / "samples" / f"step_{step:08d}.png", images, labels, names, columns=n)
+        lost = f"this picture is not written; with room for it, --resume {self.out} goes on from the newest checkpoint"
+        save_grid(self.picture_file(step), images, labels, names, columns=n, lost=lost)
 
 
 def _step_of(line):
@@ -529,7 +608,7 @@ class _Log:
             try:
                 from tqdm import tqdm
             except ImportError:
-                raise ImportError('the progress bar needs tqdm: pip install "sdit-kernels[sdit]"') from None
+                raise ImportError("the progress bar needs tqdm: pip install tqdm") from None
             name = run.out.name
             self.bar = tqdm(total=run.settings.steps, initial=self.start, desc=name, unit=" steps", dynamic_ncols=True)
         self.restart_clock()
@@ -559,8 +638,9 @@ class _Log:
         speed = (self.seen + 1) * run.settings.batch_size / (time.perf_counter() - self.began)
         record = {"step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate, "rates": rates}
         record |= {"images_per_s": round(speed, 1), "memory_mb": _memory(run.device)}
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        with explained(run.out / "metrics.jsonl", f"with room for it, --resume {run.out} goes on from the newest checkpoint"):
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
         self.restart_clock()
         self.seen = -1  # advance() counts this step, which is in the past
         firing = sum(rates.values()) / max(1, len(rates))
