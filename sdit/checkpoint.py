@@ -82,7 +82,7 @@ def _damaged(path, why):
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     older = [other for other in checkpoints(run) if other < path]
     instead = f"; remove it to go on from the one before, {older[-1].name}" if older else ""
-    return ValueError(f"{path} is no checkpoint of sdit, or damaged: {why}{instead}")
+    return ValueError(f"{path} is not a checkpoint of sdit, or damaged: {why}{instead}")
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _opened(path, verify=True):
         with safetensors.safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("sdit", "null"))
             if not isinstance(meta, dict):
-                raise ValueError(f"{path} is no checkpoint of sdit: its header has no entry 'sdit'")
+                raise ValueError(f"{path} is not a checkpoint of sdit: its header has no entry 'sdit'")
             meta.pop("crc32", None)
             yield file, meta
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
@@ -107,11 +107,11 @@ def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """What :func:`save` was given, on the CPU.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is no such file, or a damaged one. ImportError: safetensors is missing.
+        OSError: it cannot be read. ValueError: it is not such a file, or is damaged. ImportError: safetensors is missing.
     """
     with _opened(path) as (file, meta):
         groups = {}
-        for key in file.keys():  # noqa: SIM118 - it is no dict
+        for key in file.keys():  # noqa: SIM118 - it is not a dict
             group, name = key.split(".", 1)
             groups.setdefault(group, {})[name] = file.get_tensor(key)
         return groups, meta
@@ -277,7 +277,7 @@ def from_research(state_dict: dict[str, Tensor]) -> SDiT:
             :func:`load_research`. It is copied.
 
     Raises:
-        TypeError: it is no dict. ValueError: naming every key that is missing, not known or of the wrong shape.
+        TypeError: it is not a dict. ValueError: naming every key that is missing, not known or of the wrong shape.
 
     Example:
         >>> from sdit.checkpoint import from_research
@@ -325,7 +325,7 @@ def load_research(path) -> SDiT:
         path: of the .pt file.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is no such checkpoint; as :func:`from_research`.
+        OSError: the file cannot be read. ValueError: it is not such a checkpoint; as :func:`from_research`.
 
     Example:
         >>> import torch
@@ -339,7 +339,7 @@ def load_research(path) -> SDiT:
         raise
     except Exception as error:  # on bytes that are no pickle torch's reader fails in many ways: KeyError, struct.error, ...
         # torch's own text advises to read the file with weights_only=False, which would execute it.
-        raise ValueError(f"{path} is no checkpoint of PyTorch, or holds more than tensors and plain data") from error
+        raise ValueError(f"{path} is not a checkpoint of PyTorch, or holds more than tensors and plain data") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         kind = f"a dict of {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} must hold {{"model": state dict, ...}}, as research checkpoints do; it holds {kind:.200}')

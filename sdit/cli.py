@@ -116,7 +116,7 @@ def _parser():
         def option(name, text, **kind):
             part.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
 
-        option("--sampler", f"{', '.join(SAMPLERS)} (ddpm; of a model with prediction flow the last two, euler)")
+        option("--sampler", "ddpm (the default), ddim, dpm++; for a model with prediction=flow euler (the default), heun")
         given = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
         option("--steps", f"steps of the sampler ({given}); of ddim a divisor of 1000", type=int, metavar="N")
         option("--guidance", "classifier-free guidance, 1 for none (1)", type=float, metavar="X")
@@ -319,7 +319,7 @@ def _info(args):
         data = load(config.dataset, args.data or model.trained_on.get("root"), size=config.image_size, download=False)
     except FileNotFoundError as error:
         print(info(model, (noise, t, torch.arange(n) % config.num_classes)))
-        print(f"\nFiring rates, and what follows from them, are those of noise, not of images: {error}")
+        print(f"\nFiring rates, and what follows from them, are those of noise, not of images: {_in_options(str(error), args)}")
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)

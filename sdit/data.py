@@ -152,7 +152,7 @@ class Order:
         seed: at least 0.
 
     Raises:
-        TypeError, ValueError: an argument, here or of the methods, that is no int or out of range.
+        TypeError, ValueError: an argument, here or of the methods, that is not an int or is out of range.
 
     Example:
         >>> import torch

@@ -72,7 +72,7 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
         dropout_label: whose label becomes the null label. On the generator's device.
 
     Raises:
-        TypeError: generator is no torch.Generator.
+        TypeError: generator is not a torch.Generator.
 
     Example:
         >>> import torch

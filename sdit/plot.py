@@ -19,7 +19,7 @@ def read_metrics(run) -> list[dict]:
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{run} is no folder of a run: it has no metrics.jsonl")
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
         [(row["step"], row["loss"], row["rates"]) for row in rows]
@@ -41,7 +41,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         The path written.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_metrics`; out is no .png. ImportError: matplotlib is missing.
+        FileNotFoundError, ValueError: as :func:`read_metrics`; out does not end in .png. ImportError: matplotlib is missing.
 
     Example:
         >>> import json, tempfile

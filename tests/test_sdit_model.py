@@ -50,7 +50,7 @@ def batch(model, n=3, dtype=torch.float64, seed=1):
 
 
 def gradients(f, parameters, x, t, y):
-    """Output, and the gradients of x and of the parameters, for an upstream gradient that is no constant."""
+    """Output, and the gradients of x and of the parameters, for an upstream gradient that is not constant."""
     x = x.clone().requires_grad_()
     out = f(x, t, y)
     g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
@@ -279,7 +279,7 @@ def test_research_files(tmp_path):
     (tmp_path / "e.pt").write_bytes(b"no checkpoint")
     (tmp_path / "f.pt").write_bytes(b"")
     for name in "def":
-        with pytest.raises(ValueError, match=f"{name}.pt is no checkpoint"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint"):
             load_research(tmp_path / f"{name}.pt")
     with pytest.raises(FileNotFoundError):
         load_research(tmp_path / "none.pt")

@@ -307,11 +307,11 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path):
 def test_checkpoints_that_are_none(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+    with pytest.raises(ValueError, match="not a checkpoint of sdit, or damaged"):
         load_model(path)
     save_model(path, SDiT(TINY))
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+    with pytest.raises(ValueError, match="not a checkpoint of sdit, or damaged"):
         load(path)
     save(path, {"model": SDiT(TINY).state_dict()}, {"config": dataclasses.replace(TINY, dim=64).to_dict()})
     with pytest.raises(ValueError, match="holds no model: .*size mismatch"):
