@@ -5,5 +5,6 @@ if __name__ == "__main__":
         from .cli import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # before or after main, which answers it
+    except KeyboardInterrupt:  # before or after main, which has its own answer
+        print("sdit: stopped", file=sys.stderr)
         sys.exit(130)

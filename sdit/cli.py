@@ -96,7 +96,7 @@ def _parser():
     from .config import PRESETS
     from .data import DATASETS
     from .diffusion import SAMPLERS
-    from .train import TrainSettings
+    from .settings import TrainSettings
 
     def command(name, text, run):
         raw = argparse.RawDescriptionHelpFormatter
@@ -226,7 +226,8 @@ def field_values(dataclass, changes) -> dict:
 
 def _train(args):
     from .checkpoint import about, newest
-    from .train import TrainSettings, train
+    from .settings import TrainSettings
+    from .train import train
 
     if bool(args.preset) == bool(args.resume):
         raise ValueError("give --preset to start a run, or --resume to go on with one")
@@ -270,8 +271,9 @@ def _evaluate(args):
 
 
 def _convert(args):
-    from .checkpoint import load_research, save_model
+    from .checkpoint import save_model
     from .data import DATASETS
+    from .research import load_research
 
     target = Path(args.target)
     if target.suffix != ".safetensors":
@@ -294,7 +296,7 @@ def _info(args):
     from .checkpoint import load_model
     from .config import PRESETS
     from .data import load, to_batch
-    from .diffusion import STEPS, _noisy
+    from .diffusion import STEPS, add_noise
     from .info import info
     from .model import SDiT
 
@@ -323,7 +325,7 @@ def _info(args):
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)
-    xt, t, _ = _noisy(config, x0, noise, t)
+    xt, t, _ = add_noise(config, x0, noise, t)
     print(info(model, (xt, t, data.labels[chosen])))
 
 

@@ -4,15 +4,12 @@
 """
 
 import gzip
-import hashlib
 import io
 import os
 import pickle
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from .download import download, has_checksum
+from .files import atomic_write, cache_folder
 
 __all__ = ["DATASETS", "Images", "Order", "from_uint8", "load", "to_batch", "to_uint8"]
 
@@ -209,11 +209,7 @@ def _bases(root) -> list[Path]:
     if root is not None:
         return [Path(root).expanduser()]
     own = [Path(os.environ["SDIT_DATA"]).expanduser()] if os.environ.get("SDIT_DATA") else []
-    return [*own, Path("data"), _cache(), Path("/usr/share/datasets")]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdit"
+    return [*own, Path("data"), cache_folder(), Path("/usr/share/datasets")]
 
 
 def _folders(spec, root) -> list[Path]:
@@ -237,98 +233,20 @@ def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
         advice = f"""python -c "from sdit.data import load; load('{name}')" downloads them; else """
     return FileNotFoundError(
         f"{name}: {', '.join(files)} not found in folders named {', '.join(spec.folders)} below "
-        f"{', '.join(map(str, _bases(root)))}{failed}. {advice}{spec.advice}put the files into {_cache() / name}, "
+        f"{', '.join(map(str, _bases(root)))}{failed}. {advice}{spec.advice}put the files into {cache_folder() / name}, "
         "or say where they are with the environment variable SDIT_DATA or root (--data)"
     )
 
 
-# Downloading
-
-
-@contextmanager
-def replacing(path: Path, lost: str = ""):
-    """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise; an OSError of
-    it names ``path``, and says what is ``lost``."""
-    with explained(path, lost):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(part, 0o644)
-            os.replace(part, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(part)
-            raise
-
-
-@contextmanager
-def explained(path: Path, lost: str = ""):
-    """An OSError in this block, which writes ``path``, names it, and says what is ``lost``."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(error.errno, f"{why}; {lost}" if lost else why, str(path)) from None
-
-
-def _get(url: str) -> bytes:
-    """The whole answer or an OSError; in memory, so that whatever interrupts it leaves no file behind."""
-    import http.client
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
-            body = io.BytesIO()
-            with _progress(total, url.rsplit("/", 1)[-1]) as bar:
-                while block := answer.read(1 << 18):
-                    body.write(block)
-                    bar.update(len(block))
-    except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    if total and body.tell() != total:
-        raise OSError(f"the connection ended after {body.tell()} of {total} bytes")
-    return body.getvalue()
-
-
-def _progress(total, name):
-    """tqdm's bar for what is long enough to be worth one; without tqdm, none."""
-    from types import SimpleNamespace
-
-    with suppress(ImportError):
-        from tqdm import tqdm
-
-        return tqdm(total=total or None, desc=name, unit="B", unit_scale=True, leave=False, delay=1)
-
-    @contextmanager
-    def silent():
-        yield SimpleNamespace(update=lambda n: None)
-
-    return silent()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
-
-
 def _download(name, spec, files, reasons: list[str]) -> Path | None:
     """Fetch ``files`` of a data set into the cache, from the first mirror that has them as they should be, or None."""
-    folder = _cache() / name
+    folder = cache_folder() / name
     for mirror in spec.mirrors:
         try:
             for file, content in spec.fetch(mirror, files):
-                digest = spec.checksums[file]
-                if (_sha256 if len(digest) == 64 else _md5)(content) != digest:
+                if not has_checksum(content, spec.checksums[file]):
                     raise OSError(f"{file} has another checksum than it should")
-                with replacing(folder / file) as target:
+                with atomic_write(folder / file) as target:
                     target.write(content)
             return folder
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
@@ -367,7 +285,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 
 def _fetch_idx(mirror, files):
     for file in files:
-        yield file, gzip.decompress(_get(f"{mirror}{file}.gz"))
+        yield file, gzip.decompress(download(f"{mirror}{file}.gz"))
 
 
 def _load_idx(name, spec, root, split):
@@ -427,7 +345,7 @@ def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fetch_cifar(mirror, files):
-    with tarfile.open(fileobj=io.BytesIO(_get(mirror)), mode="r:gz") as archive:
+    with tarfile.open(fileobj=io.BytesIO(download(mirror)), mode="r:gz") as archive:
         for file in files:
             try:
                 member = archive.extractfile(f"cifar-10-batches-py/{file}")

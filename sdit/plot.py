@@ -4,7 +4,7 @@ import io
 import json
 from pathlib import Path
 
-from .data import replacing
+from .files import atomic_write
 
 __all__ = ["plot", "read_metrics"]
 
@@ -98,6 +98,6 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     figure.suptitle(Path(run).resolve().name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    with replacing(out) as file:
+    with atomic_write(out) as file:
         file.write(picture.getbuffer())
     return out

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,118 +23,22 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .checkpoint import _forget, about, checkpoints, load, newest, save
+from .checkpoint import about, checkpoints, load, newest, prune_checkpoints, save
 from .config import Config
-from .data import DATASETS, Images, Order, explained, replacing, to_batch
+from .data import DATASETS, Images, Order, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
+from .files import atomic_write, explained
 from .lock import lock
 from .model import SDiT
-from .sample import check_pillow, class_names, sample, save_grid, usable
+from .pictures import check_pillow, save_grid
+from .sample import class_names, resolve_device, sample
+from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
-_MOST = 4096  # images of a step, where the data set has fewer
+_MAX_BATCH = 4096  # images of a step, where the data set has fewer
 _MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # in a run that goes on
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a model is trained; ``TrainSettings.of(config)`` has what suits a configuration.
-
-    The defaults are those of the research code. ``of`` takes others for the variant "improved": lr 1e-3, weight decay 0.01,
-    warm-up, cosine decay, clipping at 1, average with 0.999, flips; and for the small presets those of ``RECIPES``.
-
-    Args:
-        steps: of the optimiser, in all.
-        batch_size: images of one step, over all processes and accumulated parts.
-        accumulate: parts in which a process computes its share, one after the other, to save memory.
-        lr: learning rate of AdamW after the warm-up.
-        weight_decay: of AdamW.
-        warmup: steps over which the learning rate rises linearly.
-        cosine: the learning rate falls to 0 at the last step, along a cosine; else it stays.
-        clip: largest norm of the gradient, 0 for no limit.
-        ema: decay of the average of weights, which is (1 + n) / (10 + n) at step n as long as that is less; 0 for no average.
-        flip: mirror half of the images left to right, if that leaves them in their class.
-        bf16: matrix products in bfloat16 (autocast).
-        seed: of the initial weights and all that is drawn.
-        log_every: steps between lines of metrics.jsonl, each of which has the means over its steps.
-        sample_every: steps between pictures in samples/, 0 for none.
-        save_every: steps between checkpoints.
-        keep: checkpoints to keep, the newest ones.
-
-    Raises:
-        TypeError, ValueError: naming the field, what it was given and what is allowed.
-
-    Example:
-        >>> from sdit import PRESETS
-        >>> from sdit.train import TrainSettings
-        >>> TrainSettings.of(PRESETS["mnist"]).lr, TrainSettings.of(PRESETS["mnist"], lr=3e-4).lr
-        (0.0001, 0.0003)
-    """
-
-    steps: int = 100_000
-    batch_size: int = 256
-    accumulate: int = 1
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 0
-    cosine: bool = False
-    clip: float = 0.0
-    ema: float = 0.0
-    flip: bool = False
-    bf16: bool = False
-    seed: int = 0
-    log_every: int = 20
-    sample_every: int = 1000
-    save_every: int = 1000
-    keep: int = 3
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise TypeError(f"{field.name} must be true or false, got {value!r}")
-                continue
-            number = isinstance(value, (int, float) if field.type is float else int)
-            if not number or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be {'a number' if field.type is float else 'an int'}, got {value!r}")
-            if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-                least = 1
-            limit, said = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
-            if field.name == "lr" and not 0 < value < limit:
-                raise ValueError(f"lr must be positive and finite, got {value}")
-            if not least <= value < limit:
-                raise ValueError(f"{field.name} must be at least {least} and {said}, got {value}")
-        if not self.ema < 1:
-            raise ValueError(f"ema must be below 1, got {self.ema}")
-
-    @classmethod
-    def of(cls, config: Config, **changes) -> "TrainSettings":
-        """The settings that suit ``config``, but for ``changes``."""
-        own = {}
-        if config.variant == "improved":
-            own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)
-            own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise TypeError(f"no such fields of TrainSettings: {', '.join(unknown)}")
-        return cls(**(own | changes))
-
-    def learning_rate(self, step: int) -> float:
-        """Of step 0, 1, .."""
-        rise = min(1.0, (step + 1) / (self.warmup + 1))
-        after = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * rise * (0.5 * (1 + math.cos(math.pi * after)) if self.cosine else 1.0)
-
-
-RECIPES = {  # by data set: minutes on two cores
-    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
-    # Every sneaker and boot of Fashion-MNIST points to the left. Frechet distance of 500 real images from the test images:
-    # .126, with every other one mirrored .167 (perf/results/sdit_fashion_trials.json).
-    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, flip=False, sample_every=1000, save_every=500),
-}
 
 
 def train(
@@ -201,7 +104,7 @@ def train(
         before = about(newest(out)).get("device")
         if device is None and before is not None:
             try:
-                device = usable(before)
+                device = resolve_device(before)
             except ValueError as error:
                 raise ValueError(f"{error}. The run was on it until now: name another device (--device)") from None
     else:
@@ -297,7 +200,7 @@ def _data(config, settings, world, data, root, before=None):
             f"got {config.num_classes}"
         )
     to_batch(data.images[:1], config)  # says now what does not fit
-    most = max(len(data), _MOST)
+    most = max(len(data), _MAX_BATCH)
     if settings.batch_size > most:
         raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
     now = {"name": data.name, "images": len(data), "classes": list(data.names), "root": root}
@@ -339,7 +242,7 @@ def _processes(device):
     local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
     if device is None:
         device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    device = usable(device)
+    device = resolve_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ours:
@@ -392,12 +295,12 @@ class _Run:
             kept = b""
             if state is not None and metrics.exists():
                 kept = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of(line) <= step)
-            with replacing(metrics) as file:
+            with atomic_write(metrics) as file:
                 file.write(kept)
-            with replacing(self.out / "run.json") as file:
+            with atomic_write(self.out / "run.json") as file:
                 file.write(json.dumps(self.about | {"torch": torch.__version__}, indent=2).encode())
             (self.out / "checkpoints").mkdir(exist_ok=True)
-            _forget(self.out, self.settings.keep)
+            prune_checkpoints(self.out, self.settings.keep)
 
     def save(self, step):
         if self.rank:
@@ -413,7 +316,7 @@ class _Run:
         if self.pending:
             groups["pending"] = {"steps": torch.stack(self.pending)}
         save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, self.about | {"step": step})
-        _forget(self.out, self.settings.keep)
+        prune_checkpoints(self.out, self.settings.keep)
 
     # Steps
 
@@ -428,8 +331,8 @@ class _Run:
         flip = self.order.flips(step, *part) if s.flip and self.data.mirror else None
         x0 = to_batch(self.data.images[chosen].to(self.device), config, flip)
         y = self.data.labels[chosen].to(self.device)
-        word = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
-        drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(word)))
+        noise_seed = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
+        drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(noise_seed)))
         t, noise, drop = (tensor[self.rank * share : (self.rank + 1) * share] for tensor in drawn)
         for piece in torch.arange(share).chunk(s.accumulate):
             i = slice(int(piece[0]), int(piece[-1]) + 1)
@@ -573,10 +476,10 @@ def _step_of(line):
 @contextmanager
 def _signals():
     """A list that is empty until SIGINT or SIGTERM comes; a second one then does what it usually does."""
-    came, before = [], {}
+    received, before = [], {}
 
     def handle(number, frame):
-        came.append(number)
+        received.append(number)
         for each, old in before.items():
             signal.signal(each, old)
 
@@ -584,7 +487,7 @@ def _signals():
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, handle)
     try:
-        yield came
+        yield received
     finally:
         for number, old in before.items():
             signal.signal(number, old)

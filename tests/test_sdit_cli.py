@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT
 
 from sdit import PRESETS, SDiT
-from sdit.checkpoint import _research_name, load, load_model, newest, save
+from sdit.checkpoint import load, load_model, newest, save
 from sdit.cli import main
+from sdit.research import research_name
 
 TINY = ["--set", "dim=32", "--set", "depth=2", "--batch-size", "8"]
 
@@ -81,7 +82,7 @@ def test_plot_and_info(run, tmp_path, capsys):
 def test_info_without_the_data(tmp_path, capsys, monkeypatch):
     """No network is asked, and the text says how to get them."""
     small = ["--batch-size", "2", "--set", "dim=32", "--set", "depth=2", "--set", "dataset=cifar10"]
-    monkeypatch.setattr("sdit.data._get", lambda url: pytest.fail(f"{url} is asked for"))
+    monkeypatch.setattr("sdit.data.download", lambda url: pytest.fail(f"{url} is asked for"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for more, way in (
         ([], """python -c "from sdit.data import load; load('cifar10')" """),
@@ -97,7 +98,7 @@ def test_convert(tmp_path, capsys):
     theirs = {}
     for name, value in model.state_dict().items():
         value = value.reshape(32, 1, 2, 2) if name == "patches.weight" else value
-        theirs[_research_name(name, 1)] = value
+        theirs[research_name(name, 1)] = value
     torch.save({"model": theirs, "opt": {}, "args": argparse.Namespace(model="x")}, tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(tmp_path / "in.pt"), str(out), "--dataset", "digits"]) == 0
@@ -262,7 +263,7 @@ LONG = ["pretrained", "-n", "1000", "--sampler", "ddpm"]
 def test_ctrl_c_during_imports(moment, tmp_path):
     """Each is a module that has just been imported."""
     code, err = interrupted(["sample", *LONG], rf"\| +{moment}\n".encode(), tmp_path)
-    assert code == 130 and err == ["sdit: stopped"]
+    assert code == 130 and err in (["sdit: stopped"], ["sdit sample: stopped"])
 
 
 @pytest.mark.parametrize("command, message", [
@@ -299,7 +300,7 @@ def test_an_interrupt_without_a_word_is_one(monkeypatch, capsys):
 def test_a_wrong_environment_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SDIT_NVTX": "yes"}
     done = subprocess.run([sys.executable, "-m", "sdit", "info", "digits"], env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "sdit: error: SDIT_NVTX must be 0 or 1; got 'yes'\n")
+    assert (done.returncode, done.stderr) == (2, "sdit info: error: SDIT_NVTX must be 0 or 1; got 'yes'\n")
 
 
 # A folder of images

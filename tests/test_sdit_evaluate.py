@@ -16,14 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf import train_classifier
-from sdit import PRESETS, SDiT
+from sdit import PRESETS, SDiT, metrics
+from sdit import classifier as judging
 from sdit import evaluate as module
 from sdit import sample as sampling
 from sdit.checkpoint import load_model, save, save_model
+from sdit.classifier import Classifier, features, label_accuracy, load_classifier
 from sdit.cli import main
 from sdit.data import Images, load, to_uint8
-from sdit.evaluate import Classifier, draw, evaluate, features, frechet_distance, kid, label_accuracy, load_classifier, sha256
+from sdit.evaluate import draw, evaluate
+from sdit.files import sha256
 from sdit.lock import lock
+from sdit.metrics import frechet_distance, kid
 
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -105,7 +109,7 @@ def test_kid_by_its_definition():
     def mean(a, b, same):
         return np.mean([k(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)])
 
-    assert module._mmd(x, y) == pytest.approx(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
+    assert metrics._mmd(x, y) == pytest.approx(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
     a, b = np.full((4, 3), 0.5), np.full((4, 3), -1.0)
     assert kid(a, b, subsets=2) == (pytest.approx(k(a[0], a[0]) + k(b[0], b[0]) - 2 * k(a[0], b[0])), 0)
 
@@ -127,7 +131,7 @@ def test_what_kid_does_not_depend_on(seed):
     turn = np.linalg.qr(g.normal(size=(5, 5)))[0]
     assert kid(x @ turn, y @ turn) == pytest.approx(kid(x, y))
     assert kid(x, y) == kid(torch.from_numpy(x), torch.from_numpy(y))
-    assert module._mmd(x, y) == pytest.approx(module._mmd(y, x))
+    assert metrics._mmd(x, y) == pytest.approx(metrics._mmd(y, x))
 
 
 # What they must put in order, on digits, in the features of a classifier trained here
@@ -324,18 +328,18 @@ def test_the_classifier_of_the_package():
     assert sum(parameter.numel() for parameter in classifier.parameters()) == 98_682
     assert not classifier.training and not any(parameter.requires_grad for parameter in classifier.parameters())
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
-    assert row["sha256"] == module.SHA256 == sha256(module.FASHION_MNIST)
-    assert module.FASHION_MNIST.stat().st_size < 500_000
+    assert row["sha256"] == judging.SHA256 == sha256(judging.FASHION_MNIST)
+    assert judging.FASHION_MNIST.stat().st_size < 500_000
     assert f"({100 * row['test_accuracy']:.1f} % of Fashion-MNIST's test images right;" in (ROOT / "README.md").read_text()
 
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
-    content = bytearray(module.FASHION_MNIST.read_bytes())
+    content = bytearray(judging.FASHION_MNIST.read_bytes())
     content[-1] ^= 1  # a bit of a weight: still a valid file
     path = tmp_path / "fashion_mnist_classifier.safetensors"
     path.write_bytes(content)
     assert load_classifier(path).names[9] == "ankle boot"
-    monkeypatch.setattr(module, "FASHION_MNIST", path)
+    monkeypatch.setattr(judging, "FASHION_MNIST", path)
     with pytest.raises(ValueError, match=f"is not the classifier of this package: its sha256 is {sha256(path)}, not"):
         load_classifier()
     path.unlink()
@@ -687,5 +691,5 @@ def test_images_are_mirrored_where_their_class_allows(monkeypatch):
 
 
 def test_examples():
-    found = doctest.testmod(module)
-    assert found.attempted > 10 and not found.failed
+    found = [doctest.testmod(each) for each in (module, judging, metrics)]
+    assert sum(each.attempted for each in found) > 10 and not any(each.failed for each in found)

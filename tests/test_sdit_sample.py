@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from sdit import PRESETS, SDiT
+from sdit import PRESETS, SDiT, pictures
 from sdit import sample as module
 from sdit.data import from_uint8, to_uint8
 from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
 from sdit.lock import lock
-from sdit.sample import Film, choose_labels, sample, save_gif, save_grid, save_npz
+from sdit.pictures import Film, save_gif, save_grid, save_npz
+from sdit.sample import choose_labels, sample
 from sdit_kernels import backend
 
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
@@ -477,6 +478,7 @@ def test_two_do_not_write_one_picture(tmp_path, checkpoint):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png"]
 
 
-def test_examples():
+@pytest.mark.parametrize("module", [module, pictures])
+def test_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed

@@ -1,6 +1,7 @@
 """Training: what a step computes, what a run leaves behind, and that it goes on where it was killed."""
 
 import dataclasses
+import doctest
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import sdit.settings
 from sdit import PRESETS, SDiT
 from sdit import train as trainer
 from sdit.checkpoint import about, checkpoints, load, load_model, newest, save, save_model
@@ -23,7 +25,8 @@ from sdit.diffusion import draw, training_loss
 from sdit.lock import lock
 from sdit.plot import plot, read_metrics
 from sdit.sample import class_names
-from sdit.train import TrainSettings, train
+from sdit.settings import TrainSettings
+from sdit.train import train
 
 TINY = dataclasses.replace(PRESETS["digits"], dim=32, depth=2)
 QUICK = dict(steps=6, batch_size=8, warmup=2, log_every=2, save_every=4, sample_every=0)
@@ -108,8 +111,8 @@ def test_three_steps_by_hand(tmp_path):
     rows = read_metrics(tmp_path)
     for n in range(3):
         chosen = order.indices(n, 8)
-        word = trainer.np.random.SeedSequence((s.seed, 2, n)).generate_state(1, trainer.np.uint64)[0]
-        t, noise, drop = draw(TINY, 8, torch.Generator().manual_seed(int(word)))
+        noise_seed = trainer.np.random.SeedSequence((s.seed, 2, n)).generate_state(1, trainer.np.uint64)[0]
+        t, noise, drop = draw(TINY, 8, torch.Generator().manual_seed(int(noise_seed)))
         losses = training_loss(model, to_batch(data.images[chosen], TINY), data.labels[chosen], t=t, noise=noise, drop=drop)
         model.zero_grad()
         losses["loss"].backward()
@@ -522,3 +525,8 @@ def test_a_picture_on_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "sample", sample)
     train(None, None, tmp_path, resume=True, progress=False)
     assert (tmp_path / "samples" / "step_00000002.png").exists()
+
+
+def test_examples():
+    failed, attempted = doctest.testmod(sdit.settings)
+    assert attempted and not failed
