@@ -390,6 +390,9 @@ def test_files_without_a_checksum_are_read(tmp_path):
     assert load(old)[1] == about
     save(old, {"model": {"w": torch.ones(3)}}, about)
     assert old.read_bytes() == content
+    for n in range(0, 256, 8):  # any length of the header, also one whose bytes are those of a brace
+        save(old, {"model": {"w": torch.ones(3)}}, {"text": "x" * n})
+        assert load(old)[1] == {"text": "x" * n} and b"--------" not in old.read_bytes()
 
 
 # One process at a time
