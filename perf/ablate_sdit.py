@@ -41,13 +41,16 @@ import sdit.train
 from perf import harness
 from sdit import PRESETS, SDiT
 from sdit.checkpoint import save
+from sdit.classifier import features, label_accuracy, load_classifier
 from sdit.cli import field_values
 from sdit.config import Config
 from sdit.data import load, to_batch, to_uint8
 from sdit.diffusion import STEPS, draw, training_loss
-from sdit.evaluate import features, frechet_distance, label_accuracy, load_classifier
-from sdit.sample import sample, save_grid
-from sdit.train import TrainSettings, train
+from sdit.metrics import frechet_distance
+from sdit.pictures import save_grid
+from sdit.sample import sample
+from sdit.settings import TrainSettings
+from sdit.train import train
 
 PARTS = {  # of the initial values: names of parameters
     "mixing": r"\.(key|value|receptance|output)\.weight$",

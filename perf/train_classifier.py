@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from perf import harness
 from sdit.checkpoint import save
+from sdit.classifier import Classifier, features, label_accuracy
 from sdit.data import DATASETS, Order, load, to_batch
-from sdit.evaluate import Classifier, features, label_accuracy, sha256
+from sdit.files import sha256
 
 
 def train(classifier, data, *, epochs, shift, lr, batch_size=128, seed=0, progress=print):

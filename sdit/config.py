@@ -24,7 +24,7 @@ class Config:
         patch_size: side of a patch, in pixels; N = (image_size / patch_size)^2 patches are the tokens, beside one for the
             condition.
         dim: C, channels of a token.
-        depth: depth // 2 encoder blocks, one in the middle, depth // 2 decoder blocks.
+        depth: depth // 2 encoder blocks, one in the middle, depth // 2 decoder blocks: depth 2 is three blocks, depth 4 five.
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null label.
         T: simulation steps of the neurons.
         tau: their time constant, in steps, at least 1.

@@ -4,22 +4,22 @@
 """
 
 import gzip
-import hashlib
 import io
 import os
 import pickle
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .download import download, has_checksum
+from .files import atomic_write, cache_folder
 
 __all__ = ["DATASETS", "Images", "Order", "from_uint8", "load", "to_batch", "to_uint8"]
 
@@ -152,7 +152,7 @@ class Order:
         seed: at least 0.
 
     Raises:
-        TypeError, ValueError: an argument, here or of the methods, that is no int or out of range.
+        TypeError, ValueError: an argument, here or of the methods, that is not an int or is out of range.
 
     Example:
         >>> import torch
@@ -209,11 +209,7 @@ def _bases(root) -> list[Path]:
     if root is not None:
         return [Path(root).expanduser()]
     own = [Path(os.environ["SDIT_DATA"]).expanduser()] if os.environ.get("SDIT_DATA") else []
-    return [*own, Path("data"), _cache(), Path("/usr/share/datasets")]
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdit"
+    return [*own, Path("data"), cache_folder(), Path("/usr/share/datasets")]
 
 
 def _folders(spec, root) -> list[Path]:
@@ -229,88 +225,28 @@ def _folders(spec, root) -> list[Path]:
 
 def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
     failed = f", nor downloaded ({'; '.join(reasons)})" if reasons else ""
+    if root is not None:
+        advice = "Leave root (--data) out to have them downloaded, "
+    elif reasons:
+        advice = "Connect to a network, "
+    else:
+        advice = f"""python -c "from sdit.data import load; load('{name}')" downloads them; else """
     return FileNotFoundError(
         f"{name}: {', '.join(files)} not found in folders named {', '.join(spec.folders)} below "
-        f"{', '.join(map(str, _bases(root)))}{failed}. {spec.advice}put the files into {_cache() / name}, "
-        "or say where they are: the environment variable SDIT_DATA, or root"
+        f"{', '.join(map(str, _bases(root)))}{failed}. {advice}{spec.advice}put the files into {cache_folder() / name}, "
+        "or say where they are with the environment variable SDIT_DATA or root (--data)"
     )
-
-
-# Downloading
-
-
-@contextmanager
-def replacing(path: Path):
-    """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(part)
-        raise
-
-
-def _get(url: str) -> bytes:
-    """The whole answer or an OSError; in memory, so that whatever interrupts it leaves no file behind."""
-    import http.client
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
-            body = io.BytesIO()
-            with _progress(total, url.rsplit("/", 1)[-1]) as bar:
-                while block := answer.read(1 << 18):
-                    body.write(block)
-                    bar.update(len(block))
-    except (http.client.HTTPException, ValueError) as error:
-        raise OSError(f"{type(error).__name__}: {error}") from error
-    if total and body.tell() != total:
-        raise OSError(f"the connection ended after {body.tell()} of {total} bytes")
-    return body.getvalue()
-
-
-def _progress(total, name):
-    """tqdm's bar for what is long enough to be worth one; without tqdm, none."""
-    from types import SimpleNamespace
-
-    with suppress(ImportError):
-        from tqdm import tqdm
-
-        return tqdm(total=total or None, desc=name, unit="B", unit_scale=True, leave=False, delay=1)
-
-    @contextmanager
-    def silent():
-        yield SimpleNamespace(update=lambda n: None)
-
-    return silent()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def _md5(content: bytes) -> str:
-    return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 
 def _download(name, spec, files, reasons: list[str]) -> Path | None:
     """Fetch ``files`` of a data set into the cache, from the first mirror that has them as they should be, or None."""
-    folder = _cache() / name
+    folder = cache_folder() / name
     for mirror in spec.mirrors:
         try:
             for file, content in spec.fetch(mirror, files):
-                digest = spec.checksums[file]
-                if (_sha256 if len(digest) == 64 else _md5)(content) != digest:
+                if not has_checksum(content, spec.checksums[file]):
                     raise OSError(f"{file} has another checksum than it should")
-                with replacing(folder / file) as target:
+                with atomic_write(folder / file) as target:
                     target.write(content)
             return folder
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
@@ -349,7 +285,7 @@ def _read_idx(path: Path, ndim: int) -> np.ndarray:
 
 def _fetch_idx(mirror, files):
     for file in files:
-        yield file, gzip.decompress(_get(f"{mirror}{file}.gz"))
+        yield file, gzip.decompress(download(f"{mirror}{file}.gz"))
 
 
 def _load_idx(name, spec, root, split):
@@ -409,7 +345,7 @@ def _read_cifar(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fetch_cifar(mirror, files):
-    with tarfile.open(fileobj=io.BytesIO(_get(mirror)), mode="r:gz") as archive:
+    with tarfile.open(fileobj=io.BytesIO(download(mirror)), mode="r:gz") as archive:
         for file in files:
             try:
                 member = archive.extractfile(f"cifar-10-batches-py/{file}")
@@ -441,7 +377,7 @@ def _load_digits(name, spec, root, split):
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError('the digits come with scikit-learn: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
     part = slice(None, 1500) if split == "train" else slice(1500, None)  # by writer: the last 297 are by others than the first
     images = np.rint(digits.images[part] * (255 / 16)).astype(np.uint8)  # levels 0..16
@@ -453,18 +389,18 @@ _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".
 
 def _load_folder(name, spec, root, split, size):
     if root is None:
-        raise ValueError("a folder of images needs root: where it is")
+        raise ValueError("root (--data) must name the folder of images, in which each class has a folder of its own")
     try:
         from PIL import Image, ImageOps
     except ImportError:
-        raise ImportError('reading image files needs pillow: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("reading image files needs pillow: pip install pillow") from None
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise FileNotFoundError(f"root: there is no folder {top}")
+        raise FileNotFoundError(f"there is no folder {top}")
     if (top / "train").is_dir() and (top / "test").is_dir():
         top = top / split
     elif split != "train":
-        raise ValueError(f"split: {top} has no folders train and test, so that all of it is 'train'; got {split!r}")
+        raise ValueError(f"{top} has no test split, all of it is 'train': make folders train and test in it for that")
     classes = sorted(p.name for p in top.iterdir() if p.is_dir() and not p.name.startswith("."))
     paths = [
         (path, label)
@@ -529,7 +465,6 @@ DATASETS: dict[str, _Spec] = {
             "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
             "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
-        advice="Connect to a network, or ",
     ),
     "fashion_mnist": _Spec(
         _load_idx,
@@ -547,7 +482,7 @@ DATASETS: dict[str, _Spec] = {
             "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
             "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
-        advice="Install Debian's package dataset-fashion-mnist, connect to a network, or ",
+        advice="install Debian's package dataset-fashion-mnist, ",
     ),
     "cifar10": _Spec(
         _load_cifar,
@@ -564,13 +499,15 @@ DATASETS: dict[str, _Spec] = {
             "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
             "test_batch": "40351d587109b95175f43aff81a1287e",
         },
-        advice="Connect to a network, or unpack cifar-10-python.tar.gz and ",
+        advice="unpack cifar-10-python.tar.gz and ",
     ),
     "folder": _Spec(_load_folder, mirror=True),
 }
 
 
-def load(name: str, root: str | Path | None = None, split: str = "train", size: int | None = None) -> Images:
+def load(
+    name: str, root: str | Path | None = None, split: str = "train", size: int | None = None, download: bool = True
+) -> Images:
     r"""A data set, whole, in memory.
 
     ======================  =================================================================================================
@@ -583,14 +520,15 @@ def load(name: str, root: str | Path | None = None, split: str = "train", size: 
     ======================  =================================================================================================
 
     Files are looked for in root and below it, under the names that torchvision and Debian use; without root in $SDIT_DATA,
-    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit and checked against
-    the checksum of what it decompresses to.
+    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit, unless root is given,
+    and checked against the checksum of what it decompresses to.
 
     Args:
         name: one of ``DATASETS``.
         root: where the files are; for ``folder`` it must be given, for ``digits`` it must not.
         split: "train" or "test".
         size: make all images that many pixels square (the central square, resized); None leaves them as they are.
+        download: False to look for files on this machine only.
 
     Returns:
         :class:`Images`.
@@ -616,7 +554,7 @@ def load(name: str, root: str | Path | None = None, split: str = "train", size: 
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"size must be a positive int or None, got {size!r}")
-    spec = DATASETS[name]
+    spec = DATASETS[name] if download else replace(DATASETS[name], mirrors=())
     if name == "folder":
         images, labels, names = spec.load(name, spec, root, split, size)
     else:

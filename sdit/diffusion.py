@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "STEPS", "draw", "make_scheduler", "predict", "reverse_step", "samplers", "training_loss"]
+__all__ = ["SAMPLERS", "STEPS", "add_noise", "draw", "make_scheduler", "predict", "reverse_step", "samplers", "training_loss"]
 
 STEPS = 1000
 _BETAS = (1e-4, 2e-2)
@@ -72,7 +72,7 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
         dropout_label: whose label becomes the null label. On the generator's device.
 
     Raises:
-        TypeError: generator is no torch.Generator.
+        TypeError: generator is not a torch.Generator.
 
     Example:
         >>> import torch
@@ -180,7 +180,7 @@ def training_loss(
 
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
-    xt, told, tables = _noisy(config, x0, noise, t)
+    xt, told, tables = add_noise(config, x0, noise, t)
     out = model(xt, told, torch.where(drop, config.num_classes, y)).to(x0.dtype)
     if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
         what = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
@@ -196,7 +196,7 @@ def training_loss(
     return {"loss": loss + vb, "mse": mse.detach(), "vb": vb.detach()}
 
 
-def _noisy(config, x0, noise, t):
+def add_noise(config, x0, noise, t):
     """(x_t, the time that the model is told, the tables at t, of which flow has but the first two)."""
     flow = config.prediction == "flow"
     every = _line(x0.device, x0.dtype) if flow else _tables(x0.device, x0.dtype)
@@ -370,7 +370,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     try:
         import diffusers
     except ImportError:
-        raise ImportError('sampling needs diffusers: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("sampling needs diffusers: pip install diffusers") from None
     if config.prediction == "flow":
         kind = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}[name]
         scheduler = kind(num_train_timesteps=STEPS)

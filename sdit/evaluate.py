@@ -6,249 +6,24 @@
 import hashlib
 import importlib.metadata
 import json
-import math
 import zipfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .data import _cache, from_uint8, load, replacing, to_uint8
+from .classifier import FASHION_MNIST, Classifier, features, label_accuracy, load_classifier
+from .data import load, to_uint8
+from .files import atomic_write, cache_folder, ensure_writable, sha256
+from .lock import lock
+from .metrics import frechet_distance, kid
+from .pictures import save_npz
 
 __all__ = [
     "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier", "run",
 ]  # fmt: skip
-
-FASHION_MNIST = Path(__file__).with_name("fashion_mnist_classifier.safetensors")
-SHA256 = "66c07dc7394cb4da263e4f7611fd6cc0de2b31961b9d2c36a6ff763c47d6aa7a"
-
-
-# The classifier
-
-
-class Classifier(nn.Module):
-    r"""Four 3x3 convolutions, each normalised and rectified, the mean over positions, one Linear: logits of the classes.
-
-    The image is halved after the first and after the third convolution. 98,682 parameters for grey images and ten classes.
-
-    Args:
-        channels: of the images: 1, or 3.
-        image_size: their side, at least 4.
-        names: of the classes.
-        dataset: name of the data that it was trained on.
-        widths: channels of the convolutions; the last is D, the number of features.
-
-    Example:
-        >>> import torch
-        >>> from sdit.evaluate import Classifier
-        >>> Classifier(1, 28, ["cat", "dog"])(torch.zeros(5, 1, 28, 28)).shape
-        torch.Size([5, 2])
-    """
-
-    def __init__(self, channels: int, image_size: int, names: Sequence[str], dataset=None, widths=(16, 32, 64, 128)):
-        super().__init__()
-        self.channels, self.image_size, self.names = channels, image_size, tuple(names)
-        self.dataset, self.widths = dataset, tuple(widths)
-        layers = []
-        for i, (before, width) in enumerate(zip((channels, *widths), widths)):
-            layers += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            layers += [nn.MaxPool2d(2)] if i in (0, 2) else []
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(widths[-1], len(self.names))
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B, D) of (B, channels, S, S) in [-1, 1]."""
-        return self.body(x).mean((2, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, classes) logits of (B, channels, S, S) in [-1, 1]."""
-        return self.head(self.features(x))
-
-
-def load_classifier(path=None) -> Classifier:
-    """The classifier in a file of ``perf/train_classifier.py``, in eval mode; without path the package's, for Fashion-MNIST.
-
-    Raises:
-        OSError: it cannot be read. ValueError: it is none, or damaged; the package's, that its sha256 is not the one that
-        figures were taken with. ImportError: safetensors is missing.
-
-    Example:
-        >>> from sdit.evaluate import load_classifier
-        >>> load_classifier().names[9]
-        'ankle boot'
-    """
-    from .checkpoint import load
-
-    if path is None and (found := sha256(FASHION_MNIST)) != SHA256:
-        raise ValueError(f"{FASHION_MNIST} is not the classifier of this package: its sha256 is {found}, not {SHA256}")
-    path = FASHION_MNIST if path is None else Path(path)
-    groups, meta = load(path)
-    try:
-        classifier = Classifier(**meta["classifier"])
-        classifier.load_state_dict(groups["classifier"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no classifier of perf/train_classifier.py: {' '.join(str(error).split())}") from None
-    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def sha256(path) -> str:
-    """Of a file, 64 hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-@torch.no_grad()
-def features(classifier: Classifier, images: Tensor | np.ndarray) -> Tensor:
-    """What the classifier's last layer sees of each image.
-
-    Args:
-        images: (N, S, S, C) uint8, as ``Images.images`` and the .npz of ``sdit sample``; drawn ones are
-            ``to_uint8(x).permute(0, 2, 3, 1)``. S is the classifier's; grey is repeated where it wants colour, colour is
-            averaged where it wants grey.
-
-    Returns:
-        (N, D) float64.
-
-    Raises:
-        TypeError, ValueError: images.
-
-    Example:
-        >>> import torch
-        >>> from sdit.evaluate import features, load_classifier
-        >>> features(load_classifier(), torch.zeros(3, 28, 28, 1, dtype=torch.uint8)).shape
-        torch.Size([3, 128])
-    """
-    images = torch.as_tensor(images)
-    if images.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, got {images.dtype}")
-    size = classifier.image_size
-    if images.ndim != 4 or images.shape[1:3] != (size, size) or images.shape[3] not in (1, 3):
-        raise ValueError(f"images must be (N, {size}, {size}, 1 or 3), got {tuple(images.shape)}")
-    parts = []
-    for part in images.split(500):
-        x = from_uint8(part.permute(0, 3, 1, 2))
-        x = x.mean(1, keepdim=True) if classifier.channels == 1 else x.expand(-1, classifier.channels, -1, -1)
-        parts.append(classifier.features(x.contiguous(memory_format=torch.channels_last)).double())
-    return torch.cat(parts) if parts else torch.empty(0, classifier.widths[-1], dtype=torch.float64)
-
-
-# The measures
-
-
-def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
-    r"""Squared Frechet distance between the normal distributions that have the means and covariances of two sets.
-
-    .. math:: |\mu_a - \mu_b|^2 + \operatorname{tr}(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2})
-
-    with unbiased covariances. It is biased upwards, the more the smaller the sets are: compare only equal numbers. In float64.
-    The trace of the root is the sum of the singular values of :math:`R_a R_b^T`, where :math:`S = R^T R` comes from a QR
-    decomposition of the centred features: roots are never taken of differences, and singular covariances cost no accuracy.
-
-    Args:
-        a, b: (N, D) and (M, D), of :func:`features`; N and M above D, below which a covariance has no full rank.
-
-    Raises:
-        TypeError, ValueError: a or b.
-
-    Source: Dowson and Landau, J. Multivariate Anal. 12 (1982); for generated images Heusel et al., arXiv 1706.08500, in the
-    features of another network, whose numbers these are not to be compared with.
-
-    Example:
-        >>> import numpy as np
-        >>> from sdit.evaluate import frechet_distance
-        >>> x = np.random.default_rng(0).normal(size=(100, 8))
-        >>> round(frechet_distance(x, x + 0.5), 6)  # 8 * 0.5^2
-        2.0
-    """
-    a, b = _checked(a, b)
-    for name, x in (("a", a), ("b", b)):
-        if len(x) <= x.shape[1]:
-            raise ValueError(f"{name} must hold more images than there are features, {x.shape[1]}, got {len(x)}")
-    mean_a, mean_b = a.mean(0), b.mean(0)
-    root_a, root_b = (np.linalg.qr(x - x.mean(0), "r") / math.sqrt(len(x) - 1) for x in (a, b))
-    overlap = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    squares = np.square(mean_a - mean_b).sum() + np.square(root_a).sum() + np.square(root_b).sum()
-    return max(0.0, float(squares - 2 * overlap))
-
-
-def _checked(a, b):
-    a, b = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x) for x in (a, b))
-    for name, x in (("a", a), ("b", b)):
-        if x.dtype.kind != "f":
-            raise TypeError(f"{name} must be of a float dtype, got {x.dtype}")
-        if x.ndim != 2 or x.shape[1] != a.shape[-1] or not x.size:
-            raise ValueError(f"a and b must be (N, D) and (M, D), got {a.shape} and {b.shape}")
-        if not np.isfinite(x).all():
-            raise ValueError(f"{name} must be finite")
-    return a.astype(np.float64), b.astype(np.float64)
-
-
-def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, seed: int = 0) -> tuple[float, float]:
-    r"""KID's estimator: squared maximum mean discrepancy of two sets, mean and standard error over disjoint subsets.
-
-    Of m features x and n features y, with :math:`k(x, y) = (x \cdot y / D + 1)^3`,
-
-    .. math:: \frac{\sum_{i \ne j} k(x_i, x_j)}{m (m - 1)} + \frac{\sum_{i \ne j} k(y_i, y_j)}{n (n - 1)}
-        - \frac{2}{m n} \sum_{i, j} k(x_i, y_j)
-
-    which is unbiased at any m and n, and negative by chance where the distributions are one. Both sets are shuffled and cut
-    into ``subsets`` parts; the i-th of one is set against the i-th of the other. No image is in two parts: the values are
-    independent, and their standard deviation over the root of their number is a standard error.
-
-    Args:
-        a, b: (N, D) and (M, D), of :func:`features`.
-        subsets: at least 2, at most half of N and of M.
-        seed: of the shuffling.
-
-    Returns:
-        (mean, standard error)
-
-    Raises:
-        TypeError, ValueError: an argument.
-
-    Source: Binkowski et al., arXiv 1801.01401, in the features of another network.
-
-    Example:
-        >>> import numpy as np
-        >>> from sdit.evaluate import kid
-        >>> x, y = np.random.default_rng(0).normal(size=(2, 1000, 8))
-        >>> mean, error = kid(x, y)
-        >>> abs(mean) < 3 * error, kid(x, y + 0.5)[0] > 0.5
-        (True, True)
-    """
-    a, b = _checked(a, b)
-    least = min(len(a), len(b))
-    if not isinstance(subsets, int) or isinstance(subsets, bool) or not 2 <= subsets <= least // 2:
-        raise ValueError(f"subsets must be an int of 2 to half of the smaller set, {least // 2}, got {subsets!r}")
-    a, b = (np.array_split(np.random.default_rng((seed, i)).permutation(x), subsets) for i, x in ((1, a), (2, b)))
-    values = [_mmd(x, y) for x, y in zip(a, b)]
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(subsets))
-
-
-def _mmd(x, y):
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        k = kernel(x, x)
-        return (k.sum() - k.trace()) / (len(x) * (len(x) - 1))
-
-    return within(x) + within(y) - 2 * kernel(x, y).mean()
-
-
-def label_accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``.
-
-    Example:
-        >>> import torch
-        >>> from sdit.evaluate import label_accuracy, load_classifier
-        >>> label_accuracy(load_classifier(), torch.zeros(2, 128), torch.tensor([10, 10]))  # there is no class 10
-        0.0
-    """
-    return (classifier.head(features.float()).argmax(1) == labels).double().mean().item()
 
 
 def evaluate(
@@ -381,6 +156,7 @@ def draw(
 
     Raises:
         As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
+        BlockingIOError: another process draws these images.
 
     Example:
         >>> import tempfile
@@ -398,38 +174,44 @@ def draw(
     from . import sample as sampling
     from .checkpoint import load_model, newest
 
-    for name, value in (("n", n), ("batch_size", batch_size)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ValueError(f"n must be an int of at least 1, got {n!r}")
     checkpoint = newest(checkpoint)
-    device = sampling.usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = sampling.resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = load_model(checkpoint, ema=ema).to(device)
     sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
-    diffusion.make_scheduler(sampler, steps, model.config, clip)  # says what is wrong, or missing
     steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
     settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
     settings |= {"batch_size": batch_size}
+    sampling.check_settings(model.config, **settings)
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
     facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
     facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
     key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
-    folder = (_cache() / "evaluate" if folder is None else Path(folder)) / key
+    folder = (cache_folder() / "evaluate" if folder is None else Path(folder)) / key
     facts["labels"] = "the classes in turn"
 
-    parts, labels = [], torch.arange(n) % model.config.num_classes
-    bar = sampling._bar(n, True)
+    parts, labels, checked = [], torch.arange(n) % model.config.num_classes, False
+    size = model.config.channels * model.config.image_size**2
     cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
     try:
-        with bar, cast:
+        with (
+            lock(folder / "lock", f"{folder}, where these images are kept,", "wait until it ends"),
+            sampling.progress_bar(n, True) as bar,
+            cast,
+        ):
             for start in range(0, n, batch_size):
                 wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
                 part = _kept(path, wanted)
                 if part is None:
+                    if not checked:
+                        ensure_writable(path, "folder (XDG_CACHE_HOME moves it)", (1 << 20) + (n - start) * size)
+                        checked = True
                     drawn = sampling.sample(
                         model, wanted, first=start, **settings,
                         callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
                     )  # fmt: skip
-                    sampling.save_npz(path, drawn, wanted)
+                    save_npz(path, drawn, wanted)
                     part = to_uint8(drawn).permute(0, 2, 3, 1)
                 else:
                     bar.initial += len(part)  # not counted in the images per second
@@ -455,6 +237,8 @@ def _kept(path, labels):
 def _arrays(path):
     """(images, labels) of a file that ``sdit sample --npz`` wrote."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"it is not an npz file, but {Path(path).stat().st_size} bytes of something else")
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
@@ -477,23 +261,31 @@ def run(
     ``n`` (all) of the file ``images``; print :func:`evaluate`'s measures of them; write the images to the file ``npz``, the
     measures and what they were measured with to the file ``report``, as JSON. Returns what ``report`` holds.
     """
+    if (checkpoint is None) == (images is None):
+        raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
+    if npz is not None and Path(npz).suffix != ".npz":
+        raise ValueError(f"npz must end in .npz, got {str(npz)!r}")
+    if images is not None and (settings or npz is not None):
+        wrong = [*settings, *(["npz"] if npz is not None else [])]
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        raise ValueError(f"--images are there already: {given} cannot be given with it")
+    with ExitStack() as stack:
+        for name, path in (("npz", npz), ("json", report)):
+            if path is not None:
+                path = Path(path)
+                ensure_writable(path, name)
+                advice = f"wait until it ends, or choose another {name} (--{name})"
+                stack.enter_context(lock(path.with_name(f".{path.name}.lock"), str(path), advice))
+        return _run(checkpoint, images, n, classifier, root, npz, report, settings)
+
+
+def _run(checkpoint, images, n, classifier, root, npz, report, settings):
     from sdit_kernels import __version__
 
     from .checkpoint import load_model
-    from .sample import writable
 
-    if (checkpoint is None) == (images is None):
-        raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
-    for name, path in (("npz", npz), ("json", report)):
-        if path is not None:
-            writable(Path(path), name)
-    if npz is not None and Path(npz).suffix != ".npz":
-        raise ValueError(f"npz must end in .npz, got {str(npz)!r}")
     judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
-        if settings or npz is not None:
-            wrong = ", ".join(settings) or "npz"
-            raise ValueError(f"--images are there already: {wrong} cannot be given with it")
         pixels, labels = _arrays(images)
         if n is not None and not 0 < n <= len(labels):
             raise ValueError(f"n must be 1 to {len(labels)}, as many as {images} holds, got {n}")
@@ -501,7 +293,8 @@ def run(
         facts = {"images": Path(images).name, "images_sha256": sha256(images)}
     else:
         n = 1000 if n is None else n
-        config = load_model(checkpoint).config
+        model = load_model(checkpoint)
+        config, root = model.config, root or model.trained_on.get("root")
         _fits(judge, config)
         _check(torch.arange(max(n, 0)) % config.num_classes, judge)
         _real(n, judge, root)  # says what is wrong before anything is drawn
@@ -510,13 +303,14 @@ def run(
     found = evaluate(pixels, labels, judge, root)
     found |= {"images": facts, "classifier": path.name, "classifier_sha256": sha256(path)}
     found |= {"sdit_kernels": __version__, "torch": torch.__version__, "numpy": np.__version__}
+    print(_table(found))  # first, in case no file can be written
+    lost = "with room for it the same command writes it" + (", without drawing the images again" if images is None else "")
     if npz is not None:
-        with replacing(Path(npz)) as file:
+        with atomic_write(Path(npz), lost) as file:
             np.savez(file, images=pixels.numpy(), labels=labels.numpy())
     if report is not None:
-        with replacing(Path(report)) as file:
+        with atomic_write(Path(report), lost) as file:
             file.write((json.dumps(found, indent=1) + "\n").encode())
-    print(_table(found))
     return found
 
 

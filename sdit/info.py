@@ -22,6 +22,7 @@ class Info:
 
     Attributes:
         parameters: numbers that are learned.
+        blocks: depth // 2 encoder blocks, one in the middle, depth // 2 decoder blocks.
         multiply_adds: of one image's forward pass by the equations, in products with weights; {group: count}.
         computed_multiply_adds: of those, how many a forward pass of this batch computes per image, what the batch shares
             counted once.
@@ -34,6 +35,7 @@ class Info:
     """
 
     parameters: int
+    blocks: int
     multiply_adds: dict[str, int]
     computed_multiply_adds: int
     saved_bytes: int
@@ -60,7 +62,8 @@ class Info:
 
     def __str__(self) -> str:
         spikes, rest, energy = sum(self.synaptic_operations.values()), self.total - self.spiking_multiply_adds, self.energy
-        lines = [f"parameters {self.parameters:,}", "", f"{'multiply-adds of one image':30s}{'million':>12s}"]
+        lines = [f"parameters {self.parameters:,}, blocks {self.blocks}", ""]
+        lines += [f"{'multiply-adds of one image':30s}{'million':>12s}"]
         lines += [f"  {name:28s}{count / 1e6:12,.1f}" for name, count in self.multiply_adds.items()]
         lines += [
             f"  {'in all':28s}{self.total / 1e6:12,.1f}",
@@ -132,6 +135,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         plain = _saved_bytes(model, [part[:1] for part in batch])
     return Info(
         parameters=sum(p.numel() for p in model.parameters()),
+        blocks=len(model.blocks),
         multiply_adds=groups,
         computed_multiply_adds=computed.get_total_flops() // 2 // B,
         saved_bytes=_saved_bytes(model, batch) // B,

@@ -200,6 +200,8 @@ class SDiT(nn.Module):
     Attributes:
         config: what it was made of.
         plain: True computes the equations as they stand; see the top of this file.
+        trained_on: a dict of the data set that a trained model learnt from, as its checkpoint has it; empty for a new model.
+            Keys: name, images (their number), classes (their names), root (where the files were, or None).
         checkpointing: True keeps only the input of each block for the backward pass and computes the rest again.
 
     Raises:
@@ -225,6 +227,7 @@ class SDiT(nn.Module):
             raise TypeError(f"no such fields of a Config: {', '.join(unknown)}")
         self.config = config = dataclasses.replace(config, **overrides)
         self.plain = False
+        self.trained_on = {}
         self.checkpointing = False
         C, P = config.dim, config.patch_size
         self.patches = nn.Linear(config.channels * P * P, C)

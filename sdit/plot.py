@@ -1,9 +1,10 @@
 """The curves of a run as a picture."""
 
+import io
 import json
 from pathlib import Path
 
-from .data import replacing
+from .files import atomic_write
 
 __all__ = ["plot", "read_metrics"]
 
@@ -18,7 +19,7 @@ def read_metrics(run) -> list[dict]:
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{run} is no folder of a run: it has no metrics.jsonl")
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
         [(row["step"], row["loss"], row["rates"]) for row in rows]
@@ -40,7 +41,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         The path written.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_metrics`; out is no .png. ImportError: matplotlib is missing.
+        FileNotFoundError, ValueError: as :func:`read_metrics`; out does not end in .png. ImportError: matplotlib is missing.
 
     Example:
         >>> import json, tempfile
@@ -60,7 +61,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError('plots need matplotlib: pip install "sdit-kernels[sdit]"') from None
+        raise ImportError("plots need matplotlib: pip install matplotlib") from None
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -95,6 +96,8 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     for axes in (loss, gradient, firing, speed):
         axes.grid(alpha=0.3)
     figure.suptitle(Path(run).resolve().name)
-    with replacing(out) as file:
-        figure.savefig(file, format="png", dpi=110)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    with atomic_write(out) as file:
+        file.write(picture.getbuffer())
     return out

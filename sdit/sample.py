@@ -1,4 +1,4 @@
-"""Images from noise, and files of them: a labelled grid, the denoising as a film, arrays.
+"""Images from noise.
 
 ``sample`` draws images with a model; ``run`` is the body of ``sdit sample``, from a checkpoint to files.
 """
@@ -14,10 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import DATASETS, replacing, to_uint8
+from .data import DATASETS
 from .diffusion import check_guidance, make_scheduler, predict, reverse_step, samplers
+from .files import ensure_writable
+from .lock import lock
+from .pictures import Film, check_pillow, save_gif, save_grid, save_npz
 
-__all__ = ["Film", "choose_labels", "class_names", "run", "sample", "save_gif", "save_grid", "save_npz"]
+__all__ = [
+    "Film", "check_settings", "choose_labels", "class_names", "progress_bar", "resolve_device", "run", "sample", "save_gif",
+    "save_grid", "save_npz",
+]  # fmt: skip
 
 
 @torch.no_grad()
@@ -74,12 +80,8 @@ def sample(
     """
     config = model.config
     labels = _check_labels(labels, config.num_classes)
-    for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
     sampler = next(iter(samplers(config))) if sampler is None else sampler
-    make_scheduler(sampler, steps, config, clip)  # says what is wrong before any work
-    check_guidance(config, guidance)
+    check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first)
     weight = next(model.parameters())
     shape = (1, config.channels, config.image_size, config.image_size)
 
@@ -91,7 +93,7 @@ def sample(
         if threshold is not None:
             stack.enter_context(_threshold(model, threshold))
         stack.enter_context(model.frozen())
-        bar = stack.enter_context(_bar(len(labels), progress))
+        bar = stack.enter_context(progress_bar(len(labels), progress))
         for start in range(0, len(labels), batch_size):
             y = labels[start : start + batch_size].to(weight.device)
             generators = [_generator(seed, first + start + i) for i in range(len(y))]
@@ -114,6 +116,18 @@ def sample(
     return torch.cat(done)
 
 
+def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first=0) -> None:
+    """TypeError, ValueError or ImportError where :func:`sample` cannot draw with these, before any work."""
+    for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    make_scheduler(sampler, steps, config, clip)
+    check_guidance(config, guidance)
+    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+    if threshold is not None and not (number and 0 < threshold < math.inf):
+        raise ValueError(f"threshold must be a positive number, got {threshold!r}")
+
+
 def _check_labels(labels, num_classes):
     labels = torch.as_tensor(labels, device="cpu")
     if not labels.numel():
@@ -133,8 +147,6 @@ def _generator(seed, i):
 @contextmanager
 def _threshold(model, value):
     """Every neuron of ``model`` fires from ``value`` on, until the block is left."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"threshold must be a positive number, got {value!r}")
     before = [(module, module.v_threshold) for module in model.modules() if hasattr(module, "v_threshold")]
     try:
         for module, _ in before:
@@ -145,7 +157,7 @@ def _threshold(model, value):
             module.v_threshold = old
 
 
-def _bar(total, wanted):
+def progress_bar(total, wanted):
     from tqdm import tqdm  # diffusers brings it
 
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
@@ -155,8 +167,8 @@ def _bar(total, wanted):
 # Labels
 
 
-def class_names(config) -> tuple[str, ...]:
-    """Names of the classes 0 .. num_classes - 1: those of config.dataset, or numbers.
+def class_names(config, names: Sequence[str] = ()) -> tuple[str, ...]:
+    """Names of the classes 0 .. num_classes - 1: ``names``, or else those of config.dataset; numbers if they are not as many.
 
     Example:
         >>> from sdit import PRESETS
@@ -164,7 +176,7 @@ def class_names(config) -> tuple[str, ...]:
         >>> class_names(PRESETS["cifar10"])[:3]
         ('airplane', 'automobile', 'bird')
     """
-    names = DATASETS[config.dataset].names if config.dataset in DATASETS else ()
+    names = tuple(names) or (DATASETS[config.dataset].names if config.dataset in DATASETS else ())
     return names if len(names) == config.num_classes else tuple(map(str, range(config.num_classes)))
 
 
@@ -200,8 +212,11 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
         n, given = n or 40, list(map(str, range(len(names))))
     wrong = [part for part in given if part.lower() not in numbers]
     if wrong:
+        named = [name for i, name in enumerate(names) if name != str(i)]
+        classes = f"0 to {len(names) - 1}" + (f" or by name ({', '.join(named)})" if named else "")
         raise ValueError(
-            f"labels must be 'all', 'random', or of 0..{len(names) - 1}, none, {', '.join(names)}; got {wrong[0]!r}"
+            f"labels must be all, random, or a list of classes with commas between: {classes}, or none for no class; "
+            f"{wrong[0]!r} is not one"
         )
     labels = torch.tensor([numbers[part.lower()] for part in given])
     if wanted != "all" and n is not None and n < len(labels):
@@ -210,109 +225,10 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
     return labels.repeat(math.ceil(n / len(labels)))[:n]
 
 
-# Files
-
-
-class Film:
-    """A callback for ``sample`` that keeps some ``frames`` of the denoising of the first ``images`` images.
-
-    Args:
-        frames: states to keep beside the noise at the start.
-        images: images to keep of each.
-
-    Example:
-        >>> from sdit import PRESETS, SDiT
-        >>> from sdit.sample import Film, sample
-        >>> film = Film(frames=5)
-        >>> images = sample(SDiT(PRESETS["digits"], dim=32, depth=2), [3, 1, 4], sampler="ddim", steps=10, callback=film)
-        >>> len(film.frames), film.frames[0].shape
-        (6, torch.Size([3, 1, 8, 8]))
-    """
-
-    def __init__(self, frames: int = 40, images: int = 100):
-        self.count, self.images, self._parts = frames, images, {}
-
-    def __call__(self, start: int, step: int, steps: int, x: Tensor) -> None:
-        if start < self.images and (step == 0 or step * self.count // steps > (step - 1) * self.count // steps):
-            self._parts.setdefault(step, []).append(x[: self.images - start].float().clamp(-1, 1).cpu())
-
-    @property
-    def frames(self) -> list[Tensor]:
-        """(images, C, S, S) float32 each: the noise, then ``frames`` states (fewer if there are fewer steps)."""
-        return [torch.cat(parts) for _, parts in sorted(self._parts.items())]
-
-
-def _render(images, labels, names, columns):
-    """A PIL image of (N, C, S, S) in [-1, 1], every one with its class above it, pixels magnified to at least 64 a side."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError:
-        raise ImportError('writing images needs pillow: pip install "sdit-kernels[sdit]"') from None
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"images must be (N, 1 or 3, S, S) with N > 0, got {tuple(images.shape)}")
-    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).numpy()
-    n, height, width, channels = pixels.shape
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"labels must be one for each of {n} images, got {len(labels)}")
-    columns = min(n, columns or math.ceil(math.sqrt(n)))
-    rows = math.ceil(n / columns)
-    scale = max(1, math.ceil(64 / max(height, width)))
-    pad, text = 4, 14 if labels is not None else 0
-    cell_w, cell_h = width * scale + pad, height * scale + text + pad
-    mode = "L" if (pixels == pixels[..., :1]).all() else "RGB"
-    canvas = Image.new(mode, (columns * cell_w + pad, rows * cell_h + pad), 255 if mode == "L" else (255,) * 3)
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    for i, image in enumerate(pixels):
-        x, y = pad + i % columns * cell_w, pad + i // columns * cell_h
-        if labels is not None:
-            label = int(labels[i])
-            name = names[label] if names is not None and label < len(names) else "none" if names is not None else str(label)
-            while name and draw.textlength(name, font=font) > cell_w - pad:
-                name = name[:-2] + "\N{HORIZONTAL ELLIPSIS}" if len(name) > 1 else ""
-            draw.text((x, y - 1), name, fill=0 if mode == "L" else (0, 0, 0), font=font)
-        tile = image[..., 0] if mode == "L" else np.broadcast_to(image, (height, width, 3))
-        canvas.paste(Image.fromarray(np.repeat(np.repeat(tile, scale, 0), scale, 1)), (x, y + text))
-    return canvas
-
-
-def save_grid(path, images: Tensor, labels=None, names: Sequence[str] | None = None, columns: int | None = None) -> None:
-    """A PNG of (N, C, S, S) images in [-1, 1], the name of its class above each where ``labels`` (N,) are given.
-
-    Whole pixels, magnified without smoothing. ``columns`` defaults to a square grid. Written whole or not at all.
-    """
-    picture = _render(images, labels, names, columns)
-    with replacing(Path(path)) as file:
-        picture.save(file, format="PNG")
-
-
-def save_gif(path, frames: Sequence[Tensor], labels=None, names=None, columns: int | None = None, seconds: float = 4.0) -> None:
-    """A GIF of ``frames``, (N, C, S, S) each (``Film.frames``), laid out as ``save_grid`` does; the last one stays for 2 s."""
-    if not frames:
-        raise ValueError("frames must hold at least one frame, got none")
-    pictures = [_render(frame, labels, names, columns) for frame in frames]
-    each = max(20, round(1000 * seconds / len(pictures)))  # ms; faster ones are shown slowly by browsers
-    with replacing(Path(path)) as file:
-        pictures[0].save(
-            file,
-            format="GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=[each] * (len(pictures) - 1) + [2000],
-            loop=0,
-        )
-
-
-def save_npz(path, images: Tensor, labels) -> None:
-    """An npz file with ``images`` (N, S, S, C) uint8 and ``labels`` (N,) int64."""
-    pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).contiguous().numpy()
-    with replacing(Path(path)) as file:
-        np.savez(file, images=pixels, labels=np.asarray(labels, dtype=np.int64))
-
-
 # The command
 
 
-def usable(device) -> torch.device:
+def resolve_device(device) -> torch.device:
     """The device that a user names, or a ValueError."""
     try:
         found = torch.empty(0, device=device).device
@@ -323,16 +239,17 @@ def usable(device) -> torch.device:
     return found
 
 
-def writable(path: Path, name: str) -> None:
-    """Make the folder of a file that is to be written, or an OSError or ValueError now, not when its content is there."""
-    if path.is_dir():
-        raise ValueError(f"{name} must be a file, {path} is a folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _rescued(error, images, labels, npz):
+    """The error of a file that could not be written, with the place where the images are: ``npz`` if it is there, or else a new
+    file in the folder for temporary files."""
+    failed = f"{error.filename}: {error.strerror}"
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"{name}: no file can be written in {path.parent}: {error.strerror}") from None
+        if npz is None:
+            npz = Path(tempfile.mkdtemp(prefix="sdit-")) / "images.npz"
+            save_npz(npz, images, labels)
+    except OSError as second:
+        return OSError(f"{failed}; the images are lost, {tempfile.gettempdir()} cannot hold them either: {second.strerror}")
+    return OSError(f"{failed}; the images and their labels are in {npz}")
 
 
 _SHOWN = 100  # images that the grid and the film have room for
@@ -364,28 +281,35 @@ def run(
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
-    device = usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    writable(out, "out")
+    device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_pillow()
     model = load_model(checkpoint, ema=ema).to(device)
-    names = class_names(model.config) if names is None else tuple(names)
+    names = class_names(model.config, model.trained_on.get("classes", ())) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)
 
     film = Film(images=_SHOWN) if gif else None
-    began = time.perf_counter()
-    with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
-        images = sample(model, chosen, seed=seed, progress=True, callback=film, **settings)
-    took = time.perf_counter() - began
-
-    shown = min(len(images), _SHOWN)
+    shown = min(len(chosen), _SHOWN)
     columns = len(names) if labels == "all" and len(names) <= 20 else None
-    written = [out]
-    save_grid(out, images[:shown], chosen[:shown], names, columns)
-    if gif:
-        written.append(out.with_suffix(".gif"))
-        save_gif(written[-1], film.frames, chosen[:shown], names, columns)
-    if npz:
-        written.append(out.with_suffix(".npz"))
-        save_npz(written[-1], images, chosen)
+    written = [out] + [out.with_suffix(".gif")] * gif + [out.with_suffix(".npz")] * npz
+    pixels = len(chosen) * model.config.channels * model.config.image_size**2
+    ensure_writable(out, "out", (1 << 20) + pixels * npz)
+    with lock(out.with_name(f".{out.stem}.lock"), str(out), "wait until it ends, or choose another out (--out)"):
+        began = time.perf_counter()
+        try:
+            with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext():
+                images = sample(model, chosen, seed=seed, progress=True, callback=film, **settings)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped, {out} is not written") from None
+        took, kept = time.perf_counter() - began, None
+        try:
+            if npz:
+                save_npz(written[-1], images, chosen)
+                kept = written[-1]
+            save_grid(out, images[:shown], chosen[:shown], names, columns)
+            if gif:
+                save_gif(written[1], film.frames, chosen[:shown], names, columns)
+        except OSError as error:
+            raise _rescued(error, images, chosen, kept) from None
     what = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
     print(f"{what} in {took:.1f} s, {len(images) / took:.3g} images/s: {', '.join(map(str, written))}")
     return written

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,117 +23,22 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .checkpoint import _forget, checkpoints, load, newest, save
+from .checkpoint import about, checkpoints, load, newest, prune_checkpoints, save
 from .config import Config
-from .data import Images, Order, replacing, to_batch
+from .data import DATASETS, Images, Order, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
+from .files import atomic_write, explained
+from .lock import lock
 from .model import SDiT
-from .sample import class_names, sample, save_grid, usable
+from .pictures import check_pillow, save_grid
+from .sample import class_names, resolve_device, sample
+from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
-_MOST = 4096  # images of a step, where the data set has fewer
+_MAX_BATCH = 4096  # images of a step, where the data set has fewer
 _MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # in a run that goes on
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a model is trained; ``TrainSettings.of(config)`` has what suits a configuration.
-
-    The defaults are those of the research code. ``of`` takes others for the variant "improved": lr 1e-3, weight decay 0.01,
-    warm-up, cosine decay, clipping at 1, average with 0.999, flips; and for the small presets those of ``RECIPES``.
-
-    Args:
-        steps: of the optimiser, in all.
-        batch_size: images of one step, over all processes and accumulated parts.
-        accumulate: parts in which a process computes its share, one after the other, to save memory.
-        lr: learning rate of AdamW after the warm-up.
-        weight_decay: of AdamW.
-        warmup: steps over which the learning rate rises linearly.
-        cosine: the learning rate falls to 0 at the last step, along a cosine; else it stays.
-        clip: largest norm of the gradient, 0 for no limit.
-        ema: decay of the average of weights, which is (1 + n) / (10 + n) at step n as long as that is less; 0 for no average.
-        flip: mirror half of the images left to right, if that leaves them in their class.
-        bf16: matrix products in bfloat16 (autocast).
-        seed: of the initial weights and all that is drawn.
-        log_every: steps between lines of metrics.jsonl, each of which has the means over its steps.
-        sample_every: steps between pictures in samples/, 0 for none.
-        save_every: steps between checkpoints.
-        keep: checkpoints to keep, the newest ones.
-
-    Raises:
-        TypeError, ValueError: naming the field, what it was given and what is allowed.
-
-    Example:
-        >>> from sdit import PRESETS
-        >>> from sdit.train import TrainSettings
-        >>> TrainSettings.of(PRESETS["mnist"]).lr, TrainSettings.of(PRESETS["mnist"], lr=3e-4).lr
-        (0.0001, 0.0003)
-    """
-
-    steps: int = 100_000
-    batch_size: int = 256
-    accumulate: int = 1
-    lr: float = 1e-4
-    weight_decay: float = 0.01
-    warmup: int = 0
-    cosine: bool = False
-    clip: float = 0.0
-    ema: float = 0.0
-    flip: bool = False
-    bf16: bool = False
-    seed: int = 0
-    log_every: int = 20
-    sample_every: int = 1000
-    save_every: int = 1000
-    keep: int = 3
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0
-            if field.type is bool:
-                if not isinstance(value, bool):
-                    raise TypeError(f"{field.name} must be true or false, got {value!r}")
-                continue
-            number = isinstance(value, (int, float) if field.type is float else int)
-            if not number or isinstance(value, bool):
-                raise TypeError(f"{field.name} must be {'a number' if field.type is float else 'an int'}, got {value!r}")
-            if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
-                least = 1
-            limit, said = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
-            if not least <= value < limit:
-                raise ValueError(f"{field.name} must be at least {least} and {said}, got {value}")
-        if not self.lr > 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
-        if not self.ema < 1:
-            raise ValueError(f"ema must be below 1, got {self.ema}")
-
-    @classmethod
-    def of(cls, config: Config, **changes) -> "TrainSettings":
-        """The settings that suit ``config``, but for ``changes``."""
-        own = {}
-        if config.variant == "improved":
-            own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)
-            own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
-        unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
-        if unknown:
-            raise TypeError(f"no such fields of TrainSettings: {', '.join(unknown)}")
-        return cls(**(own | changes))
-
-    def learning_rate(self, step: int) -> float:
-        """Of step 0, 1, .."""
-        rise = min(1.0, (step + 1) / (self.warmup + 1))
-        after = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * rise * (0.5 * (1 + math.cos(math.pi * after)) if self.cosine else 1.0)
-
-
-RECIPES = {  # by data set: minutes on two cores
-    "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
-    # Every sneaker and boot of Fashion-MNIST points to the left. Frechet distance of 500 real images from the test images:
-    # .126, with every other one mirrored .167 (perf/results/sdit_fashion_trials.json).
-    "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, flip=False, sample_every=1000, save_every=500),
-}
 
 
 def train(
@@ -158,6 +62,9 @@ def train(
     tensorboard/                            the same numbers, where tensorboard is installed
     ======================================  ================================================================================
 
+    While it runs, a file ``lock`` names its process, and no other process can train in the folder. A checkpoint also remembers
+    root, device and the names of the classes.
+
     Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient is
     that of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in, with a
     checkpoint.
@@ -169,17 +76,18 @@ def train(
         resume: go on from the newest checkpoint in out_dir. steps, accumulate, keep and the four *_every may be other than they
             were.
         data: images to train on; None for ``sdit.data.load(config.dataset, root)``.
-        root: where the data set's files are.
-        device: None for the GPU where there is one.
+        root: where the data set's files are; None with ``resume`` for where they were.
+        device: None for the GPU where there is one, or with ``resume`` for the device that was named at the start.
         progress: show a bar, with loss and mean firing rate.
 
     Returns:
         The model with the averaged weights (the weights, without an average), in eval mode.
 
     Raises:
-        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. FileNotFoundError: nothing
-            to resume, or data missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite;
-            it says where, and the last checkpoint is kept. KeyboardInterrupt: after a signal, when all is saved.
+        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. BlockingIOError: another
+            process trains in out_dir; it says which. FileNotFoundError: nothing to resume, or data missing. OSError: a file
+            cannot be written. FloatingPointError: a loss or gradient is not finite; it says where, and the last checkpoint is
+            kept. KeyboardInterrupt: after a signal, when all is saved.
 
     Example:
         >>> import tempfile
@@ -191,13 +99,43 @@ def train(
         >>> model.training
         False
     """
-    out, state, start = Path(out_dir), None, 0
+    out, state, start, remembered = Path(out_dir), None, 0, {}
     if resume:
-        path = newest(out)
-        state, meta = load(path)
-        config, settings, start = _resumed(path, meta, config, settings)
-    elif checkpoints(out):
-        raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
+        before = about(newest(out)).get("device")
+        if device is None and before is not None:
+            try:
+                device = resolve_device(before)
+            except ValueError as error:
+                raise ValueError(f"{error}. The run was on it until now: name another device (--device)") from None
+    else:
+        _refuse_a_run(out)
+        config, settings = _checked(config, settings)
+    named = device
+    with ExitStack() as stack:
+        rank, world, device = stack.enter_context(_processes(device))
+        if not resume:  # before there is a folder
+            data, remembered = _data(config, settings, world, data, root)
+        stack.enter_context(_alone(out, rank, world))
+        if resume:
+            state, meta = load(path := newest(out))
+            config, settings, start = _resumed(path, meta, config, settings)
+            _checked(config, settings)
+            data, remembered = _data(config, settings, world, data, root, meta.get("data", {}))
+        else:
+            _refuse_a_run(out)
+        remembered = {"data": remembered, "device": named and str(named)}
+        run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
+        run.restore(state, start)
+        run.loop(start)
+        return (run.ema or run.model).eval()
+
+
+def _refuse_a_run(out):
+    if checkpoints(out):
+        raise FileExistsError(f"{out} holds a run already: resume it (--resume {out}), or choose another folder")
+
+
+def _checked(config, settings):
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
     settings = TrainSettings.of(config) if settings is None else settings
@@ -205,20 +143,27 @@ def train(
         raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
     if settings.sample_every:
         make_scheduler(_picture(config), None, config)  # says now whether a package is missing
-    with _processes(device) as (rank, world, device):
-        if settings.batch_size % (world * settings.accumulate):
-            raise ValueError(
-                f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
-                f"got {settings.batch_size}"
-            )
-        data = _data(config, data, root)
-        most = max(len(data), _MOST)
-        if settings.batch_size > most:
-            raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
-        run = _Run(config, settings, out, data, device, rank, world, progress)
-        run.restore(state, start)
-        run.loop(start)
-        return (run.ema or run.model).eval()
+        check_pillow()
+    return config, settings
+
+
+@contextmanager
+def _alone(out, rank, world):
+    """The first process holds the lock of the run's folder; if it cannot have it, all raise the same error."""
+    refused = None
+    with ExitStack() as stack:
+        if rank == 0:
+            try:
+                stack.enter_context(lock(out / "lock", f"the run in {out}", "wait until it ends, or train in another folder"))
+            except OSError as error:
+                refused = error
+        if world > 1:
+            told = [refused]
+            dist.broadcast_object_list(told)
+            refused = told[0]
+        if refused is not None:
+            raise refused
+        yield
 
 
 def _picture(config):
@@ -226,18 +171,46 @@ def _picture(config):
     return "euler" if config.prediction == "flow" else "ddim"
 
 
-def _data(config, data, root):
+def _data(config, settings, world, data, root, before=None):
+    """The images, and what a checkpoint remembers of them; ``before`` is what it does remember."""
+    if settings.batch_size % (world * settings.accumulate):
+        raise ValueError(
+            f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
+            f"got {settings.batch_size}"
+        )
     if data is None:
         if config.dataset is None:
-            raise ValueError("config.dataset must name a data set, or data be given")
-        data = load_data(config.dataset, root, size=config.image_size)
+            raise ValueError(f"config.dataset must be one of {', '.join(DATASETS)}, or data must be given; got None")
+        remembered = root is None and before and before["root"]
+        root = root or remembered or None
+        try:
+            data = load_data(config.dataset, root, size=config.image_size)
+        except FileNotFoundError as error:
+            if not remembered:
+                raise
+            raise FileNotFoundError(
+                f"this run had its data in {root}: {error}; say with root (--data) where they are now"
+            ) from None
+        root = root and str(Path(root).expanduser().absolute())
+    else:
+        root = None
     if data.labels.max() >= config.num_classes:
         raise ValueError(
             f"config.num_classes must be at least {int(data.labels.max()) + 1}, for the labels of {data.name}, "
             f"got {config.num_classes}"
         )
     to_batch(data.images[:1], config)  # says now what does not fit
-    return data
+    most = max(len(data), _MAX_BATCH)
+    if settings.batch_size > most:
+        raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
+    now = {"name": data.name, "images": len(data), "classes": list(data.names), "root": root}
+    for key in ("name", "images", "classes"):
+        if before and before[key] != now[key]:
+            raise ValueError(
+                f"data must be what the run began with: {key} was {before[key]!r} and is {now[key]!r} now. Give that data set "
+                f"(--data), or begin a new run"
+            )
+    return data, now
 
 
 def _resumed(path, meta, config, settings):
@@ -269,7 +242,7 @@ def _processes(device):
     local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
     if device is None:
         device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    device = usable(device)
+    device = resolve_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if ours:
@@ -284,8 +257,9 @@ def _processes(device):
 class _Run:
     """The state of one training run in one process."""
 
-    def __init__(self, config, settings, out, data, device, rank, world, progress):
+    def __init__(self, config, settings, out, data, remembered, device, rank, world, progress):
         self.config, self.settings, self.out, self.data = config, settings, out, data
+        self.about = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), **remembered}
         self.device, self.rank, self.world, self.progress = device, rank, world, progress and rank == 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -321,13 +295,12 @@ class _Run:
             kept = b""
             if state is not None and metrics.exists():
                 kept = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of(line) <= step)
-            with replacing(metrics) as file:
+            with atomic_write(metrics) as file:
                 file.write(kept)
-            about = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "torch": torch.__version__}
-            with replacing(self.out / "run.json") as file:
-                file.write(json.dumps(about, indent=2).encode())
+            with atomic_write(self.out / "run.json") as file:
+                file.write(json.dumps(self.about | {"torch": torch.__version__}, indent=2).encode())
             (self.out / "checkpoints").mkdir(exist_ok=True)
-            _forget(self.out, self.settings.keep)
+            prune_checkpoints(self.out, self.settings.keep)
 
     def save(self, step):
         if self.rank:
@@ -342,9 +315,8 @@ class _Run:
             groups["ema"] = self.ema.state_dict()
         if self.pending:
             groups["pending"] = {"steps": torch.stack(self.pending)}
-        meta = {"config": self.config.to_dict(), "settings": dataclasses.asdict(self.settings), "step": step}
-        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, meta)
-        _forget(self.out, self.settings.keep)
+        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, self.about | {"step": step})
+        prune_checkpoints(self.out, self.settings.keep)
 
     # Steps
 
@@ -359,8 +331,8 @@ class _Run:
         flip = self.order.flips(step, *part) if s.flip and self.data.mirror else None
         x0 = to_batch(self.data.images[chosen].to(self.device), config, flip)
         y = self.data.labels[chosen].to(self.device)
-        word = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
-        drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(word)))
+        noise_seed = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
+        drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(noise_seed)))
         t, noise, drop = (tensor[self.rank * share : (self.rank + 1) * share] for tensor in drawn)
         for piece in torch.arange(share).chunk(s.accumulate):
             i = slice(int(piece[0]), int(piece[-1]) + 1)
@@ -385,6 +357,9 @@ class _Run:
         with ExitStack() as stack:
             stop = stack.enter_context(_signals())
             log = stack.enter_context(_Log(self, start))
+            if start and self.wants_picture(start) and not self.picture_file(start).exists():
+                self.picture(start)  # the process before was stopped between its checkpoint and its picture
+                log.restart_clock()
             for step in range(start, s.steps):
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
@@ -413,7 +388,7 @@ class _Run:
                 if saves or stopping:
                     log.flush()  # lines first: a checkpoint never knows more steps than they do
                     self.save(done)
-                if s.sample_every and (done % s.sample_every == 0 or done == s.steps) and not stopping:
+                if self.wants_picture(done) and not stopping:
                     self.picture(done)
                 if saves or s.sample_every and done % s.sample_every == 0:
                     log.restart_clock()
@@ -447,7 +422,7 @@ class _Run:
             where.append(f"the gradient of {lost[0]}{more} is not finite")
         kept = checkpoints(self.out)
         where.append(f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
-        raise FloatingPointError("; ".join(where) + ". A lower lr, or clip, may help")
+        raise FloatingPointError("; ".join(where) + ". A lower lr (--lr), or another clip (--clip), may help")
 
     @torch.no_grad()
     def first_not_finite(self, step):
@@ -471,16 +446,23 @@ class _Run:
                 handle.remove()
         return found[0] if found else None
 
+    def wants_picture(self, step):
+        every = self.settings.sample_every
+        return every and (step % every == 0 or step == self.settings.steps)
+
+    def picture_file(self, step):
+        return self.out / "samples" / f"step_{step:08d}.png"
+
     def picture(self, step):
         if self.rank:
             return
-        model, names = self.ema or self.model, class_names(self.config)
+        model, names = self.ema or self.model, class_names(self.config, self.data.names)
         n = min(len(names), 10)
         labels = torch.arange(4 * n) % n
         with self.autocast():
             images = sample(model, labels, sampler=_picture(self.config), seed=self.settings.seed)
-        (self.out / "samples").mkdir(exist_ok=True)
-        save_grid(self.out / "samples" / f"step_{step:08d}.png", images, labels, names, columns=n)
+        lost = f"this picture is not written; with room for it, --resume {self.out} goes on from the newest checkpoint"
+        save_grid(self.picture_file(step), images, labels, names, columns=n, lost=lost)
 
 
 def _step_of(line):
@@ -494,10 +476,10 @@ def _step_of(line):
 @contextmanager
 def _signals():
     """A list that is empty until SIGINT or SIGTERM comes; a second one then does what it usually does."""
-    came, before = [], {}
+    received, before = [], {}
 
     def handle(number, frame):
-        came.append(number)
+        received.append(number)
         for each, old in before.items():
             signal.signal(each, old)
 
@@ -505,7 +487,7 @@ def _signals():
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, handle)
     try:
-        yield came
+        yield received
     finally:
         for number, old in before.items():
             signal.signal(number, old)
@@ -529,7 +511,7 @@ class _Log:
             try:
                 from tqdm import tqdm
             except ImportError:
-                raise ImportError('the progress bar needs tqdm: pip install "sdit-kernels[sdit]"') from None
+                raise ImportError("the progress bar needs tqdm: pip install tqdm") from None
             name = run.out.name
             self.bar = tqdm(total=run.settings.steps, initial=self.start, desc=name, unit=" steps", dynamic_ncols=True)
         self.restart_clock()
@@ -559,8 +541,9 @@ class _Log:
         speed = (self.seen + 1) * run.settings.batch_size / (time.perf_counter() - self.began)
         record = {"step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate, "rates": rates}
         record |= {"images_per_s": round(speed, 1), "memory_mb": _memory(run.device)}
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        with explained(run.out / "metrics.jsonl", f"with room for it, --resume {run.out} goes on from the newest checkpoint"):
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
         self.restart_clock()
         self.seen = -1  # advance() counts this step, which is in the past
         firing = sum(rates.values()) / max(1, len(rates))

@@ -94,7 +94,7 @@ def triton_on_cpu() -> bool:
 
 def _triton_obstacle(device: str) -> str | None:
     if not _installed("triton"):
-        return "triton is not installed; GPU builds of torch bring it, elsewhere: pip install 'sdit-kernels[triton]'"
+        return "triton is not installed; GPU builds of torch bring it, elsewhere: pip install 'triton>=3.6,<3.9'"
     if device == "cpu" and not triton_on_cpu():
         return (
             "Triton has no driver for CPU tensors here; move them to a GPU, or set TRITON_INTERPRET=1 before the program "

@@ -21,7 +21,7 @@ def _domain():
     try:
         import nvtx
     except ImportError as error:
-        raise ImportError('SDIT_NVTX=1 needs the package nvtx: pip install "sdit-kernels[profile]"') from error
+        raise ImportError("SDIT_NVTX=1 needs the package nvtx: pip install nvtx") from error
     return nvtx.get_domain("sdit_kernels")
 
 

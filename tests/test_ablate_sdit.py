@@ -9,7 +9,7 @@ import torch
 
 from perf import ablate_sdit
 from sdit import PRESETS, SDiT
-from sdit.train import TrainSettings
+from sdit.settings import TrainSettings
 
 
 def test_an_arm_changes_what_its_words_say():

@@ -13,8 +13,9 @@ import torch
 from conftest import ROOT
 
 from sdit import PRESETS, SDiT
-from sdit.checkpoint import _research_name, load, load_model, newest, save
+from sdit.checkpoint import load, load_model, newest, save
 from sdit.cli import main
+from sdit.research import research_name
 
 TINY = ["--set", "dim=32", "--set", "depth=2", "--batch-size", "8"]
 
@@ -47,7 +48,7 @@ def test_resume(run, capsys):
     assert "6/6" in found.err and "loss=" in found.err and "firing=" in found.err and f"sdit sample {run}" in found.out
     assert main(["train", "--resume", str(run)]) == 0 and "its 6 steps were done before" in capsys.readouterr().out
     assert main(["train", "--resume", str(run), "--lr", "1"]) == 2
-    assert "settings.lr is 0.003" in said(capsys)
+    assert "--lr is 0.003 in" in said(capsys)
 
 
 def test_sample(run, tmp_path, capsys):
@@ -79,11 +80,17 @@ def test_plot_and_info(run, tmp_path, capsys):
 
 
 def test_info_without_the_data(tmp_path, capsys, monkeypatch):
-    small = ["--batch-size", "2", "--set", "dim=32", "--set", "depth=2", "--set", "dataset=cifar10", "--data", str(tmp_path)]
-    monkeypatch.setattr("sdit.data._download", lambda *args: pytest.fail("no network is to be asked"), raising=False)
-    assert main(["info", "digits", *small]) == 0
-    out = capsys.readouterr().out
-    assert "parameters" in out and "those of noise, not of images: cifar10: " in out
+    """No network is asked, and the text says how to get them."""
+    small = ["--batch-size", "2", "--set", "dim=32", "--set", "depth=2", "--set", "dataset=cifar10"]
+    monkeypatch.setattr("sdit.data.download", lambda url: pytest.fail(f"{url} is asked for"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for more, way in (
+        ([], """python -c "from sdit.data import load; load('cifar10')" """),
+        (["--data", str(tmp_path)], "--data"),
+    ):
+        assert main(["info", "digits", *small, *more]) == 0
+        out = capsys.readouterr().out
+        assert "parameters" in out and "blocks 3" in out and "those of noise, not of images: cifar10: " in out and way in out
 
 
 def test_convert(tmp_path, capsys):
@@ -91,11 +98,11 @@ def test_convert(tmp_path, capsys):
     theirs = {}
     for name, value in model.state_dict().items():
         value = value.reshape(32, 1, 2, 2) if name == "patches.weight" else value
-        theirs[_research_name(name, 1)] = value
+        theirs[research_name(name, 1)] = value
     torch.save({"model": theirs, "opt": {}, "args": argparse.Namespace(model="x")}, tmp_path / "in.pt")
     out = tmp_path / "out.safetensors"
     assert main(["convert", str(tmp_path / "in.pt"), str(out), "--dataset", "digits"]) == 0
-    assert "8x8x1, patch 2, 32 wide, depth 2" in capsys.readouterr().out
+    assert "8x8x1, patch 2, 32 wide, depth 2 (3 blocks)" in capsys.readouterr().out
     got = load_model(out)
     assert got.config.dataset == "digits"
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), got.state_dict().values()))
@@ -107,47 +114,60 @@ def test_convert(tmp_path, capsys):
     "command, message",
     [
         ("train", "give --preset to start a run, or --resume"),
-        ("train --preset nope", "no preset 'nope'; there are mnist, fashion_mnist"),
-        ("train --preset digits --lr -1", "lr must be at least 0"),
+        ("train --preset nope", "--preset must be one of mnist, fashion_mnist, .*, got 'nope'"),
+        ("train --preset digits --lr -1", ": --lr must be positive and finite, got -1.0"),
+        ("train --preset digits --lr 0", ": --lr must be positive and finite, got 0.0"),
+        ("train --preset digits --batch-size 0", ": --batch-size must be at least 1"),
+        ("train --preset digits --set dataset=nope", ": --set dataset must be one of digits"),
+        ("train --preset digits --set dataset=folder", ": --data must name the folder of images"),
+        ("train --preset digits --set dataset=folder --data {tmp}/none", ": there is no folder .*none"),
+        ("train --preset digits --set num_classes=9", ": --set num_classes must be at least 10, for the labels of digits"),
+        ("train --preset mnist --set channels=2 --set dataset=digits", ": --set channels must be 1 or 3"),
         ("train --preset digits --set T=x", "--set T must be an int, got 'x'"),
         ("train --preset digits --set learn_sigma=maybe", "--set learn_sigma must be true or false"),
         ("train --preset digits --set colour=3", "--set takes FIELD=VALUE with FIELD one of image_size"),
-        ("train --preset digits --set image_size=9", "image_size must be a multiple of patch_size"),
-        ("train --preset digits --device nope", "device 'nope' cannot be used"),
+        ("train --preset digits --set image_size=9", ": --set image_size must be a multiple of patch_size"),
+        ("train --preset digits --device nope", ": --device 'nope' cannot be used"),
         ("train --preset digits --device meta --out {tmp}/meta", "device 'meta' cannot be used: it holds no numbers"),
         (
             "train --preset digits --out {tmp}/huge --batch-size 1000000000000",
-            "batch_size must be at most 4096 for the 1500 images",
+            ": --batch-size must be at most 4096 for the 1500 images",
         ),
-        ("train --preset digits --seed 99999999999999999999999", r"seed must be at least 0 and below 2\^63"),
+        ("train --preset digits --seed 99999999999999999999999", r": --seed must be at least 0 and below 2\^63"),
         ("train --preset digits --out=", "--out must name a folder, got ''"),
-        ("train --resume /dev/null", "/dev/null is neither a file nor a folder"),
-        ("train --resume {run}/run.json", "--resume takes the folder of a run, .*run.json is a file"),
-        ("train --preset digits --set v_threshold=-1", "v_threshold must be positive, got -1"),
-        ("train --preset digits --data /nowhere", r"leave root \(--data\) out, got '/nowhere'"),
-        ("sample {run} --labels 3,1,4 -n 2", "n must be at least 3, the number of labels, got 2"),
-        ("evaluate {run} --npz {tmp}/images.txt", "npz must end in .npz"),
-        ("sample {run} --guidance nan", "guidance must be finite, got nan"),
-        ("sample {run} --out /proc/o.png", "out: no file can be written in /proc"),
-        ("train --preset mnist --data {tmp}", "not found in folders named"),
-        ("train --preset digits --out {run}", "holds a run already"),
+        ("train --resume /dev/null", "--resume takes the folder of a run, .*; /dev/null is not a folder"),
+        ("train --resume {run}/run.json", "--resume takes the folder of a run, .*run.json is not a folder"),
+        (
+            "train --resume {tmp}/nothing",
+            "--resume takes the folder of a run, which sdit train --out made; .*nothing does not exist",
+        ),
+        ("train --preset digits --set v_threshold=-1", ": --set v_threshold must be positive, got -1"),
+        ("train --preset digits --data /nowhere", "leave --data out, got '/nowhere'"),
+        ("sample {run} --labels 3,1,4 -n 2", ": -n must be at least 3, the number of labels, got 2"),
+        ("evaluate {run} --npz {tmp}/images.txt", ": --npz must end in .npz"),
+        ("evaluate --images {tmp}/text", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
+        ("evaluate --images {tmp}/text --seed 1 --batch-size 3", ": --images are there already: --seed, --batch-size cannot"),
+        ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
+        ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
+        ("train --preset mnist --data {tmp}", "not found in folders named .*Leave --data out to have them downloaded"),
+        ("train --preset digits --out {run}", "holds a run already: resume it .--resume .*., or choose another folder"),
         ("train --resume {tmp}", "holds no checkpoint"),
         ("train --resume {run} --set T=3", "--resume takes the model and the folder as they are"),
         ("sample {tmp}/none", "does not exist"),
-        ("sample {tmp}/text", "is no checkpoint of sdit, or damaged"),
-        ("sample {tmp}/other", "is no checkpoint of sdit: its header has no entry"),
+        ("sample {tmp}/text", "is not a checkpoint of sdit, or damaged"),
+        ("sample {tmp}/other", "is not a checkpoint of sdit: its header has no entry"),
         ("sample {tmp}/wrong", "holds no model: .*size mismatch"),
-        ("sample {run} --labels 11", "labels must be 'all', 'random', or of 0..9"),
-        ("sample {run} --sampler heun", "sampler must be one of ddpm, ddim, dpm[+][+]"),
-        ("sample {run} --out a.jpg", "out must end in .png"),
-        ("convert {tmp}/text {tmp}/o.safetensors", "is no checkpoint of PyTorch"),
-        ("convert {tmp}/text {tmp}/o.pt", "out.safetensors must end so"),
+        ("sample {run} --labels 11", ": --labels must be all, random, or a list .*: 0 to 9, or none for no class; '11' is not"),
+        ("sample {run} --sampler heun", ": --sampler must be one of ddpm, ddim, dpm[+][+]"),
+        ("sample {run} --out a.jpg", ": --out must end in .png"),
+        ("convert {tmp}/text {tmp}/o.safetensors", "is not a checkpoint of PyTorch"),
+        ("convert {tmp}/text {tmp}/o.pt", "the file to write must end in .safetensors, got .*o.pt"),
         ("convert {tmp}/text {tmp}/o.safetensors --dataset x", "--dataset must be one of digits"),
         ("info {tmp}/none", "is neither a file, nor a folder, nor a preset"),
         ("info {run} --set T=3", "--set is for presets"),
         ("info digits --batch-size 0", "--batch-size must be at least 1"),
-        ("plot {tmp}", "is no folder of a run"),
-        ("plot {run} --out a.jpg", "out must end in .png"),
+        ("plot {tmp}", "is not the folder of a run"),
+        ("plot {run} --out a.jpg", ": --out must end in .png"),
     ],
 )
 def test_bad_input_is_one_line(command, message, run, tmp_path, capsys, monkeypatch):
@@ -208,11 +228,104 @@ def test_ctrl_c_saves_and_says_130(tmp_path):
     command = [sys.executable, "-m", "sdit", "train", "--preset", "digits", "--out", str(out), "--log-every", "1", *TINY]
     child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                              stderr=subprocess.PIPE, text=True)  # fmt: skip
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=600)
     assert child.returncode == 130 and "Traceback" not in err
     assert "saved" in err.splitlines()[-1] and load(newest(out))[1]["step"] > 0
+
+
+# Ctrl-C
+
+
+def interrupted(words, moment, folder):
+    """(exit code, what stderr shows) of ``sdit`` with SIGINT sent once a line of stderr has ``moment`` in it."""
+    command = [sys.executable, "-X", "importtime", "-m", "sdit", *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE) as child:
+        seen = b""
+        while not re.search(moment, seen):
+            part = os.read(child.stderr.fileno(), 1 << 16)
+            assert part, (moment, seen[-2000:])
+            seen += part
+        child.send_signal(signal.SIGINT)
+        rest = child.stderr.read().decode()
+    return child.wait(600), [line for line in rest.splitlines() if "import time:" not in line]
+
+
+LONG = ["pretrained", "-n", "1000", "--sampler", "ddpm"]
+
+
+@pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.storage", "sdit.diffusion"])
+def test_ctrl_c_during_imports(moment, tmp_path):
+    """Each is a module that has just been imported."""
+    code, err = interrupted(["sample", *LONG], rf"\| +{moment}\n".encode(), tmp_path)
+    assert code == 130 and err in (["sdit: stopped"], ["sdit sample: stopped"])
+
+
+@pytest.mark.parametrize("command, message", [
+    ("sample", r"sdit sample: stopped, samples.png is not written"),
+    ("evaluate", r"sdit evaluate: stopped after 0 of 1000 images, which .* keeps: the same command goes on"),
+])  # fmt: skip
+def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
+    if command == "evaluate":
+        pytest.importorskip("sklearn")
+        words = ["evaluate", str(tmp_path / "digits"), "--classifier", str(tmp_path / "judge"), "-n", "1000"]
+        from sdit.checkpoint import save_model
+        from sdit.evaluate import Classifier
+
+        save_model(tmp_path / "digits", SDiT(PRESETS["digits"]))
+        names = tuple("0123456789")
+        about = {"channels": 1, "image_size": 8, "names": names, "dataset": "digits", "widths": (4, 4, 4, 4)}
+        save(tmp_path / "judge", {"classifier": Classifier(**about).state_dict()}, {"classifier": about})
+    else:
+        words = ["sample", *LONG]
+    code, err = interrupted(words, rb"images/s", tmp_path)
+    assert code == 130 and re.fullmatch(message, err[-1]) and not any("Traceback" in line for line in err), err
+    assert not list(tmp_path.glob("*.png")) and not list(tmp_path.rglob("*lock"))
+
+
+def test_an_interrupt_without_a_word_is_one(monkeypatch, capsys):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdit.evaluate.run", stopped)
+    assert main(["evaluate", "pretrained"]) == 130
+    assert said(capsys) == "sdit evaluate: stopped\n"
+
+
+def test_a_wrong_environment_is_one_line(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SDIT_NVTX": "yes"}
+    done = subprocess.run([sys.executable, "-m", "sdit", "info", "digits"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "sdit info: error: SDIT_NVTX must be 0 or 1; got 'yes'\n")
+
+
+# A folder of images
+
+
+def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
+    """Trained on, gone on with, drawn by name and measured from elsewhere, without saying again where it is."""
+    Image = pytest.importorskip("PIL.Image")
+    for label in ("cat", "dog"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 30 * i).save(tmp_path / "photos" / label / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    own = ["--set", "dataset=folder", "--set", "num_classes=2", "--data", "photos", "--sample-every", "0"]
+    assert main(["train", "--preset", "digits", *own, *TINY, "--steps", "2", "--out", "run"]) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", "../run", "--steps", "3"]) == 0
+    assert load(newest(tmp_path / "run"))[1]["step"] == 3
+    assert main(["sample", "../run", "--labels", "dog", "-n", "1", "--sampler", "ddim", "--steps", "2", "--no-gif"]) == 0
+    assert main(["info", "../run", "--batch-size", "2"]) == 0
+    assert "of noise, not of images" not in capsys.readouterr().out
+    assert main(["sample", "../run", "--labels", "cow"]) == 2
+    assert "0 to 1 or by name (cat, dog), or none for no class; 'cow' is not one" in said(capsys)
+    (tmp_path / "photos").rename(tmp_path / "gone")
+    assert main(["train", "--resume", "../run", "--steps", "4"]) == 2
+    err = said(capsys)
+    assert f"this run had its data in {tmp_path}/photos: there is no folder" in err and "say with --data where" in err

@@ -16,13 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perf import train_classifier
-from sdit import PRESETS, SDiT
+from sdit import PRESETS, SDiT, metrics
+from sdit import classifier as judging
 from sdit import evaluate as module
 from sdit import sample as sampling
 from sdit.checkpoint import load_model, save, save_model
+from sdit.classifier import Classifier, features, label_accuracy, load_classifier
 from sdit.cli import main
 from sdit.data import Images, load, to_uint8
-from sdit.evaluate import Classifier, draw, evaluate, features, frechet_distance, kid, label_accuracy, load_classifier, sha256
+from sdit.evaluate import draw, evaluate
+from sdit.files import sha256
+from sdit.lock import lock
+from sdit.metrics import frechet_distance, kid
 
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -104,7 +109,7 @@ def test_kid_by_its_definition():
     def mean(a, b, same):
         return np.mean([k(p, q) for i, p in enumerate(a) for j, q in enumerate(b) if not (same and i == j)])
 
-    assert module._mmd(x, y) == pytest.approx(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
+    assert metrics._mmd(x, y) == pytest.approx(mean(x, x, True) + mean(y, y, True) - 2 * mean(x, y, False))
     a, b = np.full((4, 3), 0.5), np.full((4, 3), -1.0)
     assert kid(a, b, subsets=2) == (pytest.approx(k(a[0], a[0]) + k(b[0], b[0]) - 2 * k(a[0], b[0])), 0)
 
@@ -126,7 +131,7 @@ def test_what_kid_does_not_depend_on(seed):
     turn = np.linalg.qr(g.normal(size=(5, 5)))[0]
     assert kid(x @ turn, y @ turn) == pytest.approx(kid(x, y))
     assert kid(x, y) == kid(torch.from_numpy(x), torch.from_numpy(y))
-    assert module._mmd(x, y) == pytest.approx(module._mmd(y, x))
+    assert metrics._mmd(x, y) == pytest.approx(metrics._mmd(y, x))
 
 
 # What they must put in order, on digits, in the features of a classifier trained here
@@ -323,18 +328,18 @@ def test_the_classifier_of_the_package():
     assert sum(parameter.numel() for parameter in classifier.parameters()) == 98_682
     assert not classifier.training and not any(parameter.requires_grad for parameter in classifier.parameters())
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
-    assert row["sha256"] == module.SHA256 == sha256(module.FASHION_MNIST)
-    assert module.FASHION_MNIST.stat().st_size < 500_000
+    assert row["sha256"] == judging.SHA256 == sha256(judging.FASHION_MNIST)
+    assert judging.FASHION_MNIST.stat().st_size < 500_000
     assert f"({100 * row['test_accuracy']:.1f} % of Fashion-MNIST's test images right;" in (ROOT / "README.md").read_text()
 
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
-    content = bytearray(module.FASHION_MNIST.read_bytes())
+    content = bytearray(judging.FASHION_MNIST.read_bytes())
     content[-1] ^= 1  # a bit of a weight: still a valid file
     path = tmp_path / "fashion_mnist_classifier.safetensors"
     path.write_bytes(content)
     assert load_classifier(path).names[9] == "ankle boot"
-    monkeypatch.setattr(module, "FASHION_MNIST", path)
+    monkeypatch.setattr(judging, "FASHION_MNIST", path)
     with pytest.raises(ValueError, match=f"is not the classifier of this package: its sha256 is {sha256(path)}, not"):
         load_classifier()
     path.unlink()
@@ -536,6 +541,48 @@ def test_the_command(tiny, judge_file, tmp_path, capsys):
     assert main([*command, "-n", "50"]) == 0 and "50 drawn images" in capsys.readouterr().out
 
 
+def test_two_do_not_write_the_same(tiny, judge_file, tmp_path, capsys):
+    """Neither the images that are kept, nor a file."""
+    images, _, _ = draw(tiny, 64, **FAST)
+    (folder,) = (tmp_path / "cache/sdit/evaluate").iterdir()
+    with lock(folder / "lock", "it", "wait"), pytest.raises(BlockingIOError, match="where these images are kept, is in use by"):
+        draw(tiny, 64, **FAST)
+    np.savez(tmp_path / "a.npz", images=images.numpy(), labels=np.arange(64) % 10)
+    command = ["evaluate", "--images", str(tmp_path / "a.npz"), "--classifier", str(judge_file), "--json"]
+    with lock(tmp_path / ".a.json.lock", "it", "wait"):
+        assert main([*command, str(tmp_path / "a.json")]) == 2
+        assert "a.json is in use by process" in (err := capsys.readouterr().err) and "choose another --json" in err
+        assert main([*command, str(tmp_path / "b.json")]) == 0
+    assert not list(tmp_path.rglob("*lock")) and not (tmp_path / "a.json").exists()
+
+
+def test_a_full_disk(tiny, judge_file, tmp_path, capsys, monkeypatch):
+    """The figures are printed, the file is named, and the images are not drawn twice."""
+    resource = pytest.importorskip("resource")
+    limit, measure = resource.getrlimit(resource.RLIMIT_FSIZE), module.evaluate
+
+    def fills(*args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        return measure(*args)
+
+    monkeypatch.setattr(module, "evaluate", fills)
+    command = ["evaluate", str(tiny), "--classifier", str(judge_file), "-n", "60", "--sampler", "ddim", "--steps", "2"]
+    try:
+        assert main([*command, "--json", str(tmp_path / "a.json")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    found = capsys.readouterr()
+    said = f"{tmp_path}/a.json: File too large; with room for it the same command writes it, without drawing the images again"
+    assert found.err.splitlines()[-1] == f"sdit evaluate: error: {said}" and "60 drawn images" in found.out
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        assert main([*command, "--seed", "1"]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert "folder (XDG_CACHE_HOME moves it): no file of" in err and str(tmp_path / "cache") in err
+
+
 def test_what_sample_writes_is_what_evaluate_draws(tiny, judge_file, tmp_path):
     same = ["--sampler", "ddim", "--steps", "4", "--seed", "7", "-n", "40", "--guidance", "2"]
     assert main(["sample", str(tiny), "--out", str(tmp_path / "a.png"), "--npz", "--no-gif", *same]) == 0
@@ -549,6 +596,7 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
     np.savez(tmp_path / "b.npz", pictures=np.zeros((50, 8, 8, 1), np.uint8))
     (tmp_path / "c.npz").write_text("no array")
     np.save(tmp_path / "d.npy", np.zeros(3))
+    (tmp_path / "e.npz").write_bytes(b"PK")
     fashion, big, three, none = (tmp_path / f"{name}.safetensors" for name in ("fashion", "big", "three", "none"))
     for path, changes in (
         (fashion, {"dataset": "mnist"}),
@@ -568,28 +616,29 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
                          "perf/train_classifier.py --dataset digits --size 16"),
         ([three, *judged], "the model has 3 classes, the classifier 10"),
         ([none, *judged], "does not say which data set"),
-        ([tiny, *judged, "-n", "32"], "n must be at least 33"),
-        ([tiny, *judged, "-n", "-1"], "n must be at least 33"),
-        ([tiny, *judged, "-n", "9999"], "n must be smaller for a floor"),
-        ([tiny, *judged, "--steps", "0", "--sampler", "ddim"], "steps of ddim must be in 2..1000, got 0"),
-        ([tiny, *judged, "--sampler", "euler"], "sampler must be one of"),
-        ([tiny, *judged, "--guidance", "nan"], "guidance must be"),
-        ([tiny, *judged, "--seed", "-1"], "seed must be an int of at least 0, got -1"),
-        ([tiny, *judged, "--batch-size", "0"], "batch_size must be an int of at least 1, got 0"),
-        ([tiny, *judged, "--threshold", "-1"], "threshold must be a positive number"),
-        ([tiny, *judged, "--device", "tpu9"], "device 'tpu9' cannot be used"),
-        ([tiny, *judged, "--data", tmp_path], "leave root (--data) out"),
-        ([tiny, *judged, "--json", tmp_path], "json must be a file"),
+        ([tiny, *judged, "-n", "32"], ": -n must be at least 33"),
+        ([tiny, *judged, "-n", "-1"], ": -n must be at least 33"),
+        ([tiny, *judged, "-n", "9999"], ": -n must be smaller for a floor"),
+        ([tiny, *judged, "--steps", "0", "--sampler", "ddim"], ": --steps of ddim must be in 2..1000, got 0"),
+        ([tiny, *judged, "--sampler", "euler"], ": --sampler must be one of"),
+        ([tiny, *judged, "--guidance", "nan"], ": --guidance must be"),
+        ([tiny, *judged, "--seed", "-1"], ": --seed must be an int of at least 0, got -1"),
+        ([tiny, *judged, "--batch-size", "0"], ": --batch-size must be an int of at least 1, got 0"),
+        ([tiny, *judged, "--threshold", "-1"], ": --threshold must be a positive number"),
+        ([tiny, *judged, "--device", "tpu9"], ": --device 'tpu9' cannot be used"),
+        ([tiny, *judged, "--data", tmp_path], ": digits come with scikit-learn, not from a folder: leave --data out"),
+        ([tiny, *judged, "--json", tmp_path], ": --json must be a file"),
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),
         (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
-        (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "seed, clip cannot be given with it"),
-        (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "npz cannot be given with it"),
-        (["--images", tmp_path / "a.npz", *judged, "-n", "151"], "n must be 1 to 150, as many as"),
+        (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "already: --seed, --clip cannot be given"),
+        (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "--npz cannot be given with it"),
+        (["--images", tmp_path / "a.npz", *judged, "-n", "151"], ": -n must be 1 to 150, as many as"),
         (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
         (["--images", tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),
         (["--images", tmp_path / "c.npz", *judged], "must hold the arrays images and labels"),
         (["--images", tmp_path / "d.npy", *judged], "must hold the arrays images and labels"),
+        (["--images", tmp_path / "e.npz", *judged], "it is not an npz file, but 2 bytes of something else"),
         ([tiny, "--classifier", tiny], "holds no classifier"),
     ):  # fmt: skip
         assert main(["evaluate", *map(str, words)]) == 2, words
@@ -642,5 +691,5 @@ def test_images_are_mirrored_where_their_class_allows(monkeypatch):
 
 
 def test_examples():
-    found = doctest.testmod(module)
-    assert found.attempted > 10 and not found.failed
+    found = [doctest.testmod(each) for each in (module, judging, metrics)]
+    assert sum(each.attempted for each in found) > 10 and not any(each.failed for each in found)

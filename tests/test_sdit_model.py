@@ -12,11 +12,12 @@ import sdit.checkpoint
 import sdit.config
 import sdit.info
 import sdit.model
+import sdit.research
 import sdit_kernels
 from sdit import PRESETS, Config, SDiT
-from sdit.checkpoint import from_research, load_research
 from sdit.info import info
 from sdit.model import Rate
+from sdit.research import from_research, load_research
 
 SMALL = Config(8, 1, 2, dim=24, depth=4, num_classes=10)
 THRESHOLDS = (16 / 15, 4 / 3, 2.0)  # of the rate at T = 4, tau = 2: where it goes to 1/4, 1/2, 1
@@ -50,7 +51,7 @@ def batch(model, n=3, dtype=torch.float64, seed=1):
 
 
 def gradients(f, parameters, x, t, y):
-    """Output, and the gradients of x and of the parameters, for an upstream gradient that is no constant."""
+    """Output, and the gradients of x and of the parameters, for an upstream gradient that is not constant."""
     x = x.clone().requires_grad_()
     out = f(x, t, y)
     g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
@@ -232,7 +233,7 @@ def test_research_checkpoints_give_the_research_models_outputs_and_gradients(siz
     with model.record() as rates:
         model(*inputs)
     assert all(0.005 < rate < 0.9 for rate in rates.values())
-    ours = {sdit.checkpoint._research_name(name, c.depth // 2): p for name, p in model.named_parameters()}
+    ours = {sdit.research.research_name(name, c.depth // 2): p for name, p in model.named_parameters()}
     assert list(sorted(ours)) == list(sorted(w))
     got = gradients(model, [ours[name] for name in w], *inputs)
     want = gradients(lambda *a: research(w, *a, patch=c.patch_size), list(w.values()), *inputs)
@@ -279,7 +280,7 @@ def test_research_files(tmp_path):
     (tmp_path / "e.pt").write_bytes(b"no checkpoint")
     (tmp_path / "f.pt").write_bytes(b"")
     for name in "def":
-        with pytest.raises(ValueError, match=f"{name}.pt is no checkpoint"):
+        with pytest.raises(ValueError, match=f"{name}.pt is not a checkpoint"):
             load_research(tmp_path / f"{name}.pt")
     with pytest.raises(FileNotFoundError):
         load_research(tmp_path / "none.pt")
@@ -746,7 +747,9 @@ def test_wrong_inputs():
             model(*args)
 
 
-@pytest.mark.parametrize("module", [sdit.config, sdit.model, sdit.info, sdit.checkpoint], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "module", [sdit.config, sdit.model, sdit.info, sdit.checkpoint, sdit.research], ids=lambda m: m.__name__
+)
 def test_examples(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

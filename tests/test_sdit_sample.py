@@ -3,7 +3,9 @@
 import copy
 import doctest
 import sys
-from contextlib import contextmanager
+import tempfile
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from sdit import PRESETS, SDiT
+from sdit import PRESETS, SDiT, pictures
 from sdit import sample as module
 from sdit.data import from_uint8, to_uint8
 from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
-from sdit.sample import Film, choose_labels, sample, save_gif, save_grid, save_npz
+from sdit.lock import lock
+from sdit.pictures import Film, save_gif, save_grid, save_npz
+from sdit.sample import choose_labels, sample
 from sdit_kernels import backend
 
 pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
@@ -258,7 +262,8 @@ def test_labels_that_users_type():
     assert torch.equal(drawn, choose_labels("random", 300, names, seed=3)) and drawn.bincount().min() > 70
     assert torch.equal(drawn[:5], choose_labels("random", 5, names, seed=3)) and len(choose_labels("random", None, names)) == 40
     assert not torch.equal(drawn, choose_labels("random", 300, names, seed=4))
-    with pytest.raises(ValueError, match=r"labels must be 'all', 'random', or of 0\.\.2, none, cat, dog, 10; got 'cow'"):
+    said = r"labels must be all, random, .*: 0 to 2 or by name \(cat, dog, 10\), or none for no class; 'cow' is not one"
+    with pytest.raises(ValueError, match=said):
         choose_labels("cat,cow", None, names)
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         choose_labels("all", 0, names)
@@ -409,11 +414,71 @@ def test_run_refuses_before_it_loads(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*abacus"):
         module.run("ckpt", tmp_path / "a.png", device="abacus")
     assert checkpoint == []
-    with pytest.raises(ValueError, match="labels must be 'all', 'random', or of 0..9, none, .*; got '12'"):
+    with pytest.raises(ValueError, match="labels must be all, random, or .*: 0 to 9, or none for no class; '12' is not one"):
         module.run("ckpt", tmp_path / "a.png", labels="12", device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_examples():
+@contextmanager
+def files_up_to(size):
+    """A limit on the size of files stands for a full disk."""
+    resource = pytest.importorskip("resource")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+QUICK = dict(sampler="ddim", steps=2, device="cpu", gif=False)
+
+
+def test_a_full_disk_is_seen_before_anything_is_drawn(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("it draws"))
+    with files_up_to(100_000), pytest.raises(OSError, match=r"out: no file of 1,048,576 bytes can be .*: File too large"):
+        module.run("ckpt", tmp_path / "a.png", n=1, **QUICK)
+    with files_up_to(3 << 20), pytest.raises(OSError, match=r"out: no file of 3,608,576 bytes can be written"):
+        module.run("ckpt", tmp_path / "a.png", n=40_000, npz=True, **QUICK)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("npz, size", [(False, 1500), (True, 1500), (True, 10)])
+def test_a_disk_that_fills_while_it_draws_costs_no_image(tmp_path, checkpoint, monkeypatch, npz, size):
+    """The file is named, and where the images are: in the .npz, or in the folder for temporary files, or nowhere."""
+    draw, limits = module.sample, ExitStack()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+
+    def fills(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        limits.enter_context(files_up_to(size))
+        return drawn[0]
+
+    drawn, out = [], tmp_path / "out" / "a.png"
+    monkeypatch.setattr(module, "sample", fills)
+    with limits, pytest.raises(OSError) as caught:
+        module.run("ckpt", out, n=10, npz=npz, **QUICK)
+    said = str(caught.value)
+    assert said.startswith(f"{out if size > 10 else out.with_suffix('.npz')}: File too large; the images ")
+    if size == 10:
+        assert said.endswith(f"are lost, {tmp_path}/temporary cannot hold them either: File too large")
+        return
+    where = Path(said.rpartition(" ")[2])
+    assert where == out.with_suffix(".npz") if npz else where.is_relative_to(tmp_path / "temporary")
+    with np.load(where) as file:
+        assert np.array_equal(file["images"], to_uint8(drawn[0]).permute(0, 2, 3, 1).numpy()) and len(file["labels"]) == 10
+
+
+def test_two_do_not_write_one_picture(tmp_path, checkpoint):
+    with lock(tmp_path / ".a.lock", "it", "wait"):
+        with pytest.raises(BlockingIOError, match=r"a.png is in use by process .* choose another out \(--out\)"):
+            module.run("ckpt", tmp_path / "a.png", n=1, **QUICK)
+        module.run("ckpt", tmp_path / "b.png", n=1, **QUICK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.png"]
+
+
+@pytest.mark.parametrize("module", [module, pictures])
+def test_examples(module):
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed

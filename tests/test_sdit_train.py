@@ -1,9 +1,11 @@
 """Training: what a step computes, what a run leaves behind, and that it goes on where it was killed."""
 
 import dataclasses
+import doctest
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +15,18 @@ import pytest
 import torch
 from conftest import ROOT
 
+import sdit.settings
 from sdit import PRESETS, SDiT
 from sdit import train as trainer
-from sdit.checkpoint import checkpoints, load, load_model, newest, save, save_model
+from sdit.checkpoint import about, checkpoints, load, load_model, newest, save, save_model
 from sdit.data import Images, Order, to_batch
 from sdit.data import load as load_data
 from sdit.diffusion import draw, training_loss
+from sdit.lock import lock
 from sdit.plot import plot, read_metrics
-from sdit.train import TrainSettings, train
+from sdit.sample import class_names
+from sdit.settings import TrainSettings
+from sdit.train import train
 
 TINY = dataclasses.replace(PRESETS["digits"], dim=32, depth=2)
 QUICK = dict(steps=6, batch_size=8, warmup=2, log_every=2, save_every=4, sample_every=0)
@@ -72,9 +78,10 @@ def test_learning_rate():
 @pytest.mark.parametrize(
     "changes, error",
     [
-        (dict(lr=-1.0), "lr must be at least 0"),
-        (dict(lr=0.0), "lr must be positive"),
-        (dict(lr=math.nan), "lr must be at least 0 and finite"),
+        (dict(lr=-1.0), "lr must be positive and finite, got -1.0"),
+        (dict(lr=0.0), "lr must be positive and finite, got 0.0"),
+        (dict(lr=math.nan), "lr must be positive and finite"),
+        (dict(clip=math.inf), "clip must be at least 0 and finite"),
         (dict(ema=1.0), "ema must be below 1"),
         (dict(steps=0), "steps must be at least 1"),
         (dict(batch_size=2.5), "batch_size must be an int"),
@@ -104,8 +111,8 @@ def test_three_steps_by_hand(tmp_path):
     rows = read_metrics(tmp_path)
     for n in range(3):
         chosen = order.indices(n, 8)
-        word = trainer.np.random.SeedSequence((s.seed, 2, n)).generate_state(1, trainer.np.uint64)[0]
-        t, noise, drop = draw(TINY, 8, torch.Generator().manual_seed(int(word)))
+        noise_seed = trainer.np.random.SeedSequence((s.seed, 2, n)).generate_state(1, trainer.np.uint64)[0]
+        t, noise, drop = draw(TINY, 8, torch.Generator().manual_seed(int(noise_seed)))
         losses = training_loss(model, to_batch(data.images[chosen], TINY), data.labels[chosen], t=t, noise=noise, drop=drop)
         model.zero_grad()
         losses["loss"].backward()
@@ -129,7 +136,8 @@ def test_three_steps_by_hand(tmp_path):
 def test_parts_of_a_step_give_its_gradient(tmp_path):
     grads = {}
     for parts in (1, 4):
-        run = trainer._Run(TINY, settings(accumulate=parts), tmp_path, load_data("digits"), torch.device("cpu"), 0, 1, False)
+        s, cpu = settings(accumulate=parts), torch.device("cpu")
+        run = trainer._Run(TINY, s, tmp_path, load_data("digits"), {}, cpu, 0, 1, False)
         run.gradients(run.model, 5)
         grads[parts] = [p.grad for p in run.parameters]
     for one, four in zip(*grads.values()):
@@ -185,18 +193,27 @@ import torch
 from sdit.train import TrainSettings, train
 import test_sdit_train as t
 torch.set_num_threads(1)
-train(t.TINY, t.settings(steps=40, save_every=5), sys.argv[1], resume=sys.argv[2] == "resume", progress=False)
+train(t.TINY, t.settings({changes}), sys.argv[1], resume=sys.argv[2] == "resume", progress=False)
 """
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def start(out, how="start", **more):
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", _CHILD.format(root=str(ROOT)), str(out), how]
-    return subprocess.Popen(command, env=environment, cwd=out.parent, stderr=subprocess.PIPE, text=True, **more)
+def start(out, how="start", steps=40):
+    code = _CHILD.format(root=str(ROOT), changes=f"steps={steps}, save_every=5")
+    command = [sys.executable, "-c", code, str(out), how]
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=out.parent, stderr=subprocess.PIPE, text=True)
+
+
+def torchrun(folder, changes, out):
+    """Two processes that train."""
+    script = folder / "child.py"
+    script.write_text(_CHILD.format(root=str(ROOT), changes=changes))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(out)]
+    return subprocess.run([*command, "start"], env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
 
 
 def wait_for(condition, child):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not condition():
         assert child.poll() is None, child.stderr.read()
         assert time.monotonic() < deadline
@@ -206,7 +223,7 @@ def wait_for(condition, child):
 def test_killed_twice_it_is_the_run_itself(tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
     child = start(calm)
-    assert child.wait(120) == 0, child.stderr.read()
+    assert child.wait(600) == 0, child.stderr.read()
     for how, until in (("start", 7), ("resume", 21)):
         child = start(killed, how)
         wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(lines_there(killed)) >= until // 2, child)
@@ -214,7 +231,7 @@ def test_killed_twice_it_is_the_run_itself(tmp_path):
         assert child.wait(30) == -signal.SIGKILL
         assert checkpoints(killed)
     child = start(killed, "resume")
-    assert child.wait(120) == 0, child.stderr.read()
+    assert child.wait(600) == 0, child.stderr.read()
     assert [row["step"] for row in lines(killed)] == list(range(2, 41, 2))
     assert lines(killed) == lines(calm)
     assert all(same(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
@@ -229,7 +246,7 @@ def test_a_signal_saves(tmp_path):
     child = start(tmp_path / "run")
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and lines_there(tmp_path / "run"), child)
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=600)
     assert "KeyboardInterrupt" in said and "saved" in said
     step = load(newest(tmp_path / "run"))[1]["step"]
     assert f"stopped at step {step}" in said
@@ -293,11 +310,11 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path):
 def test_checkpoints_that_are_none(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+    with pytest.raises(ValueError, match="not a checkpoint of sdit, or damaged"):
         load_model(path)
     save_model(path, SDiT(TINY))
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="no checkpoint of sdit, or damaged"):
+    with pytest.raises(ValueError, match="not a checkpoint of sdit, or damaged"):
         load(path)
     save(path, {"model": SDiT(TINY).state_dict()}, {"config": dataclasses.replace(TINY, dim=64).to_dict()})
     with pytest.raises(ValueError, match="holds no model: .*size mismatch"):
@@ -310,7 +327,7 @@ def test_data_that_does_not_fit(tmp_path):
     images = Images("own", torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 2, 10]), ())
     with pytest.raises(ValueError, match="config.num_classes must be at least 11, for the labels of own, got 10"):
         train(TINY, settings(), tmp_path, data=images)
-    with pytest.raises(ValueError, match="config.dataset must name a data set"):
+    with pytest.raises(ValueError, match="config.dataset must be one of digits, .*, or data must be given; got None"):
         train(dataclasses.replace(TINY, dataset=None), settings(), tmp_path)
     with pytest.raises(ValueError, match="batch_size must be a multiple of processes x accumulate, 1 x 3, got 8"):
         train(TINY, settings(accumulate=3), tmp_path)
@@ -323,14 +340,7 @@ def test_data_that_does_not_fit(tmp_path):
 
 def test_two_processes_train_as_one(tmp_path):
     """Under torchrun, with batches in two parts: losses, gradients and weights are those of one process."""
-    child = _CHILD.format(root=str(ROOT)).replace("steps=40, save_every=5", "steps=4, batch_size=16, accumulate=2, log_every=1")
-    script = tmp_path / "child.py"
-    script.write_text(child)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(tmp_path / "two"), "start"], env=environment, capture_output=True, text=True, timeout=200
-    )
+    done = torchrun(tmp_path, "steps=4, batch_size=16, accumulate=2, log_every=1", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     one = train(TINY, settings(steps=4, batch_size=16, log_every=1), tmp_path / "one", progress=False)
     for a, b in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
@@ -346,5 +356,180 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
         save(tmp_path / f"checkpoints/step_{step:08d}.safetensors", {"model": {"w": torch.ones(9)}}, {"step": step})
     path = newest(tmp_path)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match=r"step_00000002.* damaged: .*remove it, and step_00000001.safetensors is the newest"):
+    with pytest.raises(ValueError, match=r"step_00000002.* damaged: .*remove it to go on from the one before, step_00000001"):
         load(path)
+
+
+@pytest.mark.parametrize("place", ["tensor", "step", "names"])
+def test_a_flipped_bit_is_seen(tmp_path, place):
+    """In the tensors, and in the header where it leaves valid JSON."""
+    for step in (1, 2):
+        groups = {"model": {"w": torch.ones(999)}, "ema": {"w": torch.ones(999)}}
+        save(tmp_path / f"checkpoints/step_{step:08d}.safetensors", groups, {"step": step, "names": "abc"})
+    path = newest(tmp_path)
+    whole = path.read_bytes()
+    at = {"tensor": len(whole) - 1500, "step": whole.index(b"step") + 8, "names": whole.index(b"abc")}[place]
+    for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole + b"x"):
+        path.write_bytes(damaged)
+        for read in (load, load_model):
+            with pytest.raises(ValueError, match=r"step_00000002.* damaged: its checksum .* the one before, step_00000001"):
+                read(path)
+    path.write_bytes(whole)
+    assert load(path)[1] == about(path) == {"step": 2, "names": "abc"}
+
+
+def test_files_without_a_checksum_are_read(tmp_path):
+    from safetensors.torch import save_file
+
+    old = tmp_path / "old.safetensors"
+    about = {"text": json.dumps({"crc32": "00000000"})}
+    save_file({"model.w": torch.ones(3)}, old, {"sdit": json.dumps(about)})
+    assert torch.equal(load(old)[0]["model"]["w"], torch.ones(3))
+    save(old, {"model": {"w": torch.ones(3)}}, about)
+    content = old.read_bytes()
+    assert load(old)[1] == about
+    save(old, {"model": {"w": torch.ones(3)}}, about)
+    assert old.read_bytes() == content
+    for n in range(0, 256, 8):  # any length of the header, also one whose bytes are those of a brace
+        save(old, {"model": {"w": torch.ones(3)}}, {"text": "x" * n})
+        assert load(old)[1] == {"text": "x" * n} and b"--------" not in old.read_bytes()
+
+
+# One process at a time
+
+
+def test_a_second_process_is_refused(whole, tmp_path, capsys):
+    """A run that goes on can be read; neither a start nor a resume may write into it; after kill -9 one can."""
+    out = tmp_path / "run"
+    child = start(out, steps=10**6)
+    wait_for(lambda: checkpoints(out), child)
+    said = rf"the run in .*run is in use by process {child.pid} on .*, started 20.*: wait until it ends, or"
+    with pytest.raises(BlockingIOError, match=said):
+        train(out_dir=out, resume=True, progress=False)
+    with pytest.raises(FileExistsError, match="holds a run already: resume it"):
+        train(TINY, settings(), out, progress=False)
+    assert load_model(out).config == TINY and read_metrics(out)
+    child.kill()
+    child.wait()
+    assert (out / "lock").read_text().startswith(f"process {child.pid} ")
+    step = about(newest(out))["step"]
+    train(None, dataclasses.replace(settings(), save_every=5, steps=step + 2), out, resume=True, progress=False)
+    assert about(newest(out))["step"] == step + 2 and not (out / "lock").exists()
+
+
+def test_of_two_that_start_one_is_refused(tmp_path):
+    """Before there is a checkpoint; nothing of the refused one is written."""
+    with lock(tmp_path / "lock", "the folder", "wait"):
+        with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on "):
+            train(TINY, settings(), tmp_path, progress=False)
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_every_process_of_torchrun_is_refused(tmp_path):
+    with lock(tmp_path / "run" / "lock", "the folder", "wait"):
+        done = torchrun(tmp_path, "steps=4, batch_size=16", tmp_path / "run")
+    assert done.returncode and len(re.findall(r"BlockingIOError: the run in .* is in use by process", done.stderr)) == 2
+
+
+# What a run remembers
+
+
+def folder_of_images(path, classes="ab", n=4, size=8):
+    Image = pytest.importorskip("PIL.Image")
+    for label in classes:
+        (path / label).mkdir(parents=True)
+        for i in range(n):
+            pixels = torch.randint(256, (size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(i)).numpy()
+            Image.fromarray(pixels).save(path / label / f"{i}.png")
+    return path
+
+
+def test_a_run_remembers_its_folder_of_images(tmp_path, monkeypatch):
+    config = dataclasses.replace(TINY, dataset="folder", num_classes=2)
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "own")
+    train(config, settings(steps=2), "run", root="own", device="cpu", progress=False)
+    monkeypatch.chdir("/")
+    run = tmp_path / "run"
+    train(None, settings(steps=3), run, resume=True, progress=False)
+    meta = about(newest(run))
+    assert meta["step"] == 3 and meta["device"] == "cpu"
+    assert meta["data"] == {"name": "folder", "images": 8, "classes": ["a", "b"], "root": str(tmp_path / "own")}
+    model = load_model(run)
+    assert model.trained_on == meta["data"] and class_names(model.config, model.trained_on["classes"]) == ("a", "b")
+    save_model(tmp_path / "alone.safetensors", model)
+    assert load_model(tmp_path / "alone.safetensors").trained_on == meta["data"]
+
+    (tmp_path / "own").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"this run had its data in .*own: there is no folder .*root \(--data\)"):
+        train(None, settings(steps=4), run, resume=True, progress=False)
+    train(None, settings(steps=4), run, resume=True, root=tmp_path / "moved", progress=False)
+    assert about(newest(run))["data"]["root"] == str(tmp_path / "moved")
+    (tmp_path / "moved" / "a").rename(tmp_path / "moved" / "c")
+    with pytest.raises(ValueError, match=r"classes was \['a', 'b'\] and is \['b', 'c'\] now"):
+        train(None, settings(steps=5), run, resume=True, progress=False)
+    (tmp_path / "moved" / "c").rename(tmp_path / "moved" / "a")
+    (tmp_path / "moved" / "a" / "0.png").unlink()
+    with pytest.raises(ValueError, match="images was 8 and is 7 now"):
+        train(None, settings(steps=5), run, resume=True, progress=False)
+
+
+def test_a_run_on_images_in_memory_needs_them_again(tmp_path):
+    own = Images("own", load_data("digits").images[:50], load_data("digits").labels[:50], tuple("0123456789"))
+    train(TINY, settings(steps=2), tmp_path, data=own, progress=False)
+    with pytest.raises(ValueError, match="data must be what the run began with: name was 'own' and is 'digits' now"):
+        train(None, settings(steps=3), tmp_path, resume=True, progress=False)
+    train(None, settings(steps=3), tmp_path, resume=True, data=own, progress=False)
+
+
+def test_a_device_that_is_gone_is_named(whole, tmp_path):
+    out, _ = whole
+    groups, meta = load(newest(out))
+    assert meta["device"] is None
+    save(tmp_path / "checkpoints" / "step_00000006.safetensors", groups, meta | {"device": "tpu9"})
+    with pytest.raises(ValueError, match=r"'tpu9' cannot be used: .*until now: name another device \(--device\)"):
+        train(None, None, tmp_path, resume=True, progress=False)
+    train(None, None, tmp_path, resume=True, device="cpu", progress=False)
+
+
+def test_runs_of_earlier_versions_go_on(whole, tmp_path):
+    groups, meta = load(newest(whole[0]))
+    save(tmp_path / "checkpoints" / "step_00000006.safetensors", groups, {k: meta[k] for k in ("config", "settings", "step")})
+    train(None, settings(steps=7), tmp_path, resume=True, progress=False)
+    assert about(newest(tmp_path))["data"]["images"] == 1500
+
+
+def test_a_picture_that_a_kill_left_out_is_drawn(tmp_path):
+    train(TINY, settings(steps=4, save_every=2, sample_every=2), tmp_path, progress=False)
+    missing = tmp_path / "samples" / "step_00000002.png"
+    picture = missing.read_bytes()
+    missing.unlink()
+    newest(tmp_path).unlink()
+    (tmp_path / "samples" / "step_00000004.png").unlink()
+    train(None, None, tmp_path, resume=True, progress=False)
+    assert missing.read_bytes() == picture and (tmp_path / "samples" / "step_00000004.png").exists()
+
+
+def test_a_picture_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limit, sample = resource.getrlimit(resource.RLIMIT_FSIZE), trainer.sample
+
+    def fills_the_disk(*args, **kwargs):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+        return sample(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "sample", fills_the_disk)
+    try:
+        with pytest.raises(OSError, match="this picture is not written; with room for it, --resume") as caught:
+            train(TINY, settings(steps=2, sample_every=2), tmp_path, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert caught.value.filename == str(tmp_path / "samples" / "step_00000002.png")
+    monkeypatch.setattr(trainer, "sample", sample)
+    train(None, None, tmp_path, resume=True, progress=False)
+    assert (tmp_path / "samples" / "step_00000002.png").exists()
+
+
+def test_examples():
+    failed, attempted = doctest.testmod(sdit.settings)
+    assert attempted and not failed
