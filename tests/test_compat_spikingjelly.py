@@ -1,4 +1,4 @@
-"""compat.spikingjelly against SpikingJelly itself, and the change of class that it shares with compat.snntorch."""
+"""compat.spikingjelly against SpikingJelly itself, and the change of class and the report of all drop-ins."""
 
 import copy
 import doctest
@@ -117,7 +117,10 @@ def test_a_class_changed_afterwards_is_left():
 
 def test_without_neurons():
     report = accelerate(nn.Linear(2, 2))
-    assert report.replaced == report.left == () and str(report) == "SpikingJelly: 0 replaced, 0 left as they were"
+    assert report.replaced == report.left == () and str(report) == (
+        "SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model"
+    )
+    assert str(restore(nn.Linear(2, 2))).endswith(": nothing in the model was accelerated")
     for function in (accelerate, restore):
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
             function(3)

@@ -21,7 +21,7 @@ from ..nn import ChannelMix, TimeMix
 from ..ops.mix import autocast_dtype, relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
 from ..reference.lif import state_dtype
-from .swap import Left, Report, Swapped, class_names, counted, swap, swap_back, swapped_class, warn
+from .swap import Left, Report, Swapped, class_names, counted, refuse_symbols, swap, swap_back, swapped_class, warn
 
 __all__ = ["RUN_CUDA", "accelerate", "restore"]
 
@@ -112,12 +112,13 @@ def _unless_counted(fused: Callable) -> Callable:
     """``fused``, a forward; where operations are counted, the layer's own one."""
 
     @functools.wraps(fused)
-    def forward(self, *args, **kwargs):
+    def forward(self, x, *args, **kwargs):
+        refuse_symbols(self, x)
         reason = counted()
         if reason is None:
-            return fused(self, *args, **kwargs)
+            return fused(self, x, *args, **kwargs)
         warn(f"{type(self).__name__} runs its own code: {reason}", 3)
-        return _own_forward(type(self)._original)(self, *args, **kwargs)
+        return _own_forward(type(self)._original)(self, x, *args, **kwargs)
 
     return forward
 
@@ -216,12 +217,13 @@ class _ChannelMix(_Fused):
 class _Call(Swapped):
     """A layer that keeps its own forward but for the call of RUN_CUDA."""
 
-    _original: type[nn.Module]
-
     def __init_subclass__(cls):
         super().__init_subclass__()
         # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
-        cls.forward = torch.compiler.disable(_with_run_cuda(cls._original.forward))
+        cls.forward = torch.compiler.disable(
+            _with_run_cuda(cls._original.forward),
+            reason="of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model",
+        )
 
 
 @functools.cache
@@ -379,7 +381,9 @@ def _own_forward(cls: Any) -> Callable:
 def _why_script(cls: type[nn.Module]) -> str:
     """Why a layer that TorchScript compiled is left, and the way out, which depends on who compiled it."""
     if cls.__module__.startswith("torch."):
-        return "compiled by torch.jit.script or torch.jit.trace, which keep its code: accelerate the model from which they made it"
+        return (
+            "compiled by torch.jit.script or torch.jit.trace, which keep its code: accelerate the model from which they made it"
+        )
     try:
         optional = "RWKV_JIT_ON" in inspect.getsource(sys.modules[cls.__module__])
     except (KeyError, OSError, TypeError):  # no file
@@ -443,8 +447,12 @@ def accelerate(model: nn.Module) -> Report:
     its graph). The report names every other layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
-    its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
-    on working, as do ``generate`` and its state. :func:`restore` undoes it.
+    its class (of a subclass made for it, so ``type(layer) is TimeMix`` does not hold). So optimisers, checkpoints,
+    ``save_pretrained``, copies and pickles go on working, as do ``generate`` and its state. :func:`restore` undoes it.
+
+    SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel: where one is active, the layers run
+    their own code, with a warning. Other programs that count operators see ours: restore the model before. ``torch.fx`` cannot
+    trace through a fused layer; the error says what to do.
 
     What is not seen: limits above about 1e5 on outputs and 100 on keys, and what a layer does only with some dtype, device or
     length, or after a change of its attributes (of the p of a dropout that was 0).

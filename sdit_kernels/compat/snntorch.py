@@ -22,10 +22,12 @@ says the same as ::
 and for an ``nn.Sequential`` of layers and neurons with ``init_hidden=True``, ``unroll(net, x)``. Networks whose steps feed back
 into earlier layers need the loop; in it, an accelerated neuron computes each step in one kernel.
 
-The neurons stay what they were: the same objects with the same names, parameters, buffers, ``mem``, hooks and state_dict,
-instances of ``snntorch.Leaky``; ``reset_mem``, ``detach_hidden``, ``reset_hidden`` and ``utils.reset`` go on working. ``Leaky``
-of this file makes an accelerated one: ``Leaky(beta=0.9)`` takes snnTorch's arguments. That function imports snnTorch; the others
-look for it among the imported modules. Made for snnTorch 1.0.0.
+The neurons stay what they were: the same objects of the same class, with the same names, parameters, buffers, ``mem``, hooks
+and state_dict; ``reset_mem``, ``detach_hidden``, ``reset_hidden``, ``utils.reset``, ``export_to_nir``, copies and
+``torch.compile(fullgraph=True)`` go on working, the last with :func:`unroll` too. (The methods of snnTorch's class ask each
+neuron whether it is fused; the others run as before.) ``Leaky`` of this file makes an accelerated one: ``Leaky(beta=0.9)``
+takes snnTorch's arguments. That function imports snnTorch; the others look for it among the imported modules. Made for snnTorch
+1.0.0.
 
 Differences that remain:
 
@@ -37,6 +39,10 @@ Differences that remain:
   backward pass, which recomputes the steps from them: autograd then raises.
 - On a GPU the values of beta and threshold are looked at in ``accelerate`` only, for a threshold that is not finite and a beta
   that is not a number: to look at each call would wait for them.
+- SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel. Where one is active, the neurons run
+  snnTorch's code, with a warning. Other programs that count operators see one operator, ``sdit_kernels.leaky``: call
+  :func:`restore` before.
+- ``torch.fx`` cannot trace through a fused neuron, as it cannot through snnTorch's: the error says what to do.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
   call.
@@ -53,7 +59,18 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..ops.leaky import leaky
 from ..ops.lif import _FLOATS
 from ..reference.lif import state_dtype
-from .swap import Methods, Report, changed_behaviour, counted, replace_methods, suspected_neuron, swap, swap_back, warn
+from .swap import (
+    Methods,
+    Report,
+    changed_behaviour,
+    counted,
+    refuse_symbols,
+    replace_methods,
+    suspected_neuron,
+    swap,
+    swap_back,
+    warn,
+)
 
 __all__ = ["Leaky", "accelerate", "restore", "unroll"]
 
@@ -169,7 +186,7 @@ def _broadcasts_to(shape, data):
 
 def _prepare(neuron, x):
     """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
-    reason = counted() or _obstacle(neuron)
+    reason = _obstacle(neuron)
     if x.dtype not in _FLOATS:
         reason = f"the kernels do not take its data, {x.dtype}"
     elif not _broadcasts_to(neuron.graded_spikes_factor.shape, x.shape[1:]):
@@ -226,8 +243,11 @@ class _Leaky(Methods):
 
     @staticmethod
     def forward(own, neuron, input_, mem=None):
-        x = input_.unsqueeze(0)
-        blocks = _prepare(neuron, x)
+        refuse_symbols(neuron, input_)
+        blocks = counted()  # before the first operator of ours
+        if blocks is None:
+            x = input_.unsqueeze(0)
+            blocks = _prepare(neuron, x)
         if isinstance(blocks, str):
             warn(f"{type(neuron).__name__} runs snnTorch's own code: {blocks}", 4)
             return own(neuron, input_, mem)
@@ -283,7 +303,8 @@ def accelerate(model: nn.Module) -> Report:
         A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay as
         they were: of other kinds; subclasses that override what a neuron does; surrogates other than ``atan``,
         ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``; a threshold that is not
-        finite, a beta that is not a number. A second call changes nothing.
+        finite, a beta that is not a number; and modules that look like spiking neurons by their name but are not snnTorch's. A
+        second call changes nothing.
 
     Raises:
         TypeError: model is no module.
@@ -379,7 +400,7 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
 def _whole(module, x, mem, library):
     """A whole sequence through what is no ``nn.Sequential``, or one that has hooks."""
     if library is not None and isinstance(module, library[1]):
-        blocks = _why_not_whole(module, library[0]) or _prepare(module, x)
+        blocks = counted() or _why_not_whole(module, library[0]) or _prepare(module, x)
         if not isinstance(blocks, str):
             both = module.output or not module.init_hidden
             spikes, _, history = _walk(module, x, mem, both, blocks)

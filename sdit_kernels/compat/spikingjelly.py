@@ -4,14 +4,21 @@ r"""SpikingJelly's neurons on the fused kernels, in place: one line in an existi
 >>> from sdit_kernels.compat.spikingjelly import accelerate
 >>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after it was trained, moved or loaded
 >>> print(report)
-SpikingJelly: 0 replaced, 0 left as they were
+SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model
 
 ``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they
-were: the same objects with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict, instances of their
-old class; ``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies and
-pickles go on working. What is not replaced is in the report with the reason. SpikingJelly is not imported: a model that has its
-neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend`` keeps its value and no longer
-matters.
+were: the same objects of the same class, with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict. So
+everything that looks a neuron up by its class finds it: ``isinstance``, the NIR export, precision tables, rules of counters.
+(The methods of SpikingJelly's classes ask each neuron whether it is fused; the other neurons run as before.)
+``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies, pickles and
+``torch.compile(fullgraph=True)`` go on working. What is not replaced is in the report with the reason. SpikingJelly is not
+imported: a model that has its neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend``
+keeps its value and no longer matters.
+
+SpikingJelly's counters of operations, memory accesses, states and energy know the operators of PyTorch, not a fused kernel. So
+the neurons run SpikingJelly's code under ``DispatchCounterMode`` and the profilers, with a warning, and the figures are the
+same as before. Run the backward pass under the same counter as the forward pass. Other programs that count operators see one
+operator, ``sdit_kernels.lif``: call :func:`restore` before.
 
 Differences that remain:
 
@@ -23,6 +30,8 @@ Differences that remain:
 - An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
 - The input of a neuron must not be modified in place afterwards (``s = node(y); y += s``): the backward pass recomputes the
   membrane from it, and autograd says "modified by an inplace operation". SpikingJelly does not keep its input. ``y = y + s``.
+- A learnt ``v_threshold`` (a parameter in its place) gets its gradient, where SpikingJelly 2.0.0 gives it none.
+- ``torch.fx`` cannot trace through a fused neuron, as it cannot through SpikingJelly's: the error says what to do.
 - ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as that, with no gradient; 1/tau is 2e-35 there.
 - 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
@@ -39,7 +48,7 @@ import torch
 from ..dispatch import backend
 from ..ops.lif import _FLOATS, _check_neuron, _check_values, lif
 from ..reference.lif import state_dtype
-from .swap import Methods, Report, changed_behaviour, counted, suspected_neuron, swap, swap_back, warn
+from .swap import Methods, Report, changed_behaviour, counted, refuse_symbols, suspected_neuron, swap, swap_back, warn
 
 __all__ = ["accelerate", "restore"]
 
@@ -98,25 +107,28 @@ def _obstacle(neuron):
 def _ready(neuron, x, axes=0):
     """Arguments of lif for data x, with ``axes`` before those of a step; None, with a warning, where the library's own code
     must run."""
-    reason, found = counted() or _obstacle(neuron), None
-    tau = getattr(neuron, "tau", 1)
-    if not isinstance(tau, (int, float)):
-        reason = f"tau is a {type(tau).__name__}, and the kernels' is a number"
-    elif not tau >= 1:
-        reason = f"tau is {tau}, and the kernels' is at least 1"
-    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
-        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        reason = f"the kernels do not take its data, {what}"
+    refuse_symbols(neuron, x)
+    reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
     if reason is None:
         try:
             found = _settings(neuron) | neuron._sdit_kernels.methods._leak(neuron, x)
             _check(x, x.shape[axes:], **found)
+            return found
         except (TypeError, ValueError) as error:
             reason = f"the kernels refuse its settings: {error}"
-    if reason is None:
-        return found
     warn(f"{type(neuron).__name__} runs SpikingJelly's own code: {reason}", 6)
     return None
+
+
+def _not_taken(neuron, x, axes):
+    """Why the kernels cannot have this tau or these data, None if they can."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
+        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        return f"the kernels do not take its data, {what}"
+    tau = getattr(neuron, "tau", 1)
+    if not isinstance(tau, (int, float)):
+        return f"tau is a {type(tau).__name__}, and the kernels' is a number"
+    return None if tau >= 1 else f"tau is {tau}, and the kernels' is at least 1"
 
 
 def _settings(neuron):

@@ -87,6 +87,9 @@ class Swapped(torch.nn.Module):
     """First base of the classes that ``swapped_class`` makes; a module, because Python lets an object change its class only
     between classes that lay out their instances alike."""
 
+    _mixin: type
+    _original: type
+
     def __reduce_ex__(self, protocol):
         """Those classes have no name to be pickled by: copies and pickles say what they are made of."""
         rest = super().__reduce_ex__(max(protocol, 2))[2:]
@@ -118,7 +121,7 @@ def methods_of(module) -> type | None:
     return None if fused is None else fused.methods
 
 
-def replace_methods(module, methods: type):
+def replace_methods(module, methods: type[Methods] | type[Swapped]):
     """Give a module the methods of a ``Methods`` or of a ``Swapped``."""
     if issubclass(methods, Swapped):
         module.__class__ = swapped_class(methods, type(module))
@@ -199,17 +202,25 @@ _NEURON_FILE = re.compile(r"(^|[._])neurons?($|\.)")
 
 
 def suspected_neuron(known: str):
-    """For ``swap``: why a module that looks like a spiking neuron is left, where only classes derived from ``known`` are taken."""
+    """For ``swap``: why a module that looks like a spiking neuron is left, where what derives from ``known`` is taken."""
 
     def suspect(module):
         for path, name in class_names(module):
             if _NEURON_NAME.search(name) or _NEURON_FILE.search(path):
                 home = path.partition(".")[0]
                 hint = f"; for that library there is sdit_kernels.compat.{home}" if home in ("spikingjelly", "snntorch") else ""
-                return f"it looks like a spiking neuron, but its class {path}.{name} does not derive from {known}{hint}"
+                return f"it looks like a spiking neuron, {path}.{name}, but does not derive from {known}{hint}"
         return None
 
     return suspect
+
+
+def refuse_symbols(module, x):
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            f"torch.fx cannot trace through a fused {type(module).__name__}: use a torch.fx.Tracer whose is_leaf_module is "
+            "True for it, or restore the model before"
+        )
 
 
 def counted() -> str | None:
@@ -230,7 +241,7 @@ def warn(message: str, frames: int):
 
 _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "extra_repr",
              "__annotate__", "__annotate_func__", "__annotations_cache__", "__firstlineno__", "__static_attributes__",
-             "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__repr__"}  # fmt: skip
+             "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__repr__", "_sdit_kernels"}  # fmt: skip
 
 
 @torch.compiler.assume_constant_result  # what it reads, torch.compile cannot; the graph is for this module only
