@@ -1,6 +1,7 @@
 """compat.rwkv: RUN_CUDA against a plain loop, layers in RWKV-LM's style, Hugging Face transformers where it is installed."""
 
 import copy
+import importlib
 import importlib.util
 import io
 import math
@@ -241,7 +242,8 @@ def test_layers_of_rwkv_lm():
     fused.blocks[0][1].key.register_forward_hook(lambda *_: seen.append("key"))
     fused(ids)
     assert seen == ["key", "layer"]
-    assert rwkv.accelerate(fused)[2:] == ((), ())
+    again = rwkv.accelerate(fused)
+    assert again[2:] == ((), ()) and str(again) == "RWKV: 0 replaced, 0 left as they were: 4 run fused already"
     assert rwkv.restore(fused).replaced == report.replaced
     assert type(fused.blocks[0][1]) is TimeMix and type(fused.blocks[0][3]) is ChannelMix
     with pytest.raises(RuntimeError, match="not compiled"):
@@ -483,6 +485,8 @@ def test_the_call_alone():
     twin = pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(x), model(x))
     assert torch.equal(torch.compile(model, backend="aot_eager")(x), model(x))
+    with pytest.raises(Exception, match="compile without fullgraph=True, or restore the model"):
+        torch.compile(model, fullgraph=True, backend="eager")(x)
     rwkv.restore(model)
     assert type(layer) is MorePartsAndCall
 
@@ -530,12 +534,57 @@ def test_what_else_is_left():
     rwkv.accelerate(model["done"])
     reasons = {entry.name: entry.reason for entry in rwkv.accelerate(model).left}
     assert reasons["hooked"].startswith("its forward is replaced on the instance")
-    assert reasons["scripted"].startswith("compiled by TorchScript") and len(reasons) == 2
+    assert reasons["scripted"].startswith("compiled by torch.jit.script or torch.jit.trace") and len(reasons) == 2
+
+
+SCRIPTED = """
+import os, torch
+from torch import nn
+
+class Scripted(BASE):
+    def __init__(self):
+        super().__init__()
+        self.time_mix_k, self.time_mix_r = (nn.Parameter(torch.rand(1, 1, 8)) for _ in range(2))
+        self.key, self.receptance, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    @torch.jit.script_method
+    def forward(self, x):
+        return self.value(x)
+"""
+
+
+@pytest.mark.parametrize("file, base, way", [
+    ("always", "torch.jit.ScriptModule", "derive it from torch.nn.Module, without torch.jit.script_method"),
+    ("asks", "(torch.jit.ScriptModule if os.environ['RWKV_JIT_ON'] == '1' else nn.Module)", "set RWKV_JIT_ON=0"),
+])  # fmt: skip
+def test_the_way_out_of_torchscript(tmp_path, monkeypatch, file, base, way):
+    """It depends on whether the layer's file has RWKV-LM's switch."""
+    (tmp_path / f"scripted_{file}.py").write_text(SCRIPTED.replace("BASE", base))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("RWKV_JIT_ON", "1")
+    (entry,) = rwkv.accelerate(nn.Sequential(importlib.import_module(f"scripted_{file}").Scripted())).left
+    assert entry.reason == f"its class derives from torch.jit.ScriptModule, which keeps its code: {way}"
+
+
+class Tmix(nn.Module):
+    """As a later RWKV has it: its name tells, its parameters' names do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.x_r = nn.Parameter(torch.rand(8))
+
+
+def test_names_of_an_rwkv():
+    """A layer that is not known by its parameters is not passed over; what holds it is not named."""
+    net = nn.ModuleDict({"late": nn.Sequential(Tmix()), "Model": Model(TimeMix, layers=1), "linear": nn.Linear(8, 8)})
+    report = rwkv.accelerate(net)
+    assert [(entry.name, entry.kind) for entry in report.left] == [("late.0", "Tmix")] and len(report.replaced) == 2
+    assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4's")
 
 
 def test_nothing_there():
     ours = nn.Sequential(sdit_kernels.nn.TimeMix(8), nn.Linear(8, 8))
-    assert str(rwkv.accelerate(ours)) == "RWKV: 0 replaced, 0 left as they were"
+    assert str(rwkv.accelerate(ours)) == ("RWKV: 0 replaced, 0 left as they were: nothing of RWKV was found in the model")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
         rwkv.accelerate(3)
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):

@@ -1,4 +1,4 @@
-"""compat.spikingjelly against SpikingJelly itself, and the change of class that it shares with compat.snntorch."""
+"""compat.spikingjelly against SpikingJelly itself, and the change of class and the report of all drop-ins."""
 
 import copy
 import doctest
@@ -79,7 +79,7 @@ def test_swap_keeps_the_object():
     calls = []
     inner.register_forward_hook(lambda *args: calls.append(1))
     keys, parameters = list(model.state_dict()), list(model.parameters())
-    report = swap.swap("Toys", model, (Doubles,), choose)
+    report = swap.swap("Toys", model, choose)
     assert report.replaced == (("a", "Doubles"), ("b.0", "Named"))
     assert report.left == (("c", "Changed", "Changed overrides factor of Doubles"),)
     assert str(report).splitlines() == [
@@ -91,7 +91,7 @@ def test_swap_keeps_the_object():
     assert model["a"] is inner is model["again"] and type(inner).__name__ == "Doubles" and isinstance(inner, Doubles)
     assert list(model.state_dict()) == keys and all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
     assert model["a"](torch.ones(2)).tolist() == [3.0, 3.0] and calls == [1]
-    assert swap.swap("Toys", model, (Doubles,), choose).replaced == ()
+    assert swap.swap("Toys", model, choose).replaced == ()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(nn.ModuleList([model["b"]])))):
         assert next(m for m in twin.modules() if isinstance(m, Named)).factor() == 3
     assert swap.swap_back("Toys", model, Triples).replaced == (("a", "Doubles"), ("b.0", "Named"))
@@ -109,7 +109,7 @@ def test_what_changes_behaviour():
 
 def test_a_class_changed_afterwards_is_left():
     model = Doubles()
-    swap.swap("Toys", model, (), choose)
+    swap.swap("Toys", model, choose)
     nn.utils.parametrize.register_parametrization(model, "w", nn.Identity())
     report = swap.swap_back("Toys", model, Triples)
     assert report.replaced == () and report.left[0].reason == "its class was changed again after accelerate"
@@ -117,7 +117,10 @@ def test_a_class_changed_afterwards_is_left():
 
 def test_without_neurons():
     report = accelerate(nn.Linear(2, 2))
-    assert report.replaced == report.left == () and str(report) == "SpikingJelly: 0 replaced, 0 left as they were"
+    assert report.replaced == report.left == () and str(report) == (
+        "SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model"
+    )
+    assert str(restore(nn.Linear(2, 2))).endswith(": nothing in the model was accelerated")
     for function in (accelerate, restore):
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
             function(3)

@@ -7,6 +7,8 @@ import copy
 import functools
 import inspect
 import random
+import re
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, overload
@@ -19,7 +21,7 @@ from ..nn import ChannelMix, TimeMix
 from ..ops.mix import autocast_dtype, relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
 from ..reference.lif import state_dtype
-from .swap import Left, Report, Swapped, swap, swap_back, swapped_class
+from .swap import Left, Report, Swapped, class_names, counted, refuse_symbols, swap, swap_back, swapped_class, warn
 
 __all__ = ["RUN_CUDA", "accelerate", "restore"]
 
@@ -106,6 +108,21 @@ def _as_wide(parameter: Tensor, data: Tensor) -> Tensor:
 # --- the layers' own arithmetic ---------------------------------------------------------------------------------------------
 
 
+def _unless_counted(fused: Callable) -> Callable:
+    """``fused``, a forward; where operations are counted, the layer's own one."""
+
+    @functools.wraps(fused)
+    def forward(self, x, *args, **kwargs):
+        refuse_symbols(self, x)
+        reason = counted()
+        if reason is None:
+            return fused(self, x, *args, **kwargs)
+        warn(f"{type(self).__name__} runs its own code: {reason}", 3)
+        return _own_forward(type(self)._original)(self, x, *args, **kwargs)
+
+    return forward
+
+
 class _Fused(Swapped):
     """The parameters and children are those of the layer whose class is swapped."""
 
@@ -161,6 +178,7 @@ def _row(state, layer, like):
 
 
 class _TransformersTimeMix(_Fused):
+    @_unless_counted
     def forward(self, hidden, state=None, use_cache=False):
         last = scan = None
         if state is not None:
@@ -175,6 +193,7 @@ class _TransformersTimeMix(_Fused):
 
 
 class _TransformersChannelMix(_Fused):
+    @_unless_counted
     def forward(self, hidden, state=None):
         last = None if state is None else _row(state[0], self.layer_id, hidden)
         out = self._gate(*self._shift(hidden, last, "time_mix_key", "time_mix_receptance"))
@@ -184,11 +203,13 @@ class _TransformersChannelMix(_Fused):
 
 
 class _TimeMix(_Fused):
+    @_unless_counted
     def forward(self, x):
         return self._scan(*self._shift(x, None, "time_mix_k", "time_mix_v", "time_mix_r"), None, False)[0]
 
 
 class _ChannelMix(_Fused):
+    @_unless_counted
     def forward(self, x):
         return self._gate(*self._shift(x, None, "time_mix_k", "time_mix_r"))
 
@@ -196,12 +217,13 @@ class _ChannelMix(_Fused):
 class _Call(Swapped):
     """A layer that keeps its own forward but for the call of RUN_CUDA."""
 
-    _original: type[nn.Module]
-
     def __init_subclass__(cls):
         super().__init_subclass__()
         # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
-        cls.forward = torch.compiler.disable(_with_run_cuda(cls._original.forward))
+        cls.forward = torch.compiler.disable(
+            _with_run_cuda(cls._original.forward),
+            reason="of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model",
+        )
 
 
 @functools.cache
@@ -314,8 +336,7 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
             states.append(given)
         with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
             before = torch.random.get_rng_state()
-            theirs = _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
-            wanted = [t for state in states for t in run(theirs, state)]
+            wanted = [t for state in states for t in run(_own_forward(cls), state)]
             if not torch.equal(before, torch.random.get_rng_state()) or random.getstate() != drawn:
                 return f"its forward draws random numbers{where}"
             what = "RWKV-4's forward does not take its parameters"
@@ -352,13 +373,44 @@ def _calls_run_cuda(cls: type[nn.Module]) -> bool:
     return isinstance(cls.forward, types.FunctionType) and "RUN_CUDA" in cls.forward.__code__.co_names
 
 
+def _own_forward(cls: Any) -> Callable:
+    """A layer's forward as its class has it; RUN_CUDA is this file's, since the extension behind theirs may not be there."""
+    return _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
+
+
+def _why_script(cls: type[nn.Module]) -> str:
+    """Why a layer that TorchScript compiled is left, and the way out, which depends on who compiled it."""
+    if cls.__module__.startswith("torch."):
+        return (
+            "compiled by torch.jit.script or torch.jit.trace, which keep its code: accelerate the model from which they made it"
+        )
+    try:
+        optional = "RWKV_JIT_ON" in inspect.getsource(sys.modules[cls.__module__])
+    except (KeyError, OSError, TypeError):  # no file
+        optional = False
+    way = "set RWKV_JIT_ON=0" if optional else "derive it from torch.nn.Module, without torch.jit.script_method"
+    return f"its class derives from torch.jit.ScriptModule, which keeps its code: {way}"
+
+
+_RWKV_NAME = re.compile(r"(?i:rwkv|time_?mix|channel_?mix)|[TC][Mm]ix")
+
+
+def _suspect(module: nn.Module) -> str | None:
+    """Why a layer that may be one of an RWKV by its name is left, though it has no parameter that tells."""
+    if next(module.parameters(recurse=False), None) is None:
+        return None
+    if any(_RWKV_NAME.search(name) for _, name in class_names(module)):
+        return "it has the name of an RWKV's layer, but not the parameters of RWKV-4's, such as time_decay or time_mix_k"
+    return None
+
+
 def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
     """What the layer becomes, if anything, and why not more than that; (None, "") where nothing is of an RWKV."""
     own = dict(module.named_parameters(recurse=False))
     if _MARKS.isdisjoint(own) or isinstance(module, TimeMix | ChannelMix | Swapped):
         return None, ""
     if isinstance(module, torch.jit.ScriptModule):
-        return None, "compiled by TorchScript, which keeps its code: set RWKV_JIT_ON=0"
+        return None, _why_script(type(module))
     if "forward" in vars(module):
         return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model before"
     why = "of another RWKV than RWKV-4, or another form of it"
@@ -395,8 +447,12 @@ def accelerate(model: nn.Module) -> Report:
     its graph). The report names every other layer of an RWKV, and why it was left.
 
     Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
-    its class (of a subclass made for it). So optimisers, checkpoints, ``save_pretrained``, copies and pickles go
-    on working, as do ``generate`` and its state. :func:`restore` undoes it.
+    its class (of a subclass made for it, so ``type(layer) is TimeMix`` does not hold). So optimisers, checkpoints,
+    ``save_pretrained``, copies and pickles go on working, as do ``generate`` and its state. :func:`restore` undoes it.
+
+    SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel: where one is active, the layers run
+    their own code, with a warning. Other programs that count operators see ours: restore the model before. ``torch.fx`` cannot
+    trace through a fused layer; the error says what to do.
 
     What is not seen: limits above about 1e5 on outputs and 100 on keys, and what a layer does only with some dtype, device or
     length, or after a change of its attributes (of the p of a dropout that was 0).
@@ -452,7 +508,7 @@ def accelerate(model: nn.Module) -> Report:
         rest.append(why)
         return cls
 
-    report = swap("RWKV", model, (), choose)
+    report = swap("RWKV", model, choose, _suspect)
     return report._replace(left=report.left + tuple(Left(*entry, why) for entry, why in zip(report.replaced, rest) if why))
 
 

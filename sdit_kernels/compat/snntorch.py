@@ -22,10 +22,12 @@ says the same as ::
 and for an ``nn.Sequential`` of layers and neurons with ``init_hidden=True``, ``unroll(net, x)``. Networks whose steps feed back
 into earlier layers need the loop; in it, an accelerated neuron computes each step in one kernel.
 
-The neurons stay what they were: the same objects with the same names, parameters, buffers, ``mem``, hooks and state_dict,
-instances of ``snntorch.Leaky``; ``reset_mem``, ``detach_hidden``, ``reset_hidden`` and ``utils.reset`` go on working. ``Leaky``
-of this file is that class, for construction: ``Leaky(beta=0.9)`` takes snnTorch's arguments. snnTorch is imported when that is
-asked for, else only looked for among the imported modules. Made for snnTorch 1.0.0.
+The neurons stay what they were: the same objects of the same class, with the same names, parameters, buffers, ``mem``, hooks
+and state_dict; ``reset_mem``, ``detach_hidden``, ``reset_hidden``, ``utils.reset``, ``export_to_nir``, copies and
+``torch.compile(fullgraph=True)`` go on working, the last with :func:`unroll` too. (The methods of snnTorch's class ask each
+neuron whether it is fused; the others run as before.) ``Leaky`` of this file makes an accelerated one: ``Leaky(beta=0.9)``
+takes snnTorch's arguments. That function imports snnTorch; the others look for it among the imported modules. Made for snnTorch
+1.0.0.
 
 Differences that remain:
 
@@ -37,6 +39,10 @@ Differences that remain:
   backward pass, which recomputes the steps from them: autograd then raises.
 - On a GPU the values of beta and threshold are looked at in ``accelerate`` only, for a threshold that is not finite and a beta
   that is not a number: to look at each call would wait for them.
+- SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel. Where one is active, the neurons run
+  snnTorch's code, with a warning. Other programs that count operators see one operator, ``sdit_kernels.leaky``: call
+  :func:`restore` before.
+- ``torch.fx`` cannot trace through a fused neuron, as it cannot through snnTorch's: the error says what to do.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
 - A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
   call.
@@ -45,7 +51,6 @@ Differences that remain:
 import importlib
 import math
 import sys
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -54,26 +59,47 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..ops.leaky import leaky
 from ..ops.lif import _FLOATS
 from ..reference.lif import state_dtype
-from .swap import Report, Swapped, changed_behaviour, swap, swap_back, swapped_class
+from .swap import (
+    Methods,
+    Report,
+    changed_behaviour,
+    counted,
+    refuse_symbols,
+    replace_methods,
+    suspected_neuron,
+    swap,
+    swap_back,
+    warn,
+)
 
-__all__ = ["accelerate", "restore", "unroll"]  # and Leaky, which would import snnTorch
+__all__ = ["Leaky", "accelerate", "restore", "unroll"]
 
 _SURROGATES = {"atan": ("atan", "alpha"), "fast_sigmoid": ("fast_sigmoid", "slope"), "sigmoid": ("sigmoid", "slope")}
 _NO_KERNEL = "this kind of neuron has no fused kernel here"
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 
-def _surrogate(function):
-    """(name, alpha) in the table here, or the reason why there is none. snnTorch makes a closure for each surrogate."""
+@torch.compiler.assume_constant_result  # torch.compile cannot read a function's name, but guards its code
+def _formula(function):
+    """(name in the table here, name of its constant, the index of that in the closure), or the reason why there is none."""
     made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")
     if not inner:
         made_by = getattr(function, "__name__", type(function).__name__)
     if getattr(function, "__module__", None) != "snntorch.surrogate" or made_by not in _SURROGATES:
         return f"surrogate {made_by} has no formula here"
     name, constant = _SURROGATES[made_by]
-    alpha = dict(zip(function.__code__.co_freevars, function.__closure__))[constant].cell_contents
+    return name, constant, function.__code__.co_freevars.index(constant)
+
+
+def _surrogate(function):
+    """(name, alpha) in the table here, or the reason why there is none. snnTorch makes a closure for each surrogate."""
+    found = _formula(function)
+    if isinstance(found, str):
+        return found
+    name, constant, index = found
+    alpha = function.__closure__[index].cell_contents
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        return f"surrogate {made_by} has {constant}={alpha!r}, which is no positive number"
+        return f"surrogate {name} has {constant}={alpha!r}, which is no positive number"
     return name, alpha
 
 
@@ -212,41 +238,43 @@ def _ungraded(neuron):
     return not factor.requires_grad and factor.numel() == 1 and _readable(factor) and factor.item() == 1
 
 
-def _warn(neuron, reason, how, frames):
-    """``frames``: from the caller of this to the user's."""
-    warnings.warn(f"{type(neuron).__name__} {how}: {reason}", stacklevel=2 + frames)
-
-
-class _Leaky(Swapped):
+class _Leaky(Methods):
     """snnTorch's Leaky, a step in one kernel."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        reason = _obstacle(self)
-        if reason is not None:
-            raise ValueError(f"Leaky cannot be fused: {reason}; use snntorch.Leaky")
-
-    def forward(self, input_, mem=None):
-        x = input_.unsqueeze(0)
-        blocks = _prepare(self, x)
+    @staticmethod
+    def forward(own, neuron, input_, mem=None):
+        refuse_symbols(neuron, input_)
+        blocks = counted()  # before the first operator of ours
+        if blocks is None:
+            x = input_.unsqueeze(0)
+            blocks = _prepare(neuron, x)
         if isinstance(blocks, str):
-            _warn(self, blocks, "runs snnTorch's own code", 3)
-            return super().forward(input_, mem)
-        spikes, last, _ = _walk(self, x, mem, False, blocks)
-        return (spikes.squeeze(0), last) if self.output or not self.init_hidden else spikes.squeeze(0)
-
-    def extra_repr(self):
-        return "fused by sdit_kernels"
+            warn(f"{type(neuron).__name__} runs snnTorch's own code: {blocks}", 4)
+            return own(neuron, input_, mem)
+        spikes, last, _ = _walk(neuron, x, mem, False, blocks)
+        return (spikes.squeeze(0), last) if neuron.output or not neuron.init_hidden else spikes.squeeze(0)
 
 
-def __getattr__(name):
-    if name == "Leaky":
-        try:
-            library = importlib.import_module("snntorch")
-        except ModuleNotFoundError as error:
-            raise ImportError("sdit_kernels.compat.snntorch.Leaky needs snnTorch: pip install snntorch") from error
-        return swapped_class(_Leaky, library.Leaky)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def Leaky(*args, **kwargs) -> nn.Module:
+    """A new ``snntorch.Leaky``, accelerated.
+
+    Args:
+        *args, **kwargs: those of ``snntorch.Leaky``.
+
+    Raises:
+        ImportError: snnTorch is not installed.
+        ValueError: the kernels cannot serve a neuron of this kind.
+    """
+    try:
+        library = importlib.import_module("snntorch")
+    except ModuleNotFoundError as error:
+        raise ImportError("sdit_kernels.compat.snntorch.Leaky needs snnTorch: pip install snntorch") from error
+    neuron = library.Leaky(*args, **kwargs)
+    reason = _obstacle(neuron)
+    if reason is not None:
+        raise ValueError(f"Leaky cannot be fused: {reason}; use snntorch.Leaky")
+    replace_methods(neuron, _Leaky)
+    return neuron
 
 
 def _library():
@@ -262,6 +290,9 @@ def _made_by_snntorch(module):
     return any(cls.__name__ != "RecurrentOneToOne" for cls in classes)
 
 
+_suspect = suspected_neuron("snntorch.Leaky")
+
+
 def accelerate(model: nn.Module) -> Report:
     """Let the Leaky neurons of a snnTorch model run on the fused kernels, a step at a time or by :func:`unroll`.
 
@@ -272,15 +303,16 @@ def accelerate(model: nn.Module) -> Report:
         A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay as
         they were: of other kinds; subclasses that override what a neuron does; surrogates other than ``atan``,
         ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``; a threshold that is not
-        finite, a beta that is not a number. A second call changes nothing.
+        finite, a beta that is not a number; and modules that look like spiking neurons by their name but are not snnTorch's. A
+        second call changes nothing.
 
     Raises:
         TypeError: model is no module.
     """
     library = _library()
     if library is None:
-        return swap("snnTorch", model, (), lambda module: None)
-    cls, base = library
+        return swap("snnTorch", model, lambda module: None, _suspect)
+    cls, _ = library
 
     def choose(module):
         if not isinstance(module, cls):
@@ -290,7 +322,7 @@ def accelerate(model: nn.Module) -> Report:
             reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
         return reason or _not_numbers(module) or _Leaky
 
-    return swap("snnTorch", model, (base,), choose)
+    return swap("snnTorch", model, choose, _suspect)
 
 
 def restore(model: nn.Module) -> Report:
@@ -360,7 +392,7 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
         raise ValueError(f"mem belongs to a single neuron, got a {type(module).__name__}")
     repeated = _repeated(module)
     if repeated is not None:
-        _warn(module, f"its {type(repeated).__name__} is reached more than once", "runs step by step", 1)
+        warn(f"{type(module).__name__} runs step by step: its {type(repeated).__name__} is reached more than once", 1)
         return _step_by_step(module, x, None)
     return _through(module, x, lambda layer, x: _whole(layer, x, mem, library))
 
@@ -368,12 +400,12 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
 def _whole(module, x, mem, library):
     """A whole sequence through what is no ``nn.Sequential``, or one that has hooks."""
     if library is not None and isinstance(module, library[1]):
-        blocks = _why_not_whole(module, library[0]) or _prepare(module, x)
+        blocks = counted() or _why_not_whole(module, library[0]) or _prepare(module, x)
         if not isinstance(blocks, str):
             both = module.output or not module.init_hidden
             spikes, _, history = _walk(module, x, mem, both, blocks)
             return (spikes, history) if both else spikes
-        _warn(module, blocks, "runs step by step", 4)
+        warn(f"{type(module).__name__} runs step by step: {blocks}", 4)
         return _step_by_step(module, x, mem)
     if not _hooked(module):
         if type(module) in _ANY_AXES:
@@ -419,16 +451,9 @@ def _keeps_state(module):
 
 
 def _why_not_whole(neuron, leaky_class):
-    if isinstance(neuron, Swapped):
-        if "_original" not in vars(type(neuron)):
-            return "its class was changed after accelerate"
-    elif not isinstance(neuron, leaky_class):
+    if not isinstance(neuron, leaky_class):
         return _NO_KERNEL
-    else:
-        changed = changed_behaviour(neuron, leaky_class)
-        if changed is not None:
-            return changed
-    return "it has hooks" if _hooked(neuron) else None
+    return changed_behaviour(neuron, leaky_class) or ("it has hooks" if _hooked(neuron) else None)
 
 
 def _hooked(module):

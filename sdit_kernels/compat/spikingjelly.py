@@ -4,14 +4,21 @@ r"""SpikingJelly's neurons on the fused kernels, in place: one line in an existi
 >>> from sdit_kernels.compat.spikingjelly import accelerate
 >>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after it was trained, moved or loaded
 >>> print(report)
-SpikingJelly: 0 replaced, 0 left as they were
+SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model
 
 ``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they
-were: the same objects with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict, instances of their
-old class; ``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies and
-pickles go on working. What is not replaced is in the report with the reason. SpikingJelly is not imported: a model that has its
-neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend`` keeps its value and no longer
-matters.
+were: the same objects of the same class, with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict. So
+everything that looks a neuron up by its class finds it: ``isinstance``, the NIR export, precision tables, rules of counters.
+(The methods of SpikingJelly's classes ask each neuron whether it is fused; the other neurons run as before.)
+``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies, pickles and
+``torch.compile(fullgraph=True)`` go on working. What is not replaced is in the report with the reason. SpikingJelly is not
+imported: a model that has its neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend``
+keeps its value and no longer matters.
+
+SpikingJelly's counters of operations, memory accesses, states and energy know the operators of PyTorch, not a fused kernel. So
+the neurons run SpikingJelly's code under ``DispatchCounterMode`` and the profilers, with a warning, and the figures are the
+same as before. Run the backward pass under the same counter as the forward pass. Other programs that count operators see one
+operator, ``sdit_kernels.lif``: call :func:`restore` before.
 
 Differences that remain:
 
@@ -23,6 +30,8 @@ Differences that remain:
 - An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
 - The input of a neuron must not be modified in place afterwards (``s = node(y); y += s``): the backward pass recomputes the
   membrane from it, and autograd says "modified by an inplace operation". SpikingJelly does not keep its input. ``y = y + s``.
+- A learnt ``v_threshold`` (a parameter in its place) gets its gradient, where SpikingJelly 2.0.0 gives it none.
+- ``torch.fx`` cannot trace through a fused neuron, as it cannot through SpikingJelly's: the error says what to do.
 - ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as that, with no gradient; 1/tau is 2e-35 there.
 - 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
 - Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
@@ -33,14 +42,13 @@ Differences that remain:
 
 import math
 import sys
-import warnings
 
 import torch
 
 from ..dispatch import backend
 from ..ops.lif import _FLOATS, _check_neuron, _check_values, lif
 from ..reference.lif import state_dtype
-from .swap import Report, Swapped, changed_behaviour, swap, swap_back
+from .swap import Methods, Report, changed_behaviour, counted, refuse_symbols, suspected_neuron, swap, swap_back, warn
 
 __all__ = ["accelerate", "restore"]
 
@@ -88,121 +96,133 @@ def _check(x, shape, **settings):
         _check_values(None, v_threshold, settings["decay_input"])
 
 
-class _Node(Swapped):
+def _obstacle(neuron):
+    """Why the kernels cannot do this now, None if they can."""
+    if getattr(neuron, "_neuron_precision", None) is not None:
+        return "a precision of its own is asked for, which the fused kernels do not have"
+    found = _surrogate(neuron.surrogate_function)
+    return found if isinstance(found, str) else None
+
+
+def _ready(neuron, x, axes=0):
+    """Arguments of lif for data x, with ``axes`` before those of a step; None, with a warning, where the library's own code
+    must run."""
+    refuse_symbols(neuron, x)
+    reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
+    if reason is None:
+        try:
+            found = _settings(neuron) | neuron._sdit_kernels.methods._leak(neuron, x)
+            _check(x, x.shape[axes:], **found)
+            return found
+        except (TypeError, ValueError) as error:
+            reason = f"the kernels refuse its settings: {error}"
+    warn(f"{type(neuron).__name__} runs SpikingJelly's own code: {reason}", 6)
+    return None
+
+
+def _not_taken(neuron, x, axes):
+    """Why the kernels cannot have this tau or these data, None if they can."""
+    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
+        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        return f"the kernels do not take its data, {what}"
+    tau = getattr(neuron, "tau", 1)
+    if not isinstance(tau, (int, float)):
+        return f"tau is a {type(tau).__name__}, and the kernels' is a number"
+    return None if tau >= 1 else f"tau is {tau}, and the kernels' is at least 1"
+
+
+def _settings(neuron):
+    """Arguments of lif that all three have."""
+    surrogate, alpha = _surrogate(neuron.surrogate_function)
+    return dict(
+        v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
+        surrogate=surrogate, alpha=alpha,
+    )  # fmt: skip
+
+
+def _start(neuron, x):
+    """The membrane before a step x: None where it is at rest."""
+    v, rest = neuron.v, 0.0 if neuron.v_reset is None else neuron.v_reset
+    if isinstance(v, (int, float)):
+        return None if v == rest else torch.full_like(x, v, requires_grad=False)
+    if v.shape != x.shape:
+        if hasattr(neuron, "materialize_states"):
+            return None  # SpikingJelly 2 starts anew
+        v = v.expand(x.shape)
+    return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
+
+
+def _walk(x_seq, v, store, settings):
+    """T steps from v: (spikes, v, v_seq or None), in the dtype of the data."""
+    if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
+        v = v.clone()  # autograd keeps v, and refuses one that inference_mode made
+    found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
+    spikes, *states = found
+    v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
+    return spikes, v, v_seq
+
+
+class _Node(Methods):
     """SpikingJelly's neuron, its charge, fire and reset in one kernel for all steps."""
 
-    def _obstacle(self):
-        """Why the kernels cannot do this now, None if they can."""
-        if getattr(self, "_neuron_precision", None) is not None:
-            return "a precision of its own is asked for, which the fused kernels do not have"
-        found = _surrogate(self.surrogate_function)
-        return found if isinstance(found, str) else None
-
-    def _ready(self, x, axes=0):
-        """Arguments of lif for data x, with ``axes`` before those of a step; None, with a warning, where the library's own code
-        must run."""
-        reason, found = self._obstacle(), None
-        tau = getattr(self, "tau", 1)
-        if not isinstance(tau, (int, float)):
-            reason = f"tau is a {type(tau).__name__}, and the kernels' is a number"
-        elif not tau >= 1:
-            reason = f"tau is {tau}, and the kernels' is at least 1"
-        if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
-            what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-            reason = f"the kernels do not take its data, {what}"
-        if reason is None:
-            try:
-                found = self._settings() | self._leak(x)
-                _check(x, x.shape[axes:], **found)
-            except (TypeError, ValueError) as error:
-                reason = f"the kernels refuse its settings: {error}"
-        if reason is None:
-            return found
-        warnings.warn(f"{type(self).__name__} runs SpikingJelly's own code: {reason}", stacklevel=4)
-        return None
-
-    def _settings(self):
-        """Arguments of lif that all three have."""
-        surrogate, alpha = _surrogate(self.surrogate_function)
-        return dict(
-            v_threshold=self.v_threshold, v_reset=self.v_reset, detach_reset=self.detach_reset,
-            surrogate=surrogate, alpha=alpha,
-        )  # fmt: skip
-
-    def _start(self, x):
-        """The membrane before a step x: None where it is at rest."""
-        v, rest = self.v, 0.0 if self.v_reset is None else self.v_reset
-        if isinstance(v, (int, float)):
-            return None if v == rest else torch.full_like(x, v, requires_grad=False)
-        if v.shape != x.shape:
-            if hasattr(self, "materialize_states"):
-                return None  # SpikingJelly 2 starts anew
-            v = v.expand(x.shape)
-        return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
-
-    def _walk(self, x_seq, v, store, settings):
-        """T steps from v: (spikes, v, v_seq or None), in the dtype of the data."""
-        if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
-            v = v.clone()  # autograd keeps v, and refuses one that inference_mode made
-        found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
-        spikes, *states = found
-        v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
-        return spikes, v, v_seq
-
-    def single_step_forward(self, x, *args, **kwargs):
-        settings = self._ready(x)
+    @staticmethod
+    def single_step_forward(own, neuron, x, *args, **kwargs):
+        settings = _ready(neuron, x)
         if settings is None:
-            return super().single_step_forward(x, *args, **kwargs)
-        spikes, self.v, _ = self._walk(x.unsqueeze(0), self._start(x), False, settings)
-        if self.store_v_seq and hasattr(self, "_append_v_seq"):  # SpikingJelly 2 collects the steps
-            self._append_v_seq(self.v)
+            return own(neuron, x, *args, **kwargs)
+        spikes, neuron.v, _ = _walk(x.unsqueeze(0), _start(neuron, x), False, settings)
+        if neuron.store_v_seq and hasattr(neuron, "_append_v_seq"):  # SpikingJelly 2 collects the steps
+            neuron._append_v_seq(neuron.v)
         return spikes.squeeze(0)
 
-    def multi_step_forward(self, x_seq, *args, **kwargs):
-        settings = self._ready(x_seq, 1)
+    @staticmethod
+    def multi_step_forward(own, neuron, x_seq, *args, **kwargs):
+        settings = _ready(neuron, x_seq, 1)
         if settings is None:
-            return super().multi_step_forward(x_seq, *args, **kwargs)
-        start = self._start(x_seq[0]) if x_seq.shape[0] else None
-        spikes, self.v, v_seq = self._walk(x_seq, start, self.store_v_seq, settings)
-        if self.store_v_seq or "v_seq" in self.__dict__:
-            self.v_seq = v_seq
+            return own(neuron, x_seq, *args, **kwargs)
+        start = _start(neuron, x_seq[0]) if x_seq.shape[0] else None
+        spikes, neuron.v, v_seq = _walk(x_seq, start, neuron.store_v_seq, settings)
+        if neuron.store_v_seq or "v_seq" in neuron.__dict__:
+            neuron.v_seq = v_seq
         return spikes
 
-    def single_step_functional_forward(self, inputs, states, **kwargs):
-        settings = self._ready(inputs[0])
+    @staticmethod
+    def single_step_functional_forward(own, neuron, inputs, states, **kwargs):
+        settings = _ready(neuron, inputs[0])
         if settings is None:
-            return super().single_step_functional_forward(inputs, states, **kwargs)
-        spikes, v, _ = self._walk(inputs[0].unsqueeze(0), states[0], False, settings)
+            return own(neuron, inputs, states, **kwargs)
+        spikes, v, _ = _walk(inputs[0].unsqueeze(0), states[0], False, settings)
         return (spikes.squeeze(0),), (v, *states[1:])
 
-    def multi_step_functional_forward(self, inputs, states, **kwargs):
-        settings = self._ready(inputs[0], 1)
+    @staticmethod
+    def multi_step_functional_forward(own, neuron, inputs, states, **kwargs):
+        settings = _ready(neuron, inputs[0], 1)
         if settings is None:
-            return super().multi_step_functional_forward(inputs, states, **kwargs)
-        spikes, v, _ = self._walk(inputs[0], states[0], False, settings)
+            return own(neuron, inputs, states, **kwargs)
+        spikes, v, _ = _walk(inputs[0], states[0], False, settings)
         return (spikes,), (v, *states[1:])
-
-    def extra_repr(self):
-        return super().extra_repr() + ", fused by sdit_kernels"
 
 
 class _LIFNode(_Node):
-    def _leak(self, x):
-        return {"tau": self.tau, "decay_input": self.decay_input}
+    @staticmethod
+    def _leak(neuron, x):
+        return {"tau": neuron.tau, "decay_input": neuron.decay_input}
 
 
 class _IFNode(_Node):
-    def _leak(self, x):
+    @staticmethod
+    def _leak(neuron, x):
         return {"tau": math.inf, "decay_input": False}
 
 
 class _ParametricLIFNode(_Node):
-    def _leak(self, x):
-        if _may_look(self.w) and math.isnan(self.w.detach().sum().item()):
+    @staticmethod
+    def _leak(neuron, x):
+        if _may_look(neuron.w) and math.isnan(neuron.w.detach().sum().item()):
             raise ValueError("w is NaN")
-        wide = torch.promote_types(self.w.dtype, state_dtype(x.dtype))
-        exponent = (-self.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient
-        return {"tau": 1 + torch.exp(exponent), "decay_input": self.decay_input}
+        wide = torch.promote_types(neuron.w.dtype, state_dtype(x.dtype))
+        exponent = (-neuron.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient
+        return {"tau": 1 + torch.exp(exponent), "decay_input": neuron.decay_input}
 
 
 _MIXINS = {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _ParametricLIFNode}
@@ -214,6 +234,9 @@ def _is_neuron(module):
     return any(names[0] == "spikingjelly" and "neuron" in names for names in parts)
 
 
+_suspect = suspected_neuron(f"LIFNode, IFNode or ParametricLIFNode of {_LIBRARY}.neuron")
+
+
 def _choose(neurons):
     """module -> its mixin, the reason to leave it, or None: no neuron of SpikingJelly's."""
     bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items() if neurons is not None}
@@ -223,14 +246,14 @@ def _choose(neurons):
         if base is None:
             return "this kind of neuron has no fused kernel here" if _is_neuron(module) else None
         mixin = bases[base]
-        reason = changed_behaviour(module, base) or mixin._obstacle(module)
+        reason = changed_behaviour(module, base) or _obstacle(module)
         if reason is not None:
             return reason
         device = next((p.device for p in module.parameters(recurse=False)), "cpu")
         try:
             x = torch.empty(0, device=device)
             with backend("reference"):
-                lif(x, **mixin._settings(module), **mixin._leak(module, x))
+                lif(x, **_settings(module), **mixin._leak(module, x))
         except (TypeError, ValueError) as error:
             return f"the kernels refuse its settings: {error}"
         return mixin
@@ -262,7 +285,7 @@ def accelerate(model: torch.nn.Module) -> Report:
         ()
     """
     neurons = sys.modules.get(f"{_LIBRARY}.neuron")  # where nobody has imported it, the model cannot have any
-    return swap("SpikingJelly", model, (), _choose(neurons))
+    return swap("SpikingJelly", model, _choose(neurons), _suspect)
 
 
 def restore(model: torch.nn.Module) -> Report:

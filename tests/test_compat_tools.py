@@ -1,0 +1,473 @@
+"""Accelerated models in other programs' hands: look-ups by class, counters of operations, torch.compile, torch.fx, copies."""
+
+import copy
+import functools
+import pickle
+import subprocess
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sdit_kernels.compat import rwkv
+from sdit_kernels.compat import snntorch as compat_snn
+from sdit_kernels.compat import spikingjelly as compat_jelly
+
+KINDS = ("LIFNode", "IFNode", "ParametricLIFNode")
+SNN_OPTIONS = (
+    {"reset_mechanism": "subtract", "learn_beta": True}, {"reset_mechanism": "zero"}, {"reset_mechanism": "none"},
+    {"init_hidden": True}, {"init_hidden": True, "output": True, "learn_threshold": True}, {"reset_delay": False},
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jelly():
+    pytest.importorskip("spikingjelly", reason="spikingjelly is not installed (make peers)")
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
+
+    return types.SimpleNamespace(functional=functional, layer=layer, neuron=neuron, surrogate=surrogate)
+
+
+@pytest.fixture(scope="module")
+def snn():
+    return pytest.importorskip("snntorch", reason="snntorch is not installed (make peers)")
+
+
+@pytest.fixture(scope="module")
+def counters(jelly):
+    return pytest.importorskip("spikingjelly.activation_based.op_counter", reason="only SpikingJelly 2 counts operations")
+
+
+class ChannelMix(nn.Module):
+    """As RWKV-LM has it."""
+
+    def __init__(self, C=8):
+        super().__init__()
+        self.time_mix_k, self.time_mix_r = (nn.Parameter(torch.rand(1, 1, C)) for _ in range(2))
+        self.key, self.receptance, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        last = nn.functional.pad(x, (0, 0, 1, -1))
+        k, r = (x * m + last * (1 - m) for m in (self.time_mix_k, self.time_mix_r))
+        return torch.sigmoid(self.receptance(r)) * self.value(torch.relu(self.key(k)) ** 2)
+
+
+def flat(found):
+    return [*found] if isinstance(found, tuple) else [found]
+
+
+def twice(function, x, *rest):
+    """Outputs of two calls and the gradient of x."""
+    x = x.clone().requires_grad_()
+    outputs = [*flat(function(x, *rest)), *flat(function(x, *rest))]
+    return [*outputs, torch.autograd.grad(sum(t.sum() for t in outputs), x)[0]]
+
+
+# ---- by class --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_is_the_librarys(jelly, kind):
+    cls = getattr(jelly.neuron, kind)
+    node, other = cls(), cls()
+    compat_jelly.accelerate(node)
+    assert type(node) is cls and {cls: "found"}[type(node)] == "found" and "fused" in repr(node) and "fused" not in repr(other)
+    x, steps = torch.rand(3, 8) * 3, []
+    monitored = {name: getattr(cls, name) for name in ("single_step_functional_forward", "multi_step_functional_forward")}
+    assert all(getattr(type(node), name) is method for name, method in monitored.items() if hasattr(cls, name))
+    for m in (node, other):
+        assert compat_jelly.restore(m).replaced == ((("(the model)", kind),) if m is node else ())
+        steps.append(m(x))
+    assert torch.equal(*steps) and "_sdit_kernels" not in vars(node)
+
+
+def test_a_subclass_of_a_neuron_keeps_its_class(jelly, snn):
+    class Wide(jelly.neuron.LIFNode):
+        def extra_repr(self):
+            return super().extra_repr() + ", wide"
+
+    class Quiet(snn.Leaky):
+        def __init__(self):
+            super().__init__(0.5, threshold=2.0, init_hidden=True)
+
+    net = nn.ModuleList([Wide(), Quiet(), jelly.neuron.LIFNode()])
+    assert len(compat_jelly.accelerate(net).replaced) == 2 and len(compat_snn.accelerate(net).replaced) == 1
+    assert type(net[0]) is Wide and type(net[1]) is Quiet
+    assert [repr(m).count("fused by sdit_kernels") for m in net] == [1, 1, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat_snn.unroll(net[1], torch.rand(3, 2, 4))
+
+
+def test_nir_export(jelly):
+    pytest.importorskip("nirtorch", reason="nir and nirtorch are not installed")
+    from spikingjelly.activation_based import nir_exchange
+
+    def graph(net):
+        nodes = nir_exchange.export_to_nir(net, torch.randn(1, 8), dt=1e-4).nodes
+        return {name: {k: str(v) for k, v in vars(node).items()} for name, node in nodes.items()}
+
+    for kind in KINDS:
+        net = nn.Sequential(nn.Linear(8, 6), getattr(jelly.neuron, kind)())
+        before = graph(net)
+        compat_jelly.accelerate(net)
+        accelerated = graph(net)
+        compat_jelly.restore(net)
+        assert before == accelerated == graph(net)
+
+
+def test_precision_table(jelly):
+    """SpikingJelly gives a precision to multi-step neurons, which it looks up by class; it needs Triton to go further."""
+    precision = pytest.importorskip("spikingjelly.activation_based.precision.convert", reason="only SpikingJelly 2 has it")
+    node = jelly.neuron.LIFNode(step_mode="m")
+    compat_jelly.accelerate(node)
+    node._neuron_precision = "to be removed"
+    precision._configure_triton_neurons(node, types.SimpleNamespace(neuron_storage=None), "cpu")
+    assert node._neuron_precision is None
+
+
+# ---- counters --------------------------------------------------------------------------------------------------------
+
+
+def figures(counters, jelly, net, x):
+    found = {}
+    for name in ("FlopCounter", "SynOpCounter", "ACCounter", "MACCounter", "MemoryAccessCounter", "NeuronStateCounter"):
+        for backward in (False, True):
+            jelly.functional.reset_net(net)
+            counter = getattr(counters, name)()
+            with counters.DispatchCounterMode([counter]) as mode:
+                y = net(x)
+                if backward:
+                    y.sum().backward()
+            if not (backward and name == "NeuronStateCounter"):  # it goes by addresses, which are used again
+                found[name, backward] = counter.get_total(), counter.get_counts(), mode.get_unsupported(counter)
+    for name in ("simple", "lemaire", "neuromc_runtime", "spikesim"):
+        jelly.functional.reset_net(net)
+        try:
+            found[name] = getattr(counters, f"estimate_{name}_energy")(net, x)
+        except ValueError as error:  # two know no ParametricLIFNode
+            found[name] = str(error)
+    jelly.functional.reset_net(net)
+    counter = counters.NeuromorphicMemoryAccessCounter()
+    with counters.ModuleCounterMode([counter], model=net):
+        net(x)
+    return found | {"neuromorphic": counter.get_counts()}
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_counter_of_spikingjelly(counters, jelly, kind, mode):
+    """Operations, memory, state and energy: what SpikingJelly's own code has, and the neurons are fused again afterwards."""
+    torch.manual_seed(0)
+    net = nn.Sequential(jelly.layer.Conv2d(1, 2, 3, step_mode=mode), getattr(jelly.neuron, kind)(step_mode=mode)).eval()
+    fused, x = copy.deepcopy(net), (torch.rand(4, 5, 1, 6, 6) > 0.5).float()[0 if mode == "s" else slice(None)]
+    compat_jelly.accelerate(fused)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        own, ours = figures(counters, jelly, net, x), figures(counters, jelly, fused, x)
+    assert own == ours and own["NeuronStateCounter", False][0] > 1000
+    refused = [name for name, figure in own.items() if isinstance(figure, str)]
+    assert refused == (["lemaire", "spikesim"] if kind == "ParametricLIFNode" else [])
+    said = {str(entry.message).partition(" counts")[0] for entry in seen if entry.category is UserWarning}
+    assert {f"{kind} runs SpikingJelly's own code: {name}" for name in ("DispatchCounterMode", "_TraceMode")} <= said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused(x)
+
+
+def test_rules_keyed_by_class(counters, jelly):
+    node, asked = jelly.neuron.LIFNode(step_mode="m"), []
+    compat_jelly.accelerate(node)
+    counter = counters.NeuronStateCounter(extra_state_rules={jelly.neuron.LIFNode: lambda module, *_: asked.append(module)})
+    with counters.DispatchCounterMode([counter]), pytest.warns(UserWarning, match="a fused kernel would count as nothing"):
+        node(torch.rand(4, 3))
+    assert asked and all(module is node for module in asked)
+
+
+def test_counters_of_functions(counters, jelly):
+    totals = []
+    for accelerated in (False, True):
+        node = jelly.neuron.LIFNode()
+        if accelerated:
+            compat_jelly.accelerate(node)
+        counter = counters.BaseCounter()
+        counter.rules[torch.Tensor.sub] = lambda args, kwargs, out: out.numel()
+        with warnings.catch_warnings(), counters.FunctionCounterMode([counter]) as mode:
+            warnings.simplefilter("ignore")
+            node(torch.rand(5, 3))
+        totals.append((counter.get_total(), mode.get_unsupported(counter)))
+    assert totals[0] == totals[1]
+
+
+def test_counters_over_the_other_drop_ins(counters, snn):
+    leaky = nn.Sequential(nn.Linear(8, 8), snn.Leaky(0.8, init_hidden=True))
+    for net, drop_in in ((leaky, compat_snn), (nn.Sequential(ChannelMix()), rwkv)):
+        fused, found = copy.deepcopy(net), []
+        drop_in.accelerate(fused)
+        for m in (net, fused):
+            counter = counters.FlopCounter()
+            with warnings.catch_warnings(record=True) as seen, counters.DispatchCounterMode([counter]) as mode:
+                warnings.simplefilter("always")
+                m(torch.rand(2, 5, 8)).sum().backward()
+            found.append((counter.get_counts(), mode.get_unsupported(counter)))
+        assert found[0] == found[1]
+        assert ["a fused kernel would count as nothing" in str(entry.message) for entry in seen] == [True]
+
+
+def test_the_flops_that_pytorch_counts(jelly, snn):
+    """It counts matrix products, of which the fused ops have none."""
+    nets = (
+        (nn.Sequential(nn.Linear(8, 8), jelly.neuron.LIFNode()), compat_jelly),
+        (nn.Sequential(nn.Linear(8, 8), snn.Leaky(0.8, init_hidden=True)), compat_snn),
+        (nn.Sequential(ChannelMix()), rwkv),
+    )
+    for net, drop_in in nets:
+        found = []
+        for _ in range(2):
+            jelly.functional.reset_net(net)
+            for module in net.modules():
+                if isinstance(module, snn.Leaky):
+                    module.reset_mem()
+            with FlopCounterMode(display=False) as mode:
+                net(torch.rand(2, 5, 8)).sum().backward()
+            found.append(mode.get_total_flops())
+            assert len(drop_in.accelerate(net).replaced) == (len(found) == 1)
+        assert found[0] == found[1] > 0
+
+
+# ---- what is not known is named --------------------------------------------------------------------------------------
+
+
+def made(name, module, base=nn.Module):
+    return type(name, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize("drop_in, known", [
+    (compat_jelly, "LIFNode, IFNode or ParametricLIFNode of spikingjelly.activation_based.neuron"),
+    (compat_snn, "snntorch.Leaky"),
+])  # fmt: skip
+def test_neurons_of_other_places_are_left_by_name(drop_in, known):
+    copied = made("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")
+    inner = nn.Sequential(nn.Linear(2, 2), copied())
+    net = nn.ModuleDict({
+        "copy": copied(), "psn": made("PSN", "my.neurons")(), "own": made("TernaryIF", "__main__")(),
+        "derived": made("Mine", "__main__", made("SpikingNeuron", "somewhere"))(),
+        "norse": made("LIFCell", "norse.torch.module.lif")(), "other": made("Leaky", "snntorch_copy._neurons.leaky")(),
+    })  # fmt: skip
+    quiet = nn.ModuleDict({"aifi": made("AIFI", "m")(), "sift": made("SIFTDiff", "m")(), "relu": nn.LeakyReLU(),
+                           "neural": made("NeuronsMixture", "m")()})  # fmt: skip
+    block = made("LIFBlock", "m")()  # holds a neuron, so is none
+    block.inner = inner
+    report = drop_in.accelerate(nn.ModuleList([net, quiet, block]))
+    assert report.replaced == ()
+    assert {entry.name for entry in report.left} == {f"0.{name}" for name in net} | {"2.inner.1"}
+    name = "src.spikingjelly.clock_driven.neuron.MultiStepLIFNode"
+    assert report.left[0].reason == f"it looks like a spiking neuron, {name}, but does not derive from {known}"
+
+
+def test_each_drop_in_names_the_other(jelly, snn):
+    net = nn.ModuleList([jelly.neuron.LIFNode(), snn.Leaky(0.5)])
+    (other,) = copy.deepcopy(compat_jelly.accelerate(net)).left
+    assert other.reason.endswith("; for that library there is sdit_kernels.compat.snntorch")
+    assert compat_snn.accelerate(net).left == ()  # both are fused now
+    assert str(compat_jelly.accelerate(net)) == "SpikingJelly: 0 replaced, 0 left as they were: 2 run fused already"
+    compat_jelly.restore(net)
+    assert compat_snn.restore(net).replaced == (("1", "Leaky"),)
+    (other,) = compat_snn.accelerate(net).left
+    assert other.reason.endswith("; for that library there is sdit_kernels.compat.spikingjelly")
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def compiled(function, backend="aot_eager"):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("mode", ["s", "m"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_spikingjelly_compiles_whole(jelly, kind, mode):
+    node = getattr(jelly.neuron, kind)(step_mode=mode)
+    compat_jelly.accelerate(node)
+    twin = copy.deepcopy(node)
+    x = (torch.rand(4, 3, 8) * 3)[0 if mode == "s" else slice(None)]
+    torch.testing.assert_close(twice(compiled(node), x), twice(twin, x))
+    torch.testing.assert_close(node.v, twin.v)
+
+
+def test_what_is_not_fused_compiles_whole(jelly):
+    """Neurons that are not accelerated, and the library's own code in one that is, beside a fused one."""
+    x = torch.rand(4, 3, 8) * 3
+    nodes = [jelly.neuron.LIFNode(step_mode="m", surrogate_function=jelly.surrogate.Sigmoid()) for _ in range(3)]
+    for node in nodes[1:]:
+        compat_jelly.accelerate(node)
+    nodes[2].surrogate_function.set_spiking_mode(False)
+    with pytest.warns(UserWarning, match="spiking=False"):
+        found = [twice(compiled(node, "eager"), x) for node in nodes]
+    torch.testing.assert_close(found[1], found[0])
+    with pytest.warns(UserWarning, match="spiking=False"):
+        jelly.functional.reset_net(nodes[2])
+        torch.testing.assert_close(twice(nodes[2], x), found[2])
+
+
+@pytest.mark.parametrize("options", SNN_OPTIONS, ids=str)
+def test_snntorch_compiles_whole(snn, options):
+    """A step of an accelerated neuron, and unroll of one that is not."""
+    neuron = snn.Leaky(0.8, **options)
+    x = torch.rand(3, 2, 4) * 2
+    rest = () if neuron.init_hidden else (torch.rand(2, 4),)
+    for accelerated in (False, True):
+        if accelerated:
+            compat_snn.accelerate(neuron)
+        step, whole, twin, loop = (copy.deepcopy(neuron) for _ in range(4))
+        if accelerated:
+            torch.testing.assert_close(twice(compiled(step), x[0], *rest), twice(twin, x[0], *rest))
+        got = twice(compiled(functools.partial(compat_snn.unroll, whole)), x, *rest)
+        torch.testing.assert_close(got, twice(functools.partial(compat_snn.unroll, loop), x, *rest))
+
+
+def test_a_compiled_neuron_follows_its_surrogate(snn):
+    def gradient(function):
+        x = torch.linspace(0, 2, 8).requires_grad_()
+        return torch.autograd.grad(function(x, torch.zeros(8))[0].sum(), x)[0]
+
+    neuron = snn.Leaky(0.8, spike_grad=snn.surrogate.atan(alpha=2.0))
+    compat_snn.accelerate(neuron)
+    function, seen = compiled(neuron, "eager"), []
+    for surrogate in (snn.surrogate.atan(alpha=2.0), snn.surrogate.atan(alpha=5.0), snn.surrogate.sigmoid(slope=25)):
+        neuron.spike_grad = surrogate
+        seen.append(gradient(function))
+        assert torch.equal(seen[-1], gradient(neuron))
+    assert not torch.equal(seen[0], seen[1])
+    neuron.spike_grad = snn.surrogate.triangular()
+    with pytest.warns(UserWarning, match="surrogate triangular has no formula here"):
+        torch.testing.assert_close(gradient(function), gradient(neuron))
+
+
+def test_networks_of_snntorch_compile_whole(snn):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 2, 3), snn.Leaky(0.8, init_hidden=True), nn.BatchNorm2d(2), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(8, 4), snn.Leaky(0.7, init_hidden=True, output=True),
+        )  # fmt: skip
+
+    nets, x = [net(), net()], torch.rand(5, 3, 1, 6, 6) * 2
+    for m in nets:
+        compat_snn.accelerate(m)
+    got = twice(compiled(lambda x: compat_snn.unroll(nets[0], x)), x)
+    torch.testing.assert_close(got, twice(lambda x: compat_snn.unroll(nets[1], x), x))
+    shared = nn.Sequential(*[snn.Leaky(0.8, init_hidden=True)] * 2)
+    with pytest.warns(UserWarning, match="its Leaky is reached more than once"):
+        compiled(lambda x: compat_snn.unroll(shared, x), "eager")(x)
+
+
+def test_the_compiler_of_pytorch(jelly, snn):
+    """One run of inductor, which the tests above replace by backends that compile nothing."""
+    node, neuron, x = jelly.neuron.LIFNode(step_mode="m"), snn.Leaky(0.8, init_hidden=True), torch.rand(4, 3, 8) * 3
+    compat_jelly.accelerate(node), compat_snn.accelerate(neuron)
+    mix = nn.Sequential(ChannelMix())
+    rwkv.accelerate(mix)
+
+    def once(function):
+        xs = x.clone().requires_grad_()
+        outputs = function(xs)
+        return *outputs, torch.autograd.grad(sum(y.sum() for y in outputs), xs)[0]
+
+    def function(x):
+        return mix(node(x)), compat_snn.unroll(neuron, x)
+
+    wanted = once(function)
+    jelly.functional.reset_net(node), neuron.reset_mem()
+    torch.testing.assert_close(once(compiled(function, "inductor")), wanted)
+
+
+# ---- torch.fx, copies ------------------------------------------------------------------------------------------------
+
+
+def test_fx_is_told_the_way_out(jelly, snn):
+    leaky, x = snn.Leaky(0.8, init_hidden=True), torch.rand(2, 5, 8)
+    for layer, drop_in in ((jelly.neuron.LIFNode(), compat_jelly), (leaky, compat_snn), (ChannelMix(), rwkv)):
+        net = nn.Sequential(nn.Linear(8, 8), layer)
+        assert len(drop_in.accelerate(net).replaced) == 1
+        with pytest.raises(TypeError, match=f"torch.fx cannot trace through a fused {type(layer).__name__}: use a torch.fx.Tr"):
+            torch.fx.symbolic_trace(net)
+
+        class Tracer(torch.fx.Tracer):
+            leaf = layer
+
+            def is_leaf_module(self, module, name):
+                return module is self.leaf or super().is_leaf_module(module, name)
+
+        traced = torch.fx.GraphModule(net, Tracer().trace(net))
+        wanted = copy.deepcopy(net)(x)
+        assert torch.equal(traced(x), wanted)
+
+
+def test_copies_are_neurons_of_their_own(jelly, snn):
+    """Also the one that DataParallel makes, with another object's attributes."""
+    x = torch.rand(3, 8) * 3
+    for neuron, drop_in, state in (
+        (jelly.neuron.LIFNode(), compat_jelly, "v"),
+        (snn.Leaky(0.8, init_hidden=True), compat_snn, "mem"),
+    ):
+        drop_in.accelerate(neuron)
+        for twin in (copy.copy(neuron), copy.deepcopy(neuron), neuron._replicate_for_data_parallel()):
+            assert "fused" in repr(twin) and type(twin) is type(neuron)
+            twin = copy.deepcopy(twin)
+            twin(x)
+            assert getattr(twin, state) is not getattr(neuron, state) and torch.is_tensor(getattr(twin, state))
+            assert len(drop_in.restore(twin).replaced) == 1 and "fused" in repr(neuron)
+
+
+def test_a_pickle_in_another_process(jelly, tmp_path):
+    """The other process has not called accelerate."""
+    node = jelly.neuron.LIFNode()
+    compat_jelly.accelerate(node)
+    (tmp_path / "node").write_bytes(pickle.dumps(node))
+    program = (
+        "import pickle, sys, torch\n"
+        "from unittest import mock\n"
+        "node = pickle.loads(open(sys.argv[1], 'rb').read())\n"
+        "import sdit_kernels.compat.spikingjelly as compat\n"
+        "with mock.patch.object(compat, 'lif', side_effect=compat.lif) as lif:\n"
+        "    node(torch.ones(3)), type(node)()(torch.ones(3))\n"
+        "print(lif.call_count, 'fused' in repr(node))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, tmp_path / "node"], capture_output=True, text=True)
+    assert run.stdout == "1 True\n", run.stderr
+
+
+# ---- the list of differences -----------------------------------------------------------------------------------------
+
+
+def test_a_learnt_threshold(jelly, snn):
+    """SpikingJelly 2 gives it no gradient, as the docstring says; snnTorch gives the same as the kernels."""
+    x = (torch.rand(4, 3, 8) * 3).requires_grad_()
+    for mode in "sm":
+        node = jelly.neuron.LIFNode(step_mode=mode)
+        node.v_threshold = nn.Parameter(torch.tensor(1.0))
+        fused = copy.deepcopy(node)
+        compat_jelly.accelerate(fused)
+        for m in (node, fused):
+            m(x if mode == "m" else x[0]).sum().backward()
+        assert fused.v_threshold.grad.abs() > 1
+        assert not hasattr(node, "materialize_states") or node.v_threshold.grad is None
+    neuron = snn.Leaky(0.8, learn_threshold=True)
+    fused = copy.deepcopy(neuron)
+    compat_snn.accelerate(fused)
+    for m in (neuron, fused):
+        spikes, mem = compat_snn.unroll(m, x) if m is fused else (None, None)
+        if m is neuron:
+            steps, mem = [], m.init_leaky()
+            for x_t in x:
+                spike, mem = m(x_t, mem)
+                steps.append(spike)
+            spikes = torch.stack(steps)
+        spikes.sum().backward()
+    torch.testing.assert_close(fused.threshold.grad, neuron.threshold.grad)
