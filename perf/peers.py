@@ -3,9 +3,12 @@
 A `Peer` says how it is called, or why it cannot be called here. Libraries are imported when they are needed.
 """
 
+import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +88,17 @@ def snntorch_leaky(device):
     return snntorch_loop(neuron, membranes=False)
 
 
+def launch_spikingjelly(x):
+    """SpikingJelly's Triton kernels of LIF, forward and backward, without its check of the device: for compile/."""
+    import spikingjelly._ops.lif.triton as peer
+
+    neuron = (2.0, True, 1.0, 0.0, False, 2.0, False, 1)  # tau, decay_input, threshold, reset, detach, alpha, v_seq, ATan
+    no_check, no_device = mock.patch.object(torch, "_check"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext)
+    with no_check, no_device:
+        s, v, h = peer._forward_impl(x, torch.empty_like(x[0]), *neuron)
+        peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
+
+
 def of_lif(x) -> list[Peer]:
     theirs = functools.partial(lif, decay_input=False, detach_reset=True)
     return [
@@ -156,6 +170,17 @@ def flash_linear_attention(time_decay, time_first, k, v):
     state = k.new_zeros(len(k), 3, 1, k.shape[2], dtype=torch.float32)  # numerator, denominator, exponent
     state[:, 2] = -1e38
     return fused_recurrent_rwkv4(time_decay, time_first, k, v, state)[0]
+
+
+def launch_fla(time_decay, time_first, k, v):
+    """Its Triton kernels, forward and backward, from launchers that take and return a state: for compile/."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it sees no GPU
+        import fla.ops.rwkv4.fused_recurrent as peer
+
+    B, _, C = k.shape
+    out, states = peer.fused_recurrent_rwkv4_forward(time_decay, time_first, k, v, torch.empty(B, 3, 1, C))
+    peer.fused_recurrent_rwkv4_backward(time_decay, time_first, k, v, states, out, states[:, :, -1:])
 
 
 def of_wkv(device) -> list[Peer]:
