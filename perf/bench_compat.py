@@ -25,12 +25,12 @@ from perf.peers import snntorch_loop
 
 
 def skipped(title, library):
-    """What a section returns where its library is absent; its goals are then SKIP."""
+    """The result of a section whose library is not installed; its goals are then SKIP."""
     return title, [{"name": library, "note": f"skipped: {missing(library)}"}]
 
 
 def kept(f, x, parameters=()):
-    """Bytes that autograd saves in f(x), x among them, parameters not."""
+    """Bytes that autograd saves in f(x): x is included, parameters are not."""
     return harness.saved_bytes(lambda: f(x), exclude=tuple(parameters))[0]
 
 
@@ -156,7 +156,7 @@ def jelly_models(args, settings):
         return run
 
     def inputs(net, x):
-        """What each neuron is given, by its name."""
+        """The input of each neuron, by its name."""
         found = {}
         for key, module in net.named_modules():
             if isinstance(module, neuron.BaseNode):
@@ -330,7 +330,7 @@ def rwkv_pair(device, **config):
 
     torch.manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(context_length=1024, bos_token_id=0, eos_token_id=None, **config))
-    for p in theirs.parameters():  # initial values make some products zero
+    for p in theirs.parameters():  # some initial values are zero, which would hide errors
         p.data += 0.02 * torch.randn_like(p)
     theirs = theirs.to(device)
     ours = copy.deepcopy(theirs)
@@ -352,7 +352,7 @@ def rwkv_gradients(model, *inputs, **arguments):
 
 
 def against_theirs(name, theirs, ours, run, args, settings, products=None):
-    """Check, then time and weigh one of each kind; ``products``: what the matrix products alone cost both."""
+    """Check, then time both models and count the bytes they keep; ``products`` runs their matrix multiplications alone."""
     error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
     forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
     kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
@@ -383,7 +383,7 @@ def rwkv_step(args, settings):
 
 
 def rwkv_layer(args, settings):
-    """One time mix of the size of the 169M model's, L = 512, forward and backward"""
+    """One time mix as large as in the 169M model, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
     if missing("transformers"):
         return skipped(what, "transformers")

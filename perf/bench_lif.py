@@ -101,7 +101,7 @@ def rate(args, settings):
 
 
 def bandwidth(args, settings):
-    """Inference out of cache against copies. copy_ has its output; ours come from a pool, clone's from the system"""
+    """Inference out of cache against copies. copy_ owns its output; ours comes from a pool, clone's from the system"""
     elements = 1 << (22 if args.quick else 26)
     x = current(T, elements // T, device=args.device, requires_grad=False)
     flat = x.view(-1)
@@ -180,9 +180,9 @@ def scaling(args, settings):
 
 
 def memory(args, settings):
-    """saved: by autograd, inputs included; new: allocated by the call and alive after it, the result apart"""
+    """saved: by autograd, with the inputs; new: allocated by the call and alive after it, without the result"""
     rows = []
-    limit, pool.limit = pool.limit, 0  # what the pool has from the system, torch's profiler does not see
+    limit, pool.limit = pool.limit, 0  # torch's profiler does not see memory from the pool
 
     def measure(name, f, inputs, checkpoints=0):
         given = sum(t.nbytes for t in inputs)

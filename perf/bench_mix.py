@@ -4,7 +4,7 @@
     python perf/bench_mix.py --quick
 
 One table per op and pass, each behind a correctness gate; goals at the end, PASS or FAIL, which is also the exit status (except
-with --quick, whose times mean nothing). The shape is that of SDiT's tokens, and of the hidden layer of its channel mix.
+with --quick, whose times mean nothing). The shapes are SDiT's tokens, and the hidden layer of its channel mix.
 """
 
 import pathlib

@@ -3,9 +3,9 @@
     python perf/bench_sdit.py --json perf/results/sdit.json --plot perf/results/sdit_profile.png
     python perf/bench_sdit.py --only training --quick
 
-The plain form is what the research code computes, with the ops its users have, and stays as it is: B copies of the
-reconstruction tokens appended to those of the image, four copies of every current, a scan that walks the tokens one by one. It
-is written out below, on the weights of the model it is compared with, and must agree with it in float64 before any time counts.
+The plain form computes as the research code does, with the ops its users have, and stays as it is: it appends B copies of the
+reconstruction tokens to the tokens of the image, makes four copies of every current, and scans the tokens one by one. It uses
+the weights of the model it is compared with, and must agree with the model in float64 before any time counts.
 """
 
 import contextlib
@@ -157,7 +157,7 @@ def training_steps(args, batch, extra, known=None):
 
 
 def sampling_steps(args, batch, stack, extra):
-    """Inside ``stack`` what the weights alone determine is computed once."""
+    """Inside ``stack`` the tensors that only depend on the weights are computed once."""
     model, inputs = case(args.device, batch)
 
     def contestant(name, model, dtype):

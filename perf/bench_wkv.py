@@ -136,9 +136,9 @@ for _ in range(int(sys.argv[4])):
 
 
 def threads(args, settings):
-    """One long sequence, B = 1: what the second core gives. Processes take turns, so that both see the same machine"""
+    """One long sequence, B = 1, on one core and on two. Processes take turns, so that both see the same machine"""
     if args.device != "cpu":
-        return "Threads", [{"name": "wkv", "note": "skipped: of the CPU"}]
+        return "Threads", [{"name": "wkv", "note": "skipped: it is about CPU threads"}]
     L, rounds, calls = (4096, 2, 5) if args.quick else (65536, 5, 9)
     found = {1: [], 2: []}
     for _ in range(rounds):
@@ -154,7 +154,7 @@ def threads(args, settings):
 
 
 def spiking(args, settings):
-    """spiking_wkv against the chain of wkv and lif, T = 4. Ideal bytes of each: what it must read and write"""
+    """spiking_wkv against the chain of wkv and lif, T = 4. Ideal bytes of each: every tensor it must read or write"""
     op, (_, L, C) = OPS["spiking_wkv"], args.shape
     data = op.data(2, L, C, device=args.device, dtype=args.dtype)
     g, rows = torch.randn_like(data[2]), []

@@ -5,7 +5,7 @@
     python perf/compile_report.py --quick --check      a few variants, held against the committed figures
 
 The package `compile` does the work. The ops, or their launchers, are called; their launches are compiled as on that GPU and not
-run. So tile sizes, warps, flags and specialisations equal those of a user's call on contiguous tensors.
+run. So tile sizes, warps, flags and specialisations are the same as in a user's call on contiguous tensors.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Checks on a device: does each op do on tensors that live there, at sizes of real models, what it is defined to do?
+"""Checks on a device: is each op right on tensors that live there, at sizes of real models?
 
 Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of
 its own; on the CPU, and small, so that they cannot rot.
@@ -227,14 +227,14 @@ def side_stream(device, small):
 
 
 def on_its_stream(device, small):
-    """What takes the same calls, in one process, so that they compile once."""
+    """The checks that make the same calls, in one process, so that these compile once."""
     for check in (repeatable, no_host_sync, side_stream, cuda_graph):
         check(device, small)
     return {"ops": len(calls(device, True))}
 
 
 def cuda_graph(device, small):
-    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ likewise."""
+    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ too."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     found = {}
@@ -299,7 +299,7 @@ def compiled(device, small):
 
 
 def autocast(device, small):
-    """A training step of SDiT in bf16: finite, and near that in fp32."""
+    """A training step of SDiT in bf16: its loss is near the loss in fp32."""
     model, inputs = bench_sdit.case(device, *((1, "digits") if small else (16,)))
     target = torch.zeros((), device=device)
     losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
@@ -313,7 +313,7 @@ def network(device, small):
 
 
 def big_offsets(device, small):
-    """More than 2^31 elements a tensor: the last rows equal those of a call on them alone, forward and backward."""
+    """More than 2^31 elements a tensor: the last rows equal a call on them alone, forward and backward."""
     rows, L, C = (3, 40, 8) if small else (350, 16384, 384)  # 2.2e9 elements
     dtype = torch.bfloat16
     x = torch.empty(rows, L, C, device=device, dtype=dtype)

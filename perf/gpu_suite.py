@@ -10,8 +10,8 @@ checks    gpu_checks.py: tensors that live on the device, at sizes of real model
 timings   steps: training steps of SDiT; host: time of a call; algorithms, sizes, rules: for the launchers' rules; and the
           sections of bench_lif.py, bench_wkv.py and bench_mix.py
 
-Results are written after every part, so that a part that fails or runs out of time leaves those before it. The exit status says
-whether a test, a check or a section failed.
+Results are written after every part, so that a part that fails or runs out of time does not lose earlier ones. The exit status
+says whether a test, a check or a section failed.
 """
 
 import argparse
@@ -212,7 +212,7 @@ def profile(args, settings):
 
 
 def host(args, settings):
-    """Time in which Python and the launch are done with a call on small tensors, the device not waited for"""
+    """Time of Python and of the launch for a call on small tensors, without waiting for the device"""
     rows = []
     relu = torch.relu, [ops.normal(8, 8, device=args.device)]  # what PyTorch itself takes
     for name, (f, leaves) in ({"torch.relu": relu} | calls(args.device, True)).items():

@@ -1,4 +1,4 @@
-"""What every script in perf/ shares: timing side by side, the correctness gate, memory, provenance, tables and figures.
+"""Shared by every script in perf/: timing side by side, the correctness gate, memory, provenance, tables and figures.
 
 A script begins with these two lines, so that `python perf/bench_x.py` finds the checkout as `python -m perf.bench_x`:
 
@@ -56,7 +56,7 @@ def parser(description: str, figure=None) -> argparse.ArgumentParser:
     optional = {"nargs": "?", "const": figure} if figure else {}
     p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)", **optional)
     # Where other processes take the cores, ask for one thread: threads that wait for each other measure the scheduler
-    # (seen: a copy, a product and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
+    # (seen: a copy, a matrix multiplication and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own, every core)")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     p.set_defaults(shape=SHAPE)
@@ -406,7 +406,7 @@ def allocated_bytes(fn, device="cpu") -> dict:
 
 
 def provenance(device="cpu") -> dict:
-    """What a reader needs to repeat a measurement; no paths and no host names."""
+    """The facts a reader needs to repeat a measurement; no paths and no host names."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""What the measurements know of each op: its call, its data, its definition in float64, and the bytes that it must move."""
+"""Per op, told once for all measurements: its call, its data, its definition in float64, and the bytes that it must move."""
 
 import functools
 from collections.abc import Callable
@@ -153,7 +153,7 @@ def rms_error(got, want) -> float:
 
 
 def agree(what, f, leaves, exact_output=False) -> dict:
-    """Raise AssertionError unless outputs and gradients of f(*leaves) are near those of the definition; return the errors."""
+    """Raise AssertionError unless outputs and gradients of f(*leaves) are near the definition; return the errors."""
     outputs = several(f(*leaves))
     dtype = outputs[0].dtype
     gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i, requires_grad=False) for i, o in enumerate(outputs)]

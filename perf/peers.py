@@ -76,7 +76,7 @@ def snntorch_loop(neuron, membranes=True):
 def snntorch_leaky(device):
     """snnTorch's Leaky, currents (T, ...) -> spikes; None where it is not installed.
 
-    With beta = 1 - 1/tau and a reset to zero its spikes are those of lif(decay_input=False). It lets no gradient through the
+    With beta = 1 - 1/tau and a reset to zero its spikes equal lif(decay_input=False). It lets no gradient through the
     reset, which is detach_reset=True.
     """
     if missing("snntorch"):

@@ -6,8 +6,8 @@
     SDIT_NVTX=1 nsys profile -c cudaProfilerApi -o sdit python perf/profile_sdit.py --device cuda
     SDIT_NVTX=1 ncu --profile-from-start off -o sdit python perf/profile_sdit.py --device cuda --steps 1
 
-The steps before are not seen: they compile kernels and allocate memory. On a GPU the default is to mark the steps for nsys and
-ncu; --table and --trace ask torch.profiler instead, which cannot run beside them.
+The first steps are not measured: they compile kernels and allocate memory. On a GPU the default is to mark the steps for nsys
+and ncu; --table and --trace ask torch.profiler instead, which cannot run beside them.
 """
 
 import functools
@@ -31,7 +31,7 @@ ROWS = 40
 
 
 def step_of(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
-    """A training step, or a sampling step: without gradients, what the weights alone determine computed before."""
+    """A training step, or a sampling step: without gradients, and tensors that only depend on the weights computed before."""
     model, inputs = bench_sdit.case(device, batch, preset)
     dtype = torch.bfloat16 if bf16 else None
     if not sampling:
@@ -68,7 +68,7 @@ def capture(step, steps, device="cuda"):
 
 
 def table(step, steps, device, trace=None):
-    """(seconds of a step, per cent of it in matrix products, rows by op or, on a GPU, by kernel); the longest ROWS of them."""
+    """(seconds of a step, per cent of it in matrix multiplications, rows by op or, on a GPU, by kernel); at most ROWS rows."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports every start and stop

@@ -62,7 +62,7 @@ AMD_GROUPS = {
 
 
 def inspect(compiled, elements_per_thread=None) -> dict:
-    """What the machine code of a CompiledKernel tells. Keys:
+    """Read the machine code of a CompiledKernel. Returns a row with the keys:
 
     kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; 0 wanted),
     spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
@@ -109,7 +109,7 @@ def _count(code: list) -> dict:
 
 
 def _without_returns(loops: list, ends: list) -> list:
-    """Less the jumps back out of code that was moved behind the end of the program, as rare cases are: no loops."""
+    """Without the jumps back out of code that the compiler moved behind the end of the program (rare cases): not loops."""
     return [(start, end) for start, end in loops if not any(start <= i < end for i in ends)]
 
 

@@ -83,15 +83,16 @@ CASES = (
 NOTES = """
 How to read it:
 
-- columns as in compile_lif.md; *bytes*, *instructions* and *special* per element of x, in a program with one run of tokens (4
-  forward, 8 going back), for whole tiles: C = 384 fills three quarters of one.
-- *floor*: forward x and an output per mix; backward x, a gradient per mix and dx, once each. What is read again from a cache is
-  no bytes: the token (and the gradients) that a run shares with its neighbour, the mixes, the channels of a token that
-  `token_shift_stats` walks over twice or three times, and the four numbers a token that it leaves. Nor are the sums for the
-  mixes' gradients, one row a program.
-- A norm over more channels than registers hold (forward 4096, backward fewer) takes its sums from `token_shift_stats`, so that
-  x, and backward the gradients, are read twice: *(call)*, beside the floor of one pass.
-- Going back, the loop over a run's tokens is counted by its stores: compilers take tokens out of it, or put two in a turn.
+- Columns as in compile_lif.md; *bytes*, *instructions* and *special* per element of x, in a program with one run of tokens (4
+  forward, 8 backward), for whole tiles: C = 384 fills three quarters of one.
+- *floor*: in the forward pass x and an output per mix, in the backward pass x, a gradient per mix and dx, once each. Repeated
+  reads from a cache do not count as bytes: the token (and the gradients) that a run shares with its neighbour, the mixes, the
+  channels of a token that `token_shift_stats` reads two or three times, and the four numbers that it writes per token. The sums
+  for the gradients of the mixes, one row a program, do not count either.
+- A norm over more channels than registers hold (forward 4096, backward fewer) takes its sums from `token_shift_stats`. So x,
+  and in the backward pass the gradients, are read twice: see *(call)*, beside the floor of one pass.
+- In the backward pass, the loop over the tokens of a run is counted by its stores: compilers take tokens out of it, or put two
+  in a turn.
 """
 
 MIX = Stem(CASES, CASES[6:7], 1.001, True, NOTES)

@@ -65,10 +65,11 @@ CASES = (
 NOTES = """
 How to read it:
 
-- columns as in compile_wkv.md; per element of k, that is per simulation step, token and channel. A tile is 16 pairs of step and
-  token; the *floor* is k, v, r, the spikes (with rate: one value for all steps), the gradients and the scan states, once each.
-- Against the chain of wkv and lif, without states: 4 passes against 6 forward with a gate, 7 against 10 backward.
-- On gfx942 a wave of 64 lanes serves 32 channels: half of them idle.
+- Columns as in compile_wkv.md, per element of k, which is per time step, token and channel. A tile is 16 pairs of time step and
+  token. The *floor* is k, v, r, the spikes (with rate: one value for all steps), the gradients and the scan states, once each.
+- With a gate and without states, this moves 4 tensors in the forward pass where wkv followed by lif moves 6, and 7 in the
+  backward pass where they move 10.
+- On gfx942 a wave of 64 lanes serves 32 channels: half of the lanes idle.
 """
 
 SPIKING_WKV = Stem(CASES, CASES[1:2], 1.10, False, NOTES)

@@ -81,8 +81,8 @@ class Fla(NamedTuple):
         peers.launch_fla(*torch.empty(2, SHAPE[-1]), k, v)
 
     def figures(self, it: Launched) -> Figures:
-        """Its loop takes one token a turn, or several where the compiler has unrolled it; the floor is that of our serial call.
-        It writes the state after every token and reads it in the backward pass, in fp32 after its concatenation."""
+        """Its loop takes one token a turn, or several where the compiler has unrolled it. Its floor is the floor of our serial
+        call. It writes the state after every token and reads it in the backward pass, in fp32."""
         loop = max(it.found["loops"], key=lambda loop: loop["instructions"])
         tokens = round(loop["bytes"] / (5 * it.size + 12 if it.direction == "backward" else 6 * it.size))
         return Figures(f"fla {it.name}", loop, tokens, passes(it.direction, 2) * it.size + 12 / 16)
@@ -102,23 +102,23 @@ NOTES = """
 How to read it:
 
 - *registers*, *spills*, *shared*, *resident*, *loads*, *stores*: as in compile_lif.md. A thread holds one channel, so that an
-  access is as wide as an element and a warp's are side by side.
-- *bytes* per element of k, against the *floor*: k, v, r, g, the outputs and the states (12 bytes per tile; in two directions
-  twice that) once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
-  tokens. The walk back holds 8 tokens and rebuilds their states from those of the tile: half of the tokens are walked twice,
-  which counts as instructions; their k and v were read just before, which does not count as bytes.
-  The forward walk stands in the code twice, for full tiles, which are counted, and with masks for the last; *loads* and
-  *stores* show both.
-- "chunked" launches, besides the kernel of "serial", those that make summaries and scan them (`wkv_combine`, per chunk);
-  "bidirectional" those that make the states (forward) and carries (backward) that enter each tile. *(call)* is all of them
-  together, beside the floor of one pass: k and v are read once more for the summaries ("chunked": twice in all) or for the
-  states of either direction (three times), and backward g and r with them. Where L is short the later reads come from the L2
-  cache: (8, 394, 384) in fp32 is 4.8 MB a tensor, an H100's L2 50 MB; no measurement backs that.
-- Two-way backward kernels read one exponent of the tile beside (0.5 bytes) above their floor.
-- *paper* ...: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of k, and which is the
-  largest; arithmetic on paper, not a prediction.
+  access is as wide as an element and the accesses of a warp are side by side.
+- *bytes* per element of k, beside the *floor*: k, v, r, g, the outputs and the states (12 bytes per tile; twice as much in two
+  directions), once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
+  tokens. The backward pass holds 8 tokens and recomputes their states from the states of the tile. So it takes half of the
+  tokens twice, which counts as instructions; it has read their k and v just before, which does not count as bytes.
+  The loop of the forward pass stands in the code twice: for full tiles, which are counted, and with masks for the last tile;
+  *loads* and *stores* show both.
+- "chunked" launches the kernel of "serial", and kernels that make summaries and scan them (`wkv_combine`, per chunk).
+  "bidirectional" also launches kernels that make the states (forward) and carries (backward) that enter each tile. *(call)* is
+  all of them together, beside the floor of one pass: k and v are read once more for the summaries ("chunked": twice in all) or
+  for the states of either direction (three times), and in the backward pass g and r with them. Where L is short the later reads
+  come from the L2 cache: (8, 394, 384) in fp32 is 4.8 MB a tensor, an H100's L2 50 MB; no measurement backs that.
+- Bidirectional backward kernels read one exponent of the neighbouring tile (0.5 bytes) above their floor.
+- *paper*: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of k. *bound by* names the
+  largest. This is arithmetic on paper, not a prediction.
 - `fla`: flash-linear-attention's fused_recurrent_rwkv4 with its own launch settings. It writes the state after every token and
-  reads it again going back; the copy that it makes of all states in between is not in these figures.
+  reads it again in the backward pass; these figures leave out the copy that it makes of all states in between.
 - For comparison: RWKV's CUDA forward kernel has 33 instructions per token on sm_90 with fast math, 72 without, 5 of them
   special; its backward kernel keeps 48 KiB of local memory per thread.
 """
