@@ -29,7 +29,7 @@ class Sources(sdist):
     """With what else a checkout has, so that the tests run from the archive."""
 
     def make_distribution(self):
-        for folder in ("tests", "perf"):
+        for folder in ("tests", "perf", "examples"):
             self.filelist.graft(folder)
         self.filelist.extend(["CHANGELOG.md", "Makefile"])
         self.filelist.global_exclude("*.py[co]")

@@ -4,20 +4,20 @@
     python perf/ablate_sdit.py --preset digits --steps 1000
     python perf/ablate_sdit.py --preset fashion_tiny --cpu-seconds 180 --arm "" --arm "lr=3e-4" --arm "dim=192 v_threshold=0.3"
 
-An arm is what it changes of the preset and its recipe: fields of ``Config`` and ``TrainSettings`` as NAME=VALUE, and
+An arm is a list of changes to the preset and its recipe: fields of ``Config`` and ``TrainSettings`` as NAME=VALUE, and
 
-    settings=faithful       the settings of that variant, the initial values being those of ``variant``
+    settings=faithful       the settings of that variant; ``variant`` still decides the initial values
     old=gate,condition      these parts of the initial values as in "faithful": mixing, place, gate, condition, smooth
     std.labels.weight=1     standard deviation of the initial values of a parameter
 
-The arms that run without --arm are the two variants, initial values and settings of each with those of the other, and
-"improved" without one of its changes at a time. All arms have the batch size of the preset's recipe unless they change it.
+Without --arm these arms run: the two variants, the initial values of each with the settings of the other, and "improved"
+without one of its changes at a time. All arms have the batch size of the preset's recipe unless they change it.
 
 What is measured, of the averaged weights where there are such: the objective on 2,000 test images, with the same noise and
 times for all arms, and its mean squared error when no label is given; firing rates, and how many neurons (channels of a layer)
 never fire on those images. Of generated images: Frechet distance from the test images and label accuracy in the features of the
 package's classifier where it knows the data; else the share that a support vector machine trained on real ones takes for the
-label asked for (``label_found``). An objective is only comparable among arms of one ``prediction``.
+label it was given (``label_found``). An objective is only comparable among arms of one ``prediction``.
 """
 
 import argparse

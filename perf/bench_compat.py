@@ -19,41 +19,18 @@ import torch
 from torch import nn
 
 from perf import harness
-from perf.harness import Contestant, check, compare, goal, missing
-
-T, SHAPE = 4, (8, 394, 384)  # time steps; batch, tokens and channels, as in bench_lif.py
+from perf.harness import Contestant, check, check_gradients, compare, forward_backward, goal, missing, without_ratios
+from perf.ops import OPS, T, current
+from perf.peers import snntorch_loop
 
 
 def skipped(title, library):
-    """What a section returns where its library is absent; its goals are then SKIP."""
+    """The result of a section whose library is not installed; its goals are then SKIP."""
     return title, [{"name": library, "note": f"skipped: {missing(library)}"}]
 
 
-def exact(*shape, device="cpu"):
-    """Odd multiples of 1/32 around 0.5: spikes of a first step agree bit for bit, whatever the order of operations."""
-    generator = torch.Generator().manual_seed(0)
-    x = (0.5 + 1.5 * torch.randn(shape, generator=generator)).clamp(-7, 7)
-    return (((x * 16).floor() + 0.5) / 16).to(device).requires_grad_()
-
-
-def step(f, x, g, parameters=()):
-    """Forward and backward, the output's gradient dense, as it comes from a layer above. Returns the gradients."""
-
-    def run():
-        out = f(x)
-        return torch.autograd.grad(out if isinstance(out, torch.Tensor) else out[0], (x, *parameters), g)
-
-    return run
-
-
-def agree(name, got, want, rtol=1e-4):
-    """The gate of gradients: close beside the greatest of each."""
-    errors = [check(f"{name}: gradient", g, w, rtol, rtol * max(w.abs().max().item(), 1e-3)) for g, w in zip(got, want)]
-    return {"grad_rel_rms_error": max(e["rel_rms_error"] for e in errors)}
-
-
 def kept(f, x, parameters=()):
-    """Bytes that autograd saves in f(x), x among them, parameters not."""
+    """Bytes that autograd saves in f(x): x is included, parameters are not."""
     return harness.saved_bytes(lambda: f(x), exclude=tuple(parameters))[0]
 
 
@@ -66,27 +43,19 @@ def pairs(found, least, what):
     return without_ratios(found)
 
 
-def without_ratios(rows):
-    """Where several pairs share a table, the time over that of its first row says nothing."""
-    for row in rows:
-        for key in ("ratio", "ratio_iqr", "baseline"):
-            row.pop(key, None)
-    return rows
-
-
 # ---- SpikingJelly ----------------------------------------------------------------------------------------------------
 
 
 def jelly_neurons(args, settings):
     """SpikingJelly's neurons, forward and backward in training; saved: by autograd, inputs included"""
-    title = f"SpikingJelly's neurons, T={T}, {SHAPE}, fp32"
+    title = f"SpikingJelly's neurons, T={T}, {args.shape}, fp32"
     if missing("spikingjelly"):
         return skipped(title, "spikingjelly")
     from spikingjelly.activation_based import neuron, surrogate
 
     from sdit_kernels.compat.spikingjelly import accelerate
 
-    x = exact(T, *SHAPE, device=args.device)
+    x = current(T, *args.shape, device=args.device)
     g = torch.randn_like(x)
     nodes = {
         "LIFNode": neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m"),
@@ -107,10 +76,11 @@ def jelly_neurons(args, settings):
 
         calls = [lambda x, node=node: run(x, node) for node in (fused, node)]
         check(f"{name}: spikes", calls[0](x), calls[1](x), 0, 0)
-        error = agree(name, *(step(f, x, g, n.parameters())() for f, n in zip(calls, (fused, node))))
+        gradients = (forward_backward(f, [x], g, n.parameters())() for f, n in zip(calls, (fused, node)))
+        error = check_gradients(f"{name}: gradient", *gradients, 1e-4, 1e-3)
         for label, f, n in ((f"{name}, fused", calls[0], fused), (f"{name}, SpikingJelly's own", calls[1], node)):
             row = {"saved_bytes": kept(f, x, n.parameters()), **(error if f is calls[0] else {})}
-            contestants.append(Contestant(label, step(f, x, g, tuple(n.parameters())), extra=row))
+            contestants.append(Contestant(label, forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
     return title, pairs(compare(contestants, **settings), 3, "SpikingJelly layer")
 
 
@@ -186,7 +156,7 @@ def jelly_models(args, settings):
         return run
 
     def inputs(net, x):
-        """What each neuron is given, by its name."""
+        """The input of each neuron, by its name."""
         found = {}
         for key, module in net.named_modules():
             if isinstance(module, neuron.BaseNode):
@@ -206,18 +176,19 @@ def jelly_models(args, settings):
         net, x = net.to(args.device).train(), x.to(args.device)
         fused = copy.deepcopy(net)
         replaced = accelerate(fused).replaced
-        error = agree(name, *(gradients(copy.deepcopy(n), x) for n in (fused, net)))  # batch norm counts: copies
+        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # batch norm counts: copies
+        error = check_gradients(f"{name}: gradient", *of_both, 1e-4, 1e-3)
         functional.reset_net(fused), functional.reset_net(net)
         nets = {"fused": fused, "SpikingJelly's own": net}
         layers = []
         currents = inputs(copy.deepcopy(net), x)
         assert set(currents) == {key for key, _ in replaced}
-        for key, current in currents.items():
-            g = torch.randn_like(current)
+        for key, given in currents.items():
+            g = torch.randn_like(given)
             for label, n in nets.items():
                 f = forward(alone(n, key))
-                extra = {"saved_bytes": kept(f, current)}
-                layers.append(Contestant(f"{name}, {key}, {label}", step(f, current, g), extra=extra))
+                extra = {"saved_bytes": kept(f, given)}
+                layers.append(Contestant(f"{name}, {key}, {label}", forward_backward(f, [given], g), extra=extra))
         both = []
         for label, n in nets.items():
             extra = {"saved_bytes": kept(forward(n), x, n.parameters())} | (error if n is fused else {})
@@ -240,20 +211,6 @@ def jelly_models(args, settings):
 STEPS, BATCH, HIDDEN = 25, 128, 1000  # as in snnTorch's tutorials
 
 
-def loop(neuron):
-    """The loop that snnTorch's users write."""
-
-    def run(x):
-        mem, spikes, history = torch.zeros_like(x[0]), [], []
-        for x_t in x:
-            s, mem = neuron(x_t, mem)
-            spikes.append(s)
-            history.append(mem)
-        return torch.stack(spikes), torch.stack(history)
-
-    return run
-
-
 def snn_neurons(args, settings):
     """snnTorch's Leaky, forward and backward; leaky alone returns no membranes. saved: by autograd, inputs included"""
     title = f"snnTorch's Leaky, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
@@ -261,10 +218,10 @@ def snn_neurons(args, settings):
         return skipped(title, "snntorch")
     import snntorch
 
-    from sdit_kernels import leaky
     from sdit_kernels.compat.snntorch import accelerate, unroll
 
-    x = exact(STEPS, BATCH, HIDDEN, device=args.device)
+    alone = OPS["leaky"].call
+    x = current(STEPS, BATCH, HIDDEN, device=args.device)
     g = torch.randn_like(x)
     rows = []
     for name, options in {
@@ -280,19 +237,21 @@ def snn_neurons(args, settings):
         def whole(x, neuron=fused):
             return unroll(neuron, x, torch.zeros_like(x[0]))
 
-        calls = {"unroll": (whole, fused), "accelerated, in the loop": (loop(fused), fused), "the loop": (loop(neuron), neuron)}
-        want, contestants = loop(neuron)(x), []
-        wanted = step(loop(neuron), x, g, tuple(neuron.parameters()))()
+        fused_loop, loop = snntorch_loop(fused), snntorch_loop(neuron)
+        calls = {"unroll": (whole, fused), "accelerated, in the loop": (fused_loop, fused), "the loop": (loop, neuron)}
+        want, contestants = loop(x), []
+        wanted = forward_backward(loop, [x], g, tuple(neuron.parameters()))()
         for label, (f, n) in calls.items():
             check(f"{name}, {label}: spikes and membranes", f(x), want, 0, 0)
             parameters = tuple(n.parameters())
-            error = agree(f"{name}, {label}", step(f, x, g, parameters)(), wanted)
+            run = forward_backward(f, [x], g, parameters)
+            error = check_gradients(f"{name}, {label}: gradient", run(), wanted, 1e-4, 1e-3)
             extra = {"saved_bytes": kept(f, x, parameters)} | (error if n is fused else {})
-            contestants.append(Contestant(f"{name}, {label}", step(f, x, g, parameters), extra=extra))
+            contestants.append(Contestant(f"{name}, {label}", run, extra=extra))
         if not options:
-            check("leaky: spikes", leaky(x, beta=0.9), want[0], 0, 0)
-            extra = {"saved_bytes": kept(lambda x: leaky(x, beta=0.9), x)}
-            contestants.append(Contestant("leaky alone", step(lambda x: leaky(x, beta=0.9), x, g), extra=extra))
+            check("leaky: spikes", alone(x), want[0], 0, 0)
+            extra = {"saved_bytes": kept(alone, x)}
+            contestants.append(Contestant("leaky alone", forward_backward(alone, [x], g), extra=extra))
         found = compare(contestants, **settings)
         goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
         goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
@@ -351,7 +310,7 @@ def snn_model(args, settings):
     contestants, wanted = [], gradients(looped, net)
     cases = (("unrolled", unrolled, fused), ("accelerated, in the loop", looped, fused), ("snnTorch's own", looped, net))
     for label, f, n in cases:
-        error = agree(label, gradients(f, n), wanted)
+        error = check_gradients(f"{label}: gradient", gradients(f, n), wanted, 1e-4, 1e-3)
         extra = {"saved_bytes": harness.saved_bytes(lambda f=f, n=n: f(n), exclude=tuple(n.parameters()))[0], **error}
         contestants.append(Contestant(label, train(f, copy.deepcopy(twins[id(n)])), extra=extra))
     found = compare(contestants, **settings)
@@ -371,7 +330,7 @@ def rwkv_pair(device, **config):
 
     torch.manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(context_length=1024, bos_token_id=0, eos_token_id=None, **config))
-    for p in theirs.parameters():  # initial values make some products zero
+    for p in theirs.parameters():  # some initial values are zero, which would hide errors
         p.data += 0.02 * torch.randn_like(p)
     theirs = theirs.to(device)
     ours = copy.deepcopy(theirs)
@@ -393,7 +352,7 @@ def rwkv_gradients(model, *inputs, **arguments):
 
 
 def against_theirs(name, theirs, ours, run, args, settings, products=None):
-    """Check, then time and weigh one of each kind; ``products``: what the matrix products alone cost both."""
+    """Check, then time both models and count the bytes they keep; ``products`` runs their matrix multiplications alone."""
     error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
     forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
     kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
@@ -424,7 +383,7 @@ def rwkv_step(args, settings):
 
 
 def rwkv_layer(args, settings):
-    """One time mix of the size of the 169M model's, L = 512, forward and backward"""
+    """One time mix as large as in the 169M model, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
     if missing("transformers"):
         return skipped(what, "transformers")

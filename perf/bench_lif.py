@@ -16,170 +16,92 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 
-from perf import harness
-from perf.harness import Contestant, check, compare, goal, missing, ratio
+from perf import harness, peers
+from perf.harness import Contestant, check, compare, forward_backward, goal, inference, missing, ratio
+from perf.ops import OPS, T, contestant, current
 from sdit_kernels import lif, lif_rate, reference
 from sdit_kernels.memory import pool
 
-T, SHAPE = 4, (8, 394, 384)  # time steps; batch, tokens and channels of a small diffusion transformer
 FIGURE = harness.ROOT / "perf" / "results" / "lif_scaling.png"
-
-
-# ---- inputs, modes and peers -----------------------------------------------------------------------------------------
-
-
-def current(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
-    """Input of which a sixth of the neurons fire. Odd multiples of 1/32 make every membrane exact and none equal to the
-    threshold, so that spikes must agree bit for bit whatever the order of operations, in bfloat16 too."""
-    generator = torch.Generator().manual_seed(0)
-    x = (0.5 + 1.5 * torch.randn(shape, generator=generator)).clamp(-7, 7)
-    x = ((x * 16).floor() + 0.5) / 16
-    return x.to(device, dtype).requires_grad_(requires_grad)
-
-
-def inference(f, x):
-    def run():
-        with torch.no_grad():
-            return f(x)
-
-    return run
-
-
-def forward_backward(f, x, g, parameters=()):
-    """The output's gradient is dense, as it comes from a layer above. Returns the gradients."""
-    return lambda: torch.autograd.grad(f(x), (x, *parameters), g)
-
-
-def spikingjelly():
-    """x -> spikes by SpikingJelly's LIFNode; the state is reset before every call, as its users must."""
-    if missing("spikingjelly"):
-        return None
-    from spikingjelly.activation_based import neuron, surrogate
-
-    node = neuron.LIFNode(tau=2.0, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
-
-    def run(x):
-        node.reset()
-        return node(x)
-
-    return run
-
-
-def snntorch(device):
-    """x -> spikes by snnTorch's Leaky. With beta = 1 - 1/tau and reset to zero its spikes are those of
-    lif(decay_input=False), and it lets no gradient through the reset, which is detach_reset=True."""
-    if missing("snntorch"):
-        return None
-    import snntorch
-    from snntorch import surrogate
-
-    neuron = snntorch.Leaky(beta=0.5, spike_grad=surrogate.atan(), reset_mechanism="zero").to(device)
-
-    def run(x):
-        membrane, spikes = torch.zeros_like(x[0]), []
-        for x_t in x:
-            s, membrane = neuron(x_t, membrane)
-            spikes.append(s)
-        return torch.stack(spikes)
-
-    return run
+MODES = "inference", "forward+backward"
 
 
 def agree(name, f, want, x, g, rtol=1e-5, atol=1e-6):
     """The gate: equal outputs, close gradients. Returns the errors as further columns."""
     check(f"{name}: output", f(x), want(x), 0, 0)
-    return check(f"{name}: gradient", forward_backward(f, x, g)(), forward_backward(want, x, g)(), rtol, atol)
+    return check(f"{name}: gradient", forward_backward(f, [x], g)(), forward_backward(want, [x], g)(), rtol, atol)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def peers(args, settings):
+def others(args, settings):
     """One multi-step call against other libraries"""
-    x = current(T, *SHAPE, device=args.device)
+    op = OPS["lif"]
+    (x,) = op.data(*args.shape, device=args.device)
     g = torch.randn_like(x)
     x16, g16 = x.detach().bfloat16().requires_grad_(), g.bfloat16()
-    compiled, why_not = torch.compile(reference.lif), None
-    try:
-        compiled(x)
-    except Exception as e:  # torch.compile needs a C++ compiler on the CPU, Triton on a GPU; each fails with types of its own
-        why_not = f"torch.compile: {str(e).splitlines()[0][:60]}"
-    others = {  # name: function, what it must equal, why it does not run
-        "SpikingJelly LIFNode": (spikingjelly(), lif, missing("spikingjelly")),
-        "plain loop": (reference.lif, lif, None),
-        "torch.compile(plain loop)": (compiled, lif, why_not),
-        "snnTorch Leaky (detached reset)": (
-            snntorch(args.device),
-            functools.partial(lif, decay_input=False, detach_reset=True),
-            missing("snntorch"),
-        ),
-    }
-    errors = {name: agree(name, f, want, x, g) for name, (f, want, skip) in others.items() if not skip}
+    found = peers.of_lif(x)
+    errors = {p.name: agree(p.name, p.call, p.same_as or lif, x, g) for p in found if not p.skip}
     errors["lif bf16"] = agree("lif bf16", lif, reference.lif, x16, g16, rtol=2**-7)
     rows = []
-    for mode, arrays in (("inference", 2), ("forward+backward", 5)):  # x -> s; then x, g -> dx
+    for mode in MODES:
 
-        def contestant(name, f, x, g, skip=None, mode=mode, arrays=arrays):
-            fn = inference(f, x) if mode == "inference" else forward_backward(f, x, g)
-            extra = {"mode": mode, "grad_rel_rms_error": errors.get(name, {}).get("rel_rms_error")}
-            return Contestant(name, fn, skip=skip, extra=extra, bytes=arrays * x.nbytes)
+        def row(name, f, x=x, g=g, skip=None, mode=mode):
+            error = errors.get(name, {}).get("rel_rms_error")
+            return contestant(name, mode, f, [x], g, bytes=op.bytes(mode, [x]), skip=skip, grad_rel_rms_error=error)
 
-        found = compare(
+        new = compare(
             [
-                contestant("lif", lif, x, g),
-                contestant("lif bf16", lif, x16, g16),
-                *(contestant(name, f, x, g, skip) for name, (f, _, skip) in others.items()),
+                row("lif", lif),
+                row("lif bf16", lif, x16, g16),
+                *(row(p.name, p.call, skip=p.skip) for p in found),
                 harness.copy_contestant(2 * x.nbytes, args.device),
             ],
             **settings,
         )
-        goal(f"lif {mode}, times SpikingJelly", ratio(found, "SpikingJelly LIFNode"), 10 if mode == "inference" else 8)
-        goal(f"lif {mode}, bf16 over fp32", ratio(found, "lif bf16"), 1, at_least=False)
-        rows += found
-    return f"lif, T={T}, {SHAPE}, fp32", rows
+        goal(f"lif {mode}, times SpikingJelly", ratio(new, "SpikingJelly LIFNode"), 10 if mode == "inference" else 8)
+        goal(f"lif {mode}, bf16 over fp32", ratio(new, "lif bf16"), 1, at_least=False)
+        rows += new
+    return f"lif, T={T}, {args.shape}, fp32", rows
 
 
 def rate(args, settings):
-    """lif_rate against repeat -> LIFNode -> mean, and both with a matrix product after them"""
-    x = current(*SHAPE, device=args.device)
+    """lif_rate against repeat -> LIFNode -> mean, and both with a matrix multiplication after them"""
+    (x,) = OPS["lif_rate"].data(*args.shape, device=args.device)
     g = torch.randn_like(x)
-    linear = torch.nn.Linear(SHAPE[-1], SHAPE[-1], device=args.device)
-    node, skip = spikingjelly(), missing("spikingjelly")
-
-    def peer(x):
-        return node(x.repeat(T, 1, 1, 1)).mean(0)
-
-    error = {} if skip else agree("lif_rate", lif_rate, peer, x, g)
-    agree("lif_rate", lif_rate, reference.lif_rate, x, g)
+    linear = torch.nn.Linear(x.shape[-1], x.shape[-1], device=args.device)
+    repeated, loop = peers.of_lif_rate()
+    error = {} if repeated.skip else agree("lif_rate", lif_rate, repeated.call, x, g)
+    agree("lif_rate", lif_rate, loop.call, x, g)
     weights = tuple(linear.parameters())
     rows = []
-    for mode in ("inference", "forward+backward"):
+    for mode in MODES:
 
-        def contestant(name, f, parameters=(), skip=None, extra=None, mode=mode):
-            fn = inference(f, x) if mode == "inference" else forward_backward(f, x, g, parameters)
-            return Contestant(name, fn, skip=skip, extra={"mode": mode, **(extra or {})})
+        def row(name, f, parameters=(), skip=None, mode=mode, **extra):
+            return contestant(name, mode, f, [x], g, parameters, skip=skip, **extra)
 
         found = compare(
             [
-                contestant("lif_rate", lif_rate, extra=error),
-                contestant("repeat, LIFNode, mean", peer, skip=skip),
-                contestant("plain loop", reference.lif_rate),
-                contestant("Linear", linear, weights),
-                contestant("lif_rate, then Linear", lambda x: linear(lif_rate(x)), weights),
-                contestant("repeat, LIFNode, mean, then Linear", lambda x: linear(peer(x)), weights, skip),
+                row("lif_rate", lif_rate, **error),
+                row(repeated.name, repeated.call, skip=repeated.skip),
+                row(loop.name, loop.call),
+                row("Linear", linear, weights),
+                row("lif_rate, then Linear", lambda x: linear(lif_rate(x)), weights),
+                row(f"{repeated.name}, then Linear", lambda x: linear(repeated.call(x)), weights, repeated.skip),
             ],
             **settings,
         )
         alone = [sum(pair) for pair in zip(found[0]["samples_s"], found[3]["samples_s"])]
         found[4]["over_sum_of_parts"] = statistics.median(a / b for a, b in zip(found[4]["samples_s"], alone))
         if mode == "forward+backward":
-            goal(f"lif_rate {mode}, times repeat -> LIFNode -> mean", ratio(found, "repeat, LIFNode, mean"), 15)
+            goal(f"lif_rate {mode}, times repeat -> LIFNode -> mean", ratio(found, repeated.name), 15)
         rows += found
-    return f"lif_rate, T={T}, {SHAPE}, fp32, beside a product with a {SHAPE[-1]} x {SHAPE[-1]} matrix", rows
+    return f"lif_rate, T={T}, {args.shape}, fp32, beside a {x.shape[-1]} x {x.shape[-1]} matrix multiplication", rows
 
 
 def bandwidth(args, settings):
-    """Inference out of cache against copies. copy_ has its output; ours come from a pool, clone's from the system"""
+    """Inference out of cache against copies. copy_ owns its output; ours comes from a pool, clone's from the system"""
     elements = 1 << (22 if args.quick else 26)
     x = current(T, elements // T, device=args.device, requires_grad=False)
     flat = x.view(-1)
@@ -190,8 +112,8 @@ def bandwidth(args, settings):
         [
             harness.copy_contestant(moved, args.device),
             Contestant("clone", lambda: flat.clone(), bytes=moved),
-            Contestant("lif_rate, T=4", inference(lif_rate, flat), bytes=moved),
-            Contestant("lif, T=4", inference(lif, x), bytes=moved),
+            Contestant("lif_rate, T=4", inference(lif_rate, [flat]), bytes=moved),
+            Contestant("lif, T=4", inference(lif, [x]), bytes=moved),
         ],
         **settings,
     )
@@ -220,15 +142,15 @@ def overhead(args, settings):
     agree("lif", lif, reference.lif, x, g)
     agree("lif_rate", lif_rate, reference.lif_rate, x, g)
     functions = {"autograd.Function": Bare.apply, "lif": lif, "lif_rate": lif_rate}
-    node = spikingjelly()
+    node = peers.spikingjelly_lif()
     if node:
         functions["SpikingJelly LIFNode"] = node
     contestants = []
     for name, f in functions.items():
         contestants += [
             Contestant(f"{name}, forward with grad", functools.partial(f, x)),
-            Contestant(f"{name}, no_grad", inference(f, x)),
-            Contestant(f"{name}, forward+backward", forward_backward(f, x, g)),
+            Contestant(f"{name}, no_grad", inference(f, [x])),
+            Contestant(f"{name}, forward+backward", forward_backward(f, [x], g)),
         ]
     if not node:
         contestants.append(Contestant("SpikingJelly LIFNode", skip=missing("spikingjelly")))
@@ -250,41 +172,17 @@ def scaling(args, settings):
         g = torch.randn_like(x)
         part = x.detach()[:, : 1 << 12].clone().requires_grad_()
         agree("lif", lif, reference.lif, part, g[:, : 1 << 12], atol=1e-5)
-        for mode, fn in (("forward", inference(lif, x)), ("forward+backward", forward_backward(lif, x, g))):
-            extra = {"mode": mode, "sweep": sweep, "T": t, "N": n, "T_times_N": t * n}
-            contestants.append(Contestant(f"{mode}, T={t}, N={n}, {sweep[0]}", fn, extra=extra))
-    # All sizes in one comparison: what disturbs the machine then disturbs every point of the curve alike.
-    settings = settings | {"rounds": 3 if args.quick else 11, "min_time": settings["min_time"] / 5}
-    rows = compare(contestants, **settings)
-    rows = [
-        {"name": r["mode"]} | {k: v for k, v in r.items() if k not in ("name", "mode", "ratio", "ratio_iqr", "baseline")}
-        for r in rows
-    ]
-    for row in rows:
-        row["ns_per_neuron_step"] = 1e9 * row["median_s"] / row["T_times_N"]
-    if args.plot:
-        plot_scaling(args.plot, rows)
-    return "Cost of lif against work, fp32", rows
-
-
-def plot_scaling(path, rows):
-    """Time against work, with guides of linear cost that end in the largest N and begin where the fixed cost rules."""
-    series, guides = {}, []
-    for row in rows:
-        series.setdefault(f"{row['name']}, {row['sweep']}", []).append(
-            (row["T_times_N"], 1e3 * row["median_s"], 1e3 * row["iqr_s"])
-        )
-    for points in list(series.values())[:2]:  # the sweep over N
-        (x, y, _), least = points[-1], points[0][1] / 2
-        guides.append(((x * least / y, x), (least, y)))
-    lines = {label: tuple(zip(*points)) for label, points in series.items()}
-    harness.plot_lines(path, lines, "neurons × time steps", "time per call (ms)", guides={"linear cost": guides})
+        for mode in ("forward", "forward+backward"):
+            work = {"sweep": sweep, "T": t, "N": n, "T_times_N": t * n}
+            contestants.append(contestant(f"{mode}, T={t}, N={n}, {sweep[0]}", mode, lif, [x], g, **work))
+    work = "T_times_N", "ns_per_neuron_step", "neurons × time steps"
+    return "Cost of lif against work, fp32", harness.scaling(contestants, args, settings, 11, *work)
 
 
 def memory(args, settings):
-    """saved: by autograd, inputs included; new: allocated by the call and alive after it, the result apart"""
+    """saved: by autograd, with the inputs; new: allocated by the call and alive after it, without the result"""
     rows = []
-    limit, pool.limit = pool.limit, 0  # what the pool has from the system, torch's profiler does not see
+    limit, pool.limit = pool.limit, 0  # torch's profiler does not see memory from the pool
 
     def measure(name, f, inputs, checkpoints=0):
         given = sum(t.nbytes for t in inputs)
@@ -295,10 +193,10 @@ def memory(args, settings):
         row["new_bytes"] = allocated["kept_bytes"] - f(*inputs).nbytes
         rows.append(row | {"peak_bytes": allocated["peak_bytes"]})
 
-    x = current(T, *SHAPE, device=args.device)
+    x = current(T, *args.shape, device=args.device)
     long = current(64, 1 << (10 if args.quick else 16), device=args.device)
-    flat = current(*SHAPE, device=args.device)
-    v = torch.zeros(SHAPE, device=args.device, requires_grad=True)
+    flat = current(*args.shape, device=args.device)
+    v = torch.zeros(args.shape, device=args.device, requires_grad=True)
     for a in (x, long):
         agree("lif", lif, reference.lif, a, torch.randn_like(a), atol=1e-5)
     agree("lif_rate", lif_rate, reference.lif_rate, flat, torch.randn_like(flat))
@@ -316,18 +214,21 @@ def memory(args, settings):
     if not missing("spikingjelly"):
 
         def node(x):  # a new one per call: it would keep the graph of the call before
-            return spikingjelly()(x)
+            return peers.spikingjelly_lif()(x)
+
+        def repeated(x):
+            return peers.of_lif_rate()[0].call(x)
 
         measure("SpikingJelly LIFNode, T=4", node, [x])
         measure("SpikingJelly LIFNode, T=64", node, [long])
-        measure("repeat, LIFNode, mean, T=4", lambda x: node(x.repeat(T, 1, 1, 1)).mean(0), [flat])
+        measure("repeat, LIFNode, mean, T=4", repeated, [flat])
     else:
         rows.append({"name": "SpikingJelly LIFNode", "note": f"skipped: {missing('spikingjelly')}"})
     pool.limit = limit
     return "Bytes kept for the backward pass, fp32", rows
 
 
-SECTIONS = {f.__name__: f for f in (peers, rate, bandwidth, overhead, scaling, memory)}
+SECTIONS = {"peers": others} | {f.__name__: f for f in (rate, bandwidth, overhead, scaling, memory)}
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python perf/bench_sdit.py --json perf/results/sdit.json --plot perf/results/sdit_profile.png
     python perf/bench_sdit.py --only training --quick
 
-The plain form is what the research code computes, with the ops its users have, and stays as it is: B copies of the
-reconstruction tokens appended to those of the image, four copies of every current, a scan that walks the tokens one by one. It
-is written out below, on the weights of the model it is compared with, and must agree with it in float64 before any time counts.
+The plain form computes as the research code does, with the ops its users have, and stays as it is: it appends B copies of the
+reconstruction tokens to the tokens of the image, makes four copies of every current, and scans the tokens one by one. It uses
+the weights of the model it is compared with, and must agree with the model in float64 before any time counts.
 """
 
 import contextlib
@@ -19,11 +19,10 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
-import torch.nn.functional as F
 
 from perf import harness
-from perf.bench_wkv import eager_loop
-from perf.harness import Contestant, check, compare, goal, missing, ratio
+from perf.harness import Contestant, check, compare, goal, ratio
+from perf.peers import eager_loop, plain_token_shift, spikingjelly_lif
 from sdit import PRESETS, SDiT
 from sdit.sample import sample
 from sdit_kernels import reference
@@ -37,33 +36,13 @@ FORMS = ("ours", "ours, bf16 autocast", "plain", "plain, bf16 autocast")
 # ---- the plain form --------------------------------------------------------------------------------------------------
 
 
-def lif_node(v_threshold):
-    """currents (T, ...) -> spikes: SpikingJelly's LIFNode, or the definition where it is not installed."""
-    if missing("spikingjelly"):
-        return functools.partial(reference.lif, v_threshold=v_threshold)
-    from spikingjelly.activation_based import neuron, surrogate
-
-    node = neuron.LIFNode(tau=2.0, v_threshold=v_threshold, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
-
-    def run(x):
-        node.reset()
-        return node(x)
-
-    return run
-
-
-def shifted(x, *mixes):
-    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
-    before = F.pad(x, (0, 0, 1, -1))
-    return [x * m + before * (1 - m) for m in mixes]
-
-
 class Plain(torch.nn.Module):
     """The plain form, on a copy of the weights of ``model``."""
 
     def __init__(self, model):
         super().__init__()
-        self.model, self.lif = copy.deepcopy(model), lif_node(model.config.v_threshold)
+        self.model, v_threshold = copy.deepcopy(model), model.config.v_threshold
+        self.lif = spikingjelly_lif(v_threshold) or functools.partial(reference.lif, v_threshold=v_threshold)
 
     config = property(lambda self: self.model.config)
 
@@ -78,10 +57,10 @@ class Plain(torch.nn.Module):
         if kept is not None:
             x = block.skip(torch.cat([x, kept], -1))
         x = torch.cat([x, R.repeat(len(x), 1, 1)], 1)
-        xk, xv, xr = shifted(x, a.time_mix_k, a.time_mix_v, a.time_mix_r)
+        xk, xv, xr = plain_token_shift(x, a.time_mix_k, a.time_mix_v, a.time_mix_r)
         y = torch.sigmoid(a.receptance(xr)) * eager_loop(a.time_decay, a.time_first, a.key(xk), a.value(xv), unbind=True)
         x = x + self.rate(a.output(y))
-        xk, xr = shifted(x, m.time_mix_k, m.time_mix_r)
+        xk, xr = plain_token_shift(x, m.time_mix_k, m.time_mix_r)
         x = x + self.rate(torch.sigmoid(m.receptance(xr)) * m.value(torch.relu(m.key(xk)).square()))
         x, r = x.chunk(2, 1)
         return x + x * block.tokens_out(block.tokens_in(r).transpose(1, 2))
@@ -98,10 +77,10 @@ class Plain(torch.nn.Module):
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def case(device, batch, preset=None):
+def case(device, batch, preset=PRESET):
     """The model and its inputs: weights with which neurons fire and every layer has a gradient, as after some training."""
     torch.manual_seed(0)
-    model = SDiT(PRESETS[preset or PRESET], variant="improved").to(device)
+    model = SDiT(PRESETS[preset], variant="improved").to(device)
     for block in model.blocks:
         if block.reconstruction is not None:
             torch.nn.init.xavier_uniform_(block.tokens_out.weight, gain=0.1)
@@ -123,13 +102,13 @@ def step(model, inputs, target, optimizer=None, dtype=None):
     return loss
 
 
-def agree(args):
+def agree(device, preset=PRESET):
     """The gate: outputs and every gradient, in float64."""
-    model, inputs = case(args.device, 1)
+    model, inputs = case(device, 1, preset)
     model = model.double()
     inputs = inputs[0].double(), *inputs[1:]
     plain = Plain(model)
-    target = torch.zeros((), dtype=torch.float64, device=args.device)
+    target = torch.zeros((), dtype=torch.float64, device=device)
     error = check("output", model(*inputs), plain(*inputs), 1e-10, 1e-10)
     step(model, inputs, target)
     step(plain, inputs, target)
@@ -178,7 +157,7 @@ def training_steps(args, batch, extra, known=None):
 
 
 def sampling_steps(args, batch, stack, extra):
-    """Inside ``stack`` what the weights alone determine is computed once."""
+    """Inside ``stack`` the tensors that only depend on the weights are computed once."""
     model, inputs = case(args.device, batch)
 
     def contestant(name, model, dtype):
@@ -196,7 +175,7 @@ def sampling_steps(args, batch, stack, extra):
 
 def training(args, settings):
     """A training step: forward, mean squared error, backward, AdamW"""
-    rows = compare(training_steps(args, args.batch, agree(args)), **settings)
+    rows = compare(training_steps(args, args.batch, agree(args.device)), **settings)
     ours, bf16, plain, plain_bf16 = rows
     goal("training step fp32, times plain fp32", plain["ratio"], 1.8)
     goal("training step bf16, times plain fp32", plain["median_s"] / bf16["median_s"], 4)
@@ -328,7 +307,7 @@ def plot_profile(path, rows):
     axes.set(xlabel="seconds of a training step, by torch.profiler")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    figure.savefig(harness._folder_of(path), dpi=150)
+    figure.savefig(harness.make_folder_of(path), dpi=150)
     pyplot.close(figure)
 
 

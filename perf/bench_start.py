@@ -16,9 +16,9 @@ import tempfile
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from perf import harness
+from perf.ops import T
 
-B, L, C, T = 8, 394, 384, 4
-# Of each: what is called with x (T, B, L, C) or x[0], and with vectors w and u of the channels
+# The call of each op, with x (T, B, L, C) and vectors w and u of the channels
 CALLS = {
     "lif": "lif(x)",
     "lif_rate": "lif_rate(x[0])",
@@ -57,7 +57,7 @@ def first_result(name, args, settings):
         with tempfile.TemporaryDirectory() as folder:
             caches = dict.fromkeys(("NUMBA_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"), folder)
             environment = os.environ | caches | {"PYTHONPATH": str(harness.ROOT)}
-            command = [sys.executable, "-c", PROCESS, args.device, CALLS[name], *map(str, (T, B, L, C))]
+            command = [sys.executable, "-c", PROCESS, args.device, CALLS[name], *map(str, (T, *args.shape))]
             for state in ("nothing cached", "compiled before"):
                 done = subprocess.run(command, env=environment, capture_output=True, text=True)
                 if done.returncode:
@@ -70,7 +70,7 @@ def first_result(name, args, settings):
         rows.append(row | {"processes": len(runs), "runs_s": runs})
     if args.device == "cpu" and not name.startswith("torch.compile"):
         harness.goal(f"{name}, compiled before", rows[1]["forward_and_backward_s"], 2, " s", at_least=False)
-    return f"{CALLS[name]}, x ({T}, {B}, {L}, {C}) fp32", rows
+    return f"{CALLS[name]}, x {(T, *args.shape)} fp32", rows
 
 
 def section(name):

@@ -1,4 +1,4 @@
-"""Checks on a device: does each op do on tensors that live there, at sizes of real models, what it is defined to do?
+"""Checks on a device: is each op right on tensors that live there, at sizes of real models?
 
 Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of
 its own; on the CPU, and small, so that they cannot rot.
@@ -12,13 +12,10 @@ import importlib
 
 import torch
 
-from perf import bench_lif, bench_sdit, bench_wkv, harness
-from perf.bench_wkv import parameters, rms_error
-from sdit_kernels import backend, leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
-
-HALF = (torch.bfloat16, torch.float16)
-LIMIT = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # relative rms of outputs
-GRADIENT = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+from perf import bench_sdit, bench_wkv, harness, ops
+from perf.ops import HALF, OPS, agree, current, decay_and_bonus, normal, rms_error
+from perf.peers import wkv_then_lif
+from sdit_kernels import leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
 
 
 @contextlib.contextmanager
@@ -34,48 +31,18 @@ def launched_with(module, **values):
             setattr(kernels, name, value)
 
 
-def normal(*shape, device, dtype=torch.float32, scale=1.0, seed=0):
-    generator = torch.Generator(device).manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator, device=device)).to(dtype).requires_grad_()
-
-
-def agree(what, f, leaves, exact_output=False):
-    """Relative rms errors of outputs and gradients of f(*leaves), against the definition in float64 on the same device."""
-
-    def several(*tensors):
-        out = f(*tensors)
-        return out if isinstance(out, tuple) else (out,)
-
-    outputs = several(*leaves)
-    dtype = outputs[0].dtype
-    gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i).detach() for i, o in enumerate(outputs)]
-    found = torch.autograd.grad(outputs, leaves, gs)
-    wide = [t.detach().double().requires_grad_() for t in leaves]
-    with backend("reference"):
-        wanted = several(*wide)
-        want = torch.autograd.grad(wanted, wide, [g.double() for g in gs])
-    if exact_output:
-        assert torch.equal(outputs[0].double(), wanted[0]), f"{what}: outputs differ"
-    assert all(t.isfinite().all() for t in (*outputs, *found)), f"{what}: not finite"
-    for kind, got, exact, limit in (("output", outputs, wanted, LIMIT), ("gradient", found, want, GRADIENT)):
-        for i, (a, b) in enumerate(zip(got, exact)):
-            error = rms_error(a, b)
-            assert error <= limit[dtype], f"{what}: {kind} {i} has relative rms error {error:.2e}, {limit[dtype]:.0e} allowed"
-    return {what: {"output": rms_error(outputs, wanted), "gradient": rms_error(found, want)}}
-
-
 def values_lif(device, small):
     shape = (2, 37, 48) if small else (8, 394, 384)
     found = {}
     for dtype in (torch.float32, *HALF):
-        x = bench_lif.current(4, *shape, device=device, dtype=dtype)
+        x = current(4, *shape, device=device, dtype=dtype)
         found |= agree(f"lif {dtype}", lif, [x], exact_output=True)
         gate, residual = normal(*shape, device=device, dtype=dtype), normal(*shape, device=device, dtype=dtype, seed=1)
         found |= agree(
             f"lif_rate {dtype}", lambda x, r, g: lif_rate(x, 4, r, g, tau=4.0), [x[0].detach().requires_grad_(), residual, gate]
         )
-    x = bench_lif.current(4, *shape, device=device)
-    long = bench_lif.current(37, *shape[:2], 64, device=device)
+    x = current(4, *shape, device=device)
+    long = current(37, *shape[:2], 64, device=device)
     found |= agree("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
     v = normal(*shape, device=device, scale=0.1)
     tau = (torch.rand(shape[-1], device=device) + 1.5).requires_grad_()
@@ -93,7 +60,7 @@ def values_wkv(device, small, dtypes=(torch.float32,)):
     found = {}
     for dtype in dtypes:
         k, v, r = (normal(B, L, C, device=device, dtype=dtype, seed=i) for i in range(3))
-        p = [t.requires_grad_() for t in parameters(C, device)]
+        p = decay_and_bonus(C, device)
         for algorithm in ("serial", "chunked"):
             for gate in (False, True):
                 leaves = [*p, k, v, r][: 5 if gate else 4]
@@ -112,7 +79,7 @@ def values_wkv_half(device, small):
 def values_wkv_states(device, small):
     B, L, C = (2, 37, 48) if small else (4, 300, 384)
     k, v = (normal(B, L, C, device=device, seed=i) for i in range(2))
-    p = [t.requires_grad_() for t in parameters(C, device)]
+    p = decay_and_bonus(C, device)
     state = [normal(B, C, device=device, seed=i) for i in (3, 4)]
     packed = [t.detach().reshape(1, B * L, C).requires_grad_() for t in (k, v)]
     ends = torch.tensor([0, 5, 5, L // 2, B * L], device=device)
@@ -139,7 +106,7 @@ def steep_decays(device, small):
     C = 48
     k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
     k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
-    u, w = parameters(C, device)[1], torch.full((C,), -1e20, device=device)
+    u, w = decay_and_bonus(C, device, False)[1], torch.full((C,), -1e20, device=device)
     found = {}
     for algorithm in ("serial", "chunked"):
         for both in (False, True):
@@ -163,19 +130,15 @@ def accuracy(device, small):
 
 def values_spiking_wkv(device, small):
     """Spikes within rounding of the threshold may differ, and their gradients with them."""
-    T, L, C = (4, 21, 48) if small else (4, 131, 384)
+    L, C = (21, 48) if small else (131, 384)
 
     def chain(d, u, *data):
-        k, v, r = (t.float().flatten(0, 1) for t in data)
-        return lif(wkv(d, u, k, v, r=r).unflatten(0, data[0].shape[:2])).to(data[0].dtype)
+        return wkv_then_lif(d, u, *(t.float() for t in data)).to(data[0].dtype)
 
     found = {}
     for B in (2, 3) if small else (4, 96):  # the kernels of wkv and lif; one walk
         for dtype in (torch.float32, torch.bfloat16):
-            k, r = (normal(T, B, L, C, device=device, dtype=dtype, seed=i) for i in range(2))
-            v = normal(T, B, L, C, device=device, dtype=dtype, scale=3.0, seed=2)
-            leaves = [*(t.requires_grad_() for t in parameters(C, device)), k, v, r]
-
+            leaves = OPS["spiking_wkv"].data(B, L, C, device=device, dtype=dtype)
             s, t = spiking_wkv(*leaves), chain(*leaves)
             same = (s == t).float().mean().item()
             g = torch.randn_like(s)
@@ -206,31 +169,7 @@ def values_mix(device, small):
 
 
 def calls(device, small):
-    """{name: (function, leaves)}: one call of each op."""
-    B, L, C = (2, 21, 48) if small else (8, 394, 384)
-    x, k, v, r = (normal(B, L, C, device=device, seed=i) for i in range(4))
-    d, u = (t.requires_grad_() for t in parameters(C, device))
-    four = [normal(4, 2, L, C, device=device, seed=i) for i in range(3)]
-    tau = torch.full((C,), 2.0, device=device).requires_grad_()
-    ends = torch.tensor([0, L // 3, B * L], device=device)
-    return {
-        "lif": (lambda x, tau: lif(x, tau=tau), [normal(4, B, L, C, device=device), tau]),
-        "lif_rate": (lambda x, tau: lif_rate(x, tau=tau), [x, tau]),
-        "leaky": (
-            lambda x, b: leaky(x, beta=b),
-            [normal(4, B, L, C, device=device), torch.full_like(tau, 0.9).requires_grad_()],
-        ),
-        "wkv serial": (lambda *a: wkv(*a, algorithm="serial"), [d, u, k, v]),
-        "wkv chunked": (lambda *a: wkv(*a, algorithm="chunked"), [d, u, k, v]),
-        "wkv gate, packed": (
-            lambda d, u, k, v, r: wkv(d, u, k, v, r=r, cu_seqlens=ends, max_seqlen=B * L),
-            [d, u, *(t.detach().reshape(1, B * L, C).requires_grad_() for t in (k, v, r))],
-        ),
-        "wkv bidirectional": (lambda *a: wkv(*a, bidirectional=True), [d, u, k, v]),
-        "spiking_wkv": (spiking_wkv, [d, u, *four]),
-        "token_shift": (lambda x, m: token_shift(x, m, norm_eps=1e-6)[0], [x, torch.rand(C, device=device).requires_grad_()]),
-        "relu_squared": (relu_squared, [x]),
-    }
+    return ops.calls((2, 21, 48) if small else harness.SHAPE, device)
 
 
 def run(f, leaves):
@@ -288,14 +227,14 @@ def side_stream(device, small):
 
 
 def on_its_stream(device, small):
-    """What takes the same calls, in one process, so that they compile once."""
+    """The checks that make the same calls, in one process, so that these compile once."""
     for check in (repeatable, no_host_sync, side_stream, cuda_graph):
         check(device, small)
     return {"ops": len(calls(device, True))}
 
 
 def cuda_graph(device, small):
-    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ likewise."""
+    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ too."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     found = {}
@@ -314,7 +253,7 @@ def cuda_graph(device, small):
         got = [t.clone() for t in static]
         assert all(map(torch.equal, got, run(f, leaves))), f"{name}: the replay differs"
     B, C = 4, 768
-    d, u = parameters(C, device)
+    d, u = decay_and_bonus(C, device, False)
     k, v = (normal(B, C, device=device, seed=i).detach() for i in range(2))
     state = torch.zeros(B, C, device=device), torch.full((B, C), -torch.inf, device=device)
     other = None
@@ -360,8 +299,8 @@ def compiled(device, small):
 
 
 def autocast(device, small):
-    """A training step of SDiT in bf16: finite, and near that in fp32."""
-    model, inputs = bench_sdit.case(device, 1 if small else 16)
+    """A training step of SDiT in bf16: its loss is near the loss in fp32."""
+    model, inputs = bench_sdit.case(device, *((1, "digits") if small else (16,)))
     target = torch.zeros((), device=device)
     losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
     assert abs(losses[1] / losses[0] - 1) < 0.1, f"loss {losses[0]:.4g} in fp32, {losses[1]:.4g} in bf16"
@@ -370,11 +309,11 @@ def autocast(device, small):
 
 def network(device, small):
     """The whole network in float64, outputs and every gradient, against its plain form."""
-    return bench_sdit.agree(argparse.Namespace(device=device, batch=1))
+    return bench_sdit.agree(device, "digits" if small else bench_sdit.PRESET)
 
 
 def big_offsets(device, small):
-    """More than 2^31 elements a tensor: the last rows equal those of a call on them alone, forward and backward."""
+    """More than 2^31 elements a tensor: the last rows equal a call on them alone, forward and backward."""
     rows, L, C = (3, 40, 8) if small else (350, 16384, 384)  # 2.2e9 elements
     dtype = torch.bfloat16
     x = torch.empty(rows, L, C, device=device, dtype=dtype)
@@ -393,7 +332,7 @@ def big_offsets(device, small):
         assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong behind 2^31 elements"
         found[name] = "equal"
 
-    d, u = parameters(C, device)
+    d, u = decay_and_bonus(C, device, False)
     batch, time_ = (lambda t: t[-1:]), (lambda t: t[:, -1:])
     far("relu_squared", relu_squared, x, batch, batch)
     far("lif_rate", lif_rate, x, batch, batch)

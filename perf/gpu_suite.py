@@ -10,8 +10,8 @@ checks    gpu_checks.py: tensors that live on the device, at sizes of real model
 timings   steps: training steps of SDiT; host: time of a call; algorithms, sizes, rules: for the launchers' rules; and the
           sections of bench_lif.py, bench_wkv.py and bench_mix.py
 
-Results are written after every part, so that a part that fails or runs out of time leaves those before it. The exit status says
-whether a test, a check or a section failed.
+Results are written after every part, so that a part that fails or runs out of time does not lose earlier ones. The exit status
+says whether a test, a check or a section failed.
 """
 
 import argparse
@@ -27,26 +27,20 @@ import sys
 import tempfile
 import time
 import traceback
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 
-from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, profile_sdit
-from perf.bench_wkv import forward_backward, inference, ours, parameters
-from perf.gpu_checks import CHECKS, calls, launched_with, normal
-from perf.harness import Contestant, compare
-from sdit import PRESETS, SDiT
-from sdit_kernels import leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
+from perf.gpu_checks import CHECKS, calls, launched_with
+from perf.harness import Contestant, compare, forward_backward
+from perf.ops import OPS
+from perf.peers import snntorch_loop, wkv_then_lif
 from sdit_kernels.compat import snntorch as compat_snntorch
 
 MODES = "forward", "forward+backward"
-
-
-def contestant(name, mode, f, leaves, g, passes=None, **extra):
-    """``passes``: over the first of the leaves that an ideal kernel makes."""
-    run = inference(f, leaves) if mode == "forward" else forward_backward(f, leaves, g)
-    return Contestant(name, run, extra={"mode": mode, **extra}, bytes=passes and passes * leaves[0].nbytes)
 
 
 # ---- launch parameters -----------------------------------------------------------------------------------------------------
@@ -62,31 +56,30 @@ def with_parameters(contestant, module, values):
     return contestant._replace(fn=call)
 
 
+class Case(NamedTuple):
+    """An op on data of one shape, and launch parameters to try."""
+
+    name: str
+    op: str
+    shape: tuple
+    module: str
+    values: list
+    arguments: dict = {}
+
+
 def launch_cases(device, small):
-    """(name, module, parameters to try, function, shapes of its data, ideal passes over one of them forward and in all)"""
     L, C = (33, 48) if small else (394, 384)
     n = 1 << (12 if small else 24)
     many, few, one = (2, 1, 1) if small else (128, 32, 1)
-    d, u = parameters(C, device)
-    mixes = [torch.rand(C, device=device) for _ in range(3)]
 
     def tries(name, *values):
         return [{name: value} for value in values]
 
-    def shift(x):
-        return token_shift(x, *mixes, norm_eps=1e-6)
-
-    def scan(k, v, algorithm="serial"):
-        return wkv(d, u, k, v, algorithm=algorithm)
-
-    def spikes(k, v, r):
-        return spiking_wkv(d, u, k, v, r)
-
     threads = tries("_THREADS", 64, 128, 256)
-    yield "lif", "triton.lif", threads, lif, [(4, n // 4)], (2, 5)
-    yield "lif_rate", "triton.lif", threads, lif_rate, [(n,)], (2, 5)
-    yield "token_shift", "triton.mix", threads, shift, [(few, L, C)], (4, 9)
-    yield "relu_squared", "triton.mix", threads, relu_squared, [(n,)], (2, 5)
+    yield Case("lif", "lif", (n // 4,), "triton.lif", threads)
+    yield Case("lif_rate", "lif_rate", (n,), "triton.lif", threads)
+    yield Case("token_shift", "token_shift", (few, L, C), "triton.mix", threads)
+    yield Case("relu_squared", "relu_squared", (n,), "triton.mix", threads)
     tiles = tries("TILE", 8, 16, 32) if device == "cuda" else []  # it is compiled into the CPU's kernels
     for B in (few, many):
         for name, module, values in (
@@ -94,47 +87,47 @@ def launch_cases(device, small):
             ("tokens held", "triton.wkv", tries("_HELD", 4, 8, 16)),
             ("tile", "layout", tiles),
         ):
-            yield f"wkv serial, B={B}: {name}", module, values, scan, [(B, L, C)] * 2, (3, 8)
-    chunked, fill = functools.partial(scan, algorithm="chunked"), tries("_FILL", *(1 << e for e in (14, 15, 16, 17)))
+            yield Case(f"wkv serial, B={B}: {name}", "wkv", (B, L, C), module, values, {"algorithm": "serial"})
+    fill = tries("_FILL", *(1 << e for e in (14, 15, 16, 17)))
     for B, length in ((one, 16 * L), (few // 4 or 1, L), (few, L)):
-        yield f"wkv chunked, B={B}, L={length}", "triton.wkv", fill, chunked, [(B, length, C)] * 2, (3, 8)
-    yield "spiking_wkv", "triton.spiking_wkv", tries("_FUSED", 0, 1 << 30), spikes, [(4, 2 * few, L, C)] * 3, (4, 11)
+        name = f"wkv chunked, B={B}, L={length}"
+        yield Case(name, "wkv", (B, length, C), "triton.wkv", fill, {"algorithm": "chunked"})
+    yield Case("spiking_wkv", "spiking_wkv", (2 * few, L, C), "triton.spiking_wkv", tries("_FUSED", 0, 1 << 30))
 
 
-def data(case, device):
-    """The leaves of a case, and a gradient of its output."""
-    f, shapes = case[3:5]
-    leaves = [normal(*shape, device=device, seed=i) for i, shape in enumerate(shapes)]
+def prepared(case, device):
+    """The call of a case, its leaves, and gradients of its outputs."""
+    op = OPS[case.op]
+    f, leaves = functools.partial(op.call, **case.arguments), op.data(*case.shape, device=device)
     with torch.no_grad():
-        out = f(*leaves)
-    return leaves, tuple(map(torch.randn_like, out)) if isinstance(out, tuple) else torch.randn_like(out)
+        return f, leaves, [torch.randn_like(y) for y in ops.several(f(*leaves))]
 
 
 def compile_case(i, device, small):
     """Compile what case i of `rules` times: beside the checks, in a process of its own."""
     case = list(launch_cases(device, small))[i]
-    leaves, g = data(case, device)
-    for value in case[2]:
-        with launched_with(case[1], **value):
-            forward_backward(case[3], leaves, g)()
+    f, leaves, gs = prepared(case, device)
+    for value in case.values:
+        with launched_with(case.module, **value):
+            forward_backward(f, leaves, gs)()
     return {}
 
 
-COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(14)}
+COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(len(list(launch_cases("cpu", True))))}
 
 
 def rules(args, settings):
     """Launch parameters side by side; "percent of copy" is of the bytes that an ideal kernel moves"""
     rows = []
     for case in launch_cases(args.device, args.quick):
-        name, module, values, f, _, passes = case
-        leaves, g = data(case, args.device)
-        for mode, arrays in zip(MODES, passes):
-            contestants = [harness.copy_contestant(arrays * leaves[0].nbytes, args.device)]
-            for value in values:
+        f, leaves, gs = prepared(case, args.device)
+        for mode in MODES:
+            moved = OPS[case.op].bytes(mode, leaves)
+            contestants = [harness.copy_contestant(moved, args.device)]
+            for value in case.values:
                 label = ", ".join(f"{k}={v}" for k, v in value.items())
-                c = contestant(label, mode, f, leaves, g, arrays, op=name)
-                contestants.append(with_parameters(c, module, value))
+                c = ops.contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
+                contestants.append(with_parameters(c, case.module, value))
             rows += compare(contestants, **settings)
     return "launch parameters, fp32", rows
 
@@ -143,41 +136,33 @@ def algorithms(args, settings):
     """wkv "serial" against "chunked", C = 384: what "auto" should choose"""
     rows, C = [], 384
     batches, lengths = ((1, 2), (64,)) if args.quick else ((1, 4, 16, 32, 48, 64, 128, 256), (64, 394, 1024, 4096, 16384))
-    d, u = parameters(C, args.device)
+    op = OPS["wkv"]
     for B in batches:
         for L in lengths:
             if B * L <= 1 << 18:
-                leaves = [normal(B, L, C, device=args.device, seed=i) for i in range(2)]
-                g = torch.randn_like(leaves[0])
-                for mode, passes in zip(MODES, (3, 8)):
-                    found = []
-                    for name in ("serial", "chunked", "auto"):
-                        f = functools.partial(ours(name), d, u)
-                        found.append(contestant(name, mode, f, leaves, g, passes, B=B, L=L))
+                leaves = op.data(B, L, C, device=args.device)
+                g = torch.randn_like(leaves[-1])
+                for mode in MODES:
+                    how = {"bytes": op.bytes(mode, leaves), "B": B, "L": L}
+                    names = ("serial", "chunked", "auto")
+                    found = [ops.contestant(name, mode, bench_wkv.ours(name), leaves, g, **how) for name in names]
                     rows += compare(found, **settings)
     return "wkv, C = 384, fp32", rows
 
 
 def sizes(args, settings):
     """spiking_wkv in one walk, by the kernels of wkv and lif, and as users would chain these, by batch; T = 4"""
-    rows = []
+    rows, op = [], OPS["spiking_wkv"]
     L, C = (33, 48) if args.quick else (394, 384)
-    d, u = parameters(C, args.device)
-
-    def whole(k, v):
-        return spiking_wkv(d, u, k, v)
-
-    def chain(k, v):
-        return lif(wkv(d, u, k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2]))
-
     forms = {"spiking_wkv": {}, "one walk": {"_FUSED": 0}, "in parts": {"_FUSED": 1 << 40}, "wkv, then lif": {}}
     for B in (1, 2) if args.quick else (2, 8, 32, 64, 96, 128, 256):
-        leaves = [normal(4, B, L, C, device=args.device, seed=i, scale=1.0 + 2 * i) for i in range(2)]
-        g = torch.randn_like(leaves[0])
-        for mode, passes in zip(MODES, (3, 8)):
-            found = []
+        leaves = op.data(B, L, C, device=args.device)[:4]  # without gate
+        g = torch.randn_like(leaves[-1])
+        for mode in MODES:
+            found, moved = [], ops.passes(mode, 2) * g.nbytes
             for name, value in forms.items():
-                c = contestant(name, mode, chain if name == "wkv, then lif" else whole, leaves, g, passes, B=B)
+                f = wkv_then_lif if name == "wkv, then lif" else op.call
+                c = ops.contestant(name, mode, f, leaves, g, bytes=moved, B=B)
                 found.append(with_parameters(c, "triton.spiking_wkv", value))
             rows += compare(found, **settings)
     return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
@@ -193,15 +178,7 @@ def steps(args, settings):
     if not args.quick:
         cases = ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False), ("fashion_mnist", 32, True)
     for preset, batch, plain in cases:
-        torch.manual_seed(0)
-        model = SDiT(PRESETS[preset], variant="improved").to(args.device)
-        c = model.config
-        x = torch.randn(batch, c.channels, c.image_size, c.image_size, device=args.device)
-        inputs = (
-            x,
-            torch.randint(0, 1000, (batch,), device=args.device),
-            torch.zeros(batch, dtype=torch.long, device=args.device),
-        )
+        model, inputs = bench_sdit.case(args.device, batch, preset)
         for form, dtype in (("ours", torch.bfloat16), ("ours", None), *[("plain", None)] * plain):
             network = bench_sdit.Plain(model) if form == "plain" else model
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
@@ -227,20 +204,20 @@ def steps(args, settings):
 def profile(args, settings):
     """Kernels of a training step of SDiT in bf16, by time on the device"""
     batch = 2 if args.quick else 128
-    step = profile_sdit.step_of(args.device, batch, bf16=True)
+    case = {"preset": "digits" if args.quick else bench_sdit.PRESET, "bf16": True}
+    step = profile_sdit.step_of(args.device, batch, **case)
     profile_sdit.run(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
     seconds, products, rows = profile_sdit.table(step, 1, args.device)
-    case = profile_sdit.describe(None, batch, bf16=True)
-    return f"{case}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
+    return f"{profile_sdit.describe(batch, **case)}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
 
 
 def host(args, settings):
-    """Time in which Python and the launch are done with a call on small tensors, the device not waited for"""
+    """Time of Python and of the launch for a call on small tensors, without waiting for the device"""
     rows = []
-    relu = torch.relu, [normal(8, 8, device=args.device)]  # what PyTorch itself takes
+    relu = torch.relu, [ops.normal(8, 8, device=args.device)]  # what PyTorch itself takes
     for name, (f, leaves) in ({"torch.relu": relu} | calls(args.device, True)).items():
         g = torch.ones_like(f(*leaves))
-        found = [contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
+        found = [ops.contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
         rows += compare(found, **settings | {"device": "cpu", "min_time": 0.002})
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -264,32 +241,28 @@ def snn(args, settings):
     neuron = snntorch.Leaky(beta=0.9).to(args.device)
     fused = copy.deepcopy(neuron)
     compat_snntorch.accelerate(fused)
-    x = bench_compat.exact(steps, *shape, device=args.device)
+    x = ops.current(steps, *shape, device=args.device)
     g = torch.randn_like(x)
-
-    def alone(x):
-        return leaky(x, beta=0.9)
 
     def unrolled(x):
         return compat_snntorch.unroll(fused, x, torch.zeros_like(x[0]))[0]
 
-    def loop(x):
-        return bench_compat.loop(neuron)(x)[0]
-
-    rows = []
-    for mode, passes in zip(MODES, (2, 5)):
-        found = [contestant(n, mode, f, [x], g, passes) for n, f in (("leaky", alone), ("unroll", unrolled), ("loop", loop))]
-        rows += compare([*found, harness.copy_contestant(passes * x.nbytes, args.device)], **settings)
+    forms, rows = {"leaky": OPS["leaky"].call, "unroll": unrolled, "loop": snntorch_loop(neuron)}, []
+    for mode in MODES:
+        moved = OPS["leaky"].bytes(mode, [x])
+        found = [ops.contestant(name, mode, f, [x], g, bytes=moved) for name, f in forms.items()]
+        rows += compare([*found, harness.copy_contestant(moved, args.device)], **settings)
     return title, rows
 
 
 def section(module, name, **changes):
     """A section of a bench, with other arguments."""
+    measure = module.SECTIONS[name]
 
     def run(args, settings):
-        return getattr(module, name)(argparse.Namespace(**vars(args) | changes), settings)
+        return measure(argparse.Namespace(**vars(args) | changes), settings)
 
-    run.__doc__ = getattr(module, name).__doc__
+    run.__doc__ = measure.__doc__
     return run
 
 
@@ -376,12 +349,9 @@ def main(argv=None):
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("gpu_suite.py: torch sees no GPU; --dry-run goes through it on the CPU")
     device = "cpu" if options.dry_run else "cuda"
-    if options.dry_run:
-        bench_compat.SHAPE = bench_lif.SHAPE = bench_wkv.SHAPE = bench_mix.B, bench_mix.L, bench_mix.C = 1, 33, 32
-        bench_sdit.PRESET = "digits"
     args = argparse.Namespace(
         device=device, quick=options.dry_run, threads=None, plot=None, json=options.json, csv=None, dtype=torch.float32,
-        backward=True,
+        backward=True, shape=(1, 33, 32) if options.dry_run else harness.SHAPE,
     )  # fmt: skip
     settings = harness.setup(args) | {"rounds": 2 if options.dry_run else 9}
     began, parts, failed = time.monotonic(), {}, []
@@ -392,9 +362,7 @@ def main(argv=None):
     def save():
         if options.json:
             facts = {"title": __doc__.splitlines()[0], "provenance": harness.provenance(device), "goals": harness.goals}
-            path = pathlib.Path(options.json)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n")
+            harness.make_folder_of(options.json).write_text(json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n")
 
     with tempfile.TemporaryFile("w+") as log:
         tests = None

@@ -1,4 +1,4 @@
-"""What every script in perf/ shares: timing side by side, the correctness gate, memory, provenance, tables and figures.
+"""Shared by every script in perf/: timing side by side, the correctness gate, memory, provenance, tables and figures.
 
 A script begins with these two lines, so that `python perf/bench_x.py` finds the checkout as `python -m perf.bench_x`:
 
@@ -39,6 +39,7 @@ import numpy
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHAPE = (8, 394, 384)  # `args.shape`: batch, tokens and channels of a small diffusion transformer
 COPY = "copy"  # the contestant of this name is the bandwidth ceiling that `percent_of_copy` refers to
 PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fla-core", "transformers")
 
@@ -55,9 +56,10 @@ def parser(description: str, figure=None) -> argparse.ArgumentParser:
     optional = {"nargs": "?", "const": figure} if figure else {}
     p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)", **optional)
     # Where other processes take the cores, ask for one thread: threads that wait for each other measure the scheduler
-    # (seen: a copy, a product and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
+    # (seen: a copy, a matrix multiplication and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own, every core)")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
+    p.set_defaults(shape=SHAPE)
     return p
 
 
@@ -105,6 +107,42 @@ def check(name: str, got, want, rtol: float, atol: float) -> dict:
         )
     rms = error.norm() / w.nan_to_num(0.0, 0.0, 0.0).norm().clamp_min(1e-300)
     return {"max_abs_error": error.max().item() if error.numel() else 0.0, "rel_rms_error": rms.item()}
+
+
+def check_gradients(name: str, got, want, tolerance: float, least: float = 0.0) -> dict:
+    """`check` of each pair, relative to the element and to the largest of its tensor (at least ``least``): sums round so."""
+    pairs = enumerate(zip(got, want, strict=True))
+    errors = [check(f"{name} {i}", g, w, tolerance, tolerance * max(w.abs().max().item(), least)) for i, (g, w) in pairs]
+    return {"grad_rel_rms_error": max((e["rel_rms_error"] for e in errors), default=0.0)}
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def inference(f, leaves):
+    """A function without arguments that calls f without gradients."""
+
+    def run():
+        with torch.no_grad():
+            return f(*leaves)
+
+    return run
+
+
+def forward_backward(f, leaves, g, parameters=()):
+    """A function without arguments that returns the gradients of leaves and parameters.
+
+    ``g`` is the gradient of the output, dense as it comes from a layer above. Of several outputs it is the gradient of the
+    first, or a sequence with one gradient each.
+    """
+
+    def run():
+        out = f(*leaves)
+        if isinstance(g, torch.Tensor) and not isinstance(out, torch.Tensor):
+            out = out[0]
+        return torch.autograd.grad(out, (*leaves, *parameters), g)
+
+    return run
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------
@@ -183,11 +221,6 @@ def copy_contestant(nbytes: int, device="cpu") -> Contestant:
     return Contestant(COPY, lambda: target.copy_(source), bytes=2 * source.nbytes)
 
 
-def copy_bandwidth(nbytes: int, device="cpu", *, rounds=7, min_time=0.02) -> float:
-    """GB/s (read + written) of a copy that moves `nbytes`. A comparison rather adds `copy_contestant`."""
-    return compare([copy_contestant(nbytes, device)], rounds=rounds, min_time=min_time, device=device)[0]["gb_per_s"]
-
-
 def _sample_cpu(fn, n: int) -> float:
     start = time.perf_counter()
     for _ in range(n):
@@ -235,6 +268,38 @@ def _median(x) -> float:
 
 def _iqr(x) -> float:
     return float(numpy.subtract(*numpy.percentile(x, (75, 25))))
+
+
+def without_ratios(rows: list[dict]) -> list[dict]:
+    """Where the rows of a table are not alternatives to its first one, their ratio to it means nothing."""
+    for row in rows:
+        for key in ("ratio", "ratio_iqr", "baseline"):
+            row.pop(key, None)
+    return rows
+
+
+def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str, xlabel: str) -> list[dict]:
+    """Cost against work: rows with the nanoseconds per unit of work in column ``per``; drawn with --plot.
+
+    `extra` of a contestant has its `mode`, its `sweep` and, under the key ``work``, how much it does. All sizes are in one
+    comparison: then what disturbs the machine disturbs every point of the curve alike.
+    """
+    settings = settings | {"rounds": 3 if args.quick else rounds, "min_time": settings["min_time"] / 5}
+    rows = [row | {"name": row["mode"]} for row in without_ratios(compare(contestants, **settings))]
+    series = {}
+    for row in rows:
+        del row["mode"]
+        row[per] = 1e9 * row["median_s"] / row[work]
+        point = row[work], 1e3 * row["median_s"], 1e3 * row["iqr_s"]
+        series.setdefault(f"{row['name']}, {row['sweep']}", []).append(point)
+    if args.plot:
+        guides = []  # linear cost: each ends in the largest point of the first sweep, and begins where the fixed cost rules
+        for points in list(series.values())[:2]:
+            (x, y, _), least = points[-1], points[0][1] / 2
+            guides.append(((x * least / y, x), (least, y)))
+        lines = {label: tuple(zip(*points)) for label, points in series.items()}
+        plot_lines(args.plot, lines, xlabel, "time per call (ms)", guides={"linear cost": guides})
+    return rows
 
 
 # ---- goals -----------------------------------------------------------------------------------------------------------
@@ -341,7 +406,7 @@ def allocated_bytes(fn, device="cpu") -> dict:
 
 
 def provenance(device="cpu") -> dict:
-    """What a reader needs to repeat a measurement; no paths and no host names."""
+    """The facts a reader needs to repeat a measurement; no paths and no host names."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -441,17 +506,17 @@ def save(title: str, rows: list[dict], args, **facts) -> None:
         head = {"title": title, "provenance": provenance(args.device), **facts}
         head = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row, default=str) for row in rows)
-        _folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
+        make_folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.csv:
         keys = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict))
-        with open(_folder_of(args.csv), "w", newline="") as file:
+        with open(make_folder_of(args.csv), "w", newline="") as file:
             writer = csv.DictWriter(file, keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
 
-def _folder_of(path) -> pathlib.Path:
-    """The path, its folder made."""
+def make_folder_of(path) -> pathlib.Path:
+    """The path, after its folder has been made."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -488,5 +553,5 @@ def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", gu
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(_folder_of(path), dpi=150)
+    figure.savefig(make_folder_of(path), dpi=150)
     pyplot.close(figure)

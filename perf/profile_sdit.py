@@ -6,8 +6,8 @@
     SDIT_NVTX=1 nsys profile -c cudaProfilerApi -o sdit python perf/profile_sdit.py --device cuda
     SDIT_NVTX=1 ncu --profile-from-start off -o sdit python perf/profile_sdit.py --device cuda --steps 1
 
-The steps before are not seen: they compile kernels and allocate memory. On a GPU the default is to mark the steps for nsys and
-ncu; --table and --trace ask torch.profiler instead, which cannot run beside them.
+The first steps are not measured: they compile kernels and allocate memory. On a GPU the default is to mark the steps for nsys
+and ncu; --table and --trace ask torch.profiler instead, which cannot run beside them.
 """
 
 import functools
@@ -30,8 +30,8 @@ PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
 
-def step_of(device, batch, preset=None, bf16=False, sampling=False):
-    """A training step, or a sampling step: without gradients, what the weights alone determine computed before."""
+def step_of(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
+    """A training step, or a sampling step: without gradients, and tensors that only depend on the weights computed before."""
     model, inputs = bench_sdit.case(device, batch, preset)
     dtype = torch.bfloat16 if bf16 else None
     if not sampling:
@@ -68,7 +68,7 @@ def capture(step, steps, device="cuda"):
 
 
 def table(step, steps, device, trace=None):
-    """(seconds of a step, per cent of it in matrix products, rows by op or, on a GPU, by kernel); the longest ROWS of them."""
+    """(seconds of a step, per cent of it in matrix multiplications, rows by op or, on a GPU, by kernel); at most ROWS rows."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports every start and stop
@@ -76,8 +76,7 @@ def table(step, steps, device, trace=None):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as found:
         run(step, steps, device)
     if trace:
-        pathlib.Path(trace).parent.mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(trace))
+        found.export_chrome_trace(str(harness.make_folder_of(trace)))
     ops, kernels = [], []
     for event in found.key_averages():
         (ops if event.device_type == torch.autograd.DeviceType.CPU else kernels).append(event)
@@ -95,10 +94,8 @@ def table(step, steps, device, trace=None):
     return total, 100 * products / total, rows
 
 
-def describe(preset, batch, bf16=False, sampling=False):
-    return (
-        f"{preset or bench_sdit.PRESET}, batch {batch}, {'bf16' if bf16 else 'fp32'}, {'sampling' if sampling else 'training'}"
-    )
+def describe(batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
+    return f"{preset}, batch {batch}, {'bf16' if bf16 else 'fp32'}, {'sampling' if sampling else 'training'}"
 
 
 def main(argv=None):
@@ -117,8 +114,9 @@ def main(argv=None):
     harness.setup(args)
     batch = args.batch or (2 if args.quick else 128 if args.device == "cuda" else 8)
     steps = args.steps or (1 if args.quick else 3)
-    case = {"preset": args.preset or ("digits" if args.quick else None), "bf16": args.bf16, "sampling": args.sampling}
-    step, title = step_of(args.device, batch, **case), describe(batch=batch, **case)
+    preset = args.preset or ("digits" if args.quick else bench_sdit.PRESET)
+    case = {"preset": preset, "bf16": args.bf16, "sampling": args.sampling}
+    step, title = step_of(args.device, batch, **case), describe(batch, **case)
     run(step, 1 if args.quick else WARM_UP, args.device)
     if args.device == "cuda" and not (args.table or args.trace):
         harness.report(title, [{"name": "step", "calls": steps, "wall_s": capture(step, steps)}], args)

@@ -1,4 +1,4 @@
-"""perf/compile_report.py: the kernels as compiled for an NVIDIA and an AMD GPU, without either."""
+"""perf/compile/: the kernels as compiled for an NVIDIA and an AMD GPU, without either."""
 
 import importlib.metadata
 import importlib.util
@@ -11,10 +11,15 @@ if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "tr
     pytest.skip("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled", allow_module_level=True)
 VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split(".")[:2])
 if not (3, 6) <= VERSION < (3, 9):
-    pytest.skip(f"perf/gpu_code.py knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
+    pytest.skip(f"perf/compile/ knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
 
 from perf import compile_report  # noqa: E402
-from perf.compile_report import Case, MixCase, WkvCase, faults, floor, markdown, rows_of, rows_of_all, verdict  # noqa: E402
+from perf.compile.launch import launches  # noqa: E402
+from perf.compile.lif import Case, SpikingJelly  # noqa: E402
+from perf.compile.mix import MixCase  # noqa: E402
+from perf.compile.report import faults, markdown, rows_of_all, verdict  # noqa: E402
+from perf.compile.rows import TYPES, rows_of  # noqa: E402
+from perf.compile.wkv import Fla, WkvCase  # noqa: E402
 
 FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
 FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly", "fla-core"))
@@ -56,7 +61,8 @@ def test_instructions(rows):
 def test_a_launch_is_what_the_launcher_says():
     from sdit_kernels.triton import lif
 
-    found = compile_report._ours(Case("T=4"), compile_report.TYPES["bf16"], "hip:gfx942")
+    with launches("hip:gfx942") as found:
+        Case("T=4").launch(TYPES["bf16"])
     assert [compiled.metadata.name for compiled, _ in found] == ["lif_forward_kernel", "lif_backward_kernel"]
     for compiled, arguments in found:
         assert compiled.metadata.num_warps == max(1, lif._THREADS // 64)
@@ -66,22 +72,23 @@ def test_a_launch_is_what_the_launcher_says():
     assert lif._warps.cache_info().currsize == 0  # nothing of the target is remembered
 
 
-@pytest.mark.parametrize("case", [Case("T=4", "spikingjelly"), compile_report.FlaCase()], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [SpikingJelly("T=4"), Fla()], ids=lambda case: case.op)
 def test_a_peer_is_compiled_or_its_absence_explained(case):
     rows = rows_of("cuda:90", [case])
     if importlib.util.find_spec(case.op) is None:
         assert [row["note"] for row in rows] == [f"skipped: {case.op} is not installed (make peers)"] * 2
     assert all("note" in row or row["bytes_per_element"] > row["floor"] for row in rows)
-    assert faults(rows) == []  # no business of the check
+    assert faults(rows) == []  # the check is not about peers
     assert case.op in markdown(rows, FACTS)
 
 
 def test_floor():
-    assert floor(Case("", T=4), False, 4, 1) == 8 and floor(Case("", T=4), True, 2, 1) == 6
-    assert floor(Case("", T=32), True, 4, 1) == 12.25  # a checkpoint of 4 bytes per 16 steps
-    assert floor(Case("", T=4, v=True), True, 4, 1) == 14
-    assert floor(Case("", "lif_rate", extras=True), False, 2, 1) == 8
-    assert floor(Case("", T=4, parameters="channel"), False, 2, 2) == 5
+    assert Case("", T=4).floor("forward", 4) == 8 and Case("", T=4).floor("backward", 2) == 6
+    assert Case("", T=32).floor("backward", 4) == 12.25  # a checkpoint of 4 bytes per 16 steps
+    assert Case("", T=4, v=True).floor("backward", 4) == 14
+    assert Case("", "lif_rate", extras=True).floor("forward", 2) == 8
+    assert Case("", "lif_rate", extras=True).floor("backward", 2) == 10  # x, gate, g and two gradients
+    assert Case("", T=4, parameters="channel").floor("forward", 2, 2) == 5
 
 
 def test_faults_name_what_is_wrong():
@@ -121,7 +128,9 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
         assert row["bytes_per_element"] == pytest.approx(row["floor"]), row
         assert row["narrowest"] == 8 * size, row
         assert row["instructions_per_step"] < (122 if backward else 55), row
-        assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
+        assert row["special_per_step"] < (3.7 if backward else 3.1), (
+            row
+        )  # two exponentials and a reciprocal; half walked twice
     assert "The WKV kernels" in markdown(wkv_rows, FACTS)
 
 

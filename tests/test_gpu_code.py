@@ -1,4 +1,4 @@
-"""perf/gpu_code.py: what is known of the code of small kernels, on every target, without a GPU."""
+"""perf/compile/launch.py and code.py: the code of small kernels, on every target, without a GPU."""
 
 import os
 
@@ -8,11 +8,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: a process that interprets kernels cannot compile them", allow_module_level=True)
 
+import torch  # noqa: E402
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from perf import gpu_code  # noqa: E402
-from perf.gpu_code import compile_for, inspect, limits_h100, markdown_table, per_element  # noqa: E402
+from perf.compile.code import inspect, limits_h100, per_element  # noqa: E402
+from perf.compile.launch import TARGETS, launches  # noqa: E402
+from perf.compile.report import markdown_table  # noqa: E402
 
 
 @triton.jit
@@ -38,15 +40,46 @@ def softmax(x_ptr, y_ptr, BLOCK: tl.constexpr):  # one program holds the whole r
     tl.store(y_ptr + offsets, x / tl.sum(x * x))
 
 
-COPY = {"x_ptr": "*fp32", "y_ptr": "*fp32", "n": "i32"}
-every_target = pytest.mark.parametrize("target", gpu_code.TARGETS)
+N = 4096
+every_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def data(dtype=torch.float32, offset=0):
+    """A tensor whose address is a multiple of 16, or ``offset`` elements behind one."""
+    return torch.empty(N + 1, dtype=dtype)[offset:]
+
+
+def compiled(target, kernel, *arguments, **options):
+    """The kernel as a launch with these arguments compiles it."""
+    with launches(target) as found:
+        kernel[(1,)](*arguments, **options)
+    ((kernel, _),) = found
+    return kernel
+
+
+def copied(target, **options):
+    return compiled(target, copy, data(), data(), N, **options)
+
+
+def decayed(target):
+    return compiled(target, decay, data(), data(), N, 64, 2.0, BLOCK=1024)
+
+
+def test_a_launch_writes_nothing_and_is_told_with_its_arguments():
+    x, y = torch.ones(N), torch.zeros(N)
+    with launches("cuda:90") as found:
+        copy[(4,)](x, y, N, BLOCK=512, num_warps=2)
+        decay[(4,)](x, y, N, 1, tau=2.0, BLOCK=512)
+    assert [k.metadata.name for k, _ in found] == ["copy", "decay"] and found[0][0].metadata.num_warps == 2
+    assert found[0][1]["x_ptr"] is x and found[0][1]["BLOCK"] == 512 and "num_warps" not in found[0][1]
+    assert found[1][1]["tau"] == 2.0 and not y.any()
 
 
 @every_target
 def test_a_copy_moves_16_bytes_at_a_time(target):
-    compiled = compile_for(copy, COPY, {"BLOCK": 2048}, target)
-    threads = inspect(compiled)["threads"]
-    row = inspect(compiled, elements_per_thread=2048 / threads)
+    kernel = copied(target, BLOCK=2048)
+    threads = inspect(kernel)["threads"]
+    row = inspect(kernel, elements_per_thread=2048 / threads)
     accesses = 2048 // threads // 4
     assert row["target"] == target and row["kernel"] == "copy"
     assert row["loads"] == row["stores"] == {128: accesses}
@@ -61,18 +94,17 @@ def test_a_copy_moves_16_bytes_at_a_time(target):
 
 @every_target
 def test_unaligned_and_narrow_accesses(target):
-    for types, aligned, width in ((COPY, (), 32), (COPY, ("x_ptr",), 32), (COPY, None, 128)):
-        assert set(inspect(compile_for(copy, types, {}, target, aligned))["loads"]) == {width}
-    bytes_ = COPY | {"x_ptr": "*i8", "y_ptr": "*i8"}
-    assert set(inspect(compile_for(copy, bytes_, {}, target, ()))["stores"]) == {8}
-    halves = COPY | {"x_ptr": "*bf16", "y_ptr": "*bf16"}
-    assert set(inspect(compile_for(copy, halves, {}, target, ()))["loads"]) == {16}
+    for x, n, width in ((data(offset=1), N - 1, 32), (data(), N - 1, 32), (data(), N, 128)):
+        assert set(inspect(compiled(target, copy, x, data(), n))["loads"]) == {width}
+    for dtype, width in ((torch.int8, 8), (torch.bfloat16, 16)):
+        x, y = data(dtype, offset=1), data(dtype, offset=1)
+        row = inspect(compiled(target, copy, x, y, N - 1))
+        assert set(row["loads"]) == set(row["stores"]) == {width}
 
 
 @every_target
 def test_special_operations_and_loop_body(target):
-    compiled = compile_for(decay, COPY | {"steps": "i32"}, {"BLOCK": 1024}, target)
-    row = inspect(compiled)
+    row = inspect(decayed(target))
     (body,) = row["loops"]
     steps = 2 if body["loads"] == {128: 2 * 1024 // row["threads"] // 4} else 1  # LLVM may unroll the loop
     n = steps * 1024 // row["threads"]
@@ -91,23 +123,21 @@ def test_spills_are_seen(target):
     limit, size = {"maxnreg": 32}, 2048
     if target.startswith("hip"):
         limit, size = ({"waves_per_eu": 16}, 4096) if target == "hip:gfx1100" else ({"waves_per_eu": 8}, 8192)
-    types = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
-    row = inspect(compile_for(softmax, types, {"BLOCK": size}, target, num_warps=1, **limit))
+    row = inspect(compiled(target, softmax, data(), data(), BLOCK=size, num_warps=1, **limit))
     assert row["spills"] > 0 and row["spill_bytes"] > 0 and row["histogram"]["spill"] > 0
-    assert inspect(compile_for(softmax, types, {"BLOCK": 512}, target, num_warps=1))["spills"] == 0
+    assert inspect(compiled(target, softmax, data(), data(), BLOCK=512, num_warps=1))["spills"] == 0
 
 
 def test_dual_issue_counts_once_as_instruction_and_twice_as_operation():
-    row = inspect(compile_for(decay, COPY | {"steps": "i32"}, {"BLOCK": 1024}, "hip:gfx1100"))
+    row = inspect(decayed("hip:gfx1100"))
     assert sum(row["histogram"].values()) > row["instructions"]
 
 
 def test_occupancy():
-    softmax_types = {"x_ptr": "*fp32", "y_ptr": "*fp32"}
-    row = inspect(compile_for(softmax, softmax_types, {"BLOCK": 16384}, "cuda:90", num_warps=4))
+    row = inspect(compiled("cuda:90", softmax, data(), data(), BLOCK=16384, num_warps=4))
     assert row["registers"] > 128 and row["limited_by"] == "registers"
     assert row["warps_resident"] == 4 * (65536 // (-(-row["registers"] // 8) * 8 * 32 * 4))
-    row = inspect(compile_for(copy, COPY, {"BLOCK": 128}, "cuda:90", num_warps=1))
+    row = inspect(copied("cuda:90", BLOCK=128, num_warps=1))
     assert (row["warps_resident"], row["limited_by"]) == (32, "blocks")
 
 
@@ -118,21 +148,8 @@ def test_no_driver_is_asked(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.driver, "_active", Refuses())
     monkeypatch.setattr(triton.knobs.compilation, "always_compile", True)
-    for target in gpu_code.TARGETS:
-        assert inspect(compile_for(copy, COPY, {"BLOCK": 512}, target))["loads"]
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="type of 'n' is missing"):
-        compile_for(copy, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {}, "cuda:90")
-    with pytest.raises(ValueError, match="copy has no argument z_ptr"):
-        compile_for(copy, COPY | {"z_ptr": "*fp32"}, {}, "cuda:90")
-    with pytest.raises(ValueError, match="cuda:90 has no option num_wraps"):
-        compile_for(copy, COPY, {}, "cuda:90", num_wraps=8)
-    with pytest.raises(TypeError, match="not a compiled kernel"):
-        compile_for(lambda x: x, COPY, {}, "cuda:90")
-    with pytest.raises(ValueError, match="hip:gfx942"):
-        limits_h100(inspect(compile_for(copy, COPY, {}, "hip:gfx942"), 4))
+    for target in TARGETS:
+        assert inspect(copied(target, BLOCK=512))["loads"]
 
 
 def test_limits_and_table():
@@ -141,6 +158,8 @@ def test_limits_and_table():
     assert limits["paper_limit_special_ms"] == pytest.approx(1.349, rel=1e-3)
     assert limits["paper_limit_issue_ms"] == pytest.approx(2.024, rel=1e-3)
     assert limits["paper_bound_by"] == "memory"
+    with pytest.raises(ValueError, match="hip:gfx942"):
+        limits_h100(inspect(copied("hip:gfx942"), 4))
     assert markdown_table([{"kernel": "a", "loads": {128: 4}, "x": 0.12345, "loops": []}, {"kernel": "b", "x": 2}]) == (
         "| kernel | loads | x |\n| --- | --- | --: |\n| a | 128 x 4 | 0.123 |\n| b |  | 2 |"
     )

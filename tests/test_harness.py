@@ -73,7 +73,6 @@ def test_copy_is_the_ceiling():
     assert contestant.bytes == 1 << 16
     rows = compare([Contestant("same", contestant.fn, bytes=1 << 16), contestant], rounds=5, min_time=0.002)
     assert rows[1]["percent_of_copy"] == 100 and 20 < rows[0]["percent_of_copy"] < 500
-    assert harness.copy_bandwidth(1 << 20, rounds=3, min_time=0.002) > 0.05
 
 
 def test_check_measures_the_error_or_explains():

@@ -21,7 +21,7 @@ import sdit_kernels
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile")
-FOLDERS = ("sdit_kernels", "sdit", "tests", "perf")
+FOLDERS = ("sdit_kernels", "sdit", "tests", "perf", "examples")
 
 
 def run(command, cwd, **environment):
@@ -109,7 +109,8 @@ def test_the_sdist_builds_the_same_wheel_and_has_the_tests(built, tmp_path):
     with tarfile.open(built[1]) as archive:
         archive.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    for name in ("tests/conftest.py", "tests/native_triton.py", "perf/harness.py", "Makefile", "CHANGELOG.md"):
+    with_them = "tests/conftest.py", "tests/native_triton.py", "perf/harness.py", "examples/rwkv_text.py"
+    for name in (*with_them, "Makefile", "CHANGELOG.md"):
         assert (folder / name).exists(), name
     assert not [*folder.rglob("*.pyc"), *folder.rglob("*.nb[ic]")]
     again = build(folder, "wheel")

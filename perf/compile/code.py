@@ -1,131 +1,19 @@
-"""Compile Triton kernels for GPUs that need not be there, and read registers, spills, accesses and instructions.
+"""Reads registers, spills, memory accesses and instructions out of the machine code of a compiled Triton kernel.
 
-    compiled = compile_for(kernel, {"x_ptr": "*fp32", "N": "i32", "tau": "fp64"}, {"BLOCK": 1024}, "cuda:90")
     row = inspect(compiled, elements_per_thread=8)
-    print(markdown_table([row | limits_h100(row)]))
+    row | limits_h100(row)
 
-    with launches("hip:gfx942") as found:              # what a user's call would launch there, compiled and not run
-        sdit_kernels.lif(x)
-    compiled, arguments = found[0]
-
-Needs Triton (3.6 to 3.8, whose wheel brings NVIDIA's cuobjdump) and neither a GPU nor a driver. The counts are static,
-per thread: what stands in the code, not how often it runs; so a kernel with loops is judged by its loop bodies.
+Needs Triton (3.6 to 3.8, whose wheel includes NVIDIA's cuobjdump) and neither a GPU nor a driver. The counts are static, per
+thread: how often an instruction stands in the code, not how often it runs. So a kernel with loops is judged by its loop bodies.
 Register counts differ between Triton versions.
 """
 
 import collections
-import contextlib
-import inspect as python_inspect
 import re
 import subprocess
 import tempfile
 
-import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
-
-
-# ---- compile ---------------------------------------------------------------------------------------------------------
-
-
-def compile_for(kernel, signature, constexprs, target, aligned=None, num_warps=4, pointers_32bit=True, **options):
-    """The CompiledKernel of a @triton.jit function for a target such as "cuda:90" or "hip:gfx942".
-
-    signature:      {argument: type}, such as "*fp32", "i32", "fp64"; an annotated argument may be left out.
-    constexprs:     {argument: value}; also for what a launch would fold: an integer that is 1, a pointer that is None.
-    aligned:        the pointers and integers that are multiples of 16 (default: all), as torch's allocations and the
-                    common sizes are; without it an access is no wider than one element.
-    pointers_32bit: on AMD, whether every tensor is below 2 GiB, which a launch finds out by itself.
-    options:        num_stages, maxnreg (NVIDIA), waves_per_eu (AMD), enable_fp_fusion, ...
-    """
-    while not isinstance(kernel, triton.runtime.JITFunction):  # under @triton.autotune or @triton.heuristics
-        if not hasattr(kernel, "fn"):
-            raise TypeError("not a compiled kernel: it was defined under TRITON_INTERPRET=1, or without @triton.jit")
-        kernel = kernel.fn
-    gpu = _gpu(target)
-    backend = gpu.backend
-    defaults = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default}
-    constexprs = defaults | constexprs
-
-    types, attributes = {}, {}
-    for i, parameter in enumerate(kernel.params):  # ASTSource wants every argument, in order
-        name = parameter.name
-        types[name] = "constexpr" if name in constexprs else signature.get(name) or parameter.annotation_type
-        if not types[name]:
-            raise ValueError(f"signature: the type of {name!r} is missing")
-        is_pointer = types[name].startswith("*")
-        found = []
-        if (is_pointer or types[name][0] in "iu") if aligned is None else name in aligned:
-            found.append(["tt.divisibility", 16])
-        if is_pointer and backend == "hip" and pointers_32bit:
-            found.append(["tt.pointer_range", 32])
-        if found:
-            attributes[(i,)] = found
-    unknown = (set(signature) | set(constexprs) | set(aligned or ())) - set(types)
-    if unknown:
-        raise ValueError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
-
-    source = ASTSource(fn=kernel, signature=types, constexprs=constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": num_warps, **options})
-    unknown = [name for name in options if name not in compiled.metadata._fields]  # Triton drops what it does not know
-    if unknown:
-        raise ValueError(f"{target} has no option {', '.join(unknown)}")
-    return compiled
-
-
-def _gpu(target: str) -> GPUTarget:
-    backend, arch = target.split(":")
-    return GPUTarget(backend, int(arch) if backend == "cuda" else arch, 64 if arch.startswith("gfx9") else 32)
-
-
-class _NoDriver:
-    """Stands where Triton's driver stands: names the target, takes CPU tensors, runs nothing."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_target(self):
-        return _gpu(self.target)
-
-    def get_current_device(self):
-        return f"compiled for {self.target}"  # Triton keeps compiled kernels per device
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_active_torch_device(self):
-        return torch.device("cpu")
-
-
-@contextlib.contextmanager
-def launches(target):
-    """While it is open, @triton.jit kernels launched on CPU tensors are compiled for the target and not run.
-
-    Yields the list of (CompiledKernel, {argument: value}) of those launches. Triton's own launch path specialises the
-    arguments and parses the options, so the code is that of the same call on the GPU; outputs are left as they were.
-    """
-    found = []
-    run, active = triton.runtime.JITFunction.run, triton.runtime.driver._active
-
-    def compile_only(kernel, *args, grid, warmup, **kwargs):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        names = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-        found.append((compiled, dict(python_inspect.signature(kernel.fn).bind(*args, **names).arguments)))
-        return compiled
-
-    triton.runtime.JITFunction.run = compile_only
-    triton.runtime.driver.set_active(_NoDriver(target))
-    try:
-        yield found
-    finally:
-        triton.runtime.JITFunction.run = run
-        triton.runtime.driver._active = active
-
-
-# ---- inspect ---------------------------------------------------------------------------------------------------------
 
 # Group of an instruction: the first pattern that matches. Same names for both vendors where the meaning is the same.
 NVIDIA_GROUPS = {
@@ -174,7 +62,7 @@ AMD_GROUPS = {
 
 
 def inspect(compiled, elements_per_thread=None) -> dict:
-    """What the machine code of a CompiledKernel tells. Keys:
+    """Read the machine code of a CompiledKernel. Returns a row with the keys:
 
     kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; 0 wanted),
     spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
@@ -221,7 +109,7 @@ def _count(code: list) -> dict:
 
 
 def _without_returns(loops: list, ends: list) -> list:
-    """Less the jumps back out of code that was moved behind the end of the program, as rare cases are: no loops."""
+    """Without the jumps back out of code that the compiler moved behind the end of the program (rare cases): not loops."""
     return [(start, end) for start, end in loops if not any(start <= i < end for i in ends)]
 
 
@@ -347,9 +235,6 @@ def _occupancy(fits: dict, warps: int, max_warps: int) -> dict:
     return {"warps_resident": fits[least] * warps, "warps_max": max_warps, "limited_by": least}
 
 
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
 def limits_h100(row: dict) -> dict:
     """Lower limits on paper, in ms per 1e9 elements, of an H100 SXM at its boost clock; never a time measured.
 
@@ -367,19 +252,3 @@ def limits_h100(row: dict) -> dict:
     }
     times = {f"paper_limit_{name}_ms": 1e12 * seconds for name, seconds in limits.items()}
     return times | {"paper_bound_by": max(limits, key=limits.get)}
-
-
-def markdown_table(rows: list[dict], columns=None) -> str:
-    """A Markdown table of rows from `inspect` or of any other dicts; by default of all keys but histogram, loops and outer."""
-    if columns is None:
-        columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("histogram", "loops", "outer")]
-
-    def cell(value) -> str:
-        if isinstance(value, dict):  # {128: 4} -> 128 x 4
-            return ", ".join(f"{k} x {n}" for k, n in value.items()) or "-"
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-    numeric = [all(isinstance(row.get(k), int | float | None) for row in rows) for k in columns]
-    lines = [[k.replace("_", " ") for k in columns], ["--:" if n else "---" for n in numeric]]
-    lines += [[cell(row.get(k)) for k in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

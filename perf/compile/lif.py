@@ -1,0 +1,142 @@
+"""lif, lif_rate and leaky, and SpikingJelly's LIF."""
+
+from typing import NamedTuple
+
+import torch
+
+import sdit_kernels
+from perf import peers
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
+from perf.ops import passes
+
+STRETCH = 16  # steps that a LIF kernel holds in registers; a longer T is a loop over stretches
+
+
+class Case(NamedTuple):
+    """A call of lif, lif_rate or leaky, forward and backward."""
+
+    variant: str
+    op: str = "lif"
+    T: int = 4
+    v: bool = False  # membrane given, and its gradient wanted
+    parameters: str = ""  # tau (leaky: beta) and v_threshold that are learnt: "scalar" or "channel"
+    extras: bool = False  # lif_rate: residual and gate
+
+    is_peer = False
+
+    def launch(self, dtype):
+        def tensor(*leading, wanted=True):
+            return torch.empty(*leading, *SHAPE, dtype=dtype, requires_grad=wanted)
+
+        inputs = [tensor() if self.op == "lif_rate" else tensor(self.T)]
+        keywords = {"lif_rate": {"T": self.T}, "leaky": {"beta": 0.5}}.get(self.op, {})
+        if self.v:
+            inputs.append(tensor())
+        if self.parameters:
+            size = () if self.parameters == "scalar" else SHAPE[-1:]
+            names = ("beta" if self.op == "leaky" else "tau", "v_threshold")
+            keywords |= {name: torch.full(size, 1.0, requires_grad=True) for name in names}
+        if self.extras:
+            keywords |= {"residual": tensor(wanted=False), "gate": tensor()}
+        wanted = [t for t in (*inputs, *keywords.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+        with sdit_kernels.backend("triton"):
+            out = getattr(sdit_kernels, self.op)(*inputs, **keywords)
+            torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+    def floor(self, direction: str, size: int, rows: int = 1) -> float:
+        """Bytes per element of x that must move; ``size`` of an element, ``rows`` that share a channel in a tile.
+
+        States (a given membrane, the checkpoint) count once per neuron and stretch, vectors of parameters once per program.
+        """
+        backward, per_neuron = direction == "backward", 0
+        if self.T > STRETCH and self.op != "lif_rate":
+            per_neuron += 4  # the checkpoint
+        if self.v:
+            per_neuron += 2 * size if backward else size
+        if self.parameters == "channel":
+            per_neuron += (16 if backward else 8) / rows  # tau, threshold; partial sums of their gradients
+        tensors = passes(direction, 2) + (not backward) if self.extras else passes(direction, 1)  # the residual: forward alone
+        return tensors * size + per_neuron / (1 if self.op == "lif_rate" else min(self.T, STRETCH))
+
+    def figures(self, it: Launched) -> Figures:
+        count, widths, steps = it.found, it.widths, min(self.T, STRETCH)  # the code of one stretch stands for all
+        if self.op == "lif_rate" and self.T > STRETCH:
+            steps = self.T
+            count = more_turns(count, *count["loops"], self.T - 1)
+        if self.parameters == "scalar":  # one number that all threads load, and partial sums: one number a program
+            small = it.found["loads"].get(32, 0) + it.found["stores"].get(32, 0)
+            count, widths = count | {"bytes": count["bytes"] - 4 * small}, widths - {32}
+        floor = self.floor(it.direction, it.size, it.arguments.get("BR", 1))
+        if self.op == "lif_rate":
+            return Figures(it.name, count, it.neurons, floor, steps, widths)
+        return Figures(it.name, count, it.neurons * steps, floor, widths=widths)
+
+
+class SpikingJelly(NamedTuple):
+    """SpikingJelly's LIF. Its floor is the floor of lif without a membrane."""
+
+    variant: str
+    T: int = 4
+    op: str = "spikingjelly"
+
+    is_peer = True
+
+    def launch(self, dtype):
+        peers.launch_spikingjelly(torch.empty(self.T, *SHAPE, dtype=dtype))
+
+    def figures(self, it: Launched) -> Figures:
+        (loop,) = it.found["loops"]
+        turns = self.T * it.neurons * (2 * it.size + 4) / loop["bytes"]  # a step reads x, or h and g, and a membrane
+        count = more_turns(it.found, loop, turns - 1)
+        return Figures(f"spikingjelly{it.name}", count, it.neurons * self.T, passes(it.direction, 1) * it.size)
+
+
+CASES = (
+    Case("T=4"),
+    Case("T=16", T=16),
+    Case("T=32", T=32),
+    Case("T=4, v given", v=True),
+    Case("T=4, learnt scalars", parameters="scalar"),
+    Case("T=4, learnt channels", parameters="channel"),
+    Case("T=16, learnt channels", T=16, parameters="channel"),
+    Case("T=32, learnt channels", T=32, parameters="channel"),
+    Case("T=4", "lif_rate"),
+    Case("T=32", "lif_rate", T=32),
+    Case("T=4, gate, residual", "lif_rate", extras=True),
+    Case("T=4, learnt scalars", "lif_rate", parameters="scalar"),
+    Case("T=4, learnt channels", "lif_rate", parameters="channel"),
+    SpikingJelly("T=4"),
+    SpikingJelly("T=16", 16),
+)
+LEAKY_CASES = tuple(case._replace(op="leaky") for case in CASES[:6]) + (CASES[7]._replace(op="leaky"),)
+QUICK = tuple(c for c in CASES if c.T == 4 and c.variant not in ("T=4, v given", "T=4, learnt scalars"))
+
+LIF_NOTES = """
+How to read it:
+
+- *registers*, *spills* and *shared* (bytes per program) are the compiler's own figures. *(+n scalar)*: on AMD, scalar registers
+  moved to lanes of a vector register; that costs an instruction, not memory. *resident*: warps (AMD: waves) that an SM, CU or
+  WGP holds at once, and how many it could hold.
+- *loads*, *stores*: width in bits x how often it stands in the code of a thread.
+- *bytes* per element of x (`lif`: T x neurons; `lif_rate`: neurons), beside the *floor*: each tensor is read or written once.
+  With b bytes an element, `lif` moves 2 b in the forward pass and 3 b in the backward pass. A given membrane, a checkpoint per
+  16 steps (T > 16), gate and residual add to that; so do, once per program, the parameters of its channels and their gradients
+  (counted for a small input, where a program has one tile; on large inputs it has several).
+- *instructions* and *special* (reciprocals, exponentials) per neuron and step include everything: addresses, loads, stores,
+  and the work that a program does once. On gfx1100 the scheduler's hints (`s_delay_alu`) count as instructions.
+- *paper*: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of x. *bound by* names the
+  largest. This is arithmetic on paper, not a prediction.
+- learnt: tau and v_threshold are tensors whose gradients are wanted. T=32 is a loop over stretches of 16 steps. Backward
+  kernels that keep much per neuron take narrower tiles, so that nothing spills: their accesses have 64 or 32 bits, contiguous
+  across the warp.
+- `spikingjelly`: its Triton kernels for LIF with its own launch settings. They take a membrane and return one. The forward
+  kernel writes the charge of every step in fp32 for the backward kernel. Their floor is the floor of `lif` without a membrane.
+"""
+LEAKY_NOTES = """\
+
+- Columns as in compile_lif.md; reset "subtract", with delay. `leaky` moves as many bytes as `lif`: with b bytes an element, 2 b
+  in the forward pass and 3 b in the backward pass.
+"""
+
+LIF = Stem(CASES, QUICK, 1.001, True, LIF_NOTES)
+LEAKY = Stem(LEAKY_CASES, LEAKY_CASES[:1], 1.001, True, LEAKY_NOTES)

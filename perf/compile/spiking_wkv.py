@@ -1,0 +1,75 @@
+"""spiking_wkv."""
+
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, one_turn
+from perf.ops import passes
+from sdit_kernels import layout
+from sdit_kernels.ops.lif import Neuron
+from sdit_kernels.triton import spiking_wkv
+
+
+class SpikingCase(NamedTuple):
+    """A call of the spiking_wkv launchers, checkpoint kept, in one walk over the tokens."""
+
+    variant: str
+    gate: bool = False
+    rate: bool = False
+    T: int = 4
+
+    op = "spiking_wkv"
+    is_peer = False
+
+    def launch(self, dtype):
+        B, L, C = SHAPE
+        k, v, dk, dv, r, dr = [torch.empty(self.T, *SHAPE, dtype=dtype) for _ in range(6)]
+        r, dr = (r, dr) if self.gate else (None, None)
+        out, g = [torch.empty(SHAPE if self.rate else (self.T, *SHAPE), dtype=dtype) for _ in range(2)]
+        w, u, d_w, d_u = (torch.empty(C) for _ in range(4))
+        rows = layout.wkv_rows(self.T * B, L, None, layout.spiking_tile(self.T, "triton"))
+        checkpoint = torch.empty(3, rows, C)
+        neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
+        with mock.patch.object(spiking_wkv, "_FUSED", 0):
+            spiking_wkv.spiking_wkv_forward(
+                k, v, r, w, u, True, None, None, None, None, None, neuron, self.rate, out, None, None, None, checkpoint
+            )
+            spiking_wkv.spiking_wkv_backward(
+                g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, self.rate, False,
+                dk, dv, dr, d_w, d_u, None, None, None,
+            )  # fmt: skip
+
+    def figures(self, it: Launched) -> Figures:
+        """Per element of k. The gradient of a rate, which all steps read, counts once."""
+        if it.name == "wkv_sums":
+            return Figures(it.name, widths=set(it.found["loads"]))  # it stores one number for many that it reads
+        tile, backward = it.arguments["TOKENS"], it.direction == "backward"
+        tokens = it.arguments["HELD"] if backward else tile
+        parts = tile // tokens
+        count = one_turn(it.found, parts)
+        count["bytes"] -= (1 - 1 / parts) * 12 * self.T
+        if backward and self.rate:
+            count["bytes"] -= (self.T - 1) * tokens * it.size
+        tensors = passes(it.direction, 2 + self.gate, 1 / self.T if self.rate else 1)
+        return Figures(it.name, count, self.T * tokens, tensors * it.size + 12 / tile)
+
+
+CASES = (
+    SpikingCase("T=4"),
+    SpikingCase("T=4, gate", gate=True),
+    SpikingCase("T=4, gate, rate", gate=True, rate=True),
+)
+
+NOTES = """
+How to read it:
+
+- Columns as in compile_wkv.md, per element of k, which is per time step, token and channel. A tile is 16 pairs of time step and
+  token. The *floor* is k, v, r, the spikes (with rate: one value for all steps), the gradients and the scan states, once each.
+- With a gate and without states, this moves 4 tensors in the forward pass where wkv followed by lif moves 6, and 7 in the
+  backward pass where they move 10.
+- On gfx942 a wave of 64 lanes serves 32 channels: half of the lanes idle.
+"""
+
+SPIKING_WKV = Stem(CASES, CASES[1:2], 1.10, False, NOTES)

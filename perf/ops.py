@@ -1,0 +1,169 @@
+"""Per op, told once for all measurements: its call, its data, its definition in float64, and the bytes that it must move."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from perf.harness import Contestant, forward_backward, inference
+from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+
+T = 4  # time steps
+EPS = 1e-6  # of the norm in token_shift
+HALF = (torch.bfloat16, torch.float16)
+# Relative rms error allowed against float64, of outputs and of gradients
+OUTPUT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def current(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
+    """Input of which a sixth of the neurons fire. Odd multiples of 1/32 make every membrane exact and none equal to the
+    threshold, so that spikes must agree bit for bit whatever the order of operations, in bfloat16 too."""
+    generator = torch.Generator().manual_seed(0)
+    x = (0.5 + 1.5 * torch.randn(shape, generator=generator)).clamp(-7, 7)
+    x = ((x * 16).floor() + 0.5) / 16
+    return x.to(device, dtype).requires_grad_(requires_grad)
+
+
+def normal(*shape, device="cpu", dtype=torch.float32, scale=1.0, mean=0.0, seed=0, requires_grad=True):
+    """Values from a normal distribution, the same for a device and a seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = mean + scale * torch.randn(shape, generator=generator, device=device)
+    return x.to(dtype).requires_grad_(requires_grad)
+
+
+def decay_and_bonus(channels, device="cpu", requires_grad=True):
+    """time_decay and time_first: RWKV-4's initial values for a layer in the middle of a network."""
+    c = torch.arange(channels, device=device, dtype=torch.float32)
+    vectors = -5 + 8 * (c / max(channels - 1, 1)) ** 0.9, -1.2 + 0.5 * ((c + 1) % 3 - 1)
+    return [t.requires_grad_(requires_grad) for t in vectors]
+
+
+def mixes(channels, number=3, device="cpu", requires_grad=True):
+    """Mix vectors of token_shift, between 0 and 1."""
+    vectors = torch.rand(number, channels, generator=torch.Generator().manual_seed(0)).to(device)
+    return [t.requires_grad_(requires_grad) for t in vectors.unbind()]
+
+
+def _scan(tensors, *shape, scale_of_v=1.0, device="cpu", dtype=torch.float32, requires_grad=True):
+    """time_decay and time_first in float32; k, v and perhaps r."""
+    how = {"device": device, "dtype": dtype, "requires_grad": requires_grad}
+    data = [normal(*shape, scale=scale_of_v if i == 1 else 1.0, seed=i, **how) for i in range(tensors)]
+    return [*decay_and_bonus(shape[-1], device, requires_grad), *data]
+
+
+def _steps(*shape, **how):
+    return [current(T, *shape, **how)]
+
+
+def _shift(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
+    x = normal(*shape, device=device, dtype=dtype, requires_grad=requires_grad)
+    return [x, *mixes(shape[-1], device=device, requires_grad=requires_grad)]
+
+
+# ---- ops -------------------------------------------------------------------------------------------------------------
+
+
+def passes(mode: str, inputs: float, outputs: float = 1) -> float:
+    """Tensors that an ideal implementation reads or writes, each once.
+
+    Forward these are the inputs and the outputs; backward the inputs, their gradients and the gradients of the outputs.
+    """
+    forward, backward = inputs + outputs, 2 * inputs + outputs
+    return {"forward": forward, "inference": forward, "backward": backward, "forward+backward": forward + backward}[mode]
+
+
+class Op(NamedTuple):
+    """An op, called as `op.call(*op.data(*shape))`."""
+
+    call: Callable
+    data: Callable  # (*shape of one time step, device=, dtype=, requires_grad=) -> the arguments
+    inputs: int = 1  # arguments as large as the data; the others are vectors of channels
+    outputs: int = 1
+
+    def bytes(self, mode: str, leaves) -> int:
+        """Bytes that an ideal implementation moves: see `passes`."""
+        return passes(mode, self.inputs, self.outputs) * max(t.nbytes for t in leaves)
+
+
+OPS = {
+    "lif": Op(lif, _steps),
+    "lif_rate": Op(lif_rate, lambda *shape, **how: [current(*shape, **how)]),
+    "leaky": Op(functools.partial(leaky, beta=0.9), _steps),
+    "wkv": Op(wkv, functools.partial(_scan, 2), 2),
+    # v is large, so that a part of the neurons fires
+    "spiking_wkv": Op(spiking_wkv, lambda *shape, **how: _scan(3, T, *shape, scale_of_v=3.0, **how), 3),
+    "token_shift": Op(functools.partial(token_shift, norm_eps=EPS), _shift, 1, 3),
+    "relu_squared": Op(relu_squared, lambda *shape, **how: [normal(*shape, **how)]),
+}
+
+
+def calls(shape, device="cpu") -> dict:
+    """{name: (function, leaves)}: the ops, and further ways to call them that reach other kernels; one output each."""
+    B, L, C = shape
+    found = {name: (op.call, op.data(*shape, device=device)) for name, op in OPS.items()}
+
+    def learnt(op, name, value):
+        vector = torch.full((C,), value, device=device, requires_grad=True)
+        return lambda x, vector: op(x, **{name: vector}), [found[op.__name__][1][0], vector]
+
+    found |= {"lif": learnt(lif, "tau", 2.0), "lif_rate": learnt(lif_rate, "tau", 2.0), "leaky": learnt(leaky, "beta", 0.9)}
+    shift, leaves = found["token_shift"]
+    found["token_shift"] = (lambda x, m: shift(x, m)[0], leaves[:2])
+    _, leaves = found.pop("wkv")
+    ways = {"serial": {"algorithm": "serial"}, "chunked": {"algorithm": "chunked"}, "bidirectional": {"bidirectional": True}}
+    found |= {f"wkv {name}": (functools.partial(wkv, **how), leaves) for name, how in ways.items()}
+    ends = torch.tensor([0, L // 3, B * L], device=device)
+    packed = [normal(1, B * L, C, device=device, seed=i) for i in range(3)]
+    packed_call = functools.partial(wkv, cu_seqlens=ends, max_seqlen=B * L)
+    found["wkv gate, packed"] = (lambda d, u, k, v, r: packed_call(d, u, k, v, r=r), [*leaves[:2], *packed])
+    return found
+
+
+def contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=None, **extra) -> Contestant:
+    """A row of a table: f(*leaves) in one mode, "forward", "inference" or "forward+backward". ``extra``: more columns."""
+    run = forward_backward(f, leaves, g, parameters) if mode == "forward+backward" else inference(f, leaves)
+    return Contestant(name, run, skip=skip, extra={"mode": mode, **extra}, bytes=bytes)
+
+
+# ---- definition ------------------------------------------------------------------------------------------------------
+
+
+def exact(f, leaves, gs=None):
+    """(outputs, gradients) of f(*leaves) by the definition in float64 on the same device; without ``gs`` no gradients."""
+    leaves = [t.detach().double().requires_grad_(gs is not None) for t in leaves]
+    with backend("reference"):
+        outputs = several(f(*leaves))
+        return outputs, None if gs is None else torch.autograd.grad(outputs, leaves, [g.double() for g in gs])
+
+
+def several(outputs) -> tuple:
+    """The outputs as a tuple, where there may be one or more."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def rms_error(got, want) -> float:
+    """Relative rms error against float64; the largest of several tensors'."""
+    pairs = zip(several(got), several(want), strict=True)
+    return max(((a.double() - b).square().mean() / b.square().mean()).sqrt().item() for a, b in pairs)
+
+
+def agree(what, f, leaves, exact_output=False) -> dict:
+    """Raise AssertionError unless outputs and gradients of f(*leaves) are near the definition; return the errors."""
+    outputs = several(f(*leaves))
+    dtype = outputs[0].dtype
+    gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i, requires_grad=False) for i, o in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, leaves, gs)
+    wanted, want = exact(f, leaves, gs)
+    if exact_output:
+        assert torch.equal(outputs[0].double(), wanted[0]), f"{what}: outputs differ"
+    assert all(t.isfinite().all() for t in (*outputs, *found)), f"{what}: not finite"
+    for kind, got, exactly, limit in (("output", outputs, wanted, OUTPUT_ERROR), ("gradient", found, want, GRADIENT_ERROR)):
+        for i, (a, b) in enumerate(zip(got, exactly)):
+            error = rms_error(a, b)
+            assert error <= limit[dtype], f"{what}: {kind} {i} has relative rms error {error:.2e}, {limit[dtype]:.0e} allowed"
+    return {what: {"output": rms_error(outputs, wanted), "gradient": rms_error(found, want)}}

@@ -1,0 +1,218 @@
+"""What the ops are compared with: other libraries, plain PyTorch, and torch.compile of it.
+
+A `Peer` says how it is called, or why it cannot be called here. Libraries are imported when they are needed.
+"""
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+
+from perf.harness import missing
+from perf.ops import EPS, T
+from sdit_kernels import lif, reference, wkv
+
+
+class Peer(NamedTuple):
+    """Another implementation of an op, called with the arguments of the op."""
+
+    name: str
+    call: Callable | None
+    skip: str | None = None  # why it does not run here
+    same_as: Callable | None = None  # the call of ours that has its outputs and gradients, where that is not the op's default
+
+
+def compiled(f, leaves):
+    """(torch.compile of f, None), or (None, why it fails)."""
+    found = torch.compile(f)
+    try:
+        found(*leaves)
+    except Exception as e:  # it needs a C++ compiler on the CPU, Triton on a GPU; each fails with types of its own
+        return None, f"torch.compile: {str(e).splitlines()[0][:60]}"
+    return found, None
+
+
+# ---- neurons ---------------------------------------------------------------------------------------------------------
+
+
+def spikingjelly_lif(v_threshold=1.0):
+    """SpikingJelly's LIFNode, currents (T, ...) -> spikes; None where it is not installed.
+
+    The state is reset before every call, as its users must.
+    """
+    if missing("spikingjelly"):
+        return None
+    from spikingjelly.activation_based import neuron, surrogate
+
+    node = neuron.LIFNode(tau=2.0, v_threshold=v_threshold, v_reset=0.0, surrogate_function=surrogate.ATan(), step_mode="m")
+
+    def run(x):
+        node.reset()
+        return node(x)
+
+    return run
+
+
+def snntorch_loop(neuron, membranes=True):
+    """The loop over time steps that snnTorch's users write: currents (T, ...) -> spikes and ``membranes``, or spikes alone."""
+
+    def run(x):
+        membrane, spikes, kept = torch.zeros_like(x[0]), [], []
+        for x_t in x:
+            s, membrane = neuron(x_t, membrane)
+            spikes.append(s)
+            if membranes:
+                kept.append(membrane)
+        return (torch.stack(spikes), torch.stack(kept)) if membranes else torch.stack(spikes)
+
+    return run
+
+
+def snntorch_leaky(device):
+    """snnTorch's Leaky, currents (T, ...) -> spikes; None where it is not installed.
+
+    With beta = 1 - 1/tau and a reset to zero its spikes equal lif(decay_input=False). It lets no gradient through the
+    reset, which is detach_reset=True.
+    """
+    if missing("snntorch"):
+        return None
+    import snntorch
+    from snntorch import surrogate
+
+    neuron = snntorch.Leaky(beta=0.5, spike_grad=surrogate.atan(), reset_mechanism="zero").to(device)
+    return snntorch_loop(neuron, membranes=False)
+
+
+def launch_spikingjelly(x):
+    """SpikingJelly's Triton kernels of LIF, forward and backward, without its check of the device: for compile/."""
+    import spikingjelly._ops.lif.triton as peer
+
+    neuron = (2.0, True, 1.0, 0.0, False, 2.0, False, 1)  # tau, decay_input, threshold, reset, detach, alpha, v_seq, ATan
+    no_check, no_device = mock.patch.object(torch, "_check"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext)
+    with no_check, no_device:
+        s, v, h = peer._forward_impl(x, torch.empty_like(x[0]), *neuron)
+        peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
+
+
+def of_lif(x) -> list[Peer]:
+    theirs = functools.partial(lif, decay_input=False, detach_reset=True)
+    return [
+        Peer("SpikingJelly LIFNode", spikingjelly_lif(), missing("spikingjelly")),
+        Peer("plain loop", reference.lif),
+        Peer("torch.compile(plain loop)", *compiled(reference.lif, [x])),
+        Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), missing("snntorch"), theirs),
+    ]
+
+
+def of_lif_rate() -> list[Peer]:
+    node = spikingjelly_lif()
+
+    def repeated(x):
+        return node(x.repeat(T, *[1] * x.dim())).mean(0)
+
+    return [
+        Peer("repeat, LIFNode, mean", repeated, missing("spikingjelly")),
+        Peer("plain loop", reference.lif_rate),
+    ]
+
+
+# ---- scans -----------------------------------------------------------------------------------------------------------
+
+
+def eager_step(w, time_first, k, v, state):
+    """RWKV's recurrence with a running maximum, one token of it: the output and the next (numerator, denominator, maximum)."""
+    a, b, o = state
+    top = torch.maximum(o, time_first + k)
+    old, new = torch.exp(o - top), torch.exp(time_first + k - top)
+    out = (old * a + new * v) / (old * b + new)
+    top = torch.maximum(w + o, k)
+    old, new = torch.exp(w + o - top), torch.exp(k - top)
+    return out, (old * a + new * v, old * b + new, top)
+
+
+def eager_loop(time_decay, time_first, k, v, unbind=False):
+    """`eager_step` in a loop over tokens, as its users write it in PyTorch: with k[:, t], whose gradient is a tensor of zeros
+    per token. ``unbind`` takes the tokens apart once instead."""
+    w, dtype = -torch.exp(time_decay), k.dtype
+    k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (k, v))
+    nought = torch.zeros_like(k[:, 0])
+    state, out = (nought, nought, torch.full_like(nought, -1e38)), []
+    for kt, vt in zip(k.unbind(1), v.unbind(1)) if unbind else ((k[:, t], v[:, t]) for t in range(k.shape[1])):
+        y, state = eager_step(w, time_first, kt, vt, state)
+        out.append(y)
+    return torch.stack(out, 1).to(dtype)
+
+
+def heinsen(time_decay, time_first, k, v):
+    """The recurrence by two cumulative log-sum-exps (Heinsen, arXiv 2311.06281). Values are shifted to be positive: an average
+    of shifted values is the shifted average."""
+    w, dtype = -torch.exp(time_decay), k.dtype
+    k, v = k.float(), v.float()
+    low = v.detach().amin() - 1
+    steps = torch.arange(k.shape[1], device=k.device, dtype=k.dtype)[:, None]
+    weight = k - steps * w
+    value = torch.log(v - low)
+    n, d = torch.logcumsumexp(weight + value, 1), torch.logcumsumexp(weight, 1)
+    past = (steps[1:] - 1) * w  # of the state before token t
+    n = torch.logaddexp(n[:, :-1] + past, time_first + k[:, 1:] + value[:, 1:])
+    d = torch.logaddexp(d[:, :-1] + past, time_first + k[:, 1:])
+    return torch.cat([v[:, :1], torch.exp(n - d) + low], 1).to(dtype)
+
+
+def flash_linear_attention(time_decay, time_first, k, v):
+    from fla.ops.rwkv4 import fused_recurrent_rwkv4
+
+    state = k.new_zeros(len(k), 3, 1, k.shape[2], dtype=torch.float32)  # numerator, denominator, exponent
+    state[:, 2] = -1e38
+    return fused_recurrent_rwkv4(time_decay, time_first, k, v, state)[0]
+
+
+def launch_fla(time_decay, time_first, k, v):
+    """Its Triton kernels, forward and backward, from launchers that take and return a state: for compile/."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it sees no GPU
+        import fla.ops.rwkv4.fused_recurrent as peer
+
+    B, _, C = k.shape
+    out, states = peer.fused_recurrent_rwkv4_forward(time_decay, time_first, k, v, torch.empty(B, 3, 1, C))
+    peer.fused_recurrent_rwkv4_backward(time_decay, time_first, k, v, states, out, states[:, :, -1:])
+
+
+def of_wkv(device) -> list[Peer]:
+    no_gpu = None if torch.device(device).type == "cuda" else "needs a GPU"
+    return [
+        Peer("eager loop", eager_loop),
+        Peer("eager loop, unbound", functools.partial(eager_loop, unbind=True)),
+        Peer("Heinsen's form", heinsen),
+        Peer("flash-linear-attention", flash_linear_attention, no_gpu or missing("fla")),
+    ]
+
+
+def wkv_then_lif(time_decay, time_first, k, v, r=None):
+    """spiking_wkv as a chain of two ops."""
+    steps = k.shape[:2]
+    k, v, r = (t if t is None else t.flatten(0, 1) for t in (k, v, r))
+    return lif(wkv(time_decay, time_first, k, v, r=r).unflatten(0, steps))
+
+
+# ---- token_shift and relu_squared ------------------------------------------------------------------------------------
+
+
+def plain_token_shift(x, *mixes):
+    """The norm, the shift by one token and a lerp per mix vector."""
+    x = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    before = F.pad(x, (0, 0, 1, -1))
+    return tuple(x * m + before * (1 - m) for m in mixes)
+
+
+def plain_relu_squared(x):
+    return torch.relu(x).square()
+
+
+def of_mix(plain, leaves) -> list[Peer]:
+    return [Peer("plain PyTorch", plain), Peer("torch.compile(plain)", *compiled(plain, leaves))]

@@ -1,0 +1,36 @@
+"""examples/: each runs by itself, small, and is short enough to copy."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CASES = {  # file: the library that it needs, arguments that make it short, what its last lines say
+    "spikingjelly_digits.py": ("spikingjelly", ("--epochs", "1"), ("SpikingJelly: ", "accelerated: ", "% right")),
+    "snntorch_digits.py": ("snntorch", ("--epochs", "1"), ("loop: ", "unroll: ", "% right")),
+    "rwkv_text.py": ("transformers", ("--steps", "1"), ("loss", "ms a step", "def ")),
+}
+
+
+def test_every_example_is_here_and_is_short():
+    files = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
+    assert files.keys() == CASES.keys()
+    for name, text in files.items():
+        assert len(text.splitlines()) < 40 and "from perf" not in text, name  # a user copies the file, and has no perf/
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_example_runs(name):
+    library, arguments, words = CASES[name]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed (make peers)")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = done.stdout
+    assert all(word in output for word in words), output
