@@ -128,9 +128,7 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
         assert row["bytes_per_element"] == pytest.approx(row["floor"]), row
         assert row["narrowest"] == 8 * size, row
         assert row["instructions_per_step"] < (122 if backward else 55), row
-        assert row["special_per_step"] < (3.7 if backward else 3.1), (
-            row
-        )  # two exponentials and a reciprocal; half walked twice
+        assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
     assert "The WKV kernels" in markdown(wkv_rows, FACTS)
 
 

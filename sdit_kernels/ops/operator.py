@@ -155,8 +155,8 @@ def register(
     tensors = len(batch_axes)
 
     def needs_dispatcher(args):
-        """True if PyTorch's dispatcher must see this call: a dispatch mode or the profiler is active, or an argument is a tensor
-        subclass, meta, or lazily negated. Otherwise an eager call skips the dispatcher and saves about 24 us."""
+        """True if PyTorch's dispatcher must see this call: a dispatch mode or the profiler is active, or an argument is a
+        tensor subclass, meta, or lazily negated. Otherwise an eager call skips the dispatcher and saves about 24 us."""
         if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
             return True
         return any(
