@@ -59,7 +59,7 @@ class Fused:
         self.methods = methods
         self.cls = cls
         for name in dir(methods):
-            if not name.startswith("_"):
+            if not name.startswith("_") and hasattr(cls, name):  # SpikingJelly 0.0.0.0.14 has fewer
                 _ask(cls, name)
 
     def __reduce__(self):  # the library's class in another process has to be told as well
