@@ -59,9 +59,7 @@ def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
 # The checksum is of the whole file, with _UNKNOWN in its own place. CRC-32 finds all damage that lies within 32 bits and misses
 # one in 4e9 of other damage. It is the cheapest: zlib's CRC-32 runs at 1.4 GB/s, hashlib's SHA-256 at 0.6 and blake2b at 0.3.
 _UNKNOWN = b"--------"
-_CHECKSUM = re.compile(
-    rb'("sdit": ?"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})'
-)  # a string in the header has no quote without backslash
+_CHECKSUM = re.compile(rb'("sdit": ?"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})')  # inside strings, quotes have a backslash
 
 
 def _verify(path):
@@ -112,10 +110,16 @@ def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """
     with _opened(path) as (file, meta):
         groups = {}
-        for key in file.keys():  # noqa: SIM118 - it is not a dict
-            group, name = key.split(".", 1)
+        for group, name, key in _tensors(file):
             groups.setdefault(group, {})[name] = file.get_tensor(key)
         return groups, meta
+
+
+def _tensors(file):
+    """(group, name, key in the file) of each tensor, by the name that it has in today's models."""
+    for key in file.keys():  # noqa: SIM118 - it is not a dict
+        group, name = key.split(".", 1)
+        yield group, re.sub(r"^spread\.", "condition_to_patches.", name), key
 
 
 def about(path) -> dict:
@@ -152,9 +156,9 @@ def load_model(path, ema: bool = True) -> SDiT:
     """
     path = newest(path)
     with _opened(path) as (file, meta):
-        keys = list(file.keys())
-        group = "ema." if ema and any(key.startswith("ema.") for key in keys) else "model."
-        weights = {key.removeprefix(group): file.get_tensor(key) for key in keys if key.startswith(group)}
+        tensors = list(_tensors(file))
+        wanted = "ema" if ema and any(group == "ema" for group, *_ in tensors) else "model"
+        weights = {name: file.get_tensor(key) for group, name, key in tensors if group == wanted}
     try:
         config = Config.from_dict(meta.get("config", {}))
         with torch.device("meta"):

@@ -117,7 +117,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     """
     B = len(batch[0])
     fired = {}
-    with torch.no_grad(), model.record(fired) as rates, _counted(model) as counts, backend("reference"):
+    with torch.no_grad(), model.record(fired) as rates, _counted(model) as counts, _plain(model):
         model(*batch)
     with torch.enable_grad(), FlopCounterMode(display=False) as computed:  # it stumbles over views made without gradients
         model(*batch)
@@ -131,7 +131,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         if isinstance(module, SpikingTimeMix)
         for part in ("key", "value", "receptance", "output")
     ]
-    with backend("reference"):
+    with _plain(model):
         plain = _saved_bytes(model, [part[:1] for part in batch])
     return Info(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -146,6 +146,17 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         synaptic_operations={name: rates[name] * counts[name] for name in of_spikes},
         spiking_multiply_adds=sum(counts[name] for name in of_spikes),
     )
+
+
+@contextlib.contextmanager
+def _plain(model):
+    """The plain form with the reference: no work is shared, and autograd keeps what it keeps of PyTorch's own operations."""
+    before, model.plain = model.plain, True
+    try:
+        with backend("reference"):
+            yield
+    finally:
+        model.plain = before
 
 
 @contextlib.contextmanager

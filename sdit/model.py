@@ -3,12 +3,12 @@ speak in firing rates, over the patches of a noisy image.
 
 Letters: B batch, T simulation steps, L tokens, C channels, N patches.
 
-The network has one definition and two ways to compute it. The plain way is the equations: every block appends its
-reconstruction tokens to those of the image, B copies of them, and runs its layers over all. It is taken under
-``sdit_kernels.backend("reference")`` or with ``model.plain = True``. The other way gives the same numbers for less work. The
-scan over tokens is causal, and the image comes first: its tokens never see the reconstruction tokens, which start from the
-state that the image leaves. And those are the same for the whole batch, so that their norm, shift, keys, values and
-receptances are computed once (but for the first of them, which mixes with the last token of the image).
+The network has one definition and two ways to compute it. The plain form, ``model.plain = True``, is the equations: every block
+appends its reconstruction tokens to the tokens of the image, B copies of them, and runs its layers over all. The other form
+gives the same numbers for less work. The scan over tokens is causal, and the image comes first: its tokens never see the
+reconstruction tokens, which start from the state that the image leaves. The reconstruction tokens are the same for the whole
+batch, so their norm, shift, keys, values and receptances are computed once (except for the first of them, which mixes with the
+last token of the image). ``sdit_kernels.backend`` chooses the kernels, or the reference, of both forms.
 """
 
 import contextlib
@@ -20,30 +20,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sdit_kernels import backend, dispatch, lif, nvtx, spiking_wkv, token_shift
+from sdit_kernels import lif, nvtx, spiking_wkv, token_shift
 from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
 
 from .config import Config
+
+try:
+    from einops import rearrange
+except ImportError:
+    raise ImportError("the model needs einops: pip install einops") from None
 
 __all__ = ["SDiT"]
 
 EPS = 1e-6  # of every LayerNorm; none has affine parameters
 
 
-def _plain() -> bool:
-    return dispatch.requested() == "reference"
-
-
-class Rate(LIFRate):
+class RecordedRate(LIFRate):
     """The neuron of a layer: its firing rate, recorded when asked; in the plain form the current is repeated T times."""
 
     recorder = None
+    plain = False
 
     def forward(self, x: Tensor, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         if self.recorder is not None:
             with torch.no_grad():
                 self.recorder("", super().forward(x, None, gate))
-        if not _plain():
+        if not self.plain:
             return super().forward(x, residual, gate)
         current = x if gate is None else torch.sigmoid(gate) * x
         rate = self.spikes(current).mean(0)
@@ -52,12 +54,12 @@ class Rate(LIFRate):
     def spikes(self, x: Tensor, name: str | None = None) -> Tensor:
         """T steps under the constant current x: (T, ...)."""
         T = self.T
-        s = lif(x.repeat(T, *[1] * x.dim()) if _plain() else x.expand(T, *x.shape), **self._arguments(x))
+        s = lif(x.repeat(T, *[1] * x.dim()) if self.plain else x.expand(T, *x.shape), **self._arguments(x))
         if name:
-            self.note(name, s)
+            self.record_spikes(name, s)
         return s
 
-    def note(self, name: str, s: Tensor) -> None:
+    def record_spikes(self, name: str, s: Tensor) -> None:
         if self.recorder is not None:
             self.recorder("." + name, s.detach())
 
@@ -73,6 +75,8 @@ class SpikingTimeMix(TimeMix):
     ``output`` is linear: it is given the mean of s, at 1/T of the work; the plain form gives it the spikes.
     """
 
+    plain = False
+
     def project(self, x, last=None):
         mixes = self.time_mix_k, self.time_mix_v, self.time_mix_r
         mixed = token_shift(x, *mixes, norm_eps=self.norm_eps, last=last)
@@ -81,29 +85,31 @@ class SpikingTimeMix(TimeMix):
     def scan(self, k, v, r, state=None, return_state=False):
         y, (state, _) = spiking_wkv(
             self.time_decay, self.time_first, k, v, r, **self.neuron._arguments(k), scan_state=state, return_state=True,
-            rate=not _plain(),
+            rate=not self.plain,
         )  # fmt: skip
-        self.neuron.note("output", y)
+        self.neuron.record_spikes("output", y)
         return (y, state) if return_state else y
 
     def finish(self, y, residual=None):
         y = self.output(y)
-        y = y.mean(0) if _plain() else y
+        y = y.mean(0) if self.plain else y
         return y if residual is None else residual + y
 
 
 class Block(nn.Module):
     """One block of SDiT, with R the reconstruction tokens, learned::
 
-        x    = skip(concat[x, kept])                                (decoder blocks)
+        x    = skip(concat[x, skipped])                             (decoder blocks)
         z    = concat[x, R]                                         over tokens
         z    = z + rate(TimeMix(LN(z)))
         z    = z + rate(ChannelMix(LN(z)))
         x, r = split(z)
         x    = x + x * gate,    gate = tokens_out(tokens_in(r)^T)   (B, N+1, C)
 
-    Without reconstruction tokens, x = z.
+    Without reconstruction tokens, x = z. In the shapes below L = N+1.
     """
+
+    plain = False
 
     def __init__(self, config: Config, layer: int, layers: int, skip: bool):
         super().__init__()
@@ -112,9 +118,9 @@ class Block(nn.Module):
         self.skip = nn.Linear(2 * C, C) if skip else None
         attention = SpikingTimeMix if config.spiking == "wkv" else TimeMix
         self.attention = attention(
-            C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron), bidirectional=config.bidirectional
+            C, layer, layers, norm_eps=EPS, neuron=RecordedRate(config.T, **neuron), bidirectional=config.bidirectional
         )
-        self.mlp = ChannelMix(C, layer, layers, norm_eps=EPS, neuron=Rate(config.T, **neuron))
+        self.mlp = ChannelMix(C, layer, layers, norm_eps=EPS, neuron=RecordedRate(config.T, **neuron))
         if config.reconstruction:
             self.reconstruction = nn.Parameter(torch.ones(1, L, C))
             self.tokens_in, self.tokens_out = nn.Linear(C, L), nn.Linear(L, C)
@@ -122,17 +128,16 @@ class Block(nn.Module):
             self.reconstruction = None
         self.frozen = None  # or a dict: what was computed once for a sampling run
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        plain = _plain()
-        if self.skip is not None:
-            x = self.skip(torch.cat([x, kept], -1)) if plain else self._join(x, kept)
+    def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
+        if self.skip is not None:  # (B, L, C), of a decoder block
+            x = self.skip(torch.cat([x, skipped], -1)) if self.plain else self._join(x, skipped)
         if self.reconstruction is None:
-            return self._mix(self._attend_all(x))
-        if plain:
-            z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)
-            x, r = self._mix(self._attend_all(z)).chunk(2, 1)
+            return self._mix(self._attend_all(x))  # (B, L, C)
+        if self.plain:
+            z = torch.cat([x, self.reconstruction.expand(len(x), -1, -1)], 1)  # (B, 2L, C)
+            x, r = self._mix(self._attend_all(z)).chunk(2, 1)  # (B, L, C) each
             return x + x * self._gate(r)
-        x, r = self._attend(x)
+        x, r = self._attend(x)  # (B, L, C) each
         x, r = self._mix(x), self._mix(r, x[:, -1])
         return x * (self._gate(r).to(x.dtype) + 1)  # addcmul would go over x and the gate three times more, coming back
 
@@ -142,14 +147,15 @@ class Block(nn.Module):
 
     @nvtx.range("reconstruction")
     def _gate(self, r):
-        return self.tokens_out(self.tokens_in(r).transpose(1, 2))
+        return self.tokens_out(self.tokens_in(r).transpose(1, 2))  # (B, L, C) -> (B, L of r, L) -> (B, L, C)
 
-    def _join(self, x, kept):
-        """``skip`` of the two side by side: a product for each half of its weight, the second added into the first."""
+    def _join(self, x, skipped):
+        """``skip`` of the two side by side: a matmul for each half of its weight, the second added into the first."""
         C = x.shape[-1]
         weight = self.skip.weight
-        first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)
-        return torch.addmm(first, kept.flatten(0, 1).to(first.dtype), weight[:, C:].t().to(first.dtype)).view_as(x).to(x.dtype)
+        first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)  # (B L, C)
+        skipped = skipped.flatten(0, 1).to(first.dtype)
+        return torch.addmm(first, skipped, weight[:, C:].t().to(first.dtype)).view_as(x).to(x.dtype)
 
     @nvtx.range("attention")
     def _attend_all(self, x):
@@ -199,7 +205,7 @@ class SDiT(nn.Module):
 
     Attributes:
         config: what it was made of.
-        plain: True computes the equations as they stand; see the top of this file.
+        plain: True computes the equations as they stand, for comparison; see the top of this file.
         trained_on: a dict of the data set that a trained model learnt from, as its checkpoint has it; empty for a new model.
             Keys: name, images (their number), classes (their names), root (where the files were, or None).
         checkpointing: True keeps only the input of each block for the backward pass and computes the rest again.
@@ -226,14 +232,13 @@ class SDiT(nn.Module):
         if unknown:
             raise TypeError(f"no such fields of a Config: {', '.join(unknown)}")
         self.config = config = dataclasses.replace(config, **overrides)
-        self.plain = False
         self.trained_on = {}
         self.checkpointing = False
         C, P = config.dim, config.patch_size
         self.patches = nn.Linear(config.channels * P * P, C)
         self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
-        self.spread = nn.Linear(C, C) if config.condition == "every" else None
+        self.condition_to_patches = nn.Linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
         if config.variant == "faithful":
@@ -258,8 +263,8 @@ class SDiT(nn.Module):
             nn.init.normal_(linear.weight, std=0.02)
         for parameter in (self.final.weight, self.final.bias, self.position):
             nn.init.zeros_(parameter)
-        if self.spread is not None:
-            nn.init.zeros_(self.spread.weight)
+        if self.condition_to_patches is not None:
+            nn.init.zeros_(self.condition_to_patches.weight)
         self.smooth.reset_parameters()
         for block in self.blocks:
             block.attention.reset_parameters()
@@ -292,57 +297,59 @@ class SDiT(nn.Module):
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
 
+    @property
+    def plain(self) -> bool:
+        return self.blocks[0].plain
+
+    @plain.setter
+    def plain(self, plain: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, (Block, RecordedRate, SpikingTimeMix)):
+                module.plain = plain
+
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check(x, t, y)
         if self.blocks[0].frozen is not None and torch.is_grad_enabled():
             raise RuntimeError("frozen() is for sampling runs: call the model under torch.no_grad() inside it")
-        if self.plain and not _plain():
-            with backend("reference"):
-                return self._forward(x, t, y)
-        return self._forward(x, t, y)
-
-    def _forward(self, x, t, y):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
-        wide = contextlib.nullcontext() if not autocast else torch.autocast(device, enabled=False)
-        with wide:  # both ends of the network are cheap, and the stream of tokens stays wide
-            x = self._embed(x.to(self.position.dtype), t, y)
-        half, kept = len(self.blocks) // 2, []
-        again = self.checkpointing and torch.is_grad_enabled()
+        no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
+        with no_autocast:  # both ends of the network are cheap, and the stream of tokens keeps its precision
+            x = self._embed(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
+        half, skips = len(self.blocks) // 2, []
+        checkpointing = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            inputs = (x, kept.pop()) if i > half else (x,)
+            inputs = (x, skips.pop()) if i > half else (x,)  # (B, N+1, C) each
             block = nvtx.range(f"block {i}")(block)
-            turned = self.config.scan == "four" and i % 4
-            if turned:
+            permuted = self.config.scan == "four" and i % 4
+            if permuted:
                 inputs = tuple(a[:, self._order[i % 4]] for a in inputs)
-            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
-            if turned:
+            x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)  # (B, N+1, C)
+            if permuted:
                 x = x[:, self._back[i % 4]]
             if i < half:
-                kept.append(x)
-        with wide:
-            return self._image(x)
+                skips.append(x)
+        with no_autocast:
+            return self._image(x)  # (B, out, S, S)
 
     @nvtx.range("embedding")
     def _embed(self, x, t, y):
         """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
-        c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)
-        x = self.patches(F.pixel_unshuffle(x, self.config.patch_size).flatten(2).transpose(1, 2))
-        if self.spread is not None:
+        c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)  # (B, C)
+        x = F.pixel_unshuffle(x, self.config.patch_size)  # (B, channels P P, S/P, S/P)
+        x = self.patches(rearrange(x, "b c h w -> b (h w) c"))  # (B, N, C)
+        if self.condition_to_patches is not None:
             # The condition is large, and would drown the patches: hence this norm, and weights that start at zero.
-            x = x + self.spread(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
-        return torch.cat([c.unsqueeze(1), x], 1) + self.position
+            x = x + self.condition_to_patches(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
+        return torch.cat([c.unsqueeze(1), x], 1) + self.position  # (B, N+1, C)
 
     @nvtx.range("final")
     def _image(self, x):
         """Tokens back to an image, the condition's dropped."""
-        P, C = self.config.patch_size, self.config.out_channels
-        side = self.config.image_size // P
-        x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))
-        x = x.reshape(-1, side, side, P, P, C).permute(
-            0, 5, 1, 3, 2, 4
-        )  # (B, C, row of patches, row, column of patches, column)
-        return self.smooth(x.reshape(-1, C, side * P, side * P))
+        P = self.config.patch_size
+        x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))  # (B, N, P P out)
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.config.image_size // P, p=P, q=P)  # (B, out, S, S)
+        return self.smooth(x)
 
     def _check(self, x, t, y):
         config = self.config
@@ -381,7 +388,7 @@ class SDiT(nn.Module):
             (6, 'blocks.0.attention')
         """
         rates = {}
-        neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, Rate)]
+        neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, RecordedRate)]
         for name, neuron in neurons:
             neuron.recorder = _Mean(rates, fired, name)
         try:
@@ -438,7 +445,7 @@ def _orders(config):
     """Of scan "four": the tokens, the condition's always first, by rows, by rows backwards, by columns, by columns backwards;
     and the ways back. Both (4, N+1)."""
     rows = torch.arange(1, config.tokens, device="cpu")  # also where parameters are to be on "meta"
-    columns = rows.view(config.image_size // config.patch_size, -1).t().flatten()
+    columns = rearrange(rows, "(h w) -> (w h)", h=config.image_size // config.patch_size)
     orders = torch.stack([F.pad(order, (1, 0)) for order in (rows, rows.flip(0), columns, columns.flip(0))])
     return orders, orders.argsort(1)
 

@@ -68,8 +68,10 @@ found["user"] = tree()
 
 model = SDiT(PRESETS["digits"], dim=32, depth=2)
 inputs = randn(2, 1, 8, 8), torch.tensor([0, 999]), torch.tensor([3, 10])
+model.plain = True
 with k.backend("reference"):
     wanted = model(*inputs)
+model.plain = False
 found["plain"] = tree()
 found_ours = model(*inputs)
 found["model"] = tree()

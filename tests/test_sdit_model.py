@@ -16,7 +16,7 @@ import sdit.research
 import sdit_kernels
 from sdit import PRESETS, Config, SDiT
 from sdit.info import info
-from sdit.model import Rate
+from sdit.model import RecordedRate
 from sdit.research import from_research, load_research
 
 SMALL = Config(8, 1, 2, dim=24, depth=4, num_classes=10)
@@ -85,7 +85,7 @@ def test_golden_numbers(name, parameters, blocks, multiply_adds):
     if name == "mnist":
         assert len(model.state_dict()) == 111
     if multiply_adds:
-        with sdit.info._counted(model) as counts, sdit_kernels.backend("reference"), torch.no_grad():
+        with sdit.info._counted(model) as counts, sdit.info._plain(model), torch.no_grad():
             assert model(x, t, y).shape == (1, 6, *x.shape[2:])
         total = sum(counts.values()) / 1e9
         assert f"{total:.{len(multiply_adds.split('.')[1])}f}" == multiply_adds
@@ -312,12 +312,13 @@ def test_the_plain_form_agrees(option):
         model(*inputs)
     assert all(0.005 < rate < 0.9 for rate in rates.values())
     model.plain = True
-    want = gradients(model, parameters, *inputs)
+    with sdit_kernels.backend("reference"):
+        want = gradients(model, parameters, *inputs)
     assert_close(got, want, 1e-10)
+    assert_close(gradients(model, parameters, *inputs), want, 1e-10)  # its kernels
     model.plain = False
     with sdit_kernels.backend("reference"):
-        again = gradients(model, parameters, *inputs)
-    assert_close(again, want, 1e-14)
+        assert_close(gradients(model, parameters, *inputs), want, 1e-10)
     with model.frozen(), torch.no_grad():
         for _ in range(2):
             assert (model(*inputs) - want[0]).abs().max() <= 1e-10 * want[0].abs().max()
@@ -380,11 +381,11 @@ def test_a_condition_on_every_token_is_a_bias_of_the_patches():
     x, t, y = batch(model, n=1)
     got = model(x, t, y)
     first = build(condition="first", reconstruction=False)
-    first.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("spread.")})
+    first.load_state_dict({name: w for name, w in model.state_dict().items() if not name.startswith("condition_to_patches.")})
     assert not torch.allclose(first(x, t, y), got)
     with torch.no_grad():
         c = first.time(sdit.model._sinusoid(t, x.dtype)) + first.labels(y)
-        first.patches.bias += model.spread(F.layer_norm(c, (24,), eps=sdit.model.EPS))[0]
+        first.patches.bias += model.condition_to_patches(F.layer_norm(c, (24,), eps=sdit.model.EPS))[0]
     torch.testing.assert_close(first(x, t, y), got, rtol=1e-10, atol=1e-10)
 
 
@@ -394,7 +395,9 @@ def test_blocks_agree_in_float32_on_shared_inputs(option):
     inputs, currents = [], []
     hooks = [b.register_forward_pre_hook(lambda block, args: inputs.append((block, args))) for b in model.blocks]
     hooks += [
-        m.register_forward_pre_hook(lambda _, args: currents.append(args)) for m in model.modules() if isinstance(m, Rate)
+        m.register_forward_pre_hook(lambda _, args: currents.append(args))
+        for m in model.modules()
+        if isinstance(m, RecordedRate)
     ]
     model(*batch(model, dtype=torch.float32))
     for hook in hooks:
@@ -407,11 +410,25 @@ def test_blocks_agree_in_float32_on_shared_inputs(option):
         out = block(*args)
         g = torch.randn_like(out)
         got = torch.autograd.grad(out, (*args, *parameters), g)
+        model.plain = True
         with sdit_kernels.backend("reference"):
             want = block(*args)
+        model.plain = False
         assert (out - want).abs().max() <= 1e-5 * want.abs().max()
         for a, b in zip(got, torch.autograd.grad(want, (*args, *parameters), g)):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_the_backend_does_not_choose_the_form():
+    model, rows = build(torch.float32, depth=1), []
+    model.blocks[0].attention.key.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    for plain, calls in ((False, [3, 3, 1]), (True, [3])):
+        model.plain = plain
+        for name in ("cpu", "reference"):
+            rows.clear()
+            with sdit_kernels.backend(name):
+                model(*batch(model, dtype=torch.float32))
+            assert rows == calls and model.plain is plain
 
 
 def test_what_the_batch_shares_is_computed_once(monkeypatch):
@@ -441,8 +458,8 @@ def test_the_spiking_output_matrix_sees_spikes_in_the_plain_form_and_their_mean_
     model.blocks[0].attention.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for module in ("key", "value", "receptance"):
         getattr(model.blocks[0].attention, module).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with sdit_kernels.backend("reference"):
-        model(*batch(model))
+    model.plain = True
+    model(*batch(model))
     assert len(seen) == 4 and all(s.shape == (4, 3, 34, 24) and ((s == 0) | (s == 1)).all() for s in seen)
 
 
@@ -499,7 +516,7 @@ def test_neurons_may_be_changed_for_sampling(settings, spiking):
     with torch.no_grad():
         before, want = model(*inputs), other(*inputs)
         for module in model.modules():
-            if isinstance(module, Rate):
+            if isinstance(module, RecordedRate):
                 for name, value in settings.items():
                     setattr(module, name, value)
         with model.frozen():

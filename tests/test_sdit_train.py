@@ -492,6 +492,18 @@ def test_a_device_that_is_gone_is_named(whole, tmp_path):
     train(None, None, tmp_path, resume=True, device="cpu", progress=False)
 
 
+def test_names_of_earlier_versions_are_read(tmp_path):
+    config = dataclasses.replace(TINY, condition="every")
+    train(config, settings(steps=2), tmp_path, progress=False)
+    groups, meta = load(newest(tmp_path))
+    wanted = load_model(tmp_path)
+    old = {g: {n.replace("condition_to_patches", "spread"): t for n, t in named.items()} for g, named in groups.items()}
+    assert all(any("spread" in name for name in old[g]) for g in ("model", "ema", "optimizer"))
+    save(newest(tmp_path), old, meta)
+    assert same(load_model(tmp_path).state_dict(), wanted.state_dict())
+    train(None, settings(steps=3), tmp_path, resume=True, progress=False)
+
+
 def test_runs_of_earlier_versions_go_on(whole, tmp_path):
     groups, meta = load(newest(whole[0]))
     save(tmp_path / "checkpoints" / "step_00000006.safetensors", groups, {k: meta[k] for k in ("config", "settings", "step")})
