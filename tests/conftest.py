@@ -42,7 +42,7 @@ def uninitialised_memory_shows():
 @pytest.fixture(scope="session", autouse=True)
 def small_tiles():
     """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile."""
-    if MODE != "interpreter":
+    if MODE != "interpreter" and os.environ.get("TEST_TILES") != "users":
         import sdit_kernels.triton.lif as lif
         import sdit_kernels.triton.mix as mix
         import sdit_kernels.triton.wkv as wkv
