@@ -21,7 +21,7 @@ def _cpu_modules_for(tile):
         names = [f"sdit_kernels.cpu.{name}" for name in _COMPILED_IN]
         own = [importlib.import_module(name) for name in names]
         _cpu_modules[own[0].TILE] = own
-        if own[0].TILE != tile:
+        if tile != own[0].TILE:
             with mock.patch.object(layout, "TILE", tile), mock.patch.dict(sys.modules):
                 for name in names:
                     del sys.modules[name]

@@ -1,4 +1,4 @@
-"""FROZEN: it judges the library and never changes with it. A copy of the library's own definition of November 2026, imports apart.
+"""FROZEN on purpose: it judges the library and never changes with it. A copy of the definition of November 2026, imports apart.
 
 Multi-step LIF, defined. T simulation steps, C channels; x is (T, ..., C).
 

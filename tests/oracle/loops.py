@@ -1,8 +1,8 @@
 """Every op as loops in numpy float64, its gradients written out by hand; independent of autograd and of the library.
 
-T simulation steps, B batch, L tokens, C channels. Each function returns (outputs, backward). ``backward`` takes the gradients of
-the outputs, in their order (None: zero), and returns a dictionary: the gradient of each argument. Neurons: the derivative of a
-spike is ds/dh = g(h - v_threshold), g the surrogate.
+T simulation steps, B batch, L tokens, C channels. Each function returns (outputs, backward). ``backward`` takes the gradients
+of the outputs, in their order (None: zero), and returns a dictionary of gradients by argument. The derivative of a spike is ds/dh =
+g(h - v_threshold), g the surrogate.
 
 Two rules for infinities: a value that a select does not take has the gradient 0; and 0 times anything is 0 (``times``), as in
 the limit: every surrogate falls faster than the values grow that it is multiplied by.
@@ -180,9 +180,7 @@ class Walk:
         return dw, np.where(some, P, 0.0), np.where(some, P * np.where(some, self.ybar, 0.0) + Q, 0.0)
 
 
-def wkv(
-    time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=None, bidirectional=False, cu_seqlens=None
-):
+def wkv(time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=None, bidirectional=False, cu_seqlens=None):
     """k, v (B, L, C) -> out (B, L, C), ybar, lse. Gradients: decay (of whichever was given), time_first, k, v, r, ybar, lse."""
     if cu_seqlens is not None:
         return _packed(time_decay, time_first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqlens)
