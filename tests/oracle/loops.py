@@ -1,8 +1,8 @@
 """Every op as loops in numpy float64, its gradients written out by hand; independent of autograd and of the library.
 
 T simulation steps, B batch, L tokens, C channels. Each function returns (outputs, backward). ``backward`` takes the gradients
-of the outputs, in their order (None: zero), and returns a dictionary of gradients by argument. The derivative of a spike is ds/dh =
-g(h - v_threshold), g the surrogate.
+of the outputs, in their order (None: zero), and returns a dictionary of gradients by argument. The derivative of a spike is
+ds/dh = g(h - v_threshold), g the surrogate.
 
 Two rules for infinities: a value that a select does not take has the gradient 0; and 0 times anything is 0 (``times``), as in
 the limit: every surrogate falls faster than the values grow that it is multiplied by.
