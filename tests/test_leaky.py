@@ -77,6 +77,8 @@ VARIANTS = [  # mode, dtype of x and of v, kinds of beta and v_threshold
 def test_equals_reference(name, mode, dtype, v_dtype, beta_kind, theta_kind, data):
     """Spikes and membranes bit for bit; gradients to rounding."""
     shape = (data.draw(st.sampled_from([1, 4, 17, 40])), *data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
+    while math.prod(shape) >= 1 << 15:  # from there on the CPU runs a second compilation, of which later tests see the values
+        shape = shape[:-1]
     seed = data.draw(st.integers(0, 99))
     x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
     v = None if v_dtype is None else exact(shape[1:], v_dtype, seed + 1, -32, 48)
@@ -90,7 +92,7 @@ def test_equals_reference(name, mode, dtype, v_dtype, beta_kind, theta_kind, dat
 def test_arbitrary_numbers_give_the_same_bits(name, reset, delay):
     """One order of operations, no fused multiply-adds: equal even where nothing is exact."""
     torch.manual_seed(0)
-    x, v = 1.5 * torch.randn(20, 500), 2 * torch.randn(500)
+    x, v = 1.5 * torch.randn(20, 2000), 2 * torch.randn(2000)  # enough for two threads
     kwargs = dict(beta=0.87, v_threshold=0.9, reset=reset, reset_delay=delay, return_v=True, return_v_seq=True)
     for got, want in zip(run(name, leaky, x, v, **kwargs), run("reference", leaky, x, v, **kwargs)):
         assert torch.equal(got, want)

@@ -17,9 +17,8 @@ from sdit_kernels import SURROGATES
 INF, NAN = math.inf, math.nan
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 FROZEN = {"lif": frozen_lif.lif, "lif_rate": frozen_lif.lif_rate, "leaky": frozen_leaky.leaky}
-BACKENDS = [("reference", USERS), ("cpu", USERS), ("triton", USERS), ("triton", SMALL)]  # test_wkv.py has ("cpu", SMALL)
-NEURON_BACKENDS = [("frozen", USERS), ("reference", USERS), ("cpu", USERS), ("triton", SMALL)]
-SPIKING_BACKENDS = [*BACKENDS, ("one walk", USERS), ("one walk", SMALL)]
+# The tiles that users' GPUs run take long to compile here: a few cases each. test_wkv.py has the CPU's small tiles.
+BACKENDS = [("reference", USERS), ("cpu", USERS), ("triton", SMALL)]
 
 
 def on(backends):
@@ -163,7 +162,7 @@ def judge_neuron(where, name, flags, data, upstream=None, equal=True):
     assert_gradients(found, wanted, tensors)
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name, flags", NEURONS, ids=str)
 @pytest.mark.parametrize(
     "dtype, kind, T", [(torch.float64, "channel", 7), (torch.float32, "number", 4), (torch.float32, "number", 18)], ids=str
@@ -187,7 +186,7 @@ def test_neurons_in_tiles_as_on_a_gpu(where, name, dtype, kind, T):
     judge_neuron(where, name, numbers, data, equal=T < 18)
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name", ["lif", "leaky"])
 @pytest.mark.parametrize(
     "dtype, kind", [(torch.float32, "scalar"), (torch.bfloat16, "number"), (torch.float16, "number")], ids=str
@@ -197,7 +196,7 @@ def test_neurons_of_other_types_and_parameters(where, name, dtype, kind):
     judge_neuron(where, name, numbers, dict(x=exact(3, 4, 5, 37, dtype=dtype), v=exact(1, 5, 37, dtype=wide(dtype)), **tensors))
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name", ["lif", "leaky"])
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
 def test_surrogates(where, name, surrogate):
@@ -206,7 +205,7 @@ def test_surrogates(where, name, surrogate):
         judge_neuron(where, name, dict(surrogate=surrogate, alpha=alpha, **beta), dict(x=exact(3, 4, 130, dtype=torch.float64)))
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_neurons_on_random_numbers(where, dtype):
     """Equal spikes where the membrane is not within 1e-5 of the threshold; where it is, the loop itself may fire otherwise."""
@@ -221,7 +220,7 @@ def test_neurons_on_random_numbers(where, dtype):
         judge_neuron(where, name, flags, dict(x=x[:, torch.from_numpy(~near)]), equal=False)
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_the_threshold_itself(where, dtype):
     """lif fires at the threshold, leaky above it; one float beside it decides."""
@@ -237,7 +236,7 @@ RATES = [(f, torch.float32, "number", 4, False) for f in LIF] + [(f, torch.float
 RATES += [(LIF[0], dtype, "scalar", 3, False) for dtype in DTYPES[1:]]
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("flags, dtype, kind, T, gate", RATES, ids=str)
 def test_lif_rate(where, flags, dtype, kind, T, gate):
     """With a gate in float64 alone: elsewhere its sigmoid rounds, and moves spikes."""
@@ -262,7 +261,7 @@ ODD = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 2.5])
 ODD_STEPS = torch.stack([ODD.repeat(1, 36)[0], ODD.repeat_interleave(6).repeat(6), ODD.repeat_interleave(36)])
 
 
-@on(NEURON_BACKENDS)
+@on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name, flags", NEURONS, ids=str)
 def test_values_of_odd_inputs_to_neurons(where, name, flags):
     """Not a bit, nor the sign of a zero, differs from the loop."""
@@ -280,7 +279,7 @@ def test_values_of_odd_inputs_to_neurons(where, name, flags):
             assert_same(op(where, "lif_rate")(ODD, **flags), want, "rate")
 
 
-@on(NEURON_BACKENDS[1:])
+@on(BACKENDS)
 @pytest.mark.parametrize("name, flags", NEURONS, ids=str)
 def test_gradients_of_infinite_inputs_to_neurons(where, name, flags):
     """What a select hides has the gradient 0: an infinite membrane that is reset passes on nothing, not NaN."""
@@ -294,7 +293,7 @@ def test_gradients_of_infinite_inputs_to_neurons(where, name, flags):
         judge_neuron(where, name, flags, dict(x=x, v=torch.full_like(x[0], 0.5)), upstream)
 
 
-@on(NEURON_BACKENDS[1:])
+@on(BACKENDS)
 @pytest.mark.parametrize("flags", LIF, ids=str)
 def test_gradients_of_infinite_inputs_to_lif_rate(where, flags):
     with np.errstate(all="ignore"):
@@ -384,6 +383,15 @@ def test_wkv(where, dtype, case, algorithm):
     batch = 1 if "ends" in case else 2
     data = scan_inputs(dtype, batch, L=37, C=21, gate=gate, states=states, raw=case.get("raw", True))
     judge_scan(where, data, algorithm=algorithm, **case)
+
+
+@on([("triton", USERS)])
+@pytest.mark.parametrize("algorithm", ["serial", "chunked"])
+@pytest.mark.parametrize("both", [False, True])
+def test_wkv_in_tiles_as_on_a_gpu(where, algorithm, both):
+    """Several tiles, of whose channels some are no one's."""
+    data = scan_inputs(torch.float32, 2, L=37, C=70, gate=True, states=0 if both else 2)
+    judge_scan(where, data, algorithm=algorithm, bidirectional=both)
 
 
 @on(BACKENDS[1:])
@@ -489,7 +497,7 @@ def judge_spiking(where, data, raw=True, rate=False, **neuron):
     assert_gradients(found, wanted, tensors, sums=("decay", "first", "lse", "tau", "v_threshold"))
 
 
-@on(SPIKING_BACKENDS)
+@on([*BACKENDS, ("one walk", SMALL)])
 @pytest.mark.parametrize("dtype, T, case", SPIKING, ids=str)
 def test_spiking_wkv(where, dtype, T, case):
     """No membrane of these seeds comes within 1e-5 of the threshold, or the spikes would differ in float32."""
@@ -503,6 +511,13 @@ def test_spiking_wkv(where, dtype, T, case):
         shape = (21,) if kind == "channel" else ()
         data |= {n: torch.full(shape, x, dtype=wide(dtype)) for n, x in (("tau", 1.75), ("v_threshold", 0.75))}
     judge_spiking(where, data, **case)
+
+
+@on([("triton", USERS), ("one walk", USERS)])
+def test_spiking_wkv_in_tiles_as_on_a_gpu(where):
+    data = scan_inputs(torch.float32, 4, 2, L=37, C=40, gate=True, seed=20)
+    data["v"] *= 3
+    judge_spiking(where, data)
 
 
 # --- around the scan --------------------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ class _NativeUtils:
 
 # A GPU without matrix cores (dots become multiply-adds) and with neither packed nor buffer instructions of note.
 _ARCH = "gfx1030"
-_ELEMENTS_PER_LANE = 8
+_ELEMENTS_PER_LANE = 1  # 8 take twice the time to compile
 _MOST_LANES = 256
 _CROSS_LANE_OPERATIONS = re.compile(r"\"?tt\.(reduce|scan|dot|gather|histogram|sort|trans|join|split|cat|reshape)\b")
 
