@@ -32,6 +32,19 @@ def pytest_report_header():
     return f"Triton kernels on CPU tensors: {MODE}" + (f" ({native_triton.reason()})" if native_triton.reason() else "")
 
 
+MARKED = {  # whole files
+    "process": ("test_gpu_suite", "test_nvtx", "test_packaging", "test_profile_sdit", "test_ttsem"),
+    "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, files in MARKED.items():
+            if item.path.stem in files:
+                item.add_marker(mark)
+
+
 @pytest.fixture(autouse=True)
 def uninitialised_memory_shows():
     """Outputs start as NaN, so that an element no kernel wrote fails the comparison."""
@@ -43,7 +56,10 @@ def uninitialised_memory_shows():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_tiles():
-    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile."""
+    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile.
+
+    test_oracle.py runs the numbers that users run. ``TEST_TILES=users pytest ...`` does so with any test.
+    """
     if MODE != "interpreter" and os.environ.get("TEST_TILES") != "users":
         import sdit_kernels.triton.lif as lif
         import sdit_kernels.triton.mix as mix

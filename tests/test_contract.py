@@ -123,6 +123,7 @@ def python(code, **environment):
     return done.stdout
 
 
+@pytest.mark.process
 def test_import_is_light_and_needs_no_optional_package():
     found = [json.loads(python(BARE, TRITON_INTERPRET="")) for _ in range(3)]
     assert min(seconds for seconds, *_ in found) < 0.1
@@ -131,6 +132,7 @@ def test_import_is_light_and_needs_no_optional_package():
         assert "pip install numba" in message
 
 
+@pytest.mark.process
 def test_the_report():
     text = python("import runpy; runpy.run_module('sdit_kernels', run_name='__main__')", TRITON_INTERPRET="")
     assert "cpu: numba kernels serve CPU tensors" in text and "torch " in text
@@ -142,6 +144,7 @@ def test_unknown_backend(name):
         pass
 
 
+@pytest.mark.process
 def test_backend_from_the_environment():
     code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
     assert python(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
@@ -213,6 +216,9 @@ def test_forward_mode_is_refused(name):
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="no forward-mode derivative"):
                 CALLS[name](x)
+    x = torch.randn(3, 4, 5)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(CALLS[name], (x,), (x,))
 
 
 # --- what every op does, told once ------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     # on a busy machine too, no part may be left out because the time was up
     command = [sys.executable, "perf/gpu_suite.py", "--dry-run", "--minutes", "1000", "--json", str(tmp_path / "gpu.json")]

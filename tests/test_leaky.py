@@ -323,29 +323,5 @@ def test_compile():
     torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_vmap(name):
-    from torch.func import grad, vmap
-
-    x, v = exact((7, 4, 6, 5), torch.float32, 1), exact((7, 6, 5), torch.float32, 2)
-    beta = torch.linspace(0, 1, 7)
-
-    def each(f, *args):
-        return torch.stack([f(*a) for a in zip(*args)])
-
-    with backend(name):
-        assert torch.equal(vmap(lambda x, v: leaky(x, v, beta=0.5))(x, v), each(lambda x, v: leaky(x, v, beta=0.5), x, v))
-        assert torch.equal(vmap(lambda x, b: leaky(x, beta=b))(x, beta), each(lambda x, b: leaky(x, beta=b), x, beta))
-        loss = grad(lambda x: (leaky(x, beta=0.5) * x).sum())
-        torch.testing.assert_close(vmap(loss)(x), each(loss, x))
-
-
-def test_second_derivative_is_refused():
-    x = exact((4, 5), torch.float32, 1).requires_grad_()
-    (g,) = torch.autograd.grad(leaky(x, beta=0.5).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(g.sum(), x)
-
-
 def test_all_resets_are_tested():
     assert {reset for reset, _ in MODES} == set(RESETS)

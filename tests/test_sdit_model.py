@@ -608,6 +608,7 @@ def test_improved_initial_values(name, spiking):
     )
 
 
+@pytest.mark.slow
 def test_both_kinds_of_spikes_learn_digits():
     from sdit import data
     from sdit.diffusion import training_loss

@@ -45,6 +45,7 @@ def _run_python(code, **environment):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.process
 def test_environment_can_ask_for_the_interpreter():
     done = _run_python(
         "import native_triton as n; print(n.setup(), n.reason()); import triton; print(triton.knobs.runtime.interpret)",
@@ -53,6 +54,7 @@ def test_environment_can_ask_for_the_interpreter():
     assert done.stdout == "interpreter TRITON_INTERPRET is set in the environment.\nTrue\n", done.stderr
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("fault", ["triton_version = lambda: (9, 9)", "shutil.which = lambda name: None"])
 def test_falls_back_to_the_interpreter_with_a_reason(fault):
     done = _run_python(
@@ -600,6 +602,7 @@ def test_threads_launch_independently():
     assert wrong == []
 
 
+@pytest.mark.process
 @native_only
 def test_compile_cache_serves_another_process(tmp_path):
     script = tmp_path / "kernel_in_file.py"
