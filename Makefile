@@ -3,10 +3,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: test demo check format peers bench package clean
+.PHONY: test quick demo check format peers bench package clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
+
+# Every op on every backend against the oracle, and the contract: under two minutes on two cores.
+quick: .venv/installed
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not process" tests/test_oracle.py tests/test_contract.py
 
 # Trains on two cores in minutes, or goes on where it was stopped, then draws samples.png.
 demo: .venv/installed

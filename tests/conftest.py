@@ -9,6 +9,8 @@ import pytest
 
 # Graphs that a run with other tiles has left there have other shapes.
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+# Where processes outnumber cores, threads that spin while they wait for each other take the time of those they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
@@ -30,6 +32,19 @@ def pytest_report_header():
     return f"Triton kernels on CPU tensors: {MODE}" + (f" ({native_triton.reason()})" if native_triton.reason() else "")
 
 
+MARKED = {  # whole files
+    "process": ("test_gpu_suite", "test_nvtx", "test_packaging", "test_profile_sdit", "test_ttsem"),
+    "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, files in MARKED.items():
+            if item.path.stem in files:
+                item.add_marker(mark)
+
+
 @pytest.fixture(autouse=True)
 def uninitialised_memory_shows():
     """Outputs start as NaN, so that an element no kernel wrote fails the comparison."""
@@ -41,8 +56,11 @@ def uninitialised_memory_shows():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_tiles():
-    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile."""
-    if MODE != "interpreter":
+    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile.
+
+    test_oracle.py runs the numbers that users run. ``TEST_TILES=users pytest ...`` does so with any test.
+    """
+    if MODE != "interpreter" and os.environ.get("TEST_TILES") != "users":
         import sdit_kernels.triton.lif as lif
         import sdit_kernels.triton.mix as mix
         import sdit_kernels.triton.wkv as wkv

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -134,6 +135,7 @@ def python(code, **environment):
     return done.stdout
 
 
+@pytest.mark.process
 def test_import_is_light_and_needs_no_optional_package():
     found = [json.loads(python(BARE, TRITON_INTERPRET="")) for _ in range(3)]
     assert min(seconds for seconds, *_ in found) < 0.1
@@ -142,6 +144,7 @@ def test_import_is_light_and_needs_no_optional_package():
         assert "pip install numba" in message
 
 
+@pytest.mark.process
 def test_the_report():
     text = python("import runpy; runpy.run_module('sdit_kernels', run_name='__main__')", TRITON_INTERPRET="")
     assert "cpu: numba kernels serve CPU tensors" in text and "torch " in text
@@ -153,6 +156,7 @@ def test_unknown_backend(name):
         pass
 
 
+@pytest.mark.process
 def test_backend_from_the_environment():
     code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
     assert python(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
@@ -233,3 +237,72 @@ def test_forward_mode_is_refused(name):
         for enabled in (True, False):
             with torch.set_grad_enabled(enabled), pytest.raises(RuntimeError, match="no forward-mode derivative"):
                 CALLS[name](x)
+    x = torch.randn(3, 4, 5)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(CALLS[name], (x,), (x,))
+
+
+# --- what every op does, told once ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_second_derivative_is_refused(name):
+    """By the kernels, which know no formula for it; the reference has one."""
+
+    def gradient(x):
+        out = CALLS[name](x)
+        return torch.autograd.grad((out * out.detach()).sum(), x, create_graph=True)[0]
+
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    if name == "token_shift":  # linear in x: its second derivative is 0, of which nothing can be refused
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient(x).sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(gradient(x).sum(), x)
+        with sdit_kernels.backend("reference"):
+            assert torch.autograd.grad(gradient(x).square().sum(), x)[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_fused(name, dtype):
+    """The op takes what a layer under autocast hands it, in 16 bits, and hands on as much; its gradients reach the layer."""
+    x, linear = torch.randn(3, 4, 5, requires_grad=True), torch.nn.Linear(5, 5)
+    with torch.autocast("cpu", dtype=dtype), torch.profiler.profile() as profile:
+        out = CALLS[name](linear(x))
+    assert out.dtype == dtype
+    out.sum().backward()
+    assert x.grad.dtype == torch.float32 and linear.weight.grad.abs().sum() > 0
+    operator = {"wkv_step": "wkv"}.get(name, name)
+    assert f"sdit_kernels::{operator}" in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_fake_and_meta_tensors(name):
+    """Shapes and dtypes without values."""
+    from torch._subclasses import FakeTensorMode
+
+    want = CALLS[name](torch.randn(3, 4, 5))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = CALLS[name](mode.from_tensor(torch.randn(3, 4, 5, requires_grad=True)))
+    one = ONE.to("meta")
+    with mock.patch.dict(globals(), ONE=one):
+        meta = CALLS[name](torch.empty(3, 4, 5, device="meta"))
+    assert meta.is_meta and fake.requires_grad
+    for found in (fake, meta):
+        assert (found.shape, found.dtype, found.stride()) == (want.shape, want.dtype, want.stride())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_and_gradients_of_each_member(name, backend):
+    from torch.func import grad, vmap
+
+    def loss(x):
+        return (CALLS[name](x) * 0.5).sum()
+
+    x = torch.randint(-32, 64, (2, 3, 4, 5)) / 16
+    with sdit_kernels.backend(backend):
+        assert torch.equal(vmap(CALLS[name])(x), torch.stack([CALLS[name](member) for member in x]))
+        torch.testing.assert_close(vmap(grad(loss))(x), torch.stack([grad(loss)(member) for member in x]))

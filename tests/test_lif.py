@@ -519,16 +519,6 @@ def test_numpys_numbers_are_numbers():
     assert torch.equal(lif(X, tau=2.0), lif(X, tau=np.int32(2)))
 
 
-def test_forward_mode_is_refused():
-    def dual():
-        with torch.autograd.forward_ad.dual_level():
-            lif(torch.autograd.forward_ad.make_dual(X, X))
-
-    for call in (dual, lambda: torch.func.jvp(lif, (X,), (X,))):
-        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-            call()
-
-
 def test_own_surrogate_runs_and_says_so_once(monkeypatch):
     monkeypatch.setattr(sys.modules["sdit_kernels.ops.lif"], "_warned_of_custom_surrogate", False)
     x = exact((4, 5), torch.float32, 0).requires_grad_()
@@ -688,16 +678,6 @@ def test_fake_and_meta_tensors():
         s, v = lif(x, return_v=True)
         assert s.shape == (4, 3, 5) and v.shape == (3, 5)
     assert lif(torch.empty(4, 3, device="meta")).shape == (4, 3)
-
-
-def test_second_derivative_is_refused_or_right():
-    x = exact((4, 5), torch.float32, 1).requires_grad_()
-    (g,) = torch.autograd.grad(lif(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(g.sum(), x)
-    with backend("reference"):
-        (g,) = torch.autograd.grad(lif(x).sum(), x, create_graph=True)
-    assert torch.autograd.grad(g.sum(), x)[0].abs().sum() > 0
 
 
 # --- processes and threads --------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_the_sdist_builds_the_same_wheel_and_has_the_tests(built, tmp_path):
     with tarfile.open(built[1]) as archive:
         archive.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    with_them = "tests/conftest.py", "tests/native_triton.py", "perf/harness.py", "examples/rwkv_text.py"
+    with_them = "tests/conftest.py", "tests/native_triton/__init__.py", "perf/harness.py", "examples/rwkv_text.py"
     for name in (*with_them, "Makefile", "CHANGELOG.md"):
         assert (folder / name).exists(), name
     assert not [*folder.rglob("*.pyc"), *folder.rglob("*.nb[ic]")]

@@ -76,7 +76,9 @@ def assert_close(got, want, tolerance):
         ("cifar10", 36_912_747, 9, "16.92"),
     ],
 )
-def test_golden_numbers(name, parameters, blocks, multiply_adds):
+def test_golden_numbers(name, parameters, blocks, multiply_adds, monkeypatch):
+    # no layer is in the scan, and its loop over the tokens would take all the time
+    monkeypatch.setattr(sdit_kernels.reference, "wkv", lambda w, u, k, v, **_: torch.empty_like(k))
     with torch.device("meta"):
         model = SDiT(PRESETS[name])
         x, t, y = torch.empty(1, 3, *[model.config.image_size] * 2), torch.empty(1), torch.empty(1, dtype=torch.int64)
@@ -624,6 +626,7 @@ def test_improved_initial_values(name, spiking):
     )
 
 
+@pytest.mark.slow
 def test_both_kinds_of_spikes_learn_digits():
     from sdit import data
     from sdit.diffusion import training_loss
@@ -635,14 +638,14 @@ def test_both_kinds_of_spikes_learn_digits():
         x, y = data.to_batch(images.images[:512], model.config), torch.as_tensor(images.labels[:512])
         optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
         generator, losses = torch.Generator().manual_seed(0), []
-        for _ in range(100):
+        for _ in range(50):
             chosen = torch.randint(0, 512, (32,), generator=generator)
             found = training_loss(model, x[chosen], y[chosen], generator)
             optimizer.zero_grad()
             found["loss"].backward()
             optimizer.step()
             losses.append(found["mse"].item())
-        assert sum(losses[-20:]) / 20 < 0.35 < 0.8 < losses[0], spiking
+        assert sum(losses[-10:]) / 10 < 0.35 < 0.8 < losses[0], spiking
     costs = info(model, (x[:4], torch.tensor([0, 100, 500, 999]), y[:4]))
     assert len(costs.synaptic_operations) == 3 * 4 and all(n > 0 for n in costs.synaptic_operations.values())
 

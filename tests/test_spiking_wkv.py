@@ -603,13 +603,6 @@ def test_half_precision_currents_are_not_rounded(dtype):
         assert torch.equal(run(name, case.call).float(), run(name, case.call, wide))
 
 
-def test_second_derivative_is_refused():
-    case = Case(T=2, L=3)
-    (g,) = torch.autograd.grad(case.call().sum(), case.tensors["v"], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(g.sum(), case.tensors["v"])
-
-
 def test_all_gradients_are_tensors():
     case = Case(T=2, L=3, gate=True, states=True, tau="scalar")
     assert all(isinstance(g, Tensor) and g.isfinite().all() for g in case.both()[1])

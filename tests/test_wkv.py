@@ -906,19 +906,6 @@ def test_fake_and_meta_tensors():
     assert wkv(p, p, k, k).shape == (4, 3, 5)
 
 
-def test_second_derivative_is_refused_or_right():
-    a = make(1, 5, 3)
-    k = a["k"].requires_grad_()
-
-    def first():
-        return torch.autograd.grad(wkv(a["decay"], a["first"], k, a["v"]).square().sum(), k, create_graph=True)[0]
-
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(first().sum(), k)
-    with backend("reference"):
-        assert torch.autograd.grad(first().sum(), k)[0].abs().sum() > 0
-
-
 @pytest.mark.parametrize("keep", [True, False])
 def test_backward_without_a_kept_checkpoint(keep):
     """An operator called by hand, as an exported program calls it: the states are computed again."""

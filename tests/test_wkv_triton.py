@@ -128,36 +128,56 @@ def compare(x, algorithm, bidirectional=False, max_seqlen=0):
         assert_close(found[name], want, tolerance if found[name].dtype == x["k"].dtype else states, f"d {name}", scale)
 
 
-LENGTHS = [1, 2, 3, 4, 5, 8, 9, 31, 40]
-SHAPES = st.tuples(st.sampled_from([1, 2, 3]), st.sampled_from(LENGTHS), st.sampled_from([1, 7, 8, 9, 17]))
-TYPES = [torch.float32] * 3 + [torch.bfloat16, torch.float16, torch.float64]
+# Every setting compiles kernels of its own, and so does a size of 1: few settings, and sizes of 1 by themselves.
+LENGTHS, CHANNELS = [2, 3, 4, 5, 8, 9, 31, 40], [7, 8, 9, 17]
+VARIANTS = [  # dtype, gate, state, gradient of the final state, bidirectional, algorithm
+    (torch.float32, False, False, False, False, SERIAL),
+    (torch.float32, True, True, True, False, CHUNKED),
+    (torch.float32, True, False, False, True, CHUNKED),
+    (torch.bfloat16, False, True, False, False, "auto"),
+    (torch.float16, True, False, True, False, SERIAL),
+    (torch.float64, False, False, False, True, SERIAL),
+]
 
 
-@settings(max_examples=30)
+@pytest.mark.parametrize("dtype, gate, state, final, bidirectional, algorithm", VARIANTS, ids=str)
+@settings(max_examples=8)
 @given(data=st.data())
-def test_values_and_gradients(data):
-    B, L, C = data.draw(SHAPES)
-    bidirectional = data.draw(st.booleans())
+def test_values_and_gradients(dtype, gate, state, final, bidirectional, algorithm, data):
     x = inputs(
-        B, L, C, data.draw(st.sampled_from(TYPES)), gate=data.draw(st.booleans()),
-        state=not bidirectional and data.draw(st.booleans()), final=not bidirectional and data.draw(st.booleans()),
-        seed=data.draw(st.integers(0, 99)), masked=data.draw(st.sampled_from([0.0, 0.0, 0.5, 0.95])),
+        data.draw(st.integers(2, 3)), data.draw(st.sampled_from(LENGTHS)), data.draw(st.sampled_from(CHANNELS)), dtype,
+        gate=gate, state=state, final=final, seed=data.draw(st.integers(0, 99)),
+        masked=data.draw(st.sampled_from([0.0, 0.0, 0.5, 0.95])),
     )  # fmt: skip
-    compare(x, data.draw(st.sampled_from([SERIAL, CHUNKED, "auto"])), bidirectional)
+    compare(x, algorithm, bidirectional)
 
 
-@settings(max_examples=30)
+@pytest.mark.parametrize("B, L, C", [(1, 1, 1), (2, 1, 9), (1, 9, 7), (2, 5, 1)])
+@pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, True)])
+def test_sizes_of_one(B, L, C, algorithm, bidirectional):
+    compare(inputs(B, L, C, gate=True, final=not bidirectional), algorithm, bidirectional)
+
+
+@pytest.mark.parametrize(
+    "gate, state, bidirectional, index, known, algorithm",
+    [
+        (True, True, False, torch.int64, False, SERIAL),
+        (False, True, False, torch.int32, True, CHUNKED),
+        (True, False, True, torch.int64, True, CHUNKED),
+        (False, False, True, torch.int32, False, SERIAL),
+    ],
+    ids=str,
+)
+@settings(max_examples=8)
 @given(data=st.data())
-def test_packed(data):
+def test_packed(gate, state, bidirectional, index, known, algorithm, data):
+    """``known``: whether the launcher is told the greatest length."""
     lengths = data.draw(st.lists(st.sampled_from([0, 1, 3, 4, 5, 8, 21]), min_size=1, max_size=6))
     lengths[0] = lengths[0] or 2
     cut = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    bidirectional = data.draw(st.booleans())
-    state = not bidirectional and data.draw(st.booleans())
-    x = inputs(1, cut[-1], 9, gate=data.draw(st.booleans()), state=state, final=state, cut=cut)
-    if data.draw(st.booleans()):
-        x["cu"] = x["cu"].int()
-    compare(x, data.draw(st.sampled_from([SERIAL, CHUNKED])), bidirectional, data.draw(st.sampled_from([0, max(lengths)])))
+    x = inputs(1, cut[-1], 9, gate=gate, state=state, final=state, cut=cut)
+    x["cu"] = x["cu"].to(index)
+    compare(x, algorithm, bidirectional, max(lengths) if known else 0)
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])

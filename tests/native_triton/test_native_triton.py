@@ -6,12 +6,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
-import native_triton
 import numpy as np
 import pytest
 import torch
 
+import native_triton
+
+TESTS = str(Path(__file__).resolve().parents[1])
 MODE = native_triton.setup()  # before triton is imported
 
 import triton  # noqa: E402
@@ -37,11 +40,12 @@ def test_active_driver_is_for_cpu_tensors():
 
 
 def _run_python(code, **environment):
-    code = f"import sys; sys.path.insert(0, {os.path.dirname(os.path.abspath(__file__))!r})\n" + textwrap.dedent(code)
+    code = f"import sys; sys.path.insert(0, {TESTS!r})\n" + textwrap.dedent(code)
     environment = os.environ | environment
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.process
 def test_environment_can_ask_for_the_interpreter():
     done = _run_python(
         "import native_triton as n; print(n.setup(), n.reason()); import triton; print(triton.knobs.runtime.interpret)",
@@ -50,13 +54,14 @@ def test_environment_can_ask_for_the_interpreter():
     assert done.stdout == "interpreter TRITON_INTERPRET is set in the environment.\nTrue\n", done.stderr
 
 
-@pytest.mark.parametrize("fault", ["_triton_version = lambda: (9, 9)", "shutil.which = lambda name: None"])
+@pytest.mark.process
+@pytest.mark.parametrize("fault", ["triton_version = lambda: (9, 9)", "shutil.which = lambda name: None"])
 def test_falls_back_to_the_interpreter_with_a_reason(fault):
     done = _run_python(
         f"""
         import native_triton as n, torch
         torch.cuda.is_available = lambda: False
-        n.{fault}
+        n.support.{fault}
         print(n.setup())
         assert n.reason() == n.unsupported_reason() and n.reason().endswith("."), n.reason()
         """,
@@ -127,7 +132,7 @@ def test_annotated_and_constant_scalars_arrive():
 @pytest.mark.parametrize(("kind", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_half_precision_scalars_round(kind, dtype):
     assert np.float32(0.1) != torch.tensor(0.1, dtype=dtype).float().item()
-    value = native_triton._c_value(kind, 0.1)
+    value = native_triton.native.c_value(kind, 0.1)
     assert torch.tensor([value.value], dtype=torch.int32).to(torch.int16).view(dtype) == torch.tensor(0.1, dtype=dtype)
 
 
@@ -597,6 +602,7 @@ def test_threads_launch_independently():
     assert wrong == []
 
 
+@pytest.mark.process
 @native_only
 def test_compile_cache_serves_another_process(tmp_path):
     script = tmp_path / "kernel_in_file.py"
@@ -620,7 +626,7 @@ def test_compile_cache_serves_another_process(tmp_path):
         )
     )
     environment = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["PYTHONPATH"] = os.path.dirname(os.path.abspath(__file__)) + os.pathsep + environment["PYTHONPATH"]
+    environment["PYTHONPATH"] = TESTS + os.pathsep + environment["PYTHONPATH"]
     text = script.read_text()
     outputs = []
     for value in ("3.0", "3.0", "4.0"):  # an edited kernel must not meet the library of the old one
@@ -635,7 +641,7 @@ def test_compile_cache_serves_another_process(tmp_path):
 @native_only
 def test_unknown_intrinsic_is_named():
     with pytest.raises(NotImplementedError, match=r"llvm\.amdgcn\.s\.sleep"):
-        native_triton._intrinsic_body("llvm.amdgcn.s.sleep", "void")
+        native_triton.llvm_ir.intrinsic_body("llvm.amdgcn.s.sleep", "void")
 
 
 # --- Finding stray accesses ---

@@ -1,0 +1,314 @@
+"""Every op as loops in numpy float64, its gradients written out by hand; independent of autograd and of the library.
+
+T simulation steps, B batch, L tokens, C channels. Each function returns (outputs, backward). ``backward`` takes the gradients
+of the outputs, in their order (None: zero), and returns a dictionary of gradients by argument. The derivative of a spike is
+ds/dh = g(h - v_threshold), g the surrogate.
+
+Two rules for infinities: a value that a select does not take has the gradient 0; and 0 times anything is 0 (``times``), as in
+the limit: every surrogate falls faster than the values grow that it is multiplied by.
+"""
+
+import numpy as np
+
+from .surrogates import derivative
+
+
+def times(a, b):
+    """a * b, 0 where a is 0."""
+    return np.where(a == 0, 0.0, a * np.where(a == 0, 1.0, b))
+
+
+def zeros_unless(upstream, like):
+    return np.zeros(np.shape(like)) if upstream is None else upstream
+
+
+def sum_to(d, parameter):
+    """The gradient of one number, or of one per channel of the last axis."""
+    return d.sum() if np.ndim(parameter) == 0 else d.reshape(-1, d.shape[-1]).sum(0)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# --- neurons ----------------------------------------------------------------------------------------------------------------
+
+
+def lif(
+    x, v=None, *, tau=2.0, v_threshold=1.0, v_reset=0.0, decay_input=True, detach_reset=False, surrogate="atan", alpha=None
+):
+    """x (T, ...) -> s (T, ...), v after the last step, v after every step. Gradients: x, v, tau, v_threshold."""
+    T, r, theta, g = len(x), 1 / np.asarray(tau, float), np.asarray(v_threshold, float), derivative(surrogate, alpha)
+    soft, rest = v_reset is None, 0.0 if v_reset is None else v_reset
+    v = np.full(x.shape[1:], rest) if v is None else v
+    before, charge, after, spikes = [], [], [], []
+    for t in range(T):
+        before.append(v)
+        h = v + (x[t] - (v - rest)) * r if decay_input else v - (v - rest) * r + x[t]
+        s = h >= theta
+        v = h - s * theta if soft else np.where(s, v_reset, h)
+        charge.append(h)
+        spikes.append(s)
+        after.append(v)
+
+    def backward(ds=None, dv_last=None, dv_every=None):
+        ds, dv, dv_every = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dv_every, x)
+        dx, dr, dtheta = np.zeros(x.shape), np.zeros(x.shape), np.zeros(x.shape)
+        for t in reversed(range(T)):
+            h, s, slope = charge[t], spikes[t], g(charge[t] - theta)
+            dv = dv + dv_every[t]
+            if soft:  # v = h - s theta
+                dh, d_spike, dtheta[t] = dv, -theta * dv, np.where(s, -dv, 0.0)
+            else:  # v = v_reset where s, else h
+                dh, d_spike = np.where(s, 0.0, dv), times(dv, v_reset - h)
+            if detach_reset:
+                d_spike = 0.0
+            dz = times(slope, ds[t] + d_spike)  # z = h - theta
+            dh, dtheta[t] = dh + dz, dtheta[t] - dz
+            if decay_input:  # h = v + (x - (v - rest)) r
+                dx[t], dr[t] = dh * r, times(dh, x[t] - (before[t] - rest))
+            else:  # h = v - (v - rest) r + x
+                dx[t], dr[t] = dh, times(dh, rest - before[t])
+            dv = dh * (1 - r)
+        return dict(x=dx, v=dv, tau=sum_to(-dr * r**2, tau), v_threshold=sum_to(dtheta, v_threshold))
+
+    return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
+
+
+def lif_rate(x, T=4, residual=None, gate=None, **neuron):
+    """(...) -> residual + mean over T of lif(sigmoid(gate) x), (...). Gradients: x, residual, gate, tau, v_threshold."""
+    share = 1.0 if gate is None else sigmoid(gate)
+    (s, _, _), lif_backward = lif(np.stack([share * x] * T), **neuron)
+    rate = s.sum(0) / T
+
+    def backward(d):
+        found = lif_backward(np.stack([d / T] * T))
+        d_current = found["x"].sum(0)
+        gradients = dict(x=d_current * share, residual=d, tau=found["tau"], v_threshold=found["v_threshold"])
+        if gate is not None:
+            gradients["gate"] = d_current * x * share * (1 - share)
+        return gradients
+
+    return rate if residual is None else residual + rate, backward
+
+
+def leaky(x, v=None, *, beta, v_threshold=1.0, reset="subtract", reset_delay=True, surrogate="atan", alpha=None):
+    """x (T, ...) -> s, v after the last step, v after every step. Gradients: x, v, beta, v_threshold."""
+    T, beta_, theta, g = len(x), np.asarray(beta, float), np.asarray(v_threshold, float), derivative(surrogate, alpha)
+    v = np.zeros(x.shape[1:]) if v is None else v
+    before, charge, after, spikes = [], [], [], []
+    for t in range(T):
+        before.append(v)
+        r = v > theta  # fired before: no gradient passes through it
+        h = beta_ * np.where(r & (reset == "zero"), 0.0, v) + x[t]
+        if reset == "subtract":
+            h = h - r * theta
+        s = h > theta
+        v = h
+        if not reset_delay and reset == "subtract":
+            v = h - (s * 1.0 - r) * theta
+        if not reset_delay and reset == "zero":  # v = h - (s - r) h
+            v = np.where(s & ~r, 0.0, np.where(r & ~s, 2 * h, h))
+        charge.append(h)
+        spikes.append(s)
+        after.append(v)
+
+    def backward(ds=None, dv_last=None, dv_every=None):
+        ds, dv, dv_every = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dv_every, x)
+        dx, dbeta, dtheta = np.zeros(x.shape), np.zeros(x.shape), np.zeros(x.shape)
+        for t in reversed(range(T)):
+            h, s, r, slope = charge[t], spikes[t], before[t] > theta, g(charge[t] - theta)
+            dv = dv + dv_every[t]
+            dh, d_spike = dv, 0.0  # v = h
+            if not reset_delay and reset == "subtract":  # v = h - (s - r) theta
+                d_spike, dtheta[t] = -theta * dv, -(s * 1.0 - r) * dv
+            if not reset_delay and reset == "zero":  # v = h - (s - r) h
+                dh, d_spike = times(1.0 - s + r, dv), times(dv, -h)
+            dz = times(slope, ds[t] + d_spike)  # z = h - theta
+            dh, dtheta[t] = dh + dz, dtheta[t] - dz
+            if reset == "subtract":  # h = beta v + x - r theta
+                dtheta[t] -= r * dh
+            kept = np.where(r & (reset == "zero"), 0.0, before[t])
+            dx[t], dbeta[t] = dh, times(dh, kept)
+            dv = np.where(r & (reset == "zero"), 0.0, beta_ * dh)
+        return dict(x=dx, v=dv, beta=sum_to(dbeta, beta), v_threshold=sum_to(dtheta, v_threshold))
+
+    return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
+
+
+# --- scans ------------------------------------------------------------------------------------------------------------------
+
+
+def less(a, b):
+    """a - b for exponents, -inf where a is: of nothing, nothing is left."""
+    return np.where(a == -np.inf, -np.inf, a - np.where(b == -np.inf, 0.0, b))
+
+
+class Walk:
+    """One direction of a scan. N = a e^o and D = b e^o are the sums over the tokens met so far, o their running maximum.
+
+    k, v (L, B, C); ``order`` is the order of the tokens; at first N = ybar e^lse and D = e^lse.
+    """
+
+    def __init__(self, w, k, v, order, ybar, lse):
+        self.w, self.k, self.v, self.order, self.ybar, self.lse = w, k, v, order, ybar, lse
+        a, b, o = np.where(lse == -np.inf, 0.0, ybar), np.where(lse == -np.inf, 0.0, 1.0), lse
+        self.before, self.keep, self.new = {}, {}, {}
+        for t in order:
+            self.before[t] = a, b, o
+            o_ = np.maximum(w + o, k[t])
+            keep, new = np.exp(less(w + o, o_)), np.exp(less(k[t], o_))  # one of them is 1
+            a, b, o = keep * a + new * v[t], keep * b + new, o_
+            self.keep[t], self.new[t] = keep, new
+        self.a, self.b, self.o = a, b, o
+        seen = b != 0
+        self.final = np.where(seen, a / np.where(seen, b, 1), 0.0), np.where(seen, o + np.log(np.where(seen, b, 1)), -np.inf)
+
+    def backward(self, g, y, log_z, d_ybar, d_lse, dk, dv):
+        """Add to dk and dv; returns d w (L, B, C), d ybar, d lse. P e^-o = dL/dN and Q e^-o = dL/dD of the state."""
+        dw, seen, (ybar, _) = np.zeros(dk.shape), self.b != 0, self.final
+        P = np.where(seen, d_ybar / np.where(seen, self.b, 1), 0.0)
+        Q = np.where(seen, (d_lse - d_ybar * ybar) / np.where(seen, self.b, 1), 0.0)
+        for t in reversed(self.order):
+            (a, b, o), keep, new = self.before[t], self.keep[t], self.new[t]
+            dk[t] += times(new, P * self.v[t] + Q)
+            dv[t] += new * P
+            dw[t] = times(keep, P * a + Q * b)
+            share = np.exp(less(o, log_z[t]))  # of the state in the output
+            P, Q = keep * P + g[t] * share, keep * Q - times(share, g[t] * y[t])
+        some = self.lse != -np.inf
+        return dw, np.where(some, P, 0.0), np.where(some, P * np.where(some, self.ybar, 0.0) + Q, 0.0)
+
+
+def wkv(time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=None, bidirectional=False, cu_seqlens=None):
+    """k, v (B, L, C) -> out (B, L, C), ybar, lse. Gradients: decay (of whichever was given), time_first, k, v, r, ybar, lse."""
+    if cu_seqlens is not None:
+        return _packed(time_decay, time_first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqlens)
+    w = -np.exp(time_decay) if log_decay is None else log_decay
+    w = np.maximum(w, -1e20)
+    B, L, C = k.shape
+    if ybar is None:
+        ybar, lse = np.zeros((B, C)), np.full((B, C), -np.inf)
+    k_, v_ = np.swapaxes(k, 0, 1), np.swapaxes(v, 0, 1)  # (L, B, C)
+    walks = [Walk(w, k_, v_, range(L), ybar, lse)]
+    if bidirectional:
+        walks.append(Walk(w, k_, v_, range(L)[::-1], ybar, lse))
+    y, log_z, own = np.zeros((L, B, C)), np.zeros((L, B, C)), np.zeros((L, B, C))
+    for t in range(L):
+        states = [walk.before[t] for walk in walks]
+        top = time_first + k_[t]
+        for _, _, o in states:
+            top = np.maximum(top, o)
+        e = np.exp(less(time_first + k_[t], top))
+        n, z = times(e, v_[t]), e
+        for a, b, o in states:
+            n, z = n + a * np.exp(less(o, top)), z + b * np.exp(less(o, top))
+        seen = z != 0
+        y[t] = np.where(seen, n / np.where(seen, z, 1), 0.0)
+        log_z[t] = np.where(seen, top + np.log(np.where(seen, z, 1)), -np.inf)
+        own[t] = np.exp(less(time_first + k_[t], log_z[t]))  # share of the token itself in its output
+    share = 1.0 if r is None else sigmoid(np.swapaxes(r, 0, 1))
+    out = np.swapaxes(share * y, 0, 1)
+
+    def backward(d_out=None, d_ybar=None, d_lse=None):
+        d = np.swapaxes(zeros_unless(d_out, out), 0, 1)
+        g = share * d
+        dv, du = g * own, times(own, g * (v_ - y))
+        dk, dw = du.copy(), 0.0
+        ends = zeros_unless(d_ybar, ybar), zeros_unless(d_lse, lse)
+        for i, walk in enumerate(walks):
+            dw_, d_ybar_, d_lse_ = walk.backward(g, y, log_z, *(ends if i == 0 else (0 * ybar, 0 * ybar)), dk, dv)
+            dw = dw + dw_
+            if i == 0:
+                found = dict(ybar=d_ybar_, lse=d_lse_)
+        dw = sum_to(dw, w)
+        found |= dict(k=np.swapaxes(dk, 0, 1), v=np.swapaxes(dv, 0, 1), time_first=sum_to(du, w))
+        found["decay"] = np.where(w == -1e20, 0.0, dw * w) if log_decay is None else dw
+        if r is not None:
+            found["r"] = np.swapaxes(times(d * share * (1 - share), y), 0, 1)
+        return found
+
+    return (out, *walks[0].final), backward
+
+
+def _packed(decay, first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqlens):
+    """One call for each sequence; sums of the parameters' gradients, the rest joined."""
+    parts = []
+    for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+        one = slice(i, i + 1)
+        parts.append(
+            wkv(
+                decay, first, k[:, a:b], v[:, a:b], None if r is None else r[:, a:b], None if ybar is None else ybar[one],
+                None if lse is None else lse[one], log_decay=log_decay, bidirectional=bidirectional,
+            )
+        )  # fmt: skip
+    outputs = [np.concatenate([o[i] for o, _ in parts], axis) for i, axis in ((0, 1), (1, 0), (2, 0))]
+
+    def backward(d_out=None, d_ybar=None, d_lse=None):
+        found = []
+        for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
+            d = (None if d_out is None else d_out[:, a:b], *(None if t is None else t[i : i + 1] for t in (d_ybar, d_lse)))
+            found.append(parts[i][1](*d))
+        sums = {n: sum(f[n] for f in found) for n in ("decay", "time_first")}
+        axes = {n: 0 if n in ("ybar", "lse") else 1 for n in found[0] if n not in sums}
+        return sums | {n: np.concatenate([f[n] for f in found], axis) for n, axis in axes.items()}
+
+    return tuple(outputs), backward
+
+
+def spiking_wkv(
+    time_decay, time_first, k, v, r=None, ybar=None, lse=None, membrane=None, *, log_decay=None, rate=False, **neuron
+):
+    """k, v (T, B, L, C) -> out, ybar (T, B, C), lse, membrane (B, L, C): step by step a scan, whose output drives a neuron."""
+    T = len(k)
+    scans = []
+    for t in range(T):
+        state = (None, None) if ybar is None else (ybar[t], lse[t])
+        scans.append(wkv(time_decay, time_first, k[t], v[t], None if r is None else r[t], *state, log_decay=log_decay))
+    current = np.stack([outputs[0] for outputs, _ in scans])
+    (s, v_last, _), lif_backward = lif(current, membrane, **neuron)
+    out = s.sum(0) / T if rate else s
+
+    def backward(d_out=None, d_ybar=None, d_lse=None, d_membrane=None):
+        d_out = zeros_unless(d_out, out)
+        found = lif_backward(np.stack([d_out / T] * T) if rate else d_out, d_membrane)
+        steps = []
+        for t, (_, scan_backward) in enumerate(scans):
+            steps.append(scan_backward(found["x"][t], *(None if d is None else d[t] for d in (d_ybar, d_lse))))
+        gradients = {n: sum(f[n] for f in steps) for n in ("decay", "time_first")}
+        gradients |= {n: np.stack([f[n] for f in steps]) for n in steps[0] if n not in gradients}
+        return gradients | dict(membrane=found["v"], tau=found["tau"], v_threshold=found["v_threshold"])
+
+    return (out, *(np.stack([outputs[i] for outputs, _ in scans]) for i in (1, 2)), v_last), backward
+
+
+# --- around the scan --------------------------------------------------------------------------------------------------------
+
+
+def token_shift(x, mixes, norm_eps=None, last=None):
+    """x (B, L, C) -> one tensor for each mix. Gradients: x, last (B, C), mixes (a list)."""
+    B, L, C = x.shape
+    rows = np.concatenate([np.zeros((B, 1, C)) if last is None else last[:, None], x], 1)
+    if norm_eps is None:
+        normed = rows
+    else:
+        centred = rows - rows.mean(-1, keepdims=True)
+        inverse = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + norm_eps)
+        normed = centred * inverse
+    now, before = normed[:, 1:], normed[:, :-1]
+    outputs = [now * m + before * (1 - m) for m in mixes]
+
+    def backward(*ds):
+        d = np.zeros(rows.shape)
+        for m, upstream in zip(mixes, ds):
+            d[:, 1:] += upstream * m
+            d[:, :-1] += upstream * (1 - m)
+        if norm_eps is not None:  # of what a row is normed to, the mean and the part along the row have no effect
+            d = inverse * (d - d.mean(-1, keepdims=True) - normed * (d * normed).mean(-1, keepdims=True))
+        return dict(x=d[:, 1:], last=d[:, 0], mixes=[sum_to(upstream * (now - before), m) for m, upstream in zip(mixes, ds)])
+
+    return outputs, backward
+
+
+def relu_squared(x):
+    return np.where(x <= 0, 0.0, x) ** 2, lambda d: dict(x=d * 2 * np.where(x <= 0, 0.0, x))
