@@ -350,10 +350,21 @@ def _in_options(text, args):
 _NOT_OPTIONS = ("command", "run", "changes", "checkpoint", "source", "target", "model", "folder")
 
 
+def _let_threads_rest():
+    """Let torch's OpenMP threads spin for 0.1 ms when they wait, not for milliseconds, before they go to sleep.
+
+    Where other processes want the cores, a spinning thread takes the time of the thread that it waits for: perf/bench_load.py.
+    OpenMP reads the variable when torch is imported. What the user has set stays.
+    """
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run ``sdit`` with these arguments; the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     command, args = "sdit", argparse.Namespace(debug=False)
     try:
+        _let_threads_rest()
         args = _parser().parse_args(argv)
         command = f"sdit {args.command}"
         args.run(args)

@@ -329,3 +329,18 @@ def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
     assert main(["train", "--resume", "../run", "--steps", "4"]) == 2
     err = said(capsys)
     assert f"this run had its data in {tmp_path}/photos: there is no folder" in err and "say with --data where" in err
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "given, want", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_waiting_threads_rest_soon(given, want):
+    """The command sets how long OpenMP's threads spin, unless the user has; in a program of the user's nothing is set."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {k: v for k, v in os.environ.items() if k not in names} | given | {"PYTHONPATH": str(ROOT)}
+    code = "import os, sys\n{}from sdit.cli import main\nmain(['info', 'nothing'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"
+    for before, expected in (("", want), ("import torch\n", given.get("GOMP_SPINCOUNT", "None"))):
+        command = [sys.executable, "-c", code.format(before)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+        assert done.stdout.strip() == expected, done.stderr
