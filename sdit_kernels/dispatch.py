@@ -159,6 +159,6 @@ def requested() -> str | None:
     return _choice.name
 
 
-def choose(device: str) -> str:
-    """The backend for tensors on ``device`` (a ``torch.device.type``)."""
-    return _resolve(device, _choice.name)
+def choose(device: str, fused: bool = True) -> str:
+    """The backend for tensors on ``device`` (a ``torch.device.type``); the reference for what the kernels do not have."""
+    return _resolve(device, _choice.name) if fused else "reference"

@@ -276,6 +276,13 @@ def test_make_fx(name, mode):
     close(tensors(graph(*copies(inputs(3, 1)))), wanted)
 
 
+def test_the_reference_reads_no_values_of_fake_tensors():
+    x, tau = torch.randn(3, 2, C), 1 + ONE
+    with backend("reference"):
+        graph = make_fx(lambda x, tau: lif(x, tau=tau), tracing_mode="symbolic")(x, tau)
+        assert torch.equal(graph(x, tau), lif(x, tau=tau))
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attribute")  # of the membrane, which the exported program starts anew
 @pytest.mark.parametrize("name", ALL)
 def test_export(name):

@@ -1,10 +1,7 @@
 """leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it, built as those of lif."""
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import dispatch, reference
@@ -22,7 +19,7 @@ from .lif import (
     _wants_gradient,
     _warn_custom_surrogate,
 )
-from .operator import register
+from .operator import kernels, register, values_are_readable
 
 RESETS = ("subtract", "zero", "none")
 _NEURON = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
@@ -52,15 +49,6 @@ def _check_values(beta, v_threshold, dtype):
             check(p.max().item())
 
 
-_modules: dict[str, ModuleType] = {}
-
-
-def _kernels(backend):
-    if backend not in _modules:
-        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.leaky")
-    return _modules[backend]
-
-
 def _leaky(x, v, beta, v_threshold, *rest):
     *neuron, return_v, return_v_seq, keep, backend = rest
     outputs = _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
@@ -68,7 +56,7 @@ def _leaky(x, v, beta, v_threshold, *rest):
     if x.device.type == "cpu":
         _check_values(beta, v_threshold, state_dtype(x.dtype))
     if x.numel():
-        _kernels(backend).leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted)
+        kernels(backend, "leaky").leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted)
     elif return_v:
         outputs[1].copy_(v) if v is not None else outputs[1].zero_()
     return outputs
@@ -88,7 +76,7 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
         return dx, dv, *(d.zero_() for d in d_parameters)
     if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _leaky(x, v, beta, v_threshold, *neuron, False, False, True, backend)[3]
-    sums = _kernels(backend).leaky_backward(
+    sums = kernels(backend, "leaky").leaky_backward(
         g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters
     )
     for i, p in enumerate((beta, v_threshold)):
@@ -113,8 +101,7 @@ def _leaky_gradient(ctx, g, g_v, g_seq, _):
     *neuron, return_v, return_v_seq, _, backend = ctx.rest
     g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
     needs = ctx.needs_input_grad
-    found = _leaky_backward_call(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
-    return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
+    return _leaky_backward_call(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
 
 
 _leaky_call = register(
@@ -218,9 +205,9 @@ def leaky(
     alpha = _check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         _warn_custom_surrogate()
-    backend = "reference" if alpha is None else dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device.type, fused=alpha is not None)
     if backend == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if values_are_readable(x):
             _check_values(beta_tensor, threshold_tensor, dtype)
         return reference.leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,

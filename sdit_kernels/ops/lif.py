@@ -4,11 +4,9 @@ Each operator has a CPU and a CUDA implementation, a fake one and an autograd fo
 because a backward pass may run on another thread than the one that chose it.
 """
 
-import importlib
 import math
 import numbers
 import warnings
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
@@ -18,7 +16,7 @@ from .. import dispatch, memory, reference
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from .operator import refuse_proxy, register
+from .operator import kernels, refuse_proxy, register, values_are_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -202,14 +200,6 @@ def _wants_gradient(*tensors):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules: dict[str, ModuleType] = {}
-
-
-def _kernels(backend):
-    if backend not in _modules:
-        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.lif")
-    return _modules[backend]
-
 
 def _per_channel(tau, v_threshold):
     return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
@@ -233,7 +223,7 @@ def _lif(x, v, tau, v_threshold, *rest):
     if x.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
-        _kernels(backend).lif_forward(x, v, tau, v_threshold, neuron, *wanted)
+        kernels(backend, "lif").lif_forward(x, v, tau, v_threshold, neuron, *wanted)
     elif return_v:
         outputs[1].copy_(v) if v is not None else outputs[1].fill_(neuron.v_reset or 0.0)
     return outputs
@@ -280,7 +270,7 @@ def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
         return dx, dv, *(d.zero_() for d in d_parameters)
     if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _lif(x, v, tau, v_threshold, *neuron, False, False, None, True, backend)[3]
-    sums = _kernels(backend).lif_backward(
+    sums = kernels(backend, "lif").lif_backward(
         g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters
     )
     return dx, dv, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
@@ -305,7 +295,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     if x.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
-        _kernels(backend).lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
+        kernels(backend, "lif").lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
     return out
 
 
@@ -324,7 +314,7 @@ def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
     dx, dgate, *d_parameters = _rate_backward_outputs(x, gate, tau, v_threshold, parameters)
     if x.numel() == 0:
         return dx, dgate, *(d.zero_() for d in d_parameters)
-    sums = _kernels(backend).lif_rate_backward(
+    sums = kernels(backend, "lif").lif_rate_backward(
         g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters
     )
     return dx, dgate, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
@@ -348,8 +338,7 @@ def _lif_gradient(ctx, g, g_v, g_seq, _):
     *neuron, return_v, return_v_seq, _, _, backend = ctx.rest
     g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
     needs = ctx.needs_input_grad
-    found = _lif_backward_call(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
-    return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
+    return _lif_backward_call(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
 
 
 def _rate_save(ctx, inputs, output):
@@ -360,15 +349,14 @@ def _rate_save(ctx, inputs, output):
 
 def _rate_gradient(ctx, g):
     if g is None:
-        return (None,) * 15
+        return ()
     x, gate, tau, v_threshold = ctx.saved_tensors
     needs = ctx.needs_input_grad
     d_residual = g if needs[1] else None
     if not (needs[0] or needs[2] or needs[3] or needs[4]):
-        return None, d_residual, *[None] * 13
+        return None, d_residual
     dx, dgate, dtau, dth = _rate_backward_call(g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1])
-    found = (dx, d_residual, dgate, dtau, dth)
-    return *(d if need else None for d, need in zip(found, needs)), *[None] * 10
+    return dx, d_residual, dgate, dtau, dth
 
 
 _lif_call = register(
@@ -536,9 +524,9 @@ def lif(
             raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
     if neuron is None:
         _warn_custom_surrogate()
-    backend = "reference" if neuron is None else dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if values_are_readable(x):
             _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
@@ -631,9 +619,9 @@ def lif_rate(
             raise ValueError("return_counts carries no gradient: call under torch.no_grad(), or leave it out")
     if neuron is None:
         _warn_custom_surrogate()
-    backend = "reference" if neuron is None else dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
-        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if values_are_readable(x):
             _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,

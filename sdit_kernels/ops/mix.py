@@ -1,8 +1,6 @@
 """token_shift and relu_squared: the public functions and the operators behind them."""
 
-import importlib
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,18 +9,9 @@ from .. import dispatch, memory, reference
 from ..layout import empty_like
 from ..reference.lif import state_dtype
 from .lif import _FLOATS, _check_data, _is_number
-from .operator import register
+from .operator import kernels, register
 
 MIXES = 6  # as many as an RWKV block has (RWKV-7)
-
-_modules: dict[str, ModuleType] = {}
-
-
-def _kernels(backend):
-    if backend not in _modules:
-        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.mix")
-    return _modules[backend]
-
 
 # --- token_shift ------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +23,7 @@ def _shift_outputs(x, mixes, dtype):
 def _shift(x, last, mixes, norm_eps, dtype, backend):
     outs = _shift_outputs(x, mixes, dtype)
     if x.numel():
-        _kernels(backend).token_shift_forward(x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]])
+        kernels(backend, "mix").token_shift_forward(x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]])
     return outs
 
 
@@ -58,7 +47,9 @@ def _shift_backward(*args):
         gs, part = [gs[i] for i in used], mixes[used]
     else:
         gs, part = gs[: len(used)], mixes.contiguous()
-    sums = _kernels(backend).token_shift_backward(gs, x, last, part, norm_eps, dx, None if last is None else dlast, parameters)
+    sums = kernels(backend, "mix").token_shift_backward(
+        gs, x, last, part, norm_eps, dx, None if last is None else dlast, parameters
+    )
     if parameters:
         if len(used) < mixes.shape[0]:
             dmixes.zero_()[used] = sums.sum(0)
@@ -81,11 +72,9 @@ def _shift_save(ctx, inputs, output):
 def _shift_gradient(ctx, *gs):
     x, last, mixes = ctx.saved_tensors
     gs = [g if i < mixes.shape[0] else None for i, g in enumerate(gs)]  # compiled graphs pass zeros for empty outputs
-    needs = ctx.needs_input_grad
     if not any(g is not None for g in gs):
-        return (None,) * 6
-    found = _shift_backward_call(*gs, x, last, mixes, ctx.norm_eps, needs[2], ctx.backend)
-    return *(d if need else None for d, need in zip(found, needs)), None, None, None
+        return ()
+    return _shift_backward_call(*gs, x, last, mixes, ctx.norm_eps, ctx.needs_input_grad[2], ctx.backend)
 
 
 _shift_call = register(
@@ -118,14 +107,14 @@ def _like(x):
 def _relu_squared(x, backend):
     out = _like(x)
     if x.numel():
-        _kernels(backend).relu_squared_forward(x, out)
+        kernels(backend, "mix").relu_squared_forward(x, out)
     return out
 
 
 def _relu_squared_backward(g, x, backend):
     dx = _like(x)
     if x.numel():
-        _kernels(backend).relu_squared_backward(g, x, dx)
+        kernels(backend, "mix").relu_squared_backward(g, x, dx)
     return dx
 
 
@@ -135,7 +124,7 @@ def _relu_squared_save(ctx, inputs, output):
 
 
 def _relu_squared_gradient(ctx, g):
-    return _relu_squared_backward_call(g, *ctx.saved_tensors, ctx.backend), None
+    return (_relu_squared_backward_call(g, *ctx.saved_tensors, ctx.backend),)
 
 
 _relu_squared_call = register(

@@ -3,7 +3,10 @@
 torch.library.register_autograd costs 60 us a call more than this file, and functorch refuses it.
 """
 
+import functools
+import importlib
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -82,12 +85,33 @@ def _no_forward_mode(ctx, *_):
     )
 
 
-def _explain_freed_graph(gradient):
-    """Name reset(net) where autograd finds saved tensors freed: the usual cause is a membrane carried over from earlier."""
+@functools.cache
+def kernels(backend: str, stem: str) -> ModuleType:
+    """The module of a backend ("cpu" or "triton") that launches the kernels of an op, imported at the first call."""
+    return importlib.import_module(f"sdit_kernels.{backend}.{stem}")
+
+
+def values_are_readable(t: Tensor) -> bool:
+    """True if the values of a tensor may decide what happens: not where reading them waits for a GPU or breaks a graph."""
+    return (
+        t.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and getattr(t, "fake_mode", None) is None
+    )
+
+
+def _backward(gradient):
+    """``gradient`` as a backward pass: None for inputs that need no gradient and for those that are not tensors.
+
+    Where autograd finds saved tensors freed it names reset(net): the usual cause is a membrane carried over from earlier.
+    """
 
     def backward(ctx, *upstream):
+        needs = ctx.needs_input_grad
         try:
-            return gradient(ctx, *upstream)
+            found = gradient(ctx, *upstream)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
@@ -97,6 +121,7 @@ def _explain_freed_graph(gradient):
                 "sdit_kernels.nn.reset(net) before each new batch, or sdit_kernels.nn.detach(net) after each backward pass "
                 "to keep the membrane; if not, call the first backward pass with retain_graph=True"
             ) from error
+        return *(d if need else None for d, need in zip(found, needs)), *[None] * (len(needs) - len(found))
 
     return backward
 
@@ -131,10 +156,11 @@ def register(
 
     implementation, fake: take the operator's arguments, tensors first; one named ``parameters`` asks for the gradients of
     parameters. batch_axes, output_axes, flatten, loop: see _batching_rule. mutates: indices of tensors that are written.
-    save(ctx, inputs, outputs), gradient(ctx, *upstream): as in autograd.Function; without them a derivative is refused.
+    save(ctx, inputs, outputs): as in autograd.Function. gradient(ctx, *upstream): the gradients of the first inputs; without
+    it a derivative is refused.
     """
     name = schema.partition("(")[0]
-    save, gradient = save or _nothing, _explain_freed_graph(gradient) if gradient else _no_second_derivative
+    save, gradient = save or _nothing, _backward(gradient) if gradient else _no_second_derivative
     implementation = nvtx.range(name).untraced(implementation)
     _LIBRARY.define(schema)
     operator = getattr(torch.ops.sdit_kernels, name).default

@@ -1,7 +1,5 @@
 """spiking_wkv: the public function and the operators ``sdit_kernels::spiking_wkv*`` behind it."""
 
-import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -22,21 +20,13 @@ from .lif import (
     _warn_custom_surrogate,
 )
 from .lif import _check_state as _check_membrane
-from .operator import register
-from .wkv import State, _check_flag, _check_state, _check_tokens, _plain
+from .operator import kernels, register, values_are_readable
+from .wkv import State, _check_flag, _check_state, _check_tokens
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
-
-_modules: dict[str, ModuleType] = {}
-
-
-def _kernels(backend):
-    if backend not in _modules:
-        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.spiking_wkv")
-    return _modules[backend]
 
 
 def _outputs(k, rate, return_state, keep, backend):
@@ -64,7 +54,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
-        _kernels(backend).spiking_wkv_forward(
+        kernels(backend, "spiking_wkv").spiking_wkv_forward(
             k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
         )  # fmt: skip
     elif return_state:  # no token or no step: the states as they came
@@ -104,7 +94,7 @@ def _backward(
     if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
     given = (d if d.numel() else None for d in (dr, d_decay, d_first, d_ybar, d_lse, d_membrane))
-    sums = _kernels(backend).spiking_wkv_backward(
+    sums = kernels(backend, "spiking_wkv").spiking_wkv_backward(
         g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
         checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given,
     )  # fmt: skip
@@ -129,10 +119,9 @@ def _gradient(ctx, g, g_ybar, g_lse, g_membrane, _):
     if not ctx.returned:  # compiled graphs pass zeros for empty outputs
         g_ybar = g_lse = g_membrane = None
     needs = ctx.needs_input_grad
-    found = _backward_call(
+    return _backward_call(
         g, g_ybar, g_lse, g_membrane, *tensors, checkpoint, ctx.raw, *ctx.neuron, ctx.rate, needs[8] or needs[9], ctx.backend
     )
-    return *(d if need else None for d, need in zip(found, needs)), *[None] * 12
 
 
 _INPUTS = (
@@ -300,9 +289,9 @@ def spiking_wkv(
         raise ValueError("rate is a mean over time and needs at least one step, got k with T = 0")
     if neuron is None:
         _warn_custom_surrogate()
-    backend = "reference" if neuron is None else dispatch.choose(k.device.type)
+    backend = dispatch.choose(k.device.type, fused=neuron is not None)
     if backend == "reference":
-        if k.device.type == "cpu" and _plain():
+        if values_are_readable(k):
             _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
         return reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,

@@ -1,7 +1,5 @@
 """wkv and its one-token step: the public functions and the operators ``sdit_kernels::wkv*`` behind them."""
 
-import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
@@ -11,7 +9,7 @@ from .. import dispatch, memory, reference
 from ..layout import wkv_rows
 from ..reference.lif import state_dtype
 from .lif import _check_flag, _check_tensor, _wants_gradient
-from .operator import register
+from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -122,14 +120,6 @@ def _brief(values):
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
-_modules: dict[str, ModuleType] = {}
-
-
-def _kernels(backend):
-    if backend not in _modules:
-        _modules[backend] = importlib.import_module(f"sdit_kernels.{backend}.wkv")
-    return _modules[backend]
-
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
     """out, ybar, lse, checkpoint; an empty tensor for what is not asked for."""
@@ -157,7 +147,7 @@ def _wkv(
         _check_lengths(cu_seqlens, max_seqlen, k.shape[1])
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
-        _kernels(backend).wkv_forward(
+        kernels(backend, "wkv").wkv_forward(
             k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
         )  # fmt: skip
     elif return_state:  # no token: the state as it came
@@ -197,7 +187,7 @@ def _wkv_backward(
             k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, False, True, algorithm, backend
         )[3]  # fmt: skip
     given = (t if t.numel() else None for t in (dr, d_decay, d_first, d_ybar, d_lse))
-    _kernels(backend).wkv_backward(
+    kernels(backend, "wkv").wkv_backward(
         g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional,
         algorithm, dk, dv, *given,
     )  # fmt: skip
@@ -222,11 +212,10 @@ def _wkv_gradient(ctx, g, g_ybar, g_lse, _):
     if not ctx.returned:  # compiled graphs pass zeros for empty outputs
         g_ybar = g_lse = None
     needs = ctx.needs_input_grad
-    found = _wkv_backward_call(
+    return _wkv_backward_call(
         g, g_ybar, g_lse, *tensors, checkpoint, cu_seqlens, ctx.max_seqlen, ctx.raw, ctx.bidirectional, needs[3] or needs[4],
         ctx.algorithm, ctx.backend,
     )  # fmt: skip
-    return *(d if need else None for d, need in zip(found, needs)), *[None] * 8
 
 
 _wkv_call = register(
@@ -260,7 +249,7 @@ def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
     if k.numel():
         new = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ybar, lse)]
         k, v, r, out_ = (None if t is None else t.unsqueeze(1) for t in (k, v, r, out))
-        _kernels(backend).wkv_forward(
+        kernels(backend, "wkv").wkv_forward(
             k, v, r, decay, first, raw, ybar, lse, None, 0, False, "serial", out_, *new, None
         )  # fmt: skip
         for old, t in zip((ybar, lse), new):
@@ -416,7 +405,7 @@ def wkv(
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
-        if cu_seqlens is not None and k.device.type == "cpu" and _plain():
+        if cu_seqlens is not None and values_are_readable(k):
             _check_lengths(cu_seqlens, longest, k.shape[1])
         return reference.wkv(
             time_decay, time_first, k, v, r, state=state, return_state=return_state, bidirectional=bidirectional,
@@ -427,11 +416,6 @@ def wkv(
         k, v, r, decay, time_first, ybar, lse, cu_seqlens, longest, raw, bidirectional, return_state, keep, algorithm, backend
     )  # fmt: skip
     return (out, (ybar, lse)) if return_state else out
-
-
-def _plain():
-    """Neither compiling nor under a transform of torch.func: values may be looked at."""
-    return not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def wkv_step(
