@@ -17,6 +17,7 @@ from ..surrogate import SURROGATES
 from . import staircase
 from .runtime import (
     CODES,
+    F64,
     SIZES,
     STREAM,
     U8,
@@ -322,17 +323,19 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK = _BACK
     EXTRA = BLOCK if PARAMETERS else 1
+    GREATEST = torch.finfo(torch.float64 if S == F64 else torch.float32).max
 
     def lif_rate_backward(
         part, T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
         r_, r, theta_, theta, reset_, alpha_,
     ):  # fmt: skip
-        vr, alpha, zero, one, infinity, steps = (
+        vr, alpha, zero, one, infinity, greatest, steps = (
             num(0.0 if ZERO else reset_, S),
             num(alpha_, S),
             num(0.0, S),
             num(1.0, S),
             num(math.inf, S),
+            num(GREATEST, S),
             num(float(T), S),
         )
         chunks = (C + BLOCK - 1) // BLOCK
@@ -384,6 +387,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                             q = -th
                         else:
                             q = vr - h
+                            q = q if q < greatest else greatest  # times a slope of 0 where h is -inf
                         leak = one - k
                         h_x = load(v_x, i, S) * leak + (k if DECAY else one)
                         ds = slope * h_x
@@ -409,7 +413,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 for i in range(n):
                     gi = load(gt, i, O) / steps
                     # the reset hides an infinite current: it fires at every step, where no surrogate has a gradient
-                    si = zero if load(current, i, S) == infinity else load(s_x, i, S)
+                    si = zero if not SOFT and load(current, i, S) == infinity else load(s_x, i, S)
                     di = zero if si == zero else gi * si
                     if GATE:
                         p = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S)
@@ -421,7 +425,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                     for i in range(n):
                         gi = load(gt, i, O) / steps
                         store(sum_r, i, load(sum_r, i, S) + gi * load(s_r, i, S), S)
-                        si = zero if load(current, i, S) == infinity else load(s_th, i, S)
+                        si = zero if not SOFT and load(current, i, S) == infinity else load(s_th, i, S)
                         store(sum_th, i, load(sum_th, i, S) + gi * si, S)
             if PARAMETERS:
                 if PER_CHANNEL:

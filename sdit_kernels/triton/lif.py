@@ -319,7 +319,11 @@ def _rate_step(
     h, rest = _charge(current, v, r_, reset, SOFT, DECAY)
     fired = h >= th
     slope = surrogate_derivative(h - th, a, KIND)
-    q = tl.zeros_like(h) if DETACH else (tl.zeros_like(h) - th if SOFT else reset - h)
+    if DETACH:
+        q = tl.zeros_like(h)
+    else:
+        greatest: tl.constexpr = 3.4028234663852886e38 if h.dtype == tl.float32 else 1.7976931348623157e308
+        q = tl.zeros_like(h) - th if SOFT else tl.minimum(reset - h, greatest)  # times a slope of 0 where h is -inf
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if DECAY else 1.0)
     ds, v_x = _tangent(v_x, h_x, h_x, slope, fired, q, SOFT)
@@ -365,8 +369,10 @@ def lif_rate_backward_kernel(
             for _ in range(T):
                 state = _rate_step(state, current, r_, th, reset, a, PARAMETERS, SOFT, DECAY, DETACH, KIND)
             g = g / T
-        hidden = current == float("inf")  # by the reset: it fires at every step, where no surrogate has a gradient
-        s_x = tl.where(hidden, 0.0, state[2])
+        s_x, s_th = state[2], state[6]
+        if not SOFT:  # the reset hides an infinite current: it fires at every step, where no surrogate has a gradient
+            s_x = tl.where(current == float("inf"), 0.0, s_x)
+            s_th = tl.where(current == float("inf"), 0.0, s_th)
         d = tl.where(s_x == 0.0, 0.0, g * s_x)
         if gate_ptr is not None:
             dgate = (d * x * p * (1.0 - p)).to(dgate_ptr.dtype.element_ty)
@@ -375,7 +381,7 @@ def lif_rate_backward_kernel(
         tl.store(dx_ptr + first + rows * dx_r + cols, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if PARAMETERS:
             sum_r += tl.where(mask, g * state[4], 0.0)
-            sum_theta += tl.where(mask, g * tl.where(hidden, 0.0, state[6]), 0.0)
+            sum_theta += tl.where(mask, g * s_th, 0.0)
     _store_sums(dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c, TAU_CHANNELS, THETA_CHANNELS)
 
 
