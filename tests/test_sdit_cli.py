@@ -90,7 +90,7 @@ def test_info_without_the_data(tmp_path, capsys, monkeypatch):
     ):
         assert main(["info", "digits", *small, *more]) == 0
         out = capsys.readouterr().out
-        assert "parameters" in out and "blocks 3" in out and "those of noise, not of images: cifar10: " in out and way in out
+        assert "parameters" in out and "blocks 3" in out and "are of noise, not of images: cifar10: " in out and way in out
 
 
 def test_convert(tmp_path, capsys):
