@@ -288,6 +288,18 @@ def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.rglob("*lock"))
 
 
+def test_ctrl_c_inside_exec(tmp_path):
+    """As while a dataclass is made: Python then wants to end by the signal, whatever becomes of the exception."""
+    code = """if 1:
+        from sdit import cli
+        cli._parser = lambda: exec("raise KeyboardInterrupt")
+        raise SystemExit(cli.main([]))"""
+    (tmp_path / "a.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "a.py"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "sdit: stopped\n")
+
+
 def test_an_interrupt_without_a_word_is_one(monkeypatch, capsys):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
