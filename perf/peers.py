@@ -88,14 +88,19 @@ def snntorch_leaky(device):
     return snntorch_loop(neuron, membranes=False)
 
 
-def launch_spikingjelly(x):
-    """SpikingJelly's Triton kernels of LIF, forward and backward, without its check of the device: for compile/."""
-    import spikingjelly._ops.lif.triton as peer
+def load_spikingjelly_kernels():
+    """The module of SpikingJelly's launchers."""
+    import spikingjelly._ops.lif.triton
 
+    return spikingjelly._ops.lif.triton
+
+
+def launch_spikingjelly(peer, x):
+    """SpikingJelly's Triton kernels of LIF, forward and backward, without its check of the device: for compile/."""
     neuron = (2.0, True, 1.0, 0.0, False, 2.0, False, 1)  # tau, decay_input, threshold, reset, detach, alpha, v_seq, ATan
     no_check, no_device = mock.patch.object(torch, "_check"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext)
     with no_check, no_device:
-        s, v, h = peer._forward_impl(x, torch.empty_like(x[0]), *neuron)
+        s, v, h = peer._forward_impl(x, torch.empty(x.shape[1:]), *neuron)
         peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
 
 
@@ -172,12 +177,16 @@ def flash_linear_attention(time_decay, time_first, k, v):
     return fused_recurrent_rwkv4(time_decay, time_first, k, v, state)[0]
 
 
-def launch_fla(time_decay, time_first, k, v):
-    """Its Triton kernels, forward and backward, from launchers that take and return a state: for compile/."""
+def load_fla_kernels():
+    """The module of its launchers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it sees no GPU
         import fla.ops.rwkv4.fused_recurrent as peer
+    return peer
 
+
+def launch_fla(peer, time_decay, time_first, k, v):
+    """Its Triton kernels, forward and backward, from launchers that take and return a state: for compile/."""
     B, _, C = k.shape
     out, states = peer.fused_recurrent_rwkv4_forward(time_decay, time_first, k, v, torch.empty(B, 3, 1, C))
     peer.fused_recurrent_rwkv4_backward(time_decay, time_first, k, v, states, out, states[:, :, -1:])

@@ -63,7 +63,7 @@ _CHECKSUM = re.compile(rb'("sdit": ?"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})')  # i
 
 
 def _verify(path):
-    """Raise if the file has a checksum, as files of earlier versions have not, and it is not that of its content."""
+    """Raise if the checksum in the file does not fit its content. Files of earlier versions have none."""
     with path.open("rb") as file:
         start = file.read(8)
         header = start + file.read(min(int.from_bytes(start, "little"), path.stat().st_size))

@@ -169,7 +169,7 @@ def _parser():
 
     part = command("evaluate", _EVALUATE, _evaluate)
     part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
-    part.add_argument("--images", metavar="FILE", help="measure those of this .npz: images (N, S, S, C) uint8, labels (N,)")
+    part.add_argument("--images", metavar="FILE", help="measure this .npz: images (N, S, S, C) uint8, labels (N,)")
     part.add_argument("-n", type=int, help="images, at least 129 (1000; all of --images)")
     part.add_argument(
         "--classifier", metavar="FILE", help="of perf/train_classifier.py (the one in the package, Fashion-MNIST)"
@@ -321,7 +321,7 @@ def _info(args):
         data = load(config.dataset, args.data or model.trained_on.get("root"), size=config.image_size, download=False)
     except FileNotFoundError as error:
         print(info(model, (noise, t, torch.arange(n) % config.num_classes)))
-        print(f"\nFiring rates, and what follows from them, are those of noise, not of images: {_in_options(str(error), args)}")
+        print(f"\nFiring rates, and what follows from them, are of noise, not of images: {_in_options(str(error), args)}")
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)
@@ -371,6 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{command}: {str(stopped) or 'stopped'}", file=sys.stderr)
+        exec("")  # an interrupt inside exec, as of a dataclass, leaves a flag that makes Python end by the signal; this clears it
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if args.debug:

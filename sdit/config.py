@@ -39,7 +39,7 @@ class Config:
         dropout_label: probability with which a label becomes the null label in training.
         dataset: name of the data, a key of ``sdit.data.DATASETS``, or None.
         prediction: what the network says of a noisy image, see ``sdit.diffusion.training_loss``: "epsilon", the noise in it;
-            "v", the velocity of the diffusion; "flow", that of a straight line from image to noise (rectified flow).
+            "v", the velocity of the diffusion; "flow", the velocity of a straight line from image to noise (rectified flow).
         weighting: of the squared error over time: "uniform", or "min_snr" (Min-SNR-5).
         condition: the tokens that carry the condition, time and label: "first", one of its own alone, from which the scan takes
             it to the others; or "every", where a learned projection of it is also added to each patch.

@@ -105,7 +105,7 @@ def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) ->
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: a shape, or config.channels is neither that of the images nor 3.
+        ValueError: a shape, or config.channels is neither 3 nor what the images have.
 
     Example:
         >>> from sdit import PRESETS
@@ -142,7 +142,7 @@ def _permutation(n, seed, epoch):
 class Order:
     r"""Which of n images step 0, 1, 2, ... take: every image once per epoch, each epoch in an order of its own.
 
-    A pure function of (n, seed, step): there is no position to save but the step. Epoch e is the permutation that numpy's
+    A pure function of (n, seed, step): the step is the only position to save. Epoch e is the permutation that numpy's
     generator draws from (seed, e); batches are cut from the epochs one after the other, across their borders, so that none is
     short and no image is dropped. ``batch_size`` counts the images of the whole step; of ``world`` processes, which must divide
     it, the one of ``rank`` takes its slice, so that together they take what one alone would.
@@ -513,7 +513,7 @@ def load(
     ======================  =================================================================================================
     ``digits``              1797 of 8x8, which scikit-learn ships: the first 1500 to train, the others to test
     ``mnist``               28x28: idx files, compressed or not
-    ``fashion_mnist``       likewise; Debian's package dataset-fashion-mnist has them
+    ``fashion_mnist``       the same; Debian's package dataset-fashion-mnist has them
     ``cifar10``             32x32 in colour: the official python batches, unpacked
     ``folder``              image files in ``root``, whose sub-folders are the classes; where ``root`` has folders train and
                             test, in the sub-folders of these

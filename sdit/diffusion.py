@@ -265,7 +265,7 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
 
         prediction = prediction(null) + guidance (prediction(y) - prediction(null))
 
-    (of eps, v and flow it means the same); the variance, where the model learns one, is that of y.
+    (of eps, v and flow it means the same); the variance, where the model learns one, is the one for y.
 
     Guidance 1 is one call of the model, any other one call with twice the batch.
 

@@ -32,12 +32,12 @@ def evaluate(
     classifier: Classifier | None = None,
     root: str | Path | None = None,
 ) -> dict:
-    """All measures of some images, beside those of real ones.
+    """All measures of some images, beside the same measures of real ones.
 
     The images are set against the whole test split of the classifier's data set. So is the *floor*, as many images of the train
     split, the classes in turn: of each class the first. The floor, not 0, is what real images reach; both grow as N falls. The
-    classifier was trained on the train split, which shows in the floor's label accuracy, the test split's being that of real
-    images it has not seen.
+    classifier was trained on the train split, which shows in the floor's label accuracy; the test split's label accuracy is of
+    real images that it has not seen.
 
     Args:
         images: N of them, uint8, as :func:`features` takes them.
@@ -348,7 +348,7 @@ def _table(found):
     least = ", ".join(f"{name} {100 * x:.0f}" for name, x in by_class.items() if x is not None)
     lines += [
         f"label accuracy by class: {least}" if least else "no image has a label",
-        f"Distances are to all test images of {found['dataset']}; the floor is that of as many real ones, of each class the",
+        f"Distances are to all test images of {found['dataset']}; the floor is of as many real ones, of each class the",
         f"first. Features: {found['classifier']}, sha256 {found['classifier_sha256'][:8]}..; figures of another",
         "classifier or number of images cannot be compared with these.",
     ]

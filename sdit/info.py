@@ -93,7 +93,7 @@ class Info:
 def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     """Count and measure a model on a batch of real data.
 
-    Multiply-adds are those of products with weights, counted as they run. Energy follows from them by a table of costs that
+    Multiply-adds are counted in matrix multiplications with weights, as they run. Energy follows by a table of costs that
     leaves out memory, scans and neurons: it compares forms of one network, it does not predict a chip. In the default model
     rates are averaged over T, added to real numbers and normalised before any weight meets them, so that its synaptic
     operations are 0 and an estimate by additions alone does not apply (``spiking="wkv"`` has products of spikes).

@@ -163,7 +163,7 @@ class Block(nn.Module):
 
     @nvtx.range("attention")
     def _attend(self, x):
-        """The attention of the tokens of the image and of those of R, both with their residual."""
+        """The attention of the tokens of the image and of R, both with their residual: (B, L, C) each."""
         a, R = self.attention, self.reconstruction.expand(len(x), -1, -1)
         own = a.project(x)
         first = a.project(R[:, :1], x[:, -1])

@@ -45,7 +45,7 @@ def sample(
     r"""Draw one image per label.
 
     The noise of image i, all of it, comes from a generator of its own, made from (seed, first + i), on the CPU: an image
-    depends neither on batch_size nor on the other images nor on the device, but for rounding in the network.
+    depends neither on batch_size nor on the other images nor on the device, except for rounding in the network.
 
     The network runs in its weights' dtype and under whatever autocast the caller has set, the sampler in float32. What does
     not change during the run is computed once (``model.frozen``). Weights are used as they are: whoever wants averaged ones
@@ -168,7 +168,7 @@ def progress_bar(total, wanted):
 
 
 def class_names(config, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the classes 0 .. num_classes - 1: ``names``, or else those of config.dataset; numbers if they are not as many.
+    """Names of the classes 0 .. num_classes - 1: ``names``, or else what config.dataset has; numbers if they are not as many.
 
     Example:
         >>> from sdit import PRESETS

@@ -13,8 +13,8 @@ __all__ = ["RECIPES", "TrainSettings"]
 class TrainSettings:
     """How a model is trained; ``TrainSettings.of(config)`` has what suits a configuration.
 
-    The defaults are those of the research code. ``of`` takes others for the variant "improved": lr 1e-3, weight decay 0.01,
-    warm-up, cosine decay, clipping at 1, average with 0.999, flips; and for the small presets those of ``RECIPES``.
+    The research code has the same values as the defaults. ``of`` takes others for the variant "improved": lr 1e-3, weight decay
+    0.01, warm-up, cosine decay, clipping at 1, average with 0.999, flips; and ``RECIPES`` for the small presets.
 
     Args:
         steps: of the optimiser, in all.
@@ -83,7 +83,7 @@ class TrainSettings:
 
     @classmethod
     def of(cls, config: Config, **changes) -> "TrainSettings":
-        """The settings that suit ``config``, but for ``changes``."""
+        """The settings that suit ``config``, except for ``changes``."""
         own = {}
         if config.variant == "improved":
             own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)

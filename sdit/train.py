@@ -65,9 +65,9 @@ def train(
     While it runs, a file ``lock`` names its process, and no other process can train in the folder. A checkpoint also remembers
     root, device and the names of the classes.
 
-    Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient is
-    that of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in, with a
-    checkpoint.
+    Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient
+    equals the gradient of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in,
+    with a checkpoint.
 
     Args:
         config: of the model; None with ``resume``, for what the checkpoint says.

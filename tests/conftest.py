@@ -23,8 +23,10 @@ import native_triton  # noqa: E402
 
 MODE = native_triton.setup()  # before anything imports triton
 
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)
-hypothesis.settings.register_profile("local", deadline=None, print_blob=True)
+# No test depends on time: neither on that of an example nor on that of drawing it.
+ANY_TIME = dict(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True)
+hypothesis.settings.register_profile("ci", derandomize=True, **ANY_TIME)
+hypothesis.settings.register_profile("local", **ANY_TIME)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -67,5 +69,5 @@ def small_tiles():
         from sdit_kernels import layout
 
         lif._THREADS = mix._THREADS = wkv._THREADS = 8
-        layout.TILE, wkv._HELD = 4, 2
+        layout.TILE, wkv._HELD, wkv._SUMS = 4, 2, 8
     yield

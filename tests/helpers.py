@@ -7,8 +7,8 @@ from unittest import mock
 
 import native_triton
 
-USERS = dict(TILE=16, PAIRS=16, HELD=8, lif_threads=128, wkv_threads=64, spiking_threads=32)
-SMALL = dict(TILE=4, PAIRS=8, HELD=2, lif_threads=8, wkv_threads=8, spiking_threads=8)
+USERS = dict(TILE=16, PAIRS=16, HELD=8, SUMS=32, lif_threads=128, wkv_threads=64, spiking_threads=32)
+SMALL = dict(TILE=4, PAIRS=8, HELD=2, SUMS=8, lif_threads=8, wkv_threads=8, spiking_threads=8)
 _COMPILED_IN = ("wkv", "spiking_wkv")  # modules of sdit_kernels.cpu that take the tile from layout when they are imported
 _cpu_modules = {}  # tile -> those two
 
@@ -50,7 +50,7 @@ def tiles(size):
                 (lif, "lif_threads"), (mix, "lif_threads"), (triton_wkv, "wkv_threads"), (triton_spiking_wkv, "spiking_threads")
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, "_THREADS", size[threads]))
-            stack.enter_context(mock.patch.object(triton_wkv, "_HELD", size["HELD"]))
+            stack.enter_context(mock.patch.multiple(triton_wkv, _HELD=size["HELD"], _SUMS=size["SUMS"]))
         for op, module in zip((wkv, spiking_wkv), _cpu_modules_for(size["TILE"])):
             stack.enter_context(mock.patch.dict(op._modules, cpu=module))
         stack.enter_context(mock.patch.object(layout, "TILE", size["TILE"]))

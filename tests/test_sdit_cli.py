@@ -90,7 +90,7 @@ def test_info_without_the_data(tmp_path, capsys, monkeypatch):
     ):
         assert main(["info", "digits", *small, *more]) == 0
         out = capsys.readouterr().out
-        assert "parameters" in out and "blocks 3" in out and "those of noise, not of images: cifar10: " in out and way in out
+        assert "parameters" in out and "blocks 3" in out and "are of noise, not of images: cifar10: " in out and way in out
 
 
 def test_convert(tmp_path, capsys):
@@ -286,6 +286,18 @@ def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
     code, err = interrupted(words, rb"images/s", tmp_path)
     assert code == 130 and re.fullmatch(message, err[-1]) and not any("Traceback" in line for line in err), err
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.rglob("*lock"))
+
+
+def test_ctrl_c_inside_exec(tmp_path):
+    """As while a dataclass is made: Python then wants to end by the signal, whatever becomes of the exception."""
+    code = """if 1:
+        from sdit import cli
+        cli._parser = lambda: exec("raise KeyboardInterrupt")
+        raise SystemExit(cli.main([]))"""
+    (tmp_path / "a.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, tmp_path / "a.py"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "sdit: stopped\n")
 
 
 def test_an_interrupt_without_a_word_is_one(monkeypatch, capsys):

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     parameters: str = ""  # tau (leaky: beta) and v_threshold that are learnt: "scalar" or "channel"
     extras: bool = False  # lif_rate: residual and gate
 
-    is_peer = False
+    load = None
 
     def launch(self, dtype):
         def tensor(*leading, wanted=True):
@@ -79,12 +79,14 @@ class SpikingJelly(NamedTuple):
     T: int = 4
     op: str = "spikingjelly"
 
-    is_peer = True
+    load = staticmethod(peers.load_spikingjelly_kernels)
 
     def launch(self, dtype):
-        peers.launch_spikingjelly(torch.empty(self.T, *SHAPE, dtype=dtype))
+        peers.launch_spikingjelly(self.load(), torch.empty(self.T, *SHAPE, dtype=dtype))
 
     def figures(self, it: Launched) -> Figures:
+        if not it.found["loops"]:  # the compiler has unrolled the loop over time
+            return Figures(f"spikingjelly{it.name}", it.found, it.neurons * self.T, passes(it.direction, 1) * it.size)
         (loop,) = it.found["loops"]
         turns = self.T * it.neurons * (2 * it.size + 4) / loop["bytes"]  # a step reads x, or h and g, and a membrane
         count = more_turns(it.found, loop, turns - 1)

@@ -19,7 +19,7 @@ class MixCase(NamedTuple):
     autocast: bool = False  # results in bf16, whatever x is
 
     op = "mix"
-    is_peer = False
+    load = None
 
     def launch(self, dtype):
         x, dx, *outs = (torch.empty(*SHAPE[:2], self.C, dtype=dtype) for _ in range(2 + self.mixes))

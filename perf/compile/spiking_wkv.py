@@ -21,7 +21,7 @@ class SpikingCase(NamedTuple):
     T: int = 4
 
     op = "spiking_wkv"
-    is_peer = False
+    load = None
 
     def launch(self, dtype):
         B, L, C = SHAPE

@@ -22,7 +22,7 @@ class WkvCase(NamedTuple):
     packed: bool = False
 
     op = "wkv"
-    is_peer = False
+    load = None
 
     def launch(self, dtype):
         B, L, C = (1, SHAPE[0] * SHAPE[1], SHAPE[2]) if self.packed else SHAPE
@@ -74,11 +74,11 @@ class Fla(NamedTuple):
     variant: str = "serial"
     op: str = "fla"
 
-    is_peer = True
+    load = staticmethod(peers.load_fla_kernels)
 
     def launch(self, dtype):
         k, v = (torch.empty(SHAPE, dtype=dtype) for _ in range(2))
-        peers.launch_fla(*torch.empty(2, SHAPE[-1]), k, v)
+        peers.launch_fla(self.load(), *torch.empty(2, SHAPE[-1]), k, v)
 
     def figures(self, it: Launched) -> Figures:
         """Its loop takes one token a turn, or several where the compiler has unrolled it. Its floor is the floor of our serial

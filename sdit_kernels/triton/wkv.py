@@ -44,6 +44,7 @@ _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
 _HELD = 8  # tokens that the walk back holds in registers
+_SUMS = 32  # rows and channels of a tile in which parameter gradients are summed
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _NONE: tl.constexpr = tl.constexpr(-1e38)  # the exponent of an empty state; times log2(e) it is a number yet
@@ -767,8 +768,8 @@ def wkv_forward(
 def parameter_sums(dw, du, decay, raw, d_decay, d_first):
     """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
     rows, C = dw.shape
-    flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=32, BC=32, num_warps=_warps(128))
-    launch(wkv_sums_kernel, cdiv(C, 32), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
+    flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=_SUMS, BC=_SUMS, num_warps=_warps(128))
+    launch(wkv_sums_kernel, cdiv(C, _SUMS), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
 
 
 def wkv_backward(
