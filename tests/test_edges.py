@@ -402,9 +402,9 @@ def test_forked_children_run_serially(before, generations):
 
 COMPILE = """
 import logging, torch
-import sdit_kernels.cpu.runtime as runtime
+import sdit_kernels.cpu.kernel as kernel
 from sdit_kernels import lif, relu_squared
-runtime._SLOW = {limit}
+kernel._SLOW = {limit}
 {more}
 print(lif(torch.full((2, 3), 2.0)).sum().item(), relu_squared(torch.ones(3)).sum().item())
 """

@@ -728,10 +728,10 @@ def test_forked_worker():
 
 POOLS = """
 import sys, torch, threading
-import sdit_kernels.cpu.runtime as runtime
+import sdit_kernels.cpu.kernel as kernel
 from sdit_kernels import lif
 torch.set_num_threads(3)
-if sys.argv[1] == "threads": runtime._OPENMP = False  # as where torch has no OpenMP
+if sys.argv[1] == "threads": kernel._OPENMP = False  # as where torch has no OpenMP
 x = torch.full((4, 100000), 2.0)
 def work():
     for _ in range(50): assert lif(x).all()
@@ -753,7 +753,7 @@ def test_one_pool_of_threads(kind):
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("tasks", [0, 1, 6, 7, 100])
 def test_every_task_has_one_thread(tasks, parts):
-    from sdit_kernels.cpu.runtime import share
+    from sdit_kernels.cpu.kernel import share
 
     assert [i for part in range(parts) for i in share.py_func(tasks, (part, parts))] == list(range(tasks))
 
@@ -785,7 +785,7 @@ def test_code_is_kept_by_the_numbers_in_it(tmp_path):
     """One kernel's name, another constant: compiled for itself."""
     code = """
 import sys, numba, numpy
-from sdit_kernels.cpu.runtime import Kernel, share
+from sdit_kernels.cpu.kernel import Kernel, share
 def made(by):
     @numba.njit
     def twice(x): return 2 * x

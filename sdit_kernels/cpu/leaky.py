@@ -11,23 +11,24 @@ import numba
 from ..layout import STRIDE
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from .lif import _BACK, _BLOCK, _codes, _fill, _launch_backward, _launch_forward, _Parameters, _sum_tile, _surrogate
-from .runtime import (  # fmt: skip
+from .intrinsics import (
     SIZES,
-    STREAM,
-    Kernel,
+    fill,
     load,
     load_input,
     num,
     prefetch,
-    share,
     state_code,
     store,
     store_output,
     store_spike,
     stream,
+    sum_tile,
     tile,
 )
+from .kernel import STREAM, Kernel, share
+from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, codes, launch_backward, launch_forward
+from .surrogate import surrogate_derivative
 
 _SUBTRACT, _ZERO = 0, 1
 _RESETS = {"subtract": _SUBTRACT, "zero": _ZERO, "none": 2}
@@ -57,7 +58,7 @@ def _after(h, v, th, RESET, DELAY, S):
 def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
-    BLOCK = _BLOCK
+    BLOCK = FORWARD_COLUMNS
 
     def leaky_forward(
         part,
@@ -94,12 +95,12 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
             v, ks, ths = tile(BLOCK, S), tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
             k, th = num(beta_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(ks, n, beta, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
-            _fill(v, n, v0, row * v0_r + c, zero, V, S)
+                fill(ks, n, beta, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
+            fill(v, n, v0, row * v0_r + c, zero, V, S)
             for t in range(T):
                 if keep != 0 and t > 0 and t % STRIDE == 0:
-                    _fill(keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb, n, v, 0, zero, S, S)
+                    fill(keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb, n, v, 0, zero, S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * xb
                 for i in range(n):
@@ -110,9 +111,9 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
                     store_spike(st, i, h > th, X)
                     store(v, i, _after(h, before, th, RESET, DELAY, S), S)
                 if seq != 0:
-                    _fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, zero, S, S)
+                    fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, zero, S, S)
             if v1 != 0:
-                _fill(v1 + (row * v1_r + c) * sb, n, v, 0, zero, S, S)
+                fill(v1 + (row * v1_r + c) * sb, n, v, 0, zero, S, S)
 
     return Kernel(leaky_forward, f"leaky_forward_{X}{V}{RESET}{DELAY:d}{PER_CHANNEL:d}")
 
@@ -122,7 +123,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
     """SEQUENCE: there is a gradient of the membrane after every step."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
-    BLOCK = _BACK
+    BLOCK = BACKWARD_COLUMNS
     HISTORY = STRIDE * BLOCK
     ROW = BLOCK * sb
 
@@ -140,7 +141,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
             through = through - (th if RESET == _SUBTRACT else h) * dv
             if RESET == _ZERO:
                 dh = (dv if v > th else zero) if h > th else (dv + dv if v > th else dv)
-        slope = _surrogate(KIND, h - th, alpha, S)
+        slope = surrogate_derivative(KIND, h - th, alpha, S)
         through = zero if slope == zero else through * slope  # an infinite h is hidden by the reset
         dh = dh + through
         if PARAMETERS:
@@ -169,20 +170,20 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
             sum_k, sum_th = tile(BLOCK if PARAMETERS else 1, S), tile(BLOCK if PARAMETERS else 1, S)
             k, th = num(beta_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(ks, n, beta, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
+                fill(ks, n, beta, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
             if PARAMETERS:
-                _fill(sum_k, n, 0, 0, zero, S, S)
-                _fill(sum_th, n, 0, 0, zero, S, S)
+                fill(sum_k, n, 0, 0, zero, S, S)
+                fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
-                _fill(carry, n, gv, row * gv_r + c, zero, S, S)
+                fill(carry, n, gv, row * gv_r + c, zero, S, S)
                 for segment in range((T - 1) // STRIDE, -1, -1):
                     t0 = segment * STRIDE
                     steps = min(STRIDE, T - t0)
                     if segment > 0:
-                        _fill(vs, n, keep, (segment - 1) * keep_t + row * keep_r + c, zero, S, S)
+                        fill(vs, n, keep, (segment - 1) * keep_t + row * keep_r + c, zero, S, S)
                     else:
-                        _fill(vs, n, v0, row * v0_r + c, zero, V, S)
+                        fill(vs, n, v0, row * v0_r + c, zero, V, S)
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
                     gss = gseq + t0 * gseq_t + (row * gseq_r + c) * sb
@@ -216,17 +217,17 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
                         store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
             if PARAMETERS:
                 if PER_CHANNEL:
-                    _fill(dbeta + (block * C + c) * sb, n, sum_k, 0, zero, S, S)
-                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                    fill(dbeta + (block * C + c) * sb, n, sum_k, 0, zero, S, S)
+                    fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
                 else:
-                    store(dbeta, task, _sum_tile(sum_k, n, BLOCK, S), S)
-                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+                    store(dbeta, task, sum_tile(sum_k, n, BLOCK, S), S)
+                    store(dth, task, sum_tile(sum_th, n, BLOCK, S), S)
 
     flags = f"{X}{V}{RESET}{DELAY:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}{STREAMED:d}"
     return Kernel(leaky_backward, f"leaky_backward_{flags}")
 
 
-class _BetaAndThreshold(_Parameters):
+class _BetaAndThreshold(Parameters):
     """beta in the place of 1/tau."""
 
     def __init__(self, beta, v_threshold, neuron, dtype):
@@ -243,15 +244,15 @@ def _flags(neuron):
 def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
-    kernel = _forward_kernel(*_codes(x, v), *_flags(neuron), p.per_channel)
-    _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint)
+    kernel = _forward_kernel(*codes(x, v), *_flags(neuron), p.per_channel)
+    launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint)
 
 
 def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
-        *_codes(x, v), *_flags(neuron), SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None,
+        *codes(x, v), *_flags(neuron), SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None,
         dx.nbytes >= STREAM,
     )  # fmt: skip
-    return _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, neuron.alpha)
+    return launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, neuron.alpha)

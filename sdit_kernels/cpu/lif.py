@@ -11,71 +11,37 @@ import math
 import numba
 import torch
 
-from ..layout import STRIDE, layout_of, layout_of_step, place, place_state
+from ..layout import STRIDE, layout_of_step, place_state
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from . import staircase
-from .runtime import (
+from .intrinsics import (
     CODES,
     F64,
     SIZES,
-    STREAM,
     U8,
-    Kernel,
+    fill,
     load,
     load_input,
     mul_add,
     num,
     prefetch,
-    share,
     sigmoid,
     state_code,
     store,
     store_output,
     store_spike,
     stream,
+    sum_tile,
     tile,
-)  # fmt: skip
-from .vector import absolute, exp_below, negative_abs, vset, where_less
-
-_BLOCK = 1024  # columns a forward task holds
-_BACK = 256  # columns a backward task holds: STRIDE tiles of them are 16 KiB
-_GROUPS = 64  # at most so many partial sums per channel
+)
+from .kernel import STREAM, Kernel, share
+from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, address, codes, gradient, launch_backward, launch_forward
+from .surrogate import surrogate_derivative
 
 
 @numba.njit(forceinline=True, error_model="numpy")
-def _surrogate(kind, z, a, V):
-    """ds/dz of numbers (V: their code) or of vectors."""
-    zero, half, one = vset(0.0, V), vset(0.5, V), vset(1.0, V)
-    m = absolute(z)
-    if kind == 0:
-        q = vset(0.5 * math.pi, V) * a * z
-        return half * a / (one + q * q)
-    if kind == 1:
-        e = exp_below(negative_abs(a * m), V)
-        return a * e / ((one + e) * (one + e))
-    if kind == 2:
-        p = a - a * a * m
-        return where_less(p, zero, zero, p)
-    if kind == 3:
-        return half * a * exp_below(negative_abs(a * m), V)
-    if kind == 4:
-        q = one + a * m
-        return half * a / (q * q)
-    if kind == 5:
-        q = one + m
-        return a / (q * q)
-    if kind == 6:
-        q = a * z
-        return vset(1.0 / math.sqrt(math.pi), V) * a * exp_below(negative_abs(q * q), V)
-    if kind == 7:
-        return where_less(m, half / a, a, zero)
-    q = one + a * m
-    return one / (q * q)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _charge(x, v, r, v_reset, soft, decay):
+def charge(x, v, r, v_reset, soft, decay):
     """h, and the membrane's distance from rest."""
     rest = v if soft else v - v_reset
     return (v + (x - rest) * r if decay else v - rest * r + x), rest
@@ -86,37 +52,11 @@ def _reset(h, theta, v_reset, soft):
     return (h - theta if soft else v_reset) if h >= theta else h
 
 
-@numba.njit(forceinline=True, error_model="numpy")
-def _fill(target, n, source, offset, value, code, S):
-    """A tile of n elements from the array at ``source``, or of one value where there is no array. A NaN becomes the usual one:
-    see ``store``."""
-    if source != 0:
-        for i in range(n):
-            x = load(source, offset + i, code)
-            store(target, i, x if x == x else num(math.nan, S), S)
-    else:
-        for i in range(n):
-            store(target, i, value, S)
-
-
-@numba.njit(forceinline=True, error_model="numpy")
-def _sum_tile(target, n, size, S):
-    """Sum of n elements by halving: vectorises, and errs less than one running sum. ``size`` is the power of two above n."""
-    for i in range(n, size):
-        store(target, i, num(0.0, S), S)
-    width = size >> 1
-    while width > 0:
-        for i in range(width):
-            store(target, i, load(target, i, S) + load(target, i + width, S), S)
-        width >>= 1
-    return load(target, 0, S)
-
-
 @functools.cache
 def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
-    BLOCK = _BLOCK
+    BLOCK = FORWARD_COLUMNS
 
     def lif_forward(
         part, T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r,
@@ -131,25 +71,25 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
             v, rs, ths = tile(BLOCK, S), tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
             k, th = num(r_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(rs, n, r, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
-            _fill(v, n, v0, row * v0_r + c, vr, V, S)
+                fill(rs, n, r, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
+            fill(v, n, v0, row * v0_r + c, vr, V, S)
             for t in range(T):
                 if keep != 0 and t > 0 and t % STRIDE == 0:
                     kept = keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb
-                    _fill(kept, n, v, 0, vr, S, S)
+                    fill(kept, n, v, 0, vr, S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    h, _ = _charge(load(xt, i, X), load(v, i, S), k, vr, SOFT, DECAY)
+                    h, _ = charge(load(xt, i, X), load(v, i, S), k, vr, SOFT, DECAY)
                     store_spike(st, i, h >= th, O)
                     store(v, i, _reset(h, th, vr, SOFT), S)
                 if seq != 0:
-                    _fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, vr, S, S)
+                    fill(seq + (t * seq_t + row * seq_r + c) * sb, n, v, 0, vr, S, S)
             if v1 != 0:
-                _fill(v1 + (row * v1_r + c) * sb, n, v, 0, vr, S, S)
+                fill(v1 + (row * v1_r + c) * sb, n, v, 0, vr, S, S)
 
     return Kernel(lif_forward, f"lif_forward_{X}{O}{V}{SOFT:d}{ZERO:d}{DECAY:d}{PER_CHANNEL:d}")
 
@@ -159,7 +99,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
     """SEQUENCE: there is a gradient of the membrane after every step."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
-    BLOCK = _BACK
+    BLOCK = BACKWARD_COLUMNS
     HISTORY = STRIDE * BLOCK
     ROW = BLOCK * sb
 
@@ -170,7 +110,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
         if SEQUENCE:
             dv = dv + load_input(gseq, i, S)
         fired = h >= th
-        slope = _surrogate(KIND, h - th, alpha, S)
+        slope = surrogate_derivative(KIND, h - th, alpha, S)
         through = load_input(g, i, X) * slope  # what reaches h - th by way of the spike; few products wait for dv
         if not DETACH:
             through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
@@ -202,20 +142,20 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
             sum_r, sum_th = tile(BLOCK if PARAMETERS else 1, S), tile(BLOCK if PARAMETERS else 1, S)
             k, th = num(r_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(rs, n, r, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
+                fill(rs, n, r, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
             if PARAMETERS:
-                _fill(sum_r, n, 0, 0, zero, S, S)
-                _fill(sum_th, n, 0, 0, zero, S, S)
+                fill(sum_r, n, 0, 0, zero, S, S)
+                fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
-                _fill(carry, n, gv, row * gv_r + c, zero, S, S)
+                fill(carry, n, gv, row * gv_r + c, zero, S, S)
                 for segment in range((T - 1) // STRIDE, -1, -1):
                     t0 = segment * STRIDE
                     steps = min(STRIDE, T - t0)
                     if segment > 0:
-                        _fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
+                        fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
                     else:
-                        _fill(start, n, v0, row * v0_r + c, vr, V, S)
+                        fill(start, n, v0, row * v0_r + c, vr, V, S)
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
                     gss = gseq + t0 * gseq_t + (row * gseq_r + c) * sb
@@ -228,7 +168,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                             if PER_CHANNEL:
                                 k, th = load(rs, i, S), load(ths, i, S)
                             v = load(start, i, S) if t == 0 else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
-                            h, _ = _charge(load_input(xs + t * x_t, i, X), v, k, vr, SOFT, DECAY)
+                            h, _ = charge(load_input(xs + t * x_t, i, X), v, k, vr, SOFT, DECAY)
                             store(hs + t * ROW, i, h, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
@@ -258,11 +198,11 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                         store(dv + (row * dv_r + c) * vb, i, load(carry, i, S), V)
             if PARAMETERS:
                 if PER_CHANNEL:
-                    _fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
-                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                    fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
+                    fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
                 else:
-                    store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
-                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+                    store(dr, task, sum_tile(sum_r, n, BLOCK, S), S)
+                    store(dth, task, sum_tile(sum_th, n, BLOCK, S), S)
 
     flags = f"{X}{V}{SOFT:d}{ZERO:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}{SEQUENCE:d}{STREAMED:d}"
     return Kernel(lif_backward, f"lif_backward_{flags}")
@@ -272,7 +212,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
 def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
     S = state_code(X)
     xb, ob = SIZES[X], SIZES[O]
-    BLOCK = _BLOCK
+    BLOCK = FORWARD_COLUMNS
     COUNTS = O == U8
 
     def lif_rate_forward(part, T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
@@ -286,8 +226,8 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
             rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
             k, th = num(r_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(rs, n, r, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
+                fill(rs, n, r, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
             for i in range(n):
                 xi = load(x + (row * x_r + c) * xb, i, X)
                 if GATE:
@@ -299,7 +239,7 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
                 for i in range(n):
                     if PER_CHANNEL:
                         k, th = load(rs, i, S), load(ths, i, S)
-                    h, _ = _charge(load(current, i, S), load(v, i, S), k, vr, SOFT, DECAY)
+                    h, _ = charge(load(current, i, S), load(v, i, S), k, vr, SOFT, DECAY)
                     store(count, i, load(count, i, S) + (one if h >= th else zero), S)
                     store(v, i, _reset(h, th, vr, SOFT), S)
             target = out + (row * out_r + c) * ob
@@ -321,7 +261,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     """One input and one output per neuron: tangents d/dx, d/dr, d/dtheta run along with the state, so nothing is kept."""
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
-    BLOCK = _BACK
+    BLOCK = BACKWARD_COLUMNS
     EXTRA = BLOCK if PARAMETERS else 1
     GREATEST = torch.finfo(torch.float64 if S == F64 else torch.float32).max
 
@@ -349,11 +289,11 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
             rs, ths = tile(BLOCK if PER_CHANNEL else 1, S), tile(BLOCK if PER_CHANNEL else 1, S)
             k, th = num(r_, S), num(theta_, S)
             if PER_CHANNEL:
-                _fill(rs, n, r, c, k, S, S)
-                _fill(ths, n, theta, c, th, S, S)
+                fill(rs, n, r, c, k, S, S)
+                fill(ths, n, theta, c, th, S, S)
             if PARAMETERS:
-                _fill(sum_r, n, 0, 0, zero, S, S)
-                _fill(sum_th, n, 0, 0, zero, S, S)
+                fill(sum_r, n, 0, 0, zero, S, S)
+                fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 for i in range(n):
                     xi = load(x + (row * x_r + c) * xb, i, X)
@@ -380,7 +320,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                         else:
                             h = vi - rest * k + xi
                         fired = h >= th
-                        slope = _surrogate(KIND, h - th, alpha, S)
+                        slope = surrogate_derivative(KIND, h - th, alpha, S)
                         if DETACH:
                             q = zero
                         elif SOFT:
@@ -429,11 +369,11 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                         store(sum_th, i, load(sum_th, i, S) + gi * si, S)
             if PARAMETERS:
                 if PER_CHANNEL:
-                    _fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
-                    _fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
+                    fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)
+                    fill(dth + (block * C + c) * sb, n, sum_th, 0, zero, S, S)
                 else:
-                    store(dr, task, _sum_tile(sum_r, n, BLOCK, S), S)
-                    store(dth, task, _sum_tile(sum_th, n, BLOCK, S), S)
+                    store(dr, task, sum_tile(sum_r, n, BLOCK, S), S)
+                    store(dth, task, sum_tile(sum_th, n, BLOCK, S), S)
 
     return Kernel(
         lif_rate_backward,
@@ -441,120 +381,29 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     )
 
 
-class _Parameters:
-    """tau and v_threshold as a kernel takes them: r = 1/tau and theta, each one number or the address of one per channel."""
-
-    def __init__(self, tau, v_threshold, neuron, dtype):
-        self._dtype, self._alive = dtype, []
-        self.r = self._split(None if tau is None else 1.0 / tau.detach().to(dtype), 1.0 / neuron.tau)
-        self.theta = self._split(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
-        self.per_channel = bool(self._alive)
-
-    def _split(self, p, value):
-        if p is None or p.numel() == 1:
-            return value if p is None else p.item(), 0
-        self._alive.append(p.contiguous())
-        return 0.0, self._alive[-1].data_ptr()
-
-    def partial_sums(self, layout, wanted):
-        """Rows per task, number of such groups, and where wanted their sums: (2, groups, C) per channel, else (2, tasks)."""
-        group = -(-layout.R // _GROUPS) if wanted else 1
-        groups = -(-layout.R // group)
-        if not wanted:
-            return group, groups, None
-        shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // _BACK),)
-        return group, groups, torch.empty((2, *shape), dtype=self._dtype, device="cpu")
-
-
-def _address(t):
-    return 0 if t is None else t.data_ptr()
-
-
-def _gradient(layout, g, like):
-    """(tensor, strides of T and R, factor of the column offset) of an upstream gradient; one repeated value stays one tile."""
-    if g is None or (g.numel() > _BACK and not any(g.stride())):
-        value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
-        return value.repeat(_BACK), 0, 0, 0
-    return *place(layout, g.to(like.dtype)), 1
-
-
-def _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
-    """Run a forward kernel over T steps of a neuron whose parameters are p."""
-    layout = layout_of(x, s, p.per_channel)
-    x, x_t, x_r = place(layout, x)
-    s, s_t, s_r = place(layout, s)
-    v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
-    if checkpoint is not None:
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
-    if v is not None:
-        v, v_r = place_state(layout, v)
-    if v_final is not None:
-        v_final, v1_r = place_state(layout, v_final)
-    if v_seq is not None:
-        v_seq, seq_t, seq_r = place(layout, v_seq)
-    kernel(
-        x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, _address(v), v_r,
-        _address(v_final), v1_r, _address(v_seq), seq_t, seq_r, _address(checkpoint), keep_t, keep_r, *p.r, *p.theta, *numbers,
-    )  # fmt: skip
-
-
-def _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers):
-    """Run a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
-    state = state_dtype(x.dtype)
-    layout = layout_of(x, dx, p.per_channel)
-    g, g_t, g_r, g_c = _gradient(layout, g, x)
-    x, x_t, x_r = place(layout, x)
-    dx, dx_t, dx_r = place(layout, dx)
-    v_r = dv_r = gv_r = gseq_t = gseq_r = keep_t = keep_r = 0
-    if checkpoint.numel():
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
-    if v is not None:
-        v, v_r = place_state(layout, v)
-    if dv is not None:
-        dv, dv_r = place_state(layout, dv)
-    if g_v is not None:
-        g_v, gv_r = place_state(layout, g_v.to(state))
-    if g_seq is not None:
-        g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
-    group, groups, sums = p.partial_sums(layout, parameters)
-    kernel(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, _address(v), v_r,
-        _address(checkpoint), keep_t, keep_r, g.data_ptr(), g_t, g_r, g_c, _address(g_v), gv_r, _address(g_seq), gseq_t, gseq_r,
-        dx.data_ptr(), dx_t, dx_r, _address(dv), dv_r, *((0, 0) if sums is None else map(_address, sums)),
-        *p.r, *p.theta, *numbers,
-    )  # fmt: skip
-    return sums
-
-
-def _codes(x, v):
-    """Of x and of the membrane that enters, which, where there is none, is of the state type."""
-    code = CODES[x.dtype]
-    return code, state_code(code) if v is None else CODES[v.dtype]
-
-
 def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
-    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
-    X, V = _codes(x, v)
+    p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    X, V = codes(x, v)
     soft, zero = neuron.v_reset is None, not neuron.v_reset
     kernel = _forward_kernel(X, CODES[s.dtype], V, soft, zero, neuron.decay_input, p.per_channel)
-    _launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, neuron.v_reset or 0.0)
+    launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, neuron.v_reset or 0.0)
 
 
 def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
-    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
-        *_codes(x, v), neuron.v_reset is None, not neuron.v_reset, neuron.decay_input, neuron.detach_reset,
+        *codes(x, v), neuron.v_reset is None, not neuron.v_reset, neuron.decay_input, neuron.detach_reset,
         SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None, dx.nbytes >= STREAM,
     )  # fmt: skip
     numbers = neuron.v_reset or 0.0, neuron.alpha
-    return _launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers)
+    return launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers)
 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
-    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
     x, x_r = place_state(layout, x)
     out, out_r = place_state(layout, out)
@@ -569,7 +418,7 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     if stairs is not None:
         levels, edges, values = stairs
         staircase.kernel(CODES[x.dtype], CODES[out.dtype], gate is not None)(
-            x.numel(), layout.R, layout.C, x.data_ptr(), x_r, _address(gate), gate_r, _address(residual), y_r,
+            x.numel(), layout.R, layout.C, x.data_ptr(), x_r, address(gate), gate_r, address(residual), y_r,
             out.data_ptr(), out_r, levels, edges.ctypes.data, values.ctypes.data,
         )  # fmt: skip
         return
@@ -583,16 +432,16 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
         p.per_channel,
     )
     kernel(
-        x.numel() * T, T, layout.R, layout.C, x.data_ptr(), x_r, _address(gate), gate_r, _address(residual), y_r,
+        x.numel() * T, T, layout.R, layout.C, x.data_ptr(), x_r, address(gate), gate_r, address(residual), y_r,
         out.data_ptr(), out_r, *p.r, *p.theta, neuron.v_reset or 0.0,
     )  # fmt: skip
 
 
 def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters):
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
-    p = _Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
+    p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)
-    g, _, g_r, g_c = _gradient(layout, g.unsqueeze(0), g)
+    g, _, g_r, g_c = gradient(layout, g.unsqueeze(0), g)
     x, x_r = place_state(layout, x)
     dx, dx_r = place_state(layout, dx)
     gate_r = dgate_r = 0
@@ -613,8 +462,8 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
         parameters,
     )
     kernel(
-        2 * x.numel() * T, T, layout.R, layout.C, group, groups, x.data_ptr(), x_r, _address(gate), gate_r,
-        g.data_ptr(), g_r, g_c, dx.data_ptr(), dx_r, _address(dgate), dgate_r,
-        *((0, 0) if sums is None else map(_address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+        2 * x.numel() * T, T, layout.R, layout.C, group, groups, x.data_ptr(), x_r, address(gate), gate_r,
+        g.data_ptr(), g_r, g_c, dx.data_ptr(), dx_r, address(dgate), dgate_r,
+        *((0, 0) if sums is None else map(address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
     return sums

@@ -13,7 +13,8 @@ import torch
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from .runtime import CODES, SIZES, Kernel, load, load_int, num, share, state_code, store
+from .intrinsics import CODES, SIZES, load, load_int, num, state_code, store
+from .kernel import Kernel, share
 from .vector import LANES, fma, kind, vload, vset, vstore
 
 _LANES = 2 * LANES  # channels mixed at once

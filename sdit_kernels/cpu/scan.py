@@ -21,7 +21,7 @@ import torch
 
 from ..reference.lif import state_dtype
 from ..reference.wkv import STEEPEST
-from .runtime import F64
+from .intrinsics import F64
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less
 
 _STEEP, _BONUS, _JUMP, _RANGE = 36.0, 8.0, 26.0, 30.0  # of a calm tile; 36 + 8 + 26 < 88 - ln 2^24

@@ -16,10 +16,12 @@ import torch
 from ..layout import TILE, spiking_tile
 from ..surrogate import SURROGATES
 from . import scan
-from .lif import _charge, _Parameters, _surrogate
-from .runtime import CODES, SIZES, Kernel, share, state_code, tile
+from .intrinsics import CODES, SIZES, state_code, tile
+from .kernel import Kernel, share
+from .launch import Parameters, address, place_rows
+from .lif import charge
+from .surrogate import surrogate_derivative
 from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
-from .wkv import _address, _place
 
 _WIDTH = 8  # vectors of channels that a forward task holds, and one more for the last channels
 _BACK = 4  # the same of a backward task
@@ -63,7 +65,7 @@ def _step(calm, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
 @scan.inline
 def _neuron(x, v, leak, th, vr, zero, one, soft, decay):
     """(h, spike, v after it) of one step."""
-    h, _ = _charge(x, v, leak, vr, soft, decay)
+    h, _ = charge(x, v, leak, vr, soft, decay)
     return h, where_at_least(h, th, one, zero), where_at_least(h, th, h - th if soft else vr, h)
 
 
@@ -211,7 +213,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         if step != 0:
             h = vload(here - step, _H * lanes, W)
             before = where_at_least(h, th, h - th if SOFT else vr, h)
-        h, _ = _charge(x, before, leak, vr, SOFT, DECAY)
+        h, _ = charge(x, before, leak, vr, SOFT, DECAY)
         vstore(here, _H * lanes, h, W)
         return ka, m, a, b
 
@@ -323,7 +325,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                     carry = vload(carries, l * ROW + slot, W)
                                 else:
                                     carry = vload(g_m, (batch * L + first + l) * C + c, W) if g_m != 0 else zero
-                                slope = _surrogate(KIND, h - th, alpha, W)
+                                slope = surrogate_derivative(KIND, h - th, alpha, W)
                                 through = ds  # what reaches the step function
                                 if not DETACH:
                                     through = ds + carry * (zero - th if SOFT else vr - h)
@@ -405,19 +407,19 @@ def spiking_wkv_forward(
     w, u = scan.parameters(decay, first, raw, k)
     T, B, L, C = k.shape
     lanes = LANES if C >= LANES else 1
-    p = _Parameters(tau, v_threshold, neuron, w.dtype)
+    p = Parameters(tau, v_threshold, neuron, w.dtype)
     states = w.new_empty(3, T * B * 2, C) if checkpoint is None else checkpoint
-    (k, *k_), (v, *v_), (r, *r_) = (_place(t, 3) for t in (k, v, r))
-    membrane, *m_ = _place(membrane, 2)
+    (k, *k_), (v, *v_), (r, *r_) = (place_rows(t, 3) for t in (k, v, r))
+    membrane, *m_ = place_rows(membrane, 2)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _forward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, p.per_channel,
     )(
         2 * T * B * L * C, T, B, L, C, spiking_tile(T, "cpu"), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_,
-        v.data_ptr(), *v_, _address(r), *r_, w.data_ptr(), u.data_ptr(), _address(ybar), _address(lse), _address(membrane), *m_,
+        v.data_ptr(), *v_, address(r), *r_, w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(membrane), *m_,
         states.data_ptr(), states.shape[1] // (T * B), states.stride(0), checkpoint is not None, out.data_ptr(),
-        _address(ybar_out), _address(lse_out), _address(membrane_out), *p.r, *p.theta, neuron.v_reset or 0.0,
+        address(ybar_out), address(lse_out), address(membrane_out), *p.r, *p.theta, neuron.v_reset or 0.0,
     )  # fmt: skip
 
 
@@ -432,15 +434,15 @@ def spiking_wkv_backward(
     w, u = scan.parameters(decay, first, raw, k)
     T, B, L, C = k.shape
     lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu")
-    p = _Parameters(tau, v_threshold, neuron, w.dtype)
+    p = Parameters(tau, v_threshold, neuron, w.dtype)
     dw, du = w.new_empty(2, B, C)
     sums = w.new_empty(2, B, C) if parameters else None
     blocks = _spread(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
     work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
-    (k, *k_), (v, *v_), (r, *r_), (g, *g_) = (_place(t, 3) for t in (k, v, r, g.expand(k.shape)))
-    membrane, *m_ = _place(membrane, 2)
+    (k, *k_), (v, *v_), (r, *r_), (g, *g_) = (place_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
+    membrane, *m_ = place_rows(membrane, 2)
     upstream = [None if t is None else t.to(w.dtype).contiguous() for t in (g_ybar, g_lse, g_membrane)]
     _backward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
@@ -448,10 +450,10 @@ def spiking_wkv_backward(
         parameters,
     )(
         4 * T * B * L * C, T, B, L, C, tokens, blocks, workers, work.data_ptr(), k.data_ptr(), *k_, v.data_ptr(), *v_,
-        _address(r), *r_, w.data_ptr(), u.data_ptr(), _address(membrane), *m_, checkpoint.data_ptr(),
-        checkpoint.shape[1] // (T * B), checkpoint.stride(0), g.data_ptr(), *g_, *map(_address, upstream), dk.data_ptr(),
-        dv.data_ptr(), _address(dr), _address(d_ybar), _address(d_lse), _address(d_membrane), dw.data_ptr(), du.data_ptr(),
-        *((0, 0) if sums is None else map(_address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+        address(r), *r_, w.data_ptr(), u.data_ptr(), address(membrane), *m_, checkpoint.data_ptr(),
+        checkpoint.shape[1] // (T * B), checkpoint.stride(0), g.data_ptr(), *g_, *map(address, upstream), dk.data_ptr(),
+        dv.data_ptr(), address(dr), address(d_ybar), address(d_lse), address(d_membrane), dw.data_ptr(), du.data_ptr(),
+        *((0, 0) if sums is None else map(address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
     scan.parameter_sums(dw, du, w, raw, d_decay, d_first)
     return sums

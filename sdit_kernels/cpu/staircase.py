@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import torch
 
-from .runtime import SIZES, Kernel, load, num, share, sigmoid, state_code, store, tile
+from .intrinsics import SIZES, load, num, sigmoid, state_code, store, tile
+from .kernel import Kernel, share
 
 
 @functools.cache

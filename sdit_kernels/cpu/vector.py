@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, overload, register_model, type_callable
 
-from .runtime import _I32, _LLVM, BF16, F16, F64, exp_negative, state_code
+from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, state_code
 
 LANES = 16  # a cache line of float32; two AVX2 registers hide each other's latency
 
@@ -27,8 +27,8 @@ class Vector(types.Type):
     """``lanes`` floats of the state type."""
 
     def __init__(self, V):
-        self.V, self.element = V, _LLVM[state_code(V % 8)]
-        super().__init__(f"Vector({'f64' if self.element == _LLVM[F64] else 'f32'}, {V // 8})")
+        self.V, self.element = V, LLVM_TYPES[state_code(V % 8)]
+        super().__init__(f"Vector({'f64' if self.element == LLVM_TYPES[F64] else 'f32'}, {V // 8})")
 
     @property
     def key(self):
@@ -61,9 +61,9 @@ def vload(typingctx, address, index, V):
     vector = Vector(V.literal_value)
 
     def codegen(context, builder, signature, args):
-        x = builder.load(_pointer(builder, args[0], args[1], _LLVM[code], lanes), align=_BYTES[code])
+        x = builder.load(_pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
         if code == BF16:
-            bits = builder.shl(builder.zext(x, ir.VectorType(_I32, lanes)), _constant(vector, 16, _I32))
+            bits = builder.shl(builder.zext(x, ir.VectorType(I32, lanes)), _constant(vector, 16, I32))
             return builder.bitcast(bits, _llvm(vector))
         return builder.fpext(x, _llvm(vector)) if code == F16 else x
 
@@ -81,7 +81,7 @@ def vstore(typingctx, address, index, value, V):
     def codegen(context, builder, signature, args):
         x = args[2]
         if code == BF16:
-            wide, narrow = ir.VectorType(_I32, lanes), ir.VectorType(ir.IntType(16), lanes)
+            wide, narrow = ir.VectorType(I32, lanes), ir.VectorType(ir.IntType(16), lanes)
 
             def splat(number):
                 return ir.Constant(wide, [number] * lanes)
@@ -94,7 +94,7 @@ def vstore(typingctx, address, index, value, V):
             x = builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), nan, even), narrow)
         elif code == F16:
             x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), lanes))
-        builder.store(x, _pointer(builder, args[0], args[1], _LLVM[code], lanes), align=_BYTES[code])
+        builder.store(x, _pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, value, V), codegen
@@ -107,12 +107,12 @@ def vset(typingctx, value, V):
 
     def codegen(context, builder, signature, args):
         element = vector.element if isinstance(vector, Vector) else context.get_value_type(vector)
-        x = args[0] if element == _LLVM[F64] else builder.fptrunc(args[0], element)
+        x = args[0] if element == LLVM_TYPES[F64] else builder.fptrunc(args[0], element)
         if not isinstance(vector, Vector):
             return x
-        nothing, zero = ir.Constant(_llvm(vector), ir.Undefined), ir.Constant(_I32, 0)
+        nothing, zero = ir.Constant(_llvm(vector), ir.Undefined), ir.Constant(I32, 0)
         one = builder.insert_element(nothing, x, zero)
-        return builder.shuffle_vector(one, nothing, _constant(vector, 0, _I32))
+        return builder.shuffle_vector(one, nothing, _constant(vector, 0, I32))
 
     return vector(types.float64, V), codegen
 
@@ -148,7 +148,7 @@ def _call(builder, name, x, args):
     """LLVM's own function ``name`` on vectors, or on numbers."""
     llvm = args[0].type
     lanes, element = (f"v{llvm.count}", llvm.element) if isinstance(llvm, ir.VectorType) else ("", llvm)
-    suffix = f"{lanes}f{64 if element == _LLVM[F64] else 32}"
+    suffix = f"{lanes}f{64 if element == LLVM_TYPES[F64] else 32}"
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(llvm, [llvm] * len(args)), f"llvm.{name}.{suffix}"
     )
@@ -239,7 +239,7 @@ def _exponent(typingctx, x):
     """The float whose exponent bits are the lowest bits of x."""
 
     def codegen(context, builder, signature, args):
-        bits, mantissa = (64, 52) if x.element == _LLVM[F64] else (32, 23)
+        bits, mantissa = (64, 52) if x.element == LLVM_TYPES[F64] else (32, 23)
         integer = ir.IntType(bits)
         wide = builder.bitcast(args[0], ir.VectorType(integer, x.V // 8))
         return builder.bitcast(builder.shl(wide, _constant(x, mantissa, integer)), _llvm(x))

@@ -16,7 +16,9 @@ import torch
 
 from ..layout import TILE, wkv_rows
 from . import scan
-from .runtime import CODES, SIZES, Kernel, load_int, share, state_code, tile
+from .intrinsics import CODES, SIZES, load_int, state_code, tile
+from .kernel import Kernel, share
+from .launch import address, place_rows
 from .vector import (
     LANES,
     fma,
@@ -612,23 +614,6 @@ def _chunked(algorithm, k):
     return algorithm == "chunked" or (algorithm == "auto" and B * C <= 32 and L >= 4096)
 
 
-def _place(t, axes=2):
-    """(tensor to keep alive, strides of all its axes but the channels); copied where channels are not contiguous, one row where
-    all rows are alike."""
-    if t is None:
-        return None, *[0] * axes
-    *strides, c = t.stride()
-    if c == 1 or t.shape[-1] == 1:
-        return t, *strides
-    if not any(strides):
-        return t[(0,) * axes].contiguous(), *strides
-    return _place(t.contiguous(), axes)
-
-
-def _address(t):
-    return 0 if t is None else t.data_ptr()
-
-
 def _spread(count, C, lanes):
     """Blocks of channels per segment: wide ones read whole cache lines, but every thread wants some."""
     whole = C // lanes
@@ -649,22 +634,22 @@ def wkv_forward(
     rows = wkv_rows(*k.shape[:2], sequences)
     if checkpoint is None and (chunked or bidirectional):
         checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype, device=w.device)
-    (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(_place, (k, v, r, out))
+    (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(place_rows, (k, v, r, out))
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     blocks = _spread(count, C, lanes)
     work = out.numel()
     if chunked:
         summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype, device=w.device)
         _summary_kernel(X, lanes, bidirectional)(
-            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), _address(ybar), _address(lse),
+            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), address(ybar), address(lse),
             summary.data_ptr(),
         )  # fmt: skip
         _scan_kernel(state_code(X), lanes, bidirectional)(
             0, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
         )  # fmt: skip
     _forward_kernel(X, lanes, r is not None, bidirectional)(
-        work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, _address(r), *r_, out.data_ptr(), *out_,
-        w.data_ptr(), u.data_ptr(), _address(ybar), _address(lse), _address(ybar_out), _address(lse_out), _address(checkpoint),
+        work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, out.data_ptr(), *out_,
+        w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(ybar_out), address(lse_out), address(checkpoint),
         rows,
     )  # fmt: skip
 
@@ -682,7 +667,7 @@ def wkv_backward(
     chunked = count > (sequences or k.shape[0])
     rows, sides = checkpoint.shape[2], 2 if bidirectional else 1
     g = k.new_zeros((1, 1, 1)).expand(k.shape) if g is None else g.to(k.dtype)
-    (k, *k_), (v, *v_), (r, *r_), (g, *g_), (_, *d_) = map(_place, (k, v, r, g, dk))
+    (k, *k_), (v, *v_), (r, *r_), (g, *g_), (_, *d_) = map(place_rows, (k, v, r, g, dk))
     if g_ybar is not None or g_lse is not None:
         present = g_lse if g_ybar is None else g_ybar
         g_ybar, g_lse = (present.new_zeros(present.shape) if s is None else s.contiguous() for s in (g_ybar, g_lse))
@@ -694,10 +679,10 @@ def wkv_backward(
 
     def launch(summary, adjoint):
         _backward_kernel(X, lanes, r is not None, bidirectional, summary)(
-            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, _address(r), *r_, g.data_ptr(), *g_,
-            w.data_ptr(), u.data_ptr(), checkpoint.data_ptr(), rows, _address(ybar), _address(lse), _address(g_ybar),
-            _address(g_lse), _address(adjoint), _address(right_keep), dk.data_ptr(), dv.data_ptr(), _address(dr), *d_,
-            _address(d_ybar), _address(d_lse), dw.data_ptr(), du.data_ptr(),
+            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, g.data_ptr(), *g_,
+            w.data_ptr(), u.data_ptr(), checkpoint.data_ptr(), rows, address(ybar), address(lse), address(g_ybar),
+            address(g_lse), address(adjoint), address(right_keep), dk.data_ptr(), dv.data_ptr(), address(dr), *d_,
+            address(d_ybar), address(d_lse), dw.data_ptr(), du.data_ptr(),
         )  # fmt: skip
 
     adjoint = None

@@ -1,0 +1,318 @@
+"""What the code of every CPU kernel stands on: typed loads and stores at an address, stack tiles, exponentials.
+
+A kernel takes addresses and sizes (integers) and constants (floats), never arrays: a call costs half a microsecond, LLVM sees
+plain pointers whose stack tiles cannot alias them, and bf16 needs no array type that numpy lacks. Storage types are small
+integer codes; the state type of a code is float64 for F64, else float32.
+"""
+
+import math
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+F32, F64, BF16, F16, U8 = range(5)
+CODES = {
+    torch.float32: F32,
+    torch.float64: F64,
+    torch.bfloat16: BF16,
+    torch.float16: F16,
+    torch.uint8: U8,
+    torch.bool: U8,
+}
+SIZES = (4, 8, 2, 2, 1)
+LLVM_TYPES = (ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.HalfType(), ir.IntType(8))
+I32, I64 = ir.IntType(32), ir.IntType(64)
+
+
+def state_code(code: int) -> int:
+    return F64 if code == F64 else F32
+
+
+def _state_type(code):
+    return types.float64 if code == F64 else types.float32
+
+
+def _element(builder, address, index, code):
+    return builder.gep(builder.inttoptr(address, LLVM_TYPES[code].as_pointer()), [index])
+
+
+def _mark(builder, instruction, kind):
+    """Name the set "inputs" in the metadata by which LLVM knows two accesses apart."""
+    scope = builder.module.add_metadata(["inputs", builder.module.add_metadata(["sdit_kernels"])])
+    instruction.set_metadata(kind, builder.module.add_metadata([scope]))
+
+
+def _load(context, builder, args, code, kind=None):
+    x = builder.load(_element(builder, args[0], args[1], code))
+    if kind:
+        _mark(builder, x, kind)
+    if code == BF16:
+        return builder.bitcast(builder.shl(builder.zext(x, I32), ir.Constant(I32, 16)), ir.FloatType())
+    if code == F16:
+        return builder.fpext(x, ir.FloatType())
+    return builder.uitofp(x, ir.FloatType()) if code == U8 else x
+
+
+@intrinsic(prefer_literal=True)
+def load(typingctx, address, index, code):
+    """Element ``index`` of the array at ``address``, in the state type."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        return _load(context, builder, args, code_)
+
+    return _state_type(code_)(types.int64, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def load_input(typingctx, address, index, code):
+    """The same from an array that no ``store_output`` of the kernel writes.
+
+    With many arrays in one loop the vectoriser would otherwise have too many pairs to compare, and give up.
+    """
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        return _load(context, builder, args, code_, "alias.scope")
+
+    return _state_type(code_)(types.int64, types.int64, code), codegen
+
+
+def _store(context, builder, args, code, kind=None):
+    x = args[2]
+    if code == BF16:
+        bits = builder.bitcast(x, I32)
+        high = builder.lshr(bits, ir.Constant(I32, 16))
+        bias = builder.add(ir.Constant(I32, 0x7FFF), builder.and_(high, ir.Constant(I32, 1)))
+        even = builder.lshr(builder.add(bits, bias), ir.Constant(I32, 16))
+        # A NaN stays one unless its upper 17 mantissa bits are ones, as arithmetic makes none; to test for it costs a tenth.
+        x = builder.trunc(even, ir.IntType(16))
+    elif code == F16:
+        x = builder.fptrunc(x, ir.HalfType())
+    elif code == U8:
+        x = builder.fptoui(x, ir.IntType(8))
+    written = builder.store(x, _element(builder, args[0], args[1], code))
+    if kind:
+        _mark(builder, written, kind)
+    return context.get_dummy_value()
+
+
+@intrinsic(prefer_literal=True)
+def store_output(typingctx, address, index, value, code):
+    """``store`` to an array that no ``load_input`` of the kernel reads."""
+    code_ = code.literal_value
+    value_type = value if code_ == U8 else _state_type(code_)
+
+    def codegen(context, builder, signature, args):
+        return _store(context, builder, args, code_, "noalias")
+
+    return types.void(types.int64, types.int64, value_type, code), codegen
+
+
+@intrinsic
+def load_int(typingctx, address, index):
+    """Element ``index`` of an array of int64."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(builder.gep(builder.inttoptr(args[0], I64.as_pointer()), [args[1]]))
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store(typingctx, address, index, value, code):
+    """Round ``value`` (state type) to the nearest even of the storage type and write it."""
+    code_ = code.literal_value
+    value_type = value if code_ == U8 else _state_type(code_)
+
+    def codegen(context, builder, signature, args):
+        return _store(context, builder, args, code_)
+
+    return types.void(types.int64, types.int64, value_type, code), codegen
+
+
+_ONE_BITS = (0x3F800000, 0x3FF0000000000000, 0x3F80, 0x3C00, 1)
+
+
+@intrinsic(prefer_literal=True)
+def store_spike(typingctx, address, index, fired, code):
+    """Write one or zero: an integer select, with no rounding to vectorise around."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        bits = ir.IntType(8 * SIZES[code_])
+        pointer = builder.gep(builder.inttoptr(args[0], bits.as_pointer()), [args[1]])
+        fired_ = builder.trunc(args[2], ir.IntType(1)) if args[2].type.width > 1 else args[2]
+        builder.store(builder.select(fired_, ir.Constant(bits, _ONE_BITS[code_]), ir.Constant(bits, 0)), pointer)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.boolean, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def tile(typingctx, elements, code):
+    """Address of an uninitialised stack array of the state type."""
+    count, state = elements.literal_value, _state_type(code.literal_value)
+
+    def codegen(context, builder, signature, args):
+        with builder.goto_entry_block():
+            array = builder.alloca(ir.ArrayType(context.get_data_type(state), count))
+            array.align = 64
+        return builder.ptrtoint(array, I64)
+
+    return types.int64(elements, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def num(typingctx, value, code):
+    """A float64 constant, rounded once to the state type."""
+    state = _state_type(code.literal_value)
+
+    def codegen(context, builder, signature, args):
+        return args[0] if state == types.float64 else builder.fptrunc(args[0], ir.FloatType())
+
+    return state(types.float64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _prefetch(typingctx, address, write):
+    write_ = write.literal_value
+
+    def codegen(context, builder, signature, args):
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        flags = [ir.Constant(I32, flag) for flag in (write_, 2, 1)]
+        builder.call(function, [builder.inttoptr(args[0], pointer), *flags])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, write), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def prefetch(address, size, write):
+    """Ask for ``size`` bytes from ``address``, which need not exist: short runs escape the hardware's guess."""
+    for offset in range(0, size, 64):
+        _prefetch(address + offset, write)
+
+
+@intrinsic(prefer_literal=True)
+def _copy(typingctx, target, source, offset, size, nontemporal):
+    """``size`` bytes, which both sides align to where nontemporal."""
+    size_, nontemporal_ = size.literal_value, nontemporal.literal_value
+
+    def codegen(context, builder, signature, args):
+        unit = ir.VectorType(I32, size_ // 4) if size_ > 1 else ir.IntType(8)
+        to, source = (builder.inttoptr(builder.add(a, args[2]), unit.as_pointer()) for a in args[:2])
+        written = builder.store(builder.load(source, align=size_), to, align=size_ if nontemporal_ else 1)
+        if nontemporal_:
+            written.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, size, nontemporal), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def stream(target, source, size):
+    """Copy ``size`` bytes from a tile around the caches: an ordinary store first reads the line that it overwrites.
+
+    Such stores are weakly ordered; the atomic operations that end a parallel loop or pass on the GIL complete them.
+    """
+    whole = size // 32 * 32
+    if target % 32 == 0:
+        for offset in range(0, whole, 32):
+            _copy(target, source, offset, 32, 1)
+    else:
+        for offset in range(0, whole, 32):
+            _copy(target, source, offset, 32, 0)
+    for offset in range(whole, size):
+        _copy(target, source, offset, 1, 0)
+
+
+@intrinsic
+def mul_add(typingctx, a, b, c):
+    """a * b + c, in one rounding where the machine has an instruction for it; for what no spike depends on."""
+
+    def codegen(context, builder, signature, args):
+        kind = args[0].type
+        suffix = "f64" if isinstance(kind, ir.DoubleType) else "f32"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, (kind,) * 3), f"llvm.fmuladd.{suffix}")
+        return builder.call(function, args)
+
+    return a(a, b, c), codegen
+
+
+@intrinsic
+def _float_from_bits(typingctx, bits):
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), codegen
+
+
+@intrinsic
+def _truncate(typingctx, x):
+    def codegen(context, builder, signature, args):
+        return builder.fptosi(args[0], I32)
+
+    return types.int32(types.float32), codegen
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def exp_negative(x, code):
+    """exp(x) for x <= 0, within 1.5 ulp; float32 by a polynomial, because a call into libm would stop the vectoriser."""
+    if code == F64:
+        return num(math.exp(x), code)
+    least = num(-87.0, code)  # below it the result is 0; a NaN stays
+    tiny = x < least
+    x = least if tiny else x
+    n = np.floor(x * num(1.4426950408889634, code) + num(0.5, code))
+    f = (x - n * num(0.693359375, code)) - n * num(-2.12194440054690583e-4, code)  # ln 2 in two parts
+    p = num(1.0 / 5040.0, code)
+    p = p * f + num(1.0 / 720.0, code)
+    p = p * f + num(1.0 / 120.0, code)
+    p = p * f + num(1.0 / 24.0, code)
+    p = p * f + num(1.0 / 6.0, code)
+    p = p * f + num(0.5, code)
+    p = p * f + num(1.0, code)
+    p = p * f + num(1.0, code)
+    p = p * _float_from_bits((_truncate(n) + numba.int32(127)) << numba.int32(23))
+    return num(0.0, code) if tiny else p
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def sigmoid(x, S):
+    e = exp_negative(-abs(x), S)
+    p = num(1.0, S) / (num(1.0, S) + e)
+    return p if x >= num(0.0, S) else e * p
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def fill(target, n, source, offset, value, code, S):
+    """A tile of n elements from the array at ``source``, or of one value where there is no array. A NaN becomes the usual one:
+    see ``store``."""
+    if source != 0:
+        for i in range(n):
+            x = load(source, offset + i, code)
+            store(target, i, x if x == x else num(math.nan, S), S)
+    else:
+        for i in range(n):
+            store(target, i, value, S)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def sum_tile(target, n, size, S):
+    """Sum of n elements by halving: vectorises, and errs less than one running sum. ``size`` is the power of two above n."""
+    for i in range(n, size):
+        store(target, i, num(0.0, S), S)
+    width = size >> 1
+    while width > 0:
+        for i in range(width):
+            store(target, i, load(target, i, S) + load(target, i + width, S), S)
+        width >>= 1
+    return load(target, 0, S)

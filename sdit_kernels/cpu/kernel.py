@@ -1,0 +1,223 @@
+"""How a CPU kernel is compiled, cached and run on torch's threads."""
+
+import ctypes
+import functools
+import logging
+import os
+import sys
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import llvmlite.binding
+import numba
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils, event
+from numba.extending import intrinsic
+
+from .. import dispatch
+from .intrinsics import I32, I64
+
+
+def _source_stamp() -> str:
+    """Changes when any file that a kernel reads does: numba itself watches only the file that holds the kernel."""
+    here = Path(__file__).parent
+    files = [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "surrogate.py"]
+    return f"{zlib.crc32(b''.join(f.read_bytes() for f in files)):08x}"
+
+
+_STAMP = _source_stamp()
+STREAM = 8 << 20  # bytes of an output from which on it is written around the caches, which it would not fit
+_SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
+_lock = threading.Lock()  # held to compile
+
+
+def _after_fork():
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held the old one
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+_SLOW = 2.0  # seconds of compiling after which a line says what the user waits for
+_LOG = logging.getLogger("sdit_kernels")
+
+
+class _Notice(event.Listener):
+    """Logs one line per process when a kernel compiles for longer than _SLOW. Loading code from disk starts no clock."""
+
+    said = False
+
+    def __init__(self, compiled):
+        self._compiled, self._timer = compiled, None
+
+    def on_start(self, event):
+        if event.data["dispatcher"] is self._compiled and not _Notice.said:
+            self._timer = threading.Timer(_SLOW, self._say)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def on_end(self, event):
+        if event.data["dispatcher"] is self._compiled and self._timer is not None:
+            self._timer.cancel()
+
+    def _say(self):
+        if not _Notice.said:
+            _Notice.said = True
+            _LOG.warning("sdit_kernels: compiling CPU kernels, seconds each; later processes load the compiled code from disk")
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------------
+
+
+def _find_openmp() -> bool:
+    """Tell compiled code where the OpenMP library of torch is, so that one pool of threads serves torch and these kernels.
+
+    numba's own threads would be a second pool: each spins for a while when it has nothing to do, in the other's way.
+    """
+    library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
+    try:
+        openmp = ctypes.CDLL(str(library))
+        found = {name: getattr(openmp, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
+    except (OSError, AttributeError):  # Windows, or a torch that runs on other threads
+        return False
+    for name, function in found.items():
+        llvmlite.binding.add_symbol(f"sdit_kernels_{name}", ctypes.cast(function, ctypes.c_void_p).value)
+    return True
+
+
+_OPENMP = _find_openmp()
+
+
+@numba.njit(forceinline=True, error_model="numpy")
+def share(tasks, part):
+    """The tasks of one thread: ``part`` is (its number, the number of threads)."""
+    i, n = part
+    return range(tasks * i // n, tasks * (i + 1) // n)
+
+
+@intrinsic
+def _run_team(typingctx, body, threads, args):
+    """Call body((i, n), *args) on every thread i of a team of OpenMP's, n threads in all."""
+    pair = types.UniTuple(types.int64, 2)
+    kinds = (pair, *args.types)
+    signature = body.get_call_type(typingctx, kinds, {})
+    i32, i64, pointer, void = I32, I64, ir.IntType(8).as_pointer(), ir.VoidType()
+
+    def codegen(context, builder, _, values):
+        def openmp(name, result, *arguments):
+            return cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, arguments), f"sdit_kernels_{name}")
+
+        compiled = body.dispatcher.get_compile_result(signature)
+        context.active_code_library.add_linking_library(compiled.library)
+        packed = cgutils.alloca_once_value(builder, values[2])
+        member = ir.Function(builder.module, ir.FunctionType(void, (pointer,)), builder.module.get_unique_name("member"))
+        member.linkage = "internal"
+        inside = ir.IRBuilder(member.append_basic_block())
+        numbers = [inside.call(openmp(f"omp_get_{name}", i32), ()) for name in ("thread_num", "num_threads")]
+        part = context.make_tuple(inside, pair, [inside.sext(number, i64) for number in numbers])
+        unpacked = inside.load(inside.bitcast(member.args[0], packed.type))
+        arguments = [part, *(inside.extract_value(unpacked, i) for i in range(len(args.types)))]
+        function = context.declare_function(builder.module, compiled.fndesc)
+        context.call_conv.call_function(inside, function, types.none, kinds, arguments)
+        inside.ret_void()
+        parallel = openmp("GOMP_parallel", void, pointer, pointer, i32, i32)
+        data = (builder.bitcast(x, pointer) for x in (member, packed))
+        builder.call(parallel, (*data, builder.trunc(values[1], i32), ir.Constant(i32, 0)))
+        return context.get_dummy_value()
+
+    return types.void(body, types.int64, args), codegen
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="sdit_kernels")
+
+
+class Kernel:
+    """A numba function whose first argument is ``part`` and whose outermost loop is over ``share(tasks, part)``.
+
+    One thread runs it alone, or as many as torch has run their parts of it. It is compiled at first use and cached on disk in a
+    file of its own (``name`` holds the variant's flags), so that processes that compile different variants at the same time
+    cannot take each other's code.
+    """
+
+    def __init__(self, function, name: str):
+        self._function, self._name = function, f"{name}_{_STAMP}" + ("" if _OPENMP else "_threads")
+        self._compiled = None
+
+    def _compile(self, args):
+        # Python's error model tests every divisor for zero, which stops the vectoriser.
+        options = dict(nogil=True, error_model="numpy")
+        self._function.__name__ = self._function.__qualname__ = self._name
+        body = numba.njit(self._function, **options)
+
+        if _OPENMP:
+
+            def entry(part, *args):
+                if part[0] < 0:
+                    _run_team(body, part[1], args)
+                else:
+                    body(part, *args)
+        else:
+
+            def entry(part, *args):
+                body(part, *args)
+
+        entry.__name__ = entry.__qualname__ = self._name
+        signature = numba.typeof((0, 1)), numba.typeof(args)
+        try:
+            compiled = numba.njit(entry, cache=True, **options)
+        except RuntimeError:  # numba found no folder it may write to
+            _warn_uncached()
+            compiled = numba.njit(entry, **options)
+        else:
+            self._key(compiled)
+        with event.install_listener("numba:compile", _Notice(compiled)):
+            try:
+                compiled.compile(signature)
+            except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
+                compiled._cache.flush()
+                compiled.compile(signature)
+        return compiled
+
+    def _key(self, compiled):
+        """Find the code again in another process. Numba's key holds a pickle of all closed-over variables; of a jitted function
+        among them that is new in every process. Name and stamp say what those are, but for numbers that someone has changed."""
+        cells = (cell.cell_contents for cell in self._function.__closure__ or ())
+        numbers = tuple(value for value in cells if isinstance(value, (int, float)))
+        compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
+
+    def __call__(self, work: int, *args):
+        """``work`` in elementary steps decides whether one thread does it alone."""
+        if self._compiled is None:
+            with _lock:
+                self._compiled = self._compiled or self._compile(args)
+        threads = 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
+        if threads == 1:
+            self._compiled((0, 1), *args)
+        elif _OPENMP:
+            self._compiled((-1, threads), *args)
+        else:
+            others = [_threads().submit(self._compiled, (i, threads), *args) for i in range(1, threads)]
+            self._compiled((0, threads), *args)
+            for other in others:
+                other.result()
+
+
+_warned = False
+
+
+def _warn_uncached():
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "sdit_kernels: found no writable folder for compiled CPU kernels, so every process compiles them anew "
+            "(seconds per kernel). Set NUMBA_CACHE_DIR to a writable folder.",
+            stacklevel=2,
+        )
