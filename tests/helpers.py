@@ -37,7 +37,7 @@ def tiles(size):
     and cut small tensors into many programs with ragged edges.
     """
     from sdit_kernels import layout
-    from sdit_kernels.ops import spiking_wkv, wkv
+    from sdit_kernels.ops.operator import kernels
 
     with contextlib.ExitStack() as stack:
         if native_triton.setup() != "interpreter":
@@ -51,8 +51,12 @@ def tiles(size):
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, "_THREADS", size[threads]))
             stack.enter_context(mock.patch.multiple(triton_wkv, _HELD=size["HELD"], _SUMS=size["SUMS"]))
-        for op, module in zip((wkv, spiking_wkv), _cpu_modules_for(size["TILE"])):
-            stack.enter_context(mock.patch.dict(op._modules, cpu=module))
+        stack.callback(kernels.cache_clear)
+        for name, module in zip(_COMPILED_IN, _cpu_modules_for(size["TILE"])):
+            own = sys.modules[f"sdit_kernels.cpu.{name}"]
+            stack.callback(sys.modules.__setitem__, own.__name__, own)
+            sys.modules[own.__name__] = module
+        kernels.cache_clear()
         stack.enter_context(mock.patch.object(layout, "TILE", size["TILE"]))
         stack.enter_context(mock.patch.dict(layout.PAIRS, triton=size["PAIRS"]))
         yield
