@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{command}: {str(stopped) or 'stopped'}", file=sys.stderr)
-        exec("")  # an interrupt inside exec, as of a dataclass, leaves a flag that makes Python end by the signal; this clears it
+        exec("")  # an interrupt inside exec, as of a dataclass, leaves a flag by which python -m dies of SIGINT; this clears it
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if args.debug:
