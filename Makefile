@@ -33,7 +33,7 @@ bench: peers
 # SpikingJelly 2.0.0 is for Python 3.11 and later.
 peers: .venv/installed
 	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib transformers
-	$(BIN)/pip install --quiet --no-deps snntorch==1.0.0 fla-core==0.6.0
+	$(BIN)/pip install --quiet --no-deps snntorch==1.0.0 fla-core==0.6.0 nir nirtorch h5py
 	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 || $(BIN)/pip install --quiet --no-deps spikingjelly==0.0.0.0.14
 
 # dist/: a wheel and an sdist as they would be uploaded, and whether an index would show README.md.

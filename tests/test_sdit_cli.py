@@ -289,14 +289,14 @@ def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_inside_exec(tmp_path):
-    """As while a dataclass is made: Python then wants to end by the signal, whatever becomes of the exception."""
+    """As while a dataclass is made: python -m then wants to end by the signal, even if the exception is caught."""
     code = """if 1:
         from sdit import cli
         cli._parser = lambda: exec("raise KeyboardInterrupt")
         raise SystemExit(cli.main([]))"""
-    (tmp_path / "a.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, tmp_path / "a.py"], env=environment, capture_output=True, text=True)
+    (tmp_path / "interrupted.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run([sys.executable, "-m", "interrupted"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "sdit: stopped\n")
 
 
