@@ -371,11 +371,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as stopped:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"{command}: {str(stopped) or 'stopped'}", file=sys.stderr)
-<<<<<<< HEAD
-        exec("")  # clears a flag that an interrupt inside exec (a dataclass) leaves, or Python would end by the signal
-=======
         exec("")  # an interrupt inside exec, as of a dataclass, leaves a flag by which python -m dies of SIGINT; this clears it
->>>>>>> w-sdit
         return 130
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError) as error:
         if args.debug:

@@ -109,21 +109,21 @@ def test_imports_go_one_way():
 
 
 BARE = """
-import sys, time, json
+import sys, json
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"triton", "numba", "einops", "nvtx", "diffusers", "matplotlib", "hypothesis"}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 import torch
-before = time.process_time()  # of this process: other programs must not count
+before = set(sys.modules)
 import sdit_kernels, sdit_kernels.nn
-seconds = time.process_time() - before
+loaded = {name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 with sdit_kernels.backend("reference"):
     spikes = sdit_kernels.lif(torch.full((2, 3), 2.0)).sum().item()
 try: sdit_kernels.lif(torch.ones(2, 3)); message = ""
 except RuntimeError as error: message = str(error)
-print(json.dumps([seconds, spikes, message, torch.cuda.is_initialized(), "torch._dynamo" in sys.modules]))
+print(json.dumps([sorted(loaded), spikes, message, torch.cuda.is_initialized()]))
 """
 
 
@@ -137,11 +137,10 @@ def python(code, **environment):
 
 @pytest.mark.process
 def test_import_is_light_and_needs_no_optional_package():
-    found = [json.loads(python(BARE, TRITON_INTERPRET="")) for _ in range(3)]
-    assert min(seconds for seconds, *_ in found) < 0.1
-    for _, spikes, message, initialised, dynamo in found:
-        assert spikes == 6.0 and not initialised and not dynamo
-        assert "pip install numba" in message
+    loaded, spikes, message, initialised = json.loads(python(BARE, TRITON_INTERPRET=""))
+    assert loaded == ["sdit_kernels"]  # nothing of torch's that torch has not loaded itself, such as its compiler
+    assert spikes == 6.0 and not initialised
+    assert "pip install numba" in message
 
 
 @pytest.mark.process
