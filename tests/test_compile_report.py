@@ -127,7 +127,7 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
         assert row["floor"] == size * (5 if backward else 3) + 12 / 16, row
         assert row["bytes_per_element"] == pytest.approx(row["floor"]), row
         assert row["narrowest"] == 8 * size, row
-        assert row["instructions_per_step"] < (122 if backward else 55), row
+        assert row["instructions_per_step"] < (125 if backward else 55), row  # three of them keep NaN and infinities right
         assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
     assert "The WKV kernels" in markdown(wkv_rows, FACTS)
 
