@@ -552,7 +552,7 @@ def wkv_backward_kernel(
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
             num, den, e, e_, own = _mean(k, v, state, rights[HELD - 1 - j] if BOTH else state, w, u2, BOTH)
             inverse = _reciprocal(den)
-            y = tl.where(j < left, num * inverse, 0.0)  # behind the last token its mean, infinite too, times no gradient
+            y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
                 p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
@@ -613,7 +613,7 @@ def wkv_backward_kernel(
                     dk_at -= dk_l
                     sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
                 P = A * P + h
-                Q = A * Q - h * y
+                Q = A * Q - tl.where(j < left, h * y, 0.0)  # behind the last token h is 0 and y may be infinite
                 if exit_ptr is not None:
                     F *= A
         else:
