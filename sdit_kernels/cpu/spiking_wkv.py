@@ -361,7 +361,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 own = gs * (value - y)
                                 vstore(dv + target, l * C + c, fma(E, P, gs), V)
                                 vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
-                                in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
+                                # an empty state takes nothing, whatever its token leaves behind it, infinite or NaN
+                                in_w, in_u = where_equal(b, zero, in_w, fma(A, fma(P, a, Q * b), in_w)), in_u + own
                                 P, Q = fma(A, P, gp), A * Q - gp * y
                             if i == 0 and d_ybar != 0:
                                 here = past + slot * FIELDS * sb

@@ -139,7 +139,8 @@ def token_shift_backward_kernel(
                 g, mix = loaded[m]
                 d += g * mix
                 after += g * (1.0 - mix)
-                total = total + (sums[m] + g * (now - before),)
+                step = tl.where(t < L, now - before, 0.0)  # behind the last token, which may be infinite, g is 0
+                total = total + (sums[m] + g * step,)
             sums = total
             dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, NORM, STATE)
             tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
