@@ -130,7 +130,7 @@ print(json.dumps([sorted(loaded), spikes, message, torch.cuda.is_initialized()])
 
 def python(code, **environment):
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=1800
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -24,7 +24,7 @@ def python(code, **environment):
     """Run code in a process of its own, as users do: the tests' choice of a backend stays behind."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=1800
     )
 
 

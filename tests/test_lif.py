@@ -701,7 +701,7 @@ def python(code, *arguments, **environment):
     environment = {**os.environ, **environment}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
 
 
 FORKED = """
@@ -801,7 +801,7 @@ print(x[0])
         script = tmp_path / "script.py"  # numba caches nothing of a command line
         script.write_text(code)
         command = [sys.executable, str(script)]
-        done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=300)
+        done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=1800)
         assert done.stdout == f"{2.0 * by}\n", done.stderr
         assert len(list(tmp_path.rglob("*.nb?"))) == files
 
@@ -844,7 +844,7 @@ def test_in_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_lif.py", "-k",
          "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600,
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 

@@ -98,7 +98,7 @@ def python(code, *args, path="", **environment):
     path = os.pathsep.join([str(path), str(ROOT)] if path else [str(ROOT)])
     command = [sys.executable, "-c", code, *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SDIT_KERNELS_BACKEND": "", "PYTHONPATH": path, **environment}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
 
 
 @pytest.fixture(scope="module")

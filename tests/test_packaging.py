@@ -27,7 +27,7 @@ FOLDERS = ("sdit_kernels", "sdit", "tests", "perf", "examples")
 def run(command, cwd, **environment):
     """Without the tests' own variables, which would reach into the checkout."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON", "SDIT", "NUMBA"))}
-    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 

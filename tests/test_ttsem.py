@@ -43,7 +43,7 @@ def sanitized(root: Path, fault: Fault, cache: Path) -> subprocess.CompletedProc
     environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)}
     return subprocess.run(
         [sys.executable, "-m", "ttsem.sanitize", "pytest", f"tests/{fault.tests}", *options],
-        capture_output=True, text=True, cwd=root, env=environment, timeout=600,
+        capture_output=True, text=True, cwd=root, env=environment, timeout=1800,
     )  # fmt: skip
 
 
