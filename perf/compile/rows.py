@@ -56,8 +56,10 @@ class Launched(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of an element of the data; 4 where a kernel reads none."""
-        names = (name for name in ("k_ptr", "x_ptr", "gs_ptr") if name in self.arguments)
-        return next((self.arguments[name].element_size() for name in names), 4)
+        data = next((self.arguments[name] for name in ("inputs", "k_ptr", "x_ptr") if name in self.arguments), None)
+        while isinstance(data, tuple):
+            data = data[0]
+        return 4 if data is None else data.element_size()
 
     @property
     def widths(self) -> set:

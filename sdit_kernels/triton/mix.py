@@ -12,8 +12,7 @@ import triton.language as tl
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from . import cdiv, launch, power_of_2
-from .lif import _STATES, _Grid, _tile, _warps
+from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the tokens are spread where gradients of mixes are summed
@@ -196,7 +195,7 @@ def token_shift_stats_kernel(
 
 @triton.jit(do_not_specialize=["R"])
 def relu_squared_forward_kernel(x_ptr, out_ptr, R, C, x_r, out_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+    _, row, first, cols, mask = tile_of_program(R, C, 1, BR, BC)
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask & (rows < R)
     x = tl.load(x_ptr + first + rows * x_r + cols, mask=mask, other=0.0).to(STATE)
@@ -208,7 +207,7 @@ def relu_squared_forward_kernel(x_ptr, out_ptr, R, C, x_r, out_r, STATE: tl.cons
 def relu_squared_backward_kernel(
     g_ptr, x_ptr, dx_ptr, R, C, g_r, x_r, dx_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
-    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+    _, row, first, cols, mask = tile_of_program(R, C, 1, BR, BC)
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask & (rows < R)
     g = tl.load(g_ptr + first + rows * g_r + cols, mask=mask, other=0.0).to(STATE)
@@ -233,7 +232,7 @@ class _Shift:
         self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
         self.B, self.L, self.C = self.x.shape
         self.eps = norm_eps or 0.0
-        self.STATE = _STATES[mixes.dtype]
+        self.STATE = STATES[mixes.dtype]
         self.chunks = cdiv(self.L, run)
         self.runs = self.B * self.chunks
         self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
@@ -249,7 +248,7 @@ class _Shift:
         elements = _THREADS * values
         columns = whole if self.norm == _NORM else min(whole, elements)
         rows = elements // columns if 2 * columns < elements else 1
-        self.BR, self.BC, self.warps = rows, columns, _warps(rows * columns // values)
+        self.BR, self.BC, self.warps = rows, columns, warps_of(rows * columns // values)
 
     def launch(self, kernel, programs, *args, **flags):
         launch(kernel, programs, self.x.device, *args, **flags, STATE=self.STATE, num_warps=self.warps)
@@ -299,8 +298,8 @@ def relu_squared_forward(x, out):
     layout = layout_of_step(x, out, False)
     x, x_r = place_state(layout, x)
     out, out_r = place_state(layout, out)
-    _Grid(layout, x.dtype, False).launch(
-        relu_squared_forward_kernel, x.device, x, out, layout.R, layout.C, x_r, out_r, STATE=_STATES[state_dtype(x.dtype)]
+    Grid(layout, x.dtype, False).launch(
+        relu_squared_forward_kernel, x.device, x, out, layout.R, layout.C, x_r, out_r, STATE=STATES[state_dtype(x.dtype)]
     )
 
 
@@ -310,7 +309,7 @@ def relu_squared_backward(g, x, dx):
     g, g_r = place_state(layout, g)
     x, x_r = place_state(layout, x)
     dx, dx_r = place_state(layout, dx)
-    _Grid(layout, x.dtype, False).launch(
+    Grid(layout, x.dtype, False).launch(
         relu_squared_backward_kernel, x.device, g, x, dx, layout.R, layout.C, g_r, x_r, dx_r,
-        STATE=_STATES[state_dtype(x.dtype)],
+        STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip

@@ -21,8 +21,9 @@ import triton.language as tl
 from ..layout import spiking_tile, wkv_rows
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from . import cdiv, launch, lif, wkv
-from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
+from . import lif, wkv
+from .lif import charge, load_leak, numbers_of, reset_membrane, surrogate_derivative
+from .tiles import STATES, cdiv, contiguous, divide, is_per_channel, launch, load_parameter, warps_of
 from .wkv import (
     _LOG2E,
     _at_least_tiny,
@@ -104,8 +105,8 @@ def spiking_wkv_forward_kernel(
     """keep: the states that enter each tile, (3, T, B, tiles, C)."""
     sequence, cols, mask = _program(C, BC)
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
-    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
-    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    leak_ = load_leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
+    th = load_parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset = tl.full([], v_reset, STATE)
     tiles = tl.cdiv(L, TOKENS)
     step = tl.cast(B, tl.int64) * L * C
@@ -141,16 +142,16 @@ def spiking_wkv_forward_kernel(
                 y, _, _ = _mean(states[t][0], states[t][1], q, v, u2)
                 if r_ptr is not None:
                     y = _sigmoid(rs[j * T + t].to(STATE)) * y
-                h, _ = _charge(y, x, leak_, reset, SOFT, DECAY)
+                h, _ = charge(y, x, leak_, reset, SOFT, DECAY)
                 spike = tl.where(h >= th, 1.0, 0.0)
-                x = _reset(h, th, reset, SOFT)
+                x = reset_membrane(h, th, reset, SOFT)
                 if RATE:
                     count += spike.to(STATE)
                 else:
                     tl.store(out_ptr + t * step + at, spike.to(out_ptr.dtype.element_ty), mask=m)
             states = after
             if RATE:
-                rate = count * (1.0 / T) if (T & (T - 1)) == 0 else _divide(count, tl.zeros_like(w) + T)
+                rate = count * (1.0 / T) if (T & (T - 1)) == 0 else divide(count, tl.zeros_like(w) + T)
                 tl.store(out_ptr + at, rate.to(out_ptr.dtype.element_ty), mask=m)
             if m_out_ptr is not None:
                 tl.store(m_out_ptr + at, x, mask=m)
@@ -178,8 +179,8 @@ def spiking_wkv_backward_kernel(
 ):  # fmt: skip
     sequence, cols, mask = _program(C, BC)
     w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
-    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
-    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    leak_ = load_leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
+    th = load_parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
     tiles = tl.cdiv(L, TOKENS)
     step = tl.cast(B, tl.int64) * L * C
@@ -256,8 +257,8 @@ def spiking_wkv_backward_kernel(
                     r = tl.load(r_ptr + sequence * r_b + t * tl.cast(r_t, tl.int64) + (t0 + j) * r_l + cols, mask=m, other=0.0)
                     p = _sigmoid(r.to(STATE))
                     current = p * y
-                h, rest = _charge(current, x, leak_, reset, SOFT, DECAY)
-                x = _reset(h, th, reset, SOFT)
+                h, rest = charge(current, x, leak_, reset, SOFT, DECAY)
+                x = reset_membrane(h, th, reset, SOFT)
                 steps = steps + ((h, current - rest if DECAY else -rest, seen, own, p),)
             before = ()
             for t in tl.static_range(T - 1, -1, -1):
@@ -330,8 +331,18 @@ def _placed(t, axes=3):
 
 def _launch(kernel, k, *args, **flags):
     T, B, L, C = k.shape
-    flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
+    flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=warps_of(_THREADS), enable_fp_fusion=False)
     launch(kernel, B * cdiv(C, _THREADS), k.device, *args, **flags)
+
+
+def _flags(neuron, tau, v_threshold, dtype):
+    return dict(
+        SOFT=neuron.v_reset is None,
+        DECAY=neuron.decay_input,
+        TAU_CHANNELS=is_per_channel(tau),
+        THETA_CHANNELS=is_per_channel(v_threshold),
+        STATE=STATES[state_dtype(dtype)],
+    )
 
 
 def _steps_as_batch(*tensors):
@@ -368,9 +379,9 @@ def spiking_wkv_forward(
     membrane, *m_ = _placed(membrane, 2)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _launch(
-        spiking_wkv_forward_kernel, k, k, v, r, decay.contiguous(), first.contiguous(), ybar, lse, membrane, _contiguous(tau),
-        _contiguous(v_threshold), out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C,
-        0 if checkpoint is None else checkpoint.stride(0), *k_, *v_, *r_, *m_, *_numbers(neuron), RATE=rate, RAW=raw, **flags,
+        spiking_wkv_forward_kernel, k, k, v, r, decay.contiguous(), first.contiguous(), ybar, lse, membrane, contiguous(tau),
+        contiguous(v_threshold), out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C,
+        0 if checkpoint is None else checkpoint.stride(0), *k_, *v_, *r_, *m_, *numbers_of(neuron), RATE=rate, RAW=raw, **flags,
     )  # fmt: skip
 
 
@@ -411,9 +422,9 @@ def spiking_wkv_backward(
     decay = decay.contiguous()
     _launch(
         spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, decay, first.contiguous(), membrane,
-        _contiguous(tau), _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
+        contiguous(tau), contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
         *(sums or (None, None)), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
-        *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
+        *numbers_of(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
         HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), RAW=raw, **flags,
     )  # fmt: skip
     wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first)

@@ -37,8 +37,7 @@ import triton.language as tl
 
 from .. import layout
 from ..reference.lif import state_dtype
-from . import cdiv, launch
-from .lif import _STATES, _warps
+from .tiles import STATES, cdiv, launch, warps_of
 
 _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
@@ -699,7 +698,7 @@ class _Grid:
     def launch(self, kernel, tiles, *args, **flags):
         chunks = cdiv(self.tiles, tiles) if tiles else 1
         programs = self.sequences * chunks * cdiv(self.C, _THREADS)
-        flags |= dict(RAW=self.raw, STATE=_STATES[self.state], TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
+        flags |= dict(RAW=self.raw, STATE=STATES[self.state], TILE=layout.TILE, BC=_THREADS, num_warps=warps_of(_THREADS))
         launch(kernel, programs, self.device, *args, **flags)
 
     def combine(self, rows, ybar, lse, carry, leftwards):
@@ -767,7 +766,7 @@ def wkv_forward(
 def parameter_sums(dw, du, decay, raw, d_decay, d_first):
     """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
     rows, C = dw.shape
-    flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=32, BC=32, num_warps=_warps(128))
+    flags = dict(RAW=raw, STATE=STATES[dw.dtype], BR=32, BC=32, num_warps=warps_of(128))
     launch(wkv_sums_kernel, cdiv(C, 32), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
 
 
