@@ -1,5 +1,7 @@
 """A row of figures for every kernel that a call launches, per element of its data."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -66,8 +68,9 @@ class Launched(NamedTuple):
         """Of its accesses, in bits."""
         return {*self.found["loads"], *self.found["stores"]}
 
-    def has(self, name: str) -> bool:
-        return self.arguments.get(name) is not None
+    def has(self, name: str, *places: int) -> bool:
+        """True if a tensor is given, in the argument of that name or in its tuples at these places."""
+        return functools.reduce(operator.getitem, places, self.arguments[name]) is not None
 
 
 def more_turns(whole: dict, loop: dict, turns: float) -> dict:

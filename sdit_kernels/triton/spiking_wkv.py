@@ -25,17 +25,17 @@ from . import lif, wkv
 from .lif import charge, load_leak, numbers_of, reset_membrane, surrogate_derivative
 from .tiles import STATES, cdiv, contiguous, divide, is_per_channel, launch, load_parameter, warps_of
 from .wkv import (
-    _LOG2E,
-    _at_least_tiny,
-    _load_state,
-    _own,
-    _parameters,
-    _reciprocal,
-    _rounded,
-    _rounding,
-    _shares,
-    _store_three,
-    _user_state,
+    LOG2E,
+    at_least_tiny,
+    load_parameters,
+    load_state,
+    load_user_state,
+    own_weight,
+    pair_weights,
+    reciprocal,
+    rounded_exponent,
+    rounded_state,
+    store_three,
 )
 
 _HELD = 8  # pairs of step and token that the walk back holds in registers
@@ -49,21 +49,21 @@ def _take_in(k, v, state, w):
     a, b, ka, n = state
     q = tl.fma(-n, w, k - ka)
     d = q - w
-    A, E = _shares(d)
+    A, E = pair_weights(d)
     return (A * a + E * v, A * b + E, tl.where(d > 0.0, k, ka), tl.where(d > 0.0, 0.0, n + 1.0)), q
 
 
 @triton.jit
 def _mean(a, b, q, v, u2):
     """y, and the shares in it of the state (per unit of b) and of the token."""
-    own = _own(q, u2)
-    inverse = _reciprocal(_at_least_tiny(b + own))
+    own = own_weight(q, u2)
+    inverse = reciprocal(at_least_tiny(b + own))
     return (a + own * v) * inverse, inverse, own * inverse
 
 
 @triton.jit
 def _sigmoid(r):
-    return _reciprocal(1.0 + tl.exp2(-_LOG2E * r))
+    return reciprocal(1.0 + tl.exp2(-LOG2E * r))
 
 
 @triton.jit
@@ -104,7 +104,7 @@ def spiking_wkv_forward_kernel(
 ):  # fmt: skip
     """keep: the states that enter each tile, (3, T, B, tiles, C)."""
     sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     leak_ = load_leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
     th = load_parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset = tl.full([], v_reset, STATE)
@@ -112,7 +112,7 @@ def spiking_wkv_forward_kernel(
     step = tl.cast(B, tl.int64) * L * C
     states = ()
     for t in tl.static_range(T):
-        states = states + (_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
+        states = states + (load_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
     for i in range(tiles):
         t0 = _first_token(i, L, TOKENS)
         left = L - t0
@@ -124,9 +124,9 @@ def spiking_wkv_forward_kernel(
             ms = _load_tile(m_ptr + sequence * m_b + cols, 0, m_l, t0, left, mask, 0.0, 1, TOKENS)
         entering = ()
         for t in tl.static_range(T):
-            a, b, o = _rounded(states[t], w)
+            a, b, o = rounded_state(states[t], w)
             if keep_ptr is not None:
-                _store_three(keep_ptr, ((t * B + sequence) * tiles + i) * C + cols, plane, mask, a, b, o)
+                store_three(keep_ptr, ((t * B + sequence) * tiles + i) * C + cols, plane, mask, a, b, o)
             entering = entering + ((a, b, o, tl.zeros_like(a)),)
         states = entering
         for j in tl.static_range(TOKENS):
@@ -178,7 +178,7 @@ def spiking_wkv_backward_kernel(
     BC: tl.constexpr,
 ):  # fmt: skip
     sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
     leak_ = load_leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
     th = load_parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
     reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
@@ -199,7 +199,7 @@ def spiking_wkv_backward_kernel(
         vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, HELD)
         states = ()
         for t in tl.static_range(T):
-            states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
+            states = states + (load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
         for earlier in range(tile * PARTS, part):
             t1 = _first_token(earlier, L, HELD)
             ks_ = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t1, L - t1, mask, -float("inf"), T, HELD)
@@ -222,7 +222,7 @@ def spiking_wkv_backward_kernel(
         for t in tl.static_range(T):
             P, Q = adjoint[t]
             a, b, _, _ = states[t]
-            o, rest = _rounding(states[t], w)
+            o, rest = rounded_exponent(states[t], w)
             rest = tl.where(part % PARTS == PARTS - 1, tl.where(b != 0.0, rest, 0.0), 1.0)
             P *= rest
             Q *= rest
@@ -290,7 +290,7 @@ def spiking_wkv_backward_kernel(
                 if r_ptr is not None:
                     dy *= p
                     tl.store(dr_ptr + t * step + at, (dy * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=m)
-                A, E = _shares(q - w)
+                A, E = pair_weights(q - w)
                 P, Q = adjoint[t]
                 seen *= dy
                 own *= dy
@@ -306,7 +306,7 @@ def spiking_wkv_backward_kernel(
     if d_ybar_ptr is not None:
         for t in tl.static_range(T):
             P, Q = adjoint[t]
-            a, b, _, _ = _load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
+            a, b, _, _ = load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
             tl.store(d_ybar_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P, 0.0), mask=mask)
             tl.store(d_lse_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P * a + Q, 0.0), mask=mask)
     at = sequence * C + cols
