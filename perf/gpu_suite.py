@@ -76,10 +76,10 @@ def launch_cases(device, small):
         return [{name: value} for value in values]
 
     threads = tries("_THREADS", 64, 128, 256)
-    yield Case("lif", "lif", (n // 4,), "triton.lif", threads)
-    yield Case("lif_rate", "lif_rate", (n,), "triton.lif", threads)
+    yield Case("lif", "lif", (n // 4,), "triton.tiles", threads)
+    yield Case("lif_rate", "lif_rate", (n,), "triton.tiles", threads)
     yield Case("token_shift", "token_shift", (few, L, C), "triton.mix", threads)
-    yield Case("relu_squared", "relu_squared", (n,), "triton.mix", threads)
+    yield Case("relu_squared", "relu_squared", (n,), "triton.tiles", threads)
     tiles = tries("TILE", 8, 16, 32) if device == "cuda" else []  # it is compiled into the CPU's kernels
     for B in (few, many):
         for name, module, values in (

@@ -63,11 +63,11 @@ def small_tiles():
     test_oracle.py runs the numbers that users run. ``TEST_TILES=users pytest ...`` does so with any test.
     """
     if MODE != "interpreter" and os.environ.get("TEST_TILES") != "users":
-        import sdit_kernels.triton.lif as lif
         import sdit_kernels.triton.mix as mix
+        import sdit_kernels.triton.tiles as tiles
         import sdit_kernels.triton.wkv as wkv
         from sdit_kernels import layout
 
-        lif._THREADS = mix._THREADS = wkv._THREADS = 8
+        tiles._THREADS = mix._THREADS = wkv._THREADS = 8
         layout.TILE, wkv._HELD, wkv._SUMS = 4, 2, 8
     yield

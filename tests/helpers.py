@@ -41,13 +41,14 @@ def tiles(size):
 
     with contextlib.ExitStack() as stack:
         if native_triton.setup() != "interpreter":
-            import sdit_kernels.triton.lif as lif
             import sdit_kernels.triton.mix as mix
             import sdit_kernels.triton.spiking_wkv as triton_spiking_wkv
+            import sdit_kernels.triton.tiles as shared
             import sdit_kernels.triton.wkv as triton_wkv
 
             for module, threads in (
-                (lif, "lif_threads"), (mix, "lif_threads"), (triton_wkv, "wkv_threads"), (triton_spiking_wkv, "spiking_threads")
+                (shared, "lif_threads"), (mix, "lif_threads"), (triton_wkv, "wkv_threads"),
+                (triton_spiking_wkv, "spiking_threads"),
             ):  # fmt: skip
                 stack.enter_context(mock.patch.object(module, "_THREADS", size[threads]))
             stack.enter_context(mock.patch.multiple(triton_wkv, _HELD=size["HELD"], _SUMS=size["SUMS"]))

@@ -59,17 +59,17 @@ def test_instructions(rows):
 
 
 def test_a_launch_is_what_the_launcher_says():
-    from sdit_kernels.triton import lif
+    from sdit_kernels.triton import tiles
 
     with launches("hip:gfx942") as found:
         Case("T=4").launch(TYPES["bf16"])
     assert [compiled.metadata.name for compiled, _ in found] == ["lif_forward_kernel", "lif_backward_kernel"]
     for compiled, arguments in found:
-        assert compiled.metadata.num_warps == max(1, lif._THREADS // 64)
-        assert arguments["BR"] * arguments["BC"] == lif._THREADS * 8
+        assert compiled.metadata.num_warps == max(1, tiles._THREADS // 64)
+        assert arguments["BR"] * arguments["BC"] == tiles._THREADS * 8
         assert arguments["K"] == 4 and not arguments["LONG"] and arguments["R"] == 1
         assert not compiled.metadata.enable_fp_fusion
-    assert lif._warps.cache_info().currsize == 0  # nothing of the target is remembered
+    assert tiles.warps_of.cache_info().currsize == 0  # nothing of the target is remembered
 
 
 @pytest.mark.parametrize("case", [SpikingJelly("T=4"), Fla()], ids=lambda case: case.op)

@@ -381,9 +381,9 @@ def test_small(name, T, kind):
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
 def test_tiles_as_on_a_gpu(monkeypatch):
     """One case at the tile size that is launched on GPUs."""
-    import sdit_kernels.triton.lif as kernels
+    from sdit_kernels.triton import tiles
 
-    monkeypatch.setattr(kernels, "_THREADS", 128)
+    monkeypatch.setattr(tiles, "_THREADS", 128)
     for dtype in (torch.float32, torch.bfloat16):
         compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
 

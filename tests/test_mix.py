@@ -357,9 +357,9 @@ def test_only_inputs_are_saved(name):
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(norm_eps, whole, monkeypatch):
     """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
     kernels = pytest.importorskip("sdit_kernels.triton.mix")
-    from sdit_kernels.triton import lif
+    from sdit_kernels.triton import tiles
 
-    for module in (kernels, lif):
+    for module in (kernels, tiles):
         monkeypatch.setattr(module, "_THREADS", 8)  # several programs, under such tools too
     monkeypatch.setattr(kernels, "_WHOLE", whole)
     monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # several tiles a program

@@ -205,3 +205,8 @@ def test_the_hook_counts_what_is_compiled():
             for B, L in SIZES[:8]:
                 there_and_back(relu_squared, B, L, C)
             assert [sum(len(cache) for cache, *_ in k.device_caches.values()) for k in kernels] == [wanted] * 2
+
+
+def test_a_kernel_takes_at_most_16_parameters():
+    counts = {kernel.__name__: len(kernel.arg_names) for kernel in KERNELS if kernel.__name__.endswith("_kernel")}
+    assert counts and {name: n for name, n in counts.items() if n > 16} == {}

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sdit_kernels import dispatch
-from sdit_kernels.triton import lif
+from sdit_kernels.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
 
@@ -46,8 +46,9 @@ class _NoDriver:
 def launches(target):
     """While it is open, @triton.jit kernels launched on CPU tensors are compiled for the target and not run.
 
-    Yields the list of (CompiledKernel, {argument: value}) of those launches. Triton's own launch path specialises the
-    arguments and parses the options, so the code equals the code of the same call on the GPU; outputs are not written.
+    Yields the list of (CompiledKernel, {argument: value}) of those launches, a record ``F`` field by field. Triton's own
+    launch path specialises the arguments and parses the options, so the code equals the code of the same call on the GPU;
+    outputs are not written.
     """
     found = []
     _forget_the_device()
@@ -56,7 +57,9 @@ def launches(target):
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
         names = {name: value for name, value in kwargs.items() if name in kernel.arg_names}
-        found.append((compiled, dict(inspect.signature(kernel.fn).bind(*args, **names).arguments)))
+        arguments = inspect.signature(kernel.fn).bind(*args, **names).arguments
+        flags = arguments.get("F")
+        found.append((compiled, arguments | (flags._asdict() if flags else {})))
         return compiled
 
     triton.runtime.JITFunction.run = compile_only
@@ -71,6 +74,6 @@ def launches(target):
 
 def _forget_the_device():
     """The package remembers what it has found out about its device: let it ask again."""
-    lif._warps.cache_clear()
+    tiles.warps_of.cache_clear()
     dispatch.triton_on_cpu.cache_clear()
     dispatch._resolved.clear()

@@ -1,5 +1,7 @@
 """A row of figures for every kernel that a call launches, per element of its data."""
 
+import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -56,16 +58,19 @@ class Launched(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of an element of the data; 4 where a kernel reads none."""
-        names = (name for name in ("k_ptr", "x_ptr", "gs_ptr") if name in self.arguments)
-        return next((self.arguments[name].element_size() for name in names), 4)
+        data = next((self.arguments[name] for name in ("inputs", "k_ptr", "x_ptr") if name in self.arguments), None)
+        while isinstance(data, tuple):
+            data = data[0]
+        return 4 if data is None else data.element_size()
 
     @property
     def widths(self) -> set:
         """Of its accesses, in bits."""
         return {*self.found["loads"], *self.found["stores"]}
 
-    def has(self, name: str) -> bool:
-        return self.arguments.get(name) is not None
+    def has(self, name: str, *places: int) -> bool:
+        """True if a tensor is given, in the argument of that name or in its tuples at these places."""
+        return functools.reduce(operator.getitem, places, self.arguments[name]) is not None
 
 
 def more_turns(whole: dict, loop: dict, turns: float) -> dict:

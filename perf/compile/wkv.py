@@ -53,18 +53,18 @@ class WkvCase(NamedTuple):
             return Figures(f"{it.name} ({'carries' if it.arguments['CARRY'] else 'states'})")
         tile, backward = it.arguments["TILE"], it.direction == "backward"
         tokens = it.arguments["HELD"] if backward else tile
-        parts, gate = tile // tokens, it.has("r_ptr")
-        out, both = it.has("dk_ptr" if backward else "out_ptr"), it.has("right_ptr")
-        states = (1 + both if backward or both else 0) + (it.has("keep_ptr") and not backward)
+        parts, gate, both = tile // tokens, it.has("inputs", 2, 0), it.has("entering", 1)
+        out = it.has("gradients" if backward else "outputs", 0, 0)
+        states = (1 + both if backward or both else 0) + (not backward and it.has("outputs", 1, 2))
         count = one_turn(it.found, parts)
         if backward:
             count["bytes"] -= (1 - 1 / parts) * 12 * states
-        tensors = 2 + backward * it.has("g_ptr") + gate + out * (1 + backward * (1 + gate))
+        tensors = 2 + (backward and it.has("upstream", 0, 0)) + gate + out * (1 + backward * (1 + gate))
         floor = tensors * it.size + 12 * states / tile
         if backward and both:
             floor += (16 if out else 8) / tokens  # carries
-        role = "" if out else " (summary)" if it.has("exit_ptr") else " (walk)"
-        role += " leftwards" if it.arguments.get("LEFTWARDS") else " rightwards" if it.arguments.get("RIGHTWARDS") else ""
+        role = "" if out else " (summary)" if it.has(*(("carries", 3) if backward else ("outputs", 1, 3))) else " (walk)"
+        role += " leftwards" if it.arguments["LEFTWARDS"] else " rightwards" if it.arguments["RIGHTWARDS"] else ""
         return Figures(it.name + role, count, tokens, floor)
 
 

@@ -6,14 +6,15 @@ in the tile: beyond _WHOLE of them a kernel of its own puts the sums over each t
 tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by atomics.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
-from . import cdiv, launch, power_of_2
-from .lif import _STATES, _Grid, _tile, _warps
+from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the tokens are spread where gradients of mixes are summed
@@ -21,6 +22,14 @@ _WHOLE = 4096  # channels that a tile with a norm holds at most
 _RUN, _RUN_BACK = 4, 8  # tokens
 
 _NO_NORM, _NORM, _STATS = 0, 1, 2  # what NORM says: none; of the rows of a tile; with the sums in ``stats``
+
+
+class Flags(NamedTuple):
+    """What a kernel of token_shift is compiled for."""
+
+    M: int  # mixes
+    RUN: int  # tokens that a row of a tile walks through
+    NORM: int  # _NO_NORM, _NORM or _STATS
 
 
 @triton.jit
@@ -71,9 +80,13 @@ def _place(r, chunks, runs, RUN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L", "chunks", "runs"])
 def token_shift_forward_kernel(
-    x_ptr, last_ptr, mixes_ptr, outs, stats_ptr, L, C, chunks, runs, x_b, x_l, last_b, eps: "fp64",
-    M: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    inputs, mixes_ptr, outs, stats_ptr, L, C, chunks, runs, eps: "fp64",
+    F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    x_ptr, x_b, x_l = inputs[0]
+    last_ptr, last_b = inputs[1]
+    M: tl.constexpr = F.M
+    RUN: tl.constexpr = F.RUN
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
@@ -85,7 +98,7 @@ def token_shift_forward_kernel(
         rows = rows + (_row(x_ptr, last_ptr if i == 0 else None, b, t0 + i - 1, L, cols, mask, x_b, x_l, last_b, STATE),)
     normal = ()  # all before the first output: with stores between them ptxas reloads, for sm_100, what it never spilt
     for i in tl.static_range(RUN + 1):
-        now, _ = _normal(rows[i], C, mask, eps_, stats_ptr, b, t0 + i - 1, exists & (t0 + i <= L), L, NORM, STATE)
+        now, _ = _normal(rows[i], C, mask, eps_, stats_ptr, b, t0 + i - 1, exists & (t0 + i <= L), L, F.NORM, STATE)
         normal = normal + (now,)
     for i in tl.static_range(RUN):
         t = t0 + i
@@ -104,10 +117,15 @@ def _upstream(gs, mixes_ptr, C, cols, mask, at, m: tl.constexpr, STATE: tl.const
 
 @triton.jit(do_not_specialize=["L", "chunks", "runs", "group"])
 def token_shift_backward_kernel(
-    x_ptr, last_ptr, mixes_ptr, gs, stats_ptr, dx_ptr, dlast_ptr, sums_ptr,
-    L, C, chunks, runs, group, x_b, x_l, last_b, g_b, g_l, eps: "fp64",
-    M: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    inputs, mixes_ptr, upstream, stats_ptr, gradients, sums_ptr, L, C, chunks, runs, group, eps: "fp64",
+    F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
+    x_ptr, x_b, x_l = inputs[0]
+    last_ptr, last_b = inputs[1]
+    gs, g_b, g_l = upstream
+    dx_ptr, dlast_ptr = gradients
+    M: tl.constexpr = F.M
+    RUN: tl.constexpr = F.RUN
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
@@ -124,14 +142,14 @@ def token_shift_backward_kernel(
             g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
             after += g * (1.0 - mix)
         x = _row(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
-        now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, NORM, STATE)
+        now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, F.NORM, STATE)
         for i in range(RUN):
             t = t0 + (RUN - 1 - i)
             x = _row(x_ptr, last_ptr, b, t - 1, L, cols, mask, x_b, x_l, last_b, STATE)
             loaded = ()
             for m in tl.static_range(M):
                 loaded = loaded + (_upstream(gs, mixes_ptr, C, cols, mask & (t < L), b * g_b + t.to(tl.int64) * g_l, m, STATE),)
-            before, scale_before = _normal(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, NORM, STATE)
+            before, scale_before = _normal(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, F.NORM, STATE)
             d = after
             after = tl.zeros([BR, BC], STATE)
             total = ()
@@ -142,12 +160,12 @@ def token_shift_backward_kernel(
                 step = tl.where(t < L, now - before, 0.0)  # behind the last token, which may be infinite, g is 0
                 total = total + (sums[m] + g * step,)
             sums = total
-            dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, NORM, STATE)
+            dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, F.NORM, STATE)
             tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
             now = before
             scale = scale_before
         if dlast_ptr is not None:
-            d = _normal_backward(after, now, scale, C, stats_ptr, b, t0 - 1, exists, L, NORM, STATE)
+            d = _normal_backward(after, now, scale, C, stats_ptr, b, t0 - 1, exists, L, F.NORM, STATE)
             tl.store(dlast_ptr + b * C + cols, d.to(dlast_ptr.dtype.element_ty), mask=mask & (t0 == 0))
     if sums_ptr is not None:
         for m in tl.static_range(M):
@@ -156,10 +174,12 @@ def token_shift_backward_kernel(
 
 @triton.jit(do_not_specialize=["L"])
 def token_shift_stats_kernel(
-    x_ptr, last_ptr, mixes_ptr, gs, stats_ptr, L, C, x_b, x_l, last_b, g_b, g_l, eps: "fp64",
-    M: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    inputs, mixes_ptr, upstream, stats_ptr, L, C, eps: "fp64", M: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr
+):
     """For a token of many channels: mean, scale, and where there are M > 0 upstream gradients, what the norm takes off d."""
+    x_ptr, x_b, x_l = inputs[0]
+    last_ptr, last_b = inputs[1]
+    gs, g_b, g_l = upstream
     r = tl.program_id(0)
     b = (r // (L + 1)).to(tl.int64)
     t = r % (L + 1) - 1
@@ -196,8 +216,10 @@ def token_shift_stats_kernel(
 
 
 @triton.jit(do_not_specialize=["R"])
-def relu_squared_forward_kernel(x_ptr, out_ptr, R, C, x_r, out_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+def relu_squared_forward_kernel(inputs, output, R, C, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    x_ptr, x_r = inputs
+    out_ptr, out_r = output
+    _, row, first, cols, mask = tile_of_program(R, C, 1, BR, BC)
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask & (rows < R)
     x = tl.load(x_ptr + first + rows * x_r + cols, mask=mask, other=0.0).to(STATE)
@@ -206,10 +228,11 @@ def relu_squared_forward_kernel(x_ptr, out_ptr, R, C, x_r, out_r, STATE: tl.cons
 
 
 @triton.jit(do_not_specialize=["R"])
-def relu_squared_backward_kernel(
-    g_ptr, x_ptr, dx_ptr, R, C, g_r, x_r, dx_r, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
-    _, row, first, cols, mask = _tile(R, C, 1, BR, BC)
+def relu_squared_backward_kernel(inputs, upstream, gradient, R, C, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    x_ptr, x_r = inputs
+    g_ptr, g_r = upstream
+    dx_ptr, dx_r = gradient
+    _, row, first, cols, mask = tile_of_program(R, C, 1, BR, BC)
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask & (rows < R)
     g = tl.load(g_ptr + first + rows * g_r + cols, mask=mask, other=0.0).to(STATE)
@@ -234,11 +257,12 @@ class _Shift:
         self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
         self.B, self.L, self.C = self.x.shape
         self.eps = norm_eps or 0.0
-        self.STATE = _STATES[mixes.dtype]
+        self.STATE = STATES[mixes.dtype]
         self.chunks = cdiv(self.L, run)
         self.runs = self.B * self.chunks
-        self.strides = (self.x.stride(0), self.x.stride(1), 0 if last is None else self.last.stride(0))
-        self.upstream = self.gs[0].stride()[:2] if gs else (0, 0)
+        last_b = 0 if last is None else self.last.stride(0)
+        self.inputs = (self.x, self.x.stride(0), self.x.stride(1)), (self.last, last_b)
+        self.upstream = (self.gs, *(self.gs[0].stride()[:2] if gs else (0, 0)))
         self.stats = None
         values = 16 // wide.dtype.itemsize
         whole = power_of_2(self.C)
@@ -250,7 +274,7 @@ class _Shift:
         elements = _THREADS * values
         columns = whole if self.norm == _NORM else min(whole, elements)
         rows = elements // columns if 2 * columns < elements else 1
-        self.BR, self.BC, self.warps = rows, columns, _warps(rows * columns // values)
+        self.BR, self.BC, self.warps = rows, columns, warps_of(rows * columns // values)
 
     def launch(self, kernel, programs, *args, **flags):
         launch(kernel, programs, self.x.device, *args, **flags, STATE=self.STATE, num_warps=self.warps)
@@ -260,12 +284,12 @@ class _Shift:
             rows = self.B * (self.L + 1)
             self.stats = torch.empty((rows, 4), dtype=self.mixes.dtype, device=self.x.device)
             self.launch(
-                token_shift_stats_kernel, rows, self.x, self.last, self.mixes, self.gs, self.stats, self.L, self.C,
-                *self.strides, *self.upstream, self.eps, M=len(self.gs), BC=self.BC,
+                token_shift_stats_kernel, rows, self.inputs, self.mixes, self.upstream, self.stats, self.L, self.C, self.eps,
+                M=len(self.gs), BC=self.BC,
             )  # fmt: skip
 
     def flags(self):
-        return dict(M=self.M, RUN=self.run, NORM=self.norm, BR=self.BR, BC=self.BC)
+        return dict(F=Flags(self.M, self.run, self.norm), BR=self.BR, BC=self.BC)
 
 
 def token_shift_forward(x, last, mixes, norm_eps, outs):
@@ -274,8 +298,8 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     s.find_stats()
     programs = cdiv(s.runs, s.BR) * cdiv(s.C, s.BC)
     s.launch(
-        token_shift_forward_kernel, programs, s.x, s.last, mixes, tuple(outs), s.stats, s.L, s.C, s.chunks, s.runs,
-        *s.strides, s.eps, **s.flags(),
+        token_shift_forward_kernel, programs, s.inputs, mixes, tuple(outs), s.stats, s.L, s.C, s.chunks, s.runs, s.eps,
+        **s.flags(),
     )  # fmt: skip
 
 
@@ -289,8 +313,8 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     groups = cdiv(tiles, group)
     sums = torch.empty((groups, s.M, s.C), dtype=mixes.dtype, device=x.device) if parameters else None
     s.launch(
-        token_shift_backward_kernel, groups * blocks, s.x, s.last, mixes, s.gs, s.stats, dx, dlast, sums,
-        s.L, s.C, s.chunks, s.runs, group, *s.strides, *s.upstream, s.eps, **s.flags(),
+        token_shift_backward_kernel, groups * blocks, s.inputs, mixes, s.upstream, s.stats, (dx, dlast), sums,
+        s.L, s.C, s.chunks, s.runs, group, s.eps, **s.flags(),
     )  # fmt: skip
     return sums
 
@@ -298,20 +322,16 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
 def relu_squared_forward(x, out):
     """Fill out. x is not empty."""
     layout = layout_of_step(x, out, False)
-    x, x_r = place_state(layout, x)
-    out, out_r = place_state(layout, out)
-    _Grid(layout, x.dtype, False).launch(
-        relu_squared_forward_kernel, x.device, x, out, layout.R, layout.C, x_r, out_r, STATE=_STATES[state_dtype(x.dtype)]
-    )
+    Grid(layout, x.dtype, False).launch(
+        relu_squared_forward_kernel, x.device, place_state(layout, x), place_state(layout, out), layout.R, layout.C,
+        STATE=STATES[state_dtype(x.dtype)],
+    )  # fmt: skip
 
 
 def relu_squared_backward(g, x, dx):
     """Fill dx. x is not empty."""
     layout = layout_of_step(x, dx, False)
-    g, g_r = place_state(layout, g)
-    x, x_r = place_state(layout, x)
-    dx, dx_r = place_state(layout, dx)
-    _Grid(layout, x.dtype, False).launch(
-        relu_squared_backward_kernel, x.device, g, x, dx, layout.R, layout.C, g_r, x_r, dx_r,
-        STATE=_STATES[state_dtype(x.dtype)],
-    )  # fmt: skip
+    x_, g_, dx_ = (place_state(layout, t) for t in (x, g, dx))
+    Grid(layout, x.dtype, False).launch(
+        relu_squared_backward_kernel, x.device, x_, g_, dx_, layout.R, layout.C, STATE=STATES[state_dtype(x.dtype)]
+    )

@@ -14,6 +14,8 @@ One thread for each of B * C is too few where B * C is small. Below _FUSED the l
 tokens into chunks, and those of lif, on a current in the state's precision that lives as long as the call.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,25 +23,43 @@ import triton.language as tl
 from ..layout import spiking_tile, wkv_rows
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
-from . import cdiv, launch, lif, wkv
-from .lif import _charge, _contiguous, _divide, _flags, _leak, _numbers, _parameter, _reset, _warps, surrogate_derivative
+from . import lif, wkv
+from .lif import charge, load_leak, numbers_of, reset_membrane, surrogate_derivative
+from .tiles import STATES, cdiv, contiguous, divide, is_per_channel, launch, load_parameter, warps_of
 from .wkv import (
-    _LOG2E,
-    _at_least_tiny,
-    _load_state,
-    _own,
-    _parameters,
-    _reciprocal,
-    _rounded,
-    _rounding,
-    _shares,
-    _store_three,
-    _user_state,
+    LOG2E,
+    at_least_tiny,
+    load_parameters,
+    load_state,
+    load_user_state,
+    own_weight,
+    pair_weights,
+    reciprocal,
+    rounded_exponent,
+    rounded_state,
+    store_three,
 )
 
 _HELD = 8  # pairs of step and token that the walk back holds in registers
 _THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
 _FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif (H200, perf/results/gpu_h200.json)
+
+
+class Flags(NamedTuple):
+    """What a kernel of spiking_wkv is compiled for."""
+
+    BC: int  # channels of a program
+    T: int  # simulation steps
+    TOKENS: int  # of a tile
+    RATE: bool  # the output is the mean of the spikes over T
+    RAW: bool  # w is -exp(time_decay)
+    SOFT: bool  # the reset subtracts the threshold
+    DECAY: bool  # the input decays, as the membrane does
+    TAU_CHANNELS: bool  # tau is one element per channel
+    THETA_CHANNELS: bool
+    HELD: int = 0  # tokens that the backward pass holds in registers
+    DETACH: bool = False  # no gradient through the reset
+    KIND: int = 0  # of the surrogate, the id in the table of surrogates
 
 
 @triton.jit
@@ -48,21 +68,21 @@ def _take_in(k, v, state, w):
     a, b, ka, n = state
     q = tl.fma(-n, w, k - ka)
     d = q - w
-    A, E = _shares(d)
+    A, E = pair_weights(d)
     return (A * a + E * v, A * b + E, tl.where(d > 0.0, k, ka), tl.where(d > 0.0, 0.0, n + 1.0)), q
 
 
 @triton.jit
 def _mean(a, b, q, v, u2):
     """y, and the shares in it of the state (per unit of b) and of the token."""
-    own = _own(q, u2)
-    inverse = _reciprocal(_at_least_tiny(b + own))
+    own = own_weight(q, u2)
+    inverse = reciprocal(at_least_tiny(b + own))
     return (a + own * v) * inverse, inverse, own * inverse
 
 
 @triton.jit
 def _sigmoid(r):
-    return _reciprocal(1.0 + tl.exp2(-_LOG2E * r))
+    return reciprocal(1.0 + tl.exp2(-LOG2E * r))
 
 
 @triton.jit
@@ -94,24 +114,29 @@ def _load_tile(ptr, x_t, x_l, t0, left, mask, other, T: tl.constexpr, TOKENS: tl
 
 @triton.jit(do_not_specialize=["B", "L", "plane"])
 def spiking_wkv_forward_kernel(
-    k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, m_ptr, tau_ptr, theta_ptr,
-    out_ptr, ybar_out_ptr, lse_out_ptr, m_out_ptr, keep_ptr,
-    B, L, C, plane, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
-    leak: "fp64", theta: "fp64", v_reset: "fp64",
-    T: tl.constexpr, TOKENS: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr, DECAY: tl.constexpr,
-    TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr,
+    inputs, parameters, states_in, outputs, B, L, C, plane, leak: "fp64", theta: "fp64", v_reset: "fp64",
+    F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """keep: the states that enter each tile, (3, T, B, tiles, C)."""
-    sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
-    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
-    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    k_ptr, k_t, k_b, k_l = inputs[0]
+    v_ptr, v_t, v_b, v_l = inputs[1]
+    r_ptr, r_t, r_b, r_l = inputs[2]
+    m_ptr, m_b, m_l = inputs[3]
+    w_ptr, u_ptr, tau_ptr, theta_ptr = parameters
+    ybar_ptr, lse_ptr = states_in
+    out_ptr, ybar_out_ptr, lse_out_ptr, m_out_ptr, keep_ptr = outputs
+    T: tl.constexpr = F.T
+    TOKENS: tl.constexpr = F.TOKENS
+    sequence, cols, mask = _program(C, F.BC)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
+    leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
+    th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
     reset = tl.full([], v_reset, STATE)
     tiles = tl.cdiv(L, TOKENS)
     step = tl.cast(B, tl.int64) * L * C
     states = ()
     for t in tl.static_range(T):
-        states = states + (_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
+        states = states + (load_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
     for i in range(tiles):
         t0 = _first_token(i, L, TOKENS)
         left = L - t0
@@ -123,9 +148,9 @@ def spiking_wkv_forward_kernel(
             ms = _load_tile(m_ptr + sequence * m_b + cols, 0, m_l, t0, left, mask, 0.0, 1, TOKENS)
         entering = ()
         for t in tl.static_range(T):
-            a, b, o = _rounded(states[t], w)
+            a, b, o = rounded_state(states[t], w)
             if keep_ptr is not None:
-                _store_three(keep_ptr, ((t * B + sequence) * tiles + i) * C + cols, plane, mask, a, b, o)
+                store_three(keep_ptr, ((t * B + sequence) * tiles + i) * C + cols, plane, mask, a, b, o)
             entering = entering + ((a, b, o, tl.zeros_like(a)),)
         states = entering
         for j in tl.static_range(TOKENS):
@@ -141,16 +166,16 @@ def spiking_wkv_forward_kernel(
                 y, _, _ = _mean(states[t][0], states[t][1], q, v, u2)
                 if r_ptr is not None:
                     y = _sigmoid(rs[j * T + t].to(STATE)) * y
-                h, _ = _charge(y, x, leak_, reset, SOFT, DECAY)
+                h, _ = charge(y, x, leak_, reset, F.SOFT, F.DECAY)
                 spike = tl.where(h >= th, 1.0, 0.0)
-                x = _reset(h, th, reset, SOFT)
-                if RATE:
+                x = reset_membrane(h, th, reset, F.SOFT)
+                if F.RATE:
                     count += spike.to(STATE)
                 else:
                     tl.store(out_ptr + t * step + at, spike.to(out_ptr.dtype.element_ty), mask=m)
             states = after
-            if RATE:
-                rate = count * (1.0 / T) if (T & (T - 1)) == 0 else _divide(count, tl.zeros_like(w) + T)
+            if F.RATE:
+                rate = count * (1.0 / T) if (T & (T - 1)) == 0 else divide(count, tl.zeros_like(w) + T)
                 tl.store(out_ptr + at, rate.to(out_ptr.dtype.element_ty), mask=m)
             if m_out_ptr is not None:
                 tl.store(m_out_ptr + at, x, mask=m)
@@ -167,19 +192,25 @@ def spiking_wkv_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "L", "plane"])
 def spiking_wkv_backward_kernel(
-    g_ptr, g_ybar_ptr, g_lse_ptr, g_m_ptr, k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, m_ptr, tau_ptr, theta_ptr, keep_ptr,
-    dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dm_ptr, dw_ptr, du_ptr, d_leak_ptr, d_theta_ptr,
-    B, L, C, plane, g_t, g_b, g_l, k_t, k_b, k_l, v_t, v_b, v_l, r_t, r_b, r_l, m_b, m_l,
-    leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
-    T: tl.constexpr, TOKENS: tl.constexpr, HELD: tl.constexpr, RATE: tl.constexpr, SOFT: tl.constexpr,
-    DECAY: tl.constexpr, DETACH: tl.constexpr,
-    KIND: tl.constexpr, TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr,
-    BC: tl.constexpr,
+    upstream, inputs, parameters, keep_ptr, gradients, sums, B, L, C, plane,
+    leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64", F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    sequence, cols, mask = _program(C, BC)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
-    leak_ = _leak(tau_ptr, leak, cols, mask, TAU_CHANNELS, STATE)
-    th = _parameter(theta_ptr, theta, cols, mask, THETA_CHANNELS, STATE)
+    g_ptr, g_t, g_b, g_l = upstream[0]
+    g_ybar_ptr, g_lse_ptr, g_m_ptr = upstream[1]
+    k_ptr, k_t, k_b, k_l = inputs[0]
+    v_ptr, v_t, v_b, v_l = inputs[1]
+    r_ptr, r_t, r_b, r_l = inputs[2]
+    m_ptr, m_b, m_l = inputs[3]
+    w_ptr, u_ptr, tau_ptr, theta_ptr = parameters
+    dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dm_ptr = gradients
+    dw_ptr, du_ptr, d_leak_ptr, d_theta_ptr = sums
+    T: tl.constexpr = F.T
+    TOKENS: tl.constexpr = F.TOKENS
+    HELD: tl.constexpr = F.HELD
+    sequence, cols, mask = _program(C, F.BC)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
+    leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
+    th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
     reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
     tiles = tl.cdiv(L, TOKENS)
     step = tl.cast(B, tl.int64) * L * C
@@ -198,7 +229,7 @@ def spiking_wkv_backward_kernel(
         vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, HELD)
         states = ()
         for t in tl.static_range(T):
-            states = states + (_load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
+            states = states + (load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
         for earlier in range(tile * PARTS, part):
             t1 = _first_token(earlier, L, HELD)
             ks_ = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t1, L - t1, mask, -float("inf"), T, HELD)
@@ -221,7 +252,7 @@ def spiking_wkv_backward_kernel(
         for t in tl.static_range(T):
             P, Q = adjoint[t]
             a, b, _, _ = states[t]
-            o, rest = _rounding(states[t], w)
+            o, rest = rounded_exponent(states[t], w)
             rest = tl.where(part % PARTS == PARTS - 1, tl.where(b != 0.0, rest, 0.0), 1.0)
             P *= rest
             Q *= rest
@@ -256,9 +287,9 @@ def spiking_wkv_backward_kernel(
                     r = tl.load(r_ptr + sequence * r_b + t * tl.cast(r_t, tl.int64) + (t0 + j) * r_l + cols, mask=m, other=0.0)
                     p = _sigmoid(r.to(STATE))
                     current = p * y
-                h, rest = _charge(current, x, leak_, reset, SOFT, DECAY)
-                x = _reset(h, th, reset, SOFT)
-                steps = steps + ((h, current - rest if DECAY else -rest, seen, own, p),)
+                h, rest = charge(current, x, leak_, reset, F.SOFT, F.DECAY)
+                x = reset_membrane(h, th, reset, F.SOFT)
+                steps = steps + ((h, current - rest if F.DECAY else -rest, seen, own, p),)
             before = ()
             for t in tl.static_range(T - 1, -1, -1):
                 h, apart, seen, own, p = steps[t]
@@ -267,29 +298,29 @@ def spiking_wkv_backward_kernel(
                 y = tl.where(j < left, seen * a + own * v, 0.0)  # as in wkv
                 z = h - th
                 fired = z >= 0.0
-                slope = surrogate_derivative(z, a_, KIND)
+                slope = surrogate_derivative(z, a_, F.KIND)
                 through = zero  # reaches the step function
                 if g_ptr is not None:
                     g = tl.load(
                         g_ptr + sequence * g_b + t * tl.cast(g_t, tl.int64) + (t0 + j) * g_l + cols, mask=m, other=0.0
                     ).to(STATE)
-                    through += g * (1.0 / T) if RATE else g
-                if not DETACH:
-                    through += carry * (-th if SOFT else reset - h)
+                    through += g * (1.0 / T) if F.RATE else g
+                if not F.DETACH:
+                    through += carry * (-th if F.SOFT else reset - h)
                 through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
-                dh = through + (carry if SOFT else tl.where(fired, 0.0, carry))
+                dh = through + (carry if F.SOFT else tl.where(fired, 0.0, carry))
                 if d_leak_ptr is not None:
                     sum_leak += tl.where(m, dh * apart, 0.0)
                     d_theta = through
-                    if SOFT:
+                    if F.SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)
                 carry = dh * (1.0 - leak_)
-                dy = dh * leak_ if DECAY else dh
+                dy = dh * leak_ if F.DECAY else dh
                 if r_ptr is not None:
                     dy *= p
                     tl.store(dr_ptr + t * step + at, (dy * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=m)
-                A, E = _shares(q - w)
+                A, E = pair_weights(q - w)
                 P, Q = adjoint[t]
                 seen *= dy
                 own *= dy
@@ -305,7 +336,7 @@ def spiking_wkv_backward_kernel(
     if d_ybar_ptr is not None:
         for t in tl.static_range(T):
             P, Q = adjoint[t]
-            a, b, _, _ = _load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
+            a, b, _, _ = load_state(keep_ptr, (t * B + sequence) * tiles * C + cols, plane, mask)
             tl.store(d_ybar_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P, 0.0), mask=mask)
             tl.store(d_lse_ptr + (t * B + sequence) * C + cols, tl.where(b != 0.0, P * a + Q, 0.0), mask=mask)
     at = sequence * C + cols
@@ -328,10 +359,18 @@ def _placed(t, axes=3):
     return t, *t.stride()[:-1]
 
 
-def _launch(kernel, k, *args, **flags):
-    T, B, L, C = k.shape
-    flags |= dict(T=T, TOKENS=spiking_tile(T, "triton"), BC=_THREADS, num_warps=_warps(_THREADS), enable_fp_fusion=False)
-    launch(kernel, B * cdiv(C, _THREADS), k.device, *args, **flags)
+def _launch(kernel, k, flags, *args):
+    _, B, _, C = k.shape
+    launch(
+        kernel, B * cdiv(C, _THREADS), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
+        num_warps=warps_of(_THREADS), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _flags(neuron, tau, v_threshold, T, rate, raw, **flags):
+    channels = is_per_channel(tau), is_per_channel(v_threshold)
+    rules = neuron.v_reset is None, neuron.decay_input
+    return Flags(_THREADS, T, spiking_tile(T, "triton"), rate, raw, *rules, *channels, **flags)
 
 
 def _steps_as_batch(*tensors):
@@ -363,14 +402,13 @@ def spiking_wkv_forward(
         if rate:
             out.copy_(spikes.sum(0, dtype=y.dtype).div_(T))
         return
-    flags = _flags(neuron, tau, v_threshold, k.dtype)
-    (k, *k_), (v, *v_), (r, *r_) = map(_placed, (k, v, r))
-    membrane, *m_ = _placed(membrane, 2)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _launch(
-        spiking_wkv_forward_kernel, k, k, v, r, decay.contiguous(), first.contiguous(), ybar, lse, membrane, _contiguous(tau),
-        _contiguous(v_threshold), out, ybar_out, lse_out, membrane_out, checkpoint, B, L, C,
-        0 if checkpoint is None else checkpoint.stride(0), *k_, *v_, *r_, *m_, *_numbers(neuron), RATE=rate, RAW=raw, **flags,
+        spiking_wkv_forward_kernel, k, _flags(neuron, tau, v_threshold, T, rate, raw),
+        (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
+        (decay.contiguous(), first.contiguous(), contiguous(tau), contiguous(v_threshold)), (ybar, lse),
+        (out, ybar_out, lse_out, membrane_out, checkpoint), B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
+        *numbers_of(neuron),
     )  # fmt: skip
 
 
@@ -401,20 +439,21 @@ def spiking_wkv_backward(
             dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
         )  # fmt: skip
         return sums
-    flags = _flags(neuron, tau, v_threshold, k.dtype)
+    flags = _flags(
+        neuron, tau, v_threshold, T, rate, raw, HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)),
+        DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
+    )  # fmt: skip
     dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))  # each of them aligned
     g = None if g is None else g.to(k.dtype).expand(k.shape)
-    (k, *k_), (v, *v_), (r, *r_), (g, *g_) = map(_placed, (k, v, r, g))
-    membrane, *m_ = _placed(membrane, 2)
     if g_ybar is not None or g_lse is not None:
         g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
     decay = decay.contiguous()
     _launch(
-        spiking_wkv_backward_kernel, k, g, g_ybar, g_lse, g_membrane, k, v, r, decay, first.contiguous(), membrane,
-        _contiguous(tau), _contiguous(v_threshold), checkpoint, dk, dv, dr, d_ybar, d_lse, d_membrane, dw, du,
-        *(sums or (None, None)), B, L, C, checkpoint.stride(0), *g_, *k_, *v_, *r_, *m_,
-        *_numbers(neuron), neuron.alpha, RATE=rate, DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
-        HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)), RAW=raw, **flags,
+        spiking_wkv_backward_kernel, k, flags, (_placed(g), (g_ybar, g_lse, g_membrane)),
+        (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
+        (decay, first.contiguous(), contiguous(tau), contiguous(v_threshold)), checkpoint,
+        (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, *(sums or (None, None))), B, L, C, checkpoint.stride(0),
+        *numbers_of(neuron), neuron.alpha,
     )  # fmt: skip
     wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first)
     return sums or None

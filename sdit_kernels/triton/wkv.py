@@ -31,21 +31,22 @@ the end of its sequence is one with k = -inf, v = g = 0. Parameter gradients are
 never by atomics.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import layout
 from ..reference.lif import state_dtype
-from . import cdiv, launch
-from .lif import _STATES, _warps
+from .tiles import STATES, cdiv, launch, warps_of
 
 _THREADS = 64  # channels of a program
 _FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
 _HELD = 8  # tokens that the walk back holds in registers
 _SUMS = 32  # rows and channels of a tile in which parameter gradients are summed
-_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _NONE: tl.constexpr = tl.constexpr(-1e38)  # the exponent of an empty state; times log2(e) it is a number yet
 _STEEPEST: tl.constexpr = tl.constexpr(-1e20)  # as in reference/wkv.py
@@ -57,7 +58,7 @@ _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 wh
 
 
 @triton.jit
-def _reciprocal(x):
+def reciprocal(x):
     if x.dtype == tl.float32:
         root = tl.rsqrt(x)
         return root * root
@@ -73,9 +74,9 @@ def _gap(k, state, w):
 
 
 @triton.jit
-def _shares(d):
+def pair_weights(d):
     """(A, E): weights of an old and a new term whose exponent is greater by d; the greater of them is 1."""
-    e = tl.exp2(tl.abs(d) * -_LOG2E)
+    e = tl.exp2(tl.abs(d) * -LOG2E)
     return tl.where(d > 0.0, e, 1.0), tl.where(d > 0.0, 1.0, e)
 
 
@@ -85,14 +86,14 @@ def _advance(k, v, state, w):
     a, b, ka, n = state
     d = _gap(k, state, w) - w  # k - (o + w)
     new = d > 0.0
-    A, E = _shares(d)
+    A, E = pair_weights(d)
     return (A * a + E * v, A * b + E, tl.where(new, k, ka), tl.where(new, 0.0, n + 1.0)), A, E
 
 
 @triton.jit
-def _own(gap, u2):
+def own_weight(gap, u2):
     """e^(u + k - o), the token's weight in its output, and no more than where the state's is none; u2 = u log2(e)."""
-    x = tl.fma(gap, tl.full(gap.shape, _LOG2E, gap.dtype), u2)
+    x = tl.fma(gap, tl.full(gap.shape, LOG2E, gap.dtype), u2)
     highest: tl.constexpr = _HIGHEST if x.dtype == tl.float32 else 2 * _HIGHEST
     return tl.exp2(tl.minimum(x, highest, propagate_nan=tl.PropagateNan.ALL))
 
@@ -109,11 +110,11 @@ def _weights_of_three(k, left, right, w, u2):
     x_ = tl.fma(-n_, w, origin - ka_)
     own = tl.where(masked, -_NONE, u2 * -_LN2)
     m = tl.minimum(tl.minimum(x, x_), tl.minimum(own, 1e30))  # where nothing was seen, far above all three
-    return tl.exp2((m - x) * _LOG2E), tl.exp2((m - x_) * _LOG2E), tl.exp2((m - own) * _LOG2E)
+    return tl.exp2((m - x) * LOG2E), tl.exp2((m - x_) * LOG2E), tl.exp2((m - own) * LOG2E)
 
 
 @triton.jit
-def _at_least_tiny(x):
+def at_least_tiny(x):
     return tl.where(x < _TINY, _TINY, x)  # a NaN stays; a maximum that keeps it takes one more instruction on AMD
 
 
@@ -122,11 +123,11 @@ def _mean(k, v, state, right, w, u2, BOTH: tl.constexpr):
     """(numerator, denominator, weight of the state, of that from the right, of the token) of y."""
     if BOTH:
         e, e_, own = _weights_of_three(k, state, right, w, u2)
-        return e * state[0] + e_ * right[0] + own * v, _at_least_tiny(e * state[1] + e_ * right[1] + own), e, e_, own
+        return e * state[0] + e_ * right[0] + own * v, at_least_tiny(e * state[1] + e_ * right[1] + own), e, e_, own
     else:
-        own = _own(_gap(k, state, w), u2)
+        own = own_weight(_gap(k, state, w), u2)
         one = tl.full(own.shape, 1.0, own.dtype)
-        return state[0] + own * v, _at_least_tiny(state[1] + own), one, one, own
+        return state[0] + own * v, at_least_tiny(state[1] + own), one, one, own
 
 
 # --- places ------------------------------------------------------------------------------------------------------------------
@@ -198,14 +199,14 @@ def _load_three(ptr, at, plane, mask):
 
 
 @triton.jit
-def _store_three(ptr, at, plane, mask, x, y, z):
+def store_three(ptr, at, plane, mask, x, y, z):
     tl.store(ptr + at, x, mask=mask)
     tl.store(ptr + plane + at, y, mask=mask)
     tl.store(ptr + 2 * plane + at, z, mask=mask)
 
 
 @triton.jit
-def _load_state(ptr, at, plane, mask):
+def load_state(ptr, at, plane, mask):
     a, b, o = _load_three(ptr, at, plane, mask)
     return a, b, o, tl.zeros_like(a)
 
@@ -213,7 +214,7 @@ def _load_state(ptr, at, plane, mask):
 @triton.jit
 def _near_one(x):
     """exp(x) of a rounding error; it is no small number only where o is so great that a state means nothing."""
-    return tl.exp2(tl.minimum(tl.maximum(x, -1.0), 1.0) * _LOG2E)
+    return tl.exp2(tl.minimum(tl.maximum(x, -1.0), 1.0) * LOG2E)
 
 
 @triton.jit
@@ -225,7 +226,7 @@ def _lost(o, state, w):
 
 
 @triton.jit
-def _rounding(state, w):
+def rounded_exponent(state, w):
     """o, which is ka + n w rounded, and e^(what that lost)."""
     _, _, ka, n = state
     o = tl.fma(n, w, ka)
@@ -233,20 +234,20 @@ def _rounding(state, w):
 
 
 @triton.jit
-def _rounded(state, w):
+def rounded_state(state, w):
     """(a, b, o). What o loses in rounding goes to a and b."""
-    o, rest = _rounding(state, w)
+    o, rest = rounded_exponent(state, w)
     return state[0] * rest, state[1] * rest, o
 
 
 @triton.jit
 def _store_state(ptr, at, plane, mask, state, w):
-    a, b, o = _rounded(state, w)
-    _store_three(ptr, at, plane, mask, a, b, o)
+    a, b, o = rounded_state(state, w)
+    store_three(ptr, at, plane, mask, a, b, o)
 
 
 @triton.jit
-def _user_state(ybar_ptr, lse_ptr, at, mask, like):
+def load_user_state(ybar_ptr, lse_ptr, at, mask, like):
     """The state that the user gave, or an empty one."""
     zero = tl.zeros_like(like)
     if ybar_ptr is None:
@@ -264,8 +265,8 @@ def _exp(x):
     x = tl.minimum(x, 60.0, propagate_nan=tl.PropagateNan.ALL)
     x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
     if x.dtype == tl.float32:  # as 2^y, with what y = x log2(e) loses in rounding
-        y = x * _LOG2E
-        lost = tl.fma(x, tl.full(x.shape, _LOG2E, x.dtype), -y) + x * 1.925963033500212e-8
+        y = x * LOG2E
+        lost = tl.fma(x, tl.full(x.shape, LOG2E, x.dtype), -y) + x * 1.925963033500212e-8
         power = tl.exp2(y)
         return tl.fma(power, lost * _LN2, power)
     else:
@@ -282,11 +283,23 @@ def _decay(w_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
 
 
 @triton.jit
-def _parameters(w_ptr, u_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
+def load_parameters(w_ptr, u_ptr, cols, mask, RAW: tl.constexpr, STATE: tl.constexpr):
     """w and u log2(e), u greater than an empty state's exponent or -inf."""
     u = tl.load(u_ptr + cols, mask=mask, other=0.0).to(STATE)
     u = tl.where((u < 0.1 * _NONE) & (u > -float("inf")), 0.1 * _NONE, u)
-    return _decay(w_ptr, cols, mask, RAW, STATE), u * _LOG2E
+    return _decay(w_ptr, cols, mask, RAW, STATE), u * LOG2E
+
+
+class Flags(NamedTuple):
+    """What a kernel of wkv is compiled for."""
+
+    BC: int  # channels of a program
+    TILE: int  # tokens
+    RAW: bool  # w is -exp(time_decay)
+    LEFTWARDS: bool = False  # walk from the last token to the first
+    RIGHTWARDS: bool = False  # the same of the backward pass, which walks leftwards otherwise
+    HELD: int = 0  # tokens that the backward pass holds in registers
+    CARRY: bool = False  # combine carries of the backward pass, not states
 
 
 # --- kernels -----------------------------------------------------------------------------------------------------------------
@@ -310,8 +323,8 @@ def _forward_tile(
         _store_state(keep_ptr, at, plane, mask, state, w)
     rights = ()  # the states to the right of the tile's tokens, last token first
     if BOTH:
-        state = _load_state(start_ptr, at, plane, mask)
-        right = _load_state(right_ptr, at, plane, mask)
+        state = load_state(start_ptr, at, plane, mask)
+        right = load_state(right_ptr, at, plane, mask)
         for j in tl.static_range(TILE - 1, -1, -1):
             rights = rights + (right,)
             right, _, _ = _advance(ks[j].to(w.dtype), vs[j].to(w.dtype), right, w)
@@ -324,8 +337,8 @@ def _forward_tile(
         if out_ptr is not None:
             num, den, _, _, _ = _mean(k, v, state, rights[TILE - 1 - j] if BOTH else state, w, u2, BOTH)
             if r_ptr is not None:
-                den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E)
-            y = (num * _reciprocal(den)).to(out_ptr.dtype.element_ty)
+                den *= 1.0 + tl.exp2(rs[j].to(w.dtype) * -LOG2E)
+            y = (num * reciprocal(den)).to(out_ptr.dtype.element_ty)
             tl.store(out_at, y, mask=mask if WHOLE else mask & (j < left))
             out_at += out_l
         state, _, _ = _advance(k, v, state, w)
@@ -334,32 +347,39 @@ def _forward_tile(
 
 @triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane"])
 def wkv_forward_kernel(
-    k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, start_ptr, right_ptr, cu_ptr,
-    out_ptr, ybar_out_ptr, lse_out_ptr, keep_ptr, exit_ptr,
-    L, C, tiles_per_chunk, chunks, plane, start_plane,
-    k_b, k_l, v_b, v_l, r_b, r_l, out_b, out_l,
-    LEFTWARDS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    inputs, parameters, sequences, entering, outputs, L, C, tiles_per_chunk, chunks, plane, start_plane,
+    F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """Walk the tiles of a chunk; what is None is neither read nor written.
 
     start: the state that enters each chunk, else the user's; with ``right``, start and right are those of every tile. out: y.
     keep: the state that enters each tile. exit: the state after the chunk.
     """
+    k_ptr, k_b, k_l = inputs[0]
+    v_ptr, v_b, v_l = inputs[1]
+    r_ptr, r_b, r_l = inputs[2]
+    w_ptr, u_ptr = parameters
+    cu_ptr, ybar_ptr, lse_ptr = sequences
+    start_ptr, right_ptr = entering
+    out_ptr, out_b, out_l = outputs[0]
+    ybar_out_ptr, lse_out_ptr, keep_ptr, exit_ptr = outputs[1]
+    LEFTWARDS: tl.constexpr = F.LEFTWARDS
+    TILE: tl.constexpr = F.TILE
     BOTH: tl.constexpr = right_ptr is not None
-    sequence, chunk, cols, mask = _program(C, chunks, BC)
+    sequence, chunk, cols, mask = _program(C, chunks, F.BC)
     first, length = _sequence(cu_ptr, sequence, L)
     tiles = tl.cdiv(length, TILE)
     begin = chunk.to(tl.int64) * tiles_per_chunk
     end = tl.minimum(begin + tiles_per_chunk, tiles)
     row = _row(cu_ptr, sequence, first, L, TILE)
     chunk_row = _row(cu_ptr, sequence, first, L, TILE * tl.cast(tiles_per_chunk, tl.int64)) + chunk
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
     if start_ptr is None or BOTH:
-        state = _user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
+        state = load_user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
     else:
-        state = _load_state(start_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles))
+        state = load_state(start_ptr, chunk_row * C + cols, start_plane, mask & (begin < tiles))
         if not LEFTWARDS:  # so that a sequence of no token, which has no chunk, hands its state on
-            user = _user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask & (chunk == 0), w)
+            user = load_user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask & (chunk == 0), w)
             a = tl.where(chunk == 0, user[0], state[0])
             b = tl.where(chunk == 0, user[1], state[1])
             state = a, b, tl.where(chunk == 0, user[2], state[2]), state[3]
@@ -401,20 +421,20 @@ def wkv_forward_kernel(
 
 
 @triton.jit(do_not_specialize=["L", "tiles_per_chunk", "plane"])
-def wkv_combine_kernel(
-    rows_ptr, w_ptr, ybar_ptr, lse_ptr, cu_ptr, L, C, tiles_per_chunk, plane,
-    CARRY: tl.constexpr, LEFTWARDS: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+def wkv_combine_kernel(rows_ptr, w_ptr, sequences, L, C, tiles_per_chunk, plane, F: tl.constexpr, STATE: tl.constexpr):
     """Turn the summary of each chunk into what enters it, in place: a state, or the walk back's carry (P, Q, factor)."""
-    sequence, chunk, cols, mask = _program(C, 1, BC)
+    cu_ptr, ybar_ptr, lse_ptr = sequences
+    CARRY: tl.constexpr = F.CARRY
+    LEFTWARDS: tl.constexpr = F.LEFTWARDS
+    sequence, chunk, cols, mask = _program(C, 1, F.BC)
     first, length = _sequence(cu_ptr, sequence, L)
-    span = TILE * tl.cast(tiles_per_chunk, tl.int64)
+    span = F.TILE * tl.cast(tiles_per_chunk, tl.int64)
     chunks = tl.cdiv(length, span)
     row = _row(cu_ptr, sequence, first, L, span)
-    w = _decay(w_ptr, cols, mask, RAW, STATE)
+    w = _decay(w_ptr, cols, mask, F.RAW, STATE)
     steps = span.to(w.dtype)
     zero = tl.zeros_like(w)
-    state = (zero, zero, zero, zero) if CARRY else _user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
+    state = (zero, zero, zero, zero) if CARRY else load_user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
     for i in range(0, tl.cdiv(chunks, _AHEAD)):
         found = ()
         for j in tl.static_range(_AHEAD):
@@ -435,7 +455,7 @@ def wkv_combine_kernel(
                 a_, b_, ka, n = state
                 n += steps
                 d = tl.fma(-n, w, o - ka)
-                A, E = _shares(d)
+                A, E = pair_weights(d)
                 state = A * a_ + E * a, A * b_ + E * b, tl.where(d > 0.0, o, ka), tl.where(d > 0.0, 0.0, n)
 
 
@@ -449,11 +469,8 @@ def _rescaled(P, Q, F, state, o, w, border):
 
 @triton.jit(do_not_specialize=["L", "tiles_per_chunk", "chunks", "plane", "start_plane", "keep_plane"])
 def wkv_backward_kernel(
-    g_ptr, g_ybar_ptr, g_lse_ptr, k_ptr, v_ptr, r_ptr, w_ptr, u_ptr, ybar_ptr, lse_ptr, state_ptr, right_ptr, cu_ptr,
-    start_ptr, start_left_ptr, dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dw_ptr, du_ptr, keep_ptr, exit_ptr,
-    L, C, tiles_per_chunk, chunks, plane, start_plane, keep_plane,
-    g_b, g_l, k_b, k_l, v_b, v_l, r_b, r_l, dk_b, dk_l, dv_b, dv_l, dr_b, dr_l,
-    RIGHTWARDS: tl.constexpr, HELD: tl.constexpr, RAW: tl.constexpr, STATE: tl.constexpr, TILE: tl.constexpr, BC: tl.constexpr,
+    upstream, inputs, parameters, sequences, entering, carries, gradients,
+    L, C, tiles_per_chunk, chunks, plane, start_plane, keep_plane, F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """Walk a chunk by parts of HELD tokens with the carry, last part first (RIGHTWARDS: that of the states from the right,
     first part first).
@@ -463,6 +480,23 @@ def wkv_backward_kernel(
     part. exit: the carry after the chunk, and the factor by which it grows with the one that enters. Where a carry crosses
     from tile to tile its scale is the exponent in the checkpoint.
     """
+    g_ptr, g_b, g_l = upstream[0]
+    g_ybar_ptr, g_lse_ptr = upstream[1]
+    k_ptr, k_b, k_l = inputs[0]
+    v_ptr, v_b, v_l = inputs[1]
+    r_ptr, r_b, r_l = inputs[2]
+    w_ptr, u_ptr = parameters
+    cu_ptr, ybar_ptr, lse_ptr = sequences
+    state_ptr, right_ptr = entering
+    start_ptr, start_left_ptr, keep_ptr, exit_ptr = carries
+    dk_ptr, dk_b, dk_l = gradients[0]
+    dv_ptr, dv_b, dv_l = gradients[1]
+    dr_ptr, dr_b, dr_l = gradients[2]
+    d_ybar_ptr, d_lse_ptr, dw_ptr, du_ptr = gradients[3]
+    RIGHTWARDS: tl.constexpr = F.RIGHTWARDS
+    HELD: tl.constexpr = F.HELD
+    TILE: tl.constexpr = F.TILE
+    BC: tl.constexpr = F.BC
     BOTH: tl.constexpr = right_ptr is not None
     OUT: tl.constexpr = dk_ptr is not None
     DOWN: tl.constexpr = OUT or not RIGHTWARDS  # the carry of the states from the left
@@ -479,7 +513,7 @@ def wkv_backward_kernel(
     part_row = _row(cu_ptr, sequence, first, L, HELD)
     chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
     zero = tl.zeros([BC], STATE)
-    P, Q, F = zero, zero, zero + 1.0
+    P, Q, factor = zero, zero, zero + 1.0
     P_, Q_ = zero, zero
     if start_ptr is not None and start_left_ptr is None:
         P = tl.load(start_ptr + chunk_row * C + cols, mask=mask & (begin < parts), other=0.0)
@@ -505,7 +539,7 @@ def wkv_backward_kernel(
     if DOWN:
         behind = mask & (begin < end) & (end < parts)
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
-    w, u2 = _parameters(w_ptr, u_ptr, cols, mask, RAW, STATE)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
         # here is cols, which LLVM cannot know: it would hold every ptr + cols, two registers each, too many with a gate
@@ -517,14 +551,14 @@ def wkv_backward_kernel(
         ks = _tokens(k_ptr, t0, k_l, here, mask, left, -float("inf"), False, HELD)
         vs = _tokens(v_ptr, t0, v_l, here, mask, left, 0.0, False, HELD)
         gs = _tokens(g_ptr, t0, g_l, here, mask, left, 0.0, False, 0 if g_ptr is None else HELD)
-        state = _load_state(state_ptr, at, plane, mask)
+        state = load_state(state_ptr, at, plane, mask)
         o_entry = state[2]
         for t in range(tl.cast(tile, tl.int64) * TILE, t0, HELD):
             state = _walk(k_ptr, v_ptr, t, k_l, v_l, here, mask, HELD, state, w, False, HELD)
         rs = _tokens(r_ptr, t0, r_l, here, mask, left, 0.0, False, 0 if r_ptr is None else HELD)
         rights = ()  # the states to the right of the tokens, last token first
         if BOTH:
-            right = _load_state(right_ptr, at, plane, mask)
+            right = load_state(right_ptr, at, plane, mask)
             for j in range(0, PARTS - 1 - part % PARTS):
                 later = tile * PARTS + PARTS - 1 - j
                 there = tl.minimum(length - later * HELD, HELD).to(tl.int32)
@@ -544,18 +578,18 @@ def wkv_backward_kernel(
                     tl.store(keep_ptr + at_part, P_, mask=mask)
                     tl.store(keep_ptr + keep_plane + at_part, Q_, mask=mask)
             o = tl.load(right_ptr + 2 * plane + at - C, mask=mask & (tile > 0), other=0.0)
-            P_, Q_, F_ = _rescaled(P_, Q_, F, right, o, w, part % PARTS == 0)
+            P_, Q_, factor_ = _rescaled(P_, Q_, factor, right, o, w, part % PARTS == 0)
         if OUT and r_ptr is not None:
             dr_at = _at(dr_ptr, t0, dr_l, here)
         before = ()  # per token: a, b, A, E, v, weight of the state in y times g, y, and what dv and dk have without P and Q
         for j in tl.static_range(HELD):
             k, v = ks[j].to(w.dtype), vs[j].to(w.dtype)
             num, den, e, e_, own = _mean(k, v, state, rights[HELD - 1 - j] if BOTH else state, w, u2, BOTH)
-            inverse = _reciprocal(den)
+            inverse = reciprocal(den)
             y = num * inverse
             g = gs[j].to(w.dtype) if g_ptr is not None else zero
             if r_ptr is not None:
-                p = _reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -_LOG2E))
+                p = reciprocal(1.0 + tl.exp2(rs[j].to(w.dtype) * -LOG2E))
                 g *= p
                 if OUT:
                     tl.store(dr_at, (g * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=mask & (j < left))
@@ -573,7 +607,7 @@ def wkv_backward_kernel(
                 P_ = A * P_ + g * e_
                 Q_ = A * Q_ - g * e_ * y
                 if exit_ptr is not None:
-                    F_ *= A
+                    factor_ *= A
             if DOWN:
                 a, b, _, _ = state
                 state, A, E = _advance(k, v, state, w)
@@ -587,7 +621,7 @@ def wkv_backward_kernel(
             if keep_ptr is not None:
                 tl.store(keep_ptr + at_part, P, mask=mask)
                 tl.store(keep_ptr + keep_plane + at_part, Q, mask=mask)
-            P, Q, F = _rescaled(P, Q, F, state, o_behind, w, (part % PARTS == PARTS - 1) & (part != parts - 1))
+            P, Q, factor = _rescaled(P, Q, factor, state, o_behind, w, (part % PARTS == PARTS - 1) & (part != parts - 1))
             o_behind = o_entry
             if g_ybar_ptr is not None:
                 if part == parts - 1:
@@ -615,9 +649,9 @@ def wkv_backward_kernel(
                 P = A * P + h
                 Q = A * Q - tl.where(j < left, h * y, 0.0)  # behind the last token h is 0 and y may be infinite
                 if exit_ptr is not None:
-                    F *= A
+                    factor *= A
         else:
-            P, Q, F = P_, Q_, F_
+            P, Q, factor = P_, Q_, factor_
     sequence, chunk, cols, mask = _program(C, chunks, BC, AGAIN=True)
     first, length = _sequence(cu_ptr, sequence, L)
     parts = tl.cdiv(length.to(L.dtype), HELD)
@@ -625,7 +659,7 @@ def wkv_backward_kernel(
     chunk_row = _row(cu_ptr, sequence, first, L, HELD * tl.cast(parts_per_chunk, tl.int64)) + chunk
     at_state = sequence * C + cols
     if exit_ptr is not None:
-        _store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, F)
+        store_three(exit_ptr, chunk_row * C + cols, start_plane, mask & (begin < parts), P, Q, factor)
     if OUT:
         tl.store(dw_ptr + chunk_row * C + cols, sum_w, mask=mask & (begin < parts))
         tl.store(du_ptr + chunk_row * C + cols, sum_u, mask=mask & (begin < parts))
@@ -700,21 +734,24 @@ class _Grid:
     def launch(self, kernel, tiles, *args, **flags):
         chunks = cdiv(self.tiles, tiles) if tiles else 1
         programs = self.sequences * chunks * cdiv(self.C, _THREADS)
-        flags |= dict(RAW=self.raw, STATE=_STATES[self.state], TILE=layout.TILE, BC=_THREADS, num_warps=_warps(_THREADS))
-        launch(kernel, programs, self.device, *args, **flags)
+        F = Flags(_THREADS, layout.TILE, self.raw, **flags)
+        launch(kernel, programs, self.device, *args, F=F, STATE=STATES[self.state], num_warps=warps_of(_THREADS))
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
         self.launch(
-            wkv_combine_kernel, 0, rows, self.decay, ybar, lse, self.cu_seqlens, self.L, self.C, self.coarse, rows.stride(0),
+            wkv_combine_kernel, 0, rows, self.decay, (self.cu_seqlens, ybar, lse), self.L, self.C, self.coarse, rows.stride(0),
             CARRY=carry, LEFTWARDS=leftwards,
         )  # fmt: skip
+
+
+_NOTHING = None, 0, 0
 
 
 def _placed(t):
     """(tensor, stride of sequences, stride of L), channels contiguous."""
     if t is None:
-        return None, 0, 0
+        return _NOTHING
     if t.stride(2) != 1 and t.shape[2] > 1:
         t = t.contiguous()
     return t, t.stride(0) if t.shape[0] > 1 else 0, t.stride(1)  # packed sequences differ in their first token alone
@@ -730,7 +767,7 @@ def wkv_forward(
     """Fill out, and ybar_out, lse_out and checkpoint where they are given. k is not empty."""
     decay, first = decay.contiguous(), first.contiguous()
     grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
-    (k, *k_), (v, *v_), (r, *r_), (out, *out_) = map(_placed, (k, v, r, out))
+    k, v, r = map(_placed, (k, v, r))
     if checkpoint is not None and not checkpoint.numel():
         checkpoint = None
 
@@ -738,9 +775,9 @@ def wkv_forward(
         chunk_plane = _plane(exit if start is None else start)
         given = (ybar, lse) if exit is None else (None, None)  # a summary starts from nothing
         grid.launch(
-            wkv_forward_kernel, tiles, k, v, r if y is not None else None, decay, first, *given, start, right, cu_seqlens,
-            y, *final, keep, exit, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
-            _plane(start if right is not None else keep), chunk_plane, *k_, *v_, *r_, *out_, LEFTWARDS=leftwards,
+            wkv_forward_kernel, tiles, (k, v, _NOTHING if y is None else r), (decay, first), (cu_seqlens, *given),
+            (start, right), (_placed(y), (*final, keep, exit)), grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
+            _plane(start if right is not None else keep), chunk_plane, LEFTWARDS=leftwards,
         )  # fmt: skip
 
     def starts(leftwards):
@@ -768,7 +805,7 @@ def wkv_forward(
 def parameter_sums(dw, du, decay, raw, d_decay, d_first):
     """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
     rows, C = dw.shape
-    flags = dict(RAW=raw, STATE=_STATES[dw.dtype], BR=_SUMS, BC=_SUMS, num_warps=_warps(128))
+    flags = dict(RAW=raw, STATE=STATES[dw.dtype], BR=_SUMS, BC=_SUMS, num_warps=warps_of(128))
     launch(wkv_sums_kernel, cdiv(C, _SUMS), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
 
 
@@ -780,8 +817,7 @@ def wkv_backward(
     decay, first = decay.contiguous(), first.contiguous()
     grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
     g = g if g is None or g.dtype == grid.state else g.to(k.dtype)
-    (g, *g_), (k, *k_), (v, *v_), (r, *r_) = map(_placed, (g, k, v, r))
-    (dk, *dk_), (dv, *dv_), (dr, *dr_) = map(_placed, (dk, dv, dr))
+    g, k, v, r, dk, dv, dr = map(_placed, (g, k, v, r, dk, dv, dr))
     if g_ybar is not None or g_lse is not None:
         known = g_ybar if g_lse is None else g_lse
         g_ybar, g_lse = (torch.zeros_like(known) if t is None else t.contiguous() for t in (g_ybar, g_lse))
@@ -794,13 +830,12 @@ def wkv_backward(
         if out:
             new = torch.empty if cu_seqlens is None else torch.zeros  # packed: some rows belong to no chunk
             sums = tuple(new(grid.rows(tiles), grid.C, dtype=grid.state, device=grid.device) for _ in range(2))  # both aligned
-        given = (dk, dv, dr, d_ybar, d_lse) if out else (None,) * 5
-        upstream = (None, None) if rightwards else (g_ybar, g_lse)
+        gradients = (dk, dv, dr, (d_ybar, d_lse, *sums)) if out else (_NOTHING,) * 3 + ((None,) * 4,)
+        upstream = g, (None, None) if rightwards else (g_ybar, g_lse)
         grid.launch(
-            wkv_backward_kernel, tiles, g, *upstream, k, v, r, decay, first, ybar, lse, state, right, cu_seqlens,
-            start, left, *given, *sums, keep, exit, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, _plane(keep), *g_, *k_, *v_, *r_, *dk_, *dv_, *dr_,
-            RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
+            wkv_backward_kernel, tiles, upstream, (k, v, r), (decay, first), (cu_seqlens, ybar, lse), (state, right),
+            (start, left, keep, exit), gradients, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
+            _plane(state), chunk_plane, _plane(keep), RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
         )  # fmt: skip
         if out and d_decay is not None:
             parameter_sums(*sums, decay, raw, d_decay, d_first)
