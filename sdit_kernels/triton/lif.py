@@ -307,17 +307,13 @@ def _tangent(d_v, d_h, d_through, slope, fired, q, SOFT: tl.constexpr):
 
 
 @triton.jit
-def _rate_step(state, current, r_, th, reset, a, PARAMETERS: tl.constexpr, F: tl.constexpr):
+def _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS: tl.constexpr, F: tl.constexpr):
     """One step of membrane and tangents. state = (v, v_x, s_x, v_r, s_r, v_th, s_th); v_x is dv/dx, s_x the sum of ds/dx."""
     v, v_x, s_x, v_r, s_r, v_th, s_th = state
-    h, rest = charge(current, v, r_, reset, F.SOFT, F.DECAY)
+    h, rest = charge(bounded, v, r_, reset, F.SOFT, F.DECAY)
     fired = h >= th
     slope = surrogate_derivative(h - th, a, F.KIND)
-    if F.DETACH:
-        q = tl.zeros_like(h)
-    else:
-        greatest: tl.constexpr = 3.4028234663852886e38 if h.dtype == tl.float32 else 1.7976931348623157e308
-        q = tl.zeros_like(h) - th if F.SOFT else tl.minimum(reset - h, greatest)  # times a slope of 0 where h is -inf
+    q = tl.zeros_like(h) if F.DETACH else (tl.zeros_like(h) - th if F.SOFT else reset - h)
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if F.DECAY else 1.0)
     ds, v_x = _tangent(v_x, h_x, h_x, slope, fired, q, F.SOFT)
@@ -358,21 +354,19 @@ def lif_rate_backward_kernel(
         mask = mask_c & (rows < R)
         g = tl.load(g_ptr + rows * g_r + (first + cols) * g_c, mask=mask, other=0.0).to(STATE)
         current, x, p = _current(x_ptr, gate_ptr, first + rows * x_r + cols, first + rows * gate_r + cols, mask, STATE)
+        # A hard reset hides an infinite current: it fires at every step, where no surrogate has a gradient, as at 1e30.
+        bounded = current if F.SOFT else tl.where(current > 1e30, 1e30, current)
         zero = tl.zeros([BR, BC], STATE)
         state = (zero + reset, zero, zero, zero, zero, zero, zero)
         if K > 0:
             for _ in tl.static_range(K):
-                state = _rate_step(state, current, r_, th, reset, a, PARAMETERS, F)
+                state = _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS, F)
             g = g * (1.0 / K)
         else:
             for _ in range(T):
-                state = _rate_step(state, current, r_, th, reset, a, PARAMETERS, F)
+                state = _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS, F)
             g = g / T
-        s_x, s_th = state[2], state[6]
-        if not F.SOFT:  # the reset hides an infinite current: it fires at every step, where no surrogate has a gradient
-            s_x = tl.where(current == float("inf"), 0.0, s_x)
-            s_th = tl.where(current == float("inf"), 0.0, s_th)
-        d = tl.where(s_x == 0.0, 0.0, g * s_x)
+        d = tl.where(state[2] == 0.0, 0.0, g * state[2])
         if gate_ptr is not None:
             dgate = (d * x * p * (1.0 - p)).to(dgate_ptr.dtype.element_ty)
             tl.store(dgate_ptr + first + rows * dgate_r + cols, dgate, mask=mask)
@@ -380,7 +374,7 @@ def lif_rate_backward_kernel(
         tl.store(dx_ptr + first + rows * dx_r + cols, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if PARAMETERS:
             sum_r += tl.where(mask, g * state[4], 0.0)
-            sum_theta += tl.where(mask, g * s_th, 0.0)
+            sum_theta += tl.where(mask, g * state[6], 0.0)
     store_sums(dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c, F.TAU_CHANNELS, F.THETA_CHANNELS)
 
 
