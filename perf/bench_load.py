@@ -81,7 +81,7 @@ def load(args, settings):
         for name, found in samples.items():
             row = {"name": name, "other_processes": busy}
             row |= {f"{key}_s": found[key] for key in ("elementwise", "both_lif", "both_wkv", "small_lif")}
-            rows.append(row | {"images_per_s": found["images_per_s"]})
+            rows.append(row | {"training_images": found["images_per_s"]})
     return "sigmoid(a) * a; lif and wkv forward + backward at (8, 394, 384); lif of (4, 40, 512); training of digits", rows
 
 
