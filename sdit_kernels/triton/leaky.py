@@ -97,7 +97,7 @@ def leaky_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "R", "group"])
 def leaky_backward_kernel(
-    inputs, upstream, gradients, sums, parameters, T, R, C, group, beta: "fp64", theta: "fp64", alpha: "fp64",
+    inputs, upstream, gradients, parameters, T, R, C, group, beta: "fp64", theta: "fp64", alpha: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_ptr, x_t, x_r = inputs[0]
@@ -108,7 +108,7 @@ def leaky_backward_kernel(
     g_seq_ptr, g_seq_t, g_seq_r = upstream[2]
     dx_ptr, dx_t, dx_r = gradients[0]
     dv_ptr, dv_r = gradients[1]
-    dbeta_ptr, dtheta_ptr = sums
+    dbeta_ptr, dtheta_ptr = gradients[2]
     beta_ptr, theta_ptr = parameters
     K: tl.constexpr = F.K
     block, row, first, cols, mask_c = tile_of_program(R, C, group, BR, BC)

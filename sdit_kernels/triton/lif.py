@@ -161,7 +161,7 @@ def lif_forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "R", "group"])
 def lif_backward_kernel(
-    inputs, upstream, gradients, sums, parameters, T, R, C, group, r: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
+    inputs, upstream, gradients, parameters, T, R, C, group, r: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     x_ptr, x_t, x_r = inputs[0]
@@ -172,7 +172,7 @@ def lif_backward_kernel(
     g_seq_ptr, g_seq_t, g_seq_r = upstream[2]
     dx_ptr, dx_t, dx_r = gradients[0]
     dv_ptr, dv_r = gradients[1]
-    dr_ptr, dtheta_ptr = sums
+    dr_ptr, dtheta_ptr = gradients[2]
     tau_ptr, theta_ptr = parameters
     K: tl.constexpr = F.K
     block, row, first, cols, mask_c = tile_of_program(R, C, group, BR, BC)
@@ -330,7 +330,7 @@ def _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS: tl.constex
 
 @triton.jit(do_not_specialize=["T", "R", "group"])
 def lif_rate_backward_kernel(
-    inputs, upstream, gradients, sums, parameters, T, R, C, group, r: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
+    inputs, upstream, gradients, parameters, T, R, C, group, r: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One input and one output per neuron: tangents run along with the state, so no step is kept, whatever T."""
@@ -339,7 +339,7 @@ def lif_rate_backward_kernel(
     g_ptr, g_r, g_c = upstream
     dx_ptr, dx_r = gradients[0]
     dgate_ptr, dgate_r = gradients[1]
-    dr_ptr, dtheta_ptr = sums
+    dr_ptr, dtheta_ptr = gradients[2]
     tau_ptr, theta_ptr = parameters
     K: tl.constexpr = F.K
     block, row, first, cols, mask_c = tile_of_program(R, C, group, BR, BC)
@@ -431,7 +431,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         lif_rate_backward_kernel, x.device, (place_state(layout, x), placed_state(layout, gate)), (g, g_r, g_c),
-        (place_state(layout, dx), placed_state(layout, dgate)), sums or (None, None),
+        (place_state(layout, dx), placed_state(layout, dgate), sums or (None, None)),
         (contiguous(tau), contiguous(v_threshold)), T, layout.R, layout.C, grid.group,
         *numbers_of(neuron), neuron.alpha, F=flags, STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip

@@ -134,7 +134,7 @@ def launch_steps_backward(
     grid = Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
-        kernel, x.device, inputs, upstream, (place(layout, dx), placed_state(layout, dv)), sums or (None, None),
+        kernel, x.device, inputs, upstream, (place(layout, dx), placed_state(layout, dv), sums or (None, None)),
         (contiguous(first), contiguous(v_threshold)), T, layout.R, layout.C, grid.group,
         *numbers, F=flags, STATE=STATES[state],
     )  # fmt: skip
