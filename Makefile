@@ -8,7 +8,7 @@ BIN := .venv/bin
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# Every op on every backend against the oracle, and the contract: under two minutes on two cores.
+# Every op on every backend against the oracle, and the contract.
 quick: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not process" tests/test_oracle.py tests/test_contract.py
 
