@@ -429,6 +429,8 @@ class OverTime(torch.nn.Sequential):
     __prepare_scriptable__ = refuse_script
 
     def add_module(self, name: str, module: torch.nn.Module | None) -> None:
+        if module is not None and not isinstance(module, torch.nn.Module):
+            raise TypeError(f"OverTime takes torch.nn.Modules, one after the other, got {type(module).__name__}")
         for inner in [] if module is None else module.modules():
             if _is_stateful(inner):
                 raise ValueError(
@@ -718,6 +720,12 @@ class ChannelMix(_Mix):
         return f"{super().extra_repr()}, hidden={self.key.out_features}"
 
 
+def _modules(net):
+    if not isinstance(net, torch.nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    return net.modules()
+
+
 def reset(net: torch.nn.Module) -> None:
     """Reset every neuron of a network, as SpikingJelly's ``functional.reset_net``: call it before each new batch.
 
@@ -734,7 +742,7 @@ def reset(net: torch.nn.Module) -> None:
         >>> net(torch.rand(4, 5, 3)).shape
         torch.Size([4, 5, 3])
     """
-    for module in net.modules():
+    for module in _modules(net):
         if isinstance(module, _Stateful):
             module.reset()
 
@@ -754,6 +762,6 @@ def detach(net: torch.nn.Module) -> None:
         ...     net(chunk).sum().backward()
         ...     detach(net)
     """
-    for module in net.modules():
+    for module in _modules(net):
         if isinstance(module, _Stateful):
             module.detach_()

@@ -933,3 +933,12 @@ def test_what_mixing_layers_refuse(kind, kwargs, error, message):
 def test_repr_of_a_mixing_layer(kind):
     shown = repr(kind(8, 1, 3, norm_eps=1e-6, neuron=LIFRate(T=7)))
     assert f"{kind.__name__}(\n  8, layer=1, layers=3, norm_eps=1e-06" in shown and "T=7" in shown
+
+
+@pytest.mark.parametrize("function", [sdit_kernels.nn.reset, sdit_kernels.nn.detach])
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match="net must be a torch.nn.Module, got int"):
+        function(3)
+    for wrong, name in ((torch.relu, "builtin_function_or_method"), ([torch.nn.Linear(2, 2)], "list")):
+        with pytest.raises(TypeError, match=f"OverTime takes torch.nn.Modules, .* got {name}"):
+            sdit_kernels.nn.OverTime(wrong)

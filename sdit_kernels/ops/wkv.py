@@ -440,7 +440,7 @@ def wkv_step(
 
     Args:
         time_decay, time_first, log_decay: as in :func:`wkv`.
-        k, v, r: (B, C), else as in :func:`wkv`.
+        k, v, r: (B, C), else as in :func:`wkv`; r by name alone.
         state: (ybar, lse), each (B, C), float32 (float64 for float64 data); None: no token yet.
 
     Returns:
