@@ -52,7 +52,7 @@ setup(
     package_data={"sdit_kernels": ["py.typed"], "sdit": ["py.typed", "*.safetensors"]},
     python_requires=">=3.10",
     entry_points={"console_scripts": ["sdit = sdit.cli:main"]},
-    install_requires=["torch>=2.9", "numpy", "numba>=0.61"],
+    install_requires=["torch>=2.10", "numpy", "numba>=0.61"],
     extras_require={
         "triton": ["triton>=3.6,<3.9"],  # where torch brings none; GPU builds of torch bring their own
         "sdit": ["einops", "diffusers", "safetensors", "pillow>=10.1", "matplotlib", "tqdm", "scikit-learn"],
