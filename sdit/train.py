@@ -517,7 +517,7 @@ class _Log:
         self.restart_clock()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *_):
         for each in (self.bar, self.board, self.file):
             if each is not None:
                 each.close()

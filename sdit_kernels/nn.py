@@ -41,7 +41,7 @@ class _Neuron(torch.nn.Module):
         settings = {name: getattr(self, name) for name in self._settings}
         settings = {name: 1.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
         with backend("reference"):
-            op(torch.empty(0, device="cpu"), **arguments, **settings)
+            op(torch.empty(0, device="cpu", dtype=torch.float32), **arguments, **settings)
 
     def _arguments(self, x):
         return {name: getattr(self, name) for name in self._settings}
@@ -493,7 +493,8 @@ class _Mix(torch.nn.Module):
         if neuron is not None and not isinstance(neuron, LIFRate):
             raise TypeError(f"neuron must be a LIFRate or None (no spikes), got {type(neuron).__name__}")
         with backend("reference"):  # the op's own check
-            token_shift(torch.empty(1, 1, device="cpu"), torch.empty(1, device="cpu"), norm_eps=norm_eps)
+            x = torch.empty(1, 1, device="cpu", dtype=torch.float32)
+            token_shift(x, x[0], norm_eps=norm_eps)
         self.channels, self.layer, self.layers, self.norm_eps = channels, layer, layers, norm_eps
         self.neuron = neuron
 
@@ -503,7 +504,7 @@ class _Mix(torch.nn.Module):
 
     def _curve(self, exponent):
         """(c / C)^exponent of channel c."""
-        return (torch.arange(self.channels, dtype=torch.float64) / self.channels) ** exponent
+        return (torch.arange(self.channels, dtype=torch.float64, device="cpu") / self.channels) ** exponent
 
     def _check_call(self, x, residual):
         _check_data("x", x)
@@ -597,7 +598,7 @@ class TimeMix(_Mix):
     def _reset_mixes(self):
         depth = self.layer / (self.layers - 1) if self.layers > 1 else 0.0  # 0 at the first layer, 1 at the last
         rest = 1 - self.layer / self.layers
-        c = torch.arange(self.channels, dtype=torch.float64)
+        c = torch.arange(self.channels, dtype=torch.float64, device="cpu")
         self.time_decay.copy_(-5 + 8 * (c / max(self.channels - 1, 1)) ** (0.7 + 1.3 * depth))
         self.time_first.copy_(math.log(0.3) + 0.5 * ((c + 1) % 3 - 1))
         self.time_mix_k.copy_(self._curve(rest))

@@ -189,7 +189,7 @@ def test_surrogates_far_away(name, surrogate):
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_planted_neurons(name, data):
     T, upstream = data.draw(st.sampled_from([1, 3, 18])), data.draw(st.booleans())
@@ -211,11 +211,14 @@ def test_planted_neurons(name, data):
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_planted_scans(name, data):
     L, both = data.draw(st.sampled_from([1, 5, 22])), data.draw(st.booleans())
-    plants = dict(v=PLANTS, r=PLANTS, k=PLANTS[1:], w=[-math.inf, -0.0], u=[-math.inf, -0.0])  # of one tensor at a time
+    # Of one tensor at a time: an infinite value whose weight is 0 has no right answer. A single token's reference does not read
+    # the decay, so no key can make its gradient NaN.
+    below = [-math.inf, -0.0]
+    plants = dict(v=PLANTS, r=PLANTS, k=PLANTS[1:] if L > 1 else below, w=below, u=below)
     where = data.draw(st.sampled_from(sorted(plants)))
     v, r, k, w, u = (
         data.draw(planted((17,) if name in "wu" else (1, L, 17), plants[name], 4 if name == where else 0)) for name in plants
@@ -227,11 +230,10 @@ def test_planted_scans(name, data):
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
-@settings(max_examples=25)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_planted_mixes(name, data):
-    x, last = data.draw(planted((5, 9))), data.draw(planted((9,), most=1))
-    m = data.draw(planted((9,), [math.nan, -0.0], most=1))  # an infinite mix makes NaN of every output
+    x, m, last = data.draw(planted((5, 9))), data.draw(planted((9,), most=1)), data.draw(planted((9,), most=1))
     compare(name, lambda x: sdit_kernels.relu_squared(x), (x,))
     compare(name, lambda x, m, last: token_shift(x, m, last=last)[0], (x, m, last))
     compare(name, lambda x: token_shift(x, torch.full((9,), 0.25), norm_eps=1e-5)[0], (x,))
@@ -332,15 +334,13 @@ def test_large_outputs_under_a_foreign_default_device():
 def test_every_allocation_names_its_device():
     """Scratch memory on the default device may be another device's: the kernel then writes to an address that is none."""
     factories = "empty empty_strided zeros ones full tensor scalar_tensor arange linspace eye as_tensor rand randn randint"
-    package = ROOT / "sdit_kernels"
     found = 0
-    for path in package.rglob("*.py"):
-        if (
-            path.name == "nn.py" or path.parent.name == "compat"
-        ):  # modules create parameters on the default device, as torch's do
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in factories.split()}:
+    for path in (ROOT / "sdit_kernels").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        # parameters of modules start on the default device and in the default dtype, as those of torch's modules do
+        parameters = {id(node.args[0]) for node in calls if ast.unparse(node.func) == "torch.nn.Parameter" and node.args}
+        for node in calls:
+            if ast.unparse(node.func) in {f"torch.{name}" for name in factories.split()} and id(node) not in parameters:
                 found += 1
                 named = {keyword.arg for keyword in node.keywords}
                 assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} without both"

@@ -125,9 +125,9 @@ def assert_gradients(found, want, tensors, sums=("tau", "v_threshold", "beta", "
 SHIPPED = """
 import native_triton; native_triton.setup()
 from sdit_kernels import layout
-from sdit_kernels.triton import lif, mix, spiking_wkv, wkv
-assert lif._THREADS == mix._THREADS
-print(layout.TILE, layout.PAIRS["triton"], wkv._HELD, wkv._SUMS, lif._THREADS, wkv._THREADS, spiking_wkv._THREADS)
+from sdit_kernels.triton import mix, spiking_wkv, tiles, wkv
+assert tiles._THREADS == mix._THREADS
+print(layout.TILE, layout.PAIRS["triton"], wkv._HELD, wkv._SUMS, tiles._THREADS, wkv._THREADS, spiking_wkv._THREADS)
 """
 
 

@@ -243,7 +243,7 @@ class _Pick(nn.Module):
 
     def __init__(self, inputs, outputs, generator, scale=1.0):
         super().__init__()
-        self.index = torch.randint(inputs, (outputs,), generator=generator, device="cpu")
+        self.index = torch.randint(inputs, (outputs,), generator=generator, dtype=torch.int64, device="cpu")
         self.scale = scale * torch.randn(outputs, generator=generator, dtype=torch.float64, device="cpu")
 
     def forward(self, x):

@@ -436,7 +436,7 @@ def _repeated(module):
     if type(module) is not nn.Sequential:
         return None
     layers, seen = [], {}
-    _through(module, torch.empty(0), lambda layer, x: layers.append(layer) or x)
+    _through(module, torch.empty(0, device="cpu", dtype=torch.float32), lambda layer, x: layers.append(layer) or x)
     for i, layer in enumerate(layers):
         for part in layer.modules():
             if _keeps_state(part) and seen.setdefault(part, i) != i:

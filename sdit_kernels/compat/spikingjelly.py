@@ -251,7 +251,7 @@ def _choose(neurons):
             return reason
         device = next((p.device for p in module.parameters(recurse=False)), "cpu")
         try:
-            x = torch.empty(0, device=device)
+            x = torch.empty(0, device=device, dtype=torch.float32)
             with backend("reference"):
                 lif(x, **_settings(module), **mixin._leak(module, x))
         except (TypeError, ValueError) as error:

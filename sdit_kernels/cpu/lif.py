@@ -366,7 +366,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                         gi = load(gt, i, O) / steps
                         store(sum_r, i, load(sum_r, i, S) + gi * load(s_r, i, S), S)
                         si = zero if not SOFT and load(current, i, S) == infinity else load(s_th, i, S)
-                        store(sum_th, i, load(sum_th, i, S) + gi * si, S)
+                        store(sum_th, i, load(sum_th, i, S) + (zero if si == zero else gi * si), S)
             if PARAMETERS:
                 if PER_CHANNEL:
                     fill(dr + (block * C + c) * sb, n, sum_r, 0, zero, S, S)

@@ -285,11 +285,13 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                             if first + size < L:  # the tile that follows counts from its exponent rounded
                                 gap = scan.unrounding(ka, m, vload(entry, 2 * field + C + c, W), w, W)
                                 P, Q = vload(Pt, slot, W) * gap, vload(Pt, ROW + slot, W) * gap
-                            else:
+                            elif g_ybar != 0 or g_lse != 0:
                                 gy = vload(g_ybar, user + c, W) if g_ybar != 0 else zero
                                 gl = vload(g_lse, user + c, W) if g_lse != 0 else zero
                                 z = where_equal(b, zero, zero, one / b)
                                 P, Q = gy * z, (gl - gy * (a * z)) * z
+                            else:  # not 0 times a state that may be infinite
+                                P, Q = zero, zero
                             vstore(Pt, slot, P, W)
                             vstore(Pt, ROW + slot, Q, W)
                     for t in range(T - 1, -1, -1):  # walk back
@@ -361,8 +363,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 own = gs * (value - y)
                                 vstore(dv + target, l * C + c, fma(E, P, gs), V)
                                 vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
-                                # an empty state takes nothing, whatever its token leaves behind it, infinite or NaN
-                                in_w, in_u = where_equal(b, zero, in_w, fma(A, fma(P, a, Q * b), in_w)), in_u + own
+                                in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
                                 P, Q = fma(A, P, gp), A * Q - gp * y
                             if i == 0 and d_ybar != 0:
                                 here = past + slot * FIELDS * sb

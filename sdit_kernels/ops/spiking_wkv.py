@@ -41,11 +41,6 @@ def _outputs(k, rate, return_state, keep, backend):
     return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
 
 
-def _pass_on(new, old, empty):
-    """What stands where there is no token, or its gradient."""
-    new.fill_(empty) if old is None else new.copy_(old)
-
-
 def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
     *neuron, rate, return_state, keep, backend = rest
     neuron = Neuron(*neuron)

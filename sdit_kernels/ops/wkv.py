@@ -71,6 +71,9 @@ def _check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
     if k.dim() != len(axes):
         raise ValueError(f"k must have the axes ({', '.join(axes)}), got shape {tuple(k.shape)}")
     _check_like("v", v, k)
+    if isinstance(r, (tuple, list)):
+        state = "state" if len(axes) == 3 else "scan_state"
+        raise TypeError(f"r must be a tensor or None, got {type(r).__name__}; a state goes in by name: {state}=(ybar, lse)")
     if r is not None:
         _check_like("r", r, k)
     if (time_decay is None) == (log_decay is None):

@@ -24,12 +24,17 @@ class _Fire(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         z, ctx.derivative = inputs
         ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
 
     @staticmethod
     def backward(ctx, ds):
         (z,) = ctx.saved_tensors
         slope = ctx.derivative(z)
         return torch.where(slope == 0, 0.0, ds * slope), None
+
+    @staticmethod
+    def jvp(ctx, dz, _):
+        return _Fire.backward(ctx, dz)[0]
 
 
 class _HardReset(torch.autograd.Function):
@@ -45,11 +50,17 @@ class _HardReset(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         h, s, ctx.v_reset = inputs
         ctx.save_for_backward(h, s)
+        ctx.save_for_forward(h, s)
 
     @staticmethod
     def backward(ctx, dv):
         h, s = ctx.saved_tensors
         return torch.where(s > 0, 0.0, dv), dv * (ctx.v_reset - h), None
+
+    @staticmethod
+    def jvp(ctx, dh, ds, _):
+        h, s = ctx.saved_tensors
+        return torch.where(s > 0, 0.0, dh) + ds * (ctx.v_reset - h)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -300,7 +300,7 @@ def lif_rate_forward_kernel(
 
 
 @triton.jit
-def _tangent(d_v, d_h, d_through, slope, fired, q, SOFT: tl.constexpr):
+def _tangent(d_h, d_through, slope, fired, q, SOFT: tl.constexpr):
     """(d s, d v after the reset) for a tangent d h of the charge; d_through is that of h - theta."""
     ds = slope * d_through
     return ds, (d_h if SOFT else tl.where(fired, 0.0, d_h)) + q * ds
@@ -316,14 +316,14 @@ def _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS: tl.constex
     q = tl.zeros_like(h) if F.DETACH else (tl.zeros_like(h) - th if F.SOFT else reset - h)
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if F.DECAY else 1.0)
-    ds, v_x = _tangent(v_x, h_x, h_x, slope, fired, q, F.SOFT)
+    ds, v_x = _tangent(h_x, h_x, slope, fired, q, F.SOFT)
     s_x += ds
     if PARAMETERS:
         h_r = v_r * leak + (current - rest if F.DECAY else -rest)
-        ds, v_r = _tangent(v_r, h_r, h_r, slope, fired, q, F.SOFT)
+        ds, v_r = _tangent(h_r, h_r, slope, fired, q, F.SOFT)
         s_r += ds
         h_th = v_th * leak
-        ds, v_th = _tangent(v_th, tl.where(fired, h_th - 1.0, h_th) if F.SOFT else h_th, h_th - 1.0, slope, fired, q, F.SOFT)
+        ds, v_th = _tangent(tl.where(fired, h_th - 1.0, h_th) if F.SOFT else h_th, h_th - 1.0, slope, fired, q, F.SOFT)
         s_th += ds
     return reset_membrane(h, th, reset, F.SOFT), v_x, s_x, v_r, s_r, v_th, s_th
 
@@ -374,7 +374,7 @@ def lif_rate_backward_kernel(
         tl.store(dx_ptr + first + rows * dx_r + cols, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if PARAMETERS:
             sum_r += tl.where(mask, g * state[4], 0.0)
-            sum_theta += tl.where(mask, g * state[6], 0.0)
+            sum_theta += tl.where(mask & (state[6] != 0.0), g * state[6], 0.0)
     store_sums(dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c, F.TAU_CHANNELS, F.THETA_CHANNELS)
 
 

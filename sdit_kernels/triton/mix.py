@@ -140,7 +140,7 @@ def token_shift_backward_kernel(
         after = tl.zeros([BR, BC], STATE)  # what the token after sends back
         for m in tl.static_range(M):
             g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
-            after += g * (1.0 - mix)
+            after += tl.where(t0 + RUN < L, g * (1.0 - mix), 0.0)  # not 0 times a mix that may be infinite
         x = _row(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
         now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, F.NORM, STATE)
         for i in range(RUN):
@@ -156,9 +156,8 @@ def token_shift_backward_kernel(
             for m in tl.static_range(M):
                 g, mix = loaded[m]
                 d += g * mix
-                after += g * (1.0 - mix)
-                step = tl.where(t < L, now - before, 0.0)  # behind the last token, which may be infinite, g is 0
-                total = total + (sums[m] + g * step,)
+                after += tl.where(t < L, g * (1.0 - mix), 0.0)
+                total = total + (sums[m] + tl.where(t < L, g * (now - before), 0.0),)
             sums = total
             dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, F.NORM, STATE)
             tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
@@ -206,9 +205,9 @@ def token_shift_stats_kernel(
             d = tl.zeros([1, BC], STATE)
             for m in tl.static_range(M):
                 g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t >= 0), b * g_b + t.to(tl.int64) * g_l, m, STATE)
-                d += g * mix
+                d += tl.where(t >= 0, g * mix, 0.0)
                 g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t + 1 < L), b * g_b + (t + 1).to(tl.int64) * g_l, m, STATE)
-                d += g * (1.0 - mix)
+                d += tl.where(t + 1 < L, g * (1.0 - mix), 0.0)
             sum_d += d
             sum_dx += d * (_row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE) - mean)
         tl.store(stats_ptr + r.to(tl.int64) * 4 + 2, tl.sum(sum_d) * inverse)

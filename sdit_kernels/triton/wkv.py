@@ -21,7 +21,7 @@ costs 0.75 bytes per element for the states; 32 would save half of that and walk
 Range: a token far above the state weighs up to 2^60, so that float32 values must stay below 2^67; and a gate of r < -47 on such
 a token may give 0.
 
-Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since (MATH: anchored). An
+Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n counts the tokens since. An
 exponential is taken of one rounded difference, (k - ka) - n w by fused multiply-add, so that no error grows with the length.
 Exponentials are base 2 and reciprocals the square of rsqrt, because both are one instruction on every GPU, where exp
 and / are several (/ is ten on AMD); rsqrt.approx twice is within 2^-21.9, div.full within 2 ulp.
@@ -603,9 +603,9 @@ def wkv_backward_kernel(
                 _, A, E = _advance(k, v, rights[HELD - 1 - j], w)
                 dv += E * P_
                 dk += E * (P_ * v + Q_)
-                sum_w += A * (P_ * rights[HELD - 1 - j][0] + Q_ * b_)
+                sum_w += tl.where(j < left, A * (P_ * rights[HELD - 1 - j][0] + Q_ * b_), 0.0)
                 P_ = A * P_ + g * e_
-                Q_ = A * Q_ - g * e_ * y
+                Q_ = A * Q_ - tl.where(j < left, g * e_ * y, 0.0)  # as below
                 if exit_ptr is not None:
                     factor_ *= A
             if DOWN:
