@@ -54,7 +54,7 @@ class RecordedRate(LIFRate):
     def spikes(self, x: Tensor, name: str | None = None) -> Tensor:
         """T steps under the constant current x: (T, ...)."""
         T = self.T
-        s = lif(x.repeat(T, *[1] * x.dim()) if self.plain else x.expand(T, *x.shape), **self._arguments(x))
+        s = lif(x.repeat(T, *[1] * x.dim()) if self.plain else x.expand(T, *x.shape), **self.op_arguments(x))
         if name:
             self.record_spikes(name, s)
         return s
@@ -84,7 +84,7 @@ class SpikingTimeMix(TimeMix):
 
     def scan(self, k, v, r, state=None, return_state=False):
         y, (state, _) = spiking_wkv(
-            self.time_decay, self.time_first, k, v, r, **self.neuron._arguments(k), scan_state=state, return_state=True,
+            self.time_decay, self.time_first, k, v, r, **self.neuron.op_arguments(k), scan_state=state, return_state=True,
             rate=not self.plain,
         )  # fmt: skip
         self.neuron.record_spikes("output", y)
