@@ -457,7 +457,7 @@ def network(x, *mixes):
     return (torch.sigmoid(r) * relu_squared(k)).sum()
 
 
-@pytest.mark.parametrize("options", [dict(), dict(dynamic=True), dict(backend="aot_eager")], ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(dynamic=True, backend="aot_eager")], ids=str)
 def test_compile(options):
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True, **options)
