@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdit_kernels
 import sdit_kernels.nn
@@ -194,15 +195,15 @@ def test_devices_without_kernels_run_the_reference_and_say_so_once(monkeypatch):
 
 
 ONE = torch.ones(5)
-CALLS = {
-    "leaky": lambda x: sdit_kernels.leaky(x, beta=0.5),
-    "lif": sdit_kernels.lif,
-    "lif_rate": sdit_kernels.lif_rate,
-    "relu_squared": sdit_kernels.relu_squared,
-    "token_shift": lambda x: sdit_kernels.token_shift(x, 0.3 * ONE)[0],
-    "wkv": lambda x: sdit_kernels.wkv(ONE, ONE, x, x),
-    "wkv_step": lambda x: sdit_kernels.wkv_step(ONE, ONE, x[:, 0], x[:, 0])[0],
-    "spiking_wkv": lambda x: sdit_kernels.spiking_wkv(ONE, ONE, x[None], x[None]),
+CALLS = {  # of x, (3, 4, 5), and of one parameter for each channel
+    "leaky": lambda x, p=ONE: sdit_kernels.leaky(x, beta=0.5 * p),
+    "lif": lambda x, p=2 * ONE: sdit_kernels.lif(x, tau=p),
+    "lif_rate": lambda x, p=2 * ONE: sdit_kernels.lif_rate(x, tau=p),
+    "relu_squared": lambda x, p=ONE: sdit_kernels.relu_squared(x * p),
+    "token_shift": lambda x, p=ONE: sdit_kernels.token_shift(x, 0.3 * p)[0],
+    "wkv": lambda x, p=ONE: sdit_kernels.wkv(p, p, x, x),
+    "wkv_step": lambda x, p=ONE: sdit_kernels.wkv_step(p, p, x[:, 0], x[:, 0])[0],
+    "spiking_wkv": lambda x, p=ONE: sdit_kernels.spiking_wkv(p, p, x[None], x[None]),
 }
 
 
@@ -318,3 +319,122 @@ def test_vmap_and_gradients_of_each_member(name, backend):
     with sdit_kernels.backend(backend):
         assert torch.equal(vmap(CALLS[name])(x), torch.stack([CALLS[name](member) for member in x]))
         torch.testing.assert_close(vmap(grad(loss))(x), torch.stack([grad(loss)(member) for member in x]))
+
+
+BACKENDS = ["cpu", "triton"]
+STATE = torch.zeros(3, 5), torch.full((3, 5), -torch.inf)
+OPERATORS = {  # calls of x, (3, 4, 5), and p, (5,), that reach every operator in every form it has
+    "leaky": lambda x, p: sdit_kernels.leaky(x, beta=0.5),
+    "leaky, long": lambda x, p: sdit_kernels.leaky(x.repeat(6, 1, 1), x[0], beta=p[0] / 2, v_threshold=p, return_v_seq=True),
+    "leaky, permuted": lambda x, p: sdit_kernels.leaky(x.reshape(3, 2, 2, 5).permute(0, 2, 3, 1), beta=0.5, return_v=True),
+    "leaky, no step": lambda x, p: sdit_kernels.leaky(x[:0], x[0], beta=0.5, return_v=True, return_v_seq=True),
+    "lif": lambda x, p: sdit_kernels.lif(x),
+    "lif, long": lambda x, p: sdit_kernels.lif(x.repeat(6, 1, 1), x[0], tau=p[0] + 1, v_threshold=p, return_v_seq=True),
+    "lif, uint8": lambda x, p: sdit_kernels.lif(x.detach().transpose(0, 1), spike_dtype=torch.uint8, return_v=True),
+    "lif, permuted": lambda x, p: sdit_kernels.lif(x.reshape(3, 2, 2, 5).permute(0, 2, 3, 1), return_v_seq=True),
+    "lif, no step": lambda x, p: sdit_kernels.lif(x[:0], x[0], return_v=True, return_v_seq=True),
+    "lif_rate": lambda x, p: sdit_kernels.lif_rate(x, 4),
+    "lif_rate, all": lambda x, p: sdit_kernels.lif_rate(x, 4, x, x, tau=p[0] + 1, v_threshold=p),
+    "lif_rate, counts": lambda x, p: sdit_kernels.lif_rate(x.detach(), 20, return_counts=True),
+    "relu_squared": lambda x, p: sdit_kernels.relu_squared(x),
+    "relu_squared, permuted": lambda x, p: sdit_kernels.relu_squared(x.permute(2, 0, 1)),
+    "token_shift": lambda x, p: sdit_kernels.token_shift(x, p, 1 - p, norm_eps=1e-6),
+    "token_shift, last": lambda x, p: sdit_kernels.token_shift(x, p, p, p, last=x[:, 0], dtype=torch.bfloat16),
+    "token_shift, empty": lambda x, p: sdit_kernels.token_shift(x[:, :0], p, last=x[:, 0], norm_eps=1e-6),
+    "wkv": lambda x, p: sdit_kernels.wkv(p, p, x, x),
+    "wkv, all": lambda x, p: sdit_kernels.wkv(None, p, x, x, r=x, log_decay=-p, state=STATE, return_state=True),
+    "wkv, chunked": lambda x, p: sdit_kernels.wkv(p, p, x.repeat(1, 9, 1), x.repeat(1, 9, 1), algorithm="chunked"),
+    "wkv, both ways": lambda x, p: sdit_kernels.wkv(p, p, x, x, r=x, bidirectional=True),
+    "wkv, packed": lambda x, p: sdit_kernels.wkv(p, p, *[x.reshape(1, 12, 5)] * 2, cu_seqlens=torch.tensor([0, 5, 12])),
+    "wkv, no token": lambda x, p: sdit_kernels.wkv(p, p, x[:, :0], x[:, :0], state=STATE, return_state=True),
+    "wkv_step": lambda x, p: sdit_kernels.wkv_step(p, p, x[:, 0], x[:, 0], STATE),
+    "wkv_step_": lambda x, p: step_in_place(p.detach(), x.detach()),
+    "spiking_wkv": lambda x, p: sdit_kernels.spiking_wkv(p, p, x[None], x[None]),
+    "spiking_wkv, all": lambda x, p: sdit_kernels.spiking_wkv(
+        p, p, x[None], x[None], x[None], scan_state=tuple(s[None] for s in STATE), membrane=x, tau=p + 1, rate=True,
+        return_state=True,
+    ),
+}  # fmt: skip
+
+
+def step_in_place(p, x):
+    return sdit_kernels.wkv_step_(p, p, x[:, 0], x[:, 0], tuple(s.clone() for s in STATE))
+
+
+class Recorded(TorchDispatchMode):
+    """Keeps every call of an operator of this library."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "sdit_kernels":
+            self.calls.append((function, [a.clone() if isinstance(a, torch.Tensor) else a for a in args]))
+        return function(*args, **(kwargs or {}))
+
+
+def tensors(outputs):
+    return [outputs] if isinstance(outputs, torch.Tensor) else [t for o in outputs for t in tensors(o)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("call", OPERATORS)
+def test_opcheck(call, backend):
+    """PyTorch's own tests of an operator: its schema, its gradient's registration, shapes without values, the compiler."""
+    x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    p = torch.rand(5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    torch.use_deterministic_algorithms(False)
+    with sdit_kernels.backend(backend), Recorded() as mode:
+        outputs = [t for t in tensors(OPERATORS[call](x, p)) if t.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, [x, p], [torch.ones_like(t) for t in outputs], allow_unused=True)
+    assert len(mode.calls) == (2 if outputs and outputs[0].numel() else 1 + bool(outputs))
+    for function, args in mode.calls:
+        if outputs and "backward" not in function.name():
+            args = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        torch.library.opcheck(function, args)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_whole(name):
+    """Values and gradients of torch.compile(fullgraph=True) for two sizes of the batch; test_lif.py goes through Inductor."""
+    torch.compiler.reset()
+
+    def loss(x, p):
+        return CALLS[name](x, p).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size in (4, 6):
+        a, b = [[torch.rand(size, 4, 5).requires_grad_(), torch.full((5,), 1.5, requires_grad=True)] for _ in range(2)]
+        with torch.no_grad():
+            b[0].copy_(a[0])
+        torch.testing.assert_close(compiled(*a), loss(*b))
+        torch.testing.assert_close(torch.autograd.grad(compiled(*a), a), torch.autograd.grad(loss(*b), b))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_exports_for_any_batch(name):
+    class Net(torch.nn.Module):
+        def forward(self, x):
+            return CALLS[name](x)
+
+    axis = 1 if name in ("leaky", "lif") else 0  # T is the first axis of these
+    program = torch.export.export(Net(), (torch.randn(3, 4, 5),), dynamic_shapes={"x": {axis: torch.export.Dim("batch")}})
+    x = torch.randn(3, 4, 5).narrow(axis, 0, 2)
+    assert torch.equal(program.module()(x), CALLS[name](x))
+    assert any("sdit_kernels." in str(node.target) for node in program.graph.nodes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_repeats_bit_for_bit_and_writes_nothing_else(name, backend):
+    x, p = torch.randn(30, 40, 5, requires_grad=True), torch.full((5,), 1.5, requires_grad=True)
+    before = [t.detach().clone() for t in (x, p)]
+    found = []
+    for _ in range(2):
+        with sdit_kernels.backend(backend):
+            out = CALLS[name](x, p)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [x, p])])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert all(torch.equal(a, b) and a._version == 0 for a, b in zip((x, p), before))

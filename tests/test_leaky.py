@@ -17,7 +17,6 @@ from test_lif import (
     gradients,
     leaf,
     parameter,
-    random,
     saved,
     stretch,
 )
@@ -289,38 +288,6 @@ def test_own_surrogate():
     entry = SURROGATES["fast_sigmoid"]
     own = torch.autograd.grad(leaky(x, beta=0.5, surrogate=lambda z: entry.derivative(z, 3.0)).sum(), x)[0]
     torch.testing.assert_close(own, torch.autograd.grad(leaky(x, beta=0.5, surrogate="fast_sigmoid", alpha=3.0).sum(), x)[0])
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_opcheck(name):
-    op, neuron = torch.ops.sdit_kernels, (0.5, 1.0, "subtract", True, "atan", 2.0)
-    beta, theta = torch.tensor(0.5, requires_grad=True), torch.ones(5, requires_grad=True)
-    frozen = random(20, 3, 5, grad=False)
-    cases = [
-        (op.leaky, (random(4, 3, 5), None, None, None, *neuron, False, False, False, name)),
-        (op.leaky, (random(20, 3, 5), random(3, 5), beta, theta, *neuron, True, True, True, name)),
-        (op.leaky, (random(2, 3, 4, 5).permute(0, 2, 3, 1), None, None, None, *neuron, True, True, False, name)),
-        (op.leaky, (random(0, 3), random(3), None, None, *neuron, True, True, False, name)),
-        (op.leaky_backward, (frozen, None, None, frozen, None, beta.detach(), None, torch.empty(0), *neuron, True, name)),
-    ]
-    torch.use_deterministic_algorithms(False)
-    for operator, args in cases:
-        torch.library.opcheck(operator.default, args)
-
-
-def test_compile():
-    torch.compiler.reset()
-
-    def f(x):
-        s, v = leaky(x, beta=0.5, reset="zero", return_v=True)
-        return s.sum() + v.sum()
-
-    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-    a = random(4, 6, 5)
-    b = leaf(a)
-    compiled(a).backward()
-    f(b).backward()
-    torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_all_resets_are_tested():

@@ -529,39 +529,9 @@ def test_own_surrogate_runs_and_says_so_once(monkeypatch):
 
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------------------
 
-CONSTANTS = (2.0, 1.0, 0.0, True, False, "atan", 2.0)
-
 
 def random(*shape, grad=True):
     return torch.randn(shape, requires_grad=grad)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_opcheck(name):
-    op = torch.ops.sdit_kernels
-    tau, theta = torch.tensor(2.0, requires_grad=True), torch.ones(5, requires_grad=True)
-    frozen = random(20, 3, 5, grad=False)
-    cases = [
-        (op.lif, (random(4, 3, 5), None, None, None, *CONSTANTS, False, False, None, False, name)),
-        (op.lif, (random(20, 3, 5), random(3, 5), tau, theta, *CONSTANTS, True, True, None, True, name)),
-        (op.lif, (frozen.transpose(0, 1), None, None, None, *CONSTANTS, True, True, torch.uint8, False, name)),
-        (op.lif, (random(2, 3, 4, 5).permute(0, 2, 3, 1), None, None, None, *CONSTANTS, True, True, None, False, name)),
-        (op.lif, (random(0, 3), random(3), None, None, *CONSTANTS, True, True, None, False, name)),
-        (op.lif_rate, (random(3, 5), None, None, None, None, 4, *CONSTANTS, False, name)),
-        (op.lif_rate, (random(3, 5), random(3, 5), random(3, 5), tau, theta, 4, *CONSTANTS, False, name)),
-        (op.lif_rate, (random(3, 5, grad=False), None, None, None, None, 20, *CONSTANTS, True, name)),
-        (
-            op.lif_backward,
-            (frozen, None, None, frozen, None, tau.detach(), None, torch.empty(0), *CONSTANTS, True, name),
-        ),
-        (
-            op.lif_rate_backward,
-            (frozen, frozen, frozen, None, theta.detach(), 4, *CONSTANTS, True, name),
-        ),
-    ]
-    torch.use_deterministic_algorithms(False)
-    for operator, args in cases:
-        torch.library.opcheck(operator.default, args)
 
 
 def network(x):
@@ -588,18 +558,6 @@ def test_compile_sees_the_backend_change():
     for name in ("cpu", "reference", "cpu"):
         with backend(name):
             assert torch.equal(compiled(x), want)
-
-
-def test_export():
-    class Net(torch.nn.Module):
-        def forward(self, x):
-            return lif(x, return_v=True), lif_rate(x[0])
-
-    x = exact((4, 6, 5), torch.float32, 1)
-    program = torch.export.export(Net(), (x,), dynamic_shapes={"x": {1: torch.export.Dim("batch")}})
-    (s, v), rate = program.module()(x[:, :3])
-    assert torch.equal(s, lif(x[:, :3])) and torch.equal(rate, lif_rate(x[0, :3]))
-    assert any("sdit_kernels.lif" in str(node.target) for node in program.graph.nodes)
 
 
 def test_export_for_any_number_of_steps():

@@ -533,37 +533,15 @@ def test_errors(kind, message, call, name):
 
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------------------
 
-CONSTANTS = (2.0, 1.0, 0.0, True, False, "atan", 2.0)
 
-
-@pytest.mark.parametrize("name", ["cpu", "triton"])
-def test_opcheck(name):
-    torch.use_deterministic_algorithms(False)
-    op = torch.ops.sdit_kernels
-    for case, rate, returned, keep in (
-        (Case(T=2, dtype=torch.float32), False, False, True),
-        (Case(T=2, dtype=torch.float32, gate=True, states=True, tau="channel"), True, True, True),
-        (Case(T=2, L=0, dtype=torch.float32, states=True), False, True, False),
-    ):
-        t = [case.tensors.get(n) for n in ("k", "v", "r", "decay", "first", "ybar", "lse", "membrane", "tau", "v_threshold")]
-        torch.library.opcheck(op.spiking_wkv.default, (*t, True, *CONSTANTS, rate, returned, keep, name))
-        t = [None if x is None else x.detach() for x in t]
-        out, _, _, membrane, checkpoint = op.spiking_wkv.default(*t, True, *CONSTANTS, rate, returned, keep, name)
-        upstream = torch.ones_like(out), None, None, membrane if returned else None
-        torch.library.opcheck(
-            op.spiking_wkv_backward.default, (*upstream, *t, checkpoint, True, *CONSTANTS, rate, t[8] is not None, name)
-        )
-
-
-@pytest.mark.parametrize("options", [dict(), dict(dynamic=True, backend="aot_eager")], ids=str)
-def test_compile(options):
+def test_compile():
     torch.compiler.reset()
 
     def network(td, u, k, v):
         s, (_, m) = spiking_wkv(td, u, k, v * 2, return_state=True)
         return s.sum() + m.sum() + spiking_wkv(td, u, k, v, rate=True).sum()
 
-    compiled = torch.compile(network, fullgraph=True, **options)
+    compiled = torch.compile(network, fullgraph=True)
     for L in (6, 7):
         t = [x.detach() for x in Case(T=2, L=L).tensors.values()]
         a, b = [[x.clone().requires_grad_() for x in t] for _ in range(2)]
