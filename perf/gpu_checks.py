@@ -5,10 +5,8 @@ its own; on the CPU, and small, so that they cannot rot.
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import importlib
 
 import torch
 
@@ -16,19 +14,7 @@ from perf import bench_sdit, bench_wkv, harness, ops
 from perf.ops import HALF, OPS, agree, current, decay_and_bonus, normal, rms_error
 from perf.peers import wkv_then_lif
 from sdit_kernels import leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
-
-
-@contextlib.contextmanager
-def launched_with(module, **values):
-    kernels = importlib.import_module(f"sdit_kernels.{module}")
-    before = {name: getattr(kernels, name) for name in values}
-    for name, value in values.items():
-        setattr(kernels, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(kernels, name, value)
+from sdit_kernels.tuning import tuned
 
 
 def values_lif(device, small):
@@ -341,7 +327,7 @@ def big_offsets(device, small):
     four = x.detach().view(-1)[: x.numel() // 4 * 4].view(4, -1, 4 if small else 64)
     far("lif", lif, four, time_, time_)
     five = x.detach()[: rows // 2 * 2].view(2, rows // 2, L, C)
-    with launched_with("triton.spiking_wkv", _FUSED=0):  # in one walk, which few sequences alone would not take
+    with tuned(spiking_min_channels_fused=0):  # in one walk, which few sequences alone would not take
         far("spiking_wkv", lambda k: spiking_wkv(d, u, k, k), five, time_, time_)
     return found
 

@@ -34,11 +34,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
-from perf.gpu_checks import CHECKS, calls, launched_with
+from perf.gpu_checks import CHECKS, calls
 from perf.harness import Contestant, compare, forward_backward
 from perf.ops import OPS
 from perf.peers import snntorch_loop, wkv_then_lif
 from sdit_kernels.compat import snntorch as compat_snntorch
+from sdit_kernels.tuning import tuned
 
 MODES = "forward", "forward+backward"
 
@@ -46,11 +47,11 @@ MODES = "forward", "forward+backward"
 # ---- launch parameters -----------------------------------------------------------------------------------------------------
 
 
-def with_parameters(contestant, module, values):
+def with_parameters(contestant, values):
     """The contestant, its backward pass too, launched with these."""
 
     def call():
-        with launched_with(module, **values):
+        with tuned(**values):
             contestant.fn()
 
     return contestant._replace(fn=call)
@@ -62,7 +63,6 @@ class Case(NamedTuple):
     name: str
     op: str
     shape: tuple
-    module: str
     values: list
     arguments: dict = {}
 
@@ -75,24 +75,25 @@ def launch_cases(device, small):
     def tries(name, *values):
         return [{name: value} for value in values]
 
-    threads = tries("_THREADS", 64, 128, 256)
-    yield Case("lif", "lif", (n // 4,), "triton.tiles", threads)
-    yield Case("lif_rate", "lif_rate", (n,), "triton.tiles", threads)
-    yield Case("token_shift", "token_shift", (few, L, C), "triton.mix", threads)
-    yield Case("relu_squared", "relu_squared", (n,), "triton.tiles", threads)
-    tiles = tries("TILE", 8, 16, 32) if device == "cuda" else []  # it is compiled into the CPU's kernels
+    threads = tries("elementwise_threads", 64, 128, 256)
+    yield Case("lif", "lif", (n // 4,), threads)
+    yield Case("lif_rate", "lif_rate", (n,), threads)
+    yield Case("token_shift", "token_shift", (few, L, C), threads)
+    yield Case("relu_squared", "relu_squared", (n,), threads)
+    # For each of them the CPU's kernels would be compiled anew.
+    tiles = tries("wkv_checkpoint_tokens", 8, 16, 32) if device == "cuda" else []
     for B in (few, many):
-        for name, module, values in (
-            ("threads", "triton.wkv", tries("_THREADS", 32, 64, 128)),
-            ("tokens held", "triton.wkv", tries("_HELD", 4, 8, 16)),
-            ("tile", "layout", tiles),
+        for name, values in (
+            ("threads", tries("wkv_threads", 32, 64, 128)),
+            ("tokens held", tries("wkv_held_tokens", 4, 8, 16)),
+            ("tile", tiles),
         ):
-            yield Case(f"wkv serial, B={B}: {name}", "wkv", (B, L, C), module, values, {"algorithm": "serial"})
-    fill = tries("_FILL", *(1 << e for e in (14, 15, 16, 17)))
+            yield Case(f"wkv serial, B={B}: {name}", "wkv", (B, L, C), values, {"algorithm": "serial"})
+    fill = tries("wkv_busy_threads", *(1 << e for e in (14, 15, 16, 17)))
     for B, length in ((one, 16 * L), (few // 4 or 1, L), (few, L)):
         name = f"wkv chunked, B={B}, L={length}"
-        yield Case(name, "wkv", (B, length, C), "triton.wkv", fill, {"algorithm": "chunked"})
-    yield Case("spiking_wkv", "spiking_wkv", (2 * few, L, C), "triton.spiking_wkv", tries("_FUSED", 0, 1 << 30))
+        yield Case(name, "wkv", (B, length, C), fill, {"algorithm": "chunked"})
+    yield Case("spiking_wkv", "spiking_wkv", (2 * few, L, C), tries("spiking_min_channels_fused", 0, 1 << 30))
 
 
 def prepared(case, device):
@@ -108,7 +109,7 @@ def compile_case(i, device, small):
     case = list(launch_cases(device, small))[i]
     f, leaves, gs = prepared(case, device)
     for value in case.values:
-        with launched_with(case.module, **value):
+        with tuned(**value):
             forward_backward(f, leaves, gs)()
     return {}
 
@@ -127,7 +128,7 @@ def rules(args, settings):
             for value in case.values:
                 label = ", ".join(f"{k}={v}" for k, v in value.items())
                 c = ops.contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
-                contestants.append(with_parameters(c, case.module, value))
+                contestants.append(with_parameters(c, value))
             rows += compare(contestants, **settings)
     return "launch parameters, fp32", rows
 
@@ -154,7 +155,8 @@ def sizes(args, settings):
     """spiking_wkv in one walk, by the kernels of wkv and lif, and as users would chain these, by batch; T = 4"""
     rows, op = [], OPS["spiking_wkv"]
     L, C = (33, 48) if args.quick else (394, 384)
-    forms = {"spiking_wkv": {}, "one walk": {"_FUSED": 0}, "in parts": {"_FUSED": 1 << 40}, "wkv, then lif": {}}
+    fused, parts = ({"spiking_min_channels_fused": n} for n in (0, 1 << 40))
+    forms = {"spiking_wkv": {}, "one walk": fused, "in parts": parts, "wkv, then lif": {}}
     for B in (1, 2) if args.quick else (2, 8, 32, 64, 96, 128, 256):
         leaves = op.data(B, L, C, device=args.device)[:4]  # without gate
         g = torch.randn_like(leaves[-1])
@@ -163,7 +165,7 @@ def sizes(args, settings):
             for name, value in forms.items():
                 f = wkv_then_lif if name == "wkv, then lif" else op.call
                 c = ops.contestant(name, mode, f, leaves, g, bytes=moved, B=B)
-                found.append(with_parameters(c, "triton.spiking_wkv", value))
+                found.append(with_parameters(c, value))
             rows += compare(found, **settings)
     return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
 

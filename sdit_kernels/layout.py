@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import memory
+from .tuning import Tuning
 
-TILE = 16  # tokens between the scan states that the WKV kernels keep
-PAIRS = {"cpu": 64, "triton": 16}  # of simulation step and token between the scan states that spiking_wkv keeps
 STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
 
 
@@ -116,13 +115,12 @@ def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
     return view, stride
 
 
-def wkv_rows(B: int, L: int, sequences: int | None, tokens: int | None = None) -> int:
-    """Rows of a WKV checkpoint, one per tile of TILE tokens, or of another table with one per so many ``tokens``.
+def wkv_rows(B: int, L: int, sequences: int | None, tokens: int) -> int:
+    """Rows of a WKV checkpoint, or of another table, with one row per tile of so many ``tokens``.
 
     Sequence b of a batch has rows b * ceil(L / tokens) and up; packed sequence n, which starts at token s, has rows
     s // tokens + n and up.
     """
-    tokens = tokens or TILE
     return B * -(-L // tokens) if sequences is None else L // tokens + sequences
 
 
@@ -137,9 +135,10 @@ def same_strides(tensors: list) -> list:
     return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
 
 
-def spiking_tile(T: int, backend: str) -> int:
+def spiking_tile(T: int, backend: str, tuning: Tuning) -> int:
     """Tokens between the scan states that spiking_wkv keeps: what its backward pass can hold, in registers or in a cache."""
-    tokens = min(PAIRS[backend], TILE)
-    while tokens > 2 and tokens * T > PAIRS[backend]:
+    pairs = tuning.spiking_pairs_cpu if backend == "cpu" else tuning.spiking_pairs_triton
+    tokens = min(pairs, tuning.wkv_checkpoint_tokens)
+    while tokens > 2 and tokens * T > pairs:
         tokens //= 2
     return tokens

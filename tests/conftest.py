@@ -66,12 +66,9 @@ def small_tiles():
 
     test_oracle.py runs the numbers that users run. ``TEST_TILES=users pytest ...`` does so with any test.
     """
-    if MODE != "interpreter" and os.environ.get("TEST_TILES") != "users":
-        import sdit_kernels.triton.mix as mix
-        import sdit_kernels.triton.tiles as tiles
-        import sdit_kernels.triton.wkv as wkv
-        from sdit_kernels import layout
+    from helpers import SMALL, USERS
 
-        tiles._THREADS = mix._THREADS = wkv._THREADS = 8
-        layout.TILE, wkv._HELD, wkv._SUMS = 4, 2, 8
-    yield
+    from sdit_kernels.tuning import tuned
+
+    with tuned(USERS if MODE == "interpreter" or os.environ.get("TEST_TILES") == "users" else SMALL):
+        yield

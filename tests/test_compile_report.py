@@ -60,13 +60,14 @@ def test_instructions(rows):
 
 def test_a_launch_is_what_the_launcher_says():
     from sdit_kernels.triton import tiles
+    from sdit_kernels.tuning import current
 
     with launches("hip:gfx942") as found:
         Case("T=4").launch(TYPES["bf16"])
     assert [compiled.metadata.name for compiled, _ in found] == ["lif_forward_kernel", "lif_backward_kernel"]
     for compiled, arguments in found:
-        assert compiled.metadata.num_warps == max(1, tiles._THREADS // 64)
-        assert arguments["BR"] * arguments["BC"] == tiles._THREADS * 8
+        assert compiled.metadata.num_warps == max(1, current().elementwise_threads // 64)
+        assert arguments["BR"] * arguments["BC"] == current().elementwise_threads * 8
         assert arguments["K"] == 4 and not arguments["LONG"] and arguments["R"] == 1
         assert not compiled.metadata.enable_fp_fusion
     assert tiles.warps_of.cache_info().currsize == 0  # nothing of the target is remembered

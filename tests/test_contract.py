@@ -110,6 +110,43 @@ def test_imports_go_one_way():
         assert not any(module.startswith("tests") for module, _ in imports(path)), f"{path.name} knows the tests"
 
 
+def numbers_of_modules():
+    """The names of all numbers that a module of the package sets at its top level in capitals: widths, lengths, limits."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.BinOp)):
+                for name in (t.id for t in node.targets if isinstance(t, ast.Name)):
+                    if name.isupper():
+                        yield name
+
+
+def patched_names(source):
+    """The attributes and keys that a program sets on other objects, by assignment or by the usual calls."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name in ("setattr", "setitem", "object", "dict", "multiple"):
+                yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+                yield from (k.arg for k in node.keywords)
+        elif isinstance(node, (ast.Assign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            flat = [t for target in targets for t in (target.elts if isinstance(target, ast.Tuple) else [target])]
+            yield from (t.attr for t in flat if isinstance(t, ast.Attribute))
+
+
+def test_no_test_and_no_benchmark_patches_a_number_of_a_module():
+    """sdit_kernels.tuning.tuned sets those that decide how kernels are cut."""
+    numbers = set(numbers_of_modules())
+    assert {"STRIDE", "_KEPT", "STREAM"} <= numbers
+    for line in (
+        'monkeypatch.setattr(kernels, "STREAM", 2)', 'mock.patch.object(kernel, "STREAM", 2)', "a, kernel.STREAM = 1, 2",
+        "mock.patch.multiple(kernel, STREAM=2)", "kernel.STREAM = 2",
+    ):  # fmt: skip
+        assert "STREAM" in set(patched_names(line)), line
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "perf").rglob("*.py")]:
+        assert not numbers & set(patched_names(path.read_text())), path
+
+
 BARE = """
 import sys, json
 class Absent:

@@ -13,11 +13,13 @@ import native_triton
 import numpy as np
 import pytest
 import torch
+from helpers import USERS
 from hypothesis import given, settings
 from torch import Tensor
 
 import sdit_kernels
 from sdit_kernels import SURROGATES, backend, lif, lif_rate
+from sdit_kernels.tuning import current, tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton"]
@@ -376,13 +378,11 @@ def test_small(name, T, kind):
 
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
-def test_tiles_as_on_a_gpu(monkeypatch):
+def test_tiles_as_on_a_gpu():
     """One case at the tile size that is launched on GPUs."""
-    from sdit_kernels.triton import tiles
-
-    monkeypatch.setattr(tiles, "_THREADS", 128)
-    for dtype in (torch.float32, torch.bfloat16):
-        compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
+    with tuned(USERS):
+        for dtype in (torch.float32, torch.bfloat16):
+            compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
 
 
 @pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
@@ -397,10 +397,10 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
     keep = torch.full(((shape[0] - 1) // 16, *state), math.nan)
     outputs = [torch.full(size, math.nan) for size in (shape, state, shape, shape, state, state, state, state)]
     with native_triton.guarded(x, g, *outputs) as (x, g, s, v, seq, dx, dv, rate, d, d_gate):
-        kernels.lif_forward(x, x[1], tau, theta, neuron, s, v, seq, keep if keep.numel() else None)
-        sums = kernels.lif_backward(g, g[0], g, x, x[1], tau, theta, keep, neuron, dx, dv, kind is not None)
-        kernels.lif_rate_forward(x[0], x[1], x[2], tau, theta, 4, neuron, rate)
-        rate_sums = kernels.lif_rate_backward(g[0], x[0], x[2], tau, theta, 4, neuron, d, d_gate, kind is not None)
+        kernels.lif_forward(x, x[1], tau, theta, neuron, s, v, seq, keep if keep.numel() else None, current())
+        sums = kernels.lif_backward(g, g[0], g, x, x[1], tau, theta, keep, neuron, dx, dv, kind is not None, current())
+        kernels.lif_rate_forward(x[0], x[1], x[2], tau, theta, 4, neuron, rate, current())
+        rate_sums = kernels.lif_rate_backward(g[0], x[0], x[2], tau, theta, 4, neuron, d, d_gate, kind is not None, current())
         for t in (s, v, seq, dx, dv, rate, d, d_gate, keep, *(sums or ()), *(rate_sums or ())):
             assert not t.isnan().any()
         assert torch.equal(s, run("reference", lif, x, x[1]))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from sdit_kernels import backend, relu_squared, token_shift
+from sdit_kernels.tuning import Tuning, tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton"]
@@ -151,13 +152,12 @@ def test_as_many_mixes_as_there_may_be(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-def test_more_channels_than_a_tile_holds(dtype, norm_eps, monkeypatch):
+def test_more_channels_than_a_tile_holds(dtype, norm_eps):
     """Triton: the sums of a norm come from a kernel of their own."""
-    kernels = pytest.importorskip("sdit_kernels.triton.mix")
-    monkeypatch.setattr(kernels, "_WHOLE", 16)
+    pytest.importorskip("triton")
     for C, last in ((33, True), (70, False)):
         x = random(3, 13, C, dtype=dtype)
-        with native_triton.launches() as counts:
+        with native_triton.launches() as counts, tuned(shift_channels=16):
             compare("triton", x, 2, norm_eps, random(3, C, dtype=dtype, seed=4) if last else None)
         assert counts["token_shift_stats_kernel"] == (0 if norm_eps is None else 2)
 
@@ -354,25 +354,21 @@ def test_only_inputs_are_saved(name):
 
 
 @pytest.mark.parametrize("norm_eps, whole", [(None, 4096), (1e-6, 4096), (1e-6, 8)], ids=["plain", "norm", "sums first"])
-def test_triton_kernels_write_all_their_outputs_and_nothing_else(norm_eps, whole, monkeypatch):
+def test_triton_kernels_write_all_their_outputs_and_nothing_else(norm_eps, whole):
     """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
     kernels = pytest.importorskip("sdit_kernels.triton.mix")
-    from sdit_kernels.triton import tiles
-
-    for module in (kernels, tiles):
-        monkeypatch.setattr(module, "_THREADS", 8)  # several programs, under such tools too
-    monkeypatch.setattr(kernels, "_WHOLE", whole)
-    monkeypatch.setattr(kernels, "_PROGRAMS", 4)  # several tiles a program
+    # several programs, under such tools too, and several tiles a program
+    tuning = Tuning(elementwise_threads=8, shift_channels=whole, sum_programs=4)
     B, L, C, M = 2, 21, 13, 2
     inputs = [random(B, L, C), random(B, C, seed=1), torch.stack(mixes_for(M, C, torch.float32))]
     inputs += [random(B, L, C, seed=2 + m) for m in range(M)]
     outputs = [torch.full(size, math.nan) for size in [(B, L, C)] * (M + 3) + [(B, C)]]
     with native_triton.guarded(*inputs, *outputs) as (x, last, mixes, *t):
         gs, outs, (dx, squares, dsquares, dlast) = t[:M], t[M : 2 * M], t[2 * M :]
-        kernels.token_shift_forward(x, last, mixes, norm_eps, outs)
-        sums = kernels.token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, True)
-        kernels.relu_squared_forward(x, squares)
-        kernels.relu_squared_backward(gs[0], x, dsquares)
+        kernels.token_shift_forward(x, last, mixes, norm_eps, outs, tuning)
+        sums = kernels.token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, True, tuning)
+        kernels.relu_squared_forward(x, squares, tuning)
+        kernels.relu_squared_backward(gs[0], x, dsquares, tuning)
         assert not any(o.isnan().any() for o in (*outs, dx, dlast, sums, squares, dsquares))
 
 

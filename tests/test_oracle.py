@@ -2,23 +2,18 @@
 
 import contextlib
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
-from unittest import mock
 
 import native_triton
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, USERS, tiles
+from helpers import SMALL, USERS
 from oracle import frozen_leaky, frozen_lif, loops
 
 import sdit_kernels
 from sdit_kernels import SURROGATES
+from sdit_kernels.tuning import tuned
 
-ROOT = Path(__file__).resolve().parents[1]
 INF, NAN = math.inf, math.nan
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 FROZEN = {"lif": frozen_lif.lif, "lif_rate": frozen_lif.lif_rate, "leaky": frozen_leaky.leaky}
@@ -40,11 +35,7 @@ def running(where):
         if name == "frozen":
             yield
             return
-        stack.enter_context(tiles(size))
-        if name == "one walk":
-            import sdit_kernels.triton.spiking_wkv as kernels
-
-            stack.enter_context(mock.patch.object(kernels, "_FUSED", 0))
+        stack.enter_context(tuned(size, **({"spiking_min_channels_fused": 0} if name == "one walk" else {})))
         triton = name in ("triton", "one walk")
         stack.enter_context(sdit_kernels.backend("triton" if triton else name))
         counts = stack.enter_context(native_triton.launches())
@@ -120,23 +111,6 @@ def assert_gradients(found, want, tensors, sums=("tau", "v_threshold", "beta", "
     for n, g in found.items():
         assert g.dtype == tensors[n].dtype and g.shape == tensors[n].shape, n
         assert_close(g, want[n], g.dtype, f"gradient of {n}", terms if n in sums else largest)
-
-
-SHIPPED = """
-import native_triton; native_triton.setup()
-from sdit_kernels import layout
-from sdit_kernels.triton import mix, spiking_wkv, tiles, wkv
-assert tiles._THREADS == mix._THREADS
-print(layout.TILE, layout.PAIRS["triton"], wkv._HELD, wkv._SUMS, tiles._THREADS, wkv._THREADS, spiking_wkv._THREADS)
-"""
-
-
-@pytest.mark.process
-def test_users_tiles_are_those_of_the_library():
-    """Told by another process, as this one may have changed them."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, "-c", SHIPPED], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == [str(number) for number in USERS.values()], done.stderr
 
 
 # --- neurons ----------------------------------------------------------------------------------------------------------------

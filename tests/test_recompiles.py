@@ -24,6 +24,7 @@ import sdit_kernels.triton.lif
 import sdit_kernels.triton.mix
 import sdit_kernels.triton.spiking_wkv
 import sdit_kernels.triton.wkv
+from sdit_kernels.tuning import tuned
 
 SIZES = [  # (B, L)
     (1, 1), (1, 2), (1, 16), (1, 63), (2, 1), (2, 7), (3, 5), (3, 16), (4, 4), (5, 31), (7, 64), (8, 1), (8, 17), (16, 2),
@@ -80,13 +81,9 @@ def scan(x, C, **options):
 
 def spiking(x, C, fused):
     d, u, tau = (torch.full((C,), 2.0, requires_grad=True) for _ in range(3))
-    before = sdit_kernels.triton.spiking_wkv._FUSED
-    sdit_kernels.triton.spiking_wkv._FUSED = 0 if fused else 1 << 40
-    try:
+    with tuned(spiking_min_channels_fused=0 if fused else 1 << 40):
         out = spiking_wkv(d, u, x, x, r=x, tau=tau)
-        out.backward(torch.ones_like(out))  # here, as the backward pass asks for _FUSED as well
-    finally:
-        sdit_kernels.triton.spiking_wkv._FUSED = before
+        out.backward(torch.ones_like(out))  # here, as the backward pass reads the number as well
     return x * 1.0
 
 

@@ -8,11 +8,13 @@ import hypothesis.strategies as st
 import native_triton
 import pytest
 import torch
+from helpers import USERS
 from hypothesis import given, settings
 from torch import Tensor
 
 import sdit_kernels
 from sdit_kernels import SURROGATES, layout, lif, spiking_wkv, wkv
+from sdit_kernels.tuning import current, tuned
 
 BACKENDS = ["cpu", "triton", "chain"]
 KERNELS = {
@@ -22,20 +24,6 @@ KERNELS = {
 HALF = (torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_pairs():
-    """Tiles of 8 pairs of step and token instead of 16: Triton unrolls them, and they compile in less time."""
-    before, layout.PAIRS["triton"] = layout.PAIRS["triton"], 8
-    if native_triton.setup() == "native":
-        import sdit_kernels.triton.spiking_wkv as kernels
-
-        threads, kernels._THREADS = kernels._THREADS, 8
-    yield
-    layout.PAIRS["triton"] = before
-    if native_triton.setup() == "native":
-        kernels._THREADS = threads
-
-
 @contextlib.contextmanager
 def backend(name):
     """Also "chain": Triton with the kernels of wkv and lif, as where B * C is small."""
@@ -43,14 +31,8 @@ def backend(name):
         with sdit_kernels.backend(name):
             yield
         return
-    import sdit_kernels.triton.spiking_wkv as kernels
-
-    before, kernels._FUSED = kernels._FUSED, 0 if name == "triton" else 1 << 60
-    try:
-        with sdit_kernels.backend("triton"):
-            yield
-    finally:
-        kernels._FUSED = before
+    with sdit_kernels.backend("triton"), tuned(spiking_min_channels_fused=0 if name == "triton" else 1 << 60):
+        yield
 
 
 def run(name, function, *args, **kwargs):
@@ -440,7 +422,7 @@ def test_saved_bytes(name):
 
             with backend(name), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
                 out = case.call()
-            tiles = 3 * 2 * 2 * 64 // layout.spiking_tile(2, name.replace("chain", "triton")) * 32 * 4
+            tiles = 3 * 2 * 2 * 64 // layout.spiking_tile(2, name.replace("chain", "triton"), current()) * 32 * 4
             assert sum(kept.values()) == sum(t.nbytes for t in case.tensors.values()) + tiles
             del out
 
@@ -454,17 +436,20 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
 
     T, B, L, C = shape
     neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
-    rows = layout.wkv_rows(T * B, L, None, layout.spiking_tile(T, "triton"))
+    rows = layout.wkv_rows(T * B, L, None, layout.spiking_tile(T, "triton", current()))
     inputs = [torch.randn(shape) for _ in range(4)] + [-torch.rand(C), torch.randn(C)]
     inputs += [torch.randn(T, B, C), torch.randn(T, B, C), torch.randn(B, L, C), torch.full((C,), 2.0), torch.ones(C)]
     sizes = [shape] * 4 + [(C,)] * 2 + [(T, B, C)] * 4 + [(B, L, C)] * 2 + [(3, rows, C)]
     outputs = [torch.full(size, math.nan) for size in sizes]
     with backend(name), native_triton.guarded(*inputs, *outputs) as (g, k, v, r, w, u, ybar, lse, m, tau, theta, *outputs):
         s, dk, dv, dr, dw, du, ybar1, lse1, d_ybar, d_lse, m1, dm, keep = outputs
-        kernels.spiking_wkv_forward(k, v, r, w, u, False, ybar, lse, m, tau, theta, neuron, False, s, ybar1, lse1, m1, keep)
+        kernels.spiking_wkv_forward(
+            k, v, r, w, u, False, ybar, lse, m, tau, theta, neuron, False, s, ybar1, lse1, m1, keep,
+            current(),
+        )  # fmt: skip
         sums = kernels.spiking_wkv_backward(
             g, ybar1, lse1, m1, k, v, r, w, u, False, ybar, lse, m, tau, theta, keep, neuron, False, True, dk, dv, dr, dw, du,
-            d_ybar, d_lse, dm,
+            d_ybar, d_lse, dm, current(),
         )  # fmt: skip
         if name == "chain":  # fewer states are kept
             outputs = outputs[:-1]
@@ -480,16 +465,10 @@ def test_launchers_are_alike():
 
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
-def test_tiles_as_on_a_gpu(monkeypatch):
+def test_tiles_as_on_a_gpu():
     """One case with the tiles that are launched on GPUs."""
-    import sdit_kernels.triton.spiking_wkv as kernels
-
-    monkeypatch.setattr(kernels, "_THREADS", 32)
-    monkeypatch.setitem(layout.PAIRS, "triton", PAIRS)
-    assert compare("triton", Case(T=4, L=37, C=40, gate=True))
-
-
-PAIRS = layout.PAIRS["triton"]
+    with tuned(USERS):
+        assert compare("triton", Case(T=4, L=37, C=40, gate=True))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------

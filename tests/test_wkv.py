@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 import sdit_kernels
 from sdit_kernels import backend, reference, wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
-from sdit_kernels import layout as tiling
+from sdit_kernels.tuning import current, tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu"] + ["triton"] * (ROOT / "sdit_kernels" / "triton" / "wkv.py").exists()
@@ -36,11 +36,10 @@ def run(name, function, *args, **kwargs):
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
+def short_chunks():
     """Chunks of two tiles, so that a short sequence has several."""
-    import sdit_kernels.cpu.wkv as kernels
-
-    monkeypatch.setattr(kernels, "_CHUNK", 2)
+    with tuned(wkv_segment_tiles=2):
+        yield
 
 
 def normal(generator, *shape, dtype=torch.float64, scale=1.0):
@@ -461,19 +460,14 @@ def test_parameter_gradients_repeat_bit_for_bit(name, algorithm):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
-def test_long_sequences(name, algorithm, monkeypatch):
+def test_long_sequences(name, algorithm):
     """L = 65,536, checked at the end against a sum over the tokens that still count there."""
-    if name == "cpu":
-        import sdit_kernels.cpu.wkv as kernels
-
-        monkeypatch.setattr(kernels, "_CHUNK", 16)
     g = torch.Generator().manual_seed(0)
     L, C = 65536, 3
     w, u = torch.tensor([-1e-4, -0.01, 0.0]), torch.randn(C, generator=g)
     k, v = torch.randn(1, L, C, generator=g), torch.randn(1, L, C, generator=g)
-    y, (ybar, lse) = run(
-        name, wkv, None, u, k, v, log_decay=w, return_state=True, algorithm=algorithm
-    )  # fmt: skip
+    with tuned(wkv_segment_tiles=16):
+        y, (ybar, lse) = run(name, wkv, None, u, k, v, log_decay=w, return_state=True, algorithm=algorithm)
     age = (L - 1 - torch.arange(L)).double().reshape(1, L, 1)
     exponent = k.double() + age * w.double()
     want = exponent.logsumexp(1)
@@ -669,7 +663,7 @@ def test_saved_bytes(name):
             B, L, C = 2, 100, 20
             a = make(B, L, C, dtype, gate=True, state=True)
             leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
-            inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * -(-L // tiling.TILE) * C * 4
+            inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * -(-L // current().wkv_checkpoint_tokens) * C * 4
 
             def everything(decay, first, k, v, r, ybar, lse):
                 return wkv(decay, first, k, v, r=r, state=(ybar, lse), return_state=True)

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import native_triton
 import pytest
 import torch
+from helpers import USERS
 from hypothesis import given, settings
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -17,6 +18,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from sdit_kernels import layout
 from sdit_kernels.reference.wkv import wkv as definition
 from sdit_kernels.triton import wkv as kernels
+from sdit_kernels.tuning import current, tuned
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {"wkv_forward_kernel", "wkv_backward_kernel", "wkv_combine_kernel"}
@@ -26,9 +28,10 @@ SERIAL, CHUNKED = "serial", "chunked"
 
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
+def short_chunks():
     """A few tiles a chunk even of small tensors."""
-    monkeypatch.setattr(kernels, "_FILL", 96)
+    with tuned(wkv_busy_threads=96):
+        yield
 
 
 def state_type(dtype):
@@ -62,14 +65,14 @@ def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True, out=None
     packed = None if x["cu"] is None else x["cu"].numel() - 1
     wide, device = x["w"].dtype, x["k"].device
     state = torch.full((2, packed or B, C), math.nan, dtype=wide, device=device)
-    shape = (2 if bidirectional else 1, 3, layout.wkv_rows(B, L, packed), C)
+    shape = (2 if bidirectional else 1, 3, layout.wkv_rows(B, L, packed, current().wkv_checkpoint_tokens), C)
     checkpoint = torch.full(shape, math.nan, dtype=wide, device=device) if keep else None
     out = torch.empty((B, L, C), dtype=x["k"].dtype, device=device) if out is None else out
     out.fill_(math.nan)
     with native_triton.launches() as counts:
         kernels.wkv_forward(
             x["k"], x["v"], x["r"], x["w"], x["u"], False, x["ybar"], x["lse"], x["cu"], max_seqlen, bidirectional, algorithm,
-            out, *state, checkpoint,
+            out, *state, checkpoint, current(),
         )  # fmt: skip
     assert KERNELS & set(counts), f"no Triton kernel ran, only {dict(counts)}"
     return out, *state, checkpoint
@@ -82,7 +85,7 @@ def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0, into=(
     nan |= {n: t.fill_(math.nan) for n, t in dict(into).items()}
     kernels.wkv_backward(
         x["g"], x["g_ybar"], x["g_lse"], x["k"], x["v"], x["r"], x["w"], x["u"], False, x["ybar"], x["lse"], checkpoint,
-        x["cu"], max_seqlen, bidirectional, algorithm, *nan.values(),
+        x["cu"], max_seqlen, bidirectional, algorithm, *nan.values(), current(),
     )  # fmt: skip
     return {n: t for n, t in nan.items() if t is not None}
 
@@ -305,7 +308,8 @@ def test_repeats_bit_for_bit(bidirectional):
 def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
     x = inputs(1 if cut else 2, 21, 9, gate=True, state=not bidirectional, final=not bidirectional, cut=cut)
     N = 2 if cut is None else 3
-    shape = (2 if bidirectional else 1, 3, layout.wkv_rows(*x["k"].shape[:2], N if cut else None), 9)
+    rows = layout.wkv_rows(*x["k"].shape[:2], N if cut else None, current().wkv_checkpoint_tokens)
+    shape = (2 if bidirectional else 1, 3, rows, 9)
     read = {n: x[n] for n in (*DATA, "w", "u") if x[n] is not None}
     outputs = [torch.full(s, math.nan) for s in ((N, 9), (N, 9), shape, *[x["k"].shape] * 4, (9,), (9,), *[(N, 9)] * 2)]
     with native_triton.guarded(*read.values(), *outputs) as guarded:
@@ -314,10 +318,12 @@ def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
         if bidirectional:
             d_ybar = d_lse = None
         middle = (y["r"], y["w"], y["u"], False, y["ybar"], y["lse"])
-        kernels.wkv_forward(y["k"], y["v"], *middle, x["cu"], 0, bidirectional, algorithm, out, ybar, lse, checkpoint)
+        kernels.wkv_forward(
+            y["k"], y["v"], *middle, x["cu"], 0, bidirectional, algorithm, out, ybar, lse, checkpoint, current()
+        )
         kernels.wkv_backward(
             y["g"], y["g_ybar"], y["g_lse"], y["k"], y["v"], *middle, checkpoint, x["cu"], 0, bidirectional, algorithm,
-            dk, dv, dr, dw, du, d_ybar, d_lse,
+            dk, dv, dr, dw, du, d_ybar, d_lse, current(),
         )  # fmt: skip
         for t in (ybar, lse, out, dk, dv, dr, dw, du, d_ybar, d_lse, *(() if cut else (checkpoint,))):
             assert t is None or not t.isnan().any()
@@ -329,7 +335,7 @@ def test_offsets_beyond_31_bits(algorithm, bidirectional, packed):
     """Tokens lie so far apart that the second of two sequences starts, and goes on for, more than 2^31 elements: as if side by
     side. Of the memory between, nothing is touched."""
     torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
-    n, names = layout.TILE + 1, ("k", "v", "r", "g", "out", "dk", "dv", "dr")
+    n, names = current().wkv_checkpoint_tokens + 1, ("k", "v", "r", "g", "out", "dk", "dv", "dr")
     L = 2 * n + 1
     device = "cuda" if native_triton.setup() == "gpu" else "cpu"  # too much to carry there at each launch
     stride = -(-(1 << 31) // (n * 128)) * 128
@@ -354,15 +360,15 @@ def test_offsets_beyond_31_bits(algorithm, bidirectional, packed):
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("mean, deviation", [(0.0, 8.0), (50.0, 4.0)])
-def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation, monkeypatch):
+def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation):
     """Relative rms <= 1e-6 in float32 at L = 4096, time_decay = -5."""
     if native_triton.setup() == "interpreter":
         pytest.skip("too slow in the interpreter")
-    monkeypatch.setattr(kernels, "_FILL", 96 * 16)
     x = inputs(1, 4096, 24, final=False, scale=deviation)
     x["k"] += mean
     x["w"] = torch.full_like(x["w"], -math.exp(-5.0))
-    out = forward(x, algorithm)[0].double()
+    with tuned(wkv_busy_threads=96 * 16):
+        out = forward(x, algorithm)[0].double()
     wanted = definition(None, x["u"].double(), x["k"].double(), x["v"].double(), log_decay=x["w"].double())
     error = ((out - wanted).square().mean() / wanted.square().mean()).sqrt().item()
     print(f"{algorithm}, k ~ N({mean:g}, {deviation:g}): relative rms {error:.1e}")
@@ -371,25 +377,18 @@ def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation, monkeypatch):
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
-def test_tiles_as_on_a_gpu(algorithm, monkeypatch):
-    monkeypatch.setattr(kernels, "_THREADS", 64)
-    monkeypatch.setattr(kernels, "_FILL", 1 << 9)
-    monkeypatch.setattr(layout, "TILE", GPU_TILE)
-    compare(inputs(2, 67, 70, gate=True, state=True), algorithm)
+def test_tiles_as_on_a_gpu(algorithm):
+    with tuned(USERS, wkv_busy_threads=1 << 9):
+        compare(inputs(2, 67, 70, gate=True, state=True), algorithm)
 
 
-GPU_TILE = 16
-
-
-def test_auto_looks_at_threads_and_length_alone(monkeypatch):
-    monkeypatch.setattr(kernels, "_FILL", 1 << 16)
-
+def test_auto_looks_at_threads_and_length_alone():
     def grid(B, L, C, algorithm="auto"):
         x = torch.empty(B, L, C, device="meta")
-        return kernels._Grid(x, None, None, None, 0, algorithm)
+        return kernels._Grid(USERS, x, None, None, None, 0, algorithm)
 
-    tile = layout.TILE
-    assert not grid(43, 4096, 384).chunked and grid(42, 4096, 384).chunked  # a quarter of _FILL: 16384 threads
+    tile = USERS.wkv_checkpoint_tokens
+    assert not grid(43, 4096, 384).chunked and grid(42, 4096, 384).chunked  # from 16384 threads on
     assert not grid(1, 4 * tile, 384).chunked and grid(1, 4 * tile + 1, 384).chunked
     assert not grid(42, 4096, 384, SERIAL).chunked and grid(43, 4096, 384, CHUNKED).chunked
     long = grid(1, 65536, 384)

@@ -7,6 +7,7 @@ import torch
 from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
 from perf.ops import EPS, passes
 from sdit_kernels.triton import mix
+from sdit_kernels.tuning import current
 
 
 class MixCase(NamedTuple):
@@ -24,13 +25,13 @@ class MixCase(NamedTuple):
     def launch(self, dtype):
         x, dx, *outs = (torch.empty(*SHAPE[:2], self.C, dtype=dtype) for _ in range(2 + self.mixes))
         outs = [out.bfloat16() for out in outs] if self.autocast else outs
-        mixes, eps = torch.empty(self.mixes, self.C), EPS if self.norm else None
+        mixes, eps, tuning = torch.empty(self.mixes, self.C), EPS if self.norm else None, current()
         if self.mixes:
-            mix.token_shift_forward(x, None, mixes, eps, outs)
-            mix.token_shift_backward(outs, x, None, mixes, eps, dx, None, True)
+            mix.token_shift_forward(x, None, mixes, eps, outs, tuning)
+            mix.token_shift_backward(outs, x, None, mixes, eps, dx, None, True, tuning)
         else:
-            mix.relu_squared_forward(x, dx)
-            mix.relu_squared_backward(x, x, dx)
+            mix.relu_squared_forward(x, dx, tuning)
+            mix.relu_squared_backward(x, x, dx, tuning)
 
     def floor_of_call(self, direction: str, last: dict) -> float:
         return last["floor"]

@@ -1,7 +1,6 @@
 """spiking_wkv."""
 
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 
@@ -10,6 +9,7 @@ from perf.ops import passes
 from sdit_kernels import layout
 from sdit_kernels.ops.lif import Neuron
 from sdit_kernels.triton import spiking_wkv
+from sdit_kernels.tuning import current
 
 
 class SpikingCase(NamedTuple):
@@ -29,17 +29,17 @@ class SpikingCase(NamedTuple):
         r, dr = (r, dr) if self.gate else (None, None)
         out, g = [torch.empty(SHAPE if self.rate else (self.T, *SHAPE), dtype=dtype) for _ in range(2)]
         w, u, d_w, d_u = (torch.empty(C) for _ in range(4))
-        rows = layout.wkv_rows(self.T * B, L, None, layout.spiking_tile(self.T, "triton"))
+        tuning = current()._replace(spiking_min_channels_fused=0)
+        rows = layout.wkv_rows(self.T * B, L, None, layout.spiking_tile(self.T, "triton", tuning))
         checkpoint = torch.empty(3, rows, C)
         neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
-        with mock.patch.object(spiking_wkv, "_FUSED", 0):
-            spiking_wkv.spiking_wkv_forward(
-                k, v, r, w, u, True, None, None, None, None, None, neuron, self.rate, out, None, None, None, checkpoint
-            )
-            spiking_wkv.spiking_wkv_backward(
-                g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, self.rate, False,
-                dk, dv, dr, d_w, d_u, None, None, None,
-            )  # fmt: skip
+        spiking_wkv.spiking_wkv_forward(
+            k, v, r, w, u, True, None, None, None, None, None, neuron, self.rate, out, None, None, None, checkpoint, tuning
+        )
+        spiking_wkv.spiking_wkv_backward(
+            g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, self.rate, False,
+            dk, dv, dr, d_w, d_u, None, None, None, tuning,
+        )  # fmt: skip
 
     def figures(self, it: Launched) -> Figures:
         """Per element of k. The gradient of a rate, which all steps read, counts once."""

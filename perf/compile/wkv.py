@@ -9,6 +9,7 @@ from perf.compile.rows import SHAPE, Figures, Launched, Stem, one_turn
 from perf.ops import passes
 from sdit_kernels import layout
 from sdit_kernels.triton import wkv
+from sdit_kernels.tuning import current
 
 
 class WkvCase(NamedTuple):
@@ -32,13 +33,15 @@ class WkvCase(NamedTuple):
         states = [torch.empty(SHAPE[0], C) if self.state else None for _ in range(8)]
         ybar, lse, ybar_out, lse_out, g_ybar, g_lse, d_ybar, d_lse = states
         cu = torch.empty(SHAPE[0] + 1, dtype=torch.int32) if self.packed else None
-        rows = layout.wkv_rows(B, L, SHAPE[0] if self.packed else None)
+        tuning = current()
+        rows = layout.wkv_rows(B, L, SHAPE[0] if self.packed else None, tuning.wkv_checkpoint_tokens)
         checkpoint = torch.empty(1 + self.bidirectional, 3, rows, C)
         how = (cu, 0, self.bidirectional, self.algorithm)
-        wkv.wkv_forward(k, v, r, w, u, True, ybar, lse, *how, out, ybar_out, lse_out, checkpoint)
+        wkv.wkv_forward(k, v, r, w, u, True, ybar, lse, *how, out, ybar_out, lse_out, checkpoint, tuning)
         wkv.wkv_backward(
-            g, g_ybar, g_lse, k, v, r, w, u, True, ybar, lse, checkpoint, *how, dk, dv, dr, d_w, d_u, d_ybar, d_lse
-        )
+            g, g_ybar, g_lse, k, v, r, w, u, True, ybar, lse, checkpoint, *how, dk, dv, dr, d_w, d_u, d_ybar, d_lse,
+            tuning,
+        )  # fmt: skip
 
     def floor_of_call(self, direction: str, last: dict) -> float:
         """Bytes per element of the whole call: one pass over the data, one state of 12 bytes per tile of 16 tokens."""

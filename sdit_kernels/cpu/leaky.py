@@ -241,14 +241,14 @@ def _flags(neuron):
     return _RESETS[neuron.reset], neuron.reset_delay or neuron.reset == "none"
 
 
-def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _forward_kernel(*codes(x, v), *_flags(neuron), p.per_channel)
     launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint)
 
 
-def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
+def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(

@@ -381,7 +381,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     )
 
 
-def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     X, V = codes(x, v)
@@ -390,7 +390,7 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
     launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, neuron.v_reset or 0.0)
 
 
-def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
+def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
@@ -401,7 +401,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
     return launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers)
 
 
-def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
+def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
@@ -437,7 +437,7 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     )  # fmt: skip
 
 
-def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters):
+def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters, tuning):
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)

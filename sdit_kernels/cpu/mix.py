@@ -243,7 +243,7 @@ def _placed(x, last):
     return last, (x.data_ptr(), x.stride(0), x.stride(1), last.data_ptr(), last.stride(0))
 
 
-def token_shift_forward(x, last, mixes, norm_eps, outs):
+def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
     x = sequences(x)
     B, L, C = x.shape
@@ -257,7 +257,7 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     )  # fmt: skip
 
 
-def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
+def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tuning):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
     x, gs = sequences(x), same_strides([sequences(g) for g in gs])
     B, L, C = x.shape
@@ -278,7 +278,7 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     return sums
 
 
-def relu_squared_forward(x, out):
+def relu_squared_forward(x, out, tuning):
     """Fill out. x is not empty."""
     layout = layout_of_step(x, out, False)
     x, x_r = place_state(layout, x)
@@ -286,7 +286,7 @@ def relu_squared_forward(x, out):
     _relu_squared_kernel(CODES[x.dtype])(x.numel(), layout.R, layout.C, x.data_ptr(), x_r, out.data_ptr(), out_r)
 
 
-def relu_squared_backward(g, x, dx):
+def relu_squared_backward(g, x, dx, tuning):
     """Fill dx. x is not empty."""
     layout = layout_of_step(x, dx, False)
     g, g_r = place_state(layout, g)

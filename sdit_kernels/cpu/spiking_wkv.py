@@ -13,7 +13,7 @@ import functools
 import numpy as np
 import torch
 
-from ..layout import TILE, spiking_tile
+from ..layout import spiking_tile
 from ..surrogate import SURROGATES
 from . import scan
 from .intrinsics import CODES, SIZES, state_code, tile
@@ -70,7 +70,7 @@ def _neuron(x, v, leak, th, vr, zero, one, soft, decay):
 
 
 @functools.cache
-def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
+def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
@@ -182,7 +182,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL):
 
 
 @functools.cache
-def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
+def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, TILE):
     V, S = kind(X, lanes), state_code(X)
     W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
     ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
@@ -403,7 +403,7 @@ def _spread(B, C, lanes, width):
 
 def spiking_wkv_forward(
     k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
-    checkpoint,
+    checkpoint, tuning,
 ):  # fmt: skip
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
     w, u = scan.parameters(decay, first, raw, k)
@@ -416,9 +416,9 @@ def spiking_wkv_forward(
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _forward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
-        neuron.v_reset is None, neuron.decay_input, p.per_channel,
+        neuron.v_reset is None, neuron.decay_input, p.per_channel, tuning.wkv_checkpoint_tokens,
     )(
-        2 * T * B * L * C, T, B, L, C, spiking_tile(T, "cpu"), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_,
+        2 * T * B * L * C, T, B, L, C, spiking_tile(T, "cpu", tuning), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_,
         v.data_ptr(), *v_, address(r), *r_, w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(membrane), *m_,
         states.data_ptr(), states.shape[1] // (T * B), states.stride(0), checkpoint is not None, out.data_ptr(),
         address(ybar_out), address(lse_out), address(membrane_out), *p.r, *p.theta, neuron.v_reset or 0.0,
@@ -427,7 +427,7 @@ def spiking_wkv_forward(
 
 def spiking_wkv_backward(
     g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
-    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane,
+    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
     """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
 
@@ -435,7 +435,7 @@ def spiking_wkv_backward(
     """
     w, u = scan.parameters(decay, first, raw, k)
     T, B, L, C = k.shape
-    lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu")
+    lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu", tuning)
     p = Parameters(tau, v_threshold, neuron, w.dtype)
     dw, du = w.new_empty(2, B, C)
     sums = w.new_empty(2, B, C) if parameters else None
@@ -449,7 +449,7 @@ def spiking_wkv_backward(
     _backward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, neuron.detach_reset, SURROGATES[neuron.surrogate].id, p.per_channel,
-        parameters,
+        parameters, tuning.wkv_checkpoint_tokens,
     )(
         4 * T * B * L * C, T, B, L, C, tokens, blocks, workers, work.data_ptr(), k.data_ptr(), *k_, v.data_ptr(), *v_,
         address(r), *r_, w.data_ptr(), u.data_ptr(), address(membrane), *m_, checkpoint.data_ptr(),

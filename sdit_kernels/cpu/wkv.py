@@ -1,7 +1,7 @@
 """WKV on the CPU. A vector of channels keeps its scan state in registers while a tile of tokens goes by.
 
 A task is a segment, a run of tokens of one sequence, and a block of channels, a few cache lines wide; it walks the segment tile
-by tile. Serially a segment is a whole sequence. Chunked it is _CHUNK tiles: a first pass sums up each segment as if nothing
+by tile. Serially a segment is a whole sequence. Chunked it is some tiles: a first pass sums up each segment as if nothing
 preceded it, a scan over segments gives each its entry state, the last pass applies. The walk back does the same with the
 adjoint state. Where C is no multiple of a vector's lanes the last vector overlaps the one before it, in the same task, and both
 compute the same; where C is smaller a vector has one lane.
@@ -14,7 +14,7 @@ import functools
 import numpy as np
 import torch
 
-from ..layout import TILE, wkv_rows
+from ..layout import wkv_rows
 from . import scan
 from .intrinsics import CODES, SIZES, load_int, state_code, tile
 from .kernel import Kernel, share
@@ -33,7 +33,6 @@ from .vector import (
 )
 
 _BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
-_CHUNK = 16  # tiles of a segment in the chunked algorithm
 _FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
 
 
@@ -74,11 +73,11 @@ def _summary_kernel(X, lanes, BOTH):
                     vstore(target, 2 * step, ka, W)
                     vstore(target, 3 * step, m, W)
 
-    return Kernel(wkv_summary, f"wkv_summary_{TILE}_{X}_{lanes}{BOTH:d}")
+    return Kernel(wkv_summary, f"wkv_summary_{X}_{lanes}{BOTH:d}")
 
 
 @functools.cache
-def _scan_kernel(S, lanes, BOTH):
+def _scan_kernel(S, lanes, BOTH, TILE):
     """From the segments' own states to the state at the entry of each but the first, in the checkpoint's rows. Serial: it is
     some 1/500 of the work."""
     W, sb = kind(S, lanes), SIZES[S]
@@ -120,7 +119,7 @@ def _scan_kernel(S, lanes, BOTH):
 
 
 @functools.cache
-def _forward_kernel(X, lanes, GATE, BOTH):
+def _forward_kernel(X, lanes, GATE, BOTH, TILE):
     """Outputs; the state after the last token; the state at the entry of each tile, where ``keep`` is given."""
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
@@ -277,7 +276,7 @@ _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM
 
 
 @scan.inline
-def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb):
+def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb, TILE):
     """Fill ``h`` for a tile of n tokens from its entry states, with values less the tile's ``mean``. Returns its last states,
     left (ka, m, a, b) and right (ka, m), the factor that the left one's scale took on at its entry, and the mean."""
     zero, one, size = vset(0.0, W), vset(1.0, W), TILE * lanes
@@ -366,7 +365,7 @@ def _upstream(g, index, r, r_index, V, W, GATE):
 
 
 @functools.cache
-def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
+def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
     """dk, dv, dr, d ybar, d lse and sums of dw, du; or, SUMMARY, each segment's own adjoint state (D, 2, S, C).
 
     The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That
@@ -416,7 +415,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                         left = keep + ((row + i) * C + c) * sb
                         _, _, _, _, rka, rm, _, mean = _rebuild(
                             size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows,
-                            C, w, u, 0, h, lanes, V, W, BOTH, sb,
+                            C, w, u, 0, h, lanes, V, W, BOTH, sb, TILE,
                         )  # fmt: skip
                         Q, past = fma(mean - past, P, Q), mean
                         if not SUMMARY:
@@ -457,7 +456,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
                     left = keep + ((row + i) * C + c) * sb
                     ka, m, a, b, rka, rm, entry, mean = _rebuild(
                         size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
-                        w, u, constants + j * (TILE + 2) * lanes * sb, h, lanes, V, W, BOTH, sb,
+                        w, u, constants + j * (TILE + 2) * lanes * sb, h, lanes, V, W, BOTH, sb, TILE,
                     )  # fmt: skip
                     sum_w, sum_u = zero, zero
                     if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
@@ -542,7 +541,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY):
 
 
 @functools.cache
-def _adjoint_kernel(S, lanes, BOTH):
+def _adjoint_kernel(S, lanes, BOTH, TILE):
     """From the segments' own adjoints to the adjoint that enters each but the last (the right side's: but the first)."""
     W, sb = kind(S, lanes), SIZES[S]
 
@@ -579,18 +578,18 @@ def _adjoint_kernel(S, lanes, BOTH):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
-def _segments_of(batch, begin, tokens, row, sequence, step):
+def _segments_of(batch, begin, tokens, row, sequence, step, tile_tokens):
     """The segments of one sequence; one without tokens where there are none, to hand its state on."""
     last = max(0, -(-tokens // step) - 1)
     for i in range(last + 1):
         size = min(step, tokens - i * step)
-        yield batch, begin + i * step, size, row + i * step // TILE, sequence, i == 0, i == last
+        yield batch, begin + i * step, size, row + i * step // tile_tokens, sequence, i == 0, i == last
 
 
 @functools.lru_cache(maxsize=256)
-def _dense_segments(B, L, step):
-    tiles = -(-L // TILE)
-    return _table(s for b in range(B) for s in _segments_of(b, 0, L, b * tiles, b, step))
+def _dense_segments(B, L, step, tile_tokens):
+    tiles = -(-L // tile_tokens)
+    return _table(s for b in range(B) for s in _segments_of(b, 0, L, b * tiles, b, step, tile_tokens))
 
 
 def _table(segments):
@@ -599,13 +598,14 @@ def _table(segments):
     return table.ctypes.data, len(table), table
 
 
-def _segments(k, cu_seqlens, chunked):
-    B, L, _ = k.shape
-    step = _CHUNK * TILE if chunked else max(L, 1)
+def _segments(k, cu_seqlens, chunked, tuning):
+    (B, L, _), tokens = k.shape, tuning.wkv_checkpoint_tokens
+    step = tuning.wkv_segment_tiles * tokens if chunked else max(L, 1)
     if cu_seqlens is None:
-        return _dense_segments(B, L, step)
+        return _dense_segments(B, L, step, tokens)
     ends = cu_seqlens.tolist()
-    return _table(s for i, (a, b) in enumerate(zip(ends, ends[1:])) for s in _segments_of(0, a, b - a, a // TILE + i, i, step))
+    pieces = enumerate(zip(ends, ends[1:]))
+    return _table(s for i, (a, b) in pieces for s in _segments_of(0, a, b - a, a // tokens + i, i, step, tokens))
 
 
 def _chunked(algorithm, k):
@@ -622,16 +622,17 @@ def _spread(count, C, lanes):
 
 
 def wkv_forward(
-    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
-):
+    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint,
+    tuning,
+):  # fmt: skip
     """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
     w, u = scan.parameters(decay, first, raw, k)
-    C, dtype = k.shape[2], w.dtype
+    C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
-    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
+    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k), tuning)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunked = count > (sequences or k.shape[0])
-    rows = wkv_rows(*k.shape[:2], sequences)
+    rows = wkv_rows(*k.shape[:2], sequences, tokens)
     if checkpoint is None and (chunked or bidirectional):
         checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype, device=w.device)
     (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(place_rows, (k, v, r, out))
@@ -644,10 +645,10 @@ def wkv_forward(
             work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), address(ybar), address(lse),
             summary.data_ptr(),
         )  # fmt: skip
-        _scan_kernel(state_code(X), lanes, bidirectional)(
+        _scan_kernel(state_code(X), lanes, bidirectional, tokens)(
             0, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
         )  # fmt: skip
-    _forward_kernel(X, lanes, r is not None, bidirectional)(
+    _forward_kernel(X, lanes, r is not None, bidirectional, tokens)(
         work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, out.data_ptr(), *out_,
         w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(ybar_out), address(lse_out), address(checkpoint),
         rows,
@@ -656,13 +657,13 @@ def wkv_forward(
 
 def wkv_backward(
     g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
-    dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse, tuning,
 ):  # fmt: skip
     """Fill dk, dv and, where they are given, dr, d_decay with d_first, and d_ybar with d_lse. k is not empty."""
     w, u = scan.parameters(decay, first, raw, k)
-    C, dtype = k.shape[2], w.dtype
+    C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
-    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k))
+    table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k), tuning)
     sequences = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     chunked = count > (sequences or k.shape[0])
     rows, sides = checkpoint.shape[2], 2 if bidirectional else 1
@@ -678,7 +679,7 @@ def wkv_backward(
     right_keep = torch.empty((2, rows, C), dtype=dtype, device=w.device) if bidirectional else None
 
     def launch(summary, adjoint):
-        _backward_kernel(X, lanes, r is not None, bidirectional, summary)(
+        _backward_kernel(X, lanes, r is not None, bidirectional, summary, tokens)(
             work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, g.data_ptr(), *g_,
             w.data_ptr(), u.data_ptr(), checkpoint.data_ptr(), rows, address(ybar), address(lse), address(g_ybar),
             address(g_lse), address(adjoint), address(right_keep), dk.data_ptr(), dv.data_ptr(), address(dr), *d_,
@@ -689,7 +690,7 @@ def wkv_backward(
     if chunked:
         own, adjoint = torch.empty((2, sides, 2, count, C), dtype=dtype, device=w.device)
         launch(True, own)
-        _adjoint_kernel(state_code(X), lanes, bidirectional)(
+        _adjoint_kernel(state_code(X), lanes, bidirectional, tokens)(
             0, table, count, C, w.data_ptr(), checkpoint.data_ptr(), rows, own.data_ptr(), adjoint.data_ptr()
         )  # fmt: skip
     launch(False, adjoint)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import dispatch, reference
+from .. import dispatch, reference, tuning
 from ..layout import STRIDE
 from ..reference.lif import state_dtype
 from .lif import (
@@ -56,7 +56,7 @@ def _leaky(x, v, beta, v_threshold, *rest):
     if x.device.type == "cpu":
         _check_values(beta, v_threshold, state_dtype(x.dtype))
     if x.numel():
-        kernels(backend, "leaky").leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted)
+        kernels(backend, "leaky").leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted, tuning.current())
     elif return_v:
         outputs[1].copy_(v) if v is not None else outputs[1].zero_()
     return outputs
@@ -77,8 +77,9 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
     if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _leaky(x, v, beta, v_threshold, *neuron, False, False, True, backend)[3]
     sums = kernels(backend, "leaky").leaky_backward(
-        g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters
-    )
+        g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters,
+        tuning.current(),
+    )  # fmt: skip
     for i, p in enumerate((beta, v_threshold)):
         if sums is not None and p is not None:
             total = sums[i].sum(0) if p.numel() > 1 else sums[i].sum()

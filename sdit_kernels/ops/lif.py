@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference
+from .. import dispatch, memory, reference, tuning
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
 from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
@@ -223,7 +223,7 @@ def _lif(x, v, tau, v_threshold, *rest):
     if x.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
-        kernels(backend, "lif").lif_forward(x, v, tau, v_threshold, neuron, *wanted)
+        kernels(backend, "lif").lif_forward(x, v, tau, v_threshold, neuron, *wanted, tuning.current())
     elif return_v:
         outputs[1].copy_(v) if v is not None else outputs[1].fill_(neuron.v_reset or 0.0)
     return outputs
@@ -271,8 +271,9 @@ def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
     if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
         checkpoint = _lif(x, v, tau, v_threshold, *neuron, False, False, None, True, backend)[3]
     sums = kernels(backend, "lif").lif_backward(
-        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters
-    )
+        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters,
+        tuning.current(),
+    )  # fmt: skip
     return dx, dv, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
@@ -295,7 +296,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     if x.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
-        kernels(backend, "lif").lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out)
+        kernels(backend, "lif").lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning.current())
     return out
 
 
@@ -315,7 +316,7 @@ def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
     if x.numel() == 0:
         return dx, dgate, *(d.zero_() for d in d_parameters)
     sums = kernels(backend, "lif").lif_rate_backward(
-        g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters
+        g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters, tuning.current()
     )
     return dx, dgate, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
 

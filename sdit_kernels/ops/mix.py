@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference
+from .. import dispatch, memory, reference, tuning
 from ..layout import empty_like
 from ..reference.lif import state_dtype
 from .lif import _FLOATS, _check_data, _is_number
@@ -23,7 +23,9 @@ def _shift_outputs(x, mixes, dtype):
 def _shift(x, last, mixes, norm_eps, dtype, backend):
     outs = _shift_outputs(x, mixes, dtype)
     if x.numel():
-        kernels(backend, "mix").token_shift_forward(x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]])
+        kernels(backend, "mix").token_shift_forward(
+            x, last, mixes.contiguous(), norm_eps, outs[: mixes.shape[0]], tuning.current()
+        )
     return outs
 
 
@@ -48,7 +50,7 @@ def _shift_backward(*args):
     else:
         gs, part = gs[: len(used)], mixes.contiguous()
     sums = kernels(backend, "mix").token_shift_backward(
-        gs, x, last, part, norm_eps, dx, None if last is None else dlast, parameters
+        gs, x, last, part, norm_eps, dx, None if last is None else dlast, parameters, tuning.current()
     )
     if parameters:
         if len(used) < mixes.shape[0]:
@@ -107,14 +109,14 @@ def _like(x):
 def _relu_squared(x, backend):
     out = _like(x)
     if x.numel():
-        kernels(backend, "mix").relu_squared_forward(x, out)
+        kernels(backend, "mix").relu_squared_forward(x, out, tuning.current())
     return out
 
 
 def _relu_squared_backward(g, x, backend):
     dx = _like(x)
     if x.numel():
-        kernels(backend, "mix").relu_squared_backward(g, x, dx)
+        kernels(backend, "mix").relu_squared_backward(g, x, dx, tuning.current())
     return dx
 
 

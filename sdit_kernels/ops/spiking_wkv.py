@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference
+from .. import dispatch, memory, reference, tuning
 from ..layout import spiking_tile, wkv_rows
 from ..reference.lif import state_dtype
 from .lif import (
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 _STEPS = 16  # simulation steps whose scan states a Triton program holds
 
 
-def _outputs(k, rate, return_state, keep, backend):
+def _outputs(k, rate, return_state, keep, backend, numbers):
     """out, ybar, lse, membrane, checkpoint; an empty tensor for what is not asked for."""
     T, B, L, C = k.shape
     shapes = [(0,)] * 4
     if return_state:
         shapes[:3] = (T, B, C), (T, B, C), (B, L, C)
     if keep:
-        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T, backend)), C
+        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T, backend, numbers)), C
     out = memory.empty_contiguous((B, L, C) if rate else k.shape, k.dtype, k)
     return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
 
@@ -44,13 +44,14 @@ def _outputs(k, rate, return_state, keep, backend):
 def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
     *neuron, rate, return_state, keep, backend = rest
     neuron = Neuron(*neuron)
-    outputs = _outputs(k, rate, return_state, keep, backend)
+    numbers = tuning.current()
+    outputs = _outputs(k, rate, return_state, keep, backend, numbers)
     if k.device.type == "cpu":
         _check_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted
+            k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted, numbers
         )  # fmt: skip
     elif return_state:  # no token or no step: the states as they came
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -60,7 +61,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
 
 
 def _forward_fake(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
-    return _outputs(k, *rest[7:])
+    return _outputs(k, *rest[7:], tuning.current())
 
 
 def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, parameters):
@@ -86,12 +87,15 @@ def _backward(
         if membrane is not None:
             d_membrane.zero_() if g_membrane is None else d_membrane.copy_(g_membrane)
         return outputs
-    if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+    numbers = tuning.current()
+    rows = wkv_rows(k.shape[0] * k.shape[1], k.shape[2], None, spiking_tile(k.shape[0], backend, numbers))
+    # The forward pass could not know that a gradient would be asked for, or ran under another Tuning.
+    if checkpoint.numel() == 0 or checkpoint.shape[1] != rows:
         checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
     given = (d if d.numel() else None for d in (dr, d_decay, d_first, d_ybar, d_lse, d_membrane))
     sums = kernels(backend, "spiking_wkv").spiking_wkv_backward(
         g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
-        checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given,
+        checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given, numbers,
     )  # fmt: skip
     return *outputs[:8], *_parameter_gradients(tau, v_threshold, sums, d_parameters)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference
+from .. import dispatch, memory, reference, tuning
 from ..layout import wkv_rows
 from ..reference.lif import state_dtype
 from .lif import _check_flag, _check_tensor, _wants_gradient
@@ -124,7 +124,7 @@ def _brief(values):
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
 
-def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
+def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
     """out, ybar, lse, checkpoint; an empty tensor for what is not asked for."""
     B, L, C = k.shape
     dtype = state_dtype(k.dtype)
@@ -133,7 +133,7 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
     if return_state:
         state = (B if packed is None else packed, C)
     if keep:
-        checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed), C)
+        checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C)
     rows = k.new_empty if packed is None else k.new_zeros  # packed, a few rows belong to no tile
     return (
         memory.empty_contiguous((B, L, C), k.dtype, k),
@@ -145,13 +145,15 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep):
 def _wkv(
     k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
 ):  # fmt: skip
-    outputs = _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep)
+    numbers = tuning.current()
+    outputs = _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, numbers.wkv_checkpoint_tokens)
     if cu_seqlens is not None and k.device.type == "cpu":
         _check_lengths(cu_seqlens, max_seqlen, k.shape[1])
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "wkv").wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted
+            k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted,
+            numbers,
         )  # fmt: skip
     elif return_state:  # no token: the state as it came
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -162,7 +164,7 @@ def _wkv(
 def _wkv_fake(
     k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
 ):  # fmt: skip
-    return _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep)
+    return _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tuning.current().wkv_checkpoint_tokens)
 
 
 def _backward_outputs(k, v, r, decay, first, ybar, lse, parameters):
@@ -185,14 +187,17 @@ def _wkv_backward(
             for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
                 d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
         return outputs
-    if checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+    numbers, packed = tuning.current(), None if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    rows = wkv_rows(*k.shape[:2], packed, numbers.wkv_checkpoint_tokens)
+    # The forward pass could not know that a gradient would be asked for, or ran under another Tuning.
+    if checkpoint.numel() == 0 or checkpoint.shape[2] != rows:
         checkpoint = _wkv(
             k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, False, True, algorithm, backend
         )[3]  # fmt: skip
     given = (t if t.numel() else None for t in (dr, d_decay, d_first, d_ybar, d_lse))
     kernels(backend, "wkv").wkv_backward(
         g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional,
-        algorithm, dk, dv, *given,
+        algorithm, dk, dv, *given, numbers,
     )  # fmt: skip
     return outputs
 
@@ -253,7 +258,7 @@ def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
         new = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ybar, lse)]
         k, v, r, out_ = (None if t is None else t.unsqueeze(1) for t in (k, v, r, out))
         kernels(backend, "wkv").wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, None, 0, False, "serial", out_, *new, None
+            k, v, r, decay, first, raw, ybar, lse, None, 0, False, "serial", out_, *new, None, tuning.current()
         )  # fmt: skip
         for old, t in zip((ybar, lse), new):
             if t is not old:

@@ -188,16 +188,16 @@ def _flags(neuron, beta, v_threshold, T, KIND=0):
     )
 
 
-def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     numbers, flags = (neuron.beta, neuron.v_threshold), _flags(neuron, beta, v_threshold, x.shape[0])
-    launch_steps_forward(leaky_forward_kernel, x, v, beta, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags)
+    launch_steps_forward(leaky_forward_kernel, x, v, beta, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags, tuning)
 
 
-def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters):
+def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
     flags = _flags(neuron, beta, v_threshold, x.shape[0], SURROGATES[neuron.surrogate].id)
     return launch_steps_backward(
         leaky_backward_kernel, g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, dx, dv, parameters,
-        (neuron.beta, neuron.v_threshold, neuron.alpha), flags,
+        (neuron.beta, neuron.v_threshold, neuron.alpha), flags, tuning,
     )  # fmt: skip

@@ -390,29 +390,31 @@ def numbers_of(neuron):
     return 1.0 / neuron.tau, neuron.v_threshold, neuron.v_reset or 0.0
 
 
-def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint):
+def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
     """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
     T = x.shape[0]
     flags = flags_of(neuron, tau, v_threshold, min(T, STRIDE), LONG=T > STRIDE)
-    launch_steps_forward(lif_forward_kernel, x, v, tau, v_threshold, s, v_final, v_seq, checkpoint, numbers_of(neuron), flags)
+    launch_steps_forward(
+        lif_forward_kernel, x, v, tau, v_threshold, s, v_final, v_seq, checkpoint, numbers_of(neuron), flags, tuning
+    )
 
 
-def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters):
+def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
     """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     T, kind = x.shape[0], SURROGATES[neuron.surrogate].id
     flags = flags_of(neuron, tau, v_threshold, min(T, STRIDE), LONG=T > STRIDE, DETACH=neuron.detach_reset, KIND=kind)
     return launch_steps_backward(
         lif_backward_kernel, g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, dx, dv, parameters,
-        (*numbers_of(neuron), neuron.alpha), flags,
+        (*numbers_of(neuron), neuron.alpha), flags, tuning,
     )  # fmt: skip
 
 
-def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
+def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning):
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     flags = flags_of(neuron, tau, v_threshold, T if T <= STRIDE else 0, COUNTS=out.dtype == torch.uint8)
     per_channel = flags.TAU_CHANNELS or flags.THETA_CHANNELS
     layout = layout_of_step(x, out, per_channel)
-    Grid(layout, x.dtype, False, per_channel).launch(
+    Grid(tuning, layout, x.dtype, False, per_channel).launch(
         lif_rate_forward_kernel, x.device,
         (place_state(layout, x), placed_state(layout, gate), placed_state(layout, residual)), place_state(layout, out),
         (contiguous(tau), contiguous(v_threshold)), T, layout.R, layout.C, *numbers_of(neuron),
@@ -420,14 +422,14 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out):
     )  # fmt: skip
 
 
-def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters):
+def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters, tuning):
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     K, kind = T if T <= STRIDE else 0, SURROGATES[neuron.surrogate].id
     flags = flags_of(neuron, tau, v_threshold, K, DETACH=neuron.detach_reset, KIND=kind)
     per_channel = flags.TAU_CHANNELS or flags.THETA_CHANNELS
     layout = layout_of_step(x, dx, per_channel)
     g, _, g_r, g_c = placed_gradient(layout, g.unsqueeze(0), g.dtype)
-    grid = Grid(layout, x.dtype, parameters, per_channel)
+    grid = Grid(tuning, layout, x.dtype, parameters, per_channel)
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         lif_rate_backward_kernel, x.device, (place_state(layout, x), placed_state(layout, gate)), (g, g_r, g_c),

@@ -2,8 +2,9 @@
 
 A row of a tile walks through a run of tokens and keeps the token before, normalised, in registers; a run reads one token (and
 going back one row of upstream gradients) more than it has, which its neighbour reads too. A norm needs all channels of a token
-in the tile: beyond _WHOLE of them a kernel of its own puts the sums over each token into ``stats`` first, x is read twice, and
-tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by atomics.
+in the tile: beyond Tuning.shift_channels of them a kernel of its own puts the sums over each token into ``stats`` first, x is
+read twice, and tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by
+atomics.
 """
 
 from typing import NamedTuple
@@ -16,9 +17,6 @@ from ..layout import layout_of_step, place_state, same_strides, sequences
 from ..reference.lif import state_dtype
 from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
 
-_THREADS = 128
-_PROGRAMS = 2048  # programs over which the tokens are spread where gradients of mixes are summed
-_WHOLE = 4096  # channels that a tile with a norm holds at most
 _RUN, _RUN_BACK = 4, 8  # tokens
 
 _NO_NORM, _NORM, _STATS = 0, 1, 2  # what NORM says: none; of the rows of a tile; with the sums in ``stats``
@@ -250,7 +248,7 @@ class _Shift:
     ``wide``: of the tensors that are moved, one whose elements make such an access.
     """
 
-    def __init__(self, x, last, mixes, norm_eps, run, live, wide, gs=()):
+    def __init__(self, tuning, x, last, mixes, norm_eps, run, live, wide, gs=()):
         self.x = sequences(x)
         self.last = None if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
         self.mixes, self.gs, self.M, self.run = mixes, tuple(gs), mixes.shape[0], run
@@ -265,12 +263,12 @@ class _Shift:
         self.stats = None
         values = 16 // wide.dtype.itemsize
         whole = power_of_2(self.C)
-        fits = whole <= min(_WHOLE, 1024 * values)
+        fits = whole <= min(tuning.shift_channels, 1024 * values)
         fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
         self.norm = _NO_NORM if norm_eps is None else _NORM if fits else _STATS
         if self.norm == _STATS:
             values = min(values, 4)  # beyond, the sums of 16-bit data spill
-        elements = _THREADS * values
+        elements = tuning.elementwise_threads * values
         columns = whole if self.norm == _NORM else min(whole, elements)
         rows = elements // columns if 2 * columns < elements else 1
         self.BR, self.BC, self.warps = rows, columns, warps_of(rows * columns // values)
@@ -291,9 +289,9 @@ class _Shift:
         return dict(F=Flags(self.M, self.run, self.norm), BR=self.BR, BC=self.BC)
 
 
-def token_shift_forward(x, last, mixes, norm_eps, outs):
+def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
-    s = _Shift(x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
+    s = _Shift(tuning, x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
     s.find_stats()
     programs = cdiv(s.runs, s.BR) * cdiv(s.C, s.BC)
     s.launch(
@@ -302,13 +300,13 @@ def token_shift_forward(x, last, mixes, norm_eps, outs):
     )  # fmt: skip
 
 
-def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
+def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tuning):
     """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
     gs = same_strides([sequences(g) for g in gs])
-    s = _Shift(x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # by narrower gradients, two mixes spill
+    s = _Shift(tuning, x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # by narrower gradients, two mixes spill
     s.find_stats()
     blocks, tiles = cdiv(s.C, s.BC), cdiv(s.runs, s.BR)
-    group = cdiv(tiles * blocks, _PROGRAMS) if parameters else 1
+    group = cdiv(tiles * blocks, tuning.sum_programs) if parameters else 1
     groups = cdiv(tiles, group)
     sums = torch.empty((groups, s.M, s.C), dtype=mixes.dtype, device=x.device) if parameters else None
     s.launch(
@@ -318,19 +316,19 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters):
     return sums
 
 
-def relu_squared_forward(x, out):
+def relu_squared_forward(x, out, tuning):
     """Fill out. x is not empty."""
     layout = layout_of_step(x, out, False)
-    Grid(layout, x.dtype, False).launch(
+    Grid(tuning, layout, x.dtype, False).launch(
         relu_squared_forward_kernel, x.device, place_state(layout, x), place_state(layout, out), layout.R, layout.C,
         STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip
 
 
-def relu_squared_backward(g, x, dx):
+def relu_squared_backward(g, x, dx, tuning):
     """Fill dx. x is not empty."""
     layout = layout_of_step(x, dx, False)
     x_, g_, dx_ = (place_state(layout, t) for t in (x, g, dx))
-    Grid(layout, x.dtype, False).launch(
+    Grid(tuning, layout, x.dtype, False).launch(
         relu_squared_backward_kernel, x.device, x_, g_, dx_, layout.R, layout.C, STATE=STATES[state_dtype(x.dtype)]
     )

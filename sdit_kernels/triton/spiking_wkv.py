@@ -1,17 +1,18 @@
 """WKV scans that drive LIF neurons, in Triton. A thread walks the tokens of one channel with the scan states of all T steps.
 
-A tile is PAIRS pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
+A tile is some pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
 through the form in which they are kept, (a, b, o), so that the backward pass, which walks each tile again from there, takes up
 the very numbers that the forward pass went on with; and both compute a current by the same operations, without implicit fused
 multiply-adds. So every spike comes out again.
 
 The arithmetic is that of triton/wkv.py, but for one thing: both exponents of a token are taken from q = k - o, as u + q and
-q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers for _HELD pairs;
+q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers for 8 pairs;
 16 would take all 255 and spill. The tokens of a tile before those are walked again. Membranes and currents are made again token
 by token, the last first.
 
-One thread for each of B * C is too few where B * C is small. Below _FUSED the launchers run the kernels of wkv, which cut the
-tokens into chunks, and those of lif, on a current in the state's precision that lives as long as the call.
+One thread for each of B * C is too few where B * C is small. Below Tuning.spiking_min_channels_fused the launchers run the
+kernels of wkv, which cut the tokens into chunks, and those of lif, on a current in the state's precision that lives as long as
+the call.
 """
 
 from typing import NamedTuple
@@ -39,10 +40,6 @@ from .wkv import (
     rounded_state,
     store_three,
 )
-
-_HELD = 8  # pairs of step and token that the walk back holds in registers
-_THREADS = 32  # channels of a program: one warp, two where a wave has 64 lanes and would else be half empty
-_FUSED = 1 << 15  # B * C from which one walk is faster than the kernels of wkv and lif (H200, perf/results/gpu_h200.json)
 
 
 class Flags(NamedTuple):
@@ -359,18 +356,18 @@ def _placed(t, axes=3):
     return t, *t.stride()[:-1]
 
 
-def _launch(kernel, k, flags, *args):
-    _, B, _, C = k.shape
+def _launch(kernel, k, flags, tuning, *args):
+    (_, B, _, C), threads = k.shape, tuning.spiking_threads
     launch(
-        kernel, B * cdiv(C, _THREADS), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
-        num_warps=warps_of(_THREADS), enable_fp_fusion=False,
+        kernel, B * cdiv(C, threads), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
+        num_warps=warps_of(threads), enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def _flags(neuron, tau, v_threshold, T, rate, raw, **flags):
+def _flags(tuning, neuron, tau, v_threshold, T, rate, raw, **flags):
     channels = is_per_channel(tau), is_per_channel(v_threshold)
     rules = neuron.v_reset is None, neuron.decay_input
-    return Flags(_THREADS, T, spiking_tile(T, "triton"), rate, raw, *rules, *channels, **flags)
+    return Flags(tuning.spiking_threads, T, spiking_tile(T, "triton", tuning), rate, raw, *rules, *channels, **flags)
 
 
 def _steps_as_batch(*tensors):
@@ -378,33 +375,34 @@ def _steps_as_batch(*tensors):
     return [None if t is None else t.flatten(0, 1) for t in tensors]
 
 
-def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint):
+def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning):
     """y and the states by the kernels of wkv, whose checkpoints, further apart, take what they need of the same memory."""
     T, B, L, _ = k.shape
     if checkpoint is not None:
-        checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None)]
+        checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None, tuning.wkv_checkpoint_tokens)]
     k, v, r, ybar, lse, y, ybar_out, lse_out = _steps_as_batch(k, v, r, ybar, lse, y, ybar_out, lse_out)
-    wkv.wkv_forward(k, v, r, decay, first, raw, ybar, lse, None, 0, False, "auto", y, ybar_out, lse_out, checkpoint)
+    wkv.wkv_forward(k, v, r, decay, first, raw, ybar, lse, None, 0, False, "auto", y, ybar_out, lse_out, checkpoint, tuning)
     return checkpoint
 
 
 def spiking_wkv_forward(
     k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
-    checkpoint,
+    checkpoint, tuning,
 ):  # fmt: skip
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
     T, B, L, C = k.shape
-    if B * C < _FUSED:
+    channels = B * C
+    if channels < tuning.spiking_min_channels_fused:
         y = torch.empty(k.shape, dtype=state_dtype(k.dtype), device=k.device)
-        _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint)
+        _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning)
         spikes = torch.empty_like(y, dtype=out.dtype) if rate else out
-        lif.lif_forward(y, membrane, tau, v_threshold, neuron, spikes, membrane_out, None, None)
+        lif.lif_forward(y, membrane, tau, v_threshold, neuron, spikes, membrane_out, None, None, tuning)
         if rate:
             out.copy_(spikes.sum(0, dtype=y.dtype).div_(T))
         return
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _launch(
-        spiking_wkv_forward_kernel, k, _flags(neuron, tau, v_threshold, T, rate, raw),
+        spiking_wkv_forward_kernel, k, _flags(tuning, neuron, tau, v_threshold, T, rate, raw), tuning,
         (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
         (decay.contiguous(), first.contiguous(), contiguous(tau), contiguous(v_threshold)), (ybar, lse),
         (out, ybar_out, lse_out, membrane_out, checkpoint), B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
@@ -414,33 +412,36 @@ def spiking_wkv_forward(
 
 def spiking_wkv_backward(
     g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
-    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane,
+    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
     """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty."""
     T, B, L, C = k.shape
-    state = state_dtype(k.dtype)
+    state, channels = state_dtype(k.dtype), B * C
     upstream = g_ybar, g_lse, g_membrane
     g_ybar, g_lse, g_membrane = (None if t is None else t.to(state).contiguous() for t in upstream)
-    if B * C < _FUSED:
+    if channels < tuning.spiking_min_channels_fused:
         y = torch.empty(k.shape, dtype=state, device=k.device)
-        checkpoint = _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, None, None, checkpoint)  # as forward, bit for bit
+        # as forward, bit for bit
+        checkpoint = _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, None, None, checkpoint, tuning)
         if g is not None:
             g = (g.to(state) / T if rate else g).expand(k.shape)
         dy = torch.empty_like(y)
         sums = lif.lif_backward(
-            g, g_membrane, None, y, membrane, tau, v_threshold, y.new_empty(0), neuron, dy, d_membrane, parameters
-        )
+            g, g_membrane, None, y, membrane, tau, v_threshold, y.new_empty(0), neuron, dy, d_membrane, parameters,
+            tuning,
+        )  # fmt: skip
         del y
         dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse = _steps_as_batch(
             dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse
         )
         wkv.wkv_backward(
             dy, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, None, 0, False, "auto",
-            dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
+            dk, dv, dr, d_decay, d_first, d_ybar, d_lse, tuning,
         )  # fmt: skip
         return sums
     flags = _flags(
-        neuron, tau, v_threshold, T, rate, raw, HELD=min(spiking_tile(T, "triton"), max(1, _HELD // T)),
+        tuning, neuron, tau, v_threshold, T, rate, raw,
+        HELD=min(spiking_tile(T, "triton", tuning), max(1, tuning.spiking_held_pairs // T)),
         DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
     )  # fmt: skip
     dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))  # each of them aligned
@@ -449,11 +450,11 @@ def spiking_wkv_backward(
         g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
     decay = decay.contiguous()
     _launch(
-        spiking_wkv_backward_kernel, k, flags, (_placed(g), (g_ybar, g_lse, g_membrane)),
+        spiking_wkv_backward_kernel, k, flags, tuning, (_placed(g), (g_ybar, g_lse, g_membrane)),
         (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
         (decay, first.contiguous(), contiguous(tau), contiguous(v_threshold)), checkpoint,
         (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, *(sums or (None, None))), B, L, C, checkpoint.stride(0),
         *numbers_of(neuron), neuron.alpha,
     )  # fmt: skip
-    wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first)
+    wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first, tuning)
     return sums or None

@@ -19,8 +19,6 @@ import triton.language as tl
 from ..layout import STRIDE, layout_of, place, place_state
 from ..reference.lif import state_dtype
 
-_THREADS = 128
-_PROGRAMS = 2048  # programs over which the rows are spread where parameter gradients are summed
 _KEPT = 128  # fewer values than this are kept per thread for the walk back: compile_report.py finds spills beyond
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -60,15 +58,16 @@ class Grid:
     columns are channels, even of a single row.
     """
 
-    def __init__(self, layout, dtype, parameters, per_channel=False, kept=0):
-        elements = _THREADS * 16 // dtype.itemsize
-        while kept * elements // _THREADS >= _KEPT:
+    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, kept=0):
+        self.threads = tuning.elementwise_threads
+        elements = self.threads * 16 // dtype.itemsize
+        while kept * elements // self.threads >= _KEPT:
             elements //= 2
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
         self.BR = 1 if flat else elements // self.BC
         chunks, blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
-        self.group = cdiv(chunks * blocks, _PROGRAMS) if parameters else 1
+        self.group = cdiv(chunks * blocks, tuning.sum_programs) if parameters else 1
         self.groups = cdiv(blocks, self.group)
         self.programs = chunks * self.groups
 
@@ -78,7 +77,7 @@ class Grid:
         return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(2))
 
     def launch(self, kernel, device, *args, **flags):
-        flags |= dict(BR=self.BR, BC=self.BC, num_warps=warps_of(_THREADS), enable_fp_fusion=False)
+        flags |= dict(BR=self.BR, BC=self.BC, num_warps=warps_of(self.threads), enable_fp_fusion=False)
         launch(kernel, self.programs, device, *args, **flags)
 
 
@@ -110,19 +109,19 @@ def as_bytes(t):
     return t.view(torch.uint8) if t.dtype == torch.bool else t
 
 
-def launch_steps_forward(kernel, x, v, first, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags):
+def launch_steps_forward(kernel, x, v, first, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags, tuning):
     """Launch a forward kernel over T steps of a neuron whose parameters are ``first`` (tau or beta) and v_threshold."""
     per_channel = is_per_channel(first) or is_per_channel(v_threshold)
     layout = layout_of(x, s, per_channel)
     outputs = place(layout, as_bytes(s)), placed_state(layout, v_final), placed(layout, v_seq), placed(layout, checkpoint)
-    Grid(layout, x.dtype, False, per_channel).launch(
+    Grid(tuning, layout, x.dtype, False, per_channel).launch(
         kernel, x.device, (place(layout, x), placed_state(layout, v)), outputs, (contiguous(first), contiguous(v_threshold)),
         x.shape[0], layout.R, layout.C, *numbers, F=flags, STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip
 
 
 def launch_steps_backward(
-    kernel, g, g_v, g_seq, x, v, first, v_threshold, checkpoint, dx, dv, parameters, numbers, flags
+    kernel, g, g_v, g_seq, x, v, first, v_threshold, checkpoint, dx, dv, parameters, numbers, flags, tuning
 ):  # fmt: skip
     """Launch a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
     per_channel = is_per_channel(first) or is_per_channel(v_threshold)
@@ -131,7 +130,7 @@ def launch_steps_backward(
     inputs = place(layout, x), placed_state(layout, v), placed(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_seq = (None if t is None else t.to(state) for t in (g_v, g_seq))
     upstream = placed_gradient(layout, g, x.dtype), placed_state(layout, g_v), placed(layout, g_seq)
-    grid = Grid(layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
+    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         kernel, x.device, inputs, upstream, (place(layout, dx), placed_state(layout, dv), sums or (None, None)),

@@ -15,8 +15,7 @@ Bidirectional: the states that enter every tile, from the left and from the righ
 combines them with its own tokens. The walk back likewise.
 
 The walk back keeps nine values per token in registers: compile_report.py finds 248 registers for 16 tokens, and spills with a
-gate, but 95 to 170 for 8. So it holds _HELD = 8, and the second half of a tile rebuilds its state over the first. TILE = 16
-costs 0.75 bytes per element for the states; 32 would save half of that and walk one and a half times as many tokens again.
+gate, but 95 to 170 for 8. So it holds 8, and the second half of a tile of 16 rebuilds its state over the first.
 
 Range: a token far above the state weighs up to 2^60, so that float32 values must stay below 2^67; and a gate of r < -47 on such
 a token may give 0.
@@ -41,11 +40,7 @@ from .. import layout
 from ..reference.lif import state_dtype
 from .tiles import STATES, cdiv, launch, warps_of
 
-_THREADS = 64  # channels of a program
-_FILL = 1 << 16  # threads that keep an H100 busy: 16 warps on each of 132 SMs, each with 4 to 6 KiB of loads in flight
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used
-_HELD = 8  # tokens that the walk back holds in registers
-_SUMS = 32  # rows and channels of a tile in which parameter gradients are summed
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _NONE: tl.constexpr = tl.constexpr(-1e38)  # the exponent of an empty state; times log2(e) it is a number yet
@@ -704,38 +699,40 @@ def wkv_sums_kernel(
 class _Grid:
     """Sequences, the chunks that each is cut into, and blocks of channels.
 
-    "serial" launches sequences * C threads. "auto" is "serial" from a quarter of _FILL on, and where there are no more than
-    four tiles to walk. Otherwise chunks are as long as _FILL threads allow. On an H200 with C = 384
+    "serial" launches sequences * C threads. "auto" is "serial" from a quarter of Tuning.wkv_busy_threads on, and where there
+    are no more than four tiles to walk. Otherwise chunks are as long as so many threads allow. On an H200 with C = 384
     (perf/results/gpu_h200.json, "algorithms") 12,288 threads are better cut into chunks (forward and backward together take
     0.79 to 0.55 of the time for 394 to 4,096 tokens), 24,576 are not (1.13 to 1.02); at 64 tokens serial is faster forward.
     """
 
-    def __init__(self, k, decay, raw, cu_seqlens, max_seqlen, algorithm):
+    def __init__(self, tuning, k, decay, raw, cu_seqlens, max_seqlen, algorithm):
+        self.tuning, self.tile = tuning, tuning.wkv_checkpoint_tokens
+        self.held = min(tuning.wkv_held_tokens, self.tile)  # tokens that the backward pass holds in registers
         B, L, self.C = k.shape
         self.packed = None if cu_seqlens is None else cu_seqlens.numel() - 1
         self.sequences = B if self.packed is None else self.packed
         self.B, self.L, self.longest = B, L, L if self.packed is None else max_seqlen or L
         self.decay, self.raw, self.cu_seqlens = decay, raw, cu_seqlens
-        self.tiles = cdiv(self.longest, layout.TILE)
-        threads = self.sequences * self.C
-        self.fine = max(1, self.tiles * threads // _FILL)  # tiles per chunk
-        serial = 4 * threads >= _FILL or self.tiles <= 4 if algorithm == "auto" else algorithm == "serial"
+        self.tiles = cdiv(self.longest, self.tile)
+        threads, busy = self.sequences * self.C, tuning.wkv_busy_threads
+        self.fine = max(1, self.tiles * threads // busy)  # tiles per chunk
+        serial = 4 * threads >= busy or self.tiles <= 4 if algorithm == "auto" else algorithm == "serial"
         self.chunked = not serial and self.fine < self.tiles
         self.coarse = self.fine if self.chunked else self.tiles
         self.device, self.state = k.device, state_dtype(k.dtype)
 
     def rows(self, tiles):
         """Rows of what is kept per chunk of so many tiles."""
-        return layout.wkv_rows(self.B, self.L, self.packed, layout.TILE * tiles)
+        return layout.wkv_rows(self.B, self.L, self.packed, self.tile * tiles)
 
     def empty(self, *leading, tiles):
         return torch.empty(*leading, self.rows(tiles), self.C, dtype=self.state, device=self.device)
 
     def launch(self, kernel, tiles, *args, **flags):
-        chunks = cdiv(self.tiles, tiles) if tiles else 1
-        programs = self.sequences * chunks * cdiv(self.C, _THREADS)
-        F = Flags(_THREADS, layout.TILE, self.raw, **flags)
-        launch(kernel, programs, self.device, *args, F=F, STATE=STATES[self.state], num_warps=warps_of(_THREADS))
+        chunks, threads = cdiv(self.tiles, tiles) if tiles else 1, self.tuning.wkv_threads
+        programs = self.sequences * chunks * cdiv(self.C, threads)
+        F = Flags(threads, self.tile, self.raw, **flags)
+        launch(kernel, programs, self.device, *args, F=F, STATE=STATES[self.state], num_warps=warps_of(threads))
 
     def combine(self, rows, ybar, lse, carry, leftwards):
         """Summaries of chunks become what enters them."""
@@ -762,11 +759,12 @@ def _plane(rows):
 
 
 def wkv_forward(
-    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint
-):
+    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint,
+    tuning,
+):  # fmt: skip
     """Fill out, and ybar_out, lse_out and checkpoint where they are given. k is not empty."""
     decay, first = decay.contiguous(), first.contiguous()
-    grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
+    grid = _Grid(tuning, k, decay, raw, cu_seqlens, max_seqlen, algorithm)
     k, v, r = map(_placed, (k, v, r))
     if checkpoint is not None and not checkpoint.numel():
         checkpoint = None
@@ -802,20 +800,20 @@ def wkv_forward(
     walk(grid.fine, start=entering[0], right=entering[1], y=out)
 
 
-def parameter_sums(dw, du, decay, raw, d_decay, d_first):
+def parameter_sums(dw, du, decay, raw, d_decay, d_first, tuning):
     """Fill d_decay and d_first, contiguous, from sums of the programs, (rows, C) each."""
-    rows, C = dw.shape
-    flags = dict(RAW=raw, STATE=STATES[dw.dtype], BR=_SUMS, BC=_SUMS, num_warps=warps_of(128))
-    launch(wkv_sums_kernel, cdiv(C, _SUMS), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
+    (rows, C), block = dw.shape, tuning.wkv_sums_block
+    flags = dict(RAW=raw, STATE=STATES[dw.dtype], BR=block, BC=block, num_warps=warps_of(128))
+    launch(wkv_sums_kernel, cdiv(C, block), dw.device, dw, du, decay, d_decay, d_first, rows, C, **flags)
 
 
 def wkv_backward(
     g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
-    dk, dv, dr, d_decay, d_first, d_ybar, d_lse,
+    dk, dv, dr, d_decay, d_first, d_ybar, d_lse, tuning,
 ):  # fmt: skip
     """Fill dk and dv, and dr, d_decay with d_first, and d_ybar with d_lse where they are given. k is not empty."""
     decay, first = decay.contiguous(), first.contiguous()
-    grid = _Grid(k, decay, raw, cu_seqlens, max_seqlen, algorithm)
+    grid = _Grid(tuning, k, decay, raw, cu_seqlens, max_seqlen, algorithm)
     g = g if g is None or g.dtype == grid.state else g.to(k.dtype)
     g, k, v, r, dk, dv, dr = map(_placed, (g, k, v, r, dk, dv, dr))
     if g_ybar is not None or g_lse is not None:
@@ -835,10 +833,10 @@ def wkv_backward(
         grid.launch(
             wkv_backward_kernel, tiles, upstream, (k, v, r), (decay, first), (cu_seqlens, ybar, lse), (state, right),
             (start, left, keep, exit), gradients, grid.L, grid.C, tiles, cdiv(grid.tiles, tiles),
-            _plane(state), chunk_plane, _plane(keep), RIGHTWARDS=rightwards, HELD=min(_HELD, layout.TILE),
+            _plane(state), chunk_plane, _plane(keep), RIGHTWARDS=rightwards, HELD=grid.held,
         )  # fmt: skip
         if out and d_decay is not None:
-            parameter_sums(*sums, decay, raw, d_decay, d_first)
+            parameter_sums(*sums, decay, raw, d_decay, d_first, tuning)
 
     def starts(rightwards):
         """The carry that enters each chunk."""
@@ -852,7 +850,7 @@ def wkv_backward(
     if not bidirectional:
         walk(grid.coarse, start=starts(False), out=True)
         return
-    rows = layout.wkv_rows(grid.B, grid.L, grid.packed, min(_HELD, layout.TILE))
+    rows = layout.wkv_rows(grid.B, grid.L, grid.packed, grid.held)
     entering = torch.empty(2, 2, rows, grid.C, dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         walk(grid.coarse, start=starts(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
