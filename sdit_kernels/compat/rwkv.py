@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import backend
+from ..dtypes import autocast_dtype, state_dtype
 from ..nn import ChannelMix, TimeMix
-from ..ops.mix import autocast_dtype, relu_squared, token_shift
+from ..ops.mix import relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
-from ..reference.lif import state_dtype
 from .swap import Left, Report, Swapped, class_names, counted, refuse_symbols, swap, swap_back, swapped_class, warn
 
 __all__ = ["RUN_CUDA", "accelerate", "restore"]

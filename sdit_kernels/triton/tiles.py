@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dtypes import state_dtype
 from ..layout import STRIDE, layout_of, place, place_state
-from ..reference.lif import state_dtype
 
 _THREADS = 128
 _PROGRAMS = 2048  # programs over which the rows are spread where parameter gradients are summed

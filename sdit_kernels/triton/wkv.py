@@ -38,7 +38,7 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..reference.lif import state_dtype
+from ..dtypes import state_dtype
 from .tiles import STATES, cdiv, launch, warps_of
 
 _THREADS = 64  # channels of a program
