@@ -49,7 +49,18 @@ from ..checks import check_neuron, check_neuron_values
 from ..dispatch import backend
 from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.lif import lif
-from .swap import Methods, Report, changed_behaviour, counted, refuse_symbols, suspected_neuron, swap, swap_back, warn
+from .swap import (
+    Methods,
+    Report,
+    changed_behaviour,
+    counted,
+    fused_methods,
+    refuse_symbols,
+    suspected_neuron,
+    swap,
+    swap_back,
+    warn,
+)
 
 __all__ = ["accelerate", "restore"]
 
@@ -112,7 +123,7 @@ def _ready(neuron, x, axes=0):
     reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
     if reason is None:
         try:
-            found = _settings(neuron) | neuron._sdit_kernels.methods._leak(neuron, x)
+            found = _settings(neuron) | fused_methods(neuron)._leak(neuron, x)
             _check(x, x.shape[axes:], **found)
             return found
         except (TypeError, ValueError) as error:

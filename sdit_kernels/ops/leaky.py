@@ -17,7 +17,7 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import STRIDE
-from .lif import _lif_backward_outputs, _lif_outputs
+from .lif import allocate_gradients, allocate_outputs
 from .operator import kernels, register, values_are_readable
 
 RESETS = ("subtract", "zero", "none")
@@ -50,7 +50,7 @@ def _check_values(beta, v_threshold, dtype):
 
 def _leaky(x, v, beta, v_threshold, *rest):
     *neuron, return_v, return_v_seq, keep, backend = rest
-    outputs = _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
+    outputs = allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
         _check_values(beta, v_threshold, state_dtype(x.dtype))
@@ -63,12 +63,12 @@ def _leaky(x, v, beta, v_threshold, *rest):
 
 def _leaky_fake(x, v, beta, v_threshold, *rest):
     *_, return_v, return_v_seq, keep, _ = rest
-    return _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
+    return allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
 
 
 def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
     *neuron, parameters, backend = rest
-    dx, dv, *d_parameters = _lif_backward_outputs(x, v, beta, v_threshold, parameters)
+    dx, dv, *d_parameters = allocate_gradients(x, v, beta, v_threshold, parameters)
     if x.numel() == 0:
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
@@ -86,7 +86,7 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
 
 
 def _leaky_backward_fake(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    return tuple(_lif_backward_outputs(x, v, beta, v_threshold, rest[-2]))
+    return tuple(allocate_gradients(x, v, beta, v_threshold, rest[-2]))
 
 
 def _leaky_save(ctx, inputs, output):

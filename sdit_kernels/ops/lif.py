@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 _INFERENCE = (torch.uint8, torch.bool)
-_NEURON = (
+NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
 )
 
@@ -43,7 +43,7 @@ def _per_channel(tau, v_threshold):
     return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
 
 
-def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
+def allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
     """s, v_final, v_seq, checkpoint, unfilled; an empty tensor for what is not asked for."""
     state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
     s = empty_like(x, spike_dtype or x.dtype, per_channel)
@@ -56,7 +56,7 @@ def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
 def _lif(x, v, tau, v_threshold, *rest):
     *neuron, return_v, return_v_seq, spike_dtype, keep, backend = rest
     neuron = Neuron(*neuron)
-    outputs = _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
+    outputs = allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
         check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
@@ -68,21 +68,21 @@ def _lif(x, v, tau, v_threshold, *rest):
 
 
 def _lif_fake(x, v, tau, v_threshold, *rest):
-    return _lif_outputs(x, tau, v_threshold, *rest[7:11])
+    return allocate_outputs(x, tau, v_threshold, *rest[7:11])
 
 
-def _lif_backward_outputs(x, v, tau, v_threshold, parameters):
+def allocate_gradients(x, v, tau, v_threshold, parameters):
     """dx, dv, d tau, d v_threshold; an empty tensor for what is not asked for."""
     dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
     dv = x.new_empty(0) if v is None else empty_state_like(dx, v.dtype)
-    return dx, dv, *_parameter_outputs(x, tau, v_threshold, parameters)
+    return dx, dv, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
 
 
-def _parameter_outputs(x, tau, v_threshold, parameters):
+def allocate_parameter_gradients(x, tau, v_threshold, parameters):
     return [torch.empty_like(p) if parameters and p is not None else x.new_empty(0) for p in (tau, v_threshold)]
 
 
-def _parameter_gradients(tau, v_threshold, sums, unused):
+def sum_parameter_gradients(tau, v_threshold, sums, unused):
     """Finish d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
     if sums is None:
         return unused
@@ -101,7 +101,7 @@ def _parameter_gradients(tau, v_threshold, sums, unused):
 def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
     *neuron, parameters, backend = rest
     neuron = Neuron(*neuron)
-    dx, dv, *d_parameters = _lif_backward_outputs(x, v, tau, v_threshold, parameters)
+    dx, dv, *d_parameters = allocate_gradients(x, v, tau, v_threshold, parameters)
     if x.numel() == 0:
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
@@ -111,11 +111,11 @@ def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
     sums = kernels(backend, "lif").lif_backward(
         g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters
     )
-    return dx, dv, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return dx, dv, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
-    dx, dv, dtau, dth = _lif_backward_outputs(x, v, tau, v_threshold, rest[-2])
+    dx, dv, dtau, dth = allocate_gradients(x, v, tau, v_threshold, rest[-2])
     return dx, dv, dtau, dth
 
 
@@ -144,7 +144,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
     dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
-    return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
+    return dx, dgate, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
 
 
 def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
@@ -155,7 +155,7 @@ def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
     sums = kernels(backend, "lif").lif_rate_backward(
         g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters
     )
-    return dx, dgate, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return dx, dgate, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _rate_backward_fake(g, x, gate, tau, v_threshold, T, *rest):
@@ -198,7 +198,7 @@ def _rate_gradient(ctx, g):
 
 
 _lif_call = register(
-    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, "
+    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {NEURON_SCHEMA}, bool return_v, bool return_v_seq, "
     "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _lif,
     _lif_fake,
@@ -209,14 +209,14 @@ _lif_call = register(
 )
 _lif_backward_call = register(
     "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
-    f"Tensor checkpoint, {_NEURON}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor checkpoint, {NEURON_SCHEMA}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _lif_backward,
     _lif_backward_fake,
     batch_axes=(1, 0, 1, 1, 0, None, None, 1),
     output_axes=(1, 0, None, None),
 )
 _rate_call = register(
-    f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {NEURON_SCHEMA}, "
     "bool return_counts, str backend) -> Tensor",
     _rate,
     _rate_fake,
@@ -226,7 +226,7 @@ _rate_call = register(
     gradient=_rate_gradient,
 )
 _rate_backward_call = register(
-    f"lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    f"lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {NEURON_SCHEMA}, "
     "bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _rate_backward,
     _rate_backward_fake,

@@ -19,7 +19,7 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
-from .lif import _NEURON, Settings, _parameter_gradients, _parameter_outputs
+from .lif import NEURON_SCHEMA, Settings, allocate_parameter_gradients, sum_parameter_gradients
 from .operator import kernels, register, values_are_readable
 from .wkv import State
 
@@ -67,7 +67,7 @@ def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_thresho
     """The gradients of the ten tensors, in this order; an empty tensor for what is not asked for."""
     data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
     given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, first, ybar, lse, membrane)]
-    return *data, *given, *_parameter_outputs(k, tau, v_threshold, parameters)
+    return *data, *given, *allocate_parameter_gradients(k, tau, v_threshold, parameters)
 
 
 def _backward(
@@ -93,7 +93,7 @@ def _backward(
         g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
         checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given,
     )  # fmt: skip
-    return *outputs[:8], *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return *outputs[:8], *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _backward_fake(
@@ -124,7 +124,7 @@ _INPUTS = (
     "Tensor? v_threshold"
 )
 _call = register(
-    f"spiking_wkv({_INPUTS}, bool raw, {_NEURON}, bool rate, bool return_state, bool keep, str backend) "
+    f"spiking_wkv({_INPUTS}, bool raw, {NEURON_SCHEMA}, bool rate, bool return_state, bool keep, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -135,7 +135,7 @@ _call = register(
 )
 _backward_call = register(
     f"spiking_wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor? g_membrane, {_INPUTS}, Tensor checkpoint, "
-    f"bool raw, {_NEURON}, bool rate, bool parameters, str backend) "
+    f"bool raw, {NEURON_SCHEMA}, bool rate, bool parameters, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
