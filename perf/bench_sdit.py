@@ -66,12 +66,12 @@ class Plain(torch.nn.Module):
         return x + x * block.tokens_out(block.tokens_in(r).transpose(1, 2))
 
     def forward(self, x, t, y):
-        x, half, kept = self.model._embed(x, t, y), len(self.model.blocks) // 2, []
+        x, half, kept = self.model.embed_inputs(x, t, y), len(self.model.blocks) // 2, []
         for i, block in enumerate(self.model.blocks):
             x = self.block(block, x, kept.pop() if i > half else None)
             if i < half:
                 kept.append(x)
-        return self.model._image(x)
+        return self.model.decode_tokens(x)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------

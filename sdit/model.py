@@ -315,7 +315,7 @@ class SDiT(nn.Module):
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
         no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
         with no_autocast:  # both ends of the network are cheap, and the stream of tokens keeps its precision
-            x = self._embed(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
+            x = self.embed_inputs(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
         half, skips = len(self.blocks) // 2, []
         checkpointing = self.checkpointing and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
@@ -330,11 +330,11 @@ class SDiT(nn.Module):
             if i < half:
                 skips.append(x)
         with no_autocast:
-            return self._image(x)  # (B, out, S, S)
+            return self.decode_tokens(x)  # (B, out, S, S)
 
     @nvtx.range("embedding")
-    def _embed(self, x, t, y):
-        """Tokens: the condition, then the patches, row by row; (B, N+1, C)."""
+    def embed_inputs(self, x, t, y):
+        """The tokens of an image: the condition, then the patches, row by row; (B, N+1, C)."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)  # (B, C)
         x = F.pixel_unshuffle(x, self.config.patch_size)  # (B, channels P P, S/P, S/P)
         x = self.patches(rearrange(x, "b c h w -> b (h w) c"))  # (B, N, C)
@@ -344,8 +344,8 @@ class SDiT(nn.Module):
         return torch.cat([c.unsqueeze(1), x], 1) + self.position  # (B, N+1, C)
 
     @nvtx.range("final")
-    def _image(self, x):
-        """Tokens back to an image, the condition's dropped."""
+    def decode_tokens(self, x):
+        """The image of the tokens. The token of the condition is dropped."""
         P = self.config.patch_size
         x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))  # (B, N, P P out)
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.config.image_size // P, p=P, q=P)  # (B, out, S, S)

@@ -154,6 +154,12 @@ def _resolve(device: str, name: str | None) -> str:
 _resolve._dynamo_marked_constant = True
 
 
+def forget_devices() -> None:
+    """Find out anew what serves each device: for tools that change Triton's driver."""
+    triton_on_cpu.cache_clear()
+    _resolved.clear()
+
+
 def requested() -> str | None:
     """The backend asked for in this thread, None where the device decides."""
     return _choice.name

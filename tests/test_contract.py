@@ -88,11 +88,19 @@ def test_importing_everything_replaces_nothing(module):
     assert sdit_kernels.nn.LIF
 
 
-FORBIDDEN = {  # room: what no file in it may import
-    "reference": ("numba", "triton", "numpy", "sdit_kernels.cpu", "sdit_kernels.triton", "sdit_kernels.ops", "sdit_kernels.nn"),
-    "cpu": ("triton", "sdit_kernels.triton", "sdit_kernels.ops", "sdit_kernels.nn"),
-    "triton": ("numba", "sdit_kernels.cpu", "sdit_kernels.ops", "sdit_kernels.nn"),
-    "ops": ("numba", "triton", "sdit_kernels.cpu", "sdit_kernels.triton", "sdit_kernels.nn"),
+def rooms(names):
+    return tuple(f"sdit_kernels.{name}" for name in names.split())
+
+
+FORBIDDEN = {  # room or file: what no file in it may import
+    "_torch.py": ("numba", "triton", "numpy", *rooms("dtypes checks reference cpu triton ops nn compat")),
+    "dtypes.py": ("numba", "triton", "numpy", *rooms("checks reference cpu triton ops nn compat")),
+    "checks.py": ("numba", "triton", "numpy", *rooms("reference cpu triton ops nn compat")),
+    "reference": ("numba", "triton", "numpy", *rooms("cpu triton ops nn compat")),
+    "cpu": ("triton", *rooms("triton ops nn compat")),
+    "triton": ("numba", *rooms("cpu ops nn compat")),
+    "ops": ("numba", "triton", *rooms("cpu triton nn compat")),
+    "nn": ("numba", "triton", *rooms("cpu triton compat")),
 }
 
 
@@ -145,6 +153,80 @@ def test_no_test_and_no_benchmark_patches_a_number_of_a_module():
         assert "STREAM" in set(patched_names(line)), line
     for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "perf").rglob("*.py")]:
         assert not numbers & set(patched_names(path.read_text())), path
+
+
+ROOMS = ("sdit_kernels", "sdit", "perf", "examples")
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+PUBLIC = {*dir(torch.nn.Module()), "_replace", "_asdict", "_fields", "_make"}  # underscores that classes hand down to others
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
+
+
+def defined(source):
+    """The private names that a file defines: functions, classes, variables, arguments, attributes that it sets."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        stored = isinstance(getattr(node, "ctx", None), ast.Store)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif stored and isinstance(node, (ast.Name, ast.Attribute)):
+            found.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return {name for name in found if is_private(name)}
+
+
+def private_names_of_others(source, others):
+    """Private names that a file takes from a file of ROOMS: imported, read from an imported name, or read from any object if
+    another file (``others``: the private names defined there) and not this one defines them."""
+    modules, imported, found, own = {path.stem for path in SOURCES}, set(), [], defined(source)
+    nodes = list(ast.walk(ast.parse(source)))
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in ROOMS):
+            imported |= {alias.asname or alias.name for alias in node.names}
+            found += [alias.name for alias in node.names if is_private(alias.name) and alias.name not in modules]
+        elif isinstance(node, ast.Import):
+            imported |= {alias.asname or alias.name.split(".")[0] for alias in node.names if alias.name.split(".")[0] in ROOMS}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            of_import = isinstance(root, ast.Name) and root.id in imported
+            if of_import or (node.attr in others and node.attr not in own):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_private_name_crosses_a_file_border():
+    definitions = {path: defined(path.read_text()) for path in SOURCES}
+    found = {}
+    for path in SOURCES:
+        others = set().union(*(names for other, names in definitions.items() if other != path))
+        names = private_names_of_others(path.read_text(), others)
+        if names:
+            found[str(path.relative_to(ROOT))] = names
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "source, name",
+    [
+        ("from .lif import _helper", "_helper"),
+        ("from sdit_kernels.ops.lif import _helper as helper", "_helper"),
+        ("from . import lif\nlif._helper()", "lif._helper"),
+        ("import sdit_kernels.ops.lif\nsdit_kernels.ops.lif._helper()", "sdit_kernels.ops.lif._helper"),
+        ("import perf.ops as o\no.OPS._x", "o.OPS._x"),
+        ("def f(model): return model._hidden(1)", "model._hidden"),
+    ],
+)
+def test_private_names_are_found(source, name):
+    assert private_names_of_others(source, {"_hidden"}) == [name]
+
+
+def test_names_of_ones_own_and_of_tuples_are_not_counted():
+    source = "from .x import a as _b\nimport torch\nclass A:\n    def _hidden(self): return self._hidden, a._replace, torch._C"
+    assert private_names_of_others(source, {"_hidden"}) == []
 
 
 BARE = """

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import sdit_kernels
-from sdit_kernels import SURROGATES, backend, lif, lif_rate
+from sdit_kernels import SURROGATES, backend, checks, lif, lif_rate
 from sdit_kernels.tuning import current, tuned
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -388,7 +388,7 @@ def test_tiles_as_on_a_gpu():
 @pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
     """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
-    from sdit_kernels.ops.lif import Neuron
+    from sdit_kernels.checks import Neuron
     from sdit_kernels.triton import lif as kernels
 
     neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
@@ -517,7 +517,7 @@ def test_numpys_numbers_are_numbers():
 
 
 def test_own_surrogate_runs_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(sys.modules["sdit_kernels.ops.lif"], "_warned_of_custom_surrogate", False)
+    monkeypatch.setattr(checks, "_warned_of_custom_surrogate", False)
     x = exact((4, 5), torch.float32, 0).requires_grad_()
     with pytest.warns(UserWarning, match="plain PyTorch path"):
         own = torch.autograd.grad(lif(x, surrogate=lambda z: 1 / (1 + (math.pi * z) ** 2)).sum(), x)[0]

@@ -431,7 +431,7 @@ def test_saved_bytes(name):
 @pytest.mark.parametrize("name", ["triton", "chain"])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
     """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
-    from sdit_kernels.ops.lif import Neuron
+    from sdit_kernels.checks import Neuron
     from sdit_kernels.triton import spiking_wkv as kernels
 
     T, B, L, C = shape
@@ -550,7 +550,7 @@ def test_vmap_is_a_loop():
 def test_own_surrogate_runs_on_the_reference():
     case = Case(T=2, L=5)
     with pytest.warns(UserWarning, match="plain PyTorch path"):
-        import sdit_kernels.ops.lif as module
+        import sdit_kernels.checks as module
 
         module._warned_of_custom_surrogate = False
         own = case.call(surrogate=lambda z: 1 / (1 + (math.pi * z) ** 2))

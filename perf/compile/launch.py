@@ -52,7 +52,7 @@ def launches(target):
     """
     found = []
     _forget_the_device()
-    run, active = triton.runtime.JITFunction.run, triton.runtime.driver._active
+    run, before = triton.runtime.JITFunction.run, _active_driver()
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
@@ -68,12 +68,19 @@ def launches(target):
         yield found
     finally:
         triton.runtime.JITFunction.run = run
-        triton.runtime.driver._active = active
+        triton.runtime.driver.set_active(before)
         _forget_the_device()
+
+
+def _active_driver():
+    """Triton's driver, or None where Triton finds none; it then looks for one again."""
+    try:
+        return triton.runtime.driver.active
+    except Exception:  # no driver at all: Triton raises RuntimeErrors and ImportErrors of many kinds here
+        return None
 
 
 def _forget_the_device():
     """The package remembers what it has found out about its device: let it ask again."""
     tiles.warps_of.cache_clear()
-    dispatch.triton_on_cpu.cache_clear()
-    dispatch._resolved.clear()
+    dispatch.forget_devices()

@@ -7,7 +7,7 @@ import torch
 from perf.compile.rows import SHAPE, Figures, Launched, Stem, one_turn
 from perf.ops import passes
 from sdit_kernels import layout
-from sdit_kernels.ops.lif import Neuron
+from sdit_kernels.checks import Neuron
 from sdit_kernels.triton import spiking_wkv
 from sdit_kernels.tuning import current
 

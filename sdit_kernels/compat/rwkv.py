@@ -17,11 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from ..dispatch import backend
+from ..dtypes import autocast_dtype, state_dtype
 from ..nn import ChannelMix, TimeMix
-from ..ops.mix import autocast_dtype, relu_squared, token_shift
+from ..ops.mix import relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
-from ..reference.lif import state_dtype
-from .swap import Left, Report, Swapped, class_names, counted, refuse_symbols, swap, swap_back, swapped_class, warn
+from .swap import (
+    Left,
+    Report,
+    Swapped,
+    class_names,
+    counted,
+    original_class,
+    refuse_symbols,
+    swap,
+    swap_back,
+    swapped_class,
+    warn,
+)
 
 __all__ = ["RUN_CUDA", "accelerate", "restore"]
 
@@ -118,7 +130,7 @@ def _unless_counted(fused: Callable) -> Callable:
         if reason is None:
             return fused(self, x, *args, **kwargs)
         warn(f"{type(self).__name__} runs its own code: {reason}", 3)
-        return _own_forward(type(self)._original)(self, x, *args, **kwargs)
+        return _own_forward(original_class(self))(self, x, *args, **kwargs)
 
     return forward
 
@@ -221,7 +233,7 @@ class _Call(Swapped):
         super().__init_subclass__()
         # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
         cls.forward = torch.compiler.disable(
-            _with_run_cuda(cls._original.forward),
+            _with_run_cuda(original_class(cls).forward),
             reason="of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model",
         )
 

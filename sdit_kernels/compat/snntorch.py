@@ -56,9 +56,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.leaky import leaky
-from ..ops.lif import _FLOATS
-from ..reference.lif import state_dtype
 from .swap import (
     Methods,
     Report,
@@ -187,7 +186,7 @@ def _broadcasts_to(shape, data):
 def _prepare(neuron, x):
     """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
     reason = _obstacle(neuron)
-    if x.dtype not in _FLOATS:
+    if x.dtype not in DATA_DTYPES:
         reason = f"the kernels do not take its data, {x.dtype}"
     elif not _broadcasts_to(neuron.graded_spikes_factor.shape, x.shape[1:]):
         factor = tuple(neuron.graded_spikes_factor.shape)

@@ -45,10 +45,22 @@ import sys
 
 import torch
 
+from ..checks import check_neuron, check_neuron_values
 from ..dispatch import backend
-from ..ops.lif import _FLOATS, _check_neuron, _check_values, lif
-from ..reference.lif import state_dtype
-from .swap import Methods, Report, changed_behaviour, counted, refuse_symbols, suspected_neuron, swap, swap_back, warn
+from ..dtypes import DATA_DTYPES, state_dtype
+from ..ops.lif import lif
+from .swap import (
+    Methods,
+    Report,
+    changed_behaviour,
+    counted,
+    fused_methods,
+    refuse_symbols,
+    suspected_neuron,
+    swap,
+    swap_back,
+    warn,
+)
 
 __all__ = ["accelerate", "restore"]
 
@@ -91,9 +103,9 @@ def _may_look(t):
 
 def _check(x, shape, **settings):
     """Raise what lif would, for data x whose steps have this shape."""
-    _, _, v_threshold = _check_neuron(x, shape[-1] if shape else None, **settings)
+    _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **settings)
     if v_threshold is not None and _may_look(v_threshold):
-        _check_values(None, v_threshold, settings["decay_input"])
+        check_neuron_values(None, v_threshold, settings["decay_input"])
 
 
 def _obstacle(neuron):
@@ -111,7 +123,7 @@ def _ready(neuron, x, axes=0):
     reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
     if reason is None:
         try:
-            found = _settings(neuron) | neuron._sdit_kernels.methods._leak(neuron, x)
+            found = _settings(neuron) | fused_methods(neuron)._leak(neuron, x)
             _check(x, x.shape[axes:], **found)
             return found
         except (TypeError, ValueError) as error:
@@ -122,7 +134,7 @@ def _ready(neuron, x, axes=0):
 
 def _not_taken(neuron, x, axes):
     """Why the kernels cannot have this tau or these data, None if they can."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in _FLOATS or x.dim() < axes:
+    if not isinstance(x, torch.Tensor) or x.dtype not in DATA_DTYPES or x.dim() < axes:
         what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
         return f"the kernels do not take its data, {what}"
     tau = getattr(neuron, "tau", 1)

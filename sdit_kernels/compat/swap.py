@@ -113,6 +113,16 @@ def _rebuild(mixin, original):
     return cls.__new__(cls)
 
 
+def original_class(module: Swapped | type[Swapped]) -> type:
+    """The class that ``swapped_class`` derived the class of a module from."""
+    return module._original
+
+
+def fused_methods(module) -> type[Methods]:
+    """The methods of a module that has those of a ``Methods``."""
+    return module._sdit_kernels.methods
+
+
 def methods_of(module) -> type | None:
     """Which of this package's methods a module has got, if any."""
     if isinstance(module, Swapped):

@@ -2,8 +2,8 @@
 
 import torch
 
+from ..dtypes import state_dtype
 from ..layout import layout_of, place, place_state
-from ..reference.lif import state_dtype
 from .intrinsics import CODES, state_code
 
 FORWARD_COLUMNS = 1024  # that a forward task of a neuron holds
@@ -33,11 +33,11 @@ class Parameters:
 
     def __init__(self, tau, v_threshold, neuron, dtype):
         self._dtype, self._alive = dtype, []
-        self.r = self._split(None if tau is None else 1.0 / tau.detach().to(dtype), 1.0 / neuron.tau)
-        self.theta = self._split(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
+        self.r = self.number_or_address(None if tau is None else 1.0 / tau.detach().to(dtype), 1.0 / neuron.tau)
+        self.theta = self.number_or_address(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
         self.per_channel = bool(self._alive)
 
-    def _split(self, p, value):
+    def number_or_address(self, p, value):
         if p is None or p.numel() == 1:
             return value if p is None else p.item(), 0
         self._alive.append(p.contiguous())

@@ -8,8 +8,8 @@ import functools
 
 import numba
 
+from ..dtypes import state_dtype
 from ..layout import STRIDE
-from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from .intrinsics import (
     SIZES,
@@ -232,8 +232,8 @@ class _BetaAndThreshold(Parameters):
 
     def __init__(self, beta, v_threshold, neuron, dtype):
         self._dtype, self._alive = dtype, []
-        self.r = self._split(None if beta is None else beta.detach().to(dtype), neuron.beta)
-        self.theta = self._split(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
+        self.r = self.number_or_address(None if beta is None else beta.detach().to(dtype), neuron.beta)
+        self.theta = self.number_or_address(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
         self.per_channel = bool(self._alive)
 
 

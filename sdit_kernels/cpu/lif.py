@@ -11,8 +11,8 @@ import math
 import numba
 import torch
 
+from ..dtypes import state_dtype
 from ..layout import STRIDE, layout_of_step, place_state
-from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from . import staircase
 from .intrinsics import (

@@ -11,8 +11,8 @@ import numba
 import numpy as np
 import torch
 
+from ..dtypes import state_dtype
 from ..layout import layout_of_step, place_state, same_strides, sequences
-from ..reference.lif import state_dtype
 from .intrinsics import CODES, SIZES, load, load_int, num, state_code, store
 from .kernel import Kernel, share
 from .vector import LANES, fma, kind, vload, vset, vstore

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import torch
 
-from ..reference.lif import state_dtype
+from ..dtypes import state_dtype
 from ..reference.wkv import STEEPEST
 from .intrinsics import F64
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less

@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import refuse_proxy
 from ..dispatch import backend
+from ..dtypes import state_dtype
 from ..ops.lif import lif, lif_rate
-from ..ops.operator import refuse_proxy, refuse_script
-from ..reference.lif import state_dtype
+from ..ops.operator import refuse_script
 
 
 class _Neuron(torch.nn.Module):

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_data, check_flag
 from ..dispatch import backend
-from ..ops.lif import _check_data
-from ..ops.mix import autocast_dtype, relu_squared, token_shift
+from ..dtypes import autocast_dtype
+from ..ops.mix import relu_squared, token_shift
 from ..ops.operator import refuse_script
 from ..ops.wkv import wkv
 from .neurons import LIFRate
@@ -54,11 +55,11 @@ class _Mix(torch.nn.Module):
         return (torch.arange(self.channels, dtype=torch.float64, device="cpu") / self.channels) ** exponent
 
     def _check_call(self, x, residual):
-        _check_data("x", x)
+        check_data("x", x)
         if x.dim() < 2 or x.shape[-1] != self.channels:
             raise ValueError(f"x must have shape (..., L, {self.channels}), got {tuple(x.shape)}")
         if residual is not None:
-            _check_data("residual", residual, like=x)
+            check_data("residual", residual, like=x)
 
     def _output(self, x, residual, gate=None):
         if self.neuron is not None:
@@ -132,8 +133,7 @@ class TimeMix(_Mix):
         bidirectional: bool = False,
     ):
         super().__init__(channels, layer, layers, norm_eps, neuron)
-        if not isinstance(bidirectional, bool):
-            raise TypeError(f"bidirectional must be a bool, got {type(bidirectional).__name__}")
+        check_flag("bidirectional", bidirectional)
         self.bidirectional = bidirectional
         self.time_decay = torch.nn.Parameter(torch.empty(channels))
         self.time_first = torch.nn.Parameter(torch.empty(channels))

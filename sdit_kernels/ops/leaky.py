@@ -5,20 +5,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import dispatch, reference, tuning
-from ..layout import STRIDE
-from ..reference.lif import state_dtype
-from .lif import (
-    _check_data,
-    _check_flag,
-    _check_parameter,
-    _check_state,
-    _check_surrogate,
-    _check_threshold,
-    _lif_backward_outputs,
-    _lif_outputs,
-    _wants_gradient,
-    _warn_custom_surrogate,
+from ..checks import (
+    check_data,
+    check_flag,
+    check_membrane,
+    check_neuron_parameter,
+    check_surrogate,
+    check_threshold,
+    wants_gradient,
+    warn_of_custom_surrogate,
 )
+from ..dtypes import state_dtype
+from ..layout import STRIDE
+from .lif import allocate_gradients, allocate_outputs
 from .operator import kernels, register, values_are_readable
 
 RESETS = ("subtract", "zero", "none")
@@ -43,7 +42,7 @@ def _check_beta(beta):
 
 def _check_values(beta, v_threshold, dtype):
     """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
-    for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: _check_threshold(extreme, dtype))):
+    for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: check_threshold(extreme, dtype))):
         if p is not None and p.numel():
             check(p.min().item())
             check(p.max().item())
@@ -51,7 +50,7 @@ def _check_values(beta, v_threshold, dtype):
 
 def _leaky(x, v, beta, v_threshold, *rest):
     *neuron, return_v, return_v_seq, keep, backend = rest
-    outputs = _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
+    outputs = allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
         _check_values(beta, v_threshold, state_dtype(x.dtype))
@@ -64,12 +63,12 @@ def _leaky(x, v, beta, v_threshold, *rest):
 
 def _leaky_fake(x, v, beta, v_threshold, *rest):
     *_, return_v, return_v_seq, keep, _ = rest
-    return _lif_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
+    return allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
 
 
 def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
     *neuron, parameters, backend = rest
-    dx, dv, *d_parameters = _lif_backward_outputs(x, v, beta, v_threshold, parameters)
+    dx, dv, *d_parameters = allocate_gradients(x, v, beta, v_threshold, parameters)
     if x.numel() == 0:
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
@@ -88,7 +87,7 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
 
 
 def _leaky_backward_fake(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    return tuple(_lif_backward_outputs(x, v, beta, v_threshold, rest[-2]))
+    return tuple(allocate_gradients(x, v, beta, v_threshold, rest[-2]))
 
 
 def _leaky_save(ctx, inputs, output):
@@ -187,25 +186,25 @@ def leaky(
         >>> s.flatten().tolist(), v.flatten().tolist()
         ([0.0, 1.0, 0.0, 0.0], [0.75, 1.125, -0.1875, 0.90625])
     """
-    _check_data("x", x)
+    check_data("x", x)
     if x.dim() == 0:
         raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
     shape = x.shape[1:]
     if v is not None:
-        _check_state("v", v, shape, x)
+        check_membrane("v", v, shape, x)
     channels = shape[-1] if shape else None
-    beta_value, beta_tensor = _check_parameter("beta", beta, x, channels)
-    threshold_value, threshold_tensor = _check_parameter("v_threshold", v_threshold, x, channels)
+    beta_value, beta_tensor = check_neuron_parameter("beta", beta, x, channels)
+    threshold_value, threshold_tensor = check_neuron_parameter("v_threshold", v_threshold, x, channels)
     _check_beta(beta_value)
     dtype = state_dtype(x.dtype)
-    _check_threshold(threshold_value, dtype)
+    check_threshold(threshold_value, dtype)
     if reset not in RESETS:
         raise ValueError(f"reset must be one of {', '.join(map(repr, RESETS))}, got {reset!r}")
     for name, flag in (("reset_delay", reset_delay), ("return_v", return_v), ("return_v_seq", return_v_seq)):
-        _check_flag(name, flag)
-    alpha = _check_surrogate(surrogate, alpha, dtype)
+        check_flag(name, flag)
+    alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
-        _warn_custom_surrogate()
+        warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=alpha is not None)
     if backend == "reference":
         if values_are_readable(x):
@@ -217,7 +216,7 @@ def leaky(
     assert alpha is not None  # a surrogate function went to the reference
     neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, alpha)
     T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
-    keep = isinstance(T, int) and T > STRIDE and _wants_gradient(x, v, beta_tensor, threshold_tensor)
+    keep = isinstance(T, int) and T > STRIDE and wants_gradient(x, v, beta_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _leaky_call(x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, keep, backend)
     if return_v:
         return (s, v_final, v_seq) if return_v_seq else (s, v_final)

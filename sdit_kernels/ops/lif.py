@@ -4,198 +4,36 @@ Each operator has a CPU and a CUDA implementation, a fake one and an autograd fo
 because a backward pass may run on another thread than the one that chose it.
 """
 
-import math
 import numbers
-import warnings
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from .. import dispatch, memory, reference, tuning
+from ..checks import (
+    Neuron,
+    check_data,
+    check_flag,
+    check_membrane,
+    check_neuron,
+    check_neuron_values,
+    wants_gradient,
+    warn_of_custom_surrogate,
+)
+from ..dtypes import state_dtype
 from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
-from ..reference.lif import state_dtype
-from ..surrogate import SURROGATES
-from .operator import kernels, refuse_proxy, register, values_are_readable
+from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from typing_extensions import Unpack
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INFERENCE = (torch.uint8, torch.bool)
-_NEURON = (
+NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
 )
-
-
-class Neuron(NamedTuple):
-    """What every operator is told of the neuron; tau and v_threshold are overridden by tensors where those are given."""
-
-    tau: float
-    v_threshold: float
-    v_reset: float | None
-    decay_input: bool
-    detach_reset: bool
-    surrogate: str
-    alpha: float
-
-
-# --- argument checks --------------------------------------------------------------------------------------------------------
-
-
-def _is_number(value):
-    """Python's numbers, numpy's, and symbols for them; True and False are none."""
-    if isinstance(value, (int, float, torch.SymFloat)):
-        return not isinstance(value, bool)
-    return isinstance(value, numbers.Real)
-
-
-def _check_tensor(name, t, optional=False):
-    if not isinstance(t, Tensor):
-        refuse_proxy(t)
-        raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
-    if t.layout is not torch.strided or t.is_nested:
-        kind = "a nested tensor" if t.is_nested else t.layout
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
-
-
-def _check_flag(name, flag):
-    if not isinstance(flag, bool):
-        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
-
-
-def _check_data(name, t, like=None):
-    _check_tensor(name, t, optional=like is not None)
-    if like is None:
-        if t.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; cast it, e.g. {name}.float()"
-            )
-    elif t.shape != like.shape:
-        raise ValueError(f"{name} must have the shape of x, {tuple(like.shape)}, got {tuple(t.shape)}")
-    if like is not None and t.device != like.device:
-        raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
-
-
-def _check_state(name, t, shape, like, data="x"):
-    """A state or residual: of the dtype of ``like`` (to users, ``data``) or of the dtype the arithmetic is done in."""
-    _check_tensor(name, t, optional=True)
-    if t.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
-    allowed = (like.dtype, state_dtype(like.dtype))
-    if t.dtype not in allowed:
-        names = " or ".join(str(d) for d in dict.fromkeys(allowed))
-        raise TypeError(f"{name} must be {names} where {data} is {like.dtype}, got {t.dtype}; cast it: {name}.to({allowed[1]})")
-    if t.device != like.device:
-        raise ValueError(f"{name} must be on the device of {data}, {like.device}, got {t.device}")
-
-
-def _check_parameter(name, p, x, channels, data="x"):
-    """tau or v_threshold: (value, tensor or None)."""
-    if isinstance(p, Tensor):
-        _check_tensor(name, p)
-        if p.dtype not in _FLOATS or torch.promote_types(p.dtype, x.dtype) != p.dtype:
-            raise TypeError(
-                f"{name} must be a floating tensor at least as wide as {data} ({x.dtype}), got {p.dtype}; "
-                f"cast it: {name}.to({x.dtype})"
-            )
-        if p.device != x.device:
-            raise ValueError(f"{name} must be on the device of {data}, {x.device}, got {p.device}")
-        if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
-            per_channel = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
-            raise ValueError(f"{name} must be a scalar{per_channel}, got {tuple(p.shape)}")
-        return 1.0, p
-    if not _is_number(p):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
-    return float(p), None
-
-
-def _check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, data="x"):
-    """(Neuron, tau tensor, v_threshold tensor); the Neuron is None for a user's own surrogate."""
-    tau_value, tau = _check_parameter("tau", tau, x, channels, data)
-    threshold_value, v_threshold = _check_parameter("v_threshold", v_threshold, x, channels, data)
-    _check_tau(tau_value, decay_input)
-    dtype = state_dtype(x.dtype)
-    _check_threshold(threshold_value, dtype)
-    if v_reset is not None:
-        if not _is_number(v_reset):
-            raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
-        if not _is_finite(v_reset, dtype):
-            raise ValueError(f"v_reset must be finite or None (soft reset), {_got(v_reset, dtype)}")
-        v_reset = float(v_reset)
-    for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
-        _check_flag(name, flag)
-    alpha = _check_surrogate(surrogate, alpha, dtype)
-    if alpha is None:
-        return None, tau, v_threshold
-    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha)
-    return neuron, tau, v_threshold
-
-
-def _check_surrogate(surrogate, alpha, dtype):
-    """The sharpness; None for a user's own surrogate."""
-    if callable(surrogate):
-        if alpha is not None:
-            raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
-        return None
-    if surrogate not in SURROGATES:
-        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)} or a function of z, got {surrogate!r}")
-    if alpha is None:
-        return SURROGATES[surrogate].alpha
-    if not _is_number(alpha):
-        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not (alpha > 0 and _is_finite(alpha, dtype)):
-        raise ValueError(f"alpha must be positive and finite, {_got(alpha, dtype)}")
-    return float(alpha)
-
-
-def _check_tau(tau, decay_input):
-    if not (1 <= tau < math.inf or (tau == math.inf and not decay_input)):
-        raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
-
-
-def _is_finite(number, dtype):
-    limit = torch.finfo(dtype).max
-    return -limit <= number <= limit
-
-
-def _got(number, dtype):
-    """The end of an error message about a number that is not finite in ``dtype``, the type of the arithmetic."""
-    return f"got {number}" + (f", more than {dtype} holds" if math.isfinite(number) and not _is_finite(number, dtype) else "")
-
-
-def _check_threshold(v_threshold, dtype):
-    if not _is_finite(v_threshold, dtype):
-        raise ValueError(f"v_threshold must be finite, {_got(v_threshold, dtype)}")
-
-
-def _check_values(tau, v_threshold, decay_input, dtype=torch.float64):
-    """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
-    for p in (tau, v_threshold):
-        if p is not None and p.numel():
-            for extreme in (p.min().item(), p.max().item()):
-                if p is tau:
-                    _check_tau(extreme, decay_input)
-                else:
-                    _check_threshold(extreme, dtype)
-
-
-_warned_of_custom_surrogate = False
-
-
-def _warn_custom_surrogate():
-    global _warned_of_custom_surrogate
-    if not _warned_of_custom_surrogate:
-        _warned_of_custom_surrogate = True
-        warnings.warn("a surrogate function of your own runs on the plain PyTorch path, not on the fused kernels", stacklevel=4)
-
-
-def _wants_gradient(*tensors):
-    """False under torch.jit.trace: a graph replays with and without gradients."""
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and torch._C._get_tracing_state() is None
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
@@ -205,7 +43,7 @@ def _per_channel(tau, v_threshold):
     return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
 
 
-def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
+def allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
     """s, v_final, v_seq, checkpoint, unfilled; an empty tensor for what is not asked for."""
     state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
     s = empty_like(x, spike_dtype or x.dtype, per_channel)
@@ -218,10 +56,10 @@ def _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
 def _lif(x, v, tau, v_threshold, *rest):
     *neuron, return_v, return_v_seq, spike_dtype, keep, backend = rest
     neuron = Neuron(*neuron)
-    outputs = _lif_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
+    outputs = allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
     wanted = [t if t.numel() else None for t in outputs]
     if x.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
+        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
         kernels(backend, "lif").lif_forward(x, v, tau, v_threshold, neuron, *wanted, tuning.current())
     elif return_v:
@@ -230,21 +68,21 @@ def _lif(x, v, tau, v_threshold, *rest):
 
 
 def _lif_fake(x, v, tau, v_threshold, *rest):
-    return _lif_outputs(x, tau, v_threshold, *rest[7:11])
+    return allocate_outputs(x, tau, v_threshold, *rest[7:11])
 
 
-def _lif_backward_outputs(x, v, tau, v_threshold, parameters):
+def allocate_gradients(x, v, tau, v_threshold, parameters):
     """dx, dv, d tau, d v_threshold; an empty tensor for what is not asked for."""
     dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
     dv = x.new_empty(0) if v is None else empty_state_like(dx, v.dtype)
-    return dx, dv, *_parameter_outputs(x, tau, v_threshold, parameters)
+    return dx, dv, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
 
 
-def _parameter_outputs(x, tau, v_threshold, parameters):
+def allocate_parameter_gradients(x, tau, v_threshold, parameters):
     return [torch.empty_like(p) if parameters and p is not None else x.new_empty(0) for p in (tau, v_threshold)]
 
 
-def _parameter_gradients(tau, v_threshold, sums, unused):
+def sum_parameter_gradients(tau, v_threshold, sums, unused):
     """Finish d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
     if sums is None:
         return unused
@@ -263,7 +101,7 @@ def _parameter_gradients(tau, v_threshold, sums, unused):
 def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
     *neuron, parameters, backend = rest
     neuron = Neuron(*neuron)
-    dx, dv, *d_parameters = _lif_backward_outputs(x, v, tau, v_threshold, parameters)
+    dx, dv, *d_parameters = allocate_gradients(x, v, tau, v_threshold, parameters)
     if x.numel() == 0:
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
@@ -274,11 +112,11 @@ def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
         g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters,
         tuning.current(),
     )  # fmt: skip
-    return dx, dv, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return dx, dv, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
-    dx, dv, dtau, dth = _lif_backward_outputs(x, v, tau, v_threshold, rest[-2])
+    dx, dv, dtau, dth = allocate_gradients(x, v, tau, v_threshold, rest[-2])
     return dx, dv, dtau, dth
 
 
@@ -294,7 +132,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     neuron = Neuron(*neuron)
     out = _rate_output(x, residual, tau, v_threshold, return_counts)
     if x.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
+        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
     if x.numel():
         kernels(backend, "lif").lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning.current())
     return out
@@ -307,7 +145,7 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
     dx = _rate_output(x, None, tau, v_threshold, False)
     dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
-    return dx, dgate, *_parameter_outputs(x, tau, v_threshold, parameters)
+    return dx, dgate, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
 
 
 def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
@@ -318,7 +156,7 @@ def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
     sums = kernels(backend, "lif").lif_rate_backward(
         g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters, tuning.current()
     )
-    return dx, dgate, *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return dx, dgate, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _rate_backward_fake(g, x, gate, tau, v_threshold, T, *rest):
@@ -361,7 +199,7 @@ def _rate_gradient(ctx, g):
 
 
 _lif_call = register(
-    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, "
+    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {NEURON_SCHEMA}, bool return_v, bool return_v_seq, "
     "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _lif,
     _lif_fake,
@@ -372,14 +210,14 @@ _lif_call = register(
 )
 _lif_backward_call = register(
     "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
-    f"Tensor checkpoint, {_NEURON}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor checkpoint, {NEURON_SCHEMA}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _lif_backward,
     _lif_backward_fake,
     batch_axes=(1, 0, 1, 1, 0, None, None, 1),
     output_axes=(1, 0, None, None),
 )
 _rate_call = register(
-    f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {NEURON_SCHEMA}, "
     "bool return_counts, str backend) -> Tensor",
     _rate,
     _rate_fake,
@@ -389,7 +227,7 @@ _rate_call = register(
     gradient=_rate_gradient,
 )
 _rate_backward_call = register(
-    f"lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {_NEURON}, "
+    f"lif_rate_backward(Tensor g, Tensor x, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {NEURON_SCHEMA}, "
     "bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _rate_backward,
     _rate_backward_fake,
@@ -506,35 +344,35 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
-    _check_data("x", x)
+    check_data("x", x)
     if x.dim() == 0:
         raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
     shape = x.shape[1:]
     if v is not None:
-        _check_state("v", v, shape, x)
+        check_membrane("v", v, shape, x)
     channels = shape[-1] if shape else None
-    neuron, tau_tensor, threshold_tensor = _check_neuron(
+    neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
-    _check_flag("return_v", return_v)
-    _check_flag("return_v_seq", return_v_seq)
+    check_flag("return_v", return_v)
+    check_flag("return_v_seq", return_v_seq)
     if spike_dtype is not None and spike_dtype != x.dtype:
         if spike_dtype not in _INFERENCE:
             raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
-        if _wants_gradient(x, v, tau_tensor, threshold_tensor):
+        if wants_gradient(x, v, tau_tensor, threshold_tensor):
             raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
     if neuron is None:
-        _warn_custom_surrogate()
+        warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
-            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
-    keep = isinstance(T, int) and T > STRIDE and _wants_gradient(x, v, tau_tensor, threshold_tensor)
+    keep = isinstance(T, int) and T > STRIDE and wants_gradient(x, v, tau_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _lif_call(
         x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
     )
@@ -591,7 +429,7 @@ def lif_rate(
         >>> lif_rate(torch.tensor([1.0, 1.1, 1.5, 2.0])).tolist()
         [0.0, 0.25, 0.5, 1.0]
     """
-    _check_data("x", x)
+    check_data("x", x)
     if isinstance(T, bool) or not isinstance(T, (numbers.Integral, torch.SymInt)):
         raise TypeError(f"T must be an int, got {type(T).__name__}")
     if not isinstance(T, (int, torch.SymInt)):
@@ -601,29 +439,29 @@ def lif_rate(
     if T > 1 << 24:  # counts are float32 inside
         raise ValueError(f"T must be at most 2^24, got {T}")
     if residual is not None:
-        _check_state("residual", residual, x.shape, x)
+        check_membrane("residual", residual, x.shape, x)
     if gate is not None:
-        _check_data("gate", gate, x)
+        check_data("gate", gate, x)
         if gate.dtype != x.dtype:
             raise TypeError(f"gate must have the dtype of x, {x.dtype}, got {gate.dtype}; cast it: gate.to({x.dtype})")
     channels = x.shape[-1] if x.dim() else None
-    neuron, tau_tensor, threshold_tensor = _check_neuron(
+    neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
-    _check_flag("return_counts", return_counts)
+    check_flag("return_counts", return_counts)
     if return_counts:
         if T > 255:
             raise ValueError(f"return_counts gives uint8 and needs T <= 255, got {T}")
         if residual is not None:
             raise ValueError("return_counts gives bare counts: leave residual out")
-        if _wants_gradient(x, gate, tau_tensor, threshold_tensor):
+        if wants_gradient(x, gate, tau_tensor, threshold_tensor):
             raise ValueError("return_counts carries no gradient: call under torch.no_grad(), or leave it out")
     if neuron is None:
-        _warn_custom_surrogate()
+        warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
-            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,

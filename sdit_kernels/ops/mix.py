@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, memory, reference, tuning
+from ..checks import check_data, is_number
+from ..dtypes import DATA_DTYPES, state_dtype
 from ..layout import empty_like
-from ..reference.lif import state_dtype
-from .lif import _FLOATS, _check_data, _is_number
 from .operator import kernels, register
 
 MIXES = 6  # as many as an RWKV block has (RWKV-7)
@@ -153,7 +153,7 @@ _relu_squared_backward_call = register(
 def _check_mix(name, m, x):
     if not isinstance(m, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(m).__name__}")
-    if m.dtype not in _FLOATS or torch.promote_types(m.dtype, x.dtype) != m.dtype:
+    if m.dtype not in DATA_DTYPES or torch.promote_types(m.dtype, x.dtype) != m.dtype:
         raise TypeError(
             f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {m.dtype}; cast it: {name}.to({x.dtype})"
         )
@@ -211,7 +211,7 @@ def token_shift(
         >>> token_shift(x[1:], torch.tensor([0.5]), last=x[0])[0].flatten().tolist()
         [1.5, 3.0]
     """
-    _check_data("x", x)
+    check_data("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have axes for tokens and channels, (..., L, C), got {tuple(x.shape)}")
     if not 1 <= len(mixes) <= MIXES:
@@ -219,7 +219,7 @@ def token_shift(
     for i, m in enumerate(mixes):
         _check_mix(f"mixes[{i}]", m, x)
     if norm_eps is not None:
-        if not _is_number(norm_eps):
+        if not is_number(norm_eps):
             raise TypeError(f"norm_eps must be a number or None (no norm), got {type(norm_eps).__name__}")
         tiny = torch.finfo(state_dtype(x.dtype)).tiny  # less may be 0 in the kernel
         if not tiny <= norm_eps < math.inf:
@@ -247,14 +247,6 @@ def token_shift(
     return tuple(_shift_call(x, last, stacked, None if norm_eps is None else float(norm_eps), dtype, backend))[: len(mixes)]
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The ``dtype`` that autocast would cast x to in front of a matrix product; None where it would leave it."""
-    device = x.device.type
-    if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def relu_squared(x: Tensor) -> Tensor:
     r"""max(x, 0)^2, the activation of RWKV's channel mix, in one pass each way.
 
@@ -277,7 +269,7 @@ def relu_squared(x: Tensor) -> Tensor:
         >>> relu_squared(torch.tensor([-1.0, 0.5, 3.0])).tolist()
         [0.0, 0.25, 9.0]
     """
-    _check_data("x", x)
+    check_data("x", x)
     backend = dispatch.choose(x.device.type)
     if backend == "reference":
         return reference.relu_squared(x)

@@ -18,7 +18,7 @@ _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 # torch.jit.trace warns of every shape that the argument checks compare; none of these decides what the graph computes.
-warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(ops|nn)\b")
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(checks|ops|nn)\b")
 
 
 def _looped(operator, n, dims, tensors, rest):
@@ -131,14 +131,6 @@ def _refuse_onnx(name):
         raise RuntimeError(
             f"sdit_kernels::{name} has no ONNX operator: run torch.onnx.export under sdit_kernels.backend('reference'), "
             "which records plain PyTorch operations"
-        )
-
-
-def refuse_proxy(value):
-    if isinstance(value, torch.fx.Proxy):
-        raise TypeError(
-            "torch.fx.symbolic_trace cannot trace sdit_kernels, whose ops need tensors, not proxies: use torch.export or "
-            "make_fx, or keep the call whole with torch.fx.wrap (an op) or Tracer.is_leaf_module (a module)"
         )
 
 

@@ -6,22 +6,22 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, memory, reference, tuning
-from ..layout import spiking_tile, wkv_rows
-from ..reference.lif import state_dtype
-from .lif import (
-    _NEURON,
+from ..checks import (
     Neuron,
-    Settings,
-    _check_neuron,
-    _check_values,
-    _parameter_gradients,
-    _parameter_outputs,
-    _wants_gradient,
-    _warn_custom_surrogate,
+    check_flag,
+    check_membrane,
+    check_neuron,
+    check_neuron_values,
+    check_scan_state,
+    check_tokens,
+    wants_gradient,
+    warn_of_custom_surrogate,
 )
-from .lif import _check_state as _check_membrane
+from ..dtypes import state_dtype
+from ..layout import spiking_tile, wkv_rows
+from .lif import NEURON_SCHEMA, Settings, allocate_parameter_gradients, sum_parameter_gradients
 from .operator import kernels, register, values_are_readable
-from .wkv import State, _check_flag, _check_state, _check_tokens
+from .wkv import State
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,7 +47,7 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
     numbers = tuning.current()
     outputs = _outputs(k, rate, return_state, keep, backend, numbers)
     if k.device.type == "cpu":
-        _check_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
+        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
@@ -68,7 +68,7 @@ def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_thresho
     """The gradients of the ten tensors, in this order; an empty tensor for what is not asked for."""
     data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
     given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, first, ybar, lse, membrane)]
-    return *data, *given, *_parameter_outputs(k, tau, v_threshold, parameters)
+    return *data, *given, *allocate_parameter_gradients(k, tau, v_threshold, parameters)
 
 
 def _backward(
@@ -97,7 +97,7 @@ def _backward(
         g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
         checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given, numbers,
     )  # fmt: skip
-    return *outputs[:8], *_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return *outputs[:8], *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _backward_fake(
@@ -128,7 +128,7 @@ _INPUTS = (
     "Tensor? v_threshold"
 )
 _call = register(
-    f"spiking_wkv({_INPUTS}, bool raw, {_NEURON}, bool rate, bool return_state, bool keep, str backend) "
+    f"spiking_wkv({_INPUTS}, bool raw, {NEURON_SCHEMA}, bool rate, bool return_state, bool keep, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
@@ -139,7 +139,7 @@ _call = register(
 )
 _backward_call = register(
     f"spiking_wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor? g_membrane, {_INPUTS}, Tensor checkpoint, "
-    f"bool raw, {_NEURON}, bool rate, bool parameters, str backend) "
+    f"bool raw, {NEURON_SCHEMA}, bool rate, bool parameters, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
@@ -274,30 +274,30 @@ def spiking_wkv(
         tensor([[0., 1., 1.],
                 [0., 1., 1.]])
     """
-    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("T", "B", "L", "C"))
+    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("T", "B", "L", "C"))
     T, B, L, C = k.shape
     for name, flag in (("return_state", return_state), ("rate", rate)):
-        _check_flag(name, flag)
-    ybar, lse = (None, None) if scan_state is None else _check_state(scan_state, (T, B, C), k, "scan_state")
+        check_flag(name, flag)
+    ybar, lse = (None, None) if scan_state is None else check_scan_state(scan_state, (T, B, C), k, "scan_state")
     if membrane is not None:
-        _check_membrane("membrane", membrane, (B, L, C), k, "k")
-    neuron, tau_tensor, threshold_tensor = _check_neuron(
+        check_membrane("membrane", membrane, (B, L, C), k, "k")
+    neuron, tau_tensor, threshold_tensor = check_neuron(
         k, C, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, "k"
     )
     if rate and T == 0:
         raise ValueError("rate is a mean over time and needs at least one step, got k with T = 0")
     if neuron is None:
-        _warn_custom_surrogate()
+        warn_of_custom_surrogate()
     backend = dispatch.choose(k.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(k):
-            _check_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
         return reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, log_decay=log_decay, scan_state=scan_state,
             membrane=membrane, return_state=return_state, rate=rate,
         )  # fmt: skip
-    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor)
+    keep = wants_gradient(k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor)
 
     def one(k, v, r, scan_state, membrane, rate=False, return_state=True):
         ybar, lse = scan_state or (None, None)

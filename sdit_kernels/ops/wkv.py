@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, memory, reference, tuning
+from ..checks import check_flag, check_scan_state, check_tensor, check_tokens, wants_gradient
+from ..dtypes import state_dtype
 from ..layout import wkv_rows
-from ..reference.lif import state_dtype
-from .lif import _check_flag, _check_tensor, _wants_gradient
 from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
@@ -16,73 +16,10 @@ if TYPE_CHECKING:
 
 State = tuple[Tensor, Tensor]  # (ybar, lse)
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ALGORITHMS = ("auto", "serial", "chunked")
 
 
 # --- argument checks --------------------------------------------------------------------------------------------------------
-
-
-def _check_like(name, t, k):
-    """v and r: as k in all."""
-    _check_tensor(name, t)
-    if t.dtype != k.dtype:
-        raise TypeError(f"{name} must have the dtype of k, {k.dtype}, got {t.dtype}; cast it: {name}.to({k.dtype})")
-    if t.shape != k.shape:
-        raise ValueError(f"{name} must have the shape of k, {tuple(k.shape)}, got {tuple(t.shape)}")
-    if t.device != k.device:
-        raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
-
-
-def _check_parameter(name, p, k):
-    _check_tensor(name, p)
-    if p.dtype != k.dtype and (p.dtype not in _FLOATS or torch.promote_types(p.dtype, k.dtype) != p.dtype):
-        raise TypeError(
-            f"{name} must be a floating tensor at least as wide as k ({k.dtype}), got {p.dtype}; cast it: {name}.to({k.dtype})"
-        )
-    if p.shape != k.shape[-1:]:
-        raise ValueError(f"{name} must have shape ({k.shape[-1]},), one per channel, got {tuple(p.shape)}")
-    if p.device != k.device:
-        raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
-
-
-def _check_state(state, shape, k, what="state"):
-    if not isinstance(state, (tuple, list)) or len(state) != 2:
-        found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"{what} must be None or a pair (ybar, lse) of tensors, got {found}")
-    dtype = state_dtype(k.dtype)
-    for name, t in zip(("ybar", "lse"), state):
-        name = f"{what}'s {name}"
-        _check_tensor(name, t)
-        if t.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
-        if t.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} where k is {k.dtype}, got {t.dtype}; cast it with .to({dtype})")
-        if t.device != k.device:
-            raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
-    return state
-
-
-def _check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
-    """Everything but the state and the flags. Returns (decay, whether it is RWKV's raw parameter)."""
-    _check_tensor("k", k)
-    if k.dtype not in _FLOATS:
-        raise TypeError(f"k must be float32, float64, bfloat16 or float16, got {k.dtype}; cast it, e.g. k.float()")
-    if k.dim() != len(axes):
-        raise ValueError(f"k must have the axes ({', '.join(axes)}), got shape {tuple(k.shape)}")
-    _check_like("v", v, k)
-    if isinstance(r, (tuple, list)):
-        state = "state" if len(axes) == 3 else "scan_state"
-        raise TypeError(f"r must be a tensor or None, got {type(r).__name__}; a state goes in by name: {state}=(ybar, lse)")
-    if r is not None:
-        _check_like("r", r, k)
-    if (time_decay is None) == (log_decay is None):
-        raise ValueError("give either time_decay, or None and log_decay; got " + ("neither" if log_decay is None else "both"))
-    raw = log_decay is None
-    decay = time_decay if raw else log_decay
-    _check_parameter("time_decay" if raw else "log_decay", decay, k)
-    _check_parameter("time_first", time_first, k)
-    return decay, raw
 
 
 def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
@@ -90,7 +27,7 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
         if max_seqlen is not None:
             raise ValueError("max_seqlen belongs to cu_seqlens, which is not given")
         return k.shape[0], 0
-    _check_tensor("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
@@ -401,14 +338,14 @@ def wkv(
         >>> wkv(None, u, k[:, 2:], v[:, 2:], log_decay=no_decay, state=state)[0, :, 0]
         tensor([2.0000, 2.5000])
     """
-    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "L", "C"))
+    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "L", "C"))
     sequences, longest = _check_cu_seqlens(cu_seqlens, max_seqlen, k)
-    _check_flag("return_state", return_state)
-    _check_flag("bidirectional", bidirectional)
+    check_flag("return_state", return_state)
+    check_flag("bidirectional", bidirectional)
     if bidirectional and (return_state or state is not None):
         name = "state" if state is not None else "return_state"
         raise ValueError(f"bidirectional looks at both ends of a sequence and has no state to hand on: leave {name} out")
-    ybar, lse = (None, None) if state is None else _check_state(state, (sequences, k.shape[-1]), k)
+    ybar, lse = (None, None) if state is None else check_scan_state(state, (sequences, k.shape[-1]), k)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
     backend = dispatch.choose(k.device.type)
@@ -419,7 +356,7 @@ def wkv(
             time_decay, time_first, k, v, r, state=state, return_state=return_state, bidirectional=bidirectional,
             log_decay=log_decay, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, algorithm=algorithm,
         )  # fmt: skip
-    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)
+    keep = wants_gradient(k, v, r, decay, time_first, ybar, lse)
     out, ybar, lse, _ = _wkv_call(
         k, v, r, decay, time_first, ybar, lse, cu_seqlens, longest, raw, bidirectional, return_state, keep, algorithm, backend
     )  # fmt: skip
@@ -468,12 +405,12 @@ def wkv_step(
         >>> y
         tensor([[2., 2.]])
     """
-    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
-    ybar, lse = (None, None) if state is None else _check_state(state, (k.shape[0], k.shape[-1]), k)
+    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    ybar, lse = (None, None) if state is None else check_scan_state(state, (k.shape[0], k.shape[-1]), k)
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
         return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
-    keep = _wants_gradient(k, v, r, decay, time_first, ybar, lse)
+    keep = wants_gradient(k, v, r, decay, time_first, ybar, lse)
     out, ybar, lse, _ = _wkv_call(
         k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0, raw,
         False, True, keep, "serial", backend,
@@ -518,13 +455,13 @@ def wkv_step_(
         >>> y, state[0]
         (tensor([[2., 2.]]), tensor([[2., 2.]]))
     """
-    decay, raw = _check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
     if state is None:
         raise TypeError("state must be a pair (ybar, lse) of tensors to update, got None; begin with (0, -inf)")
-    ybar, lse = _check_state(state, (k.shape[0], k.shape[-1]), k)
+    ybar, lse = check_scan_state(state, (k.shape[0], k.shape[-1]), k)
     if ybar is lse:
         raise ValueError("state must be two tensors to update, got the same one as ybar and lse")
-    if _wants_gradient(k, v, r, decay, time_first, ybar, lse):
+    if wants_gradient(k, v, r, decay, time_first, ybar, lse):
         raise RuntimeError("wkv_step_ overwrites its state and has no gradient: call it under torch.no_grad(), or use wkv_step")
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
@@ -535,7 +472,7 @@ def wkv_step_(
 def _check_same(**tensors):
     (first, like), *others = tensors.items()
     for name, t in tensors.items():
-        _check_tensor(name, t)
+        check_tensor(name, t)
         if not t.dtype.is_floating_point:
             raise TypeError(f"{name} must be a floating tensor, got {t.dtype}")
     for name, t in others:

@@ -6,10 +6,11 @@ kernels repeat it bit for bit.
 
 import torch
 
-from .lif import _derivative, _Fire, _scalar_or_channel, state_dtype
+from ..dtypes import state_dtype
+from .lif import Fire, as_parameter, surrogate_function
 
 
-class _FireAbove(_Fire):
+class _FireAbove(Fire):
     """s = 1 where z > 0, else 0."""
 
     @staticmethod
@@ -51,8 +52,8 @@ def leaky(
 ):
     """See :func:`sdit_kernels.leaky`."""
     dtype = state_dtype(x.dtype)
-    beta, v_threshold = _scalar_or_channel(beta, dtype), _scalar_or_channel(v_threshold, dtype)
-    derivative = _derivative(surrogate, alpha)
+    beta, v_threshold = as_parameter(beta, dtype), as_parameter(v_threshold, dtype)
+    derivative = surrogate_function(surrogate, alpha)
     if v is None:
         v = torch.zeros(x.shape[1:], dtype=dtype, device=x.device)
     else:

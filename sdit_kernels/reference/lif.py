@@ -7,10 +7,11 @@ Triton kernels repeat it bit for bit, so that a recomputed forward repeats every
 import torch
 from torch import Tensor
 
+from ..dtypes import state_dtype
 from ..surrogate import SURROGATES
 
 
-class _Fire(torch.autograd.Function):
+class Fire(torch.autograd.Function):
     """s = 1 where z >= 0, else 0; the gradient is dS * derivative(z), and 0 where the derivative is 0, as at an infinite h: the
     reset hides that h, and dS is infinite there."""
 
@@ -34,7 +35,7 @@ class _Fire(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, dz, _):
-        return _Fire.backward(ctx, dz)[0]
+        return Fire.backward(ctx, dz)[0]
 
 
 class _HardReset(torch.autograd.Function):
@@ -63,12 +64,7 @@ class _HardReset(torch.autograd.Function):
         return torch.where(s > 0, 0.0, dh) + ds * (ctx.v_reset - h)
 
 
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of membrane, carry and parameter sums: float64 for float64 data, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _derivative(surrogate, alpha):
+def surrogate_function(surrogate, alpha):
     if callable(surrogate):
         return surrogate
     entry = SURROGATES[surrogate]
@@ -76,7 +72,7 @@ def _derivative(surrogate, alpha):
     return lambda z: entry.derivative(z, a)
 
 
-def _scalar_or_channel(p, dtype):
+def as_parameter(p, dtype):
     if not isinstance(p, Tensor):
         return p
     return p.to(dtype).reshape(()) if p.numel() == 1 else p.to(dtype)
@@ -86,7 +82,7 @@ def _step(x, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative):
     """One charge, fire, reset: (x, v) -> (s, v)."""
     rest = v if v_reset is None or v_reset == 0 else v - v_reset
     h = v + (x - rest) * r if decay_input else v - rest * r + x
-    s = _Fire.apply(h - v_threshold, derivative)
+    s = Fire.apply(h - v_threshold, derivative)
     gate = s.detach() if detach_reset else s
     return s, h - gate * v_threshold if v_reset is None else _HardReset.apply(h, gate, v_reset)
 
@@ -108,9 +104,9 @@ def lif(
 ):
     """See :func:`sdit_kernels.lif`."""
     dtype = state_dtype(x.dtype)
-    r = 1.0 / _scalar_or_channel(tau, dtype)
-    v_threshold = _scalar_or_channel(v_threshold, dtype)
-    derivative = _derivative(surrogate, alpha)
+    r = 1.0 / as_parameter(tau, dtype)
+    v_threshold = as_parameter(v_threshold, dtype)
+    derivative = surrogate_function(surrogate, alpha)
     if v is None:
         v = torch.full(x.shape[1:], 0.0 if v_reset is None else v_reset, dtype=dtype, device=x.device)
     else:
@@ -147,9 +143,9 @@ def lif_rate(
     """See :func:`sdit_kernels.lif_rate`."""
     dtype = state_dtype(x.dtype)
     current = x.to(dtype) if gate is None else torch.sigmoid(gate.to(dtype)) * x.to(dtype)
-    r = 1.0 / _scalar_or_channel(tau, dtype)
-    v_threshold = _scalar_or_channel(v_threshold, dtype)
-    derivative = _derivative(surrogate, alpha)
+    r = 1.0 / as_parameter(tau, dtype)
+    v_threshold = as_parameter(v_threshold, dtype)
+    derivative = surrogate_function(surrogate, alpha)
     v = torch.full_like(current, 0.0 if v_reset is None else v_reset)
     counts = torch.zeros_like(current)
     for _ in range(T):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .lif import state_dtype
+from ..dtypes import state_dtype
 
 
 def token_shift(x, *mixes, norm_eps=None, last=None, dtype=None):

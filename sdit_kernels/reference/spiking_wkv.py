@@ -3,7 +3,8 @@
 The currents between the two stay in the type of the arithmetic, whatever that of the data.
 """
 
-from .lif import lif, state_dtype
+from ..dtypes import state_dtype
+from .lif import lif
 from .wkv import wkv
 
 

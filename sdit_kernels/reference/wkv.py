@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from .lif import state_dtype
+from ..dtypes import state_dtype
 
 
 def _finite(o):

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dtypes import state_dtype
 from ..layout import STRIDE, layout_of_step, place_state
-from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from .tiles import (
     STATES,

@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dtypes import state_dtype
 from ..layout import layout_of_step, place_state, same_strides, sequences
-from ..reference.lif import state_dtype
 from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
 
 _RUN, _RUN_BACK = 4, 8  # tokens

@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
-from ..reference.lif import state_dtype
 from ..surrogate import SURROGATES
 from . import lif, wkv
 from .lif import charge, load_leak, numbers_of, reset_membrane, surrogate_derivative

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..dtypes import state_dtype
 from ..layout import STRIDE, layout_of, place, place_state
-from ..reference.lif import state_dtype
 
 _KEPT = 128  # fewer values than this are kept per thread for the walk back: compile_report.py finds spills beyond
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}

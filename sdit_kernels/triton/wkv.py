@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from .. import layout
-from ..reference.lif import state_dtype
+from ..dtypes import state_dtype
 from .tiles import STATES, cdiv, launch, warps_of
 
 _AHEAD: tl.constexpr = tl.constexpr(8)  # summaries loaded before the first is used

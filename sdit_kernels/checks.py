@@ -1,0 +1,268 @@
+"""The checks of arguments that several ops share, and their error messages.
+
+Checks of ranges read the values of CPU tensors only: to read those of a GPU tensor would wait for the GPU.
+"""
+
+import math
+import numbers
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dtypes import DATA_DTYPES, state_dtype
+from .surrogate import SURROGATES
+
+# --- tensors, numbers and flags ---------------------------------------------------------------------------------------------
+
+
+def refuse_proxy(value):
+    """Say how to trace a program that calls an op, where torch.fx hands the op a proxy instead of a tensor."""
+    if isinstance(value, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx.symbolic_trace cannot trace sdit_kernels, whose ops need tensors, not proxies: use torch.export or "
+            "make_fx, or keep the call whole with torch.fx.wrap (an op) or Tracer.is_leaf_module (a module)"
+        )
+
+
+def is_number(value):
+    """True for a real number of Python or numpy, or a symbol for one; False for True and False."""
+    if isinstance(value, (int, float, torch.SymFloat)):
+        return not isinstance(value, bool)
+    return isinstance(value, numbers.Real)
+
+
+def check_flag(name, flag):
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")
+
+
+def check_tensor(name, t, optional=False):
+    if not isinstance(t, Tensor):
+        refuse_proxy(t)
+        raise TypeError(f"{name} must be a tensor{' or None' if optional else ''}, got {type(t).__name__}")
+    if t.layout is not torch.strided or t.is_nested:
+        kind = "a nested tensor" if t.is_nested else t.layout
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
+
+
+def check_data(name, t, like=None):
+    """Check a data tensor, or a tensor that must have the shape and device of ``like``, which the messages call x."""
+    check_tensor(name, t, optional=like is not None)
+    if like is None:
+        if t.dtype not in DATA_DTYPES:
+            raise TypeError(
+                f"{name} must be float32, float64, bfloat16 or float16, got {t.dtype}; cast it, e.g. {name}.float()"
+            )
+    elif t.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of x, {tuple(like.shape)}, got {tuple(t.shape)}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{name} must be on the device of x, {like.device}, got {t.device}")
+
+
+def wants_gradient(*tensors):
+    """True if autograd needs a gradient of one of the tensors. False under torch.jit.trace, whose graph replays with and
+    without gradients."""
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return wanted and torch._C._get_tracing_state() is None
+
+
+# --- neurons ----------------------------------------------------------------------------------------------------------------
+
+
+class Neuron(NamedTuple):
+    """The settings of a LIF neuron as operators take them. A tensor tau or v_threshold overrides the number here."""
+
+    tau: float
+    v_threshold: float
+    v_reset: float | None
+    decay_input: bool
+    detach_reset: bool
+    surrogate: str
+    alpha: float
+
+
+def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, data="x"):
+    """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
+
+    Returns (Neuron, tau tensor, v_threshold tensor). The Neuron is None for a surrogate function of the user's.
+    """
+    tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data)
+    threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data)
+    _check_tau(tau_value, decay_input)
+    dtype = state_dtype(x.dtype)
+    check_threshold(threshold_value, dtype)
+    if v_reset is not None:
+        if not is_number(v_reset):
+            raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
+        if not _is_finite(v_reset, dtype):
+            raise ValueError(f"v_reset must be finite or None (soft reset), {_got(v_reset, dtype)}")
+        v_reset = float(v_reset)
+    for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
+        check_flag(name, flag)
+    alpha = check_surrogate(surrogate, alpha, dtype)
+    if alpha is None:
+        return None, tau, v_threshold
+    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha)
+    return neuron, tau, v_threshold
+
+
+def check_neuron_parameter(name, p, x, channels, data="x"):
+    """Check tau, beta or v_threshold. Returns (number, tensor or None); the number is 1 where there is a tensor."""
+    if isinstance(p, Tensor):
+        check_tensor(name, p)
+        if p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, x.dtype) != p.dtype:
+            raise TypeError(
+                f"{name} must be a floating tensor at least as wide as {data} ({x.dtype}), got {p.dtype}; "
+                f"cast it: {name}.to({x.dtype})"
+            )
+        if p.device != x.device:
+            raise ValueError(f"{name} must be on the device of {data}, {x.device}, got {p.device}")
+        if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
+            per_channel = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
+            raise ValueError(f"{name} must be a scalar{per_channel}, got {tuple(p.shape)}")
+        return 1.0, p
+    if not is_number(p):
+        raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
+    return float(p), None
+
+
+def check_membrane(name, t, shape, like, data="x"):
+    """Check a membrane or residual. Its dtype is that of the data ``like``, or the dtype that the arithmetic is done in."""
+    check_tensor(name, t, optional=True)
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+    allowed = (like.dtype, state_dtype(like.dtype))
+    if t.dtype not in allowed:
+        names = " or ".join(str(d) for d in dict.fromkeys(allowed))
+        raise TypeError(f"{name} must be {names} where {data} is {like.dtype}, got {t.dtype}; cast it: {name}.to({allowed[1]})")
+    if t.device != like.device:
+        raise ValueError(f"{name} must be on the device of {data}, {like.device}, got {t.device}")
+
+
+def check_surrogate(surrogate, alpha, dtype):
+    """Check the surrogate gradient. Returns its sharpness; None for a surrogate function of the user's."""
+    if callable(surrogate):
+        if alpha is not None:
+            raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
+        return None
+    if surrogate not in SURROGATES:
+        raise ValueError(f"surrogate must be one of {', '.join(SURROGATES)} or a function of z, got {surrogate!r}")
+    if alpha is None:
+        return SURROGATES[surrogate].alpha
+    if not is_number(alpha):
+        raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
+    if not (alpha > 0 and _is_finite(alpha, dtype)):
+        raise ValueError(f"alpha must be positive and finite, {_got(alpha, dtype)}")
+    return float(alpha)
+
+
+def _check_tau(tau, decay_input):
+    if not (1 <= tau < math.inf or (tau == math.inf and not decay_input)):
+        raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
+
+
+def check_threshold(v_threshold, dtype):
+    if not _is_finite(v_threshold, dtype):
+        raise ValueError(f"v_threshold must be finite, {_got(v_threshold, dtype)}")
+
+
+def _is_finite(number, dtype):
+    limit = torch.finfo(dtype).max
+    return -limit <= number <= limit
+
+
+def _got(number, dtype):
+    """The end of an error message about a number that is not finite in ``dtype``, the dtype of the arithmetic."""
+    return f"got {number}" + (f", more than {dtype} holds" if math.isfinite(number) and not _is_finite(number, dtype) else "")
+
+
+def check_neuron_values(tau, v_threshold, decay_input, dtype=torch.float64):
+    """Check the values of a tensor tau and v_threshold on the CPU."""
+    for p in (tau, v_threshold):
+        if p is not None and p.numel():
+            for extreme in (p.min().item(), p.max().item()):
+                if p is tau:
+                    _check_tau(extreme, decay_input)
+                else:
+                    check_threshold(extreme, dtype)
+
+
+_warned_of_custom_surrogate = False
+
+
+def warn_of_custom_surrogate():
+    """Warn once per process."""
+    global _warned_of_custom_surrogate
+    if not _warned_of_custom_surrogate:
+        _warned_of_custom_surrogate = True
+        warnings.warn("a surrogate function of your own runs on the plain PyTorch path, not on the fused kernels", stacklevel=4)
+
+
+# --- scans ------------------------------------------------------------------------------------------------------------------
+
+
+def check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
+    """Check the arguments of a scan except states and flags. ``axes``: the names of k's axes.
+
+    Returns (decay, whether it is RWKV's parameter time_decay, the logarithm of the rate).
+    """
+    check_data("k", k)
+    if k.dim() != len(axes):
+        raise ValueError(f"k must have the axes ({', '.join(axes)}), got shape {tuple(k.shape)}")
+    check_like_keys("v", v, k)
+    if isinstance(r, (tuple, list)):
+        state = "state" if len(axes) == 3 else "scan_state"
+        raise TypeError(f"r must be a tensor or None, got {type(r).__name__}; a state goes in by name: {state}=(ybar, lse)")
+    if r is not None:
+        check_like_keys("r", r, k)
+    if (time_decay is None) == (log_decay is None):
+        raise ValueError("give either time_decay, or None and log_decay; got " + ("neither" if log_decay is None else "both"))
+    raw = log_decay is None
+    decay = time_decay if raw else log_decay
+    check_channel_vector("time_decay" if raw else "log_decay", decay, k)
+    check_channel_vector("time_first", time_first, k)
+    return decay, raw
+
+
+def check_like_keys(name, t, k):
+    """Check that v or r matches k in dtype, shape and device."""
+    check_tensor(name, t)
+    if t.dtype != k.dtype:
+        raise TypeError(f"{name} must have the dtype of k, {k.dtype}, got {t.dtype}; cast it: {name}.to({k.dtype})")
+    if t.shape != k.shape:
+        raise ValueError(f"{name} must have the shape of k, {tuple(k.shape)}, got {tuple(t.shape)}")
+    if t.device != k.device:
+        raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
+
+
+def check_channel_vector(name, p, k):
+    """Check a parameter with one value per channel of k."""
+    check_tensor(name, p)
+    if p.dtype != k.dtype and (p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, k.dtype) != p.dtype):
+        raise TypeError(
+            f"{name} must be a floating tensor at least as wide as k ({k.dtype}), got {p.dtype}; cast it: {name}.to({k.dtype})"
+        )
+    if p.shape != k.shape[-1:]:
+        raise ValueError(f"{name} must have shape ({k.shape[-1]},), one per channel, got {tuple(p.shape)}")
+    if p.device != k.device:
+        raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
+
+
+def check_scan_state(state, shape, k, what="state"):
+    """Check the state of a scan, a pair (ybar, lse), and return it."""
+    if not isinstance(state, (tuple, list)) or len(state) != 2:
+        found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
+        raise TypeError(f"{what} must be None or a pair (ybar, lse) of tensors, got {found}")
+    dtype = state_dtype(k.dtype)
+    for name, t in zip(("ybar", "lse"), state):
+        name = f"{what}'s {name}"
+        check_tensor(name, t)
+        if t.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} where k is {k.dtype}, got {t.dtype}; cast it with .to({dtype})")
+        if t.device != k.device:
+            raise ValueError(f"{name} must be on the device of k, {k.device}, got {t.device}")
+    return state
