@@ -138,7 +138,8 @@ def token_shift_backward_kernel(
         after = tl.zeros([BR, BC], STATE)  # what the token after sends back
         for m in tl.static_range(M):
             g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
-            after += tl.where(t0 + RUN < L, g * (1.0 - mix), 0.0)  # not 0 times a mix that may be infinite
+            after += g * (1.0 - mix)
+        after = tl.where(t0 + RUN < L, after, 0.0)  # behind the last token g is 0, but a mix may be infinite
         x = _row(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
         now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, F.NORM, STATE)
         for i in range(RUN):
@@ -150,12 +151,14 @@ def token_shift_backward_kernel(
             before, scale_before = _normal(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, F.NORM, STATE)
             d = after
             after = tl.zeros([BR, BC], STATE)
+            step = tl.where(t < L, now - before, 0.0)  # behind the last token g is 0, but the last token may be infinite
             total = ()
             for m in tl.static_range(M):
                 g, mix = loaded[m]
                 d += g * mix
-                after += tl.where(t < L, g * (1.0 - mix), 0.0)
-                total = total + (sums[m] + tl.where(t < L, g * (now - before), 0.0),)
+                after += g * (1.0 - mix)
+                total = total + (sums[m] + g * step,)
+            after = tl.where(t < L, after, 0.0)
             sums = total
             dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, F.NORM, STATE)
             tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
