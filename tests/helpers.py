@@ -1,5 +1,10 @@
 """What several test files share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import native_triton
 
 from sdit_kernels.tuning import Tuning
@@ -11,3 +16,12 @@ if native_triton.setup() != "interpreter":  # it takes longer the more programs 
     SMALL = SMALL._replace(
         elementwise_threads=8, wkv_threads=8, wkv_held_tokens=2, wkv_sums_block=8, spiking_threads=8
     )  # fmt: skip
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(code, *arguments, **environment):
+    """Run code in a process of its own, as users do: the tests' choice of a backend stays behind."""
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=1800)

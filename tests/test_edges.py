@@ -3,9 +3,6 @@
 import ast
 import contextlib
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,14 +15,6 @@ from sdit_kernels import SURROGATES, backend, leaky, lif, lif_rate, nn, spiking_
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton", "reference"]
-
-
-def python(code, **environment):
-    """Run code in a process of its own, as users do: the tests' choice of a backend stays behind."""
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=1800
-    )
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------------
@@ -345,82 +334,3 @@ def test_every_allocation_names_its_device():
                 named = {keyword.arg for keyword in node.keywords}
                 assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} without both"
     assert found > 20
-
-
-# --- processes --------------------------------------------------------------------------------------------------------------
-
-
-def test_numba_that_compiles_nothing():
-    """The error names the variable, the report says the same, and the way out that they name works."""
-    code = "import torch, sdit_kernels as K; print(K.lif(torch.full((4, 1), 1.5)).flatten().tolist())"
-    done = python(code, NUMBA_DISABLE_JIT="1")
-    assert done.returncode == 1 and "RuntimeError" in done.stderr and "NUMBA_DISABLE_JIT is set" in done.stderr
-    report = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
-    assert "cannot be served: backend 'cpu': NUMBA_DISABLE_JIT is set" in python(report, NUMBA_DISABLE_JIT="1").stdout
-    done = python(code, NUMBA_DISABLE_JIT="1", SDIT_KERNELS_BACKEND="reference")
-    assert done.stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
-    assert python(code, NUMBA_DISABLE_JIT="0").stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
-
-
-FORKED = """
-import os, sys, torch
-import sdit_kernels as K
-from torch.utils.data import DataLoader
-
-torch.set_num_threads(2)
-before, generations = {before!r}, {generations}
-x = torch.empty(4, 64, 512)
-if "torch" in before:
-    x.fill_(3)  # wakes torch's threads
-else:
-    x.numpy()[:] = 3
-if "ours" in before:
-    K.lif(x)
-def child(n):
-    if n == 0:
-        s = K.lif(x, return_v_seq=True)[0]
-        return print(s.numpy().mean(), flush=True)
-    pid = os.fork()
-    if pid == 0:
-        child(n - 1)
-        os._exit(0)
-    os.waitpid(pid, 0)
-child(generations)
-class Data(torch.utils.data.Dataset):
-    def __len__(self): return 2
-    def __getitem__(self, i): return float(K.lif(x).numpy().mean())
-if generations == 1:
-    print(sum(b.item() for b in DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")) / 2)
-"""
-
-
-@pytest.mark.parametrize("before", ["torch", "ours", "torch and ours", "neither"])
-@pytest.mark.parametrize("generations", [1, 2])
-def test_forked_children_run_serially(before, generations):
-    """OpenMP's threads do not survive a fork, whoever started them: a child that entered them would wait for ever."""
-    done = python(FORKED.format(before=before, generations=generations))
-    assert done.stdout.split() == ["1.0"] * (2 if generations == 1 else 1), done.stderr
-
-
-COMPILE = """
-import logging, torch
-import sdit_kernels.cpu.kernel as kernel
-from sdit_kernels import lif, relu_squared
-kernel._SLOW = {limit}
-{more}
-print(lif(torch.full((2, 3), 2.0)).sum().item(), relu_squared(torch.ones(3)).sum().item())
-"""
-
-
-def test_slow_compilation_says_so_once(tmp_path):
-    """One line where code is really compiled for longer than the limit; none when it is loaded, or when the logger is off."""
-
-    def lines(folder, limit=0.01, more=""):
-        done = python(COMPILE.format(limit=limit, more=more), NUMBA_CACHE_DIR=str(tmp_path / folder))
-        assert done.stdout.split() == ["6.0", "3.0"], done.stderr
-        return done.stderr.count("compiling CPU kernels")
-
-    assert lines("a") == 1
-    assert lines("a", limit=0.0) == 0  # from disk
-    assert lines("b", limit=100.0) == 0
-    assert lines("c", more="logging.getLogger('sdit_kernels').setLevel(logging.ERROR)") == 0

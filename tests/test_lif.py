@@ -1,8 +1,6 @@
 """lif and lif_rate: every backend against the reference, and the laws they obey."""
 
 import math
-import os
-import subprocess
 import sys
 import threading
 import warnings
@@ -652,156 +650,12 @@ def test_two_threads_at_once():
     assert len(found) == 40 and all(found)
 
 
-def python(code, *arguments, **environment):
-    environment = {**os.environ, **environment}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
-
-
-FORKED = """
-import torch, warnings
-warnings.simplefilter("ignore")
-from sdit_kernels import lif
-class Data(torch.utils.data.Dataset):
-    def __len__(self): return 4
-    def __getitem__(self, i):
-        x = torch.full((4, 100000), 2.0 + i)
-        torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
-        mean = lif(x).numpy().mean()
-        torch.set_num_threads(1)
-        return float(mean)
-print(lif(torch.full((4, 100000), 2.0)).mean().item())
-print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")])
-"""
-
-
-def test_forked_worker():
-    done = python(FORKED)
-    assert done.stdout.split("\n")[:2] == ["1.0", "[1.0, 1.0, 1.0, 1.0]"], done.stderr
-
-
-POOLS = """
-import sys, torch, threading
-import sdit_kernels.cpu.kernel as kernel
-from sdit_kernels import lif
-torch.set_num_threads(3)
-if sys.argv[1] == "threads": kernel._OPENMP = False  # as where torch has no OpenMP
-x = torch.full((4, 100000), 2.0)
-def work():
-    for _ in range(50): assert lif(x).all()
-threads = [threading.Thread(target=work) for _ in range(4)]
-[t.start() for t in threads]; [t.join() for t in threads]
-print(sum(t.name.startswith("sdit_kernels") for t in threading.enumerate()) > 0, "numba.np.ufunc.omppool" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize("kind", ["openmp", "threads"])
-def test_one_pool_of_threads(kind):
-    """The kernels run on torch's OpenMP threads, or, where torch has none, on threads of their own; never on numba's."""
-    if kind == "openmp" and sys.platform != "linux":
-        pytest.skip("torch's OpenMP is looked for on Linux")
-    done = python(POOLS, kind)
-    assert done.stdout.split() == [str(kind == "threads"), "False"], done.stderr
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("tasks", [0, 1, 6, 7, 100])
 def test_every_task_has_one_thread(tasks, parts):
     from sdit_kernels.cpu.kernel import share
 
     assert [i for part in range(parts) for i in share.py_func(tasks, (part, parts))] == list(range(tasks))
-
-
-EVERY_OP = """
-import torch
-from sdit_kernels import *
-x, one = torch.rand(4, 2, 3, 5, requires_grad=True), torch.ones(5)
-for y in (lif(x), lif_rate(x), wkv(one, one, x[0], x[1]), wkv_step(one, one, x[0, :, 0], x[1, :, 0])[0],
-          spiking_wkv(one, one, x, x), token_shift(x, one, norm_eps=1e-6)[0], relu_squared(x)):
-    y.sum().backward()
-"""
-
-
-def test_another_process_compiles_nothing(tmp_path):
-    """All kernels come from the disk, forward and backward: seconds for each that does not."""
-
-    def files():
-        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
-
-    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1").returncode == 0
-    first = files()
-    assert len(first) >= 2 * 12  # an index and the code
-    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2").returncode == 0
-    assert files() == first
-
-
-def test_code_is_kept_by_the_numbers_in_it(tmp_path):
-    """One kernel's name, another constant: compiled for itself."""
-    code = """
-import sys, numba, numpy
-from sdit_kernels.cpu.kernel import Kernel, share
-def made(by):
-    @numba.njit
-    def twice(x): return 2 * x
-    def scale(part, x):
-        for i in share(1, part): x[0] = twice(x[0]) * by
-    return Kernel(scale, "scale")
-x = numpy.ones(1)
-made(int(sys.stdin.readline()))(1, x)
-print(x[0])
-"""
-    for by, files in ((3, 2), (5, 3), (3, 3)):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        script = tmp_path / "script.py"  # numba caches nothing of a command line
-        script.write_text(code)
-        command = [sys.executable, str(script)]
-        done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=1800)
-        assert done.stdout == f"{2.0 * by}\n", done.stderr
-        assert len(list(tmp_path.rglob("*.nb?"))) == files
-
-
-UNCACHED = """
-import numba.core.caching as caching, torch
-name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))
-getattr(caching, name).from_function = classmethod(lambda *args: None)  # as where the package's folder is read-only
-from sdit_kernels import lif, lif_rate
-print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())
-"""
-
-
-def test_nowhere_to_cache(tmp_path):
-    """No folder to write compiled code to: it runs, and says so once."""
-    (tmp_path / "file").write_text("")
-    nowhere = str(tmp_path / "file" / "folder")
-    done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
-    assert done.stdout.strip() == "12.0 3.0", done.stderr
-    assert done.stderr.count("no writable folder") == 1
-
-
-def test_incomplete_cache(tmp_path):
-    """Files of compiled code that a full disk or a crash cut short are compiled anew."""
-    code = "import torch; from sdit_kernels import lif; print(lif(torch.full((4, 3), 2.0)).sum().item())"
-    for ending in ("*.nbc", "*.nbi"):
-        for keep in (0, 20, 2000):
-            assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() == "12.0"
-            cut = list(tmp_path.rglob(ending))
-            assert cut
-            for file in cut:
-                file.write_bytes(file.read_bytes()[:keep])
-            done = python(code, NUMBA_CACHE_DIR=str(tmp_path))
-            assert done.stdout.strip() == "12.0", (ending, keep, done.stderr)
-
-
-@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
-def test_in_the_interpreter():
-    """Second witness: small cases in Triton's own interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_lif.py", "-k",
-         "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_docstrings():

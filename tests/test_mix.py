@@ -1,8 +1,6 @@
 """token_shift and relu_squared: every backend against the reference and plain PyTorch, and the laws they obey."""
 
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -485,17 +483,6 @@ def test_vmap_and_grad(name):
         torch.testing.assert_close(per_sample, each(lambda x: grad(loss, 1)(x, m[0]), x))
         assert torch.equal(vmap(relu_squared, in_dims=1, out_dims=1)(x), relu_squared(x))
         torch.testing.assert_close(vmap(grad(lambda x: relu_squared(x).sum()))(x), 2 * x.clamp(min=0))
-
-
-@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
-def test_in_the_interpreter():
-    """Second witness: small cases in Triton's own interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_mix.py", "-k",
-         "triton and (laws or pad or empty or not_a_number or saved) or channels_than"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 def test_docstrings():

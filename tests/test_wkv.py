@@ -1,9 +1,6 @@
 """wkv and its step: every backend against the reference in float64, and the laws they obey."""
 
 import math
-import os
-import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -897,33 +894,6 @@ def test_backward_without_a_kept_checkpoint(keep):
     got = torch.autograd.grad(out.sum(), list(leaves.values()))
     want = torch.autograd.grad(call(leaves)[0].sum(), list(leaves.values()))
     assert all(torch.equal(x, y) for x, y in zip(got, want))
-
-
-FORKED = """
-import torch, warnings
-warnings.simplefilter("ignore")
-from sdit_kernels import wkv
-p, x = torch.zeros(64), torch.ones(1, 3000, 64)
-values = [x * (i + 1) for i in range(2)]
-class Data(torch.utils.data.Dataset):
-    def __len__(self): return 2
-    def __getitem__(self, i):
-        torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
-        y = wkv(None, p, x, values[i], log_decay=p).numpy().mean()
-        torch.set_num_threads(1)
-        return float(y)
-print(wkv(None, p, x, x, log_decay=p).mean().item())
-print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=1, batch_size=1, multiprocessing_context="fork")])
-"""
-
-
-def test_forked_worker():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800
-    )  # fmt: skip
-    numbers = [float(x) for x in re.findall(r"[\d.]+", done.stdout)]
-    assert numbers == pytest.approx([1.0, 1.0, 2.0], rel=1e-5), done.stderr
 
 
 def test_docstrings():

@@ -1,9 +1,6 @@
 """The Triton launchers of WKV against the reference in float64: values, all gradients, memory, accuracy."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -393,14 +390,3 @@ def test_auto_looks_at_threads_and_length_alone():
     assert not grid(42, 4096, 384, SERIAL).chunked and grid(43, 4096, 384, CHUNKED).chunked
     long = grid(1, 65536, 384)
     assert long.fine == 65536 // tile * 384 // 65536
-
-
-@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
-def test_in_the_interpreter():
-    """Second witness: small cases in Triton's own interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_wkv_triton.py",
-         "-k", "small"],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]

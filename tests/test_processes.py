@@ -1,0 +1,277 @@
+"""What needs processes of their own: compiled code on disk, threads, forks, the environment, Triton's interpreter."""
+
+import os
+import re
+import subprocess
+import sys
+
+import native_triton
+import pytest
+from helpers import ROOT, python
+
+pytestmark = pytest.mark.process
+
+# --- compiled code on disk --------------------------------------------------------------------------------------------------
+
+
+EVERY_OP = """
+import torch
+from sdit_kernels import *
+x, one = torch.rand(4, 2, 3, 5, requires_grad=True), torch.ones(5)
+for y in (lif(x), lif_rate(x), wkv(one, one, x[0], x[1]), wkv_step(one, one, x[0, :, 0], x[1, :, 0])[0],
+          spiking_wkv(one, one, x, x), token_shift(x, one, norm_eps=1e-6)[0], relu_squared(x)):
+    y.sum().backward()
+"""
+
+
+def test_another_process_compiles_nothing(tmp_path):
+    """All kernels come from the disk, forward and backward: seconds for each that does not."""
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
+
+    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1").returncode == 0
+    first = files()
+    assert len(first) >= 2 * 12  # an index and the code
+    assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2").returncode == 0
+    assert files() == first
+
+
+def test_code_is_kept_by_the_numbers_in_it(tmp_path):
+    """One kernel's name, another constant: compiled for itself."""
+    code = """
+import sys, numba, numpy
+from sdit_kernels.cpu.kernel import Kernel, share
+def made(by):
+    @numba.njit
+    def twice(x): return 2 * x
+    def scale(part, x):
+        for i in share(1, part): x[0] = twice(x[0]) * by
+    return Kernel(scale, "scale")
+x = numpy.ones(1)
+made(int(sys.stdin.readline()))(1, x)
+print(x[0])
+"""
+    for by, files in ((3, 2), (5, 3), (3, 3)):
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        script = tmp_path / "script.py"  # numba caches nothing of a command line
+        script.write_text(code)
+        command = [sys.executable, str(script)]
+        done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=1800)
+        assert done.stdout == f"{2.0 * by}\n", done.stderr
+        assert len(list(tmp_path.rglob("*.nb?"))) == files
+
+
+UNCACHED = """
+import numba.core.caching as caching, torch
+name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))
+getattr(caching, name).from_function = classmethod(lambda *args: None)  # as where the package's folder is read-only
+from sdit_kernels import lif, lif_rate
+print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())
+"""
+
+
+def test_nowhere_to_cache(tmp_path):
+    """No folder to write compiled code to: it runs, and says so once."""
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "folder")
+    done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
+    assert done.stdout.strip() == "12.0 3.0", done.stderr
+    assert done.stderr.count("no writable folder") == 1
+
+
+def test_incomplete_cache(tmp_path):
+    """Files of compiled code that a full disk or a crash cut short are compiled anew."""
+    code = "import torch; from sdit_kernels import lif; print(lif(torch.full((4, 3), 2.0)).sum().item())"
+    for ending in ("*.nbc", "*.nbi"):
+        for keep in (0, 20, 2000):
+            assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() == "12.0"
+            cut = list(tmp_path.rglob(ending))
+            assert cut
+            for file in cut:
+                file.write_bytes(file.read_bytes()[:keep])
+            done = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+            assert done.stdout.strip() == "12.0", (ending, keep, done.stderr)
+
+
+COMPILE = """
+import logging, torch
+import sdit_kernels.cpu.kernel as kernel
+from sdit_kernels import lif, relu_squared
+kernel._SLOW = {limit}
+{more}
+print(lif(torch.full((2, 3), 2.0)).sum().item(), relu_squared(torch.ones(3)).sum().item())
+"""
+
+
+def test_slow_compilation_says_so_once(tmp_path):
+    """One line where code is really compiled for longer than the limit; none when it is loaded, or when the logger is off."""
+
+    def lines(folder, limit=0.01, more=""):
+        done = python(COMPILE.format(limit=limit, more=more), NUMBA_CACHE_DIR=str(tmp_path / folder))
+        assert done.stdout.split() == ["6.0", "3.0"], done.stderr
+        return done.stderr.count("compiling CPU kernels")
+
+    assert lines("a") == 1
+    assert lines("a", limit=0.0) == 0  # from disk
+    assert lines("b", limit=100.0) == 0
+    assert lines("c", more="logging.getLogger('sdit_kernels').setLevel(logging.ERROR)") == 0
+
+
+# --- threads and forks ------------------------------------------------------------------------------------------------------
+
+
+POOLS = """
+import sys, torch, threading
+import sdit_kernels.cpu.kernel as kernel
+from sdit_kernels import lif
+torch.set_num_threads(3)
+if sys.argv[1] == "threads": kernel._OPENMP = False  # as where torch has no OpenMP
+x = torch.full((4, 100000), 2.0)
+def work():
+    for _ in range(50): assert lif(x).all()
+threads = [threading.Thread(target=work) for _ in range(4)]
+[t.start() for t in threads]; [t.join() for t in threads]
+print(sum(t.name.startswith("sdit_kernels") for t in threading.enumerate()) > 0, "numba.np.ufunc.omppool" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("kind", ["openmp", "threads"])
+def test_one_pool_of_threads(kind):
+    """The kernels run on torch's OpenMP threads, or, where torch has none, on threads of their own; never on numba's."""
+    if kind == "openmp" and sys.platform != "linux":
+        pytest.skip("torch's OpenMP is looked for on Linux")
+    done = python(POOLS, kind)
+    assert done.stdout.split() == [str(kind == "threads"), "False"], done.stderr
+
+
+NEURONS_IN_WORKERS = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from sdit_kernels import lif
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, i):
+        x = torch.full((4, 100000), 2.0 + i)
+        torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
+        mean = lif(x).numpy().mean()
+        torch.set_num_threads(1)
+        return float(mean)
+print(lif(torch.full((4, 100000), 2.0)).mean().item())
+print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")])
+"""
+
+
+def test_neurons_in_forked_workers():
+    done = python(NEURONS_IN_WORKERS)
+    assert done.stdout.split("\n")[:2] == ["1.0", "[1.0, 1.0, 1.0, 1.0]"], done.stderr
+
+
+SCANS_IN_WORKERS = """
+import torch, warnings
+warnings.simplefilter("ignore")
+from sdit_kernels import wkv
+p, x = torch.zeros(64), torch.ones(1, 3000, 64)
+values = [x * (i + 1) for i in range(2)]
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i):
+        torch.set_num_threads(2)  # from here on torch's own operators would hang in a forked child
+        y = wkv(None, p, x, values[i], log_decay=p).numpy().mean()
+        torch.set_num_threads(1)
+        return float(y)
+print(wkv(None, p, x, x, log_decay=p).mean().item())
+print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=1, batch_size=1, multiprocessing_context="fork")])
+"""
+
+
+def test_scans_in_forked_workers():
+    done = python(SCANS_IN_WORKERS)
+    numbers = [float(x) for x in re.findall(r"[\d.]+", done.stdout)]
+    assert numbers == pytest.approx([1.0, 1.0, 2.0], rel=1e-5), done.stderr
+
+
+FORKED = """
+import os, sys, torch
+import sdit_kernels as K
+from torch.utils.data import DataLoader
+
+torch.set_num_threads(2)
+before, generations = {before!r}, {generations}
+x = torch.empty(4, 64, 512)
+if "torch" in before:
+    x.fill_(3)  # wakes torch's threads
+else:
+    x.numpy()[:] = 3
+if "ours" in before:
+    K.lif(x)
+def child(n):
+    if n == 0:
+        s = K.lif(x, return_v_seq=True)[0]
+        return print(s.numpy().mean(), flush=True)
+    pid = os.fork()
+    if pid == 0:
+        child(n - 1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+child(generations)
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 2
+    def __getitem__(self, i): return float(K.lif(x).numpy().mean())
+if generations == 1:
+    print(sum(b.item() for b in DataLoader(Data(), num_workers=2, batch_size=1, multiprocessing_context="fork")) / 2)
+"""
+
+
+@pytest.mark.parametrize("before", ["torch", "ours", "torch and ours", "neither"])
+@pytest.mark.parametrize("generations", [1, 2])
+def test_forked_children_run_serially(before, generations):
+    """OpenMP's threads do not survive a fork, whoever started them: a child that entered them would wait for ever."""
+    done = python(FORKED.format(before=before, generations=generations))
+    assert done.stdout.split() == ["1.0"] * (2 if generations == 1 else 1), done.stderr
+
+
+# --- the environment --------------------------------------------------------------------------------------------------------
+
+
+def test_numba_that_compiles_nothing():
+    """The error names the variable, the report says the same, and the way out that they name works."""
+    code = "import torch, sdit_kernels as K; print(K.lif(torch.full((4, 1), 1.5)).flatten().tolist())"
+    done = python(code, NUMBA_DISABLE_JIT="1")
+    assert done.returncode == 1 and "RuntimeError" in done.stderr and "NUMBA_DISABLE_JIT is set" in done.stderr
+    report = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
+    assert "cannot be served: backend 'cpu': NUMBA_DISABLE_JIT is set" in python(report, NUMBA_DISABLE_JIT="1").stdout
+    done = python(code, NUMBA_DISABLE_JIT="1", SDIT_KERNELS_BACKEND="reference")
+    assert done.stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
+    assert python(code, NUMBA_DISABLE_JIT="0").stdout.strip() == "[0.0, 1.0, 0.0, 1.0]"
+
+
+# --- Triton's interpreter ---------------------------------------------------------------------------------------------------
+
+SMALL = {  # file: what of it is small enough
+    "test_lif.py": "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)",
+    "test_mix.py": "triton and (laws or pad or empty or not_a_number or saved) or channels_than",
+    "test_wkv_triton.py": "small",
+}
+
+
+@pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
+@pytest.mark.parametrize("file", SMALL)
+def test_in_the_interpreter(file):
+    """Second witness: small cases in Triton's own interpreter."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        f"tests/{file}",
+        "-k",
+        SMALL[file],
+    ]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
