@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import current_trace
 from .dtypes import DATA_DTYPES, state_dtype
 from .surrogate import SURROGATES
 
@@ -65,7 +66,7 @@ def wants_gradient(*tensors):
     """True if autograd needs a gradient of one of the tensors. False under torch.jit.trace, whose graph replays with and
     without gradients."""
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return wanted and torch._C._get_tracing_state() is None
+    return wanted and current_trace() is None
 
 
 # --- neurons ----------------------------------------------------------------------------------------------------------------

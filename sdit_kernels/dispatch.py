@@ -14,6 +14,8 @@ import threading
 import warnings
 from contextlib import contextmanager
 
+from ._torch import assume_constant_result
+
 BACKENDS = ("reference", "cpu", "triton")
 
 
@@ -138,6 +140,7 @@ def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
 _resolved = {}
 
 
+@assume_constant_result  # instead of tracing a search for installed packages
 def _resolve(device: str, name: str | None) -> str:
     if (device, name) not in _resolved:
         chosen, why = explain(device, name)
@@ -147,11 +150,6 @@ def _resolve(device: str, name: str | None) -> str:
             warnings.warn(f"sdit_kernels has {why}; the plain PyTorch reference serves it", stacklevel=4)
         _resolved[device, name] = chosen
     return _resolved[device, name]
-
-
-# torch.compile evaluates it once while tracing, instead of tracing a search for installed packages. What the decorator
-# torch.compiler.assume_constant_result sets; the decorator itself would import the whole compiler.
-_resolve._dynamo_marked_constant = True
 
 
 def forget_devices() -> None:

@@ -80,9 +80,23 @@ def test_nowhere_to_cache(tmp_path):
     assert done.stderr.count("no writable folder") == 1
 
 
-def test_incomplete_cache(tmp_path):
+def test_a_numba_without_the_names_of_its_cache(tmp_path):
+    """Kernels are compiled anew in every process, which is said once; nothing is written."""
+    hidden = "import numba.core.caching as caching; del caching.Cache._index_key\n"
+    code = hidden + "import torch; from sdit_kernels import lif, lif_rate\n"
+    code += "print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())"
+    done = python(code, NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.stdout.strip() == "12.0 3.0", done.stderr
+    assert done.stderr.count("cannot cache compiled CPU kernels") == 1
+    assert not list(tmp_path.rglob("*.nb?"))
+
+
+@pytest.mark.parametrize("can_empty", [True, False])
+def test_incomplete_cache(tmp_path, can_empty):
     """Files of compiled code that a full disk or a crash cut short are compiled anew."""
     code = "import torch; from sdit_kernels import lif; print(lif(torch.full((4, 3), 2.0)).sum().item())"
+    if not can_empty:  # a numba without the private names
+        code = "import sdit_kernels.cpu.kernel as kernel; kernel._empty_cache = lambda compiled: False; " + code
     for ending in ("*.nbc", "*.nbi"):
         for keep in (0, 20, 2000):
             assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() == "12.0"

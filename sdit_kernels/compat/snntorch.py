@@ -54,10 +54,11 @@ import sys
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from .._torch import has_hooks
 from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.leaky import leaky
+from ..ops.operator import values_are_readable
 from .swap import (
     Methods,
     Report,
@@ -124,11 +125,6 @@ def _not_numbers(neuron):
     return "its beta is not a number" if neuron.beta.isnan().any() else None
 
 
-def _readable(p):
-    """Whether the value of a parameter can be had for nothing: on a GPU that would wait for it, and a graph has none."""
-    return p.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-
-
 class _Blocks:
     """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or values for channels, the last axis.
 
@@ -149,7 +145,7 @@ class _Blocks:
 
     def _value(self, p, block, dtype):
         if p.numel() == 1:
-            return p.item() if not p.requires_grad and _readable(p) else p.to(dtype).reshape(())
+            return p.item() if not p.requires_grad and values_are_readable(p) else p.to(dtype).reshape(())
         p = p[(..., *[0] * (-1 - self.last))] if self.last < -1 else p  # axes of size 1 behind the block
         p = p.reshape(p.shape[-len(block) :]) if p.dim() >= len(block) else p
         return p.to(dtype).expand(block).reshape(-1)
@@ -199,7 +195,7 @@ def _prepare(neuron, x):
         return f"{error}, which the kernels do not take"
     if all(not isinstance(p, Tensor) and math.isfinite(p) for p in blocks.parameters):
         return blocks
-    readable = _readable(neuron.beta) and _readable(neuron.threshold)
+    readable = values_are_readable(neuron.beta) and values_are_readable(neuron.threshold)
     return (_not_numbers(neuron) if readable else None) or blocks
 
 
@@ -234,7 +230,7 @@ def _walk(neuron, x_seq, mem, sequence, blocks):
 def _ungraded(neuron):
     """Whether the spikes' factor is known to be 1. Read in every call, as no version counts all changes; on a GPU never."""
     factor = neuron.graded_spikes_factor
-    return not factor.requires_grad and factor.numel() == 1 and _readable(factor) and factor.item() == 1
+    return not factor.requires_grad and factor.numel() == 1 and values_are_readable(factor) and factor.item() == 1
 
 
 class _Leaky(Methods):
@@ -345,6 +341,10 @@ _SAMPLES = {
     for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
     for n in (1, 2, 3)
 }
+_RUNNING_STATISTICS = (
+    nn.SyncBatchNorm,
+    *(getattr(nn, f"{lazy}{kind}Norm{n}d") for lazy in ("", "Lazy") for kind in ("Batch", "Instance") for n in (1, 2, 3)),
+)
 _ANY_AXES = (nn.Linear, nn.Identity, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh)
 
 
@@ -406,7 +406,7 @@ def _whole(module, x, mem, library):
             return (spikes, history) if both else spikes
         warn(f"{type(module).__name__} runs step by step: {blocks}", 4)
         return _step_by_step(module, x, mem)
-    if not _hooked(module):
+    if not has_hooks(module):
         if type(module) in _ANY_AXES:
             return module(x)
         flatten = type(module) is nn.Flatten and module.start_dim > 0 and x.dim() >= 2
@@ -418,7 +418,7 @@ def _whole(module, x, mem, library):
 
 def _through(module, x, run):
     """x through ``run(layer, x)`` for each layer of an ``nn.Sequential``, and of those in it; or for the module itself."""
-    if type(module) is not nn.Sequential or _hooked(module):
+    if type(module) is not nn.Sequential or has_hooks(module):
         return run(module, x)
     for i, layer in enumerate(module):
         if not isinstance(x, Tensor):
@@ -444,19 +444,15 @@ def _repeated(module):
 
 
 def _keeps_state(module):
-    if not type(module).__module__.startswith("torch.nn.modules.") or _hooked(module):
+    if not type(module).__module__.startswith("torch.nn.modules.") or has_hooks(module):
         return True
-    return isinstance(module, _NormBase) and module.training and module.track_running_stats
+    return isinstance(module, _RUNNING_STATISTICS) and module.training and module.track_running_stats
 
 
 def _why_not_whole(neuron, leaky_class):
     if not isinstance(neuron, leaky_class):
         return _NO_KERNEL
-    return changed_behaviour(neuron, leaky_class) or ("it has hooks" if _hooked(neuron) else None)
-
-
-def _hooked(module):
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return changed_behaviour(neuron, leaky_class) or ("it has hooks" if has_hooks(neuron) else None)
 
 
 def _step_by_step(module, x, mem):

@@ -45,10 +45,12 @@ import sys
 
 import torch
 
+from .._torch import has_hooks
 from ..checks import check_neuron, check_neuron_values
 from ..dispatch import backend
 from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.lif import lif
+from ..ops.operator import values_are_readable
 from .swap import (
     Methods,
     Report,
@@ -91,20 +93,15 @@ def _surrogate(function):
         return f"surrogate {kind.__name__} has an alpha that is no number but a {type(alpha).__name__}"
     if kind.__name__ == "QPseudoSpike" and alpha != 2:
         return f"surrogate QPseudoSpike has a formula here for alpha = 2 only, not {alpha}"
-    if function._forward_hooks or function._forward_pre_hooks or function._backward_hooks:
+    if has_hooks(function):
         return f"surrogate {kind.__name__} has hooks, which the kernels would not call"
     return name, alpha
-
-
-def _may_look(t):
-    """Whether the values of a tensor may be looked at: not where that waits for a GPU or breaks a graph."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def _check(x, shape, **settings):
     """Raise what lif would, for data x whose steps have this shape."""
     _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **settings)
-    if v_threshold is not None and _may_look(v_threshold):
+    if v_threshold is not None and values_are_readable(v_threshold):
         check_neuron_values(None, v_threshold, settings["decay_input"])
 
 
@@ -230,7 +227,7 @@ class _IFNode(_Node):
 class _ParametricLIFNode(_Node):
     @staticmethod
     def _leak(neuron, x):
-        if _may_look(neuron.w) and math.isnan(neuron.w.detach().sum().item()):
+        if values_are_readable(neuron.w) and math.isnan(neuron.w.detach().sum().item()):
             raise ValueError("w is NaN")
         wide = torch.promote_types(neuron.w.dtype, state_dtype(x.dtype))
         exponent = (-neuron.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient

@@ -8,12 +8,13 @@ A layer of a user's file gets a class derived from its own (``Swapped``), and th
 
 import functools
 import re
+import sys
 import warnings
 from typing import NamedTuple
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .._torch import active_modes, dispatch_mode_count, function_mode_count
 
 
 class Left(NamedTuple):
@@ -235,9 +236,12 @@ def refuse_symbols(module, x):
 
 def counted() -> str | None:
     """Why the library's own code has to run at this moment: one of SpikingJelly's modes that count operations is active."""
-    if torch.compiler.is_compiling() or not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
+    if torch.compiler.is_compiling() or not (dispatch_mode_count() or function_mode_count()):
         return None
-    for mode in (*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()):
+    modes = active_modes()
+    if modes is None and "spikingjelly.activation_based.op_counter" in sys.modules:
+        return "this version of PyTorch does not tell whether SpikingJelly counts the operators of PyTorch"
+    for mode in modes or ():
         if any(cls.__module__.startswith("spikingjelly.") for cls in type(mode).__mro__):
             return f"{type(mode).__name__} counts the operators of PyTorch, and a fused kernel would count as nothing"
     return None

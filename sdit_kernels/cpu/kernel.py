@@ -173,24 +173,30 @@ class Kernel:
         try:
             compiled = numba.njit(entry, cache=True, **options)
         except RuntimeError:  # numba found no folder it may write to
-            _warn_uncached()
+            _warn_uncached(_NO_FOLDER)
             compiled = numba.njit(entry, **options)
         else:
-            self._key(compiled)
+            if not _set_cache_key(compiled, self._key()):
+                _warn_uncached(_NO_CACHE)
+                compiled = numba.njit(entry, **options)
         with event.install_listener("numba:compile", _Notice(compiled)):
             try:
                 compiled.compile(signature)
             except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
-                compiled._cache.flush()
+                if not _empty_cache(compiled):
+                    compiled = numba.njit(entry, **options)
                 compiled.compile(signature)
         return compiled
 
-    def _key(self, compiled):
-        """Find the code again in another process. Numba's key holds a pickle of all closed-over variables; of a jitted function
-        among them that is new in every process. Name and stamp say what those are, but for numbers that someone has changed."""
+    def _key(self):
+        """The function that computes the key of cached code, so that another process finds it.
+
+        Numba's own key holds a pickle of all closed-over variables. The pickle of a jitted function is new in every process.
+        Name and stamp say what those variables are, except numbers that someone has changed.
+        """
         cells = (cell.cell_contents for cell in self._function.__closure__ or ())
         numbers = tuple(value for value in cells if isinstance(value, (int, float)))
-        compiled._cache._index_key = lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
+        return lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
 
     def __call__(self, work: int, *args):
         """``work`` in elementary steps decides whether one thread does it alone."""
@@ -209,15 +215,41 @@ class Kernel:
                 other.result()
 
 
+_NO_FOLDER = (
+    "sdit_kernels: found no writable folder for compiled CPU kernels, so every process compiles them anew "
+    "(seconds per kernel). Set NUMBA_CACHE_DIR to a writable folder."
+)
+_NO_CACHE = (
+    "sdit_kernels: cannot cache compiled CPU kernels with this version of numba, so every process compiles them anew "
+    "(seconds per kernel)."
+)
 _warned = False
 
 
-def _warn_uncached():
+def _warn_uncached(message):
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            "sdit_kernels: found no writable folder for compiled CPU kernels, so every process compiles them anew "
-            "(seconds per kernel). Set NUMBA_CACHE_DIR to a writable folder.",
-            stacklevel=2,
-        )
+        warnings.warn(message, stacklevel=2)
+
+
+# --- private names of numba -------------------------------------------------------------------------------------------------
+
+
+def _set_cache_key(compiled, key) -> bool:
+    """Let numba look for code on disk under key(signature, codegen). False where this numba lacks the private names: its own
+    key would be new in every process, and the cache would grow without end."""
+    cache = getattr(compiled, "_cache", None)
+    if not hasattr(cache, "_index_key"):
+        return False
+    cache._index_key = key
+    return True
+
+
+def _empty_cache(compiled) -> bool:
+    """Forget the code of this function on disk. False where this numba lacks the private names."""
+    flush = getattr(getattr(compiled, "_cache", None), "flush", None)
+    if flush is None:
+        return False
+    flush()
+    return True

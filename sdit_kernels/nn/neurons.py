@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch import current_trace, has_ended, is_tracing, mark_transform
 from ..checks import refuse_proxy
 from ..dispatch import backend
 from ..dtypes import state_dtype
@@ -60,12 +61,10 @@ class _Context(NamedTuple):
 
 def _context(v, before):
     """The context of a new membrane v, None for an ordinary call."""
-    functorch, layer = torch._C._functorch, None
-    if functorch.is_functorch_wrapped_tensor(v):
-        layer = functorch._wrap_for_grad(functorch.get_unwrapped(v), functorch.maybe_get_level(v))
-    elif not torch._C._is_tracing():
+    layer = mark_transform(v)
+    if layer is None and not is_tracing():
         return None
-    return _Context(torch._C._get_tracing_state(), layer, before)
+    return _Context(current_trace(), layer, before)
 
 
 class _Stateful(_Neuron):
@@ -133,7 +132,7 @@ class _Stateful(_Neuron):
         module twice to check its graph, and both must start alike. Returns v and v_seq from when the current trace began."""
         context, fake_mode = getattr(self.v, "context", None), getattr(self.v, "fake_mode", None)
         if (fake_mode is not None and fake_mode is not getattr(x, "fake_mode", None)) or (
-            context is not None and context.layer is not None and torch._C._functorch.is_dead_tensor_wrapper(context.layer)
+            context is not None and context.layer is not None and has_ended(context.layer)
         ):
             raise RuntimeError(
                 "v, the membrane carried over from an earlier call, has no values here: it was made inside a transform of "
@@ -141,7 +140,7 @@ class _Stateful(_Neuron):
                 "this call"
             )
         if context is not None:
-            if context.trace is torch._C._get_tracing_state():
+            if context.trace is current_trace():
                 return context.before
             self.v, self.v_seq = context.before
         return self.v, self.v_seq

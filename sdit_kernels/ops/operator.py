@@ -10,9 +10,17 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import nvtx
+from .._torch import (
+    below_autograd,
+    dispatch_mode_count,
+    in_forward_mode,
+    is_tracing,
+    is_zerotensor,
+    profiler_enabled,
+    transforms_active,
+)
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -96,8 +104,8 @@ def values_are_readable(t: Tensor) -> bool:
     return (
         t.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+        and not transforms_active()
+        and not is_tracing()
         and getattr(t, "fake_mode", None) is None
     )
 
@@ -154,44 +162,54 @@ def register(
     name = schema.partition("(")[0]
     save, gradient = save or _nothing, _backward(gradient) if gradient else _no_second_derivative
     implementation = nvtx.range(name).untraced(implementation)
-    _LIBRARY.define(schema)
-    operator = getattr(torch.ops.sdit_kernels, name).default
-    below_autograd = torch._C._AutoDispatchBelowAutograd
-    _LIBRARY.impl(name, implementation, "CPU")
-    _LIBRARY.impl(name, implementation, "CUDA")
 
     def fake_unless_onnx(*args):
         _refuse_onnx(name)
         return fake(*args)
 
-    torch.library.register_fake(f"sdit_kernels::{name}", fake_unless_onnx, lib=_LIBRARY)
-    arguments = [argument.name for argument in operator._schema.arguments]
+    arguments = [argument.split()[-1] for argument in schema[schema.index("(") + 1 : schema.index(") ->")].split(",")]
     sums = arguments.index("parameters") if "parameters" in arguments else None
-    rule = _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
-    torch.library.register_vmap(f"sdit_kernels::{name}", rule, lib=_LIBRARY)
+
+    def define(name):
+        _LIBRARY.define(name + schema[schema.index("(") :])
+        operator = getattr(torch.ops.sdit_kernels, name).default
+        _LIBRARY.impl(name, implementation, "CPU")
+        _LIBRARY.impl(name, implementation, "CUDA")
+        torch.library.register_fake(f"sdit_kernels::{name}", fake_unless_onnx, lib=_LIBRARY)
+        rule = _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
+        torch.library.register_vmap(f"sdit_kernels::{name}", rule, lib=_LIBRARY)
+        return operator
+
+    operator = define(name)
+    if below_autograd is None:
+        call_below_autograd = define(f"{name}_below_autograd")
+    else:
+
+        def call_below_autograd(*args):
+            with below_autograd():
+                return operator(*args)
 
     tensors = len(batch_axes)
 
     def needs_dispatcher(args):
         """True if PyTorch's dispatcher must see this call: a dispatch mode or the profiler is active, or an argument is a
         tensor subclass, meta, or lazily negated. Otherwise an eager call skips the dispatcher and saves about 24 us."""
-        if torch._C._len_torch_dispatch_stack() > 0 or torch.autograd._profiler_enabled():
+        if dispatch_mode_count() > 0 or profiler_enabled():
             return True
         return any(
-            t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or t._is_zerotensor()) for t in args[:tensors]
+            t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or is_zerotensor(t)) for t in args[:tensors]
         )
 
     def may_need_grad(args):
         """True if a derivative may be needed; otherwise the call skips autograd.Function and saves 11 us."""
-        if forward_ad._current_level >= 0:
+        if in_forward_mode():
             return True
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors])
 
     def run(*args):
         if not needs_dispatcher(args):
             return implementation(*args)
-        with below_autograd():
-            return operator(*args)
+        return call_below_autograd(*args)
 
     class Autograd(torch.autograd.Function):
         @staticmethod
@@ -208,8 +226,7 @@ def register(
 
         @staticmethod
         def forward(*args):
-            with below_autograd():
-                return operator(*args)
+            return call_below_autograd(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -235,10 +252,10 @@ def register(
     def entry(*args):
         if torch.compiler.is_compiling():
             return operator(*args)
-        if torch._C._is_tracing():  # torch.jit.trace: sizes and addresses are tensors
+        if is_tracing():  # torch.jit.trace: sizes and addresses are tensors
             _refuse_onnx(name)
             return operator(*args)
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             return operator(*args) if mutates else Functorch.apply(*args)
         if needs_dispatcher(args):
             return operator(*args)
