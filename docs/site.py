@@ -1,6 +1,7 @@
 """What mkdocs needs to know beyond mkdocs.yml: the files of perf/results, and reStructuredText in docstrings."""
 
 import re
+import textwrap
 from pathlib import Path
 
 from griffe import Extension
@@ -22,11 +23,19 @@ def on_page_markdown(markdown, page, config, files):
 
 
 class PlainDocstrings(Extension):
-    """Turn the reStructuredText of our docstrings into Markdown: roles, literal blocks, doctests."""
+    """Turn the reStructuredText of our docstrings into Markdown: roles, literal blocks, doctests, sections of plain text."""
 
     def on_instance(self, *, obj, **_):
         if obj.docstring:
             text = re.sub(r":(?:func|class|meth|mod):`([^`]+)`", r"`\1`", obj.docstring.value)
             text = re.sub(r"^( *)::$\n", "", text, flags=re.M)
             text = re.sub(r" ?::$", ":", text, flags=re.M)
+            text = re.sub(
+                r"^(Returns|Raises|Shape|State):\n((?: {4}.*\n?|\n)+)",
+                lambda match: f"**{match[1]}:**\n\n{textwrap.dedent(match[2])}",
+                text,
+                flags=re.M,
+            )
+            if obj.is_module:  # doctests outside a section, which Markdown would take for quotations
+                text = re.sub(r"^>>> (?:.+\n?)+", lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", text, flags=re.M)
             obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
