@@ -159,6 +159,23 @@ def test_the_report():
     assert "NUMBA_CACHE_DIR=/some/folder, OMP_NUM_THREADS=1" in text and re.search(r"^cuda +\(", text, re.M)
 
 
+def test_the_report_names_gpus(monkeypatch):
+    from types import SimpleNamespace
+
+    from sdit_kernels import __main__ as program
+
+    gpu = {
+        "device_count": lambda: 1,
+        "is_available": lambda: True,
+        "get_device_name": lambda i: "NVIDIA H200",
+        "get_device_capability": lambda i: (9, 0),
+        "get_device_properties": lambda i: SimpleNamespace(total_memory=139 * 2**30),
+    }
+    for name, answer in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert any(line.startswith("cuda  (NVIDIA H200, capability 9.0, 139 GiB): triton: ") for line in program.report())
+
+
 @pytest.mark.parametrize("name", ["cuda", "", "CPU"])
 def test_unknown_backend(name):
     with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu', 'triton'"), sdit_kernels.backend(name):

@@ -137,6 +137,11 @@ def test_the_sentences():
     bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 1)}
     lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]
     assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in PERFORMANCE
+    share = [r for r in rows("gpu_h200.json", "mix", 0) if (r["name"], r.get("pass")) == ("ours", "backward")][0]
+    assert f"of `token_shift` reaches {share['percent_of_copy']:.0f} % of `copy_`" in PERFORMANCE
+    sizes = [r for r in rows("gpu_h200.json", "sizes", 0) if (r["name"], r["mode"]) == ("wkv, then lif", "forward+backward")]
+    assert [digits(f([1 / r["ratio"] for r in sizes if r["B"] <= 64])) for f in (min, max)] == ["1.2x", "1.4x"]
+    assert "1.2 to 1.4 times" in PERFORMANCE and all(abs(r["ratio"] - 1) < 0.03 for r in sizes if r["B"] >= 128)
     one, both = (
         row(rows("gpu_h200.json", "algorithms", 1), B=256, L=1024, name="auto", mode=mode)["gb_per_s"] / 1e3
         for mode in ("forward", "forward+backward")
@@ -319,6 +324,35 @@ def test_the_tables_of_training():
     cells("more simulation steps, T = 8 instead of 4", f"{four_steps:.4f}", f"{eight:.4f}", "400 steps")
 
 
+def test_the_sentences_of_training():
+    found = json.loads((RESULTS / "sdit_fashion_trials.json").read_text())
+
+    def trial(arm, steps=500, note=False):
+        return row([r for r in found["rows"] if ("note" in r) == note], arm=f"bf16=true lr=8e-3{arm}", steps=steps)
+
+    def quality(r, guidance=1.5):
+        return f"{r[f'frechet_distance_guidance_{guidance}']:.1f}", f"{r[f'label_accuracy_guidance_{guidance}']:.2f}"
+
+    none, both, wide, deep = (trial(arm) for arm in ("", " bidirectional=true", " dim=192", " depth=6"))
+    assert f"it was worse: {both['mse']:.4f} against {none['mse']:.4f}" in TRAINING
+    early = trial(" bidirectional=true", 400)["mse"], row(found["rows"], arm="bf16=true lr=3e-3 lr=8e-3")["mse"]
+    assert "{:.4f} against {:.4f} after 400 steps".format(*early) in TRAINING
+    seconds = trial(" alpha=1")["cpu_seconds"]  # other processes took time from the run without a change
+    more = [f"{r['cpu_seconds'] / seconds:.1f} times the time" for r in (wide, deep)]
+    assert f"(Frechet distance {quality(wide)[0]} against {quality(none)[0]}) at {more[0]}" in TRAINING
+    assert f"depth 6 ({quality(deep)[0]}) at {more[1]}" in TRAINING
+    loud = " flip=false condition=every scan=four prediction="
+    flow, v = trial(f"{loud}flow learn_sigma=false", note=True), trial(f"{loud}v", note=True)
+    assert "worse than v: {} and {} against {} and {}".format(*quality(flow), *quality(v)) in TRAINING
+    (distance, label), (before, label_before) = quality(trial(" weighting=min_snr")), quality(none)
+    words = f"({distance} instead of {before}) and also the label accuracy ({label} instead of {label_before})"
+    assert words in TRAINING
+    assert f"Normalised first, it helped: {trial(' condition=every')['mse']:.4f} instead of {none['mse']:.4f}" in TRAINING
+    real, mirrored = found["frechet_distance_train"], found["frechet_distance_train_half_mirrored"]
+    assert f"{real:g} from the test images. With half of them mirrored it is {mirrored:g}" in TRAINING
+    assert f"500 real images reach {real:g} and {found['label_accuracy_train']:g}" in TRAINING
+
+
 def test_marks_of_figures():
     for path in (ROOT / "README.md", *DOCS.rglob("*.md")):
         text = path.read_text()
@@ -366,6 +400,8 @@ def test_the_figures_of_the_spiking_form():
         cells = [f"{found['images_per_s']:.0f}", f"{found['evaluate']['drawn']['frechet_distance']:.3f}"]
         cells += [percent(found["evaluate"]["drawn"]), *energy[:2], f"{energy[2]} mJ", f"{silent} of {neurons}"]
         assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in SDIT
+    (energy,) = re.findall(r"every product a MAC.* ([\d.]+)$", "\n".join(measured("wkv")["rows"][1]["info"]), re.M)
+    assert f"would take {energy} mJ" in SDIT
     silent = re.search(r"([\d,]+ of [\d,]+) neurons fire nowhere", "\n".join(measured("wkv")["pretrained"]["info"]))[1]
     assert f"Of single neurons, {silent} fire nowhere on 512 noisy images" in SDIT
     every, first = measured("wkv")["condition_every"]["evaluate"]["drawn"], measured("wkv")["rows"][0]["evaluate"]["drawn"]
