@@ -378,7 +378,7 @@ def test_the_figures_of_the_model():
     for label, of in (
         ("5,000 drawn images, 50 steps of DPM-Solver++", found["drawn"]),
         ("5,000 drawn images, 250 steps of DDPM", slow["drawn"]),
-        ("5,000 train images, the floor", found["floor"]),
+        ("5,000 real images, for comparison", found["floor"]),
     ):
         row = f"| {label} | {figures(of)} | {percent(of)} |"
         assert row in SDIT and (row in README) == (f"| {label} |" in README)
