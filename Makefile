@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: test quick demo check format peers bench package clean
+.PHONY: test quick demo check format docs peers bench package clean
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n auto --dist worksteal
@@ -26,6 +26,11 @@ check: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site. --strict makes a dead link or anchor an error. mkdocs reads the docstrings without importing the package.
+docs: .venv/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: peers
 	$(BIN)/python perf/bench_lif.py

@@ -22,7 +22,12 @@ def long_description():
             return "" if image else text
         return f"{image}[{text}]({REPOSITORY}/{'raw' if image else 'blob'}/v{version}/{target})"
 
-    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", address, Path("README.md").read_text(encoding="utf-8"))
+    def picture(match):
+        return re.sub('(src|srcset)="', rf'\1="{REPOSITORY}/raw/v{version}/', match[0]) if REPOSITORY else ""
+
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub("<picture>.*?</picture>", picture, text, flags=re.S)
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", address, text)
 
 
 class Sources(sdist):
@@ -57,6 +62,7 @@ setup(
         "triton": ["triton>=3.6,<3.9"],  # where torch brings none; GPU builds of torch bring their own
         "sdit": ["einops", "diffusers", "safetensors", "pillow>=10.1", "matplotlib", "tqdm", "scikit-learn"],
         "profile": ["nvtx"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10", "mkdocstrings[python]>=1,<2"],
         "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy>=1.18,<3", "setuptools>=77", "matplotlib", "nvtx"],
     },
     classifiers=[

@@ -266,8 +266,34 @@ def test_import_is_light_and_needs_no_optional_package():
 
 @pytest.mark.process
 def test_the_report():
-    text = python("import runpy; runpy.run_module('sdit_kernels', run_name='__main__')", TRITON_INTERPRET="")
-    assert "cpu: numba kernels serve CPU tensors" in text and "torch " in text
+    """What a bug report needs: versions, builds, machine, settings that matter and no others, caches, devices."""
+    settings = {"NUMBA_CACHE_DIR": "/some/folder", "TRITON_CACHE_DIR": "/another", "OMP_NUM_THREADS": "1", "MY_TOKEN": "hidden"}
+    code = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
+    text = python(code, TRITON_INTERPRET="", SDIT_KERNELS_BACKEND="", **settings)
+    assert "cpu: numba kernels serve CPU tensors" in text and "hidden" not in text
+    build = "ROCm" if torch.version.hip else "CUDA" if torch.version.cuda else "CPU"
+    assert f"sdit_kernels {sdit_kernels.__version__}" in text and f"torch {torch.__version__}, build for {build}" in text
+    assert re.search(r"^Python 3[.\d]+, .+$", text, re.M) and re.search(r"^CPU: .+, \d+ cores", text, re.M)
+    assert all(re.search(rf"\b{name} ([\d.]+|not installed)", text) for name in ("triton", "numba", "llvmlite", "numpy"))
+    assert "threads: 1, " in text and "compiled kernels: numba /some/folder, triton /another" in text
+    assert "NUMBA_CACHE_DIR=/some/folder, OMP_NUM_THREADS=1" in text and re.search(r"^cuda +\(", text, re.M)
+
+
+def test_the_report_names_gpus(monkeypatch):
+    from types import SimpleNamespace
+
+    from sdit_kernels import __main__ as program
+
+    gpu = {
+        "device_count": lambda: 1,
+        "is_available": lambda: True,
+        "get_device_name": lambda i: "NVIDIA H200",
+        "get_device_capability": lambda i: (9, 0),
+        "get_device_properties": lambda i: SimpleNamespace(total_memory=139 * 2**30),
+    }
+    for name, answer in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert any(line.startswith("cuda  (NVIDIA H200, capability 9.0, 139 GiB): triton: ") for line in program.report())
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "CPU"])

@@ -1,4 +1,4 @@
-"""examples/: each runs by itself, small, and is short enough to copy."""
+"""examples/: each runs by itself, small, has --help, and is short enough to copy."""
 
 import importlib.util
 import os
@@ -13,6 +13,8 @@ CASES = {  # file: the library that it needs, arguments that make it short, what
     "spikingjelly_digits.py": ("spikingjelly", ("--epochs", "1"), ("SpikingJelly: ", "accelerated: ", "% right")),
     "snntorch_digits.py": ("snntorch", ("--epochs", "1"), ("loop: ", "unroll: ", "% right")),
     "rwkv_text.py": ("transformers", ("--steps", "1"), ("loss", "ms a step", "def ")),
+    "ops_digits.py": ("sklearn", ("--epochs", "1"), ("epoch 1: loss ", "% right")),
+    "sdit_digits.py": ("diffusers", ("--steps", "2", "--dim", "32"), ("10 digits in samples.png",)),
 }
 
 
@@ -21,16 +23,18 @@ def test_every_example_is_here_and_is_short():
     assert files.keys() == CASES.keys()
     for name, text in files.items():
         assert len(text.splitlines()) < 40 and "from perf" not in text, name  # a user copies the file, and has no perf/
+        assert "argparse.ArgumentParser(description=__doc__)" in text, name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", CASES)
-def test_an_example_runs(name):
+def test_an_example_runs(name, tmp_path):
     library, arguments, words = CASES[name]
     if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed (make peers)")
+        pytest.skip(f"{library} is not installed (make peers, or pip install '.[sdit]')")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "examples" / name), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     output = done.stdout
     assert all(word in output for word in words), output

@@ -1,14 +1,26 @@
-"""Figures in README.md are those of the files in perf/results/, and every file there is listed with its command."""
+"""Figures in README.md and docs/ are those of the files in perf/results/, and every file there is listed with its command."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
-README = " ".join((ROOT / "README.md").read_text().split())
+DOCS = ROOT / "docs"
+if not DOCS.is_dir():
+    pytest.skip("docs/ is in the repository only, not in the sdist", allow_module_level=True)
+
+
+def page(path):
+    return " ".join(path.read_text().split())
+
+
+README = page(ROOT / "README.md")
+PAGES = {p.relative_to(DOCS).with_suffix("").as_posix(): page(p) for p in DOCS.rglob("*.md")}
+PERFORMANCE, SDIT, TRAINING = (PAGES[name] for name in ("performance", "sdit", "training"))
 
 
 def rows(name, section, run=None):
@@ -43,7 +55,7 @@ def test_the_table_of_the_cpu():
         ("`torch.compile` of that loop / `lif`", peers, "torch.compile(plain loop)"),
         ("repeat, SpikingJelly `LIFNode`, mean / `lif_rate`", rate, "repeat, LIFNode, mean"),
     ):
-        assert f"| {label} | {times(found, peer)} |" in README
+        assert f"| {label} | {times(found, peer)} |" in PERFORMANCE
 
 
 def test_the_table_of_the_gpu():
@@ -55,22 +67,23 @@ def test_the_table_of_the_gpu():
         ("`torch.compile` of that loop / `lif`", peers, "torch.compile(plain loop)"),
         ("repeat, `LIFNode`, mean / `lif_rate`", rate, "repeat, LIFNode, mean"),
     ):
-        assert f"| {label} | {times(found, peer)} |" in README
+        assert f"| {label} | {times(found, peer)} |" in PERFORMANCE
     scans = [rows("gpu_h200.json", "wkv", 0), rows("gpu_h200.json", "wkv_backward", 1)]
     for label, peer in (
         ("flash-linear-attention `fused_recurrent_rwkv4` / `wkv`", "flash-linear-attention"),
         ("Heinsen's form, PyTorch / `wkv`", "Heinsen's form"),
     ):  # over the algorithm that "auto" takes at this size
         ratios = [row(found, name=peer)["median_s"] / row(found, name="wkv, chunked")["median_s"] for found in scans]
-        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in README
+        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in PERFORMANCE
     mix = times(rows("gpu_h200.json", "mix", 0)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
-    assert f"`token_shift` with norm and three mixes (backward alone in the second column) | {mix} |" in README
+    assert "`token_shift` with norm and three mixes: | other code / op | forward | backward alone |" in PERFORMANCE
+    assert f"| plain PyTorch / `token_shift` | {mix} |" in PERFORMANCE
     found = rows("gpu_h200.json", "snn", 0)
     loop = [
         digits(row(found, name="loop", mode=m)["median_s"] / row(found, name="leaky", mode=m)["median_s"])
         for m in ("forward", "forward+backward")
     ]
-    assert f"| snnTorch 1.0 `Leaky` in a loop of 25 steps / `leaky` | {' | '.join(loop)} |" in README
+    assert f"| snnTorch 1.0 `Leaky` in a loop of 25 steps / `leaky` | {' | '.join(loop)} |" in PERFORMANCE
 
 
 def test_the_training_steps_on_the_gpu():
@@ -79,13 +92,13 @@ def test_the_training_steps_on_the_gpu():
         ours = [row(found, name=f"{preset}, batch {batch}, ours, {dtype}") for dtype in ("bf16", "fp32")]
         cells = [f"{1e3 * r['median_s']:.3g} ms" for r in ours] + [f"{ours[0]['images_per_second']:,.0f}"]
         cells += [f"{r['peak_bytes'] / 2**30:.1f} GiB" for r in ours]
-        assert f"| `{preset}`, batch {batch} | {' | '.join(cells)} |" in README
+        assert f"| `{preset}`, batch {batch} | {' | '.join(cells)} |" in PERFORMANCE
     plain, ours = (row(found, name=f"fashion_mnist, batch 32, {form}, fp32")["median_s"] for form in ("plain", "ours"))
-    assert f"{plain / ours:.0f} times as long" in README
+    assert f"{plain / ours:.0f} times as long" in PERFORMANCE
 
 
 def other_libraries():
-    """The rows of README's table in "Use it in your project": time and bytes kept, over those of the fused form."""
+    """(page, row): time and bytes kept of the library's own code, over the time and the bytes of the fused code."""
 
     def pair(section, fused, own):
         found = rows("compat_snn.json", section)
@@ -96,54 +109,60 @@ def other_libraries():
     own = "SpikingJelly's own"
     for label, name in (
         ("`LIFNode`, 4 steps of (8, 394, 384)", "LIFNode"),
-        ("... a step at a time", "LIFNode, single steps"),
+        ("`LIFNode`, one step per call", "LIFNode, single steps"),
         ("`IFNode`", "IFNode"),
         ("`ParametricLIFNode`", "ParametricLIFNode"),
     ):
-        yield f"| {label} | {pair('jelly_neurons', f'{name}, fused', f'{name}, {own}')}"
+        yield "spikingjelly", f"| {label} | {pair('jelly_neurons', f'{name}, fused', f'{name}, {own}')}"
     for label, name in (
         ("a spiking CNN, a training step", "spiking CNN"),
-        ("a Spikformer block, likewise", "Spikformer block"),
+        ("a Spikformer block, a training step", "Spikformer block"),
     ):
         step = f"{name}, training step"
-        yield f"| {label} | {pair('jelly_models', f'{step}, fused', f'{step}, {own}')}"
-    yield f"| `Leaky`, 25 steps of (128, 1000), `unroll` | {pair('snn_neurons', 'subtract, unroll', 'subtract, the loop')}"
+        yield "spikingjelly", f"| {label} | {pair('jelly_models', f'{step}, fused', f'{step}, {own}')}"
+    unrolled = pair("snn_neurons", "subtract, unroll", "subtract, the loop")
+    yield "snntorch", f"| `Leaky`, 25 steps of (128, 1000), `unroll` | {unrolled}"
     looped = pair("snn_neurons", "subtract, accelerated, in the loop", "subtract, the loop")
-    yield f"| ... accelerated, in the loop | {looped}"
+    yield "snntorch", f"| `Leaky`, accelerated, in the loop | {looped}"
     whole = pair("snn_model", "unrolled", "snnTorch's own")
-    yield f"| a network of 784, 1000 and 10 over 25 steps, a training step, unrolled | {whole}"
+    yield "snntorch", f"| a network of 784, 1000 and 10 over 25 steps, a training step, unrolled | {whole}"
 
 
 def test_the_table_of_other_libraries():
-    for line in other_libraries():
-        assert line in README
+    for name, line in other_libraries():
+        assert line in PAGES[name], line
 
 
 def test_the_sentences():
     bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 1)}
     lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]
-    assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in README
+    assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in PERFORMANCE
+    share = [r for r in rows("gpu_h200.json", "mix", 0) if (r["name"], r.get("pass")) == ("ours", "backward")][0]
+    assert f"of `token_shift` reaches {share['percent_of_copy']:.0f} % of `copy_`" in PERFORMANCE
+    sizes = [r for r in rows("gpu_h200.json", "sizes", 0) if (r["name"], r["mode"]) == ("wkv, then lif", "forward+backward")]
+    assert [digits(f([1 / r["ratio"] for r in sizes if r["B"] <= 64])) for f in (min, max)] == ["1.2x", "1.4x"]
+    assert "1.2 to 1.4 times" in PERFORMANCE and all(abs(r["ratio"] - 1) < 0.03 for r in sizes if r["B"] >= 128)
     one, both = (
         row(rows("gpu_h200.json", "algorithms", 1), B=256, L=1024, name="auto", mode=mode)["gb_per_s"] / 1e3
         for mode in ("forward", "forward+backward")
     )
-    assert f"reaches {one:.1f} TB/s forward, {both:.1f} forward and backward" in README
+    assert f"reaches {one:.1f} TB/s forward, {both:.1f} forward and backward" in PERFORMANCE
     goals = json.loads((RESULTS / "wkv.json").read_text())["goals"]
     for text, what in (
         ("{:.0f} times as fast as the eager loop over tokens", "forward, times the eager loop"),
-        ("{:.0f} times forward and backward", "forward + backward, times the eager loop"),
+        ("{:.0f} times in forward + backward", "forward + backward, times the eager loop"),
     ):
         value = next(float(re.search(r": ([\d.]+)", goal)[1]) for goal in goals if what in goal)
-        assert text.format(value) in README
+        assert text.format(value) in PERFORMANCE
 
 
 def test_the_sentences_on_rwkv():
     model, layer = (rows("compat_rwkv.json", section) for section in ("rwkv_step", "rwkv_layer"))
     ours, theirs = (row(model, name=name)["saved_bytes"] for name in ("accelerated", "transformers"))
-    assert f"run {row(model, name='transformers')['ratio']:.1f} times as fast" in README
-    assert f"keep {100 * ours / theirs:.0f} % of the bytes" in README
-    assert f"runs {row(layer, name='transformers')['ratio']:.1f} times as fast" in README
-    assert f"spends {100 * row(layer, name='the matrix products of both')['ratio']:.0f} % of its time in them" in README
+    assert f"run {row(model, name='transformers')['ratio']:.1f} times as fast" in PAGES["rwkv"]
+    assert f"keep {100 * ours / theirs:.0f} % of the bytes" in PAGES["rwkv"]
+    assert f"runs {row(layer, name='transformers')['ratio']:.1f} times as fast" in PAGES["rwkv"]
+    assert f"spends {100 * row(layer, name='the matrix products of both')['ratio']:.0f} % of its time in them" in PAGES["rwkv"]
 
 
 def test_the_table_of_the_model():
@@ -153,27 +172,192 @@ def test_the_table_of_the_model():
     ):  # fmt: skip
         ours, bf16, plain, plain_bf16 = rows("sdit.json", section)
         ratios = plain["ratio"], plain["median_s"] / bf16["median_s"], plain_bf16["median_s"] / bf16["median_s"]
-        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in README
+        assert f"| {label} | {' | '.join(map(digits, ratios))} |" in PERFORMANCE
     kept = [r["saved_per_sample_bytes"] for r in rows("sdit.json", "training")]
-    assert f"{100 * kept[0] / kept[2]:.0f} % of the plain form's bytes, {100 * kept[1] / kept[2]:.0f} % under bf16" in README
+    shares = f"{100 * kept[0] / kept[2]:.0f} % of the plain form's bytes, {100 * kept[1] / kept[2]:.0f} % under bf16 autocast"
+    assert f"keeps {shares}" in PERFORMANCE
     plain, ours, bf16 = (
         row(rows("sdit.json", "profile"), name=name, group="matrix products")["percent_of_step"]
         for name in ("plain", "ours", "ours, bf16 autocast")
     )
-    assert f"are {plain:.0f} % of a plain fp32 step and {ours:.0f} % of ours ({bf16:.0f} % under bf16)" in README
+    assert f"are {plain:.0f} % of a plain fp32 step and {ours:.0f} % of ours ({bf16:.0f} % under bf16)" in PERFORMANCE
 
 
-def test_the_table_of_first_results():
+def test_the_tables_of_first_results():
     found = json.loads((RESULTS / "start.json").read_text())["rows"]
     assert len(found) == 16
-    for name in {r["name"] for r in found}:
-        label = "`torch.compile` of the plain loop of `lif`" if name.startswith("torch") else f"`{name}`"
-        seconds = [
-            row(found, name=name, state=state)[key]
-            for state in ("nothing cached", "compiled before")
-            for key in ("forward_s", "forward_and_backward_s")
-        ]
-        assert f"| {label} | {' | '.join(digits(s).replace('x', ' s') for s in seconds)} |" in README
+    first, later = re.search(r"First process \(compiles\):(.*)Later processes \(cached\):(.*?)##", PERFORMANCE).groups()
+    for one in found:
+        label = "`torch.compile` of the plain loop of `lif`" if one["name"].startswith("torch") else f"`{one['name']}`"
+        seconds = (digits(one[key]).replace("x", " s") for key in ("forward_s", "forward_and_backward_s"))
+        assert f"| {label} | {' | '.join(seconds)} |" in (first if one["state"] == "nothing cached" else later)
+
+
+def test_the_sentences_on_the_cpu():
+    share = {r["name"]: r["percent_of_copy"] for r in rows("lif.json", "bandwidth")}
+    shares = [f"{share[name]:.0f} %" for name in ("lif, T=4", "lif_rate, T=4", "clone")]
+    assert "`lif` reaches {} of the bandwidth of `copy_`, `lif_rate` {} and `clone` {}".format(*shares) in PERFORMANCE
+    cost = {
+        r["name"].removesuffix(", forward with grad"): f"{1e6 * r['median_s']:.0f} us" for r in rows("lif.json", "overhead")
+    }
+    assert f"takes {cost['lif']} (`lif_rate` {cost['lif_rate']}). A bare `autograd.Function` takes" in PERFORMANCE
+    assert f"takes {cost['autograd.Function']} and `LIFNode` {cost['SpikingJelly LIFNode']}" in PERFORMANCE
+    kept = {r["name"]: r["saved_over_ideal"] for r in rows("lif.json", "memory")}
+    assert kept["lif, T=4"] == kept["lif_rate, T=4"] == 1
+    assert f"`LIFNode` keeps {kept['SpikingJelly LIFNode, T=4']:.0f} times as much" in PERFORMANCE
+    assert f"keeps {kept['repeat, LIFNode, mean, T=4']:.0f} times as much" in PERFORMANCE
+    assert kept["repeat, LIFNode, mean, T=4"] == 12 and "twelve times" in PAGES["memory-and-precision"]
+    wkv = rows("wkv.json", "peers")
+    assert f"reaches {wkv[0]['percent_of_copy']:.0f} % of the bandwidth of `copy_`" in PERFORMANCE
+    error = f"{row(rows('wkv.json', 'accuracy'), name='k ~ N(0, 8)')['serial_error']:.1e}".replace("e-0", "e-")
+    assert f"error of `wkv` is {error} over 4,096 tokens" in PERFORMANCE
+    assert f"error is {error} over 4,096 tokens" in PAGES["memory-and-precision"]
+    ratio = {r["mode"]: r["ratio"] for r in rows("wkv.json", "spiking") if r["name"] == "wkv, then lif"}
+    assert f"`spiking_wkv` forward is {ratio['forward']:.1f} times as fast" in PERFORMANCE and ratio["forward+backward"] < 1.05
+    goals = " ".join(json.loads((RESULTS / "mix.json").read_text())["goals"])
+
+    def goal(what):
+        return float(re.search(rf"{what}: ([\d.]+)", goals)[1])
+
+    times = [f"{goal(f'token_shift {way}, times plain PyTorch'):.2g} times" for way in ("forward", "backward")]
+    shares = [f"{goal(f'token_shift {way}, share of copy bandwidth'):.0f} %" for way in ("forward", "backward")]
+    assert "is {} as fast as plain PyTorch forward and {} backward, at {} and {} of".format(*times, *shares) in PERFORMANCE
+    times = [f"{goal(f'relu_squared {way}, times plain PyTorch'):.2g} times" for way in ("forward", "backward")]
+    assert "`relu_squared` is {} as fast forward and {} backward".format(*times) in PERFORMANCE
+
+
+def test_the_factors_in_the_readme():
+    neurons = {r["name"]: r for r in rows("compat_snn.json", "jelly_neurons")}
+    factors = [neurons[f"{name}, SpikingJelly's own"]["times_fused"] for name in ("LIFNode, single steps", "LIFNode")]
+    assert "{} to {} for a neuron layer".format(*map(digits, factors)) in README
+    assert min(factors) == min(r.get("times_fused", 9) for r in neurons.values())
+    cnn = row(rows("compat_snn.json", "jelly_models"), name="spiking CNN, training step, SpikingJelly's own")["times_fused"]
+    assert f"{digits(cnn)} for a training step of a small CNN" in README
+    layer = row(rows("compat_snn.json", "snn_neurons"), name="subtract, the loop")["ratio"]
+    whole = row(rows("compat_snn.json", "snn_model"), name="snnTorch's own")["ratio"]
+    assert f"{digits(layer)} for a `Leaky` layer, {digits(whole)} for a training step" in README
+    model = row(rows("compat_rwkv.json", "rwkv_step"), name="transformers")["ratio"]
+    assert f"{digits(model)} for forward and backward of 4 layers" in README
+
+
+def test_the_picture_of_whole_models(tmp_path, monkeypatch):
+    """Its bars are the figures of the tables, and the committed pictures are what the script draws."""
+    from perf import plot_models
+
+    found = {label.split("\n")[0]: ratios for label, *ratios in plot_models.models()}
+    for label, name, start in (
+        ("spiking CNN", "spikingjelly", "a spiking CNN"),
+        ("Spikformer block", "spikingjelly", "a Spikformer block"),
+        ("784-1000-10, 25 steps", "snntorch", "a network of"),
+    ):
+        cells = re.search(rf"\| {start}[^|]*\| ([\d.]+)x \| ([\d.]+)x \|", PAGES[name]).groups()
+        assert [digits(ratio) for ratio in found[label]] == [f"{cell}x" for cell in cells]
+    assert f"run {found['RWKV-4, 4 layers'][0]:.1f} times as fast" in PAGES["rwkv"]
+    assert f"| training step, batch 8 | {digits(found['SDiT, batch 8'][0])} |" in PERFORMANCE
+    assert f"keeps {100 / found['SDiT, batch 8'][1]:.0f} % of the plain form's bytes" in PERFORMANCE
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["plot_models.py", "--out", str(tmp_path)])
+    plot_models.main()
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in RESULTS.glob("models_*")}
+
+
+def test_the_tables_of_training():
+    trials, ablation = (
+        json.loads((RESULTS / f"sdit_fashion_{name}.json").read_text())["rows"] for name in ("trials", "ablation")
+    )
+
+    def mse(found, arm, **wanted):
+        return row([r for r in found if "note" not in r], arm=arm, **wanted)
+
+    def cells(*values):
+        assert f"| {' | '.join(map(str, values))} |" in TRAINING, values
+
+    start = "bf16=true reconstruction=true"
+    for values, settings, arm in (
+        ("research code", "research code", "variant=faithful"),
+        ("research code", "ours", "variant=faithful settings=improved"),
+        ("every layer fires", "research code", "variant=improved settings=faithful"),
+        ("every layer fires", "ours", "variant=improved"),
+    ):
+        found = mse(ablation, f"{start} {arm}")
+        cells(values, settings, f"{found['mse']:.3f}", found["dead_neurons"])
+    for lr, arm in (("1e-4", "lr=1e-4"), ("1e-3", "variant=improved")):
+        found = mse(ablation, f"{start} {arm}")
+        cells(lr, 300, f"{found['mse']:.3f}", found["dead_neurons"], "ablation")
+    for lr, arm in (("1e-3", ""), ("3e-3", " lr=3e-3"), ("8e-3", " lr=3e-3 lr=8e-3"), ("2e-2", " lr=8e-3 lr=2e-2")):
+        found = mse(trials, f"bf16=true{arm}", steps=400)
+        cells(lr, 400, f"{found['mse']:.4f}", found["dead_neurons"], "trials")
+    base = mse(ablation, f"{start} variant=improved")["mse"]
+    others = [mse(ablation, f"{start} {arm}")["mse"] for arm in ("warmup=0", "cosine=false", "clip=0", "ema=0")]
+    assert max(abs(m - base) for m in others) < 0.005
+    lower = mse(trials, "bf16=true v_threshold=0.3")["mse"]
+    assert f"loss {lower:.4f} instead of {mse(trials, 'bf16=true', steps=400)['mse']:.4f}" in TRAINING
+    plain = "bf16=true lr=8e-3 flip=false"
+    for prediction, scan, arm in (
+        ("noise", "by rows", ""), ("noise", "four orders", " scan=four"), ("v", "four orders", " scan=four prediction=v")
+    ):  # fmt: skip
+        found = mse(trials, plain + arm)
+        cells(prediction, scan, *(f"{found[k]:.{n}f}" for k, n in zip(
+            ("frechet_distance_guidance_1.5", "label_accuracy_guidance_1.5"), (1, 2))))  # fmt: skip
+    rows_, four = (f"{mse(trials, plain + arm)['mse']:.4f}" for arm in ("", " scan=four"))
+    assert f"fell from {rows_} to {four}" in TRAINING
+    for label, arm, added in (
+        ("noise, by rows", "", "condition=every"),
+        ("noise, four orders", " scan=four", "condition=every scan=four"),
+        ("v, four orders", " scan=four prediction=v", "condition=every scan=four prediction=v"),
+    ):
+        loud = row([r for r in trials if "note" in r], arm=f"{plain} {added}")["mse"]
+        cells(label, f"{mse(trials, plain + arm)['mse']:.4f}", f"{loud:.4f}")
+    for alpha, arm in ((1, " alpha=1"), (2, ""), (4, " alpha=4")):
+        found = mse(trials, f"bf16=true lr=8e-3{arm}", steps=500)
+        distance = f"{found['frechet_distance_guidance_1.5']:.1f}"
+        cells(alpha, f"{found['mse']:.4f}", distance, found["dead_neurons"])
+    with_tokens = mse(trials, "bf16=true lr=8e-3", steps=792)["mse"]
+    without_tokens = mse(trials, "bf16=true lr=8e-3 reconstruction=false", steps=1632)["mse"]
+    cells("reconstruction tokens, half of a step's time", f"{without_tokens:.4f}", f"{with_tokens:.4f}", "150 s")
+    for label, arm, steps in (
+        ("192 channels instead of 128", "dim=192", 404),
+        ("patches of 2 instead of 4, batch 32", "patch_size=2 batch_size=32", 427),
+    ):
+        cells(label, f"{with_tokens:.4f}", f"{mse(trials, f'bf16=true lr=8e-3 {arm}', steps=steps)['mse']:.4f}", "150 s")
+    four_steps, eight = (mse(trials, f"bf16=true lr=3e-3{arm}", steps=400)["mse"] for arm in ("", " T=8"))
+    cells("more simulation steps, T = 8 instead of 4", f"{four_steps:.4f}", f"{eight:.4f}", "400 steps")
+
+
+def test_the_sentences_of_training():
+    found = json.loads((RESULTS / "sdit_fashion_trials.json").read_text())
+
+    def trial(arm, steps=500, note=False):
+        return row([r for r in found["rows"] if ("note" in r) == note], arm=f"bf16=true lr=8e-3{arm}", steps=steps)
+
+    def quality(r, guidance=1.5):
+        return f"{r[f'frechet_distance_guidance_{guidance}']:.1f}", f"{r[f'label_accuracy_guidance_{guidance}']:.2f}"
+
+    none, both, wide, deep = (trial(arm) for arm in ("", " bidirectional=true", " dim=192", " depth=6"))
+    assert f"it was worse: {both['mse']:.4f} against {none['mse']:.4f}" in TRAINING
+    early = trial(" bidirectional=true", 400)["mse"], row(found["rows"], arm="bf16=true lr=3e-3 lr=8e-3")["mse"]
+    assert "{:.4f} against {:.4f} after 400 steps".format(*early) in TRAINING
+    seconds = trial(" alpha=1")["cpu_seconds"]  # other processes took time from the run without a change
+    more = [f"{r['cpu_seconds'] / seconds:.1f} times the time" for r in (wide, deep)]
+    assert f"(Frechet distance {quality(wide)[0]} against {quality(none)[0]}) at {more[0]}" in TRAINING
+    assert f"depth 6 ({quality(deep)[0]}) at {more[1]}" in TRAINING
+    loud = " flip=false condition=every scan=four prediction="
+    flow, v = trial(f"{loud}flow learn_sigma=false", note=True), trial(f"{loud}v", note=True)
+    assert "worse than v: {} and {} against {} and {}".format(*quality(flow), *quality(v)) in TRAINING
+    (distance, label), (before, label_before) = quality(trial(" weighting=min_snr")), quality(none)
+    words = f"({distance} instead of {before}) and also the label accuracy ({label} instead of {label_before})"
+    assert words in TRAINING
+    assert f"Normalised first, it helped: {trial(' condition=every')['mse']:.4f} instead of {none['mse']:.4f}" in TRAINING
+    real, mirrored = found["frechet_distance_train"], found["frechet_distance_train_half_mirrored"]
+    assert f"{real:g} from the test images. With half of them mirrored it is {mirrored:g}" in TRAINING
+    assert f"500 real images reach {real:g} and {found['label_accuracy_train']:g}" in TRAINING
+
+
+def test_marks_of_figures():
+    for path in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        text = path.read_text()
+        marks = re.findall(r"<!-- figures: (\S+) -->", text)
+        assert all((ROOT / mark).exists() for mark in marks) and text.count("<!-- end of figures -->") == len(marks), path
 
 
 def measured(name):
@@ -194,13 +378,16 @@ def test_the_figures_of_the_model():
     for label, of in (
         ("5,000 drawn images, 50 steps of DPM-Solver++", found["drawn"]),
         ("5,000 drawn images, 250 steps of DDPM", slow["drawn"]),
-        ("5,000 train images, the floor", found["floor"]),
+        ("5,000 real images, for comparison", found["floor"]),
     ):
-        assert f"| {label} | {figures(of)} | {percent(of)} |" in README
-    assert f"| all test images | | | {percent(found['test'])} |" in README
+        row = f"| {label} | {figures(of)} | {percent(of)} |"
+        assert row in SDIT and (row in README) == (f"| {label} |" in README)
+    assert f"| all test images | | | {percent(found['test'])} |" in SDIT
     for guidance in ("1", "1.5", "2", "3"):
         of = measured("guidance")[guidance]["drawn"]
-        assert f"{guidance}: {of['frechet_distance']:.2f}, {100 * of['label_accuracy']:.0f} %" in README
+        assert f"| {guidance} | {of['frechet_distance']:.2f} | {100 * of['label_accuracy']:.0f} % |" in SDIT
+    drawn, real = (100 * found[key]["label_accuracy_by_class"]["shirt"] for key in ("drawn", "test"))
+    assert f"assigns {drawn:.0f} % of the drawn shirts to shirts, and {real:.0f} % of the real ones" in SDIT
     lines = (RESULTS / "fashion_mnist_run.jsonl").read_text().splitlines()
     assert min(min(json.loads(line)["rates"].values()) for line in lines) >= 0.03
 
@@ -212,12 +399,14 @@ def test_the_figures_of_the_spiking_form():
         silent, neurons = re.search(r"([\d,]+) of ([\d,]+) neurons fire nowhere", text).groups()
         cells = [f"{found['images_per_s']:.0f}", f"{found['evaluate']['drawn']['frechet_distance']:.3f}"]
         cells += [percent(found["evaluate"]["drawn"]), *energy[:2], f"{energy[2]} mJ", f"{silent} of {neurons}"]
-        assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in README
+        assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in SDIT
+    (energy,) = re.findall(r"every product a MAC.* ([\d.]+)$", "\n".join(measured("wkv")["rows"][1]["info"]), re.M)
+    assert f"would take {energy} mJ" in SDIT
     silent = re.search(r"([\d,]+ of [\d,]+) neurons fire nowhere", "\n".join(measured("wkv")["pretrained"]["info"]))[1]
-    assert f"of single neurons {silent} fire nowhere on 512 noisy images" in README
+    assert f"Of single neurons, {silent} fire nowhere on 512 noisy images" in SDIT
     every, first = measured("wkv")["condition_every"]["evaluate"]["drawn"], measured("wkv")["rows"][0]["evaluate"]["drawn"]
     distances = f"{every['frechet_distance']:.3f} against {first['frechet_distance']:.3f}"
-    assert f"Frechet distance {distances}, label accuracy {percent(every)} against {percent(first)}" in README
+    assert f"Frechet distance {distances}, label accuracy {percent(every)} against {percent(first)}" in TRAINING
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
