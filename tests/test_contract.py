@@ -59,6 +59,28 @@ def test_same_launchers_on_every_backend(stem):
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(triton, name))
 
 
+def cpu_kernels():
+    """(name, number of parameters, part included) of every function that a file of cpu/ makes a ``Kernel`` of."""
+    for path in sorted((PACKAGE / "cpu").glob("*.py")):
+        tree = ast.parse(path.read_text())
+        made = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "Kernel"]
+        for factory in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            names = {call.args[0].id for call in made if call in ast.walk(factory)}
+            for f in factory.body:
+                if isinstance(f, ast.FunctionDef) and f.name in names:
+                    names.remove(f.name)
+                    a = f.args
+                    assert not (a.vararg or a.kwarg or a.kwonlyargs), f.name
+                    yield f.name, len(a.posonlyargs + a.args)
+            assert not names, f"{path.name}: no function {names} where a Kernel is made of it"
+
+
+def test_a_cpu_kernel_takes_at_most_16_parameters():
+    counts = dict(cpu_kernels())
+    assert len(counts) >= 16 and {"lif_forward", "wkv_backward", "spiking_wkv_backward"} <= counts.keys()
+    assert {name: n for name, n in counts.items() if n > 16} == {}
+
+
 def imports(path):
     """(absolute module, whether at module level) for every import of a file."""
     parts = path.relative_to(ROOT).with_suffix("").parts

@@ -60,32 +60,10 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
     xb, sb = SIZES[X], SIZES[S]
     BLOCK = FORWARD_COLUMNS
 
-    def leaky_forward(
-        part,
-        T,
-        R,
-        C,
-        x,
-        x_t,
-        x_r,
-        s,
-        s_t,
-        s_r,
-        v0,
-        v0_r,
-        v1,
-        v1_r,
-        seq,
-        seq_t,
-        seq_r,
-        keep,
-        keep_t,
-        keep_r,
-        beta_,
-        beta,
-        theta_,
-        theta,
-    ):
+    def leaky_forward(part, T, R, C, inputs, outputs, beta_, theta_, per_channel):
+        (x, x_t, x_r), (v0, v0_r) = inputs
+        (s, s_t, s_r), (v1, v1_r), (seq, seq_t, seq_r), (keep, keep_t, keep_r) = outputs
+        beta, theta = per_channel
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
@@ -154,10 +132,12 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
         store_output(dx, i, dh, X)
         return zero if RESET == _ZERO and v > th else dh * k
 
-    def leaky_backward(
-        part, T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t,
-        gseq_r, dx, dx_t, dx_r, dv, dv_r, dbeta, dth, beta_, beta, theta_, theta, alpha_,
-    ):  # fmt: skip
+    def leaky_backward(part, T, R, C, group, groups, inputs, upstream, gradients, sums, beta_, theta_, per_channel, alpha_):
+        (x, x_t, x_r), (v0, v0_r), (keep, keep_t, keep_r) = inputs
+        (g, g_t, g_r, g_c), (gv, gv_r), (gseq, gseq_t, gseq_r) = upstream
+        (dx, dx_t, dx_r), (dv, dv_r) = gradients
+        dbeta, dth = sums
+        beta, theta = per_channel
         alpha, zero = num(alpha_, S), num(0.0, S)
         x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
@@ -232,8 +212,10 @@ class _BetaAndThreshold(Parameters):
 
     def __init__(self, beta, v_threshold, neuron, dtype):
         self._dtype, self._alive = dtype, []
-        self.r = self.number_or_address(None if beta is None else beta.detach().to(dtype), neuron.beta)
-        self.theta = self.number_or_address(None if v_threshold is None else v_threshold.detach().to(dtype), neuron.v_threshold)
+        beta, beta_address = self.number_or_address(None if beta is None else beta.detach().to(dtype), neuron.beta)
+        theta = None if v_threshold is None else v_threshold.detach().to(dtype)
+        theta, theta_address = self.number_or_address(theta, neuron.v_threshold)
+        self.values, self.addresses = (beta, theta), (beta_address, theta_address)
         self.per_channel = bool(self._alive)
 
 

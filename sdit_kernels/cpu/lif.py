@@ -12,7 +12,7 @@ import numba
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE, layout_of_step, place_state
+from ..layout import STRIDE, layout_of_step
 from ..surrogate import SURROGATES
 from . import staircase
 from .intrinsics import (
@@ -36,7 +36,17 @@ from .intrinsics import (
     tile,
 )
 from .kernel import STREAM, Kernel, share
-from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, address, codes, gradient, launch_backward, launch_forward
+from .launch import (
+    BACKWARD_COLUMNS,
+    FORWARD_COLUMNS,
+    Parameters,
+    addresses,
+    codes,
+    launch_backward,
+    launch_forward,
+    placed_gradient,
+    placed_state,
+)
 from .surrogate import surrogate_derivative
 
 
@@ -58,10 +68,10 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK = FORWARD_COLUMNS
 
-    def lif_forward(
-        part, T, R, C, x, x_t, x_r, s, s_t, s_r, v0, v0_r, v1, v1_r, seq, seq_t, seq_r, keep, keep_t, keep_r,
-        r_, r, theta_, theta, reset_,
-    ):  # fmt: skip
+    def lif_forward(part, T, R, C, inputs, outputs, r_, theta_, per_channel, reset_):
+        (x, x_t, x_r), (v0, v0_r) = inputs
+        (s, s_t, s_r), (v1, v1_r), (seq, seq_t, seq_r), (keep, keep_t, keep_r) = outputs
+        r, theta = per_channel
         vr = num(0.0 if ZERO else reset_, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
@@ -127,9 +137,13 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
         return dh * (num(1.0, S) - k)
 
     def lif_backward(
-        part, T, R, C, group, groups, x, x_t, x_r, v0, v0_r, keep, keep_t, keep_r, g, g_t, g_r, g_c, gv, gv_r, gseq, gseq_t,
-        gseq_r, dx, dx_t, dx_r, dv, dv_r, dr, dth, r_, r, theta_, theta, reset_, alpha_,
+        part, T, R, C, group, groups, inputs, upstream, gradients, sums, r_, theta_, per_channel, reset_, alpha_
     ):  # fmt: skip
+        (x, x_t, x_r), (v0, v0_r), (keep, keep_t, keep_r) = inputs
+        (g, g_t, g_r, g_c), (gv, gv_r), (gseq, gseq_t, gseq_r) = upstream
+        (dx, dx_t, dx_r), (dv, dv_r) = gradients
+        dr, dth = sums
+        r, theta = per_channel
         vr, alpha, zero = num(0.0 if ZERO else reset_, S), num(alpha_, S), num(0.0, S)
         x_t, g_t, gseq_t, dx_t = x_t * xb, g_t * xb, gseq_t * sb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
@@ -215,7 +229,10 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
     BLOCK = FORWARD_COLUMNS
     COUNTS = O == U8
 
-    def lif_rate_forward(part, T, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, r_, r, theta_, theta, reset_):
+    def lif_rate_forward(part, T, R, C, inputs, output, r_, theta_, per_channel, reset_):
+        (x, x_r), (gate, gate_r), (y, y_r) = inputs
+        out, out_r = output
+        r, theta = per_channel
         vr, zero, one, steps = num(0.0 if ZERO else reset_, S), num(0.0, S), num(1.0, S), num(float(T), S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
@@ -266,9 +283,13 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
     GREATEST = torch.finfo(torch.float64 if S == F64 else torch.float32).max
 
     def lif_rate_backward(
-        part, T, R, C, group, groups, x, x_r, gate, gate_r, g, g_r, g_c, dx, dx_r, dgate, dgate_r, dr, dth,
-        r_, r, theta_, theta, reset_, alpha_,
+        part, T, R, C, group, groups, inputs, upstream, gradients, sums, r_, theta_, per_channel, reset_, alpha_
     ):  # fmt: skip
+        (x, x_r), (gate, gate_r) = inputs
+        g, g_t, g_r, g_c = upstream
+        (dx, dx_r), (dgate, dgate_r) = gradients
+        dr, dth = sums
+        r, theta = per_channel
         vr, alpha, zero, one, infinity, greatest, steps = (
             num(0.0 if ZERO else reset_, S),
             num(alpha_, S),
@@ -405,22 +426,19 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
-    x, x_r = place_state(layout, x)
-    out, out_r = place_state(layout, out)
-    gate_r = y_r = 0
-    if gate is not None:
-        gate, gate_r = place_state(layout, gate)
-    if residual is not None:
-        residual, y_r = place_state(layout, residual)
+    x, x_ = placed_state(layout, x)
+    gate, gate_ = placed_state(layout, gate)
+    residual, residual_ = placed_state(layout, residual)
+    out, out_ = placed_state(layout, out)
+    inputs = x_, gate_, residual_
     stairs = None
     if tau is None and v_threshold is None:
         stairs = staircase.table(T, neuron, state_dtype(x.dtype), out.dtype == torch.uint8)
     if stairs is not None:
         levels, edges, values = stairs
         staircase.kernel(CODES[x.dtype], CODES[out.dtype], gate is not None)(
-            x.numel(), layout.R, layout.C, x.data_ptr(), x_r, address(gate), gate_r, address(residual), y_r,
-            out.data_ptr(), out_r, levels, edges.ctypes.data, values.ctypes.data,
-        )  # fmt: skip
+            x.numel(), layout.R, layout.C, inputs, out_, levels, edges.ctypes.data, values.ctypes.data
+        )
         return
     kernel = _rate_forward_kernel(
         CODES[x.dtype],
@@ -431,23 +449,18 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning
         neuron.decay_input,
         p.per_channel,
     )
-    kernel(
-        x.numel() * T, T, layout.R, layout.C, x.data_ptr(), x_r, address(gate), gate_r, address(residual), y_r,
-        out.data_ptr(), out_r, *p.r, *p.theta, neuron.v_reset or 0.0,
-    )  # fmt: skip
+    kernel(x.numel() * T, T, layout.R, layout.C, inputs, out_, *p.values, p.addresses, neuron.v_reset or 0.0)
 
 
 def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters, tuning):
     """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)
-    g, _, g_r, g_c = gradient(layout, g.unsqueeze(0), g)
-    x, x_r = place_state(layout, x)
-    dx, dx_r = place_state(layout, dx)
-    gate_r = dgate_r = 0
-    if gate is not None:
-        gate, gate_r = place_state(layout, gate)
-        dgate, dgate_r = place_state(layout, dgate)
+    g, g_ = placed_gradient(layout, g.unsqueeze(0), g)
+    x, x_ = placed_state(layout, x)
+    dx, dx_ = placed_state(layout, dx)
+    dgate, dgate_ = placed_state(layout, None if gate is None else dgate)
+    gate, gate_ = placed_state(layout, gate)
     group, groups, sums = p.partial_sums(layout, parameters)
     kernel = _rate_backward_kernel(
         CODES[x.dtype],
@@ -462,8 +475,7 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
         parameters,
     )
     kernel(
-        2 * x.numel() * T, T, layout.R, layout.C, group, groups, x.data_ptr(), x_r, address(gate), gate_r,
-        g.data_ptr(), g_r, g_c, dx.data_ptr(), dx_r, address(dgate), dgate_r,
-        *((0, 0) if sums is None else map(address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+        2 * x.numel() * T, T, layout.R, layout.C, group, groups, (x_, gate_), g_, (dx_, dgate_), addresses(sums), *p.values,
+        p.addresses, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
     return sums

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import layout_of_step, place_state, same_strides, sequences
+from ..layout import layout_of_step, same_strides, sequences
 from .intrinsics import CODES, SIZES, load, load_int, num, state_code, store
 from .kernel import Kernel, share
+from .launch import address, placed_state
 from .vector import LANES, fma, kind, vload, vset, vstore
 
 _LANES = 2 * LANES  # channels mixed at once
@@ -135,7 +136,8 @@ def _forward_kernel(X, O, NORM):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
-    def token_shift(part, rows, L, C, M, x, x_b, x_l, last, last_b, mixes, outs, work, eps_):
+    def token_shift(part, rows, L, C, M, inputs, mixes, outs, work, eps_):
+        (x, x_b, x_l), (last, last_b) = inputs
         eps = num(eps_, S)
         for task in share((rows + _RUN - 1) // _RUN, part):
             before = work + task * 2 * C * sb
@@ -161,9 +163,10 @@ def _backward_kernel(X, O, NORM, PARAMETERS):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
 
-    def token_shift_backward(
-        part, rows, L, C, M, run, x, x_b, x_l, last, last_b, mixes, gs, g_b, g_l, dx, dlast, sums, work, eps_
-    ):  # fmt: skip
+    def token_shift_backward(part, rows, L, C, M, run, inputs, mixes, upstream, gradients, sums, work, eps_):
+        (x, x_b, x_l), (last, last_b) = inputs
+        gs, g_b, g_l = upstream
+        dx, dlast = gradients
         eps = num(eps_, S)
         for task in share((rows + run - 1) // run, part):
             before = work + task * 3 * C * sb
@@ -198,7 +201,8 @@ def _relu_squared_kernel(X):
     S, xb = state_code(X), SIZES[X]
     BLOCK = _BLOCK
 
-    def relu_squared(part, R, C, x, x_r, out, out_r):
+    def relu_squared(part, R, C, x_, out_):
+        (x, x_r), (out, out_r) = x_, out_
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
@@ -218,7 +222,8 @@ def _relu_squared_backward_kernel(X):
     S, xb = state_code(X), SIZES[X]
     BLOCK = _BLOCK
 
-    def relu_squared_backward(part, R, C, g, g_r, x, x_r, dx, dx_r):
+    def relu_squared_backward(part, R, C, g_, x_, dx_):
+        (g, g_r), (x, x_r), (dx, dx_r) = g_, x_, dx_
         zero, two = num(0.0, S), num(2.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
@@ -237,22 +242,22 @@ def _relu_squared_backward_kernel(X):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
-def _placed(x, last):
-    """x and last with their strides; the token before a sequence that begins is 0, and so is its norm."""
+def _inputs(x, last):
+    """(last, x and last as a kernel takes them); the token before a sequence that begins is 0, and so is its norm."""
     last = x.new_zeros(x.shape[2]).expand(x.shape[0], -1) if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
-    return last, (x.data_ptr(), x.stride(0), x.stride(1), last.data_ptr(), last.stride(0))
+    return last, ((x.data_ptr(), x.stride(0), x.stride(1)), (last.data_ptr(), last.stride(0)))
 
 
 def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
     """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
     x = sequences(x)
     B, L, C = x.shape
-    last, placed = _placed(x, last)
-    addresses = np.array([out.data_ptr() for out in outs])
+    last, inputs = _inputs(x, last)
+    table = np.array([out.data_ptr() for out in outs])
     work = torch.empty((-(-B * L // _RUN), 2, C), dtype=state_dtype(x.dtype), device=x.device)
     kernel = _forward_kernel(CODES[x.dtype], CODES[outs[0].dtype], norm_eps is not None)
     kernel(
-        x.numel() * len(outs), B * L, L, C, len(outs), *placed, mixes.data_ptr(), addresses.ctypes.data, work.data_ptr(),
+        x.numel() * len(outs), B * L, L, C, len(outs), inputs, mixes.data_ptr(), table.ctypes.data, work.data_ptr(),
         norm_eps or 0.0,
     )  # fmt: skip
 
@@ -262,8 +267,8 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
     x, gs = sequences(x), same_strides([sequences(g) for g in gs])
     B, L, C = x.shape
     M = len(gs)
-    last, placed = _placed(x, last)
-    addresses = np.array([g.data_ptr() for g in gs])
+    last, inputs = _inputs(x, last)
+    table = np.array([g.data_ptr() for g in gs])
     run = max(_RUN, -(-B * L // _GROUPS))
     tasks = -(-B * L // run)
     state = state_dtype(x.dtype)
@@ -271,9 +276,8 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
     work = torch.empty((tasks, 3, C), dtype=state, device=x.device)
     kernel = _backward_kernel(CODES[x.dtype], CODES[gs[0].dtype], norm_eps is not None, parameters)
     kernel(
-        2 * x.numel() * M, B * L, L, C, M, run, *placed, mixes.data_ptr(), addresses.ctypes.data, *gs[0].stride()[:2],
-        dx.data_ptr(), 0 if dlast is None else dlast.data_ptr(), 0 if sums is None else sums.data_ptr(), work.data_ptr(),
-        norm_eps or 0.0,
+        2 * x.numel() * M, B * L, L, C, M, run, inputs, mixes.data_ptr(), (table.ctypes.data, *gs[0].stride()[:2]),
+        (dx.data_ptr(), address(dlast)), address(sums), work.data_ptr(), norm_eps or 0.0,
     )  # fmt: skip
     return sums
 
@@ -281,17 +285,15 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
 def relu_squared_forward(x, out, tuning):
     """Fill out. x is not empty."""
     layout = layout_of_step(x, out, False)
-    x, x_r = place_state(layout, x)
-    out, out_r = place_state(layout, out)
-    _relu_squared_kernel(CODES[x.dtype])(x.numel(), layout.R, layout.C, x.data_ptr(), x_r, out.data_ptr(), out_r)
+    x, x_ = placed_state(layout, x)
+    out, out_ = placed_state(layout, out)
+    _relu_squared_kernel(CODES[x.dtype])(x.numel(), layout.R, layout.C, x_, out_)
 
 
 def relu_squared_backward(g, x, dx, tuning):
     """Fill dx. x is not empty."""
     layout = layout_of_step(x, dx, False)
-    g, g_r = place_state(layout, g)
-    x, x_r = place_state(layout, x)
-    dx, dx_r = place_state(layout, dx)
-    _relu_squared_backward_kernel(CODES[x.dtype])(
-        x.numel(), layout.R, layout.C, g.data_ptr(), g_r, x.data_ptr(), x_r, dx.data_ptr(), dx_r
-    )
+    g, g_ = placed_state(layout, g)
+    x, x_ = placed_state(layout, x)
+    dx, dx_ = placed_state(layout, dx)
+    _relu_squared_backward_kernel(CODES[x.dtype])(x.numel(), layout.R, layout.C, g_, x_, dx_)

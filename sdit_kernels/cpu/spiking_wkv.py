@@ -18,7 +18,7 @@ from ..surrogate import SURROGATES
 from . import scan
 from .intrinsics import CODES, SIZES, state_code, tile
 from .kernel import Kernel, share
-from .launch import Parameters, address, place_rows
+from .launch import Parameters, address, addresses, placed_rows
 from .lif import charge
 from .surrogate import surrogate_derivative
 from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
@@ -96,9 +96,14 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
         return ka, m, a, b
 
     def spiking_wkv_forward(
-        part, T, B, L, C, tokens, blocks, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, ybar, lse, m0, m0_b,
-        m0_l, states, rows, field, keep, out, ybar1, lse1, m1, leak_, leaks, theta_, thetas, reset_,
+        part, T, B, L, C, cut, inputs, checkpoint, keep, parameters, state, outputs, leak_, theta_, reset_
     ):  # fmt: skip
+        tokens, blocks = cut
+        (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l) = inputs
+        states, rows, field = checkpoint
+        w_, u_, leaks, thetas = parameters
+        ybar, lse = state
+        out, ybar1, lse1, m1 = outputs
         for task in share(B * blocks, part):
             batch = task // blocks
             begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
@@ -218,10 +223,14 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         return ka, m, a, b
 
     def spiking_wkv_backward(
-        part, T, B, L, C, tokens, blocks, workers, work, k, k_t, k_b, k_l, v, v_t, v_b, v_l, r, r_t, r_b, r_l, w_, u_, m0, m0_b,
-        m0_l, states, rows, field, g, g_t, g_b, g_l, g_ybar, g_lse, g_m, dk, dv, dr, d_ybar, d_lse, d_m, dw, du, d_leak,
-        d_theta, leak_, leaks, theta_, thetas, reset_, alpha_,
+        part, T, B, L, C, cut, work, inputs, parameters, upstream, gradients, sums, leak_, theta_, reset_, alpha_
     ):  # fmt: skip
+        tokens, blocks, workers = cut
+        (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l), (states, rows, field) = inputs
+        w_, u_, leaks, thetas = parameters
+        (g, g_t, g_b, g_l), (g_ybar, g_lse, g_m) = upstream
+        (dk, dv, dr), (d_ybar, d_lse, d_m) = gradients
+        (dw, du), (d_leak, d_theta) = sums
         area = tokens * ROW
         for worker in share(workers, part):
             history = work + worker * (T * (FIELDS * area + 3 * ROW) + area) * sb
@@ -411,17 +420,17 @@ def spiking_wkv_forward(
     lanes = LANES if C >= LANES else 1
     p = Parameters(tau, v_threshold, neuron, w.dtype)
     states = w.new_empty(3, T * B * 2, C) if checkpoint is None else checkpoint
-    (k, *k_), (v, *v_), (r, *r_) = (place_rows(t, 3) for t in (k, v, r))
-    membrane, *m_ = place_rows(membrane, 2)
+    (k, k_), (v, v_), (r, r_) = (placed_rows(t, 3) for t in (k, v, r))
+    membrane, membrane_ = placed_rows(membrane)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _forward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, p.per_channel, tuning.wkv_checkpoint_tokens,
     )(
-        2 * T * B * L * C, T, B, L, C, spiking_tile(T, "cpu", tuning), _spread(B, C, lanes, _WIDTH), k.data_ptr(), *k_,
-        v.data_ptr(), *v_, address(r), *r_, w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(membrane), *m_,
-        states.data_ptr(), states.shape[1] // (T * B), states.stride(0), checkpoint is not None, out.data_ptr(),
-        address(ybar_out), address(lse_out), address(membrane_out), *p.r, *p.theta, neuron.v_reset or 0.0,
+        2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _spread(B, C, lanes, _WIDTH)),
+        (k_, v_, r_, membrane_), (states.data_ptr(), states.shape[1] // (T * B), states.stride(0)), checkpoint is not None,
+        (w.data_ptr(), u.data_ptr(), *p.addresses), (address(ybar), address(lse)),
+        (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), *p.values, neuron.v_reset or 0.0,
     )  # fmt: skip
 
 
@@ -443,19 +452,19 @@ def spiking_wkv_backward(
     workers = min(torch.get_num_threads(), B * blocks)
     work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
-    (k, *k_), (v, *v_), (r, *r_), (g, *g_) = (place_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
-    membrane, *m_ = place_rows(membrane, 2)
+    (k, k_), (v, v_), (r, r_), (g, g_) = (placed_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
+    membrane, membrane_ = placed_rows(membrane)
+    checkpoint_ = checkpoint.data_ptr(), checkpoint.shape[1] // (T * B), checkpoint.stride(0)
     upstream = [None if t is None else t.to(w.dtype).contiguous() for t in (g_ybar, g_lse, g_membrane)]
     _backward_kernel(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, neuron.detach_reset, SURROGATES[neuron.surrogate].id, p.per_channel,
         parameters, tuning.wkv_checkpoint_tokens,
     )(
-        4 * T * B * L * C, T, B, L, C, tokens, blocks, workers, work.data_ptr(), k.data_ptr(), *k_, v.data_ptr(), *v_,
-        address(r), *r_, w.data_ptr(), u.data_ptr(), address(membrane), *m_, checkpoint.data_ptr(),
-        checkpoint.shape[1] // (T * B), checkpoint.stride(0), g.data_ptr(), *g_, *map(address, upstream), dk.data_ptr(),
-        dv.data_ptr(), address(dr), address(d_ybar), address(d_lse), address(d_membrane), dw.data_ptr(), du.data_ptr(),
-        *((0, 0) if sums is None else map(address, sums)), *p.r, *p.theta, neuron.v_reset or 0.0, neuron.alpha,
+        4 * T * B * L * C, T, B, L, C, (tokens, blocks, workers), work.data_ptr(), (k_, v_, r_, membrane_, checkpoint_),
+        (w.data_ptr(), u.data_ptr(), *p.addresses), (g_, addresses(upstream)),
+        ((dk.data_ptr(), dv.data_ptr(), address(dr)), (address(d_ybar), address(d_lse), address(d_membrane))),
+        ((dw.data_ptr(), du.data_ptr()), addresses(sums)), *p.values, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
     scan.parameter_sums(dw, du, w, raw, d_decay, d_first)
     return sums

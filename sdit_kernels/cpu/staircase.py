@@ -15,7 +15,9 @@ def kernel(X, O, GATE):
     xb, ob = SIZES[X], SIZES[O]
     BLOCK = 1024
 
-    def lif_rate_staircase(part, R, C, x, x_r, gate, gate_r, y, y_r, out, out_r, levels, edges, values):
+    def lif_rate_staircase(part, R, C, inputs, output, levels, edges, values):
+        (x, x_r), (gate, gate_r), (y, y_r) = inputs
+        out, out_r = output
         zero = num(0.0, S)
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):

@@ -18,7 +18,7 @@ from ..layout import wkv_rows
 from . import scan
 from .intrinsics import CODES, SIZES, load_int, state_code, tile
 from .kernel import Kernel, share
-from .launch import address, place_rows
+from .launch import address, placed_rows
 from .vector import (
     LANES,
     fma,
@@ -45,7 +45,9 @@ def _summary_kernel(X, lanes, BOTH):
     V, S = kind(X, lanes), state_code(X)
     W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
 
-    def wkv_summary(part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, w_, ybar, lse, summary):
+    def wkv_summary(part, segments, count, C, blocks, inputs, w_, state, summary):
+        (k, k_b, k_l), (v, v_b, v_l) = inputs
+        ybar, lse = state
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
@@ -134,10 +136,12 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
             z = z * over
         vstore(out, at, y / z, V)
 
-    def wkv_forward(
-        part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, out, out_b, out_l, w_, u_, ybar, lse, ybar1,
-        lse1, keep, rows,
-    ):  # fmt: skip
+    def wkv_forward(part, segments, count, C, blocks, inputs, parameters, state, output, final_state, keep, rows):
+        (k, k_b, k_l), (v, v_b, v_l), (r, r_b, r_l) = inputs
+        w_, u_ = parameters
+        ybar, lse = state
+        out, out_b, out_l = output
+        ybar1, lse1 = final_state
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
@@ -383,9 +387,14 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
     CONSTANTS = 1 if BOTH else (TILE + 2) * SUMS
 
     def wkv_backward(
-        part, segments, count, C, blocks, k, k_b, k_l, v, v_b, v_l, r, r_b, r_l, g, g_b, g_l, w_, u_, keep, rows, ybar, lse,
-        g_ybar, g_lse, adjoint, right_keep, dk, dv, dr, d_b, d_l, d_ybar, d_lse, dw, du,
+        part, segments, count, C, blocks, inputs, parameters, state, keep, rows, upstream, adjoint, right_keep, gradients, sums
     ):  # fmt: skip
+        (k, k_b, k_l), (v, v_b, v_l), (r, r_b, r_l) = inputs
+        w_, u_ = parameters
+        ybar, lse = state
+        (g, g_b, g_l), (g_ybar, g_lse) = upstream
+        (dk, dv, dr, d_b, d_l), (d_ybar, d_lse) = gradients
+        dw, du = sums
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
@@ -635,23 +644,22 @@ def wkv_forward(
     rows = wkv_rows(*k.shape[:2], sequences, tokens)
     if checkpoint is None and (chunked or bidirectional):
         checkpoint = torch.empty((2 if bidirectional else 1, 3, rows, C), dtype=dtype, device=w.device)
-    (k, *k_), (v, *v_), (r, *r_), (_, *out_) = map(place_rows, (k, v, r, out))
+    (k, k_), (v, v_), (r, r_), (_, out_) = map(placed_rows, (k, v, r, out))
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
+    state = address(ybar), address(lse)
     blocks = _spread(count, C, lanes)
     work = out.numel()
     if chunked:
         summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype, device=w.device)
         _summary_kernel(X, lanes, bidirectional)(
-            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, w.data_ptr(), address(ybar), address(lse),
-            summary.data_ptr(),
+            work, table, count, C, blocks, (k_, v_), w.data_ptr(), state, summary.data_ptr()
         )  # fmt: skip
         _scan_kernel(state_code(X), lanes, bidirectional, tokens)(
             0, table, count, C, w.data_ptr(), summary.data_ptr(), checkpoint.data_ptr(), rows
         )  # fmt: skip
     _forward_kernel(X, lanes, r is not None, bidirectional, tokens)(
-        work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, out.data_ptr(), *out_,
-        w.data_ptr(), u.data_ptr(), address(ybar), address(lse), address(ybar_out), address(lse_out), address(checkpoint),
-        rows,
+        work, table, count, C, blocks, (k_, v_, r_), (w.data_ptr(), u.data_ptr()), state, out_,
+        (address(ybar_out), address(lse_out)), address(checkpoint), rows,
     )  # fmt: skip
 
 
@@ -668,7 +676,7 @@ def wkv_backward(
     chunked = count > (sequences or k.shape[0])
     rows, sides = checkpoint.shape[2], 2 if bidirectional else 1
     g = k.new_zeros((1, 1, 1)).expand(k.shape) if g is None else g.to(k.dtype)
-    (k, *k_), (v, *v_), (r, *r_), (g, *g_), (_, *d_) = map(place_rows, (k, v, r, g, dk))
+    (k, k_), (v, v_), (r, r_), (g, g_), (_, (_, *d_)) = map(placed_rows, (k, v, r, g, dk))
     if g_ybar is not None or g_lse is not None:
         present = g_lse if g_ybar is None else g_ybar
         g_ybar, g_lse = (present.new_zeros(present.shape) if s is None else s.contiguous() for s in (g_ybar, g_lse))
@@ -677,13 +685,13 @@ def wkv_backward(
     work = 4 * dk.numel()
     dw, du = torch.empty((2, count, C), dtype=dtype, device=w.device)
     right_keep = torch.empty((2, rows, C), dtype=dtype, device=w.device) if bidirectional else None
+    gradients = (dk.data_ptr(), dv.data_ptr(), address(dr), *d_), (address(d_ybar), address(d_lse))
 
     def launch(summary, adjoint):
         _backward_kernel(X, lanes, r is not None, bidirectional, summary, tokens)(
-            work, table, count, C, blocks, k.data_ptr(), *k_, v.data_ptr(), *v_, address(r), *r_, g.data_ptr(), *g_,
-            w.data_ptr(), u.data_ptr(), checkpoint.data_ptr(), rows, address(ybar), address(lse), address(g_ybar),
-            address(g_lse), address(adjoint), address(right_keep), dk.data_ptr(), dv.data_ptr(), address(dr), *d_,
-            address(d_ybar), address(d_lse), dw.data_ptr(), du.data_ptr(),
+            work, table, count, C, blocks, (k_, v_, r_), (w.data_ptr(), u.data_ptr()), (address(ybar), address(lse)),
+            checkpoint.data_ptr(), rows, (g_, (address(g_ybar), address(g_lse))), address(adjoint), address(right_keep),
+            gradients, (dw.data_ptr(), du.data_ptr()),
         )  # fmt: skip
 
     adjoint = None
