@@ -362,15 +362,21 @@ def test_devices_without_kernels_run_the_reference_and_say_so_once(monkeypatch):
 
 
 ONE = torch.ones(5)
+
+
+def given(p, value=1.0):
+    return value * ONE if p is None else p
+
+
 CALLS = {  # of x, (3, 4, 5), and of one parameter for each channel
-    "leaky": lambda x, p=ONE: sdit_kernels.leaky(x, beta=0.5 * p),
-    "lif": lambda x, p=2 * ONE: sdit_kernels.lif(x, tau=p),
-    "lif_rate": lambda x, p=2 * ONE: sdit_kernels.lif_rate(x, tau=p),
-    "relu_squared": lambda x, p=ONE: sdit_kernels.relu_squared(x * p),
-    "token_shift": lambda x, p=ONE: sdit_kernels.token_shift(x, 0.3 * p)[0],
-    "wkv": lambda x, p=ONE: sdit_kernels.wkv(p, p, x, x),
-    "wkv_step": lambda x, p=ONE: sdit_kernels.wkv_step(p, p, x[:, 0], x[:, 0])[0],
-    "spiking_wkv": lambda x, p=ONE: sdit_kernels.spiking_wkv(p, p, x[None], x[None]),
+    "leaky": lambda x, p=None: sdit_kernels.leaky(x, beta=0.5 * given(p)),
+    "lif": lambda x, p=None: sdit_kernels.lif(x, tau=given(p, 2.0)),
+    "lif_rate": lambda x, p=None: sdit_kernels.lif_rate(x, tau=given(p, 2.0)),
+    "relu_squared": lambda x, p=None: sdit_kernels.relu_squared(x if p is None else x * p),
+    "token_shift": lambda x, p=None: sdit_kernels.token_shift(x, 0.3 * given(p))[0],
+    "wkv": lambda x, p=None: sdit_kernels.wkv(given(p), given(p), x, x),
+    "wkv_step": lambda x, p=None: sdit_kernels.wkv_step(given(p), given(p), x[:, 0], x[:, 0])[0],
+    "spiking_wkv": lambda x, p=None: sdit_kernels.spiking_wkv(given(p), given(p), x[None], x[None]),
 }
 
 
