@@ -1,4 +1,4 @@
-"""Every op on every backend against tests/oracle, at the tiles that users run and at small ones: values, spikes, gradients."""
+"""Compare every op on every backend with tests/oracle: values, spikes and gradients, with users' tile sizes and small ones."""
 
 import contextlib
 import math
@@ -17,7 +17,7 @@ from sdit_kernels.tuning import tuned
 INF, NAN = math.inf, math.nan
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 FROZEN = {"lif": frozen_lif.lif, "lif_rate": frozen_lif.lif_rate, "leaky": frozen_leaky.leaky}
-# The tiles that users' GPUs run take long to compile here: a few cases each. test_wkv.py has the CPU's small tiles.
+# Triton tiles of the size users run take long to compile here, so few cases use them. test_wkv.py tests small tiles on the CPU.
 BACKENDS = [("reference", USERS), ("cpu", USERS), ("triton", SMALL)]
 
 
@@ -28,7 +28,10 @@ def on(backends):
 
 @contextlib.contextmanager
 def running(where):
-    """Ops run on that backend with those tiles; "one walk": spiking_wkv's own Triton kernels, however small B * C is."""
+    """Run ops on the backend and tile sizes of ``where``.
+
+    "one walk" means the fused Triton kernels of spiking_wkv for any B * C.
+    """
     name, size = where
     with contextlib.ExitStack() as stack:
         stack.enter_context(np.errstate(all="ignore"))
@@ -56,7 +59,7 @@ def normal(seed, *shape, dtype=torch.float64, scale=1.0):
 
 
 def exact(seed, *shape, dtype, low=-32, high=64):
-    """Multiples of 1/16: where tau is a power of two no step rounds, and many meet the threshold itself."""
+    """Multiples of 1/16. Where tau is a power of two no step rounds, and many membranes equal the threshold exactly."""
     return (torch.randint(low, high, shape, generator=generator(seed)) / 16).to(dtype)
 
 
@@ -69,7 +72,7 @@ def array(t):
 
 
 def assert_same(got, want, what):
-    """Equal, NaN where NaN, and zeros of the same sign."""
+    """Assert that values are equal. NaN must meet NaN, and zeros must have the same sign."""
     got, want = array(got), np.asarray(want)
     assert got.shape == want.shape, what
     np.testing.assert_array_equal(got, want, err_msg=what)
@@ -78,7 +81,7 @@ def assert_same(got, want, what):
 
 
 def assert_close(got, want, dtype, what, scale=0.0):
-    """Where the oracle is finite: close beside its greatest element or ``scale``. Where it is infinite: equal."""
+    """Assert that finite elements are close relative to the largest one or ``scale``, and that infinite elements are equal."""
     got, want = array(got), np.asarray(want)
     assert got.shape == want.shape, what
     finite = np.isfinite(want)
@@ -90,7 +93,7 @@ def assert_close(got, want, dtype, what, scale=0.0):
 
 
 def gradients(outputs, upstream, tensors):
-    """By name. An upstream gradient of None: that output is not used."""
+    """Return the gradients by tensor name. An upstream gradient of None means that the output is not used."""
     used = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream) if g is not None and o.requires_grad]
     found = torch.autograd.grad(
         [o for o, _ in used], list(tensors.values()), [g for _, g in used], allow_unused=True, materialize_grads=True
@@ -103,7 +106,11 @@ def leaves(tensors):
 
 
 def assert_gradients(found, want, tensors, sums=("tau", "v_threshold", "beta", "time_first", "decay")):
-    """``sums``: over the tokens or steps, whose terms may cancel: judged beside what these add up to without their signs."""
+    """Compare gradients with the oracle.
+
+    Gradients named in ``sums`` add up terms over tokens or steps. These terms may cancel, so the error is judged relative to
+    the sum of their absolute values.
+    """
     data = next(n for n in ("v", "x") if n in want and n in found and found[n].dim() > 1)
     terms = np.abs(want["x" if "x" in found else data])
     terms = terms[np.isfinite(terms)].sum()
@@ -130,7 +137,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def parameters(name, kind, flags, C, dtype):
-    """(numbers, tensors) of a neuron: the decay and the threshold as numbers, as scalars or one per channel."""
+    """Return (numbers, tensors): the neuron's decay and threshold as numbers, as scalar tensors or as one value per channel."""
     decay = ("beta", 0.5) if name == "leaky" else ("tau", flags.get("tau", 2.0))
     values = dict([decay, ("v_threshold", flags.get("v_threshold", 1.0))])
     if kind == "number":
@@ -139,7 +146,7 @@ def parameters(name, kind, flags, C, dtype):
 
 
 def judge_neuron(where, name, flags, data, upstream=None, equal=True):
-    """One neuron over time against its loop. ``data``: tensors by name; ``equal``: nor may a bit of the membranes differ."""
+    """Compare one neuron over all steps with the oracle's loop. With ``equal`` the membranes must also be equal bit for bit."""
     flags = {n: f for n, f in flags.items() if n not in data}
     dtype, arrays = data["x"].dtype, {n: array(t) for n, t in data.items()}
     with np.errstate(all="ignore"):
@@ -163,11 +170,13 @@ def judge_neuron(where, name, flags, data, upstream=None, equal=True):
 @pytest.mark.parametrize(
     "dtype, kind, T", [(torch.float64, "channel", 7), (torch.float32, "number", 4), (torch.float32, "number", 18)], ids=str
 )
-def test_neurons_where_no_step_rounds(where, name, flags, dtype, kind, T):
-    """Spikes and membranes bit for bit, at the threshold too; gradients of x and v and, per channel, of both parameters."""
+def test_neurons_equal_the_oracle_where_no_step_rounds(where, name, flags, dtype, kind, T):
+    """Compare spikes and membranes bit for bit, at the threshold too, and the gradients of x, v, the decay and the
+    threshold."""
     numbers, tensors = parameters(name, kind, flags, 37, dtype)
     data = dict(x=exact(T, T, 5, 37, dtype=dtype), v=exact(1, 5, 37, dtype=dtype, high=33), **tensors)
-    judge_neuron(where, name, flags | numbers, data, equal=T < 18)  # a step takes one bit or two: 18 take more than there are
+    # each step uses one or two more bits of the mantissa, so 18 steps must round
+    judge_neuron(where, name, flags | numbers, data, equal=T < 18)
 
 
 @on([("triton", USERS)])
@@ -175,8 +184,8 @@ def test_neurons_where_no_step_rounds(where, name, flags, dtype, kind, T):
 @pytest.mark.parametrize(
     "dtype, kind, T", [(torch.float32, "number", 18), (torch.bfloat16, "number", 4), (torch.float32, "channel", 2)], ids=str
 )
-def test_neurons_in_tiles_as_on_a_gpu(where, name, dtype, kind, T):
-    """What a tile holds depends on the dtype, on whether channels count, and on T; the neuron's settings do not change it."""
+def test_neurons_equal_the_oracle_with_the_tiles_of_a_gpu(where, name, dtype, kind, T):
+    """The tile size depends on the dtype, on T and on whether parameters are per channel, but not on the neuron's settings."""
     numbers, tensors = parameters(name, kind, {}, 301, dtype)
     data = dict(x=exact(T, T, 7, 301, dtype=dtype), v=exact(1, 7, 301, dtype=wide(dtype), high=33), **tensors)
     judge_neuron(where, name, numbers, data, equal=T < 18)
@@ -187,7 +196,7 @@ def test_neurons_in_tiles_as_on_a_gpu(where, name, dtype, kind, T):
 @pytest.mark.parametrize(
     "dtype, kind", [(torch.float32, "scalar"), (torch.bfloat16, "number"), (torch.float16, "number")], ids=str
 )
-def test_neurons_of_other_types_and_parameters(where, name, dtype, kind):
+def test_neurons_with_other_dtypes_and_parameters_equal_the_oracle(where, name, dtype, kind):
     numbers, tensors = parameters(name, kind, {}, 37, dtype)
     judge_neuron(where, name, numbers, dict(x=exact(3, 4, 5, 37, dtype=dtype), v=exact(1, 5, 37, dtype=wide(dtype)), **tensors))
 
@@ -195,7 +204,7 @@ def test_neurons_of_other_types_and_parameters(where, name, dtype, kind):
 @on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name", ["lif", "leaky"])
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
-def test_surrogates(where, name, surrogate):
+def test_surrogates_equal_the_oracle(where, name, surrogate):
     beta = dict(beta=0.5) if name == "leaky" else {}
     for alpha in (None, 0.75):
         judge_neuron(where, name, dict(surrogate=surrogate, alpha=alpha, **beta), dict(x=exact(3, 4, 130, dtype=torch.float64)))
@@ -203,12 +212,12 @@ def test_surrogates(where, name, surrogate):
 
 @on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_neurons_on_random_numbers(where, dtype):
-    """Equal spikes where the membrane is not within 1e-5 of the threshold; where it is, the loop itself may fire otherwise."""
+def test_neurons_equal_the_oracle_on_random_numbers(where, dtype):
+    """Leave out neurons whose membrane comes within 1e-5 of the threshold: there, rounding decides whether they fire."""
     for name, flags in (("lif", dict(tau=1.7, v_threshold=0.9, v_reset=0.1)), ("leaky", dict(beta=0.87, v_threshold=0.9))):
         x = normal(1, 9, 700, dtype=dtype, scale=1.5)
         near = np.zeros(700, bool)
-        for bound in (-1e-5, 1e-5):  # a neuron that is near spikes otherwise at another threshold
+        for bound in (-1e-5, 1e-5):  # a neuron near the threshold fires differently when the threshold moves a little
             (s, _, _), _ = getattr(loops, name)(array(x), **flags | dict(v_threshold=0.9 + bound))
             (s0, _, _), _ = getattr(loops, name)(array(x), **flags)
             near |= (s != s0).any(0)
@@ -218,8 +227,8 @@ def test_neurons_on_random_numbers(where, dtype):
 
 @on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_the_threshold_itself(where, dtype):
-    """lif fires at the threshold, leaky above it; one float beside it decides."""
+def test_lif_fires_at_the_threshold_and_leaky_only_above_it(where, dtype):
+    """Test the threshold itself and the floats next to it."""
     two = torch.tensor(2.0, dtype=dtype)
     beside = torch.nextafter(two, 0 * two), torch.nextafter(two, 2 * two)
     x = torch.stack([two, *beside])[None]
@@ -234,8 +243,8 @@ RATES += [(LIF[0], dtype, "scalar", 3, False) for dtype in DTYPES[1:]]
 
 @on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("flags, dtype, kind, T, gate", RATES, ids=str)
-def test_lif_rate(where, flags, dtype, kind, T, gate):
-    """With a gate in float64 alone: elsewhere its sigmoid rounds, and moves spikes."""
+def test_lif_rate_equals_the_oracle(where, flags, dtype, kind, T, gate):
+    """Only float64 has a gate: in other dtypes the rounding of its sigmoid could change spikes."""
     numbers, tensors = parameters("lif", kind, flags, 37, dtype)
     data = dict(x=exact(T, 3, 37, dtype=dtype), **tensors)
     if gate:
@@ -248,19 +257,19 @@ def test_lif_rate(where, flags, dtype, kind, T, gate):
         upstream = normal(5, *out.shape, dtype=out.dtype)
         found = gradients([out], [upstream], tensors)
     assert out.dtype == dtype
-    assert_same(out, want, "rate") if T == 4 else assert_close(out, want, dtype, "rate")  # a third is rounded
+    assert_same(out, want, "rate") if T == 4 else assert_close(out, want, dtype, "rate")  # for other T the division by T rounds
     assert_gradients(found, backward(array(upstream)), tensors)
 
 
-# NaN, infinities and zeros of both signs in each of three steps, beside ordinary numbers
+# three steps that combine NaN, infinities, zeros of both signs and an ordinary number in every order
 ODD = torch.tensor([NAN, INF, -INF, -0.0, 0.0, 2.5])
 ODD_STEPS = torch.stack([ODD.repeat(1, 36)[0], ODD.repeat_interleave(6).repeat(6), ODD.repeat_interleave(36)])
 
 
 @on([("frozen", USERS), *BACKENDS])
 @pytest.mark.parametrize("name, flags", NEURONS, ids=str)
-def test_values_of_odd_inputs_to_neurons(where, name, flags):
-    """Not a bit, nor the sign of a zero, differs from the loop."""
+def test_neurons_equal_the_oracle_on_nan_and_infinite_inputs(where, name, flags):
+    """Outputs equal the loop bit for bit, including the sign of zeros."""
     flags = flags | (dict(beta=0.5) if name == "leaky" else {})
     with np.errstate(all="ignore"):
         want, _ = getattr(loops, name)(array(ODD_STEPS), **flags)
@@ -277,12 +286,12 @@ def test_values_of_odd_inputs_to_neurons(where, name, flags):
 
 @on(BACKENDS)
 @pytest.mark.parametrize("name, flags", NEURONS, ids=str)
-def test_gradients_of_infinite_inputs_to_neurons(where, name, flags):
-    """What a select hides has the gradient 0: an infinite membrane that is reset passes on nothing, not NaN."""
+def test_gradients_of_neurons_equal_the_oracle_on_infinite_inputs(where, name, flags):
+    """A branch that a select does not take has gradient 0: an infinite membrane that is reset passes on 0, not NaN."""
     flags = flags | (dict(beta=0.5) if name == "leaky" else {})
     with np.errstate(all="ignore"):
         (_, _, v_seq), _ = getattr(loops, name)(array(ODD_STEPS), **flags)
-    x = ODD_STEPS[:, torch.from_numpy(~np.isnan(v_seq).any(0))]  # of a neuron that a NaN reaches nothing is said
+    x = ODD_STEPS[:, torch.from_numpy(~np.isnan(v_seq).any(0))]  # gradients are not defined for neurons that a NaN reaches
     assert x.isinf().any() and x.shape[1] > 20
     one, none = torch.ones_like(x), torch.zeros_like(x)
     for upstream in ((one, None, None), (one, one[0], None), (none, none[0], one), (one, one[0], one)):
@@ -291,14 +300,14 @@ def test_gradients_of_infinite_inputs_to_neurons(where, name, flags):
 
 @on(BACKENDS)
 @pytest.mark.parametrize("flags", LIF, ids=str)
-def test_gradients_of_infinite_inputs_to_lif_rate(where, flags):
+def test_gradients_of_lif_rate_equal_the_oracle_on_infinite_inputs(where, flags):
     with np.errstate(all="ignore"):
         _, backward = loops.lif_rate(array(ODD), **flags)
         want = backward(np.ones(len(ODD)))["x"]
     x = ODD.clone().requires_grad_()
     with running(where):
         op(where, "lif_rate")(x, **flags).sum().backward()
-    want[np.isnan(array(x))] = 0.0  # of a NaN nothing is said
+    want[np.isnan(array(x))] = 0.0  # the gradient of a NaN input is not defined
     assert_close(torch.where(x.isnan(), 0.0, x.grad), want, x.dtype, "dx")
 
 
@@ -306,7 +315,7 @@ def test_gradients_of_infinite_inputs_to_lif_rate(where, flags):
 
 
 def scan_inputs(dtype, *lead, L, C, gate=False, states=0, seed=0, raw=True):
-    """``states``: how many sequences begin with a state; one of them, if there are several, is empty."""
+    """Random inputs of a scan. ``states`` sequences start with a state; if there are several, the last state is empty."""
     state = wide(dtype)
     data = dict(decay=normal(seed, C, dtype=state, scale=1.5) - 1.0, first=normal(seed + 1, C, dtype=state))
     if not raw:
@@ -327,7 +336,7 @@ def decay_of(data, raw):
 
 
 def judge_scan(where, data, raw=True, upstream=None, ends=None, states=True, **flags):
-    """wkv against its loop. ``upstream``: gradients of (out, ybar, lse)."""
+    """Compare wkv with the oracle's loop. ``upstream`` holds the gradients of (out, ybar, lse)."""
     arrays = {n: array(t) for n, t in data.items()}
     rest = {n: t for n, t in arrays.items() if n not in ("decay", "first")}
     oracle_flags = {n: f for n, f in flags.items() if n != "algorithm"} | dict(cu_seqlens=ends)
@@ -345,7 +354,8 @@ def judge_scan(where, data, raw=True, upstream=None, ends=None, states=True, **f
         if upstream is None:
             upstream = [normal(9 + i, *o.shape, dtype=o.dtype) for i, o in enumerate(outputs)]
             if states:
-                upstream[2] = torch.where(outputs[2] == -INF, 0.0, upstream[2])  # of log 0
+                # an empty state has lse = log 0, which has no gradient
+                upstream[2] = torch.where(outputs[2] == -INF, 0.0, upstream[2])
         found = gradients(outputs, upstream, tensors)
     for o, w, what in zip(outputs, want, ("out", "ybar", "lse")):
         assert_close(o, w, o.dtype, what)
@@ -372,8 +382,8 @@ SCANS = [
 @on(BACKENDS)
 @pytest.mark.parametrize("algorithm", ["serial", "chunked"])
 @pytest.mark.parametrize("dtype, case", SCANS, ids=str)
-def test_wkv(where, dtype, case, algorithm):
-    """More tokens than a tile and than two; channels that fill no vector and no program."""
+def test_wkv_equals_the_oracle(where, dtype, case, algorithm):
+    """L is more than two tiles, and C is not a multiple of the vector width or of a program's channels."""
     case = dict(case)
     gate, states = case.pop("gate", False), case.pop("states", 0)
     batch = 1 if "ends" in case else 2
@@ -384,22 +394,22 @@ def test_wkv(where, dtype, case, algorithm):
 @on([("triton", USERS)])
 @pytest.mark.parametrize("algorithm", ["serial", "chunked"])
 @pytest.mark.parametrize("both", [False, True])
-def test_wkv_in_tiles_as_on_a_gpu(where, algorithm, both):
-    """Several tiles, of whose channels some are no one's."""
+def test_wkv_equals_the_oracle_with_the_tiles_of_a_gpu(where, algorithm, both):
+    """L needs several tiles. The last tile has lanes without a channel."""
     data = scan_inputs(torch.float32, 2, L=37, C=70, gate=True, states=0 if both else 2)
     judge_scan(where, data, algorithm=algorithm, bidirectional=both)
 
 
 @on(BACKENDS[1:])
 @pytest.mark.parametrize("algorithm", ["auto", "chunked"])
-def test_wkv_of_many_tokens(where, algorithm):
-    """Several chunks on the CPU too, whose chunks are 256 tokens; more channels than a task or a program has."""
+def test_wkv_equals_the_oracle_on_many_tokens(where, algorithm):
+    """The CPU also needs several chunks, which are 256 tokens long there. C is more than one task or program handles."""
     judge_scan(where, scan_inputs(torch.float32, 1, L=530, C=75, gate=True, states=1), algorithm=algorithm)
 
 
 @on(BACKENDS)
 @pytest.mark.parametrize("both", [False, True])
-def test_wkv_of_extreme_and_masked_keys(where, both):
+def test_wkv_equals_the_oracle_on_extreme_and_masked_keys(where, both):
     data = scan_inputs(torch.float64, 2, L=37, C=21, gate=True)
     data["k"] *= 100
     data["k"][torch.rand(data["k"].shape, generator=generator(3)) < 0.4] = -INF
@@ -411,10 +421,9 @@ def test_wkv_of_extreme_and_masked_keys(where, both):
 @pytest.mark.parametrize("algorithm", ["serial", "chunked"])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("name, odd", [("k", NAN), ("k", -INF), *((n, odd) for n in "vr" for odd in (NAN, INF, -INF))])
-def test_wkv_of_odd_inputs(where, name, odd, both, algorithm):
-    """One odd number: what it reaches is as the loop says, all else, the gradients too, as if it were an ordinary one.
-
-    Left out is k = inf, for which the kernels give the limit, that token's v, and the loop and the reference NaN.
+def test_wkv_equals_the_oracle_on_nan_and_infinite_inputs(where, name, odd, both, algorithm):
+    """Put one NaN or infinity into k, v or r. All outputs and gradients must equal the loop, also those it does not reach.
+    k = inf is left out: the kernels return the limit, which is the v of that token, but the loop and the reference return NaN.
     """
     for at in (2, 20):  # in the first tile and in a later one
         data = scan_inputs(torch.float32, 2, L=37, C=21, gate=True)
@@ -424,8 +433,8 @@ def test_wkv_of_odd_inputs(where, name, odd, both, algorithm):
 
 
 @on(BACKENDS)
-def test_an_infinite_value_of_a_small_weight(where):
-    """A token whose weight soon underflows and whose value is infinite: infinite first, then infinite or NaN, never finite."""
+def test_an_infinite_value_never_becomes_finite_again(where):
+    """One token has an infinite value, and its weight soon underflows. Later outputs are infinite or NaN, never finite."""
     for sign in (1.0, -1.0):
         data = scan_inputs(torch.float32, 1, L=40, C=3)
         data["decay"].fill_(4.63)
@@ -440,8 +449,8 @@ def test_an_infinite_value_of_a_small_weight(where):
 
 @on(BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_wkv_steps(where, dtype):
-    """Token by token, with the state handed on; in place too."""
+def test_wkv_steps_equal_the_oracle(where, dtype):
+    """Process token by token and pass the state on, out of place and in place."""
     data = scan_inputs(dtype, 2, L=6, C=21, gate=True, states=2)
     (out, ybar, lse), _ = loops.wkv(*(array(data[n]) for n in ("decay", "first", "k", "v", "r", "ybar", "lse")))
     with running(where):
@@ -469,7 +478,7 @@ SPIKING = [
 
 
 def judge_spiking(where, data, raw=True, rate=False, **neuron):
-    """spiking_wkv against its loop."""
+    """Compare spiking_wkv with the oracle's loop."""
     arrays = {n: array(t) for n, t in data.items()}
     rest = {n: t for n, t in arrays.items() if n not in ("decay", "first")}
     want, backward = loops.spiking_wkv(
@@ -497,8 +506,8 @@ def judge_spiking(where, data, raw=True, rate=False, **neuron):
 
 @on([*BACKENDS, ("one walk", SMALL)])
 @pytest.mark.parametrize("dtype, T, case", SPIKING, ids=str)
-def test_spiking_wkv(where, dtype, T, case):
-    """No membrane of these seeds comes within 1e-5 of the threshold, or the spikes would differ in float32."""
+def test_spiking_wkv_equals_the_oracle(where, dtype, T, case):
+    """These seeds keep every membrane more than 1e-5 from the threshold. Otherwise float32 spikes could differ."""
     case = dict(case)
     gate, states, kind = case.pop("gate", False), case.pop("states", False), case.pop("kind", "number")
     data = scan_inputs(dtype, T, 2, L=37, C=21, gate=gate, states=int(states), raw=case.get("raw", True), seed=20)
@@ -512,7 +521,7 @@ def test_spiking_wkv(where, dtype, T, case):
 
 
 @on([("triton", USERS), ("one walk", USERS)])
-def test_spiking_wkv_in_tiles_as_on_a_gpu(where):
+def test_spiking_wkv_equals_the_oracle_with_the_tiles_of_a_gpu(where):
     data = scan_inputs(torch.float32, 4, 2, L=37, C=40, gate=True, seed=20)
     data["v"] *= 3
     judge_spiking(where, data)
@@ -524,7 +533,7 @@ def test_spiking_wkv_in_tiles_as_on_a_gpu(where):
 @on(BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-def test_token_shift(where, dtype, norm_eps):
+def test_token_shift_equals_the_oracle(where, dtype, norm_eps):
     for mixes, given in ((1, False), (3, True)):
         data = dict(x=normal(1, 2, 19, 70, dtype=dtype))
         data |= dict(last=normal(2, 2, 70, dtype=dtype)) if given else {}
@@ -547,7 +556,7 @@ def test_token_shift(where, dtype, norm_eps):
 
 @on(BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_relu_squared(where, dtype):
+def test_relu_squared_equals_the_oracle(where, dtype):
     x = torch.cat([normal(1, 9000, dtype=dtype, scale=3.0), ODD.to(dtype)]).requires_grad_()
     want, backward = loops.relu_squared(array(x))
     g = normal(2, *x.shape, dtype=dtype)
