@@ -132,7 +132,7 @@ ONCE = {
 }
 ONCE |= {"leaky, many steps": ONCE["leaky"], "leaky, beta per channel": ONCE["leaky"]}
 ONCE |= {"lif, many steps": ONCE["lif"], "lif_rate, many steps": ONCE["lif_rate"]}
-# "in parts" calls_of_all_sizes the kernels of wkv (algorithm "auto") and of lif
+# "in parts" runs the kernels of wkv (algorithm "auto") and of lif
 ONCE |= {"lif, tau per channel": ONCE["lif"], "spiking_wkv, in parts": ONCE["lif"] | ONCE["wkv, chunked"]}
 
 

@@ -1,4 +1,4 @@
-"""Measures of calls_of_sample images: exact formulas, invariances, and order on worse images. Also the classifier and stopped runs."""
+"""Measures of drawn images: exact formulas, invariances, and larger distances of worse images. Also stopped runs."""
 
 import doctest
 import json
@@ -140,7 +140,7 @@ def test_kid_is_symmetric_and_rotation_invariant(seed):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """A classifier of digits with 32 features."""
+    """Return a classifier of digits with 32 features."""
     data = load("digits")
     torch.manual_seed(0)
     small = Classifier(1, 8, data.names, "digits", (8, 16, 16, 32)).to(memory_format=torch.channels_last)
@@ -191,7 +191,7 @@ WORSE = {
 
 
 @pytest.fixture(scope="module")
-def apart(judge):
+def distances_of(judge):
     """Return a function from images to their distances from half of the train split."""
     reference = features(judge, load("digits").images[::2])
 
@@ -204,7 +204,7 @@ def apart(judge):
 
 @pytest.fixture(scope="module")
 def other_half():
-    """Return the other_half half of the train split, shuffled, because images by one writer are next to each other_half in the file."""
+    """Return the other half of the train split, shuffled, because images by one writer are next to each other in the file."""
     data, order = load("digits"), torch.randperm(750, generator=torch.Generator().manual_seed(0))
     return Images("digits", data.images[1::2][order], data.labels[1::2][order], data.names)
 
@@ -214,27 +214,27 @@ def rises(values):
 
 
 @pytest.mark.parametrize("how", WORSE)
-def test_distances_rise_on_worse_images(apart, other_half, how):
+def test_distances_rise_on_worse_images(distances_of, other_half, how):
     change, amounts = WORSE[how]
-    found = [apart(other_half.images)] + [apart(change(other_half.images, amount)) for amount in amounts]
+    found = [distances_of(other_half.images)] + [distances_of(change(other_half.images, amount)) for amount in amounts]
     for measure in ("frechet_distance", "kid"):
         assert rises([one[measure] for one in found]), (measure, found)
 
 
-def test_distances_rise_when_classes_are_missing(judge, apart, other_half):
+def test_distances_rise_when_classes_are_missing(judge, distances_of, other_half):
     """The number of images stays the same. The label accuracy stays high."""
-    found = [apart(other_half.images[other_half.labels >= lost][:450]) for lost in (0, 1, 4)]
+    found = [distances_of(other_half.images[other_half.labels >= lost][:450]) for lost in (0, 1, 4)]
     for measure in ("frechet_distance", "kid"):
         assert rises([one[measure] for one in found]), (measure, found)
     kept = other_half.labels >= 4
     assert label_accuracy(judge, features(judge, other_half.images[kept]), other_half.labels[kept]) > 0.95
 
 
-def test_distances_rise_when_images_are_copies(judge, apart, other_half):
+def test_distances_rise_when_images_are_copies(judge, distances_of, other_half):
     """Each set has 600 images, with ever fewer different images per class."""
     first = [[int((other_half.labels == c).nonzero()[i]) for c in range(10)] for i in range(60)]
     images = [other_half.images[torch.tensor(first[:k] * (60 // k)).flatten()] for k in (60, 10, 1)]
-    found = [apart(one) for one in (*images, other_half.images[:1].expand(600, -1, -1, -1))]
+    found = [distances_of(one) for one in (*images, other_half.images[:1].expand(600, -1, -1, -1))]
     for measure in ("frechet_distance", "kid"):
         assert rises([one[measure] for one in found]), (measure, found)
     assert label_accuracy(judge, features(judge, images[2]), torch.arange(600) % 10) > 0.95
@@ -247,16 +247,16 @@ def test_kid_between_halves_of_a_data_set_is_zero(judge, other_half):
 
 def test_label_accuracy_follows_the_labels(judge):
     images, labels = late(600)
-    right = evaluate(images, labels, judge)["calls_of_sample"]
+    right = evaluate(images, labels, judge)["drawn"]
     shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
-    wrong = evaluate(images, shuffled, judge)["calls_of_sample"]
+    wrong = evaluate(images, shuffled, judge)["drawn"]
     assert right["label_accuracy"] > 0.95 and 0.05 < wrong["label_accuracy"] < 0.15
     assert {k: v for k, v in right.items() if "label" not in k} == {k: v for k, v in wrong.items() if "label" not in k}
     by_class = [right["label_accuracy_by_class"][name] * int((labels == i).sum()) for i, name in enumerate(judge.names)]
     assert sum(by_class) / 600 == pytest.approx(right["label_accuracy"])
-    some = evaluate(images, torch.where(labels < 5, labels, 10), judge)["calls_of_sample"]
+    some = evaluate(images, torch.where(labels < 5, labels, 10), judge)["drawn"]
     assert some["label_accuracy"] == pytest.approx(sum(by_class[:5]) / int((labels < 5).sum()))
-    assert evaluate(images, torch.full((600,), 10), judge)["calls_of_sample"]["label_accuracy"] is None
+    assert evaluate(images, torch.full((600,), 10), judge)["drawn"]["label_accuracy"] is None
 
 
 def test_the_floor_uses_train_images_and_the_reference_test_images(judge):
@@ -403,7 +403,7 @@ FAST = {"sampler": "ddim", "steps": 2, "batch_size": 16}
 
 @pytest.fixture
 def calls_of_sample(monkeypatch):
-    """Return the (first, number of images) of each call of ``sample``, and the function. It stops at call number ``stop``."""
+    """Return the (first, number of images) of each call of ``sample``, and that function, which stops at call ``stop``."""
     calls, sample = [], sampling.sample
 
     def counted(model, labels, *, first, **settings):
@@ -441,7 +441,7 @@ def test_a_stopped_run_draws_the_missing_images_only(tiny, tmp_path, calls_of_sa
     assert torch.equal(part[0], whole[0]) and torch.equal(part[1], whole[1]) and part[2] == whole[2]
     calls.clear()
     fewer, more = draw(tiny, 33, folder=tmp_path / "part", **FAST), draw(tiny, 64, folder=tmp_path / "part", **FAST)
-    assert calls == [(48, 16)]  # the incomplete batch is calls_of_sample again, so that rounding is the same as in a whole batch
+    assert calls == [(48, 16)]  # the incomplete batch is drawn again, so that rounding is the same as in a whole batch
     assert torch.equal(fewer[0], whole[0][:33]) and torch.equal(more[0][:48], whole[0][:48])
 
 
@@ -462,7 +462,7 @@ def test_damaged_files_are_drawn_again(tiny, tmp_path, calls_of_sample):
 
 def test_saved_images_are_separate_for_every_setting(tiny, tmp_path, calls_of_sample):
     calls, _ = calls_of_sample
-    other_half = tmp_path / "other_half.safetensors"
+    other_half = tmp_path / "other.safetensors"
     save_model(other_half, SDiT(PRESETS["digits"], dim=32, depth=2))
     same = tmp_path / "same.safetensors"
     shutil.copy(tiny, same)
@@ -529,13 +529,13 @@ def test_the_command_prints_and_writes_the_measures(tiny, judge_file, tmp_path, 
     for part in (
         "Frechet distance",
         "KID x 1000",
-        "60 calls_of_sample images",
+        "60 drawn images",
         "floor: 60 train images",
         "297 test images",
         "by class: 0 ",
     ):
         assert part in text
-    assert f"{found['calls_of_sample']['frechet_distance']:.4f}" in text and f"{found['floor']['frechet_distance']:.4f}" in text
+    assert f"{found['drawn']['frechet_distance']:.4f}" in text and f"{found['floor']['frechet_distance']:.4f}" in text
     assert "FID" not in text + json.dumps(found)
 
     command = ["evaluate", "--images", str(tmp_path / "out/a.npz"), "--classifier", str(judge_file)]
@@ -543,7 +543,7 @@ def test_the_command_prints_and_writes_the_measures(tiny, judge_file, tmp_path, 
     again = json.loads((tmp_path / "b.json").read_text())
     assert {key: again[key] for key in measured} == measured
     assert again["images"] == {"images": "a.npz", "images_sha256": sha256(tmp_path / "out/a.npz")}
-    assert main([*command, "-n", "50"]) == 0 and "50 calls_of_sample images" in capsys.readouterr().out
+    assert main([*command, "-n", "50"]) == 0 and "50 drawn images" in capsys.readouterr().out
 
 
 def test_two_processes_do_not_write_the_same_file(tiny, judge_file, tmp_path, capsys):
@@ -578,7 +578,7 @@ def test_a_full_disk_names_the_file_and_keeps_the_images(tiny, judge_file, tmp_p
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     found = capsys.readouterr()
     said = f"{tmp_path}/a.json: File too large; with room for it the same command writes it, without drawing the images again"
-    assert found.err.splitlines()[-1] == f"sdit evaluate: error: {said}" and "60 calls_of_sample images" in found.out
+    assert found.err.splitlines()[-1] == f"sdit evaluate: error: {said}" and "60 drawn images" in found.out
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
         assert main([*command, "--seed", "1"]) == 2
@@ -649,7 +649,7 @@ def test_wrong_arguments_of_the_command_give_one_error_line(tiny, judge_file, tm
         assert main(["evaluate", *map(str, words)]) == 2, words
         err = capsys.readouterr().err
         assert err.splitlines()[-1].startswith("sdit evaluate: error: ") and message in err, (words, err)
-    assert not (tmp_path / "cache").exists()  # no image was calls_of_sample
+    assert not (tmp_path / "cache").exists()  # no image was drawn
 
 
 def test_training_a_classifier_is_reproducible(tmp_path, monkeypatch, capsys):
