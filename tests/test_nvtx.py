@@ -140,7 +140,7 @@ def test_stages_of_the_model_have_ranges_in_order(recorded, form):
     assert [text.count(f"block {i}(") for i in range(4)] == [times] * 3 + [0]  # checkpointing computes each block twice
 
 
-def test_functions_are_unchanged_when_off():
+def test_functions_stay_plain_when_off():
     from sdit.model import Block, SDiT
     from sdit_kernels import nvtx
     from sdit_kernels.ops import lif, mix, spiking_wkv, wkv
@@ -161,8 +161,8 @@ def test_functions_are_unchanged_when_off():
     for method in (SDiT.embed_inputs, SDiT.decode_tokens, Block._gate, Block._attend):
         assert method.__qualname__.endswith(method.__name__) and not hasattr(method, "__wrapped__")
     assert nvtx.range("a") is nvtx.range("b")
-    assert nvtx.range("a")(test_functions_are_unchanged_when_off) is nvtx.range("a").untraced(test_functions_are_unchanged_when_off)
-    assert nvtx.range("a")(test_functions_are_unchanged_when_off) is test_functions_are_unchanged_when_off
+    assert nvtx.range("a")(test_functions_stay_plain_when_off) is nvtx.range("a").untraced(test_functions_stay_plain_when_off)
+    assert nvtx.range("a")(test_functions_stay_plain_when_off) is test_functions_stay_plain_when_off
     with nvtx.range("a"):
         pass
 

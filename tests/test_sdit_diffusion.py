@@ -24,7 +24,7 @@ def config_with(**changes):
 
 
 class Given(nn.Module):
-    """Outputs what it was given, and remembers what it was asked."""
+    """Return a given output, and record the arguments of each call."""
 
     def __init__(self, output=None, function=None, **changes):
         super().__init__()
