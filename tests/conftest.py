@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_shows():
+def new_memory_is_nan():
     """Fill new memory with NaN, so that a comparison fails where no kernel wrote."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -61,7 +61,7 @@ def uninitialised_memory_shows():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_tiles():
+def use_small_tiles():
     """Use small tiles: 32 float32 elements, and 4 tokens for WKV.
 
     Small tensors then need many programs and have incomplete tiles, and compiling takes a tenth of the time. test_oracle.py

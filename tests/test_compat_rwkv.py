@@ -216,7 +216,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def pair(dtype=torch.float64, **settings):
+def plain_and_accelerated(dtype=torch.float64, **settings):
     """Return the plain model, an accelerated model with the same weights, and the report."""
     torch.manual_seed(0)
     plain, fused = (Model(mix, **settings).to(dtype) for mix in (PlainTimeMix, TimeMix))
@@ -225,7 +225,7 @@ def pair(dtype=torch.float64, **settings):
 
 
 def test_accelerated_layers_equal_the_plain_ones():
-    plain, fused, report = pair()
+    plain, fused, report = plain_and_accelerated()
     assert str(report).splitlines() == [
         "RWKV: 4 replaced, 0 left as they were",
         "  blocks.0.1  TimeMix: fused",
@@ -251,7 +251,7 @@ def test_accelerated_layers_equal_the_plain_ones():
 
 
 def test_training_gives_the_losses_of_the_plain_model():
-    plain, fused, _ = pair(torch.float32)
+    plain, fused, _ = plain_and_accelerated(torch.float32)
     ids, losses = torch.randint(11, (4, 17)), []
     for model in (plain, fused):
         adam, found = torch.optim.Adam(model.parameters(), lr=1e-2), []
@@ -268,7 +268,7 @@ def test_training_gives_the_losses_of_the_plain_model():
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_stay_accelerated(way):
-    _, fused, _ = pair()
+    _, fused, _ = plain_and_accelerated()
     if way == "deepcopy":
         twin = copy.deepcopy(fused)
     elif way == "pickle":
@@ -304,14 +304,14 @@ def test_any_width_dtype_and_zero_weights_are_accelerated():
 
 
 def test_accelerated_models_compile_without_a_graph_break():
-    _, fused, _ = pair(torch.float32)
+    _, fused, _ = plain_and_accelerated(torch.float32)
     ids = torch.randint(11, (2, 5))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), fused(ids))
 
 
 def test_accelerated_models_run_on_triton():
-    plain, fused, _ = pair(torch.float32, layers=1)
+    plain, fused, _ = plain_and_accelerated(torch.float32, layers=1)
     ids = torch.randint(11, (2, 9))
     with sdit_kernels.backend("triton"):
         torch.testing.assert_close(fused(ids), plain(ids), rtol=1e-5, atol=1e-5)
@@ -418,7 +418,7 @@ class Tail(nn.Module):
         return self.tail(y, self.training)
 
 
-def ends_in(base, tail):
+def layer_with_tail(base, tail):
     """A subclass of ``base`` whose forward ends with the module ``tail`` or with ``tail(y, training)``."""
 
     class Layer(base):
@@ -448,7 +448,7 @@ def ends_in(base, tail):
     ],
 )
 def test_the_check_runs_both_modes_and_large_values(base, training, tail, why):
-    layer = ends_in(base, tail)(8).train(training)
+    layer = layer_with_tail(base, tail)(8).train(training)
     layer.tail.training = True  # the modes of a layer and of its parts may differ
     model, cls = nn.Sequential(layer).eval() if why is None else nn.Sequential(layer), type(layer)
     flags, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]

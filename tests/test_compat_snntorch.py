@@ -147,7 +147,7 @@ def test_docstring_examples_run():
 # ---- tests against the library ---------------------------------------------------------------------------------------
 
 
-def loop(neuron, x, mem):
+def run_loop(neuron, x, mem):
     spikes, history = [], []
     for x_t in x:
         s, mem = neuron(x_t, mem)
@@ -156,7 +156,7 @@ def loop(neuron, x, mem):
     return torch.stack(spikes), torch.stack(history)
 
 
-def play(neuron, f, x, mem, seed):
+def run_and_differentiate(neuron, f, x, mem, seed):
     """Return spikes, membranes and gradients. The last membrane must be the one the neuron stores."""
     generator = torch.Generator().manual_seed(seed)
     x, mem = x.clone().requires_grad_(), mem.clone().requires_grad_()
@@ -205,10 +205,14 @@ def test_neurons_equal_the_librarys_loop(snn, case):
         assert accelerate(fused).replaced
         x = 1.5 * torch.randn((T, *shape), generator=generator)
         mem = 1.5 * torch.randn(shape, generator=generator)
-        want = play(neuron, loop, x, mem, seed)
+        want = run_and_differentiate(neuron, run_loop, x, mem, seed)
         kernels = seed % 3 == 0 and surrogate is None  # test_leaky.py compares the kernels with the reference
         with backend("cpu" if kernels else "reference"):
-            found = play(fused, unroll, x, mem, seed), play(fused, loop, x, mem, seed), play(neuron, unroll, x, mem, seed)
+            found = (
+                run_and_differentiate(fused, unroll, x, mem, seed),
+                run_and_differentiate(fused, run_loop, x, mem, seed),
+                run_and_differentiate(neuron, unroll, x, mem, seed),
+            )
     for spikes, history, grads in found:
         assert torch.equal(spikes, want[0]) and torch.equal(history, want[1])
         if any(g.isnan().any() for g in want[2]):
@@ -226,7 +230,7 @@ def test_neurons_fire_above_the_threshold_only(snn, reset):
     one = torch.tensor(1.0)
     x = torch.stack([one, torch.nextafter(one, 2 * one), torch.nextafter(one, 0 * one)]).repeat(3, 1)
     neuron = snn.Leaky(beta=1.0, reset_mechanism=reset)
-    want, got = loop(neuron, x, torch.zeros(3)), unroll(neuron, x, torch.zeros(3))
+    want, got = run_loop(neuron, x, torch.zeros(3)), unroll(neuron, x, torch.zeros(3))
     assert want[0][0].tolist() == [0.0, 1.0, 0.0]
     assert all(torch.equal(g, w) for g, w in zip(got, want))
 
@@ -341,13 +345,13 @@ def test_accelerate_keeps_identity_and_restore_undoes_it(snn):
     assert list(neuron.state_dict()) == keys and neuron in snn.Leaky.instances
     x = torch.rand(5, 2, 3)
     with torch.no_grad():
-        first, _ = loop(neuron, x, neuron.reset_mem())
+        first, _ = run_loop(neuron, x, neuron.reset_mem())
         assert seen == [1] * 5
         twin = copy.deepcopy(neuron)
         assert type(twin) is snn.Leaky
         report = restore(net)
         assert report.replaced == (("0", "Leaky"),) and "snnTorch's own code" in str(report) and type(neuron) is snn.Leaky
-        assert all(torch.equal(a, b) for a, b in zip(loop(neuron, x, neuron.mem), loop(twin, x, twin.mem)))
+        assert all(torch.equal(a, b) for a, b in zip(run_loop(neuron, x, neuron.mem), run_loop(twin, x, twin.mem)))
     assert "fused by sdit_kernels" in repr(twin) and "fused" not in repr(neuron)
 
 
@@ -356,8 +360,8 @@ def test_construction_takes_the_librarys_arguments(snn):
     neuron = Leaky(0.9, threshold=0.5, reset_mechanism="zero")
     assert type(neuron) is snn.Leaky and "fused" in repr(neuron) and "fused" not in repr(snn.Leaky(0.9))
     x = torch.rand(5, 2, 3)
-    got = loop(neuron, x, neuron.init_leaky())
-    want = loop(snn.Leaky(0.9, threshold=0.5, reset_mechanism="zero"), x, torch.zeros(2, 3))
+    got = run_loop(neuron, x, neuron.init_leaky())
+    want = run_loop(snn.Leaky(0.9, threshold=0.5, reset_mechanism="zero"), x, torch.zeros(2, 3))
     assert all(torch.equal(g, w) for g, w in zip(got, want))
     with pytest.raises(ValueError, match="Leaky cannot be fused: state_quant has no fused kernel here; use snntorch.Leaky"):
         Leaky(0.9, state_quant=lambda t: t)
@@ -382,7 +386,7 @@ def test_half_precision_keeps_a_float32_membrane(snn):
         assert spikes.dtype == dtype and history.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     double = copy.deepcopy(neuron).double()
     x = torch.randn(4, 3, dtype=torch.float64)
-    for got, want in zip(unroll(double, x, x[0]), loop(double, x, x[0])):
+    for got, want in zip(unroll(double, x, x[0]), run_loop(double, x, x[0])):
         torch.testing.assert_close(got, want, check_dtype=False)
 
 
@@ -518,7 +522,7 @@ def test_a_factor_changed_through_data_is_used(snn):
             assert all(torch.equal(a, b) for a, b in zip(neuron(x_t), twin(x_t)))
     neuron.graded_spikes_factor = twin.graded_spikes_factor = torch.ones(2, 1, 1)
     with pytest.warns(UserWarning, match=r"Leaky runs step by step: has graded_spikes_factor \(2, 1, 1\) for data \(3, 5\)"):
-        assert torch.equal(unroll(neuron, torch.ones(2, 3, 5), x)[0], loop(twin, torch.ones(2, 3, 5), x)[0])
+        assert torch.equal(unroll(neuron, torch.ones(2, 3, 5), x)[0], run_loop(twin, torch.ones(2, 3, 5), x)[0])
 
 
 def test_a_neuron_made_under_inference_mode_can_be_unrolled(snn):
@@ -553,7 +557,7 @@ def test_values_without_a_kernel_run_the_librarys_code(snn):
         assert seen[0].filename == __file__
         for n in (neuron, late):
             with pytest.warns(UserWarning, match=f"Leaky runs step by step: {reason}"):
-                same(unroll(n, x, x[1]), loop(twin, x, x[1]))
+                same(unroll(n, x, x[1]), run_loop(twin, x, x[1]))
         assert [(kind, why.startswith(reason)) for _, kind, why in accelerate(late).left] == [("Leaky", True)]
 
 

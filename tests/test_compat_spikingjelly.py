@@ -173,7 +173,7 @@ def inputs(exact, shape, generator):
     return 2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
 
 
-def play(jelly, node, exact, calls, shape, start, seed):
+def run_and_differentiate(jelly, node, exact, calls, shape, start, seed):
     """Run several calls and return spikes, membranes and gradients through all calls."""
     generator = torch.Generator().manual_seed(seed)
     if start is not None:
@@ -209,8 +209,8 @@ def test_neurons_equal_the_library(jelly, case):
     assert accelerate(fused).replaced
     kernels = surrogate == "ATan" and options["v_reset"] == 0.0  # test_lif.py compares every kernel with the reference
     with backend("cpu" if kernels else "reference"):
-        states, grads = play(jelly, fused, exact, calls, shape, start, seed)
-    want, want_grads = play(jelly, node, exact, calls, shape, start, seed)
+        states, grads = run_and_differentiate(jelly, fused, exact, calls, shape, start, seed)
+    want, want_grads = run_and_differentiate(jelly, node, exact, calls, shape, start, seed)
     for got, wanted in zip(states, want, strict=True):
         assert got.dtype == wanted.dtype and got.shape == wanted.shape
         if exact:

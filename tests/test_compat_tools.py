@@ -60,7 +60,7 @@ def flat(found):
     return [*found] if isinstance(found, tuple) else [found]
 
 
-def twice(function, x, *rest):
+def two_calls_and_gradient(function, x, *rest):
     """Return the outputs of two calls and the gradient of x."""
     x = x.clone().requires_grad_()
     outputs = [*flat(function(x, *rest)), *flat(function(x, *rest))]
@@ -131,7 +131,7 @@ def test_spikingjellys_precision_table_finds_an_accelerated_neuron(jelly):
 # ---- counters of operations ------------------------------------------------------------------------------------------
 
 
-def figures(counters, jelly, net, x):
+def all_counts(counters, jelly, net, x):
     found = {}
     for name in ("FlopCounter", "SynOpCounter", "ACCounter", "MACCounter", "MemoryAccessCounter", "NeuronStateCounter"):
         for backward in (False, True):
@@ -166,7 +166,7 @@ def test_counters_of_spikingjelly_give_the_librarys_numbers(counters, jelly, kin
     compat_jelly.accelerate(fused)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        own, ours = figures(counters, jelly, net, x), figures(counters, jelly, fused, x)
+        own, ours = all_counts(counters, jelly, net, x), all_counts(counters, jelly, fused, x)
     assert own == ours and own["NeuronStateCounter", False][0] > 1000
     refused = [name for name, figure in own.items() if isinstance(figure, str)]
     assert refused == (["lemaire", "spikesim"] if kind == "ParametricLIFNode" else [])
@@ -236,7 +236,7 @@ def test_pytorchs_flop_counter_gives_the_same_number(jelly, snn):
 # ---- unknown neurons are named ---------------------------------------------------------------------------------------
 
 
-def made(name, module, base=nn.Module):
+def make_class(name, module, base=nn.Module):
     return type(name, (base,), {"__module__": module})
 
 
@@ -245,16 +245,17 @@ def made(name, module, base=nn.Module):
     (compat_snn, "snntorch.Leaky"),
 ])  # fmt: skip
 def test_neurons_of_unknown_libraries_are_left_with_a_reason(drop_in, known):
-    copied = made("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")
+    copied = make_class("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")
     inner = nn.Sequential(nn.Linear(2, 2), copied())
     net = nn.ModuleDict({
-        "copy": copied(), "psn": made("PSN", "my.neurons")(), "own": made("TernaryIF", "__main__")(),
-        "derived": made("Mine", "__main__", made("SpikingNeuron", "somewhere"))(),
-        "norse": made("LIFCell", "norse.torch.module.lif")(), "other": made("Leaky", "snntorch_copy._neurons.leaky")(),
+        "copy": copied(), "psn": make_class("PSN", "my.neurons")(), "own": make_class("TernaryIF", "__main__")(),
+        "derived": make_class("Mine", "__main__", make_class("SpikingNeuron", "somewhere"))(),
+        "norse": make_class("LIFCell", "norse.torch.module.lif")(),
+        "other": make_class("Leaky", "snntorch_copy._neurons.leaky")(),
     })  # fmt: skip
-    quiet = nn.ModuleDict({"aifi": made("AIFI", "m")(), "sift": made("SIFTDiff", "m")(), "relu": nn.LeakyReLU(),
-                           "neural": made("NeuronsMixture", "m")()})  # fmt: skip
-    block = made("LIFBlock", "m")()  # contains a neuron, so it is not one itself
+    quiet = nn.ModuleDict({"aifi": make_class("AIFI", "m")(), "sift": make_class("SIFTDiff", "m")(), "relu": nn.LeakyReLU(),
+                           "neural": make_class("NeuronsMixture", "m")()})  # fmt: skip
+    block = make_class("LIFBlock", "m")()  # contains a neuron, so it is not one itself
     block.inner = inner
     report = drop_in.accelerate(nn.ModuleList([net, quiet, block]))
     assert report.replaced == ()
@@ -290,7 +291,7 @@ def test_spikingjelly_neurons_compile_to_one_graph(jelly, kind, mode):
     compat_jelly.accelerate(node)
     twin = copy.deepcopy(node)
     x = (torch.rand(4, 3, 8) * 3)[0 if mode == "s" else slice(None)]
-    torch.testing.assert_close(twice(compiled(node), x), twice(twin, x))
+    torch.testing.assert_close(two_calls_and_gradient(compiled(node), x), two_calls_and_gradient(twin, x))
     torch.testing.assert_close(node.v, twin.v)
 
 
@@ -302,11 +303,11 @@ def test_neurons_that_are_not_fused_compile_to_one_graph(jelly):
         compat_jelly.accelerate(node)
     nodes[2].surrogate_function.set_spiking_mode(False)
     with pytest.warns(UserWarning, match="spiking=False"):
-        found = [twice(compiled(node, "eager"), x) for node in nodes]
+        found = [two_calls_and_gradient(compiled(node, "eager"), x) for node in nodes]
     torch.testing.assert_close(found[1], found[0])
     with pytest.warns(UserWarning, match="spiking=False"):
         jelly.functional.reset_net(nodes[2])
-        torch.testing.assert_close(twice(nodes[2], x), found[2])
+        torch.testing.assert_close(two_calls_and_gradient(nodes[2], x), found[2])
 
 
 @pytest.mark.parametrize("options", SNN_OPTIONS, ids=str)
@@ -320,9 +321,11 @@ def test_snntorch_neurons_compile_to_one_graph(snn, options):
             compat_snn.accelerate(neuron)
         step, whole, twin, loop = (copy.deepcopy(neuron) for _ in range(4))
         if accelerated:
-            torch.testing.assert_close(twice(compiled(step), x[0], *rest), twice(twin, x[0], *rest))
-        got = twice(compiled(functools.partial(compat_snn.unroll, whole)), x, *rest)
-        torch.testing.assert_close(got, twice(functools.partial(compat_snn.unroll, loop), x, *rest))
+            torch.testing.assert_close(
+                two_calls_and_gradient(compiled(step), x[0], *rest), two_calls_and_gradient(twin, x[0], *rest)
+            )
+        got = two_calls_and_gradient(compiled(functools.partial(compat_snn.unroll, whole)), x, *rest)
+        torch.testing.assert_close(got, two_calls_and_gradient(functools.partial(compat_snn.unroll, loop), x, *rest))
 
 
 def test_a_compiled_neuron_uses_a_changed_surrogate(snn):
@@ -354,8 +357,8 @@ def test_snntorch_networks_compile_to_one_graph(snn):
     nets, x = [net(), net()], torch.rand(5, 3, 1, 6, 6) * 2
     for m in nets:
         compat_snn.accelerate(m)
-    got = twice(compiled(lambda x: compat_snn.unroll(nets[0], x)), x)
-    torch.testing.assert_close(got, twice(lambda x: compat_snn.unroll(nets[1], x), x))
+    got = two_calls_and_gradient(compiled(lambda x: compat_snn.unroll(nets[0], x)), x)
+    torch.testing.assert_close(got, two_calls_and_gradient(lambda x: compat_snn.unroll(nets[1], x), x))
     shared = nn.Sequential(*[snn.Leaky(0.8, init_hidden=True)] * 2)
     with pytest.warns(UserWarning, match="its Leaky is reached more than once"):
         compiled(lambda x: compat_snn.unroll(shared, x), "eager")(x)

@@ -89,19 +89,19 @@ def test_import_star_replaces_no_name_of_other_libraries(module):
     assert sdit_kernels.nn.LIF
 
 
-def rooms(names):
+def package_modules(names):
     return tuple(f"sdit_kernels.{name}" for name in names.split())
 
 
 FORBIDDEN = {  # folder or file: modules that its files may not import
-    "_torch.py": ("numba", "triton", "numpy", *rooms("dtypes checks reference cpu triton ops nn compat")),
-    "dtypes.py": ("numba", "triton", "numpy", *rooms("checks reference cpu triton ops nn compat")),
-    "checks.py": ("numba", "triton", "numpy", *rooms("reference cpu triton ops nn compat")),
-    "reference": ("numba", "triton", "numpy", *rooms("cpu triton ops nn compat")),
-    "cpu": ("triton", *rooms("triton ops nn compat")),
-    "triton": ("numba", *rooms("cpu ops nn compat")),
-    "ops": ("numba", "triton", *rooms("cpu triton nn compat")),
-    "nn": ("numba", "triton", *rooms("cpu triton compat")),
+    "_torch.py": ("numba", "triton", "numpy", *package_modules("dtypes checks reference cpu triton ops nn compat")),
+    "dtypes.py": ("numba", "triton", "numpy", *package_modules("checks reference cpu triton ops nn compat")),
+    "checks.py": ("numba", "triton", "numpy", *package_modules("reference cpu triton ops nn compat")),
+    "reference": ("numba", "triton", "numpy", *package_modules("cpu triton ops nn compat")),
+    "cpu": ("triton", *package_modules("triton ops nn compat")),
+    "triton": ("numba", *package_modules("cpu ops nn compat")),
+    "ops": ("numba", "triton", *package_modules("cpu triton nn compat")),
+    "nn": ("numba", "triton", *package_modules("cpu triton compat")),
 }
 
 
@@ -166,7 +166,7 @@ def is_private(name):
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
-def defined(source):
+def private_definitions(source):
     """Return the private names a file defines: functions, classes, variables, arguments, and attributes it sets."""
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -184,7 +184,7 @@ def private_names_of_others(source, others):
     It may import them, read them from an imported name, or read them from any object. The last case counts only names in
     ``others`` (private names that other files define) that the file itself does not define.
     """
-    modules, imported, found, own = {path.stem for path in SOURCES}, set(), [], defined(source)
+    modules, imported, found, own = {path.stem for path in SOURCES}, set(), [], private_definitions(source)
     nodes = list(ast.walk(ast.parse(source)))
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in ROOMS):
@@ -204,7 +204,7 @@ def private_names_of_others(source, others):
 
 
 def test_no_file_uses_private_names_of_another():
-    definitions = {path: defined(path.read_text()) for path in SOURCES}
+    definitions = {path: private_definitions(path.read_text()) for path in SOURCES}
     found = {}
     for path in SOURCES:
         others = set().union(*(names for other, names in definitions.items() if other != path))

@@ -45,7 +45,7 @@ def outputs_and_gradients(name, function, *tensors):
         return *out, *torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
 
 
-def assert_alike(found, wanted, what):
+def assert_all_close(found, wanted, what):
     for i, (got, want) in enumerate(zip(found, wanted)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda m, i=i: f"{what}, {i}: {m}")
 
@@ -62,12 +62,12 @@ def test_extreme_settings_equal_the_reference(name, dtype):
             (lambda x, n=neuron: lif(x, return_v=True, **n), x),
             (lambda x, n=neuron, s=numbers: lif_rate(x, s.get("T", 4), **n), x[0]),
         ):
-            assert_alike(*(outputs_and_gradients(b, function, data) for b in (name, "reference")), neuron)
+            assert_all_close(*(outputs_and_gradients(b, function, data) for b in (name, "reference")), neuron)
     for numbers in (dict(beta=b, v_threshold=t) for b in (0.0, 1.0, 5e-324, 1 - 1e-16) for t in (0.0, 1e-45, 3e38, -3e38)):
         found, wanted = (
             outputs_and_gradients(b, lambda x, s=numbers: leaky(x, return_v=True, **s), x) for b in (name, "reference")
         )
-        assert_alike(found, wanted, numbers)
+        assert_all_close(found, wanted, numbers)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
@@ -83,7 +83,7 @@ def test_extreme_decays_equal_the_reference(name, dtype, first):
             return y, *state
 
         found, wanted = (outputs_and_gradients(b, scan, k, v) for b in (name, "reference"))
-        assert_alike(found, wanted, decay)
+        assert_all_close(found, wanted, decay)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
@@ -96,7 +96,7 @@ def test_extreme_norms_and_mixes_equal_the_reference(name):
                 return token_shift(x, m, norm_eps=eps)[0] / max(abs(mix), 1.0)
 
             m = torch.full((6,), mix, dtype=torch.float64)
-            assert_alike(*(outputs_and_gradients(b, shift, x, m) for b in (name, "reference")), (eps, mix))
+            assert_all_close(*(outputs_and_gradients(b, shift, x, m) for b in (name, "reference")), (eps, mix))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -121,7 +121,7 @@ PLANTS = [math.inf, -math.inf, math.nan, -0.0]
 
 
 @st.composite
-def planted(draw, shape, chosen=PLANTS, most=4):
+def with_odd_values(draw, shape, chosen=PLANTS, most=4):
     """Multiples of 1/8, in which a few elements are replaced by values of ``chosen``."""
     seed = draw(st.integers(0, 99))
     t = torch.randint(-8, 24, shape, generator=torch.Generator().manual_seed(seed)) / 8
@@ -186,8 +186,8 @@ def test_surrogate_derivatives_far_from_the_threshold(name, surrogate):
 @given(data=st.data())
 def test_neurons_equal_the_reference_on_nan_and_infinities(name, data):
     T, upstream = data.draw(st.sampled_from([1, 3, 18])), data.draw(st.booleans())
-    x, v = data.draw(planted((T, 7))), data.draw(planted((7,)))
-    g = [data.draw(planted((T, 7), PLANTS[:3], 2))] if upstream else []
+    x, v = data.draw(with_odd_values((T, 7))), data.draw(with_odd_values((7,)))
+    g = [data.draw(with_odd_values((T, 7), PLANTS[:3], 2))] if upstream else []
     surrogate = data.draw(st.sampled_from(["atan", "rect", "sigmoid"]))
     kind = data.draw(st.sampled_from(["lif", "leaky", "rate"]))
     tau, theta = torch.full((7,), 2.0), torch.full((7,), 1.0)
@@ -214,7 +214,8 @@ def test_scans_equal_the_reference_on_nan_and_infinities(name, data):
     plants = dict(v=PLANTS, r=PLANTS, k=PLANTS[1:] if L > 1 else below, w=below, u=below)
     where = data.draw(st.sampled_from(sorted(plants)))
     v, r, k, w, u = (
-        data.draw(planted((17,) if name in "wu" else (1, L, 17), plants[name], 4 if name == where else 0)) for name in plants
+        data.draw(with_odd_values((17,) if name in "wu" else (1, L, 17), plants[name], 4 if name == where else 0))
+        for name in plants
     )
     if data.draw(st.booleans()):
         compare(name, lambda w, u, k, v, r: wkv(w, u, k, v, r, bidirectional=both), (w, u, k, v, r))
@@ -226,7 +227,11 @@ def test_scans_equal_the_reference_on_nan_and_infinities(name, data):
 @settings(max_examples=60)
 @given(data=st.data())
 def test_mixes_equal_the_reference_on_nan_and_infinities(name, data):
-    x, m, last = data.draw(planted((5, 9))), data.draw(planted((9,), most=1)), data.draw(planted((9,), most=1))
+    x, m, last = (
+        data.draw(with_odd_values((5, 9))),
+        data.draw(with_odd_values((9,), most=1)),
+        data.draw(with_odd_values((9,), most=1)),
+    )
     compare(name, lambda x: sdit_kernels.relu_squared(x), (x,))
     compare(name, lambda x, m, last: token_shift(x, m, last=last)[0], (x, m, last))
     compare(name, lambda x: token_shift(x, torch.full((9,), 0.25), norm_eps=1e-5)[0], (x,))
@@ -278,7 +283,7 @@ def flat(outputs):
 
 
 @contextlib.contextmanager
-def defaults(device, dtype):
+def torch_defaults(device, dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -305,7 +310,7 @@ def test_default_devices_and_dtypes_change_nothing(name, call):
 
     wanted = run()
     for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("meta", torch.float32), ("meta", torch.bfloat16)):
-        with defaults(device, dtype):
+        with torch_defaults(device, dtype):
             found = run()
         for got, want in zip(found, wanted):
             assert (got is None) == (want is None), (device, dtype)
@@ -318,7 +323,7 @@ def test_a_default_device_does_not_change_large_outputs():
     """Large outputs come from the memory pool, which deterministic mode bypasses."""
     torch.use_deterministic_algorithms(False)
     x = torch.full((4, 1 << 19), 3.0, requires_grad=True)
-    with defaults("meta", torch.float64):
+    with torch_defaults("meta", torch.float64):
         s = lif(x)
         (dx,) = torch.autograd.grad(s.sum(), x)
     assert s.device.type == dx.device.type == "cpu" and (s == 1).all()
@@ -336,5 +341,5 @@ def test_every_allocation_names_its_device_and_dtype():
             if ast.unparse(node.func) in {f"torch.{name}" for name in factories.split()} and id(node) not in parameters:
                 found += 1
                 named = {keyword.arg for keyword in node.keywords}
-                assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} needs device= and dtype="
+                assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} needs both"
     assert found > 20

@@ -18,7 +18,7 @@ from test_lif import (
     leaf,
     parameter,
     saved,
-    stretch,
+    with_layout,
 )
 from torch import Tensor
 
@@ -80,7 +80,7 @@ def test_leaky_equals_the_reference(name, mode, dtype, v_dtype, beta_kind, theta
     while math.prod(shape) >= 1 << 15:  # larger tensors compile a second CPU kernel, which later tests would reuse
         shape = shape[:-1]
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
     v = None if v_dtype is None else exact(shape[1:], v_dtype, seed + 1, -32, 48)
     outputs = data.draw(st.sampled_from([("s",), ("v_seq",), ("s", "v"), ("s", "v", "v_seq")]))
     beta = data.draw(st.sampled_from([0.5, 0.0, 1.0 if shape[0] < 17 else 0.5]))

@@ -44,7 +44,7 @@ def leaf(t):
     return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
 
-def stretch(x, layout):
+def with_layout(x, layout):
     """Return the same values with other strides."""
     if layout == "batch first" and x.dim() > 2:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -139,7 +139,7 @@ def test_lif_equals_the_reference(name, neuron, tau_kind, theta_kind, dtype, v_d
     T = data.draw(st.sampled_from(steps))
     shape = (T, *data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
     v = None if v_dtype is None else exact(shape[1:], v_dtype, seed + 1, -16, 16)
     outputs = data.draw(st.sampled_from([("s",), ("s",), ("v",), ("v_seq",), ("s", "v"), ("s", "v", "v_seq")]))
     tau = data.draw(st.sampled_from([1.0, 2.0, 4.0]))
@@ -285,7 +285,7 @@ def test_lif_rate_equals_the_reference(name, neuron, tau_kind, theta_kind, dtype
     T = data.draw(st.sampled_from([1, 2, 3, 4, 8, 17, 50]))
     shape = tuple(data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
+    x = with_layout(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
     residual = gate = None
     if data.draw(st.booleans()):
         residual = exact(shape, wide or dtype, seed + 1)

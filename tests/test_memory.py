@@ -21,53 +21,53 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 @pytest.fixture(autouse=True)
-def pooled(monkeypatch):
+def empty_pool(monkeypatch):
     """Use an empty pool, outside of deterministic mode. Deterministic mode fills new memory, so it bypasses the pool."""
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(memory, "pool", memory._Pool(64 << 20))
 
 
-def like(*shape, dtype=torch.float32):
+def empty_tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype)
 
 
-def idle():
+def idle_sizes():
     return [size for size, _ in memory.pool._idle]
 
 
 def test_a_freed_block_is_used_again():
-    x = like(LARGE // 4)
+    x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32)
     address, nbytes = a.data_ptr(), a.nbytes
     assert address % (2 << 20) == 0 and nbytes == LARGE
     view = a[5:]
     del a
-    assert idle() == []  # the view still holds the block
+    assert idle_sizes() == []  # the view still holds the block
     del view
-    assert idle() == [LARGE]
+    assert idle_sizes() == [LARGE]
     b = memory.empty_like(x, torch.float32)
-    assert b.data_ptr() == address and idle() == []
+    assert b.data_ptr() == address and idle_sizes() == []
     c = memory.empty_like(x, torch.float32)
     assert c.data_ptr() != address
 
 
 def test_torch_allocates_small_tensors_other_devices_and_in_deterministic_mode():
-    memory.empty_like(like(LARGE // 4 - 1), torch.float32)
-    memory.empty_like(like(LARGE).to("meta"), torch.float32)
+    memory.empty_like(empty_tensor(LARGE // 4 - 1), torch.float32)
+    memory.empty_like(empty_tensor(LARGE).to("meta"), torch.float32)
     torch.use_deterministic_algorithms(True)
-    assert memory.empty_like(like(LARGE), torch.float32).isnan().all()
-    assert idle() == []
+    assert memory.empty_like(empty_tensor(LARGE), torch.float32).isnan().all()
+    assert idle_sizes() == []
 
 
 def test_idle_blocks_stay_below_the_limit_and_the_oldest_is_freed_first():
     sizes = [LARGE * n for n in (3, 5, 7, 2)]
-    tensors = [memory.empty_like(like(size // 4), torch.float32) for size in sizes]
+    tensors = [memory.empty_like(empty_tensor(size // 4), torch.float32) for size in sizes]
     while tensors:
         tensors.pop(0)
         gc.collect()
-    assert idle() == [LARGE * n for n in (5, 7, 2)]  # 12 + 20 + 28 + 8 MiB are more than the limit of 64 MiB
+    assert idle_sizes() == [LARGE * n for n in (5, 7, 2)]  # 12 + 20 + 28 + 8 MiB are more than the limit of 64 MiB
     memory.pool.limit = 0
-    x = like(LARGE)
+    x = empty_tensor(LARGE)
     # torch allocated this memory: storage of the pool cannot be resized
     assert memory.empty_like(x, torch.float32).untyped_storage().resizable()
 
@@ -111,19 +111,19 @@ def test_threads_never_share_a_block():
 
     def work(value):
         for _ in range(60):
-            t = memory.empty_like(like(LARGE // 4), torch.float32).fill_(value)
-            u = memory.empty_like(like(LARGE // 2), torch.float32).fill_(-value)
+            t = memory.empty_like(empty_tensor(LARGE // 4), torch.float32).fill_(value)
+            u = memory.empty_like(empty_tensor(LARGE // 2), torch.float32).fill_(-value)
             if not ((t == value).all() and (u == -value).all()):
                 wrong.append(value)
 
     threads = [threading.Thread(target=work, args=(i + 1.0,)) for i in range(6)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert not wrong and sum(idle()) <= memory.pool.limit
+    assert not wrong and sum(idle_sizes()) <= memory.pool.limit
 
 
 def test_a_forked_child_gets_its_own_blocks():
-    x = like(LARGE // 4)
+    x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32).fill_(1)
     del a
     kept = memory.empty_like(x, torch.float32).fill_(2)

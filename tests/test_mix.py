@@ -52,7 +52,7 @@ def mixes_for(M, C, dtype, seed=1):
     return [random(C, dtype=dtype, seed=seed + m).sigmoid() for m in range(M)]
 
 
-def stretch(x, layout):
+def with_layout(x, layout):
     """Return the same values with other strides."""
     if layout == "tokens first" and x.dim() == 3:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -77,7 +77,7 @@ def assert_close(got, want, dtype, what, scale=0.0):
     if want.numel() == 0:
         return
     error, size = ((t.double().square().mean().sqrt().item()) for t in (got.double() - want.double(), want))
-    assert error <= TOLERANCE[dtype] * max(size, scale, 1e-3), f"{what}: rms error {error:.2e} relative to {max(size, scale):.2e}"
+    assert error <= TOLERANCE[dtype] * max(size, scale, 1e-3), f"{what}: rms error {error:.2e} at scale {max(size, scale):.2e}"
 
 
 def grad_of(outputs, grads, inputs):
@@ -93,7 +93,7 @@ def compare(name, x, M, norm_eps=None, last=None, mix_dtype=None, unused=(), str
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *mixes_for(M, C, mix_dtype))]
         if last is not None:
             leaves.append(last.detach().to(dtype or last.dtype).requires_grad_())
-        gs = [stretch(random(*x.shape, dtype=x.dtype, seed=50 + m), stretched_g).to(dtype or x.dtype) for m in range(M)]
+        gs = [with_layout(random(*x.shape, dtype=x.dtype, seed=50 + m), stretched_g).to(dtype or x.dtype) for m in range(M)]
         last_ = leaves[-1] if last is not None else None
 
         def both(leaves=leaves, last_=last_, gs=gs):
@@ -129,12 +129,12 @@ def test_token_shift_equals_reference(name, data):
     M = data.draw(st.sampled_from([1, 3] if small else [1, 2, 3, 3, 6]))
     norm_eps = data.draw(st.sampled_from([None, 1e-6, 1e-2])) if C > 2 else None  # a norm over two channels returns only signs
     seed = data.draw(st.integers(0, 99))
-    x = stretch(random(*leading, L, C, dtype=dtype, seed=seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(random(*leading, L, C, dtype=dtype, seed=seed), data.draw(st.sampled_from(LAYOUTS)))
     last = None
     if data.draw(st.booleans()):
         last = random(*leading, C, dtype=dtype, seed=seed + 1)
         if data.draw(st.booleans()):
-            last = stretch(last[None], "channels first")[0]
+            last = with_layout(last[None], "channels first")[0]
     unused = data.draw(st.sampled_from([(), (), (0,), (1, 2)])) if M > 2 else ()
     mix_dtype = dtype if dtype not in HALF or data.draw(st.booleans()) else None
     compare(name, x, M, norm_eps, last, mix_dtype, unused, data.draw(st.sampled_from(LAYOUTS)))
@@ -331,7 +331,7 @@ def test_relu_squared_equals_reference(name, data):
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 7, 31, 32, 33, 65]), max_size=3)))
     x = random(*shape, dtype=dtype, seed=data.draw(st.integers(0, 99)))
     if len(shape) > 1:
-        x = stretch(x, data.draw(st.sampled_from(LAYOUTS)))
+        x = with_layout(x, data.draw(st.sampled_from(LAYOUTS)))
     a, b = (x.detach().requires_grad_() for _ in range(2))
     g = random(*shape, dtype=dtype, seed=7)
     g = g.sum().expand(shape) if data.draw(st.booleans()) else g

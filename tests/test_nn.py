@@ -35,7 +35,7 @@ def neuron_op(module, x, v=None, **extra):
     return lif(x, v, tau=tau, return_v=True, **{n: getattr(module, n) for n in names}, **extra)
 
 
-def used(module, shape=(4, 2, 3), dtype=torch.float32):
+def call_once(module, shape=(4, 2, 3), dtype=torch.float32):
     """Call the module with gradients once, so that its membrane is part of a graph."""
     module(data(*shape, dtype=dtype).requires_grad_())
     assert module.v.requires_grad and not module.v.is_leaf
@@ -253,7 +253,7 @@ def test_without_detach_gradients_reach_earlier_calls():
     [((4, 5, 3), "m", "(5, 3)"), ((4, 3), "m", "(3,)"), ((4, 2, 3), "s", "(4, 2, 3)"), ((2,), "s", "(2,)"), ((), "m", "()")],
 )
 def test_data_of_another_shape_is_refused_and_the_membrane_is_kept(kind, shape, mode, error):
-    neuron = used(kind())
+    neuron = call_once(kind())
     v = neuron.v
     neuron.step_mode = mode
     with pytest.raises(ValueError, match=rf"has shape \(2, 3\), and x asks for {re.escape(error)}; call reset\(\)"):
@@ -325,7 +325,7 @@ def test_an_exponential_moving_average_works_on_a_network_in_use():
 
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_the_state_dict_has_no_membrane(kind):
-    fresh, old = kind(), used(kind())
+    fresh, old = kind(), call_once(kind())
     assert fresh.state_dict().keys() == old.state_dict().keys() == ({"w"} if kind is ParametricLIF else set())
     assert not list(old.buffers())  # as a buffer, DistributedDataParallel would broadcast it
     v = old.v
@@ -338,7 +338,7 @@ def test_the_state_dict_has_no_membrane(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_the_membrane_follows_the_dtype_of_the_module(kind, dtype):
-    neuron = used(kind(store_v_seq=True))
+    neuron = call_once(kind(store_v_seq=True))
     before = neuron.v.detach()
     assert neuron.to(dtype) is neuron
     assert neuron.v.dtype == neuron.v_seq.dtype == dtype and neuron.v.requires_grad
@@ -350,7 +350,7 @@ def test_the_membrane_follows_the_dtype_of_the_module(kind, dtype):
 
 
 def test_the_membrane_follows_the_device_of_the_module():
-    net = torch.nn.Sequential(used(LIF(store_v_seq=True))).to("meta")
+    net = torch.nn.Sequential(call_once(LIF(store_v_seq=True))).to("meta")
     assert net[0].v.is_meta and net[0].v_seq.is_meta
     assert net(torch.empty(4, 2, 3, device="meta")).shape == (4, 2, 3)
 
@@ -717,7 +717,7 @@ def test_a_membrane_from_inference_mode_allows_training():
 
 
 def plain_wkv(w, u, k, v):
-    """The equations in float64. There is no running maximum, so keys must be small."""
+    """The equations in float64, without a running maximum, so keys must be small."""
     n, d = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
     out = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
@@ -746,7 +746,7 @@ def plain_time_mix(m, x, residual=None):
     k, v = xk @ m.key.weight.T, xv @ m.value.weight.T
     if m.bidirectional:  # add the numerators and denominators of both directions, and count the token itself once
         e = torch.exp(u + k)
-        forth, back = ([plain_sums(w, *(t.flip(1) if flip else t for t in (k, v)))] for flip in (False, True))
+        forth, back = ([sums_before_each_token(w, *(t.flip(1) if flip else t for t in (k, v)))] for flip in (False, True))
         n, d = (a + b.flip(1) for a, b in zip(forth[0], back[0]))
         y = (n + e * v) / (d + e)
     else:
@@ -754,7 +754,7 @@ def plain_time_mix(m, x, residual=None):
     return plain_output(m, (torch.sigmoid(xr @ m.receptance.weight.T) * y) @ m.output.weight.T, residual)
 
 
-def plain_sums(w, k, v):
+def sums_before_each_token(w, k, v):
     """Return the sums over the tokens before each token."""
     n, d = [torch.zeros_like(k[:, 0])], [torch.zeros_like(k[:, 0])]
     for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
@@ -776,7 +776,7 @@ def tokens(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def mixing(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
+def mixing_layer(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
     return kind(channels, layer, layers, **kwargs).to(dtype)
 
@@ -789,7 +789,7 @@ def mixing(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
 )
 def test_mixing_layers_equal_their_equations(name, kind, plain, kwargs, norm_eps, with_residual):
     """Compare outputs and gradients with plain PyTorch in float64."""
-    m = mixing(kind, norm_eps=norm_eps, **kwargs)
+    m = mixing_layer(kind, norm_eps=norm_eps, **kwargs)
     x = tokens(2, 9, 12).requires_grad_()
     residual = tokens(2, 9, 12, seed=1).requires_grad_() if with_residual else None
     inputs = [x, *m.parameters(), *([residual] if with_residual else [])]
@@ -808,7 +808,7 @@ def test_spiking_mixing_layers_equal_their_equations(name, kind, plain, residual
 
     In float64 no membrane is close enough to the threshold for rounding to matter.
     """
-    m = mixing(kind, norm_eps=1e-6, neuron=LIFRate(T=4))
+    m = mixing_layer(kind, norm_eps=1e-6, neuron=LIFRate(T=4))
     with torch.no_grad():
         for linear in (m.value, m.output) if kind is TimeMix else (m.key, m.value):
             linear.weight *= 4
@@ -827,7 +827,7 @@ def test_spiking_mixing_layers_equal_their_equations(name, kind, plain, residual
 @pytest.mark.parametrize("kwargs", [{}, {"norm_eps": 1e-6, "neuron": LIFRate(3)}], ids=str)
 @pytest.mark.parametrize("kind", [TimeMix, ChannelMix])
 def test_slices_of_a_mixing_layer_equal_one_call(name, kind, kwargs):
-    m, x = mixing(kind, **kwargs), tokens(2, 11, 12).requires_grad_()
+    m, x = mixing_layer(kind, **kwargs), tokens(2, 11, 12).requires_grad_()
     with backend(name):
         whole = m(x, residual=x)
         parts, state = [], None
@@ -845,12 +845,12 @@ def test_slices_of_a_mixing_layer_equal_one_call(name, kind, kwargs):
 
 
 def test_a_bidirectional_time_mix_refuses_a_state():
-    m, x = mixing(TimeMix, bidirectional=True), tokens(1, 3, 12)
+    m, x = mixing_layer(TimeMix, bidirectional=True), tokens(1, 3, 12)
     for kwargs in ({"return_state": True}, {"state": (x[:, 0], (x[:, 0], x[:, 0]))}):
         with pytest.raises(ValueError, match="sees the whole sequence: it takes and returns no state"):
             m(x, **kwargs)
     with pytest.raises(TypeError, match=r"state must be None or what an earlier call returned, \(last token, \(ybar, lse\)\)"):
-        mixing(TimeMix)(x, x[:, 0])
+        mixing_layer(TimeMix)(x, x[:, 0])
 
 
 def test_names_and_shapes_equal_those_of_rwkv():

@@ -89,7 +89,7 @@ if sys.argv[1:] == ["compile"]:
             assert torch.allclose(f(*inputs), wanted, atol=1e-4)
             f(*inputs)
             text = tree()
-            assert "block" not in text and "lif_rate()" in text, text  # those of the operators stay
+            assert "block" not in text and "lif_rate()" in text, text  # ranges of operators remain
 print(json.dumps(found))
 """
 

@@ -66,7 +66,7 @@ print(x[0])
 UNCACHED = """
 import numba.core.caching as caching, torch
 name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))
-getattr(caching, name).from_function = classmethod(lambda *args: None)  # as where the package's folder is read-only
+getattr(caching, name).from_function = classmethod(lambda *args: None)  # as if the package's folder were read-only
 from sdit_kernels import lif, lif_rate
 print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())
 """
@@ -141,7 +141,7 @@ import sys, torch, threading
 import sdit_kernels.cpu.kernel as kernel
 from sdit_kernels import lif
 torch.set_num_threads(3)
-if sys.argv[1] == "threads": kernel._OPENMP = False  # as where torch has no OpenMP
+if sys.argv[1] == "threads": kernel._OPENMP = False  # as if torch had no OpenMP
 x = torch.full((4, 100000), 2.0)
 def work():
     for _ in range(50): assert lif(x).all()

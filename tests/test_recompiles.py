@@ -36,7 +36,7 @@ KERNELS = {k for m in MODULES for k in vars(m).values() if isinstance(k, triton.
 
 
 @contextlib.contextmanager
-def nothing_compiled():
+def empty_caches():
     """Clear Triton's caches, as in a fresh process."""
     before = {kernel: dict(kernel.device_caches) for kernel in KERNELS}
     for kernel in KERNELS:
@@ -60,7 +60,7 @@ def compilations(calls):
     before = triton.knobs.runtime.jit_cache_hook
     triton.knobs.runtime.jit_cache_hook = refuse
     try:
-        with nothing_compiled(), backend("triton"):
+        with empty_caches(), backend("triton"):
             for call in calls:
                 call()
     finally:
@@ -74,12 +74,12 @@ def forward_and_backward(f, *shape, dtype=torch.float32):
     torch.autograd.backward(out, [torch.ones_like(out[0])] * len(out) if isinstance(out, tuple) else torch.ones_like(out))
 
 
-def scan(x, C, **options):
+def run_wkv(x, C, **options):
     d, u = (torch.zeros(C, requires_grad=True) for _ in range(2))
     return wkv(d, u, x, x, r=x, **options)
 
 
-def spiking(x, C, fused):
+def run_spiking_wkv(x, C, fused):
     d, u, tau = (torch.full((C,), 2.0, requires_grad=True) for _ in range(3))
     with tuned(spiking_min_channels_fused=0 if fused else 1 << 40):
         out = spiking_wkv(d, u, x, x, r=x, tau=tau)
@@ -103,11 +103,11 @@ FORWARD_BACKWARD = {  # op: (call with C channels, steps of its input, T given t
     "lif_rate, many steps": (lambda x, C, T: lif_rate(x, T=T, residual=x, gate=x), NO, LONG),
     "relu_squared": (lambda x, C, T: relu_squared(x), NO, NO),
     "token_shift": (lambda x, C, T: token_shift(x, tau_of(C), tau_of(C), tau_of(C), norm_eps=1e-6), NO, NO),
-    "wkv, serial": (lambda x, C, T: scan(x, C, algorithm="serial"), NO, NO),
-    "wkv, chunked": (lambda x, C, T: scan(x, C, algorithm="chunked"), NO, NO),
-    "wkv, both ways": (lambda x, C, T: scan(x, C, algorithm="serial", bidirectional=True), NO, NO),
-    "spiking_wkv": (lambda x, C, T: spiking(x, C, True), (4,), NO),
-    "spiking_wkv, in parts": (lambda x, C, T: spiking(x, C, False), (4,), NO),
+    "wkv, serial": (lambda x, C, T: run_wkv(x, C, algorithm="serial"), NO, NO),
+    "wkv, chunked": (lambda x, C, T: run_wkv(x, C, algorithm="chunked"), NO, NO),
+    "wkv, both ways": (lambda x, C, T: run_wkv(x, C, algorithm="serial", bidirectional=True), NO, NO),
+    "spiking_wkv": (lambda x, C, T: run_spiking_wkv(x, C, True), (4,), NO),
+    "spiking_wkv, in parts": (lambda x, C, T: run_spiking_wkv(x, C, False), (4,), NO),
 }
 
 
@@ -180,7 +180,7 @@ def test_packed_sequences_of_any_number_and_length_compile_once():
         for lengths in ([1], [3, 5], [16, 16, 16], [0, 7, 1], [40, 1, 2, 64, 9], [17] * 12):
             ends = torch.tensor([0, *itertools.accumulate(lengths)])
             run = {"algorithm": "serial", "cu_seqlens": ends, "max_seqlen": max(lengths)}
-            yield lambda ends=ends, run=run: forward_and_backward(lambda x: scan(x, 32, **run), 1, int(ends[-1]), 32)
+            yield lambda ends=ends, run=run: forward_and_backward(lambda x: run_wkv(x, 32, **run), 1, int(ends[-1]), 32)
 
     assert compilations(calls()) == ONCE["wkv, serial"]
 
@@ -198,7 +198,7 @@ def test_settings_of_a_neuron_do_not_recompile():
 def test_the_hook_counts_real_compilations():
     kernels = sdit_kernels.triton.mix.relu_squared_forward_kernel, sdit_kernels.triton.mix.relu_squared_backward_kernel
     for C, wanted in ((32, 1), (33, 2)):
-        with nothing_compiled(), backend("triton"):
+        with empty_caches(), backend("triton"):
             for B, L in SIZES[:8]:
                 forward_and_backward(relu_squared, B, L, C)
             assert [sum(len(cache) for cache, *_ in k.device_caches.values()) for k in kernels] == [wanted] * 2

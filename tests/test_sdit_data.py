@@ -27,7 +27,7 @@ from sdit.download import has_checksum
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
+def no_files_and_no_network(tmp_path, monkeypatch):
     """Hide the data files of this machine and disable the network. A test then provides its own files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SDIT_DATA", raising=False)
@@ -42,11 +42,11 @@ def idx(array):
     return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def numbers(*shape, most=256, seed=0):
+def random_bytes(*shape, most=256, seed=0):
     return np.random.default_rng(seed).integers(most, size=shape).astype(np.uint8)
 
 
-IMAGES, LABELS = numbers(20, 28, 28), numbers(20, most=10)
+IMAGES, LABELS = random_bytes(20, 28, 28), random_bytes(20, most=10)
 
 
 def write_idx(folder, images=IMAGES, labels=LABELS, prefix="train", gz=False):
@@ -72,18 +72,18 @@ def test_every_level_of_a_pixel_converts_exactly_and_back():
 
 
 def test_to_batch_repeats_grey_and_moves_channels():
-    images = torch.from_numpy(numbers(5, 6, 6, 1))
+    images = torch.from_numpy(random_bytes(5, 6, 6, 1))
     x = to_batch(images, SimpleNamespace(channels=3, image_size=6))
     assert x.shape == (5, 3, 6, 6) and x.is_contiguous()
     assert torch.equal(x, (images.float() / 127.5 - 1).permute(0, 3, 1, 2).repeat(1, 3, 1, 1))
-    colour = numbers(5, 6, 6, 3)
+    colour = random_bytes(5, 6, 6, 3)
     y = to_batch(colour, SimpleNamespace(channels=3, image_size=6))
     assert torch.equal(to_uint8(y).permute(0, 2, 3, 1), torch.from_numpy(colour))
     assert to_batch(images[:0], SimpleNamespace(channels=1, image_size=6)).shape == (0, 1, 6, 6)
 
 
 def test_to_batch_flips_the_chosen_images():
-    images, flip = torch.from_numpy(numbers(4, 6, 6, 3)), torch.tensor([True, False, False, True])
+    images, flip = torch.from_numpy(random_bytes(4, 6, 6, 3)), torch.tensor([True, False, False, True])
     config = SimpleNamespace(channels=3, image_size=6)
     x, plain = to_batch(images, config, flip), to_batch(images, config)
     assert torch.equal(x[~flip], plain[~flip]) and torch.equal(x[flip], plain[flip].flip(3)) and x.is_contiguous()
@@ -91,7 +91,7 @@ def test_to_batch_flips_the_chosen_images():
 
 def test_resizing_equals_pillows_bilinear_of_the_central_square():
     Image = pytest.importorskip("PIL.Image")
-    images = numbers(3, 32, 40, 3)
+    images = random_bytes(3, 32, 40, 3)
     ours = to_uint8(to_batch(images, SimpleNamespace(channels=3, image_size=28))).permute(0, 2, 3, 1).numpy().astype(int)
     for mine, image in zip(ours, images):
         theirs = np.asarray(Image.fromarray(image[:, 4:36]).resize((28, 28), Image.Resampling.BILINEAR)).astype(int)
@@ -361,7 +361,7 @@ def mnist_server(server, monkeypatch):
     return server
 
 
-def everything_below(folder):
+def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
 
 
@@ -371,20 +371,20 @@ WHOLE = ["mnist/train-images-idx3-ubyte", "mnist/train-labels-idx1-ubyte"]
 def test_download_tries_the_next_mirror_and_keeps_the_files(tmp_path, mnist_server):
     got = load("mnist")
     assert np.array_equal(got.images.numpy()[..., 0], IMAGES) and np.array_equal(got.labels.numpy(), LABELS)
-    assert everything_below(tmp_path / "cache/sdit") == WHOLE
+    assert files_below(tmp_path / "cache/sdit") == WHOLE
     requests = len(mnist_server.asked)
     load("mnist")
     assert len(mnist_server.asked) == requests
 
 
-def short(handler):
+def send_too_few_bytes(handler):
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
     handler.wfile.write(gzip.compress(idx(IMAGES))[:500])
 
 
-def silent_end(handler):
+def close_without_length(handler):
     """Close the connection in the middle, without a Content-Length."""
     handler.send_response(200)
     handler.end_headers()
@@ -394,8 +394,8 @@ def silent_end(handler):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (short, "IncompleteRead|the connection ended after 500 of 100000 bytes"),
-        (silent_end, "end-of-stream|ended before"),
+        (send_too_few_bytes, "IncompleteRead|the connection ended after 500 of 100000 bytes"),
+        (close_without_length, "end-of-stream|ended before"),
         (gzip.compress(idx(IMAGES[::-1])), "train-images-idx3-ubyte has another checksum"),
         (b"<html>captive portal</html>", "[Nn]ot a gzipped file"),
         (None, "404"),
@@ -406,7 +406,7 @@ def test_a_failed_download_leaves_no_file(tmp_path, mnist_server, answer, messag
     with pytest.raises(FileNotFoundError, match=message) as caught:
         load("mnist")
     assert "nor downloaded" in str(caught.value) and "SDIT_DATA" in str(caught.value)
-    assert everything_below(tmp_path / "cache/sdit") == []
+    assert files_below(tmp_path / "cache/sdit") == []
 
 
 def test_an_interrupted_download_can_be_repeated(tmp_path, mnist_server, monkeypatch):
@@ -420,7 +420,7 @@ def test_an_interrupted_download_can_be_repeated(tmp_path, mnist_server, monkeyp
     monkeypatch.setattr(data, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("mnist")
-    assert everything_below(tmp_path / "cache/sdit") == WHOLE[:1]  # this file is complete: its checksum was right
+    assert files_below(tmp_path / "cache/sdit") == WHOLE[:1]  # this file is complete: its checksum was right
     monkeypatch.setattr(data, "download", whole)
     load("mnist")
 
@@ -434,7 +434,7 @@ def test_a_file_that_cannot_be_written_completely_is_removed(tmp_path, mnist_ser
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else FileNotFoundError, match=None) as caught:
         load("mnist")
     assert error is KeyboardInterrupt or "No space left on device" in str(caught.value)
-    assert everything_below(tmp_path / "cache/sdit") == []
+    assert files_below(tmp_path / "cache/sdit") == []
 
 
 def test_a_given_root_is_never_filled_from_the_network(tmp_path, mnist_server):
@@ -476,7 +476,7 @@ def python2_pickle(images, labels):
 def write_cifar(folder, n=4):
     folder.mkdir(parents=True)
     for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        (folder / name).write_bytes(python2_pickle(numbers(n, 3072, seed=i), numbers(n, most=10, seed=i)))
+        (folder / name).write_bytes(python2_pickle(random_bytes(n, 3072, seed=i), random_bytes(n, most=10, seed=i)))
     return folder
 
 
@@ -486,15 +486,15 @@ def test_cifar10_batches_are_read(tmp_path, folder):
     train, test = (load("cifar10", root=tmp_path / "root", split=split) for split in ("train", "test"))
     assert train.images.shape == (20, 32, 32, 3) and len(test) == 4 and train.names[0] == "airplane" and train.mirror
     # the planes are red, green and blue
-    planes = np.concatenate([numbers(4, 3072, seed=i) for i in range(5)]).reshape(20, 3, 1024)
+    planes = np.concatenate([random_bytes(4, 3072, seed=i) for i in range(5)]).reshape(20, 3, 1024)
     assert np.array_equal(train.images.numpy().reshape(20, 1024, 3).transpose(0, 2, 1), planes)
-    assert np.array_equal(test.labels.numpy(), numbers(4, most=10, seed=5)) and train.images.is_contiguous()
+    assert np.array_equal(test.labels.numpy(), random_bytes(4, most=10, seed=5)) and train.images.is_contiguous()
     assert load("cifar10", root=tmp_path / "root", size=28).images.shape == (20, 28, 28, 3)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_batches_written_by_python_3_are_read_or_refused(tmp_path, protocol):
-    images, labels = numbers(4, 3072), numbers(4, most=10)
+    images, labels = random_bytes(4, 3072), random_bytes(4, most=10)
     path = tmp_path / "batch"
     path.write_bytes(pickle.dumps({b"data": images, b"labels": labels.tolist()}, protocol))
     if protocol == 5:  # with this protocol numpy pickles a call of one of its functions
@@ -517,14 +517,14 @@ class Evil:
     "content, message",
     [
         (pickle.dumps({b"data": Evil()}), "it asks for posix.mkdir|it asks for nt.mkdir"),
-        (python2_pickle(numbers(2, 3072), numbers(2, most=10))[:-100], "is not a python batch"),
+        (python2_pickle(random_bytes(2, 3072), random_bytes(2, most=10))[:-100], "is not a python batch"),
         (b"", "is not a python batch of CIFAR-10: EOFError"),
         (b"hello", "is not a python batch"),
         (pickle.dumps([1, 2]), "is not a python batch"),
         (pickle.dumps({b"labels": [1]}), "is not a python batch of CIFAR-10: KeyError"),
-        (python2_pickle(numbers(2, 100), numbers(2, most=10)), r"its data must be bytes of shape \(N, 3072\)"),
-        (python2_pickle(numbers(2, 3072), numbers(3, most=10)), "is damaged: 2 images and labels of shape"),
-        (python2_pickle(numbers(2, 3072), np.array([3, 10])), r"is damaged: labels 3\.\.10"),
+        (python2_pickle(random_bytes(2, 100), random_bytes(2, most=10)), r"its data must be bytes of shape \(N, 3072\)"),
+        (python2_pickle(random_bytes(2, 3072), random_bytes(3, most=10)), "is damaged: 2 images and labels of shape"),
+        (python2_pickle(random_bytes(2, 3072), np.array([3, 10])), r"is damaged: labels 3\.\.10"),
     ],
 )
 def test_files_that_are_not_batches_are_refused(tmp_path, content, message):
@@ -562,7 +562,7 @@ def pictures(tmp_path):
     def write(path, size=(6, 6), mode="RGB", seed=0):
         path = tmp_path / "pictures" / path
         path.parent.mkdir(parents=True, exist_ok=True)
-        array = numbers(size[1], size[0], 3, seed=seed)
+        array = random_bytes(size[1], size[0], 3, seed=seed)
         Image.fromarray(array).convert(mode).save(path)
         return np.asarray(Image.open(path))
 

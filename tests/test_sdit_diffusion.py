@@ -494,7 +494,7 @@ def test_samplers_have_default_numbers_of_steps():
 # Predictions and weights
 
 
-def converted(prediction, x0, noise, t):
+def input_and_target(prediction, x0, noise, t):
     """Return x_t and the value that the model should predict, from the definitions."""
     if prediction == "flow":
         s = (t.double().view(-1, 1, 1, 1) + 1) / STEPS
@@ -508,7 +508,7 @@ def converted(prediction, x0, noise, t):
 def test_a_perfect_prediction_has_loss_0_and_errors_are_weighted(prediction, weighting):
     x0, y, _, noise, drop = batch()
     t = torch.tensor([0, 3, 200, 500, 900, 999])
-    xt, target = converted(prediction, x0, noise, t)
+    xt, target = input_and_target(prediction, x0, noise, t)
     changes = dict(prediction=prediction, weighting=weighting, learn_sigma=False)
     model = Given(target, **changes)
     losses = training_loss(model, x0, y, t=t, noise=noise, drop=drop)
@@ -524,7 +524,7 @@ def test_a_perfect_prediction_has_loss_0_and_errors_are_weighted(prediction, wei
         error[i] = 1
         losses = training_loss(Given(target + error, **changes), x0, y, t=t, noise=noise, drop=drop)
         a, b = (
-            converted("flow" if prediction == "flow" else "epsilon", u, w, t[i : i + 1])[0].item()
+            input_and_target("flow" if prediction == "flow" else "epsilon", u, w, t[i : i + 1])[0].item()
             for u, w in ((one, 0 * one), (0 * one, one))
         )
         rows = {"epsilon": (0, 1), "v": (-b, a), "flow": (-1, 1)}[prediction]
@@ -538,7 +538,7 @@ def test_a_perfect_prediction_has_loss_0_and_errors_are_weighted(prediction, wei
 def test_v_and_epsilon_learn_the_same_variance(weighting):
     """The same eps_hat in both forms gives the same bound, which trains only the logits of the variance."""
     x0, y, t, noise, drop = batch()
-    xt, _ = converted("epsilon", x0, noise, t)
+    xt, _ = input_and_target("epsilon", x0, noise, t)
     g = torch.Generator().manual_seed(3)
     eps = noise + 0.1 * torch.randn(x0.shape, dtype=torch.float64, generator=g)
     logits = torch.randn(x0.shape, dtype=torch.float64, generator=g)

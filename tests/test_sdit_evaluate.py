@@ -29,13 +29,13 @@ from sdit.files import sha256
 from sdit.lock import lock
 from sdit.metrics import frechet_distance, kid
 
-pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
+pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def exactly(n, mean, covariance, seed):
+def points_with(n, mean, covariance, seed):
     """Return n points with exactly this mean and unbiased covariance."""
     z = np.random.default_rng(seed).normal(size=(n, len(mean)))
     z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(n - 1)
@@ -49,7 +49,7 @@ def exactly(n, mean, covariance, seed):
 def test_frechet_distance_of_commuting_covariances_has_a_closed_form(seed, d):
     g = np.random.default_rng(seed)
     axes, (a, b), (mean_a, mean_b) = np.linalg.qr(g.normal(size=(d, d)))[0], g.uniform(0.1, 3, (2, d)), g.normal(size=(2, d))
-    x, y = (exactly(d + 9 + i, m, axes * v @ axes.T, seed + i) for i, (m, v) in enumerate(((mean_a, a), (mean_b, b))))
+    x, y = (points_with(d + 9 + i, m, axes * v @ axes.T, seed + i) for i, (m, v) in enumerate(((mean_a, a), (mean_b, b))))
     closed = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert frechet_distance(x, y) == pytest.approx(closed, rel=1e-10, abs=1e-12)
 
@@ -157,7 +157,7 @@ def judge_file(judge, tmp_path_factory):
     return path
 
 
-def late(n, data=None):
+def last_images(n, data=None):
     """Return the last n train images and their labels. evaluate() does not use them for its floor."""
     data = load("digits") if data is None else data
     return data.images[-n:], data.labels[-n:]
@@ -209,7 +209,7 @@ def other_half():
     return Images("digits", data.images[1::2][order], data.labels[1::2][order], data.names)
 
 
-def rises(values):
+def is_rising(values):
     return all(a < b for a, b in zip(values, values[1:]))
 
 
@@ -218,14 +218,14 @@ def test_distances_rise_on_worse_images(distances_of, other_half, how):
     change, amounts = WORSE[how]
     found = [distances_of(other_half.images)] + [distances_of(change(other_half.images, amount)) for amount in amounts]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
+        assert is_rising([one[measure] for one in found]), (measure, found)
 
 
 def test_distances_rise_when_classes_are_missing(judge, distances_of, other_half):
     """The number of images stays the same. The label accuracy stays high."""
     found = [distances_of(other_half.images[other_half.labels >= lost][:450]) for lost in (0, 1, 4)]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
+        assert is_rising([one[measure] for one in found]), (measure, found)
     kept = other_half.labels >= 4
     assert label_accuracy(judge, features(judge, other_half.images[kept]), other_half.labels[kept]) > 0.95
 
@@ -236,7 +236,7 @@ def test_distances_rise_when_images_are_copies(judge, distances_of, other_half):
     images = [other_half.images[torch.tensor(first[:k] * (60 // k)).flatten()] for k in (60, 10, 1)]
     found = [distances_of(one) for one in (*images, other_half.images[:1].expand(600, -1, -1, -1))]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
+        assert is_rising([one[measure] for one in found]), (measure, found)
     assert label_accuracy(judge, features(judge, images[2]), torch.arange(600) % 10) > 0.95
 
 
@@ -246,7 +246,7 @@ def test_kid_between_halves_of_a_data_set_is_zero(judge, other_half):
 
 
 def test_label_accuracy_follows_the_labels(judge):
-    images, labels = late(600)
+    images, labels = last_images(600)
     right = evaluate(images, labels, judge)["drawn"]
     shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     wrong = evaluate(images, shuffled, judge)["drawn"]
@@ -261,7 +261,7 @@ def test_label_accuracy_follows_the_labels(judge):
 
 def test_the_floor_uses_train_images_and_the_reference_test_images(judge):
     train, test = load("digits"), load("digits", split="test")
-    found = evaluate(*late(105), judge)
+    found = evaluate(*last_images(105), judge)
     assert (found["n"], found["dataset"], found["test"]["n"]) == (105, "digits", 297)
     images = torch.cat([train.images[train.labels == c][: 11 if c < 5 else 10] for c in range(10)])
     floor, reference = features(judge, images), features(judge, test.images)
@@ -298,7 +298,7 @@ def test_wrong_arguments_are_refused(judge):
     for subsets in (1, 26, 2.0, True):
         with pytest.raises(ValueError, match="subsets must be an int of 2 to half of the smaller set, 25, got"):
             kid(x, y, subsets=subsets)
-    images, labels = late(100)
+    images, labels = last_images(100)
     for wrong, error, message in (
         (({"images": images.float()}), TypeError, "images must be uint8, got torch.float32"),
         (({"images": images[:, :7]}), ValueError, r"images must be \(N, 8, 8, 1 or 3\), got \(100, 7, 8, 1\)"),
@@ -489,7 +489,7 @@ main(sys.argv[1:])
 
 
 def test_a_killed_run_draws_the_missing_images_only(tiny, judge_file, tmp_path, calls_of_sample):
-    """kill -9 while a batch is written. The images equal those of an uninterrupted run."""
+    """kill -9 while a batch is written. The images equal the images of an uninterrupted run."""
     words = [
         "evaluate",
         tiny,

@@ -23,7 +23,7 @@ with lock(sys.argv[1], "it", "wait"):
 """
 
 
-def hold(path, then="time.sleep(1000)"):
+def start_holder(path, then="time.sleep(1000)"):
     command = [sys.executable, "-c", HOLDER.format(then=then), str(path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert child.stdout.readline() == "locked\n"
@@ -32,7 +32,7 @@ def hold(path, then="time.sleep(1000)"):
 
 def test_an_error_names_the_process_that_holds_the_lock(tmp_path):
     path = tmp_path / "folder" / "lock"
-    child = hold(path)
+    child = start_holder(path)
     said = rf"^it is in use by process {child.pid} on \S+, started 20.*: wait$"
     with pytest.raises(BlockingIOError, match=said), lock(path, "it", "wait"):
         pass
@@ -68,7 +68,7 @@ def test_forked_children_do_not_hold_the_lock(tmp_path):
     os.wait()
     print("one is gone", flush=True)
     time.sleep(1000)"""
-    child = hold(tmp_path / "lock", then.strip())
+    child = start_holder(tmp_path / "lock", then.strip())
     lines = sorted(child.stdout.readline() for _ in range(2))
     try:
         assert lines[0] == "one is gone\n"

@@ -326,7 +326,7 @@ def test_the_plain_form_equals_the_fused_form(option):
             assert (model(*inputs) - want[0]).abs().max() <= 1e-10 * want[0].abs().max()
 
 
-def reached(model, patch):
+def changed_patches(model, patch):
     """Return the patches of the output that change when one patch of the image changes."""
     P, (x, t, y) = model.config.patch_size, batch(model, n=1)
     side = model.config.image_size // P
@@ -358,14 +358,14 @@ def test_a_block_sees_the_patches_before_in_its_scan(block, spiking):
             model.blocks[i] = Pass()
         for patch in (0, 5, 7):
             place = order.tolist().index(patch)
-            found = reached(model, patch)
+            found = changed_patches(model, patch)
             assert {patch} <= found <= set(order[place:].tolist())
             assert len(found) >= min(9 - place, 2)
 
 
 def test_with_four_scans_every_patch_sees_all_others():
     for scan, shown in (("rows", set(range(15, 16))), ("four", set(range(16)))):
-        assert reached(build(scan=scan, reconstruction=False), 15) == shown
+        assert changed_patches(build(scan=scan, reconstruction=False), 15) == shown
 
 
 def test_a_checkpoint_keeps_its_scan_and_condition(tmp_path):
@@ -405,7 +405,7 @@ def test_blocks_equal_the_plain_form_in_float32(option):
     for hook in hooks:
         hook.remove()
     for z in (x if gate is None else torch.sigmoid(gate) * x for x, _, gate in currents):
-        assert min((z - threshold).abs().min() for threshold in THRESHOLDS) > 2e-6, "choose another seed: a neuron is at its threshold"
+        assert min((z - threshold).abs().min() for threshold in THRESHOLDS) > 2e-6, "the seed puts a neuron at its threshold"
     for block, args in inputs:
         args = [a.detach().requires_grad_() for a in args]
         parameters = list(block.parameters())
@@ -439,19 +439,21 @@ def test_values_shared_by_the_batch_are_computed_once(monkeypatch):
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: (rows.append((x.shape, w.shape)), linear(x, w, b))[1])
     C, L, B = 24, 17, 3
 
-    def projected():
+    def rows_of_projections():
         """Return the number of rows of every matrix multiplication with a (C, C) weight, over all three blocks."""
         return [math.prod(x[:-1]) for x, w in rows if w == (C, C)]
 
     inputs = batch(model, B, torch.float32)
     model(*inputs)
     per_block = [B * L] * 3 + [B] * 3 + [L - 1] * 3 + [B * L] * 2 + [B * L] * 2  # k, v, r of image, first, rest; output; gates
-    assert sorted(projected()) == sorted(per_block * 3 + [B, B * L])  # and the second Linear of the time, and a half of skip
+    assert sorted(rows_of_projections()) == sorted(
+        per_block * 3 + [B, B * L]
+    )  # and the second Linear of the time, and a half of skip
     with model.frozen(), torch.no_grad():
         model(*inputs)
         rows.clear()
         model(*inputs)
-    assert L - 1 not in projected() and len(projected()) == 3 * 10 + 2
+    assert L - 1 not in rows_of_projections() and len(rows_of_projections()) == 3 * 10 + 2
 
 
 def test_the_spiking_output_matrix_of_the_plain_form_sees_spikes():

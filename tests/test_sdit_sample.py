@@ -22,7 +22,7 @@ from sdit.pictures import Film, save_gif, save_grid, save_npz
 from sdit.sample import choose_labels, sample
 from sdit_kernels import backend
 
-pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
+pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
 Image = pytest.importorskip("PIL.Image", reason="files are written with pillow")
 
 
@@ -52,13 +52,14 @@ class Pointwise(nn.Module):
         return torch.cat([eps, x.clamp(-1, 1)], 1) if self.config.learn_sigma else eps
 
 
-def fit(sampler):
+def fields_for(sampler):
     """Return settings of a model that fits the sampler."""
     return dict(prediction="flow", learn_sigma=False) if sampler in ("euler", "heun") else {}
 
 
 @pytest.mark.parametrize(
-    "sampler, changes", [(s, fit(s)) for s in SAMPLERS] + [(s, dict(learn_sigma=False)) for s in SAMPLERS if not fit(s)]
+    "sampler, changes",
+    [(s, fields_for(s)) for s in SAMPLERS] + [(s, dict(learn_sigma=False)) for s in SAMPLERS if not fields_for(s)],
 )
 def test_an_image_depends_only_on_its_seed_number_and_label(sampler, changes):
     model = Pointwise(channels=3, size=6, **changes)
@@ -93,7 +94,7 @@ def test_images_equal_the_schedulers_chain():
 
 def test_sample_uses_the_default_steps_and_freezes_the_model_once():
     for sampler, steps in SAMPLERS.items():
-        model = Pointwise(**fit(sampler)).train()
+        model = Pointwise(**fields_for(sampler)).train()
         sample(model, [0, 1, 2], sampler=sampler, batch_size=2)
         calls = 2 * steps - 1 if sampler == "heun" else steps
         assert len(model.seen) == 2 * calls and model.frozen_runs == 1 and model.training and not model.is_frozen
@@ -123,7 +124,7 @@ def test_clip_limits_every_prediction():
     for sampler in SAMPLERS:
         for clip in (True, False):
             states = []
-            model, keep = Far(**fit(sampler)), states.append
+            model, keep = Far(**fields_for(sampler)), states.append
             sample(model, [0], sampler=sampler, steps=20, clip=clip, callback=lambda *given, keep=keep: keep(given[3]))
             assert (states[-1].abs().max() <= 1 + 1e-6) == clip
 
@@ -450,13 +451,13 @@ def test_a_disk_that_fills_while_drawing_loses_no_image(tmp_path, checkpoint, mo
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
-    def fills(*args, **kwargs):
+    def fill_disk(*args, **kwargs):
         drawn.append(draw(*args, **kwargs))
         limits.enter_context(files_up_to(size))
         return drawn[0]
 
     drawn, out = [], tmp_path / "out" / "a.png"
-    monkeypatch.setattr(module, "sample", fills)
+    monkeypatch.setattr(module, "sample", fill_disk)
     with limits, pytest.raises(OSError) as caught:
         module.run("ckpt", out, n=10, npz=npz, **QUICK)
     said = str(caught.value)

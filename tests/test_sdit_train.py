@@ -37,13 +37,13 @@ def settings(**changes):
     return TrainSettings.of(TINY, **(QUICK | changes))
 
 
-def lines(run):
+def comparable_rows(run):
     """Rows of metrics.jsonl without the fields that differ between two equal runs."""
     rows = read_metrics(run)
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def same(a, b):
+def states_equal(a, b):
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
 
@@ -157,8 +157,8 @@ def test_a_run_leaves_metrics_checkpoints_and_settings(whole, tmp_path):
     assert list(row["rates"]) == [f"blocks.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
     assert row["images_per_s"] > 0 and row["memory_mb"] > 0
     assert [path.name for path in checkpoints(out)] == ["step_00000004.safetensors", "step_00000006.safetensors"]
-    assert same(load_model(out).state_dict(), model.state_dict())
-    assert not same(load_model(out, ema=False).state_dict(), model.state_dict())
+    assert states_equal(load_model(out).state_dict(), model.state_dict())
+    assert not states_equal(load_model(out, ema=False).state_dict(), model.state_dict())
     assert json.loads((out / "run.json").read_text())["config"] == TINY.to_dict()
     assert plot(out, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
@@ -181,9 +181,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "los')  # a line that was cut short when the process was killed
     model = train(out_dir=tmp_path, resume=True, progress=False)
-    assert lines(tmp_path) == lines(out)
-    assert all(same(a, b) for a, b in zip(load(newest(out))[0].values(), load(newest(tmp_path))[0].values()))
-    assert same(model.state_dict(), load_model(out).state_dict())
+    assert comparable_rows(tmp_path) == comparable_rows(out)
+    assert all(states_equal(a, b) for a, b in zip(load(newest(out))[0].values(), load(newest(tmp_path))[0].values()))
+    assert states_equal(model.state_dict(), load_model(out).state_dict())
 
 
 _CHILD = """
@@ -198,7 +198,7 @@ train(t.TINY, t.settings({changes}), sys.argv[1], resume=sys.argv[2] == "resume"
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def start(out, how="start", steps=40):
+def start_training(out, how="start", steps=40):
     code = _CHILD.format(root=str(ROOT), changes=f"steps={steps}, save_every=5")
     command = [sys.executable, "-c", code, str(out), how]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=out.parent, stderr=subprocess.PIPE, text=True)
@@ -222,29 +222,29 @@ def wait_for(condition, child):
 
 def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    child = start(calm)
+    child = start_training(calm)
     assert child.wait(1800) == 0, child.stderr.read()
     for how, until in (("start", 7), ("resume", 21)):
-        child = start(killed, how)
-        wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(lines_there(killed)) >= until // 2, child)
+        child = start_training(killed, how)
+        wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(complete_lines(killed)) >= until // 2, child)
         child.kill()
         assert child.wait(1800) == -signal.SIGKILL
         assert checkpoints(killed)
-    child = start(killed, "resume")
+    child = start_training(killed, "resume")
     assert child.wait(1800) == 0, child.stderr.read()
-    assert [row["step"] for row in lines(killed)] == list(range(2, 41, 2))
-    assert lines(killed) == lines(calm)
-    assert all(same(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
+    assert [row["step"] for row in comparable_rows(killed)] == list(range(2, 41, 2))
+    assert comparable_rows(killed) == comparable_rows(calm)
+    assert all(states_equal(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
     assert not list(killed.rglob("*.part"))
 
 
-def lines_there(run):
+def complete_lines(run):
     return [line for line in (run / "metrics.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")]
 
 
 def test_a_signal_saves_a_checkpoint(tmp_path):
-    child = start(tmp_path / "run")
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and lines_there(tmp_path / "run"), child)
+    child = start_training(tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and complete_lines(tmp_path / "run"), child)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=1800)
     assert "KeyboardInterrupt" in said and "saved" in said
@@ -401,7 +401,7 @@ def test_files_without_a_checksum_are_read(tmp_path):
 def test_a_second_process_may_read_but_not_write_a_run(whole, tmp_path, capsys):
     """While a run trains, others can read it, but cannot start or resume in it. After kill -9 a resume works."""
     out = tmp_path / "run"
-    child = start(out, steps=10**6)
+    child = start_training(out, steps=10**6)
     wait_for(lambda: checkpoints(out), child)
     said = rf"the run in .*run is in use by process {child.pid} on .*, started 20.*: wait until it ends, or"
     with pytest.raises(BlockingIOError, match=said):
@@ -500,7 +500,7 @@ def test_parameter_names_of_earlier_versions_are_read(tmp_path):
     old = {g: {n.replace("condition_to_patches", "spread"): t for n, t in named.items()} for g, named in groups.items()}
     assert all(any("spread" in name for name in old[g]) for g in ("model", "ema", "optimizer"))
     save(newest(tmp_path), old, meta)
-    assert same(load_model(tmp_path).state_dict(), wanted.state_dict())
+    assert states_equal(load_model(tmp_path).state_dict(), wanted.state_dict())
     train(None, settings(steps=3), tmp_path, resume=True, progress=False)
 
 

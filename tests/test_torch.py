@@ -116,7 +116,7 @@ keep(traced(data), traced(2 * data))
 neuron.reset()
 keep(vmap(neuron)(data[:, None].expand(3, 2, 4, 5)))
 try: neuron(data)
-except (RuntimeError, AssertionError): pass  # AssertionError is torch.func's own
+except (RuntimeError, AssertionError): pass  # torch.func raises AssertionError
 else: raise AssertionError("a membrane without values")
 if hidden in ("nothing", "_dynamo_marked_constant", "_get_tracing_state", "_forward_hooks"):
     from sdit_kernels.compat import swap

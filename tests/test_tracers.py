@@ -210,7 +210,7 @@ def test_tracing_warns_only_about_the_users_own_check():
         "x = torch.ones(3, 4, 5)\n"
         "torch.jit.trace(lambda x, v: K.lif(x, v, return_v=True), (x, x[0]))\n"
         "torch.jit.trace(TimeMix(5), x)\n"
-        "torch.jit.trace(lambda x: bool(x.sum() > 0) and x, x)  # of the user's own code it does\n"
+        "torch.jit.trace(lambda x: bool(x.sum() > 0) and x, x)  # the user's own check gives one warning\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr

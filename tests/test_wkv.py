@@ -43,7 +43,7 @@ def normal(generator, *shape, dtype=torch.float64, scale=1.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def stretch(x, layout):
+def with_layout(x, layout):
     """Return the same values with other strides."""
     if layout == "slice of channels":
         return torch.cat([x + 1, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
@@ -59,7 +59,7 @@ def stretch(x, layout):
 LAYOUTS = ["contiguous", "slice of channels", "tokens first", "channels first", "one row"]
 
 
-def make(
+def make_arguments(
     B, L, C, dtype=torch.float32, *, gate=False, state=False, masked=0.0, scale=1.0, layout="contiguous", ends=None, seed=0
 ):
     """Return arguments of wkv by name. Parameters and state have the dtype in which the kernels compute."""
@@ -73,7 +73,7 @@ def make(
     if gate:
         a["r"] = normal(g, B, L, C, dtype=dtype)
     for name in {"k", "v", "r"} & set(a):
-        a[name] = stretch(a[name], layout)
+        a[name] = with_layout(a[name], layout)
     if state:
         N = B if ends is None else len(ends) - 1
         a["ybar"], a["lse"] = normal(g, N, C, dtype=wide), normal(g, N, C, dtype=wide, scale=scale)
@@ -81,7 +81,7 @@ def make(
     return a
 
 
-def call(a, *, ends=None, log_decay=False, **flags):
+def call_wkv(a, *, ends=None, log_decay=False, **flags):
     """Return the outputs of wkv as a list. The lse of an empty state is replaced by 0, which has no gradient."""
     state = (a["ybar"], a["lse"]) if "ybar" in a else None
     decay = dict(log_decay=a["decay"]) if log_decay else {}
@@ -102,7 +102,7 @@ def with_gradients(name, a, dtype=None, seed=1, used=None, **flags):
     g = torch.Generator().manual_seed(seed)
 
     def both():
-        outputs = call(leaves, **flags)
+        outputs = call_wkv(leaves, **flags)
         loss = 0.0
         for i, (o, stored) in enumerate(zip(outputs, (a["k"].dtype, a["decay"].dtype, a["decay"].dtype))):
             if used is None or i in used:
@@ -197,7 +197,7 @@ def test_wkv_equals_the_reference(name, dtype, algorithm, options, data):
         B, L = 1, ends[-1]
         if data.draw(st.booleans()):
             max_seqlen = dict(max_seqlen=max(lengths) + data.draw(st.integers(0, 3)))
-    a = make(
+    a = make_arguments(
         B, L, data.draw(st.sampled_from(DIMENSION)), dtype, gate=gate, state=state, ends=ends,
         masked=data.draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])), scale=data.draw(st.sampled_from([1.0, 4.0, 20.0])),
         layout=data.draw(st.sampled_from(LAYOUTS)), seed=data.draw(st.integers(0, 99)),
@@ -214,7 +214,7 @@ def test_wkv_equals_the_reference(name, dtype, algorithm, options, data):
 @pytest.mark.parametrize("both", [False, True])
 def test_small_sequences_with_all_options_equal_the_reference(name, algorithm, both):
     """Small enough to run in Triton's interpreter."""
-    a = make(2, 40, 5, gate=True, state=not both, masked=0.2)
+    a = make_arguments(2, 40, 5, gate=True, state=not both, masked=0.2)
     compare(name, a, torch.float32, bidirectional=both, return_state=not both, algorithm=algorithm)
 
 
@@ -226,14 +226,14 @@ def test_small_sequences_with_all_options_equal_the_reference(name, algorithm, b
 def test_gradients_equal_finite_differences(name, algorithm, kind, gate):
     torch.use_deterministic_algorithms(False)
     both, ends = "both" in kind, [0, 3, 3, 40, 73] if "packed" in kind else None
-    a = make(1, 73, 2, torch.float64, gate=gate, state=kind == "state", ends=ends, seed=3)
+    a = make_arguments(1, 73, 2, torch.float64, gate=gate, state=kind == "state", ends=ends, seed=3)
     if kind == "state":
         a["lse"][:] = torch.tensor([0.3, -1.0], dtype=torch.float64)
     flags = dict(bidirectional=both, return_state=not both, ends=ends, algorithm=algorithm)
     names = list(a)
 
     def function(*tensors):
-        return tuple(call(dict(zip(names, tensors)), **flags))
+        return tuple(call_wkv(dict(zip(names, tensors)), **flags))
 
     with backend(name):
         tensors = [a[n].detach().requires_grad_() for n in names]
@@ -249,8 +249,8 @@ def test_slow_decay_is_accurate(name, algorithm, mean, deviation):
     a = dict(decay=torch.full((4,), -5.0), first=torch.randn(4, generator=g))
     a["k"] = (torch.randn(1, 4096, 4, generator=g) * deviation + mean).float()
     a["v"] = torch.randn(1, 4096, 4, generator=g)
-    (got,) = run(name, call, a, algorithm=algorithm)
-    (want,) = run("reference", call, {n: t.double() for n, t in a.items()})
+    (got,) = run(name, call_wkv, a, algorithm=algorithm)
+    (want,) = run("reference", call_wkv, {n: t.double() for n, t in a.items()})
     assert rms(got.double() - want) <= 1e-6 * rms(want)
 
 
@@ -264,7 +264,9 @@ def test_both_kinds_of_tile_on_the_cpu_equal_the_reference(algorithm, data):
     """
     C, L = data.draw(st.sampled_from([1, 16, 23])), data.draw(st.sampled_from([7, 16, 40, 100]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    a = make(2, L, C, dtype, gate=data.draw(st.booleans()), state=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)))
+    a = make_arguments(
+        2, L, C, dtype, gate=data.draw(st.booleans()), state=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))
+    )
     a["decay"] += data.draw(st.sampled_from([-4.0, 0.0, 2.0, 3.0]))
     a["first"] += data.draw(st.sampled_from([-8.0, 0.0, 7.5, 9.0]))
     a["k"] += data.draw(st.sampled_from([-60.0, 0.0, 40.0]))
@@ -279,11 +281,11 @@ def test_both_kinds_of_tile_on_the_cpu_equal_the_reference(algorithm, data):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_extreme_keys_stay_finite(name, algorithm):
     for both in (False, True):
-        a = make(1, 130, 17, scale=1e4, gate=True)
+        a = make_arguments(1, 130, 17, scale=1e4, gate=True)
         a["decay"][:4] = torch.tensor([-30.0, 5.0, 88.0, 100.0])  # time_decay = 100 gives w = -exp(100) = -inf
         outputs, grads = with_gradients(name, a, bidirectional=both, algorithm=algorithm)
         assert all(t.isfinite().all() for t in (*outputs, *grads.values()))
-        (want,) = run("reference", call, {n: t.double() for n, t in a.items()}, bidirectional=both)
+        (want,) = run("reference", call_wkv, {n: t.double() for n, t in a.items()}, bidirectional=both)
         assert_output(outputs[0], want)
 
 
@@ -291,7 +293,7 @@ def test_extreme_keys_stay_finite(name, algorithm):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_masked_sequences_return_zero(name, algorithm):
     """All keys are masked. Outputs and gradients are 0. An empty state stays empty, and a given state decays."""
-    a = make(2, 70, 5, gate=True, masked=1.0)
+    a = make_arguments(2, 70, 5, gate=True, masked=1.0)
     for both in (False, True):
         outputs, grads = with_gradients(name, a, bidirectional=both, return_state=not both, algorithm=algorithm)
         assert not any(t.any() for t in (*outputs, *grads.values()))
@@ -308,9 +310,9 @@ def test_masked_sequences_return_zero(name, algorithm):
 def test_not_a_number_reaches_the_same_outputs_as_in_the_reference(name, algorithm):
     for both in (False, True):
         for where in ("k", "v", "r"):
-            a = make(1, 100, 3, gate=True)
+            a = make_arguments(1, 100, 3, gate=True)
             a[where][0, 40, 1] = math.nan
-            (got,), (want,) = (run(n, call, a, bidirectional=both, algorithm=algorithm) for n in (name, "reference"))
+            (got,), (want,) = (run(n, call_wkv, a, bidirectional=both, algorithm=algorithm) for n in (name, "reference"))
             assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
 
 
@@ -321,7 +323,7 @@ def test_not_a_number_reaches_the_same_outputs_as_in_the_reference(name, algorit
 @settings(max_examples=15)
 @given(cuts=st.lists(st.integers(0, 150), max_size=4), algorithm=st.sampled_from(ALGORITHMS), seed=st.integers(0, 9))
 def test_slices_equal_one_pass(name, cuts, algorithm, seed):
-    a = make(2, 150, 9, torch.float64, state=True, seed=seed)
+    a = make_arguments(2, 150, 9, torch.float64, state=True, seed=seed)
     bounds = [0, *sorted(cuts), 150]
 
     def slices(a):
@@ -334,7 +336,7 @@ def test_slices_equal_one_pass(name, cuts, algorithm, seed):
         return torch.cat(parts, 1), *state
 
     found = []
-    for function in (slices, lambda a: call(a, return_state=True)):
+    for function in (slices, lambda a: call_wkv(a, return_state=True)):
         leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
         outputs = run(name, function, leaves)
         g = torch.Generator().manual_seed(5)
@@ -350,10 +352,10 @@ def test_slices_equal_one_pass(name, cuts, algorithm, seed):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_permuting_the_batch_permutes_the_outputs(name, algorithm):
-    a = make(5, 70, 19, gate=True, state=True)
+    a = make_arguments(5, 70, 19, gate=True, state=True)
     order = torch.tensor([3, 1, 4, 0, 2])
     b = {n: t if t.dim() == 1 else t[order] for n, t in a.items()}
-    one, two = (run(name, call, x, return_state=True, algorithm=algorithm) for x in (a, b))
+    one, two = (run(name, call_wkv, x, return_state=True, algorithm=algorithm) for x in (a, b))
     assert all(torch.equal(o[order], t) for o, t in zip(one, two))
 
 
@@ -361,9 +363,9 @@ def test_permuting_the_batch_permutes_the_outputs(name, algorithm):
 @pytest.mark.parametrize("both", [False, True])
 def test_adding_a_constant_to_the_keys_only_shifts_lse(name, both):
     """Adding c to all keys leaves y unchanged and adds c to lse. c is a power of two, so k + c is exact in float64."""
-    a = make(2, 90, 7, torch.float64)
+    a = make_arguments(2, 90, 7, torch.float64)
     one, two = (
-        run(name, call, {**a, "k": a["k"] + c}, bidirectional=both, return_state=not both) for c in (0.0, 8.0)
+        run(name, call_wkv, {**a, "k": a["k"] + c}, bidirectional=both, return_state=not both) for c in (0.0, 8.0)
     )  # fmt: skip
     torch.testing.assert_close(one[0], two[0], rtol=1e-11, atol=1e-12)
     if not both:
@@ -373,29 +375,31 @@ def test_adding_a_constant_to_the_keys_only_shifts_lse(name, both):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_later_tokens_do_not_change_earlier_outputs(name, algorithm):
-    a = make(1, 100, 6)
+    a = make_arguments(1, 100, 6)
     b = {n: t.clone() for n, t in a.items()}
     # the edge of a tile for every tile size: tokens of one tile share an exponent, so a later key in the tile changes rounding
     cut = 64
     b["k"][:, cut:] += 30
     b["v"][:, cut:] = -7
-    (one,), (two,) = (run(name, call, x, algorithm=algorithm) for x in (a, b))
+    (one,), (two,) = (run(name, call_wkv, x, algorithm=algorithm) for x in (a, b))
     assert torch.equal(one[:, :cut], two[:, :cut]) and not torch.equal(one[:, cut:], two[:, cut:])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bidirectional_adds_both_directions_and_counts_the_token_once(name):
     """The numerator is N = N_left + N_right + e^(u+k) v. The flipped sequence gives the flipped output."""
-    a = make(1, 50, 3, torch.float64)
+    a = make_arguments(1, 50, 3, torch.float64)
     flipped = {n: t.flip(1) if t.dim() == 3 else t for n, t in a.items()}
-    (both,), (back,) = run(name, call, a, bidirectional=True), run(name, call, flipped, bidirectional=True)
+    (both,), (back,) = run(name, call_wkv, a, bidirectional=True), run(name, call_wkv, flipped, bidirectional=True)
     torch.testing.assert_close(both, back.flip(1), rtol=1e-11, atol=1e-12)
 
     def sums(a):  # the denominators D and numerators N at each token, from the state before it
         D, N = [], []
         for t in range(50):
             one = {n: x[:, :t] if x.dim() == 3 else x for n, x in a.items()}
-            _, ybar, lse = run(name, call, one, return_state=True) if t else (0, torch.zeros(1, 3), torch.full((1, 3), -1e9))
+            _, ybar, lse = (
+                run(name, call_wkv, one, return_state=True) if t else (0, torch.zeros(1, 3), torch.full((1, 3), -1e9))
+            )
             D.append(lse.double().exp())
             N.append(ybar * lse.double().exp())
         return torch.stack(D, 1), torch.stack(N, 1)
@@ -410,7 +414,7 @@ def test_bidirectional_adds_both_directions_and_counts_the_token_once(name):
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 def test_packed_sequences_equal_separate_calls(name, algorithm, index):
     ends = [0, 33, 33, 34, 130]
-    a = make(1, 130, 18, torch.float64, gate=True, state=True, ends=ends)
+    a = make_arguments(1, 130, 18, torch.float64, gate=True, state=True, ends=ends)
     cu_seqlens = torch.tensor(ends, dtype=index)
     y, (ybar, lse) = run(
         name, wkv, a["decay"], a["first"], a["k"], a["v"], r=a["r"], state=(a["ybar"], a["lse"]), return_state=True,
@@ -430,19 +434,19 @@ def test_packed_sequences_equal_separate_calls(name, algorithm, index):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_masked_tokens_only_let_time_pass(name, algorithm):
     """Without decay, removing a masked token changes nothing. With decay, a masked token still ages the tokens before it."""
-    a = make(1, 120, 4, torch.float64)
+    a = make_arguments(1, 120, 4, torch.float64)
     a["decay"] = torch.zeros(4, dtype=torch.float64)
     hidden = torch.arange(120) % 3 == 1
     a["k"][:, hidden] = -math.inf
     kept = {n: t[:, ~hidden] if t.dim() == 3 else t for n, t in a.items()}
     for both in (False, True):
         flags = dict(log_decay=True, bidirectional=both, algorithm=algorithm)
-        (one,), (two,) = run(name, call, a, **flags), run(name, call, kept, **flags)
+        (one,), (two,) = run(name, call_wkv, a, **flags), run(name, call_wkv, kept, **flags)
         torch.testing.assert_close(one[:, ~hidden], two, rtol=1e-11, atol=1e-12)
     a["decay"] -= 0.5
     # each key minus its decay until the end
     spread = kept["k"] - 0.5 * torch.arange(120, dtype=torch.float64)[~hidden].flip(0).reshape(1, -1, 1)
-    _, _, lse = run(name, call, a, log_decay=True, return_state=True, algorithm=algorithm)
+    _, _, lse = run(name, call_wkv, a, log_decay=True, return_state=True, algorithm=algorithm)
     torch.testing.assert_close(
         lse, (spread - 0.5 * (119 - torch.arange(120)[~hidden].max())).logsumexp(1), rtol=1e-9, atol=1e-9
     )
@@ -451,7 +455,7 @@ def test_masked_tokens_only_let_time_pass(name, algorithm):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_parameter_gradients_repeat_bit_for_bit(name, algorithm):
-    a = make(3, 300, 40, gate=True)
+    a = make_arguments(3, 300, 40, gate=True)
     found, before = [], torch.get_num_threads()
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
@@ -488,17 +492,17 @@ def test_offsets_beyond_31_bits_are_read(name):
     stride = (1 << 30) + 64
     memory = torch.empty(2 * stride + 64, dtype=torch.bfloat16)
     k = memory.as_strided((1, 3, 20), (0, stride, 1))
-    a = make(1, 3, 20, torch.bfloat16)
+    a = make_arguments(1, 3, 20, torch.bfloat16)
     k.copy_(a["k"])
-    (got,) = run(name, call, {**a, "k": k})
-    assert torch.equal(got, run(name, call, a)[0])
+    (got,) = run(name, call_wkv, {**a, "k": k})
+    assert torch.equal(got, run(name, call_wkv, a)[0])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_empty_tensors_give_empty_results(name):
     with backend(name):
         for B, L, C in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-            a = make(B, L, C, state=True, gate=True)
+            a = make_arguments(B, L, C, state=True, gate=True)
             outputs, grads = with_gradients_of_empty(a)
             seen = torch.isfinite(a["lse"])
             assert outputs[0].shape == (B, L, C) and torch.equal(outputs[2], a["lse"])
@@ -528,7 +532,7 @@ def with_gradients_of_empty(a):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_upstream_gradients_may_have_any_strides(name):
-    a = make(2, 40, 20, gate=True)
+    a = make_arguments(2, 40, 20, gate=True)
     for upstream in (
         torch.ones(()).expand(2, 40, 20),
         torch.randn(20).expand(2, 40, 20),
@@ -542,7 +546,7 @@ def test_upstream_gradients_may_have_any_strides(name):
         for which in (name, "reference"):
             leaves = {n: t.detach().clone().requires_grad_() for n, t in a.items()}
             with backend(which):
-                call(leaves)[0].backward(upstream)
+                call_wkv(leaves)[0].backward(upstream)
             found.append({n: t.grad for n, t in leaves.items()})
         for n in a:
             torch.testing.assert_close(found[0][n], found[1][n], rtol=1e-4, atol=1e-4)
@@ -555,8 +559,8 @@ def test_upstream_gradients_may_have_any_strides(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gate", [False, True])
 def test_steps_equal_one_pass(name, dtype, gate):
-    a = make(3, 60, 20, dtype, gate=gate)
-    want, _, lse = run("reference", call, {n: t.double() for n, t in a.items()}, return_state=True)
+    a = make_arguments(3, 60, 20, dtype, gate=gate)
+    want, _, lse = run("reference", call_wkv, {n: t.double() for n, t in a.items()}, return_state=True)
     wide = a["decay"].dtype
     state, in_place = None, (torch.zeros(3, 20, dtype=wide), torch.full((3, 20), -math.inf, dtype=wide))
     for t in range(60):
@@ -573,7 +577,7 @@ def test_steps_equal_one_pass(name, dtype, gate):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_gradients_of_a_step_equal_finite_differences(name):
-    a = make(2, 1, 6, torch.float64, gate=True, state=True)
+    a = make_arguments(2, 1, 6, torch.float64, gate=True, state=True)
     a["lse"] = a["lse"].clamp_min(-2)
     names = list(a)
 
@@ -591,7 +595,7 @@ def test_gradients_of_a_step_equal_finite_differences(name):
 
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
 def test_step_in_place_refuses_gradients_and_writes_to_strided_states(name):
-    a = make(2, 1, 6)
+    a = make_arguments(2, 1, 6)
     now = a["decay"], a["first"], a["k"][:, 0], a["v"][:, 0]
     with backend(name):
         state = torch.zeros(2, 6), torch.full((2, 6), -math.inf)
@@ -610,7 +614,7 @@ def test_step_in_place_refuses_gradients_and_writes_to_strided_states(name):
 
 
 def test_the_in_place_operator_refuses_gradients():
-    a = make(2, 1, 6)
+    a = make_arguments(2, 1, 6)
     args = (
         a["k"][:, 0].clone().requires_grad_(),
         a["v"][:, 0],
@@ -626,7 +630,7 @@ def test_the_in_place_operator_refuses_gradients():
 
 def test_states_convert_from_and_to_those_of_rwkv():
     """Compare with RWKV's own recurrence, which keeps three numbers per channel."""
-    a = make(2, 9, 5, torch.float64)
+    a = make_arguments(2, 9, 5, torch.float64)
     w, u = -a["decay"].exp(), a["first"]
     aa, bb, pp = *torch.zeros(2, 2, 5).double(), torch.full((2, 5), -1e38, dtype=torch.float64)
     assert all(torch.equal(x, y) for x, y in zip(wkv_state_to_rwkv(*wkv_state_from_rwkv(aa, bb, pp)), (aa, bb, pp)))
@@ -665,7 +669,7 @@ def test_saved_bytes_are_inputs_and_one_state_per_tile(name):
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
             B, L, C = 2, 100, 20
-            a = make(B, L, C, dtype, gate=True, state=True)
+            a = make_arguments(B, L, C, dtype, gate=True, state=True)
             leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
             inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * -(-L // current().wkv_checkpoint_tokens) * C * 4
 
@@ -675,8 +679,8 @@ def test_saved_bytes_are_inputs_and_one_state_per_tile(name):
             assert saved(lambda leaves=leaves: everything(**leaves)) == inputs + tiles
             alone = {n: leaves[n] for n in ("decay", "first", "k", "v")}
             inputs = sum(t.nbytes for t in alone.values())
-            assert saved(lambda alone=alone: call(alone)) == inputs + tiles
-            assert saved(lambda alone=alone: call(alone, bidirectional=True)) == inputs + 2 * tiles
+            assert saved(lambda alone=alone: call_wkv(alone)) == inputs + tiles
+            assert saved(lambda alone=alone: call_wkv(alone, bidirectional=True)) == inputs + 2 * tiles
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------------
@@ -787,7 +791,7 @@ def test_a_compiled_decoding_loop_and_packed_sequences_equal_eager(options):
     def decode(w, u, k, v, ybar, lse):
         return wkv_step_(w, u, k, v, (ybar, lse))
 
-    a = make(2, 4, 5)
+    a = make_arguments(2, 4, 5)
     compiled, states = torch.compile(decode, fullgraph=True, **options), []
     for function in (decode, compiled):
         state = torch.zeros(2, 5), torch.full((2, 5), -math.inf)
@@ -804,7 +808,7 @@ def test_export_takes_any_batch_and_length():
         def forward(self, w, u, k):
             return wkv(w, u, k, k, return_state=True)
 
-    a = make(3, 40, 5)
+    a = make_arguments(3, 40, 5)
     w, u, k = a["decay"], a["first"], a["k"]
     shapes = {"w": None, "u": None, "k": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}}
     program = torch.export.export(Net(), (w, u, k), dynamic_shapes=shapes)
@@ -818,7 +822,7 @@ def test_export_takes_any_batch_and_length():
 def test_vmap_and_grad_equal_a_loop(name):
     from torch.func import grad, vmap
 
-    a = make(4, 33, 6, torch.float64)
+    a = make_arguments(4, 33, 6, torch.float64)
     w, u, k = a["decay"], a["first"], a["k"]
     k = torch.stack([k, k.flip(0), k + 1])
     ws = torch.stack([w, w + 1, w - 1])
@@ -892,14 +896,14 @@ def test_fake_and_meta_tensors_get_shapes():
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_backward_pass_works_without_a_checkpoint(keep):
     """Call the operator directly, as an exported program does. Without a checkpoint the backward pass recomputes the states."""
-    a = make(2, 70, 5)
+    a = make_arguments(2, 70, 5)
     leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
     out = torch.ops.sdit_kernels.wkv(
         leaves["k"], leaves["v"], None, leaves["decay"], leaves["first"], None, None, None, 0, True, False, False, keep,
         "serial", "cpu",
     )[0]  # fmt: skip
     got = torch.autograd.grad(out.sum(), list(leaves.values()))
-    want = torch.autograd.grad(call(leaves)[0].sum(), list(leaves.values()))
+    want = torch.autograd.grad(call_wkv(leaves)[0].sum(), list(leaves.values()))
     assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
