@@ -223,7 +223,7 @@ def test_slices_equal_one_call(name, norm_eps):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_laws_of_token_shift(name):
+def test_token_shift_obeys_its_laws(name):
     """A mix of 1 returns the token and a mix of 0 the token before. Sequences do not affect each other, and the op is causal. A
     zero ``last`` is the same as no ``last``.
     """
