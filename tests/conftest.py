@@ -1,4 +1,4 @@
-"""Triton kernels run on CPU tensors in every test: natively compiled where that works, else in Triton's interpreter."""
+"""Run Triton kernels on CPU tensors in every test: natively compiled where possible, otherwise in Triton's interpreter."""
 
 import gc
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Graphs that a run with other tiles has left there have other shapes.
+# graphs cached by a run with other tiles have other shapes
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-# Where processes outnumber cores, threads that spin while they wait for each other take the time of those they wait for.
+# With more processes than cores, threads that spin while they wait slow down the threads they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Compilers make many objects that live long: collecting less often saves a tenth of the time of numba's.
+# Compilers make many objects with a long life, so rarer collection makes numba's compilation a tenth faster.
 gc.set_threshold(50_000, 20, 50)
 
 import torch  # noqa: E402
@@ -25,9 +25,9 @@ for folder in (str(ROOT), str(ROOT / "tests")):
 
 import native_triton  # noqa: E402
 
-MODE = native_triton.setup()  # before anything imports triton
+MODE = native_triton.setup()  # must run before triton is imported
 
-# No test depends on time: neither on that of an example nor on that of drawing it.
+# No test may fail because an example, or drawing it, takes long.
 ANY_TIME = dict(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True)
 hypothesis.settings.register_profile("ci", derandomize=True, **ANY_TIME)
 hypothesis.settings.register_profile("local", **ANY_TIME)
@@ -38,7 +38,7 @@ def pytest_report_header():
     return f"Triton kernels on CPU tensors: {MODE}" + (f" ({native_triton.reason()})" if native_triton.reason() else "")
 
 
-MARKED = {  # whole files
+MARKED = {  # markers of whole files
     "process": ("test_gpu_suite", "test_nvtx", "test_packaging", "test_profile_sdit", "test_ttsem"),
     "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly"),
 }
@@ -52,8 +52,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_shows():
-    """Outputs start as NaN, so that an element no kernel wrote fails the comparison."""
+def new_memory_is_nan():
+    """Fill new memory with NaN, so that a comparison fails where no kernel wrote."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield
@@ -61,10 +61,11 @@ def uninitialised_memory_shows():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def small_tiles():
-    """Tiles of 32 float32, WKV tiles of 4 tokens: many programs, ragged edges everywhere, a tenth of the time to compile.
+def use_small_tiles():
+    """Use small tiles: 32 float32 elements, and 4 tokens for WKV.
 
-    test_oracle.py runs the numbers that users run. ``TEST_TILES=users pytest ...`` does so with any test.
+    Small tensors then need many programs and have incomplete tiles, and compiling takes a tenth of the time. test_oracle.py
+    also uses the numbers that users run. ``TEST_TILES=users pytest ...`` uses them in every test.
     """
     from helpers import SMALL, USERS
 

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Helpers that several test files use: tuning numbers for small tensors, and a function that runs code in another process."""
 
 import os
 import subprocess
@@ -9,10 +9,10 @@ import native_triton
 
 from sdit_kernels.tuning import Tuning
 
-USERS = Tuning()  # the numbers that users run
-# They compile in less time and cut small tensors into many programs with ragged edges.
+USERS = Tuning()  # the tuning numbers that users run
+# These compile in less time. They cut small tensors into many programs and leave incomplete tiles at the edges.
 SMALL = USERS._replace(wkv_checkpoint_tokens=4, spiking_pairs_triton=8)
-if native_triton.setup() != "interpreter":  # it takes longer the more programs there are
+if native_triton.setup() != "interpreter":  # the interpreter is slow when there are many programs
     SMALL = SMALL._replace(
         elementwise_threads=8, wkv_threads=8, wkv_held_tokens=2, wkv_sums_block=8, spiking_threads=8
     )  # fmt: skip
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def python(code, *arguments, **environment):
-    """Run code in a process of its own, as users do: the tests' choice of a backend stays behind."""
+    """Run code in another process, without the tests' choice of Triton's interpreter."""
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited | environment, timeout=1800)

@@ -1,4 +1,4 @@
-"""perf/ablate_sdit.py: arms are what their words say, and a run leaves a row with all that was measured."""
+"""perf/ablate_sdit.py: the words of an arm change the model as they say, and a run writes one row of results."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from sdit import PRESETS, SDiT
 from sdit.settings import TrainSettings
 
 
-def test_an_arm_changes_what_its_words_say():
+def test_an_arm_changes_the_named_settings():
     config, settings, old, stds = ablate_sdit.parse(
         "dim=32 learn_sigma=false lr=3e-4 clip=0 old=gate,smooth std.labels.weight=2", "digits"
     )
@@ -28,7 +28,7 @@ def test_an_arm_changes_what_its_words_say():
 
 
 @pytest.mark.parametrize("part", ablate_sdit.PARTS)
-def test_old_parts_and_no_others(part):
+def test_an_old_part_changes_only_its_own_parameters(part):
     config = PRESETS["digits"]
     torch.manual_seed(0)
     new = SDiT(config).state_dict()
@@ -38,13 +38,13 @@ def test_old_parts_and_no_others(part):
     assert changed and all(ablate_sdit.re.search(ablate_sdit.PARTS[part], name) for name in changed)
 
 
-def test_standard_deviations():
+def test_a_given_standard_deviation_is_used():
     assert math.isclose(
         ablate_sdit.build(PRESETS["digits"], [], {"labels.weight": 0.5}).labels.weight.std().item(), 0.5, rel_tol=0.2
     )
 
 
-def test_a_run_leaves_rows_and_is_not_repeated(tmp_path, monkeypatch):
+def test_a_run_writes_a_row_and_is_not_repeated(tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
     words = ["--preset", "digits", "--steps", "2", "--images", "10", "--arm", "batch_size=8 dim=32", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["perf/ablate_sdit.py", *words])

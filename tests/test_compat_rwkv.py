@@ -1,4 +1,4 @@
-"""compat.rwkv: RUN_CUDA against a plain loop, layers in RWKV-LM's style, Hugging Face transformers where it is installed."""
+"""compat.rwkv: compare RUN_CUDA with a plain loop, RWKV-LM's layers with plain ones, and Hugging Face models with ours."""
 
 import copy
 import importlib
@@ -23,7 +23,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def loop(w, u, k, v, aa=None, bb=None, pp=None):
-    """RWKV-4's scan as its equation reads, in float64, without a running maximum: keys must be small."""
+    """RWKV-4's scan in float64, as its equation reads. It has no running maximum, so keys must be small."""
     w, u, k, v = (t.double() for t in (w, u, k, v))
     n = torch.zeros_like(k[:, 0]) if aa is None else aa.double() * torch.exp(pp.double())
     d = torch.zeros_like(n) if bb is None else bb.double() * torch.exp(pp.double())
@@ -61,7 +61,7 @@ def state(B, C, dtype=torch.float32, seed=1):
     B=st.integers(1, 3), T=st.sampled_from([1, 2, 5, 16, 17, 33]), C=st.sampled_from([1, 3, 8, 33]),
     dtype=st.sampled_from(DTYPES), seed=st.integers(0, 99), given=st.booleans(),
 )  # fmt: skip
-def test_run_cuda_is_the_loop(B, T, C, dtype, seed, given):
+def test_run_cuda_equals_the_loop(B, T, C, dtype, seed, given):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     tensors = inputs(B, T, C, dtype, seed)
     before = state(B, C, wide, seed).requires_grad_() if given else None
@@ -89,8 +89,8 @@ def test_run_cuda_is_the_loop(B, T, C, dtype, seed, given):
         assert (found - ours).abs().max() <= limit * ours.abs().max() + limit, name
 
 
-def test_run_cuda_in_slices_is_one_call():
-    """A state passed on, gradients included; the first slice starts from RWKV's empty state."""
+def test_run_cuda_in_slices_equals_one_call():
+    """The state is passed on and carries gradients. The first slice starts from RWKV's empty state."""
     w, u, k, v = inputs(2, 12, 5, torch.float64)
     whole = FUSED(2, 12, 5, w, u, k, v)
     carried, parts = torch.tensor([0.0, 0.0, -1e38]).double().expand(2, 5, 3), []
@@ -106,8 +106,8 @@ def test_run_cuda_in_slices_is_one_call():
 @pytest.mark.parametrize(
     "w, k, v", [("float32", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float32"), ("float16", "bfloat16", "float32")]
 )
-def test_run_cuda_with_several_dtypes(w, k, v):
-    """RWKV-LM casts all to float32 and y back: here back to k's dtype, and every gradient to its tensor's."""
+def test_run_cuda_casts_several_dtypes(w, k, v):
+    """RWKV-LM computes in float32. Here the output has k's dtype, and each gradient the dtype of its tensor."""
     dtypes = [getattr(torch, name) for name in (w, w, k, v)]
     tensors = [t.detach().to(dtype).requires_grad_() for t, dtype in zip(inputs(2, 9, 4), dtypes)]
     y = FUSED(2, 9, 4, *tensors)
@@ -117,7 +117,7 @@ def test_run_cuda_with_several_dtypes(w, k, v):
     assert [t.grad.dtype for t in tensors] == dtypes
 
 
-def test_run_cuda_on_triton():
+def test_run_cuda_runs_on_triton():
     w, u, k, v = inputs(2, 9, 4)
     with sdit_kernels.backend("triton"):
         y, after = FUSED(2, 9, 4, w, u, k, v, state(2, 4))
@@ -140,7 +140,7 @@ def test_run_cuda_on_triton():
         ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 beside data"),
     ],
 )  # fmt: skip
-def test_run_cuda_says_what_is_wrong(change, error, message):
+def test_run_cuda_names_wrong_arguments(change, error, message):
     arguments = dict(B=1, T=4, C=2, w=torch.zeros(2), u=torch.zeros(2), k=torch.zeros(1, 4, 2), v=torch.zeros(1, 4, 2))
     with pytest.raises(error, match=message):
         FUSED(**arguments | change)
@@ -154,7 +154,7 @@ def RUN_CUDA(B, T, C, w, u, k, v):
 
 
 class TimeMix(nn.Module):
-    """RWKV-4's time mix with RWKV-LM's names, as the equations have it. Projections start at zero, as RWKV-LM's do."""
+    """RWKV-4's time mix with RWKV-LM's names, as in its equations. With ``zero``, projections start at zero as in RWKV-LM."""
 
     def __init__(self, C, A=None, zero=False):
         super().__init__()
@@ -180,7 +180,7 @@ class TimeMix(nn.Module):
 
 
 class PlainTimeMix(TimeMix):
-    """Without the extension: what the fused layer is compared with."""
+    """The same layer without RUN_CUDA. Tests compare the fused layer with it."""
 
     def forward(self, x):
         k, v, r = self.projections(x)
@@ -216,16 +216,16 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def pair(dtype=torch.float64, **settings):
-    """The plain model, and the accelerated one with the same weights."""
+def plain_and_accelerated(dtype=torch.float64, **settings):
+    """Return the plain model, an accelerated model with the same weights, and the report."""
     torch.manual_seed(0)
     plain, fused = (Model(mix, **settings).to(dtype) for mix in (PlainTimeMix, TimeMix))
     fused.load_state_dict(plain.state_dict())
     return plain, fused, rwkv.accelerate(fused)
 
 
-def test_layers_of_rwkv_lm():
-    plain, fused, report = pair()
+def test_accelerated_layers_equal_the_plain_ones():
+    plain, fused, report = plain_and_accelerated()
     assert str(report).splitlines() == [
         "RWKV: 4 replaced, 0 left as they were",
         "  blocks.0.1  TimeMix: fused",
@@ -251,7 +251,7 @@ def test_layers_of_rwkv_lm():
 
 
 def test_training_gives_the_losses_of_the_plain_model():
-    plain, fused, _ = pair(torch.float32)
+    plain, fused, _ = plain_and_accelerated(torch.float32)
     ids, losses = torch.randint(11, (4, 17)), []
     for model in (plain, fused):
         adam, found = torch.optim.Adam(model.parameters(), lr=1e-2), []
@@ -268,7 +268,7 @@ def test_training_gives_the_losses_of_the_plain_model():
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
 def test_copies_stay_accelerated(way):
-    _, fused, _ = pair()
+    _, fused, _ = plain_and_accelerated()
     if way == "deepcopy":
         twin = copy.deepcopy(fused)
     elif way == "pickle":
@@ -285,8 +285,8 @@ def test_copies_stay_accelerated(way):
     assert type(twin.blocks[0][1]) is TimeMix and type(fused.blocks[0][1]) is not TimeMix
 
 
-def test_other_widths_zero_weights_and_dtypes():
-    """The check draws its own weights: layers that start at zero are not taken for one another."""
+def test_any_width_dtype_and_zero_weights_are_accelerated():
+    """The check draws its own weights, so layers that start at zero cannot pass by accident."""
     for mix, dtype in (
         (TimeMix(6, A=10), torch.float32),
         (TimeMix(6, zero=True), torch.bfloat16),
@@ -296,32 +296,32 @@ def test_other_widths_zero_weights_and_dtypes():
         assert len(rwkv.accelerate(model).replaced) == 1
         y = model(torch.randn(2, 5, 6, dtype=dtype))
         assert y.dtype == dtype and y.shape == (2, 5, 6)
-    wide = nn.Sequential(TimeMix(6).bfloat16())  # under autocast the tokens come in float32, the parameters may not
+    wide = nn.Sequential(TimeMix(6).bfloat16())  # under autocast the tokens are float32 and the parameters may not be
     rwkv.accelerate(wide)
     with torch.autocast("cpu", torch.bfloat16):
         wide(torch.randn(2, 5, 6)).sum().backward()
     assert wide[0].time_decay.grad.dtype == torch.bfloat16
 
 
-def test_compiled_without_a_break():
-    _, fused, _ = pair(torch.float32)
+def test_accelerated_models_compile_without_a_graph_break():
+    _, fused, _ = plain_and_accelerated(torch.float32)
     ids = torch.randint(11, (2, 5))
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids), fused(ids))
 
 
-def test_on_triton():
-    plain, fused, _ = pair(torch.float32, layers=1)
+def test_accelerated_models_run_on_triton():
+    plain, fused, _ = plain_and_accelerated(torch.float32, layers=1)
     ids = torch.randint(11, (2, 9))
     with sdit_kernels.backend("triton"):
         torch.testing.assert_close(fused(ids), plain(ids), rtol=1e-5, atol=1e-5)
 
 
-# --- layers that are not, or not quite, RWKV-4's ----------------------------------------------------------------------------
+# --- layers that differ from RWKV-4's ---------------------------------------------------------------------------------------
 
 
 class MoreParts(TimeMix):
-    """With a second path, as RWKV-LM's tiny attention is one."""
+    """A layer with a second path, like RWKV-LM's tiny attention."""
 
     def __init__(self, C):
         super().__init__(C)
@@ -394,11 +394,11 @@ class Vision(nn.Module):
         (Vision, "of another RWKV than RWKV-4, or another form of it"),
     ],
 )
-def test_other_layers_are_left_with_the_reason(layer, why):
+def test_other_layers_are_left_with_a_reason(layer, why):
     model = nn.Sequential(layer(8))
     forward = type(model[0]).forward
     report = rwkv.accelerate(model)
-    if layer is NoReceptance:  # its forward calls RUN_CUDA, and that is replaced
+    if layer is NoReceptance:  # its forward calls RUN_CUDA, and that call is replaced
         assert report.left == (("0", "NoReceptance", f"but for its call of RUN_CUDA: {why}"),) and len(report.replaced) == 1
         return
     ((name, cls, text),) = report.left
@@ -407,19 +407,19 @@ def test_other_layers_are_left_with_the_reason(layer, why):
 
 
 class Tail(nn.Module):
-    """A layer's output as another layer would have it."""
+    """Change a layer's output in some way."""
 
     def __init__(self, tail):
         super().__init__()
         self.tail, self.norm = tail, nn.BatchNorm1d(5, affine=False, dtype=torch.float64)
 
     def forward(self, y):
-        self.norm(y.double())  # to no effect but on its buffers
+        self.norm(y.double())  # changes only the norm's buffers, not the output
         return self.tail(y, self.training)
 
 
-def ends_in(base, tail):
-    """A layer of the base that ends in ``tail(y, training)``, or in a module."""
+def layer_with_tail(base, tail):
+    """A subclass of ``base`` whose forward ends with the module ``tail`` or with ``tail(y, training)``."""
 
     class Layer(base):
         def __init__(self, C):
@@ -447,9 +447,9 @@ def ends_in(base, tail):
         (lambda y, training: y, None),
     ],
 )
-def test_both_modes_and_large_values(base, training, tail, why):
-    layer = ends_in(base, tail)(8).train(training)
-    layer.tail.training = True  # flags of their own
+def test_the_check_runs_both_modes_and_large_values(base, training, tail, why):
+    layer = layer_with_tail(base, tail)(8).train(training)
+    layer.tail.training = True  # the modes of a layer and of its parts may differ
     model, cls = nn.Sequential(layer).eval() if why is None else nn.Sequential(layer), type(layer)
     flags, buffers = [m.training for m in model.modules()], [b.clone() for b in model.buffers()]
     drawn = torch.random.get_rng_state(), random.getstate()
@@ -468,7 +468,7 @@ def test_both_modes_and_large_values(base, training, tail, why):
         assert 0.4 < share < 0.6
 
 
-def test_the_call_alone():
+def test_run_cuda_alone_is_replaced_in_other_layers():
     layer = MorePartsAndCall(8).double()
     x = torch.randn(2, 5, 8).double()
     with pytest.raises(RuntimeError, match="not compiled"):
@@ -492,14 +492,14 @@ def test_the_call_alone():
 
 
 def layers_with(run_cuda, source):
-    """Classes in a module of their own, whose global RUN_CUDA is the given one."""
+    """Run class definitions as a module of their own, whose global RUN_CUDA is the given one."""
     space = {"RUN_CUDA": run_cuda, "TimeMix": TimeMix, "torch": torch, "__name__": __name__}
     exec(source, space)
     return space["Layer"]
 
 
-def test_a_call_with_state():
-    """The copies that train on pieces of a sequence."""
+def test_a_call_with_a_state_is_replaced():
+    """Some copies of RWKV-LM train on pieces of a sequence and pass the state on."""
     source = """
 class Layer(TimeMix):
     def forward(self, x, state):
@@ -515,7 +515,7 @@ class Layer(TimeMix):
     assert y.shape == (2, 5, 8) and after.shape == (2, 8, 3)
 
 
-def test_calls_that_cannot_be_replaced():
+def test_calls_that_cannot_be_replaced_are_named():
     source = "class Layer(TimeMix):\n    def forward(self, x):\n        return RUN_CUDA(1, 2, 3, 4, x)"
     five = layers_with(lambda B, T, C, H, x: x, source)(8)
     (entry,) = rwkv.accelerate(nn.Sequential(five)).left
@@ -526,7 +526,7 @@ def test_calls_that_cannot_be_replaced():
     assert entry[2].startswith("its RUN_CUDA is this package's already; the rest: its forward computes something else")
 
 
-def test_what_else_is_left():
+def test_patched_and_scripted_layers_are_left_with_a_reason():
     hooked = TimeMix(8)
     hooked.forward = types.MethodType(lambda self, x: x, hooked)
     scripted = torch.jit.trace(ChannelMix(8), torch.randn(1, 3, 8), check_trace=False)
@@ -557,8 +557,8 @@ class Scripted(BASE):
     ("always", "torch.jit.ScriptModule", "derive it from torch.nn.Module, without torch.jit.script_method"),
     ("asks", "(torch.jit.ScriptModule if os.environ['RWKV_JIT_ON'] == '1' else nn.Module)", "set RWKV_JIT_ON=0"),
 ])  # fmt: skip
-def test_the_way_out_of_torchscript(tmp_path, monkeypatch, file, base, way):
-    """It depends on whether the layer's file has RWKV-LM's switch."""
+def test_scripted_layers_are_left_with_a_way_out(tmp_path, monkeypatch, file, base, way):
+    """The way out depends on whether the layer's file has RWKV-LM's switch."""
     (tmp_path / f"scripted_{file}.py").write_text(SCRIPTED.replace("BASE", base))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("RWKV_JIT_ON", "1")
@@ -567,22 +567,22 @@ def test_the_way_out_of_torchscript(tmp_path, monkeypatch, file, base, way):
 
 
 class Tmix(nn.Module):
-    """As a later RWKV has it: its name tells, its parameters' names do not."""
+    """A layer of a later RWKV. Its class name shows that, but its parameters have other names."""
 
     def __init__(self):
         super().__init__()
         self.x_r = nn.Parameter(torch.rand(8))
 
 
-def test_names_of_an_rwkv():
-    """A layer that is not known by its parameters is not passed over; what holds it is not named."""
+def test_unknown_rwkv_layers_are_in_the_report():
+    """A layer that only its class name shows is reported. The module that contains it is not."""
     net = nn.ModuleDict({"late": nn.Sequential(Tmix()), "Model": Model(TimeMix, layers=1), "linear": nn.Linear(8, 8)})
     report = rwkv.accelerate(net)
     assert [(entry.name, entry.kind) for entry in report.left] == [("late.0", "Tmix")] and len(report.replaced) == 2
     assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4's")
 
 
-def test_nothing_there():
+def test_a_model_without_rwkv_layers_reports_nothing_replaced():
     ours = nn.Sequential(sdit_kernels.nn.TimeMix(8), nn.Linear(8, 8))
     assert str(rwkv.accelerate(ours)) == ("RWKV: 0 replaced, 0 left as they were: nothing of RWKV was found in the model")
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
@@ -591,14 +591,14 @@ def test_nothing_there():
         rwkv.restore("model")
 
 
-def test_the_random_numbers_of_the_user_are_left_alone():
+def test_accelerate_leaves_the_users_random_state_unchanged():
     model = nn.Sequential(TimeMix(8), ChannelMix(8))
     before = torch.random.get_rng_state()
     rwkv.accelerate(model)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_model_that_is_one_layer():
+def test_a_model_that_is_one_layer_is_accelerated():
     layer = TimeMix(8)
     assert rwkv.accelerate(layer).replaced == (("(the model)", "TimeMix"),)
     assert layer(torch.randn(2, 5, 8)).shape == (2, 5, 8)
@@ -612,7 +612,7 @@ needs_transformers = pytest.mark.skipif(
 
 
 def hugging_face(dtype=torch.float32, **changes):
-    """Theirs, and ours with the same random weights; away from the initial values, which leave projections at zero."""
+    """Their model, and ours with the same random weights. All weights are random, because some initial weights are zero."""
     from transformers import RwkvConfig, RwkvForCausalLM
 
     torch.manual_seed(0)
@@ -632,7 +632,7 @@ def logits(model, ids, **arguments):
 
 
 def forbid_their_scan(monkeypatch):
-    """From here on a call of their loop or their CUDA kernel is an error."""
+    """Make every later call of their loop or their CUDA kernel an error."""
     from transformers.models.rwkv import modeling_rwkv
 
     def forbidden(*_, **__):
@@ -644,7 +644,7 @@ def forbid_their_scan(monkeypatch):
 
 @needs_transformers
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_and_gradients_of_transformers(training):
+def test_outputs_and_gradients_equal_transformers(training):
     theirs, ours = hugging_face()
     ids, found = torch.randint(31, (2, 33)), []
     for model in (theirs, ours):
@@ -657,8 +657,8 @@ def test_outputs_and_gradients_of_transformers(training):
 
 
 @needs_transformers
-def test_bfloat16_is_no_farther_from_the_exact_result_than_theirs():
-    """Of the same bfloat16 weights, against float32 arithmetic on them."""
+def test_bfloat16_is_as_accurate_as_transformers():
+    """Both use the same bfloat16 weights. The exact result is float32 arithmetic on these weights."""
     theirs, ours = hugging_face(torch.bfloat16)
     exact = copy.deepcopy(theirs).float()
     ids = torch.randint(31, (2, 33))
@@ -671,7 +671,7 @@ def test_bfloat16_is_no_farther_from_the_exact_result_than_theirs():
 
 
 @needs_transformers
-def test_the_state_of_transformers():
+def test_the_state_is_interchangeable_with_transformers():
     theirs, ours = hugging_face()
     theirs.eval(), ours.eval()
     ids = torch.randint(31, (2, 12))
@@ -682,7 +682,7 @@ def test_the_state_of_transformers():
         for s, t in zip(*(sdit_kernels.wkv_state_from_rwkv(*out.state[2:]) for out in (a, b))):
             torch.testing.assert_close(t, s, rtol=2e-5, atol=2e-5)
         assert [s.dtype for s in a.state] == [t.dtype for t in b.state]
-        # handed from one to the other, several tokens at once (one token of two sequences is what theirs gets wrong)
+        # pass a state from one model to the other, with several tokens (transformers is wrong for one token of two sequences)
         wanted = logits(theirs, ids)[:, 7:]
         for model, state in ((theirs, b.state), (ours, a.state), (ours, b.state)):
             found = logits(model, ids[:, 7:], state=[s.clone() for s in state], use_cache=True)
@@ -691,7 +691,7 @@ def test_the_state_of_transformers():
 
 @needs_transformers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_token_by_token_is_the_whole_sequence_for_any_batch(dtype, monkeypatch):
+def test_token_by_token_equals_the_whole_sequence_for_any_batch(dtype, monkeypatch):
     _, ours = hugging_face(dtype)
     forbid_their_scan(monkeypatch)
     ours.eval()
@@ -706,8 +706,8 @@ def test_token_by_token_is_the_whole_sequence_for_any_batch(dtype, monkeypatch):
 
 
 @needs_transformers
-def test_one_token_of_two_sequences_is_wrong_in_theirs():
-    """What the docstring says; should it ever be mended, say so there."""
+def test_transformers_is_wrong_for_one_token_of_two_sequences():
+    """The docstring of compat.rwkv says this. Change it there if transformers fixes it."""
     theirs, _ = hugging_face()
     theirs.eval()
     with torch.no_grad():
@@ -717,7 +717,7 @@ def test_one_token_of_two_sequences_is_wrong_in_theirs():
 
 @needs_transformers
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True, "temperature": 1.5}])
-def test_generate(settings):
+def test_generate_equals_transformers(settings):
     theirs, ours = hugging_face()
     ids, found = torch.randint(31, (2, 5)), []
     for model in (theirs, ours):
@@ -731,7 +731,7 @@ def test_generate(settings):
 
 
 @needs_transformers
-def test_training_steps_of_transformers(monkeypatch):
+def test_training_gives_the_losses_of_transformers(monkeypatch):
     theirs, ours = hugging_face()
     ids, losses = torch.randint(31, (4, 24)), []
     forbid_their_scan(monkeypatch)
@@ -751,25 +751,26 @@ def test_training_steps_of_transformers(monkeypatch):
 
 
 @needs_transformers
-def test_gradients_through_the_state():
-    """Truncated backpropagation that is not truncated: two halves with the state between them have the whole's gradient."""
+def test_gradients_flow_through_the_state():
+    """Two pieces with the state passed on have the gradient of the whole sequence, so backpropagation is not truncated."""
     _, ours = hugging_face(torch.float64)
     ids, found = torch.randint(31, (2, 10)), []
-    ours.train()  # its scaling of layers in evaluation changes weights in place
-    for cut in (10, 4, 9):  # the whole, two pieces, a piece and a token
+    ours.train()  # in evaluation mode transformers rescales weights in place
+    for cut in (10, 4, 9):  # the whole, two pieces, and a piece with a single token
         first = ours(ids[:, :cut], use_cache=True)
         parts = [first.logits] + ([ours(ids[:, cut:], state=first.state, use_cache=True).logits] if cut < 10 else [])
         found.append(torch.autograd.grad(torch.cat(parts, 1).square().mean(), list(ours.parameters())))
     for a, *others in zip(*found):
-        assert all((a - b).abs().max() <= 1e-5 * a.abs().max() for b in others)  # the state is float32
+        # the tolerance is that wide because the state is float32
+        assert all((a - b).abs().max() <= 1e-5 * a.abs().max() for b in others)
 
 
 @needs_transformers
-def test_padding_rescaling_checkpointing_and_saving(tmp_path):
+def test_padding_rescaling_checkpointing_and_saving_work(tmp_path):
     theirs, ours = hugging_face()
     ids, mask = torch.randint(31, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     mask[0, :4] = 0
-    for training in (False, True, False):  # the weights are divided and multiplied again in place
+    for training in (False, True, False):  # evaluation mode divides the weights in place, training mode multiplies them back
         theirs.train(training), ours.train(training)
         with torch.no_grad():
             a, b = (logits(m, ids, attention_mask=mask) for m in (theirs, ours))
@@ -791,7 +792,7 @@ def test_padding_rescaling_checkpointing_and_saving(tmp_path):
 
 
 @needs_transformers
-def test_compiled_transformers():
+def test_accelerated_transformers_compile():
     _, ours = hugging_face()
     block = ours.rwkv.blocks[1].train()
     x = torch.randn(2, 6, 16)
@@ -799,8 +800,8 @@ def test_compiled_transformers():
     torch.testing.assert_close(compiled(x)[0], block(x)[0])
 
 
-def test_long_sequences_have_no_limit():
-    """RWKV-LM's T_MAX, transformers' context_length."""
+def test_sequences_may_be_longer_than_5000_tokens():
+    """RWKV-LM has a limit T_MAX and transformers has context_length. The fused scan has no limit."""
     T = 5000
     y = FUSED(1, T, 1, torch.full((1,), math.log(1e-3)), torch.zeros(1), torch.zeros(1, T, 1), torch.ones(1, T, 1))
     torch.testing.assert_close(y, torch.ones(1, T, 1))

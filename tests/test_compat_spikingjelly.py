@@ -1,4 +1,4 @@
-"""compat.spikingjelly against SpikingJelly itself, and the change of class and the report of all drop-ins."""
+"""Compare compat.spikingjelly with SpikingJelly. Also test how all compat modules change classes and report it."""
 
 import copy
 import doctest
@@ -21,7 +21,7 @@ from sdit_kernels.compat.spikingjelly import accelerate, restore
 
 @pytest.fixture(scope="module")
 def jelly():
-    """The library's modules; 2.0.0, or 0.0.0.0.14 where that is what is installed."""
+    """Return the library's modules. The version is 2.0.0 or 0.0.0.0.14."""
     pytest.importorskip("spikingjelly", reason="spikingjelly is not installed (make peers)")
     from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 
@@ -98,7 +98,7 @@ def test_swap_keeps_the_object():
     assert type(inner) is Doubles and model["b"][0].factor() == 2
 
 
-def test_what_changes_behaviour():
+def test_patched_and_parametrized_modules_are_detected():
     assert swap.changed_behaviour(Doubles(), Doubles) is None and swap.changed_behaviour(Named(), Doubles) is None
     patched = Doubles()
     patched.factor = lambda: 7
@@ -107,7 +107,7 @@ def test_what_changes_behaviour():
     assert "parametrized" in swap.changed_behaviour(parametrized, Doubles)
 
 
-def test_a_class_changed_afterwards_is_left():
+def test_restore_leaves_a_class_that_was_changed_again():
     model = Doubles()
     swap.swap("Toys", model, choose)
     nn.utils.parametrize.register_parametrization(model, "w", nn.Identity())
@@ -115,7 +115,7 @@ def test_a_class_changed_afterwards_is_left():
     assert report.replaced == () and report.left[0].reason == "its class was changed again after accelerate"
 
 
-def test_without_neurons():
+def test_a_model_without_neurons_reports_nothing_replaced():
     report = accelerate(nn.Linear(2, 2))
     assert report.replaced == report.left == () and str(report) == (
         "SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model"
@@ -126,17 +126,17 @@ def test_without_neurons():
             function(3)
 
 
-def test_docstrings():
+def test_docstring_examples_run():
     assert doctest.testmod(compat).attempted >= 7 and doctest.testmod(compat).failed == 0
 
 
-# ---- against the library ---------------------------------------------------------------------------------------------
+# ---- tests against the library ---------------------------------------------------------------------------------------
 
 SURROGATES = ["ATan", "Sigmoid", "PiecewiseQuadratic", "PiecewiseExp", "SoftSign", "SuperSpike", "Erf", "Rect", "QPseudoSpike"]
 
 
 def make(jelly, kind, options, surrogate, alpha):
-    if not hasattr(jelly.surrogate, surrogate):  # SuperSpike and Rect came with version 2
+    if not hasattr(jelly.surrogate, surrogate):  # version 2 added SuperSpike and Rect
         surrogate = "ATan"
     alpha = {} if alpha is None or surrogate == "QPseudoSpike" else {"alpha": alpha}
     return getattr(jelly.neuron, kind)(surrogate_function=getattr(jelly.surrogate, surrogate)(**alpha), **options)
@@ -164,20 +164,22 @@ def cases(draw):
 
 
 def inputs(exact, shape, generator):
-    """Multiples of 1/16, on which all arithmetic is exact in float32; or anything, in float64, where no membrane is so near the
-    threshold that another rounding would flip a spike."""
+    """If ``exact``, return multiples of 1/16, on which float32 arithmetic is exact.
+
+    Otherwise return random float64 numbers. No membrane is then so close to the threshold that rounding changes a spike.
+    """
     if exact:
         return torch.randint(-32, 64, shape, generator=generator) / 16
     return 2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
 
 
-def play(jelly, node, exact, calls, shape, start, seed):
-    """Calls one after the other, gradients through all: spikes, membranes and gradients."""
+def run_and_differentiate(jelly, node, exact, calls, shape, start, seed):
+    """Run several calls and return spikes, membranes and gradients through all calls."""
     generator = torch.Generator().manual_seed(seed)
     if start is not None:
         node.v = start
     xs, states, loss = [], [], 0.0
-    differentiable = jelly.version > 0 or node.training  # no surrogate gradient in the evaluation mode of 0.0.0.0.14
+    differentiable = jelly.version > 0 or node.training  # the evaluation mode of 0.0.0.0.14 has no surrogate gradient
 
     def weigh(t):
         return (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
@@ -196,16 +198,19 @@ def play(jelly, node, exact, calls, shape, start, seed):
 
 @settings(max_examples=60)
 @given(case=cases())
-def test_equals_the_library(jelly, case):
-    """Spikes bit for bit, membranes too where the arithmetic is exact, gradients to rounding, in every step mode and option."""
+def test_neurons_equal_the_library(jelly, case):
+    """Test every step mode and option.
+
+    Spikes are equal, membranes too where the arithmetic is exact, gradients up to rounding.
+    """
     kind, exact, options, surrogate, alpha, shape, calls, start, training, seed = case
     node = make(jelly, kind, options, surrogate, alpha).to(torch.float32 if exact else torch.float64).train(training)
     fused = copy.deepcopy(node)
     assert accelerate(fused).replaced
-    kernels = surrogate == "ATan" and options["v_reset"] == 0.0  # test_lif.py has every kernel against the reference
+    kernels = surrogate == "ATan" and options["v_reset"] == 0.0  # test_lif.py compares every kernel with the reference
     with backend("cpu" if kernels else "reference"):
-        states, grads = play(jelly, fused, exact, calls, shape, start, seed)
-    want, want_grads = play(jelly, node, exact, calls, shape, start, seed)
+        states, grads = run_and_differentiate(jelly, fused, exact, calls, shape, start, seed)
+    want, want_grads = run_and_differentiate(jelly, node, exact, calls, shape, start, seed)
     for got, wanted in zip(states, want, strict=True):
         assert got.dtype == wanted.dtype and got.shape == wanted.shape
         if exact:
@@ -247,8 +252,9 @@ def train(jelly, net, dtype, steps=6):
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_training_goes_the_same_way(jelly, dtype, bound):
-    """Losses of six steps, relative: float64 to rounding; float32 to rounding times what training makes of it."""
+def test_training_gives_the_librarys_losses(jelly, dtype, bound):
+    """The relative losses of six steps agree: in float64 up to rounding, in float32 within 1e-5, because training amplifies
+    rounding."""
     torch.manual_seed(0)
     net = network(jelly).to(dtype)
     fused = copy.deepcopy(net)
@@ -260,8 +266,8 @@ def test_training_goes_the_same_way(jelly, dtype, bound):
         torch.testing.assert_close(p, q, rtol=1e3 * bound, atol=1e3 * bound)
 
 
-def test_what_a_project_relies_on(jelly):
-    """Identity, isinstance, keys, step mode, reset, detach, memories, conversion, checkpoints."""
+def test_an_accelerated_net_keeps_the_librarys_interface(jelly):
+    """Identity, isinstance, keys, step mode, reset, detach, memories, conversion and checkpoints work as before."""
     net = network(jelly)
     nodes = [m for m in net if isinstance(m, jelly.neuron.BaseNode)]
     keys, memories = list(net.state_dict()), list(jelly.base.named_memories(net)) if jelly.version else None
@@ -296,7 +302,7 @@ def test_what_a_project_relies_on(jelly):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_copies_and_restore_carry_the_state_on(jelly, how):
+def test_copies_and_restored_models_keep_the_membrane(jelly, how):
     torch.manual_seed(0)
     net = network(jelly).eval()
     fused = copy.deepcopy(net)
@@ -321,7 +327,7 @@ def test_copies_and_restore_carry_the_state_on(jelly, how):
         jelly.functional.reset_net(net), jelly.functional.reset_net(fused)
 
 
-def test_hooks_and_shared_neurons(jelly):
+def test_hooks_run_and_shared_neurons_are_replaced_once(jelly):
     node = jelly.neuron.LIFNode(step_mode="m")
     net = nn.ModuleList([node, nn.Sequential(node)])
     seen = []
@@ -332,7 +338,7 @@ def test_hooks_and_shared_neurons(jelly):
     assert accelerate(net).replaced == () and len(restore(net).replaced) == 1
 
 
-def test_half_precision_keeps_the_types(jelly):
+def test_half_precision_keeps_the_dtypes(jelly):
     for dtype in (torch.bfloat16, torch.float16):
         node = jelly.neuron.LIFNode(step_mode="m", store_v_seq=True)
         fused = copy.deepcopy(node)
@@ -341,20 +347,20 @@ def test_half_precision_keeps_the_types(jelly):
         assert torch.equal(fused(x), node(x)) and fused.v.dtype == node.v.dtype == fused.v_seq.dtype == dtype
 
 
-def test_shapes_that_change_and_inference_mode(jelly):
+def test_a_new_shape_resets_and_inference_mode_allows_training(jelly):
     node = jelly.neuron.LIFNode(step_mode="m")
     accelerate(node)
     with torch.inference_mode():
         node(torch.ones(2, 3))
     node(torch.ones(2, 3, requires_grad=True)).sum().backward()
-    if jelly.version:  # starts anew, as the library does
+    if jelly.version:  # the membrane starts again, as in the library
         assert node(torch.ones(2, 5)).shape == (2, 5)
     else:
         with pytest.raises(RuntimeError):
             node(torch.ones(2, 5))
 
 
-def test_functional_forward(jelly):
+def test_functional_forward_equals_the_library(jelly):
     if not jelly.version:
         pytest.skip("to_functional_forward of explicit states came with version 2")
     node = jelly.neuron.LIFNode(step_mode="m")
@@ -368,7 +374,7 @@ def test_functional_forward(jelly):
         assert torch.equal(got, want) and torch.equal(state, wanted) and fused.v == 0.0
 
 
-def test_what_is_left_alone(jelly):
+def test_unsupported_neurons_are_left_with_a_reason(jelly):
     neuron, surrogate = jelly.neuron, jelly.surrogate
 
     class Defaults(neuron.LIFNode):
@@ -416,8 +422,8 @@ def test_what_is_left_alone(jelly):
     assert all(f"{name} " in str(report) for name in (*reasons, "defaults"))
 
 
-def test_what_changes_after_accelerate_is_said(jelly):
-    own = jelly.surrogate.Sigmoid  # all neurons share the library's default
+def test_changes_after_accelerate_are_used_or_warned_about(jelly):
+    own = jelly.surrogate.Sigmoid  # a new object, because neurons otherwise share the library's default
     node = jelly.neuron.LIFNode(surrogate_function=own(), step_mode="m", store_v_seq=True)
     accelerate(node)
     x = torch.rand(4, 3) * 3
@@ -450,7 +456,7 @@ def test_what_changes_after_accelerate_is_said(jelly):
     ({"decay_input": 1}, "decay_input must be a bool"),
     (None, "data, torch.int64 of shape"),
 ])  # fmt: skip
-def test_what_the_kernels_do_not_take_runs_the_librarys_code(jelly, change, message):
+def test_settings_without_a_kernel_run_the_librarys_code(jelly, change, message):
     node, twin = (jelly.neuron.LIFNode(step_mode="m") for _ in range(2))
     accelerate(node)
     if not jelly.version and change is not None and change.get("v_threshold") is True:
@@ -469,13 +475,13 @@ def test_what_the_kernels_do_not_take_runs_the_librarys_code(jelly, change, mess
         jelly.functional.reset_net(node), jelly.functional.reset_net(twin)
     node.step_mode = "m"
     with pytest.warns(UserWarning, match="data, torch.float32 of shape"), pytest.raises(IndexError):
-        node(torch.tensor(3.0))  # SpikingJelly's own answer
+        node(torch.tensor(3.0))  # this error comes from SpikingJelly
 
 
 @pytest.mark.parametrize("decay_input", [True, False])
 @pytest.mark.parametrize("w", [-80.0, -95.0, -200.0, -math.inf, 95.0, math.nan])
-def test_extreme_w(jelly, w, decay_input):
-    """exp(-w) overflows where sigmoid(w) does not; a NaN is a NaN."""
+def test_extreme_values_of_w_equal_the_library(jelly, w, decay_input):
+    """exp(-w) overflows where sigmoid(w) does not. A NaN stays a NaN."""
     node = jelly.neuron.ParametricLIFNode(decay_input=decay_input, step_mode="m")
     fused, found = copy.deepcopy(node), []
     accelerate(fused)
@@ -495,7 +501,7 @@ def test_extreme_w(jelly, w, decay_input):
 
 
 def test_every_other_neuron_is_in_the_report(jelly):
-    """Those too that are none of BaseNode; layers are not."""
+    """Neurons that do not derive from BaseNode are listed, too. Layers are not."""
     kinds = "DSRIFNode DSRLIFNode HalfThresholdIFNode ActivationAwareIFNode NonSpikingIFNode NonSpikingLIFNode"
     here = [kind for kind in kinds.split() if hasattr(jelly.neuron, kind)]
 
@@ -511,8 +517,8 @@ def test_every_other_neuron_is_in_the_report(jelly):
     assert {reason for _, _, reason in report.left} == {"this kind of neuron has no fused kernel here"}
 
 
-def test_the_input_must_stay_as_it_is(jelly):
-    """What the docstring says."""
+def test_an_input_changed_in_place_is_refused(jelly):
+    """The docstring of compat.spikingjelly says this."""
     node = jelly.neuron.LIFNode(step_mode="m")
     accelerate(node)
     y = torch.rand(4, 3, requires_grad=True) * 3

@@ -1,4 +1,4 @@
-"""Accelerated models in other programs' hands: look-ups by class, counters of operations, torch.compile, torch.fx, copies."""
+"""Accelerated models inside other tools: lookups by class, counters of operations, torch.compile, torch.fx and copies."""
 
 import copy
 import functools
@@ -43,7 +43,7 @@ def counters(jelly):
 
 
 class ChannelMix(nn.Module):
-    """As RWKV-LM has it."""
+    """RWKV-LM's layer."""
 
     def __init__(self, C=8):
         super().__init__()
@@ -60,18 +60,18 @@ def flat(found):
     return [*found] if isinstance(found, tuple) else [found]
 
 
-def twice(function, x, *rest):
-    """Outputs of two calls and the gradient of x."""
+def two_calls_and_gradient(function, x, *rest):
+    """Return the outputs of two calls and the gradient of x."""
     x = x.clone().requires_grad_()
     outputs = [*flat(function(x, *rest)), *flat(function(x, *rest))]
     return [*outputs, torch.autograd.grad(sum(t.sum() for t in outputs), x)[0]]
 
 
-# ---- by class --------------------------------------------------------------------------------------------------------
+# ---- lookups by class ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_class_is_the_librarys(jelly, kind):
+def test_type_returns_the_librarys_class(jelly, kind):
     cls = getattr(jelly.neuron, kind)
     node, other = cls(), cls()
     compat_jelly.accelerate(node)
@@ -101,7 +101,7 @@ def test_a_subclass_of_a_neuron_keeps_its_class(jelly, snn):
         compat_snn.unroll(net[1], torch.rand(3, 2, 4))
 
 
-def test_nir_export(jelly):
+def test_nir_exports_an_accelerated_net_like_the_original(jelly):
     pytest.importorskip("nirtorch", reason="nir and nirtorch are not installed")
     from spikingjelly.activation_based import nir_exchange
 
@@ -118,8 +118,8 @@ def test_nir_export(jelly):
         assert before == accelerated == graph(net)
 
 
-def test_precision_table(jelly):
-    """SpikingJelly gives a precision to multi-step neurons, which it looks up by class; it needs Triton to go further."""
+def test_spikingjellys_precision_table_finds_an_accelerated_neuron(jelly):
+    """SpikingJelly looks up multi-step neurons by class to set their precision. The following steps would need Triton."""
     precision = pytest.importorskip("spikingjelly.activation_based.precision.convert", reason="only SpikingJelly 2 has it")
     node = jelly.neuron.LIFNode(step_mode="m")
     compat_jelly.accelerate(node)
@@ -128,10 +128,10 @@ def test_precision_table(jelly):
     assert node._neuron_precision is None
 
 
-# ---- counters --------------------------------------------------------------------------------------------------------
+# ---- counters of operations ------------------------------------------------------------------------------------------
 
 
-def figures(counters, jelly, net, x):
+def all_counts(counters, jelly, net, x):
     found = {}
     for name in ("FlopCounter", "SynOpCounter", "ACCounter", "MACCounter", "MemoryAccessCounter", "NeuronStateCounter"):
         for backward in (False, True):
@@ -141,13 +141,13 @@ def figures(counters, jelly, net, x):
                 y = net(x)
                 if backward:
                     y.sum().backward()
-            if not (backward and name == "NeuronStateCounter"):  # it goes by addresses, which are used again
+            if not (backward and name == "NeuronStateCounter"):  # it identifies tensors by address, and addresses are reused
                 found[name, backward] = counter.get_total(), counter.get_counts(), mode.get_unsupported(counter)
     for name in ("simple", "lemaire", "neuromc_runtime", "spikesim"):
         jelly.functional.reset_net(net)
         try:
             found[name] = getattr(counters, f"estimate_{name}_energy")(net, x)
-        except ValueError as error:  # two know no ParametricLIFNode
+        except ValueError as error:  # two of them do not support ParametricLIFNode
             found[name] = str(error)
     jelly.functional.reset_net(net)
     counter = counters.NeuromorphicMemoryAccessCounter()
@@ -158,15 +158,15 @@ def figures(counters, jelly, net, x):
 
 @pytest.mark.parametrize("mode", ["s", "m"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_counter_of_spikingjelly(counters, jelly, kind, mode):
-    """Operations, memory, state and energy: what SpikingJelly's own code has, and the neurons are fused again afterwards."""
+def test_counters_of_spikingjelly_give_the_librarys_numbers(counters, jelly, kind, mode):
+    """Operations, memory, state and energy are counted on SpikingJelly's own code. Afterwards the neurons are fused again."""
     torch.manual_seed(0)
     net = nn.Sequential(jelly.layer.Conv2d(1, 2, 3, step_mode=mode), getattr(jelly.neuron, kind)(step_mode=mode)).eval()
     fused, x = copy.deepcopy(net), (torch.rand(4, 5, 1, 6, 6) > 0.5).float()[0 if mode == "s" else slice(None)]
     compat_jelly.accelerate(fused)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        own, ours = figures(counters, jelly, net, x), figures(counters, jelly, fused, x)
+        own, ours = all_counts(counters, jelly, net, x), all_counts(counters, jelly, fused, x)
     assert own == ours and own["NeuronStateCounter", False][0] > 1000
     refused = [name for name, figure in own.items() if isinstance(figure, str)]
     assert refused == (["lemaire", "spikesim"] if kind == "ParametricLIFNode" else [])
@@ -177,7 +177,7 @@ def test_every_counter_of_spikingjelly(counters, jelly, kind, mode):
         fused(x)
 
 
-def test_rules_keyed_by_class(counters, jelly):
+def test_counter_rules_by_class_are_used(counters, jelly):
     node, asked = jelly.neuron.LIFNode(step_mode="m"), []
     compat_jelly.accelerate(node)
     counter = counters.NeuronStateCounter(extra_state_rules={jelly.neuron.LIFNode: lambda module, *_: asked.append(module)})
@@ -186,7 +186,7 @@ def test_rules_keyed_by_class(counters, jelly):
     assert asked and all(module is node for module in asked)
 
 
-def test_counters_of_functions(counters, jelly):
+def test_counters_of_functions_give_the_librarys_numbers(counters, jelly):
     totals = []
     for accelerated in (False, True):
         node = jelly.neuron.LIFNode()
@@ -201,7 +201,7 @@ def test_counters_of_functions(counters, jelly):
     assert totals[0] == totals[1]
 
 
-def test_counters_over_the_other_drop_ins(counters, snn):
+def test_counters_work_on_snntorch_and_rwkv(counters, snn):
     leaky = nn.Sequential(nn.Linear(8, 8), snn.Leaky(0.8, init_hidden=True))
     for net, drop_in in ((leaky, compat_snn), (nn.Sequential(ChannelMix()), rwkv)):
         fused, found = copy.deepcopy(net), []
@@ -216,8 +216,8 @@ def test_counters_over_the_other_drop_ins(counters, snn):
         assert ["a fused kernel would count as nothing" in str(entry.message) for entry in seen] == [True]
 
 
-def test_the_flops_that_pytorch_counts(jelly, snn):
-    """It counts matrix products, of which the fused ops have none."""
+def test_pytorchs_flop_counter_gives_the_same_number(jelly, snn):
+    """It counts matrix multiplications. The fused ops contain none."""
     nets = (
         (nn.Sequential(nn.Linear(8, 8), jelly.neuron.LIFNode()), compat_jelly),
         (nn.Sequential(nn.Linear(8, 8), snn.Leaky(0.8, init_hidden=True)), compat_snn),
@@ -233,10 +233,10 @@ def test_the_flops_that_pytorch_counts(jelly, snn):
         assert found[0] == found[1] > 0
 
 
-# ---- what is not known is named --------------------------------------------------------------------------------------
+# ---- unknown neurons are named ---------------------------------------------------------------------------------------
 
 
-def made(name, module, base=nn.Module):
+def make_class(name, module, base=nn.Module):
     return type(name, (base,), {"__module__": module})
 
 
@@ -244,17 +244,18 @@ def made(name, module, base=nn.Module):
     (compat_jelly, "LIFNode, IFNode or ParametricLIFNode of spikingjelly.activation_based.neuron"),
     (compat_snn, "snntorch.Leaky"),
 ])  # fmt: skip
-def test_neurons_of_other_places_are_left_by_name(drop_in, known):
-    copied = made("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")
+def test_neurons_of_unknown_libraries_are_left_with_a_reason(drop_in, known):
+    copied = make_class("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")
     inner = nn.Sequential(nn.Linear(2, 2), copied())
     net = nn.ModuleDict({
-        "copy": copied(), "psn": made("PSN", "my.neurons")(), "own": made("TernaryIF", "__main__")(),
-        "derived": made("Mine", "__main__", made("SpikingNeuron", "somewhere"))(),
-        "norse": made("LIFCell", "norse.torch.module.lif")(), "other": made("Leaky", "snntorch_copy._neurons.leaky")(),
+        "copy": copied(), "psn": make_class("PSN", "my.neurons")(), "own": make_class("TernaryIF", "__main__")(),
+        "derived": make_class("Mine", "__main__", make_class("SpikingNeuron", "somewhere"))(),
+        "norse": make_class("LIFCell", "norse.torch.module.lif")(),
+        "other": make_class("Leaky", "snntorch_copy._neurons.leaky")(),
     })  # fmt: skip
-    quiet = nn.ModuleDict({"aifi": made("AIFI", "m")(), "sift": made("SIFTDiff", "m")(), "relu": nn.LeakyReLU(),
-                           "neural": made("NeuronsMixture", "m")()})  # fmt: skip
-    block = made("LIFBlock", "m")()  # holds a neuron, so is none
+    quiet = nn.ModuleDict({"aifi": make_class("AIFI", "m")(), "sift": make_class("SIFTDiff", "m")(), "relu": nn.LeakyReLU(),
+                           "neural": make_class("NeuronsMixture", "m")()})  # fmt: skip
+    block = make_class("LIFBlock", "m")()  # contains a neuron, so it is not one itself
     block.inner = inner
     report = drop_in.accelerate(nn.ModuleList([net, quiet, block]))
     assert report.replaced == ()
@@ -263,7 +264,7 @@ def test_neurons_of_other_places_are_left_by_name(drop_in, known):
     assert report.left[0].reason == f"it looks like a spiking neuron, {name}, but does not derive from {known}"
 
 
-def test_each_drop_in_names_the_other(jelly, snn):
+def test_each_compat_module_names_the_other(jelly, snn):
     net = nn.ModuleList([jelly.neuron.LIFNode(), snn.Leaky(0.5)])
     (other,) = copy.deepcopy(compat_jelly.accelerate(net)).left
     assert other.reason.endswith("; for that library there is sdit_kernels.compat.snntorch")
@@ -285,33 +286,33 @@ def compiled(function, backend="aot_eager"):
 
 @pytest.mark.parametrize("mode", ["s", "m"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_spikingjelly_compiles_whole(jelly, kind, mode):
+def test_spikingjelly_neurons_compile_to_one_graph(jelly, kind, mode):
     node = getattr(jelly.neuron, kind)(step_mode=mode)
     compat_jelly.accelerate(node)
     twin = copy.deepcopy(node)
     x = (torch.rand(4, 3, 8) * 3)[0 if mode == "s" else slice(None)]
-    torch.testing.assert_close(twice(compiled(node), x), twice(twin, x))
+    torch.testing.assert_close(two_calls_and_gradient(compiled(node), x), two_calls_and_gradient(twin, x))
     torch.testing.assert_close(node.v, twin.v)
 
 
-def test_what_is_not_fused_compiles_whole(jelly):
-    """Neurons that are not accelerated, and the library's own code in one that is, beside a fused one."""
+def test_neurons_that_are_not_fused_compile_to_one_graph(jelly):
+    """One neuron is not accelerated, one is fused, and one is accelerated but runs the library's own code."""
     x = torch.rand(4, 3, 8) * 3
     nodes = [jelly.neuron.LIFNode(step_mode="m", surrogate_function=jelly.surrogate.Sigmoid()) for _ in range(3)]
     for node in nodes[1:]:
         compat_jelly.accelerate(node)
     nodes[2].surrogate_function.set_spiking_mode(False)
     with pytest.warns(UserWarning, match="spiking=False"):
-        found = [twice(compiled(node, "eager"), x) for node in nodes]
+        found = [two_calls_and_gradient(compiled(node, "eager"), x) for node in nodes]
     torch.testing.assert_close(found[1], found[0])
     with pytest.warns(UserWarning, match="spiking=False"):
         jelly.functional.reset_net(nodes[2])
-        torch.testing.assert_close(twice(nodes[2], x), found[2])
+        torch.testing.assert_close(two_calls_and_gradient(nodes[2], x), found[2])
 
 
 @pytest.mark.parametrize("options", SNN_OPTIONS, ids=str)
-def test_snntorch_compiles_whole(snn, options):
-    """A step of an accelerated neuron, and unroll of one that is not."""
+def test_snntorch_neurons_compile_to_one_graph(snn, options):
+    """Test a step of an accelerated neuron, and unroll with and without acceleration."""
     neuron = snn.Leaky(0.8, **options)
     x = torch.rand(3, 2, 4) * 2
     rest = () if neuron.init_hidden else (torch.rand(2, 4),)
@@ -320,12 +321,14 @@ def test_snntorch_compiles_whole(snn, options):
             compat_snn.accelerate(neuron)
         step, whole, twin, loop = (copy.deepcopy(neuron) for _ in range(4))
         if accelerated:
-            torch.testing.assert_close(twice(compiled(step), x[0], *rest), twice(twin, x[0], *rest))
-        got = twice(compiled(functools.partial(compat_snn.unroll, whole)), x, *rest)
-        torch.testing.assert_close(got, twice(functools.partial(compat_snn.unroll, loop), x, *rest))
+            torch.testing.assert_close(
+                two_calls_and_gradient(compiled(step), x[0], *rest), two_calls_and_gradient(twin, x[0], *rest)
+            )
+        got = two_calls_and_gradient(compiled(functools.partial(compat_snn.unroll, whole)), x, *rest)
+        torch.testing.assert_close(got, two_calls_and_gradient(functools.partial(compat_snn.unroll, loop), x, *rest))
 
 
-def test_a_compiled_neuron_follows_its_surrogate(snn):
+def test_a_compiled_neuron_uses_a_changed_surrogate(snn):
     def gradient(function):
         x = torch.linspace(0, 2, 8).requires_grad_()
         return torch.autograd.grad(function(x, torch.zeros(8))[0].sum(), x)[0]
@@ -343,7 +346,7 @@ def test_a_compiled_neuron_follows_its_surrogate(snn):
         torch.testing.assert_close(gradient(function), gradient(neuron))
 
 
-def test_networks_of_snntorch_compile_whole(snn):
+def test_snntorch_networks_compile_to_one_graph(snn):
     def net():
         torch.manual_seed(0)
         return nn.Sequential(
@@ -354,15 +357,15 @@ def test_networks_of_snntorch_compile_whole(snn):
     nets, x = [net(), net()], torch.rand(5, 3, 1, 6, 6) * 2
     for m in nets:
         compat_snn.accelerate(m)
-    got = twice(compiled(lambda x: compat_snn.unroll(nets[0], x)), x)
-    torch.testing.assert_close(got, twice(lambda x: compat_snn.unroll(nets[1], x), x))
+    got = two_calls_and_gradient(compiled(lambda x: compat_snn.unroll(nets[0], x)), x)
+    torch.testing.assert_close(got, two_calls_and_gradient(lambda x: compat_snn.unroll(nets[1], x), x))
     shared = nn.Sequential(*[snn.Leaky(0.8, init_hidden=True)] * 2)
     with pytest.warns(UserWarning, match="its Leaky is reached more than once"):
         compiled(lambda x: compat_snn.unroll(shared, x), "eager")(x)
 
 
-def test_the_compiler_of_pytorch(jelly, snn):
-    """One run of inductor, which the tests above replace by backends that compile nothing."""
+def test_accelerated_models_run_under_inductor(jelly, snn):
+    """The other tests use backends that do not compile."""
     node, neuron, x = jelly.neuron.LIFNode(step_mode="m"), snn.Leaky(0.8, init_hidden=True), torch.rand(4, 3, 8) * 3
     compat_jelly.accelerate(node), compat_snn.accelerate(neuron)
     mix = nn.Sequential(ChannelMix())
@@ -381,10 +384,10 @@ def test_the_compiler_of_pytorch(jelly, snn):
     torch.testing.assert_close(once(compiled(function, "inductor")), wanted)
 
 
-# ---- torch.fx, copies ------------------------------------------------------------------------------------------------
+# ---- torch.fx and copies ---------------------------------------------------------------------------------------------
 
 
-def test_fx_is_told_the_way_out(jelly, snn):
+def test_torch_fx_is_refused_with_a_way_out(jelly, snn):
     leaky, x = snn.Leaky(0.8, init_hidden=True), torch.rand(2, 5, 8)
     for layer, drop_in in ((jelly.neuron.LIFNode(), compat_jelly), (leaky, compat_snn), (ChannelMix(), rwkv)):
         net = nn.Sequential(nn.Linear(8, 8), layer)
@@ -403,8 +406,8 @@ def test_fx_is_told_the_way_out(jelly, snn):
         assert torch.equal(traced(x), wanted)
 
 
-def test_copies_are_neurons_of_their_own(jelly, snn):
-    """Also the one that DataParallel makes, with another object's attributes."""
+def test_copies_have_their_own_state(jelly, snn):
+    """Also test the copy DataParallel makes, which takes over another object's attributes."""
     x = torch.rand(3, 8) * 3
     for neuron, drop_in, state in (
         (jelly.neuron.LIFNode(), compat_jelly, "v"),
@@ -419,8 +422,8 @@ def test_copies_are_neurons_of_their_own(jelly, snn):
             assert len(drop_in.restore(twin).replaced) == 1 and "fused" in repr(neuron)
 
 
-def test_a_pickle_in_another_process(jelly, tmp_path):
-    """The other process has not called accelerate."""
+def test_a_pickle_is_fused_in_another_process(jelly, tmp_path):
+    """The other process did not call accelerate."""
     node = jelly.neuron.LIFNode()
     compat_jelly.accelerate(node)
     (tmp_path / "node").write_bytes(pickle.dumps(node))
@@ -437,11 +440,11 @@ def test_a_pickle_in_another_process(jelly, tmp_path):
     assert run.stdout == "1 True\n", run.stderr
 
 
-# ---- the list of differences -----------------------------------------------------------------------------------------
+# ---- documented differences ------------------------------------------------------------------------------------------
 
 
-def test_a_learnt_threshold(jelly, snn):
-    """SpikingJelly 2 gives it no gradient, as the docstring says; snnTorch gives the same as the kernels."""
+def test_a_learnt_threshold_gets_a_gradient(jelly, snn):
+    """SpikingJelly 2 gives it no gradient, as the docstring says. snnTorch gives the same gradient as the kernels."""
     x = (torch.rand(4, 3, 8) * 3).requires_grad_()
     for mode in "sm":
         node = jelly.neuron.LIFNode(step_mode=mode)

@@ -1,4 +1,4 @@
-"""perf/compile/: the kernels as compiled for an NVIDIA and an AMD GPU, without either."""
+"""perf/compile/: the kernels as compiled for an NVIDIA and an AMD GPU. No GPU is needed."""
 
 import importlib.metadata
 import importlib.util
@@ -30,7 +30,7 @@ TARGETS = ("cuda:90", "hip:gfx942")
 
 @pytest.fixture(scope="module")
 def rows_of_both():
-    # in processes of their own, for the tiles are smaller in this one
+    # in other processes, because this process uses small tiles
     return rows_of_all(TARGETS, [Case("T=4"), Case("T=16", T=16), Case("T=4", "lif_rate")], jobs=2)
 
 
@@ -39,7 +39,7 @@ def rows(rows_of_both, request):
     return [row for row in rows_of_both if row["target"] == request.param]
 
 
-def test_no_spills_full_width_bytes_at_the_floor(rows):
+def test_lif_kernels_have_no_spills_and_move_minimal_bytes(rows):
     assert len(rows) == 12  # 3 cases, forward and backward, 2 dtypes
     assert faults(rows) == []
     for row in rows:
@@ -50,15 +50,15 @@ def test_no_spills_full_width_bytes_at_the_floor(rows):
         assert row["narrowest"] == (64 if narrow else 128), row
 
 
-def test_instructions(rows):
+def test_lif_kernels_need_few_instructions(rows):
     for row in rows:
-        # about 9 operations forward and 30 backward; the rest is addresses, masks and what is done once
+        # about 9 operations forward and 30 backward; the others compute addresses and masks, or run once
         assert 5 < row["instructions_per_step"] < (45 if "backward" in row["kernel"] else 20), row
         assert row["special_per_step"] < (1.3 if "backward" in row["kernel"] else 0.3), row
     assert ("paper_limit_memory_ms" in rows[0]) == (rows[0]["target"] == "cuda:90")
 
 
-def test_a_launch_is_what_the_launcher_says():
+def test_a_recorded_launch_has_the_launchers_settings():
     from sdit_kernels.triton import tiles
     from sdit_kernels.tuning import current
 
@@ -70,20 +70,20 @@ def test_a_launch_is_what_the_launcher_says():
         assert arguments["BR"] * arguments["BC"] == current().elementwise_threads * 8
         assert arguments["K"] == 4 and not arguments["LONG"] and arguments["R"] == 1
         assert not compiled.metadata.enable_fp_fusion
-    assert tiles.warps_of.cache_info().currsize == 0  # nothing of the target is remembered
+    assert tiles.warps_of.cache_info().currsize == 0  # the target's warp size must not be cached
 
 
 @pytest.mark.parametrize("case", [SpikingJelly("T=4"), Fla()], ids=lambda case: case.op)
-def test_a_peer_is_compiled_or_its_absence_explained(case):
+def test_a_peer_is_compiled_or_named_as_missing(case):
     rows = rows_of("cuda:90", [case])
     if importlib.util.find_spec(case.op) is None:
         assert [row["note"] for row in rows] == [f"skipped: {case.op} is not installed (make peers)"] * 2
     assert all("note" in row or row["bytes_per_element"] > row["floor"] for row in rows)
-    assert faults(rows) == []  # the check is not about peers
+    assert faults(rows) == []  # peers are not checked for faults
     assert case.op in markdown(rows, FACTS)
 
 
-def test_floor():
+def test_the_floor_counts_the_bytes_of_all_tensors():
     assert Case("", T=4).floor("forward", 4) == 8 and Case("", T=4).floor("backward", 2) == 6
     assert Case("", T=32).floor("backward", 4) == 12.25  # a checkpoint of 4 bytes per 16 steps
     assert Case("", T=4, v=True).floor("backward", 4) == 14
@@ -92,7 +92,7 @@ def test_floor():
     assert Case("", T=4, parameters="channel").floor("forward", 2, 2) == 5
 
 
-def test_faults_name_what_is_wrong():
+def test_faults_name_spills_narrow_accesses_and_extra_bytes():
     good = {"kernel": "lif_forward", "variant": "T=4", "data": "fp32", "target": "cuda:90", "neurons_per_thread": 4.0}
     good |= {"spills": 0, "spill_bytes": 0, "narrowest": 128, "bytes_per_element": 8.0, "floor": 8.0}
     good |= {"instructions_per_step": 10.0}
@@ -107,7 +107,7 @@ def test_faults_name_what_is_wrong():
     assert "1 with spills" in verdict([good | {"spills": 2}])
 
 
-def test_arguments(capsys, monkeypatch):
+def test_the_report_refuses_the_interpreter(capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="TRITON_INTERPRET is set"):
         compile_report.main(["--quick"])
@@ -118,9 +118,9 @@ def wkv_rows():
     return rows_of_all(TARGETS, [WkvCase("serial")], jobs=2)
 
 
-def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
+def test_wkv_kernels_have_no_spills_and_move_minimal_bytes(wkv_rows):
     walks = [row for row in wkv_rows if row["kernel"] != "wkv_sums"]
-    assert len(walks) == 8 and len(wkv_rows) == 12  # 2 targets, forward and backward and its sums, 2 dtypes
+    assert len(walks) == 8 and len(wkv_rows) == 12  # 2 targets, forward, backward and its sums, 2 dtypes
     assert faults(wkv_rows) == []
     for row in walks:
         assert row["spills"] == row["spill_bytes"] == row["shared"] == 0, row
@@ -128,17 +128,18 @@ def test_wkv_no_spills_bytes_at_the_floor(wkv_rows):
         assert row["floor"] == size * (5 if backward else 3) + 12 / 16, row
         assert row["bytes_per_element"] == pytest.approx(row["floor"]), row
         assert row["narrowest"] == 8 * size, row
-        assert row["instructions_per_step"] < (125 if backward else 55), row  # three of them keep NaN and infinities right
-        assert row["special_per_step"] < (3.7 if backward else 3.1), row  # two exponentials and a reciprocal; half walked twice
+        assert row["instructions_per_step"] < (125 if backward else 55), row  # three instructions treat NaN and infinities
+        # two exponentials and a reciprocal; the backward pass computes half of them twice
+        assert row["special_per_step"] < (3.7 if backward else 3.1), row
     assert "The WKV kernels" in markdown(wkv_rows, FACTS)
 
 
-def test_mix_no_spills_bytes_at_the_floor():
+def test_mix_kernels_have_no_spills_and_move_minimal_bytes():
     cases = [MixCase("relu_squared", 0), MixCase("1 mix"), MixCase("3 mixes, norm, C=8192", 3, True, 8192)]
     cases.append(MixCase("2 mixes, bf16 results", 2, autocast=True))
     rows = rows_of_all(TARGETS, cases, jobs=2)
     found = [row for row in rows if "(call)" not in row["kernel"]]
-    assert len(found) == 40  # 2 targets, 2 dtypes, forward and backward; C=8192 with two kernels each
+    assert len(found) == 40  # 2 targets, 2 dtypes, forward and backward; C=8192 has two kernels each
     assert faults(rows) == []
     for row in found:
         assert row["spills"] == row["spill_bytes"] == 0, row
@@ -152,6 +153,6 @@ def test_mix_no_spills_bytes_at_the_floor():
         assert row["instructions_per_step"] < 80, row
     calls = {(row["kernel"], row["data"]): row for row in rows if row not in found}
     forward, backward = (calls[f"token_shift_{direction} (call)", "fp32"] for direction in ("forward", "backward"))
-    assert (forward["bytes_per_element"], forward["floor"]) == (20, 16)  # x read twice
-    assert (backward["bytes_per_element"], backward["floor"]) == (36, 20)  # and three gradients
+    assert (forward["bytes_per_element"], forward["floor"]) == (20, 16)  # x is read twice
+    assert (backward["bytes_per_element"], backward["floor"]) == (36, 20)  # and so are the three gradients
     assert "The MIX kernels" in markdown(rows, FACTS)

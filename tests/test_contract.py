@@ -1,4 +1,4 @@
-"""The layout, made executable: rooms, the direction of imports, and what `import sdit_kernels` may cost."""
+"""Rules for every op and for the layout of the package: folders, imports, import cost, and behaviour all ops share."""
 
 import ast
 import importlib
@@ -38,7 +38,7 @@ def test_every_op_has_a_reference_of_equal_signature_and_a_documented_example(na
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_every_stem_has_its_rooms(stem):
+def test_every_stem_has_a_file_for_each_backend_a_test_and_a_benchmark(stem):
     for room in ("ops", "cpu", "triton"):
         assert (PACKAGE / room / f"{stem}.py").exists(), f"{room}/{stem}.py is missing"
     tests = ROOT / "tests" / f"test_{stem}.py"
@@ -46,11 +46,12 @@ def test_every_stem_has_its_rooms(stem):
     for name in OPS:
         if getattr(sdit_kernels, name).__module__.endswith(f".{stem}"):
             assert re.search(rf"\b{name}\(", tests.read_text()), f"no test of {name} in {tests.name}"
-            assert "_state_" in name or re.search(rf"\b{name}\b", benches), f"no benchmark of {name}"  # converters: a few adds
+            # converters of states only add a few numbers, so they have no benchmark
+            assert "_state_" in name or re.search(rf"\b{name}\b", benches), f"no benchmark of {name}"
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_same_launchers_on_every_backend(stem):
+def test_launchers_have_equal_signatures_on_every_backend(stem):
     cpu, triton = (importlib.import_module(f"sdit_kernels.{room}.{stem}") for room in ("cpu", "triton"))
     own = [name for name, value in vars(cpu).items() if getattr(value, "__module__", None) == cpu.__name__]
     names = [name for name in own if re.search("^[a-z].*_(forward|backward)$", name)]
@@ -82,7 +83,7 @@ def test_a_cpu_kernel_takes_at_most_16_parameters():
 
 
 def imports(path):
-    """(absolute module, whether at module level) for every import of a file."""
+    """Yield (absolute module, whether the import is at module level) for every import of a file."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     tree = ast.parse(path.read_text())
     top = set(tree.body)
@@ -99,8 +100,8 @@ def imports(path):
 
 
 @pytest.mark.parametrize("module", ["builtins", "torch", "torch.nn", "torch.nn.functional", "numpy", "matplotlib.pyplot"])
-def test_importing_everything_replaces_nothing(module):
-    """``from sdit_kernels import *`` stands behind the imports of torch and its like."""
+def test_import_star_replaces_no_name_of_other_libraries(module):
+    """Users may write ``from sdit_kernels import *`` after the imports of torch and other libraries."""
     if module == "matplotlib.pyplot":
         pytest.importorskip("matplotlib", reason="matplotlib, whose names are compared, is not installed")
     assert not set(sdit_kernels.__all__) & set(dir(importlib.import_module(module)))
@@ -110,23 +111,23 @@ def test_importing_everything_replaces_nothing(module):
     assert sdit_kernels.nn.LIF
 
 
-def rooms(names):
+def package_modules(names):
     return tuple(f"sdit_kernels.{name}" for name in names.split())
 
 
-FORBIDDEN = {  # room or file: what no file in it may import
-    "_torch.py": ("numba", "triton", "numpy", *rooms("dtypes checks reference cpu triton ops nn compat")),
-    "dtypes.py": ("numba", "triton", "numpy", *rooms("checks reference cpu triton ops nn compat")),
-    "checks.py": ("numba", "triton", "numpy", *rooms("reference cpu triton ops nn compat")),
-    "reference": ("numba", "triton", "numpy", *rooms("cpu triton ops nn compat")),
-    "cpu": ("triton", *rooms("triton ops nn compat")),
-    "triton": ("numba", *rooms("cpu ops nn compat")),
-    "ops": ("numba", "triton", *rooms("cpu triton nn compat")),
-    "nn": ("numba", "triton", *rooms("cpu triton compat")),
+FORBIDDEN = {  # folder or file: modules that its files may not import
+    "_torch.py": ("numba", "triton", "numpy", *package_modules("dtypes checks reference cpu triton ops nn compat")),
+    "dtypes.py": ("numba", "triton", "numpy", *package_modules("checks reference cpu triton ops nn compat")),
+    "checks.py": ("numba", "triton", "numpy", *package_modules("reference cpu triton ops nn compat")),
+    "reference": ("numba", "triton", "numpy", *package_modules("cpu triton ops nn compat")),
+    "cpu": ("triton", *package_modules("triton ops nn compat")),
+    "triton": ("numba", *package_modules("cpu ops nn compat")),
+    "ops": ("numba", "triton", *package_modules("cpu triton nn compat")),
+    "nn": ("numba", "triton", *package_modules("cpu triton compat")),
 }
 
 
-def test_imports_go_one_way():
+def test_imports_go_in_one_direction():
     for path in PACKAGE.rglob("*.py"):
         room = path.relative_to(PACKAGE).parts[0]
         forbidden = FORBIDDEN.get(room, ("numba", "sdit_kernels.cpu", "sdit_kernels.triton"))
@@ -135,13 +136,13 @@ def test_imports_go_one_way():
             for name in (*forbidden, "perf", "tests"):
                 assert not (module == name or module.startswith(name + ".")), f"{room}/{path.name} imports {module}"
             if module.split(".")[0] in ("triton", "numba") and room not in ("cpu", "triton"):
-                assert not top, f"{path.name} imports {module} when it is itself imported"
+                assert not top, f"{path.name} imports {module} at module level"
     for path in (ROOT / "perf").rglob("*.py"):
-        assert not any(module.startswith("tests") for module, _ in imports(path)), f"{path.name} knows the tests"
+        assert not any(module.startswith("tests") for module, _ in imports(path)), f"{path.name} imports the tests"
 
 
-def numbers_of_modules():
-    """The names of all numbers that a module of the package sets at its top level in capitals: widths, lengths, limits."""
+def names_of_constants():
+    """Yield the names of all constants in capitals that modules of the package assign at their top level."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Constant, ast.BinOp)):
@@ -151,7 +152,7 @@ def numbers_of_modules():
 
 
 def patched_names(source):
-    """The attributes and keys that a program sets on other objects, by assignment or by the usual calls."""
+    """Yield the attributes and keys that a program sets on other objects, by assignment or with monkeypatch or mock."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call):
             name = getattr(node.func, "attr", getattr(node.func, "id", ""))
@@ -164,9 +165,9 @@ def patched_names(source):
             yield from (t.attr for t in flat if isinstance(t, ast.Attribute))
 
 
-def test_no_test_and_no_benchmark_patches_a_number_of_a_module():
-    """sdit_kernels.tuning.tuned sets those that decide how kernels are cut."""
-    numbers = set(numbers_of_modules())
+def test_no_test_or_benchmark_patches_a_constant():
+    """Use sdit_kernels.tuning.tuned for the numbers that decide how kernels are cut."""
+    numbers = set(names_of_constants())
     assert {"STRIDE", "_KEPT", "STREAM"} <= numbers
     for line in (
         'monkeypatch.setattr(kernels, "STREAM", 2)', 'mock.patch.object(kernel, "STREAM", 2)', "a, kernel.STREAM = 1, 2",
@@ -179,15 +180,16 @@ def test_no_test_and_no_benchmark_patches_a_number_of_a_module():
 
 ROOMS = ("sdit_kernels", "sdit", "perf", "examples")
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
-PUBLIC = {*dir(torch.nn.Module()), "_replace", "_asdict", "_fields", "_make"}  # underscores that classes hand down to others
+# names with an underscore that subclasses may use
+PUBLIC = {*dir(torch.nn.Module()), "_replace", "_asdict", "_fields", "_make"}
 
 
 def is_private(name):
     return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
-def defined(source):
-    """The private names that a file defines: functions, classes, variables, arguments, attributes that it sets."""
+def private_definitions(source):
+    """Return the private names a file defines: functions, classes, variables, arguments, and attributes it sets."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         stored = isinstance(getattr(node, "ctx", None), ast.Store)
@@ -199,9 +201,12 @@ def defined(source):
 
 
 def private_names_of_others(source, others):
-    """Private names that a file takes from a file of ROOMS: imported, read from an imported name, or read from any object if
-    another file (``others``: the private names defined there) and not this one defines them."""
-    modules, imported, found, own = {path.stem for path in SOURCES}, set(), [], defined(source)
+    """Return the private names that a file takes from another file of ROOMS.
+
+    It may import them, read them from an imported name, or read them from any object. The last case counts only names in
+    ``others`` (private names that other files define) that the file itself does not define.
+    """
+    modules, imported, found, own = {path.stem for path in SOURCES}, set(), [], private_definitions(source)
     nodes = list(ast.walk(ast.parse(source)))
     for node in nodes:
         if isinstance(node, ast.ImportFrom) and (node.level or node.module.split(".")[0] in ROOMS):
@@ -220,8 +225,8 @@ def private_names_of_others(source, others):
     return found
 
 
-def test_no_private_name_crosses_a_file_border():
-    definitions = {path: defined(path.read_text()) for path in SOURCES}
+def test_no_file_uses_private_names_of_another():
+    definitions = {path: private_definitions(path.read_text()) for path in SOURCES}
     found = {}
     for path in SOURCES:
         others = set().union(*(names for other, names in definitions.items() if other != path))
@@ -242,11 +247,11 @@ def test_no_private_name_crosses_a_file_border():
         ("def f(model): return model._hidden(1)", "model._hidden"),
     ],
 )
-def test_private_names_are_found(source, name):
+def test_the_check_finds_private_names(source, name):
     assert private_names_of_others(source, {"_hidden"}) == [name]
 
 
-def test_names_of_ones_own_and_of_tuples_are_not_counted():
+def test_the_check_ignores_own_names_and_methods_of_tuples():
     source = "from .x import a as _b\nimport torch\nclass A:\n    def _hidden(self): return self._hidden, a._replace, torch._C"
     assert private_names_of_others(source, {"_hidden"}) == []
 
@@ -281,14 +286,14 @@ def python(code, **environment):
 @pytest.mark.process
 def test_import_is_light_and_needs_no_optional_package():
     loaded, spikes, message, initialised = json.loads(python(BARE, TRITON_INTERPRET=""))
-    assert loaded == ["sdit_kernels"]  # nothing of torch's that torch has not loaded itself, such as its compiler
+    assert loaded == ["sdit_kernels"]  # no part of torch that torch does not load itself, such as its compiler
     assert spikes == 6.0 and not initialised
     assert "pip install numba" in message
 
 
 @pytest.mark.process
-def test_the_report():
-    """What a bug report needs: versions, builds, machine, settings that matter and no others, caches, devices."""
+def test_the_report_shows_versions_machine_and_settings():
+    """A bug report needs versions, builds, the machine, the settings that matter and no others, caches and devices."""
     settings = {"NUMBA_CACHE_DIR": "/some/folder", "TRITON_CACHE_DIR": "/another", "OMP_NUM_THREADS": "1", "MY_TOKEN": "hidden"}
     code = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
     text = python(code, TRITON_INTERPRET="", SDIT_KERNELS_BACKEND="", **settings)
@@ -319,13 +324,13 @@ def test_the_report_names_gpus(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["cuda", "", "CPU"])
-def test_unknown_backend(name):
+def test_an_unknown_backend_is_refused(name):
     with pytest.raises(ValueError, match="backend must be one of 'reference', 'cpu', 'triton'"), sdit_kernels.backend(name):
         pass
 
 
 @pytest.mark.process
-def test_backend_from_the_environment():
+def test_an_environment_variable_chooses_the_backend():
     code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
     assert python(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
     code = "\ntry: import sdit_kernels\nexcept ValueError as e: print(e)"
@@ -333,14 +338,15 @@ def test_backend_from_the_environment():
     code = "import torch, sdit_kernels\ntry: sdit_kernels.lif(torch.ones(2, 3))\nexcept RuntimeError as e: print(e)"
     message = python(code, SDIT_KERNELS_BACKEND="triton", TRITON_INTERPRET="")
     assert "TRITON_INTERPRET=1" in message and "move them to a GPU" in message
-    mended = "import sys; sys.path.insert(0, 'tests'); import native_triton; native_triton.setup()"  # Triton 3.6 with numpy 2.4
+    # setup() makes Triton 3.6 work with numpy 2.4
+    mended = "import sys; sys.path.insert(0, 'tests'); import native_triton; native_triton.setup()"
     code = (
         f"{mended}; import torch, sdit_kernels as k; print(k.dispatch.choose('cpu'), k.lif(torch.ones(2, 3) * 2).sum().item())"
     )
     assert python(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
 
 
-def test_backend_is_restored_and_per_thread():
+def test_a_backend_is_restored_and_set_per_thread():
     import threading
 
     seen = []
@@ -352,7 +358,7 @@ def test_backend_is_restored_and_per_thread():
     assert seen == [sdit_kernels.dispatch.requested()]
 
 
-def test_devices_without_kernels_run_the_reference_and_say_so_once(monkeypatch):
+def test_devices_without_kernels_run_the_reference_with_one_warning(monkeypatch):
     monkeypatch.setattr(sdit_kernels.dispatch, "_resolved", {})
     with pytest.warns(UserWarning, match="plain PyTorch reference"):
         assert sdit_kernels.dispatch.choose("mps") == "reference"
@@ -368,7 +374,7 @@ def given(p, value=1.0):
     return value * ONE if p is None else p
 
 
-CALLS = {  # of x, (3, 4, 5), and of one parameter for each channel
+CALLS = {  # functions of x, (3, 4, 5), and of a parameter with one value per channel
     "leaky": lambda x, p=None: sdit_kernels.leaky(x, beta=0.5 * given(p)),
     "lif": lambda x, p=None: sdit_kernels.lif(x, tau=given(p, 2.0)),
     "lif_rate": lambda x, p=None: sdit_kernels.lif_rate(x, tau=given(p, 2.0)),
@@ -382,8 +388,8 @@ CALLS = {  # of x, (3, 4, 5), and of one parameter for each channel
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("gradient", [False, True])
-def test_memory_that_holds_the_negative(name, gradient):
-    """torch.imag of a conjugate is such a view: a kernel that read its memory would take -x for x."""
+def test_lazily_negated_tensors_are_read_correctly(name, gradient):
+    """torch.imag of a conjugate is such a view. A kernel that reads its memory directly would use -x instead of x."""
     x = torch.randn(3, 4, 5)
     view = torch._neg_view(x.neg())
     assert view.is_neg() and torch.equal(view, x)
@@ -404,8 +410,8 @@ def test_a_second_backward_pass_names_the_way_out(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_forward_mode_is_refused(name):
-    """With and without gradients enabled, which are another thing."""
+def test_forward_mode_derivatives_are_refused(name):
+    """Also when gradients are disabled, because forward mode does not depend on that."""
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(torch.randn(3, 4, 5), torch.randn(3, 4, 5))
         for enabled in (True, False):
@@ -417,8 +423,8 @@ def test_forward_mode_is_refused(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_forward_mode_of_the_reference(name):
-    """The way out that the refusal names: <g, J dx> = <J^T g, dx>."""
+def test_the_reference_has_forward_mode_derivatives(name):
+    """The refusal suggests this. The test is <g, J dx> = <J^T g, dx>."""
     x = torch.randn(3, 4, 5, requires_grad=True)
     dx, g = torch.randn(2, *x.shape)
     with sdit_kernels.backend("reference"):
@@ -428,19 +434,20 @@ def test_forward_mode_of_the_reference(name):
     torch.testing.assert_close((g * tangent).sum(), (want * dx).sum(), rtol=1e-4, atol=1e-4)
 
 
-# --- what every op does, told once ------------------------------------------------------------------------------------------
+# --- behaviour that all ops share -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_second_derivative_is_refused(name):
-    """By the kernels, which know no formula for it; the reference has one."""
+    """Kernels have no formula for it. The reference has one."""
 
     def gradient(x):
         out = CALLS[name](x)
         return torch.autograd.grad((out * out.detach()).sum(), x, create_graph=True)[0]
 
-    x = (3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()  # so that neurons fire
-    if name == "token_shift":  # linear in x: its second derivative is 0, of which nothing can be refused
+    # large enough that neurons fire
+    x = (3 * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    if name == "token_shift":  # linear in x: torch.autograd.grad never asks for the second derivative, backward() does
         with pytest.raises(RuntimeError, match="no second derivative"):
             gradient(x).sum().backward()
     else:
@@ -453,7 +460,7 @@ def test_a_second_derivative_is_refused(name):
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_runs_fused(name, dtype):
-    """The op takes what a layer under autocast hands it, in 16 bits, and hands on as much; its gradients reach the layer."""
+    """The op takes the 16-bit output of a layer under autocast and returns 16 bits. Gradients reach the layer."""
     x, linear = torch.randn(3, 4, 5, requires_grad=True), torch.nn.Linear(5, 5)
     with torch.autocast("cpu", dtype=dtype), torch.profiler.profile() as profile:
         out = CALLS[name](linear(x))
@@ -465,8 +472,7 @@ def test_autocast_runs_fused(name, dtype):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_fake_and_meta_tensors(name):
-    """Shapes and dtypes without values."""
+def test_fake_and_meta_tensors_get_shapes_and_dtypes(name):
     from torch._subclasses import FakeTensorMode
 
     want = CALLS[name](torch.randn(3, 4, 5))
@@ -482,7 +488,7 @@ def test_fake_and_meta_tensors(name):
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 @pytest.mark.parametrize("name", CALLS)
-def test_vmap_and_gradients_of_each_member(name, backend):
+def test_vmap_equals_a_loop_over_the_batch(name, backend):
     from torch.func import grad, vmap
 
     def loss(x):
@@ -496,7 +502,7 @@ def test_vmap_and_gradients_of_each_member(name, backend):
 
 BACKENDS = ["cpu", "triton"]
 STATE = torch.zeros(3, 5), torch.full((3, 5), -torch.inf)
-OPERATORS = {  # calls of x, (3, 4, 5), and p, (5,), that reach every operator in every form it has
+OPERATORS = {  # calls of x, (3, 4, 5), and p, (5,), which together reach every operator with all its options
     "leaky": lambda x, p: sdit_kernels.leaky(x, beta=0.5),
     "leaky, long": lambda x, p: sdit_kernels.leaky(x.repeat(6, 1, 1), x[0], beta=p[0] / 2, v_threshold=p, return_v_seq=True),
     "leaky, permuted": lambda x, p: sdit_kernels.leaky(x.reshape(3, 2, 2, 5).permute(0, 2, 3, 1), beta=0.5, return_v=True),
@@ -535,7 +541,7 @@ def step_in_place(p, x):
 
 
 class Recorded(TorchDispatchMode):
-    """Keeps every call of an operator of this library."""
+    """Record every call of an operator of this library."""
 
     def __init__(self):
         super().__init__()
@@ -553,8 +559,8 @@ def tensors(outputs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("call", OPERATORS)
-def test_opcheck(call, backend):
-    """PyTorch's own tests of an operator: its schema, its gradient's registration, shapes without values, the compiler."""
+def test_opcheck_passes_for_every_operator(call, backend):
+    """torch.library.opcheck tests an operator's schema, its registered gradient, fake tensors and the compiler."""
     x = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     p = torch.rand(5, generator=torch.Generator().manual_seed(1)).requires_grad_()
     torch.use_deterministic_algorithms(False)
@@ -570,8 +576,8 @@ def test_opcheck(call, backend):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_compiles_whole(name):
-    """Values and gradients of torch.compile(fullgraph=True) for two sizes of the batch; test_lif.py goes through Inductor."""
+def test_compiled_equals_eager(name):
+    """Compare values and gradients of torch.compile(fullgraph=True) for two batch sizes. test_lif.py uses Inductor."""
     torch.compiler.reset()
 
     def loss(x, p):
@@ -587,12 +593,12 @@ def test_compiles_whole(name):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_exports_for_any_batch(name):
+def test_export_takes_any_batch(name):
     class Net(torch.nn.Module):
         def forward(self, x):
             return CALLS[name](x)
 
-    axis = 1 if name in ("leaky", "lif") else 0  # T is the first axis of these
+    axis = 1 if name in ("leaky", "lif") else 0  # T is the first axis of these ops
     program = torch.export.export(Net(), (torch.randn(3, 4, 5),), dynamic_shapes={"x": {axis: torch.export.Dim("batch")}})
     x = torch.randn(3, 4, 5).narrow(axis, 0, 2)
     assert torch.equal(program.module()(x), CALLS[name](x))
@@ -601,7 +607,7 @@ def test_exports_for_any_batch(name):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CALLS)
-def test_repeats_bit_for_bit_and_writes_nothing_else(name, backend):
+def test_results_repeat_bit_for_bit_and_inputs_stay_unchanged(name, backend):
     x, p = torch.randn(30, 40, 5, requires_grad=True), torch.full((5,), 1.5, requires_grad=True)
     before = [t.detach().clone() for t in (x, p)]
     found = []

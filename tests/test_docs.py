@@ -1,9 +1,9 @@
-"""README.md and docs/: their Python runs, their commands exist, their links lead somewhere, README stays short.
+"""README.md and docs/: their Python blocks run, their commands and links exist, and the README stays short.
 
 The blocks of one page share one namespace, in order. A comment before a block says what it needs:
 
-    <!-- no run: needs a GPU -->     Python is compiled only, shell only read by bash -n
-    <!-- needs: snntorch -->         runs where that module is installed
+    <!-- no run: needs a GPU -->     Python is only compiled, and shell is only checked by bash -n
+    <!-- needs: snntorch -->         the block runs if that module is installed
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from words import BUDGETS
 
 import sdit_kernels
 
@@ -25,7 +26,8 @@ if not DOCS.is_dir():
     pytest.skip("docs/ is in the repository only, not in the sdist", allow_module_level=True)
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-SMALLER = {"steps=200": "steps=2", 'sampler="ddim", ': 'sampler="ddim", steps=2, '}  # in blocks that would run for minutes
+# replacements in blocks that would run for minutes
+SMALLER = {"steps=200": "steps=2", 'sampler="ddim", ': 'sampler="ddim", steps=2, '}
 
 
 class Block(NamedTuple):
@@ -33,7 +35,7 @@ class Block(NamedTuple):
     line: int
     language: str
     text: str
-    mark: str  # of the comment before it
+    mark: str  # the comment before the block: "no run" or "needs"
     reason: str
 
 
@@ -51,15 +53,15 @@ def blocks(page):
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def test_every_block_has_a_language_and_is_run_or_says_why():
+def test_python_blocks_run_unless_a_comment_says_why():
     assert {block.language for block in BLOCKS} <= {"python", "bash", "text"}
     assert sum(block.language == "python" for block in BLOCKS) > 25
     unrun = [block for block in BLOCKS if block.mark == "no run" and block.language == "python"]
-    assert len(unrun) <= 3, [(block.page.name, block.line) for block in unrun]  # README's "your model, one line"
+    assert len(unrun) <= 3, [(block.page.name, block.line) for block in unrun]  # the README's section "your model, one line"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_python(page, tmp_path, monkeypatch):
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     from sdit import PRESETS
 
     monkeypatch.chdir(tmp_path)
@@ -80,7 +82,7 @@ def test_python(page, tmp_path, monkeypatch):
 
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-def test_bash_reads_every_shell_block():
+def test_bash_parses_every_shell_block():
     for block in BLOCKS:
         if block.language == "bash":
             done = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True)
@@ -88,7 +90,7 @@ def test_bash_reads_every_shell_block():
 
 
 def commands():
-    """(block, words) of every command, without comments and variables."""
+    """Yield (block, words) of every command, without comments and variables."""
     for block in BLOCKS:
         if block.language == "bash":
             for line in block.text.replace("\\\n", " ").splitlines():
@@ -125,7 +127,7 @@ def sdit_parses(words):
     return _parser().parse_args(words)
 
 
-def test_every_command_exists():
+def test_every_command_is_valid():
     known = 0
     for block, words in commands():
         where = f"{block.page.name}:{block.line}: {shlex.join(words)}"
@@ -142,13 +144,13 @@ def test_every_command_exists():
         elif words[0] == "python":
             assert is_script(words[1:]), where
         else:
-            assert block.mark == "no run", f"{where}: is this a command of the project? Then check it here"
+            assert block.mark == "no run", f"{where}: no check for this command"
         known += 1
     assert known > 40
 
 
-def test_the_samples_of_the_readme(tmp_path, capsys):
-    """README's first command, with one image and two steps."""
+def test_the_readmes_first_command_draws_samples(tmp_path, capsys):
+    """It runs with one image and two steps."""
     from sdit.cli import main
 
     words = next(words for block, words in commands() if block.page == PAGES[0] and words[:2] == ["sdit", "sample"])
@@ -163,13 +165,13 @@ def test_the_readme_is_short():
 
 
 def slug(heading):
-    """The anchor of a heading, as mkdocs and repository hosts make it."""
+    """Return the anchor of a heading, as mkdocs and repository hosts make it."""
     return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links(page):
-    """`make docs` asks mkdocs for the same, where mkdocs is installed."""
+def test_links_lead_to_existing_files_and_headings(page):
+    """`make docs` checks the same with mkdocs, if mkdocs is installed."""
     text = FENCE.sub("", page.read_text())
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for link in links:
@@ -202,7 +204,7 @@ def test_every_public_name_is_in_the_api_reference():
     assert listed == ops | modules | libraries
 
 
-def test_the_tables_of_surrogates_and_ops():
+def test_the_tables_list_all_surrogates_and_ops():
     text = (DOCS / "ops" / "lif.md").read_text()
     for name, surrogate in sdit_kernels.SURROGATES.items():
         formula = surrogate.formula.replace("|", "\\|")
@@ -212,13 +214,13 @@ def test_the_tables_of_surrogates_and_ops():
         assert all(f"| [`{op}`](" in page.read_text() for op in ops), page
 
 
-def test_the_citation():
+def test_the_citation_has_the_version():
     text = (ROOT / "CITATION.cff").read_text()
     assert f"\nversion: {sdit_kernels.__version__}\n" in text and "arXiv:2402.11588" in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_plain_words(page):
+def test_pages_avoid_listed_words(page):
     text = FENCE.sub("", page.read_text())
-    found = re.findall(r"\b(?:that of|those of|is no|but for|walk back|likewise)\b", text)
+    found = [match.group() for phrase in BUDGETS for match in re.finditer(phrase, text)]
     assert not found, f"{page.name}: {found}"

@@ -1,4 +1,5 @@
-"""Every op at the edges: unusual defaults of torch, extreme numbers, infinities, arguments given both ways."""
+"""Every op in unusual cases: default devices and dtypes of torch, extreme numbers, infinities, positional and named
+arguments."""
 
 import ast
 import contextlib
@@ -21,7 +22,7 @@ BACKENDS = ["cpu", "triton", "reference"]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_the_gate_by_position_and_by_name(name):
+def test_the_gate_may_be_positional_or_named(name):
     k, v, r = torch.randn(3, 2, 1, 5, 4).unbind(0)
     w, u = torch.randn(2, 4)
     with backend(name):
@@ -44,7 +45,7 @@ def outputs_and_gradients(name, function, *tensors):
         return *out, *torch.autograd.grad(out, leaves, [torch.ones_like(o) for o in out])
 
 
-def assert_alike(found, wanted, what):
+def assert_all_close(found, wanted, what):
     for i, (got, want) in enumerate(zip(found, wanted)):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6, equal_nan=True, msg=lambda m, i=i: f"{what}, {i}: {m}")
 
@@ -52,8 +53,8 @@ def assert_alike(found, wanted, what):
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.filterwarnings("error")
-def test_extreme_numbers(name, dtype):
-    """Numbers as great or small as the checks let pass: the outputs and gradients of the reference, no error, no warning."""
+def test_extreme_settings_equal_the_reference(name, dtype):
+    """Settings are as large or small as the checks allow. Outputs and gradients are close, without errors or warnings."""
     x = X.to(dtype)
     for numbers in EXTREMES:
         neuron = {k: v for k, v in numbers.items() if k != "T"}
@@ -61,18 +62,18 @@ def test_extreme_numbers(name, dtype):
             (lambda x, n=neuron: lif(x, return_v=True, **n), x),
             (lambda x, n=neuron, s=numbers: lif_rate(x, s.get("T", 4), **n), x[0]),
         ):
-            assert_alike(*(outputs_and_gradients(b, function, data) for b in (name, "reference")), neuron)
+            assert_all_close(*(outputs_and_gradients(b, function, data) for b in (name, "reference")), neuron)
     for numbers in (dict(beta=b, v_threshold=t) for b in (0.0, 1.0, 5e-324, 1 - 1e-16) for t in (0.0, 1e-45, 3e38, -3e38)):
         found, wanted = (
             outputs_and_gradients(b, lambda x, s=numbers: leaky(x, return_v=True, **s), x) for b in (name, "reference")
         )
-        assert_alike(found, wanted, numbers)
+        assert_all_close(found, wanted, numbers)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("first", [-math.inf, -1e38, -1e20, 0.0, 60.0, 1e20])
-def test_extreme_decay(name, dtype, first):
+def test_extreme_decays_equal_the_reference(name, dtype, first):
     k, v = torch.randn(2, 1, 22, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     for decay in (-math.inf, -1e20, -88.0, -36.0, -1e-45, 0.0, 1.0):
         w, u = torch.full((6,), decay, dtype=dtype), torch.full((6,), first, dtype=dtype)
@@ -82,11 +83,11 @@ def test_extreme_decay(name, dtype, first):
             return y, *state
 
         found, wanted = (outputs_and_gradients(b, scan, k, v) for b in (name, "reference"))
-        assert_alike(found, wanted, decay)
+        assert_all_close(found, wanted, decay)
 
 
 @pytest.mark.parametrize("name", BACKENDS[:2])
-def test_extreme_norms_and_mixes(name):
+def test_extreme_norms_and_mixes_equal_the_reference(name):
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for eps in (1e-300, 1e-5, 1e30, 1e300):
         for mix in (0.0, 1.0, 1e30, -1e30):
@@ -95,12 +96,12 @@ def test_extreme_norms_and_mixes(name):
                 return token_shift(x, m, norm_eps=eps)[0] / max(abs(mix), 1.0)
 
             m = torch.full((6,), mix, dtype=torch.float64)
-            assert_alike(*(outputs_and_gradients(b, shift, x, m) for b in (name, "reference")), (eps, mix))
+            assert_all_close(*(outputs_and_gradients(b, shift, x, m) for b in (name, "reference")), (eps, mix))
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 @pytest.mark.parametrize("setting", ["v_threshold", "v_reset", "alpha"])
-def test_numbers_that_float32_cannot_hold(name, setting):
+def test_settings_too_large_for_float32_are_refused(name, setting):
     for number in (3.5e38, 1e300):
         calls = [lambda n=number: lif(X, **{setting: n}), lambda n=number: lif_rate(X, **{setting: n})]
         if setting != "v_reset":
@@ -120,8 +121,8 @@ PLANTS = [math.inf, -math.inf, math.nan, -0.0]
 
 
 @st.composite
-def planted(draw, shape, chosen=PLANTS, most=4):
-    """Multiples of 1/8 with a few values of ``chosen`` among them."""
+def with_odd_values(draw, shape, chosen=PLANTS, most=4):
+    """Multiples of 1/8, in which a few elements are replaced by values of ``chosen``."""
     seed = draw(st.integers(0, 99))
     t = torch.randint(-8, 24, shape, generator=torch.Generator().manual_seed(seed)) / 8
     for _ in range(draw(st.integers(0, most))):
@@ -130,8 +131,11 @@ def planted(draw, shape, chosen=PLANTS, most=4):
 
 
 def compare(name, function, leaves, upstream=()):
-    """Outputs and gradients with NaN where the reference has NaN, infinities where it has them. An infinite upstream gradient
-    meets others in another order than autograd's: there, not finite where the reference is not."""
+    """Compare outputs and gradients, including the positions of NaN and infinities.
+
+    With an infinite upstream gradient, kernels add gradients in another order than autograd. Then only the positions of values
+    that are not finite must agree.
+    """
     found = []
     for which in (name, "reference"):
         given = [t.detach().clone().requires_grad_() for t in leaves]
@@ -152,8 +156,8 @@ def compare(name, function, leaves, upstream=()):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_hidden_infinities_have_no_gradient(name, surrogate):
-    """A membrane that a reset hides, whatever its size: no gradient passes it, at this step and through the steps after it."""
+def test_membranes_that_are_reset_have_no_gradient(name, surrogate):
+    """No gradient passes through a membrane that a reset replaces, even if it is infinite, in this step or later ones."""
     x = torch.tensor([math.inf, -math.inf, 3e38, -3e38, 1e20, 1e10])
     x = torch.cat([x[None], torch.full((2, 6), 0.75)]).requires_grad_()
     with backend(name):
@@ -168,8 +172,8 @@ def test_hidden_infinities_have_no_gradient(name, surrogate):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("surrogate", SURROGATES)
-def test_surrogates_far_away(name, surrogate):
-    """The derivative at infinity is 0; where a z overflows, the least that the formula gives; at NaN as in the reference."""
+def test_surrogate_derivatives_far_from_the_threshold(name, surrogate):
+    """The derivative is 0 at infinity, the formula's smallest value where a z overflows, and as in the reference at NaN."""
     z = torch.tensor([math.inf, -math.inf, math.nan, 1e38, -1e38, 0.0])
     found = outputs_and_gradients(name, lambda z: lif(z[None], tau=1.0, v_threshold=0.0, surrogate=surrogate), z)[1]
     want = SURROGATES[surrogate].derivative(z, SURROGATES[surrogate].alpha)
@@ -180,10 +184,10 @@ def test_surrogates_far_away(name, surrogate):
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @settings(max_examples=60)
 @given(data=st.data())
-def test_planted_neurons(name, data):
+def test_neurons_equal_the_reference_on_nan_and_infinities(name, data):
     T, upstream = data.draw(st.sampled_from([1, 3, 18])), data.draw(st.booleans())
-    x, v = data.draw(planted((T, 7))), data.draw(planted((7,)))
-    g = [data.draw(planted((T, 7), PLANTS[:3], 2))] if upstream else []
+    x, v = data.draw(with_odd_values((T, 7))), data.draw(with_odd_values((7,)))
+    g = [data.draw(with_odd_values((T, 7), PLANTS[:3], 2))] if upstream else []
     surrogate = data.draw(st.sampled_from(["atan", "rect", "sigmoid"]))
     kind = data.draw(st.sampled_from(["lif", "leaky", "rate"]))
     tau, theta = torch.full((7,), 2.0), torch.full((7,), 1.0)
@@ -202,15 +206,16 @@ def test_planted_neurons(name, data):
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @settings(max_examples=60)
 @given(data=st.data())
-def test_planted_scans(name, data):
+def test_scans_equal_the_reference_on_nan_and_infinities(name, data):
     L, both = data.draw(st.sampled_from([1, 5, 22])), data.draw(st.booleans())
-    # Of one tensor at a time: an infinite value whose weight is 0 has no right answer. A single token's reference does not read
-    # the decay, so no key can make its gradient NaN.
+    # Only one tensor gets such values, because an infinite value with weight 0 has no right answer. For a single token the
+    # reference does not read the decay, so no key can make the decay's gradient NaN.
     below = [-math.inf, -0.0]
     plants = dict(v=PLANTS, r=PLANTS, k=PLANTS[1:] if L > 1 else below, w=below, u=below)
     where = data.draw(st.sampled_from(sorted(plants)))
     v, r, k, w, u = (
-        data.draw(planted((17,) if name in "wu" else (1, L, 17), plants[name], 4 if name == where else 0)) for name in plants
+        data.draw(with_odd_values((17,) if name in "wu" else (1, L, 17), plants[name], 4 if name == where else 0))
+        for name in plants
     )
     if data.draw(st.booleans()):
         compare(name, lambda w, u, k, v, r: wkv(w, u, k, v, r, bidirectional=both), (w, u, k, v, r))
@@ -221,8 +226,12 @@ def test_planted_scans(name, data):
 @pytest.mark.parametrize("name", BACKENDS[:2])
 @settings(max_examples=60)
 @given(data=st.data())
-def test_planted_mixes(name, data):
-    x, m, last = data.draw(planted((5, 9))), data.draw(planted((9,), most=1)), data.draw(planted((9,), most=1))
+def test_mixes_equal_the_reference_on_nan_and_infinities(name, data):
+    x, m, last = (
+        data.draw(with_odd_values((5, 9))),
+        data.draw(with_odd_values((9,), most=1)),
+        data.draw(with_odd_values((9,), most=1)),
+    )
     compare(name, lambda x: sdit_kernels.relu_squared(x), (x,))
     compare(name, lambda x, m, last: token_shift(x, m, last=last)[0], (x, m, last))
     compare(name, lambda x: token_shift(x, torch.full((9,), 0.25), norm_eps=1e-5)[0], (x,))
@@ -269,12 +278,12 @@ MODULES = dict(
 
 
 def flat(outputs):
-    """(a, (b, c)) as (a, b, c)."""
+    """Flatten (a, (b, c)) to (a, b, c)."""
     return tuple(t for o in outputs for t in (flat(o) if isinstance(o, tuple) else (o,)))
 
 
 @contextlib.contextmanager
-def defaults(device, dtype):
+def torch_defaults(device, dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -286,8 +295,8 @@ def defaults(device, dtype):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("call", CALLS)
-def test_foreign_default_devices_and_dtypes(name, call):
-    """Forward and backward: what torch creates where nobody says on which device and of which dtype."""
+def test_default_devices_and_dtypes_change_nothing(name, call):
+    """In both passes, no tensor is created on torch's default device or with its default dtype."""
 
     def run():
         for module in MODULES.values():
@@ -301,7 +310,7 @@ def test_foreign_default_devices_and_dtypes(name, call):
 
     wanted = run()
     for device, dtype in (("cpu", torch.float64), ("cpu", torch.bfloat16), ("meta", torch.float32), ("meta", torch.bfloat16)):
-        with defaults(device, dtype):
+        with torch_defaults(device, dtype):
             found = run()
         for got, want in zip(found, wanted):
             assert (got is None) == (want is None), (device, dtype)
@@ -310,27 +319,27 @@ def test_foreign_default_devices_and_dtypes(name, call):
                 assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)), (device, dtype)
 
 
-def test_large_outputs_under_a_foreign_default_device():
-    """Those that come from the pool of blocks, which deterministic mode leaves alone."""
+def test_a_default_device_does_not_change_large_outputs():
+    """Large outputs come from the memory pool, which deterministic mode bypasses."""
     torch.use_deterministic_algorithms(False)
     x = torch.full((4, 1 << 19), 3.0, requires_grad=True)
-    with defaults("meta", torch.float64):
+    with torch_defaults("meta", torch.float64):
         s = lif(x)
         (dx,) = torch.autograd.grad(s.sum(), x)
     assert s.device.type == dx.device.type == "cpu" and (s == 1).all()
 
 
-def test_every_allocation_names_its_device():
-    """Scratch memory on the default device may be another device's: the kernel then writes to an address that is none."""
+def test_every_allocation_names_its_device_and_dtype():
+    """Memory on the default device may belong to another device, so that a kernel would write to an invalid address."""
     factories = "empty empty_strided zeros ones full tensor scalar_tensor arange linspace eye as_tensor rand randn randint"
     found = 0
     for path in (ROOT / "sdit_kernels").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
-        # parameters of modules start on the default device and in the default dtype, as those of torch's modules do
+        # parameters of modules use the default device and dtype, as in torch's modules
         parameters = {id(node.args[0]) for node in calls if ast.unparse(node.func) == "torch.nn.Parameter" and node.args}
         for node in calls:
             if ast.unparse(node.func) in {f"torch.{name}" for name in factories.split()} and id(node) not in parameters:
                 found += 1
                 named = {keyword.arg for keyword in node.keywords}
-                assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} without both"
+                assert {"device", "dtype"} <= named, f"{path.name}:{node.lineno}: {ast.unparse(node.func)} needs both"
     assert found > 20

@@ -1,4 +1,4 @@
-"""examples/: each runs by itself, small, has --help, and is short enough to copy."""
+"""examples/: each file runs by itself in short time, has --help, and is short enough to copy."""
 
 import importlib.util
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = {  # file: the library that it needs, arguments that make it short, what its last lines say
+CASES = {  # file: (library it needs, arguments that make it short, words in its output)
     "spikingjelly_digits.py": ("spikingjelly", ("--epochs", "1"), ("SpikingJelly: ", "accelerated: ", "% right")),
     "snntorch_digits.py": ("snntorch", ("--epochs", "1"), ("loop: ", "unroll: ", "% right")),
     "rwkv_text.py": ("transformers", ("--steps", "1"), ("loss", "ms a step", "def ")),
@@ -18,11 +18,11 @@ CASES = {  # file: the library that it needs, arguments that make it short, what
 }
 
 
-def test_every_example_is_here_and_is_short():
+def test_every_example_is_tested_and_short():
     files = {path.name: path.read_text() for path in (ROOT / "examples").glob("*.py")}
     assert files.keys() == CASES.keys()
     for name, text in files.items():
-        assert len(text.splitlines()) < 40 and "from perf" not in text, name  # a user copies the file, and has no perf/
+        assert len(text.splitlines()) < 40 and "from perf" not in text, name  # users copy the file and do not have perf/
         assert "argparse.ArgumentParser(description=__doc__)" in text, name
 
 

@@ -1,4 +1,4 @@
-"""perf/compile/launch.py and code.py: the code of small kernels, on every target, without a GPU."""
+"""perf/compile/launch.py and code.py: the machine code of small kernels for every target, without a GPU."""
 
 import os
 
@@ -45,12 +45,12 @@ every_target = pytest.mark.parametrize("target", TARGETS)
 
 
 def data(dtype=torch.float32, offset=0):
-    """A tensor whose address is a multiple of 16, or ``offset`` elements behind one."""
+    """Return a tensor whose address is a multiple of 16 bytes, or lies ``offset`` elements behind one."""
     return torch.empty(N + 1, dtype=dtype)[offset:]
 
 
 def compiled(target, kernel, *arguments, **options):
-    """The kernel as a launch with these arguments compiles it."""
+    """Compile the kernel as a launch with these arguments does."""
     with launches(target) as found:
         kernel[(1,)](*arguments, **options)
     ((kernel, _),) = found
@@ -65,7 +65,7 @@ def decayed(target):
     return compiled(target, decay, data(), data(), N, 64, 2.0, BLOCK=1024)
 
 
-def test_a_launch_writes_nothing_and_is_told_with_its_arguments():
+def test_a_recorded_launch_writes_nothing_and_keeps_its_arguments():
     x, y = torch.ones(N), torch.zeros(N)
     with launches("cuda:90") as found:
         copy[(4,)](x, y, N, BLOCK=512, num_warps=2)
@@ -76,7 +76,7 @@ def test_a_launch_writes_nothing_and_is_told_with_its_arguments():
 
 
 @every_target
-def test_a_copy_moves_16_bytes_at_a_time(target):
+def test_a_copy_moves_16_bytes_per_access(target):
     kernel = copied(target, BLOCK=2048)
     threads = inspect(kernel)["threads"]
     row = inspect(kernel, elements_per_thread=2048 / threads)
@@ -93,7 +93,7 @@ def test_a_copy_moves_16_bytes_at_a_time(target):
 
 
 @every_target
-def test_unaligned_and_narrow_accesses(target):
+def test_unaligned_and_narrow_accesses_are_seen(target):
     for x, n, width in ((data(offset=1), N - 1, 32), (data(), N - 1, 32), (data(), N, 128)):
         assert set(inspect(compiled(target, copy, x, data(), n))["loads"]) == {width}
     for dtype, width in ((torch.int8, 8), (torch.bfloat16, 16)):
@@ -103,7 +103,7 @@ def test_unaligned_and_narrow_accesses(target):
 
 
 @every_target
-def test_special_operations_and_loop_body(target):
+def test_special_operations_in_a_loop_are_counted(target):
     row = inspect(decayed(target))
     (body,) = row["loops"]
     steps = 2 if body["loads"] == {128: 2 * 1024 // row["threads"] // 4} else 1  # LLVM may unroll the loop
@@ -114,12 +114,12 @@ def test_special_operations_and_loop_body(target):
     assert per_element(body, n)["special_per_element"] == 1.0
     assert per_element(body, n)["bytes_per_element"] == 8.0
     assert n < body["instructions"] < row["instructions"]
-    assert "fp64" not in body["histogram"] and "fp64" in row["histogram"]  # the reciprocal of tau, once
+    assert "fp64" not in body["histogram"] and "fp64" in row["histogram"]  # the reciprocal of tau, once before the loop
 
 
 @every_target
-def test_spills_are_seen(target):
-    # 64 to 128 values a thread, all alive across a sum, where the limit leaves fewer registers
+def test_spills_are_counted(target):
+    # each thread keeps 64 to 128 values across a sum, and the limit leaves fewer registers
     limit, size = {"maxnreg": 32}, 2048
     if target.startswith("hip"):
         limit, size = ({"waves_per_eu": 16}, 4096) if target == "hip:gfx1100" else ({"waves_per_eu": 8}, 8192)
@@ -128,12 +128,12 @@ def test_spills_are_seen(target):
     assert inspect(compiled(target, softmax, data(), data(), BLOCK=512, num_warps=1))["spills"] == 0
 
 
-def test_dual_issue_counts_once_as_instruction_and_twice_as_operation():
+def test_a_dual_issue_is_one_instruction_and_two_operations():
     row = inspect(decayed("hip:gfx1100"))
     assert sum(row["histogram"].values()) > row["instructions"]
 
 
-def test_occupancy():
+def test_occupancy_is_limited_by_registers_or_blocks():
     row = inspect(compiled("cuda:90", softmax, data(), data(), BLOCK=16384, num_warps=4))
     assert row["registers"] > 128 and row["limited_by"] == "registers"
     assert row["warps_resident"] == 4 * (65536 // (-(-row["registers"] // 8) * 8 * 32 * 4))
@@ -141,7 +141,7 @@ def test_occupancy():
     assert (row["warps_resident"], row["limited_by"]) == (32, "blocks")
 
 
-def test_no_driver_is_asked(monkeypatch):
+def test_inspection_needs_no_driver(monkeypatch):
     class Refuses:
         def __getattr__(self, name):
             raise AssertionError(f"the active driver was asked for {name}")
@@ -152,7 +152,7 @@ def test_no_driver_is_asked(monkeypatch):
         assert inspect(copied(target, BLOCK=512))["loads"]
 
 
-def test_limits_and_table():
+def test_limits_of_an_h100_and_the_table_are_right():
     limits = limits_h100({"bytes_per_element": 12.0, "special_per_element": 5.0, "instructions_per_element": 60.0})
     assert limits["paper_limit_memory_ms"] == pytest.approx(3.582, rel=1e-3)
     assert limits["paper_limit_special_ms"] == pytest.approx(1.349, rel=1e-3)

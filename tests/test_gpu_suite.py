@@ -1,4 +1,4 @@
-"""What perf/gpu_suite.py runs on a GPU, on the CPU: it must not rot."""
+"""Run perf/gpu_suite.py on the CPU, so that errors show before it runs on a GPU."""
 
 import json
 import os
@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.slow
-def test_dry_run(tmp_path):
-    # on a busy machine too, no part may be left out because the time was up
+def test_the_dry_run_passes_every_part(tmp_path):
+    # 1000 minutes, so that no part is skipped for lack of time on a busy machine
     command = [sys.executable, "perf/gpu_suite.py", "--dry-run", "--minutes", "1000", "--json", str(tmp_path / "gpu.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -24,6 +24,6 @@ def test_dry_run(tmp_path):
     assert all(parts[name]["rows"] for name in TIMINGS)
 
 
-def test_without_a_gpu_it_says_so():
+def test_a_missing_gpu_is_named_in_the_error():
     done = subprocess.run([sys.executable, "perf/gpu_suite.py", "--only", "host"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "torch sees no GPU; --dry-run goes through it on the CPU" in done.stderr

@@ -1,4 +1,4 @@
-"""perf/harness.py: the clock is replaced by one that drifts, so what the comparison reports is known exactly."""
+"""perf/harness.py: its clock is replaced by one with a known drift, so the reported numbers are known exactly."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ from perf.harness import Contestant, allocated_bytes, check, compare, saved_byte
 
 
 class Clock:
-    """Time passes only in the calls of `work`, and the machine slows down by a little with each."""
+    """Time passes only in calls of `work`, and each call makes the machine a little slower."""
 
     def __init__(self, monkeypatch):
         self.now, self.speed, self.calls = 0.0, 1.0, []
@@ -29,7 +29,7 @@ class Clock:
         return fn
 
 
-def test_comparison_interleaves_and_forms_the_ratio_within_a_round(monkeypatch):
+def test_a_comparison_forms_ratios_within_each_round(monkeypatch):
     clock, prepared = Clock(monkeypatch), []
     contestants = [
         Contestant("a", clock.work("a", 1.0), bytes=10**9, extra={"case": "T=4"}),
@@ -42,14 +42,14 @@ def test_comparison_interleaves_and_forms_the_ratio_within_a_round(monkeypatch):
     a, b, peer = rows
     assert a["case"] == "T=4" and a["ratio"] == 1 and a["ratio_iqr"] == 0 and a["repeats"] == 1
     assert b["ratio"] == pytest.approx(3 * 1.002) and b["ratio_iqr"] < 1e-9 and b["baseline"] == "a"
-    assert b["iqr_s"] / b["median_s"] > 0.05  # the drift, which the paired ratio does not see
+    assert b["iqr_s"] / b["median_s"] > 0.05  # the drift, which cancels in the paired ratio
     assert a["gb_per_s"] == pytest.approx(1 / a["median_s"], rel=0.01) and "gb_per_s" not in b
     assert len(a["samples_s"]) == 50 and min(a["samples_s"]) == pytest.approx(a["min_s"], rel=1e-4)
     assert peer == {"name": "peer", "note": "skipped: not installed"}
     assert compare(contestants, rounds=3, min_time=0.5, baseline="b")[0]["ratio"] == pytest.approx(1 / 3, rel=0.01)
 
 
-def test_samples_are_long_enough(monkeypatch):
+def test_samples_last_at_least_the_minimum_time(monkeypatch):
     clock = Clock(monkeypatch)
     (row,) = compare([Contestant("short", clock.work("short", 1e-4))], rounds=2, min_time=0.1)
     assert row["repeats"] * row["min_s"] >= 0.1 and len(clock.calls) < 10_000
@@ -57,7 +57,7 @@ def test_samples_are_long_enough(monkeypatch):
         compare([Contestant("x", clock.work("x", 1)), Contestant("x", clock.work("x", 1))], rounds=1)
 
 
-def test_unsteady_rows_say_so(monkeypatch):
+def test_unsteady_rows_have_a_note(monkeypatch):
     clock = Clock(monkeypatch)
     steps = iter([1.0] * 5 + [2.0] * 100)
 
@@ -68,14 +68,14 @@ def test_unsteady_rows_say_so(monkeypatch):
     assert row["note"] == "unsteady: the median is 2.0 times the minimum"
 
 
-def test_copy_is_the_ceiling():
+def test_copy_is_100_percent_of_the_bandwidth():
     contestant = harness.copy_contestant(1 << 16)
     assert contestant.bytes == 1 << 16
     rows = compare([Contestant("same", contestant.fn, bytes=1 << 16), contestant], rounds=5, min_time=0.002)
-    assert rows[1]["percent_of_copy"] == 100 and rows[0]["percent_of_copy"] > 0  # how much is the machine's affair
+    assert rows[1]["percent_of_copy"] == 100 and rows[0]["percent_of_copy"] > 0  # the second number depends on the machine
 
 
-def test_check_measures_the_error_or_explains():
+def test_check_returns_the_error_or_raises():
     want = torch.tensor([1.0, 2.0, float("nan"), float("inf")])
     assert check("same", want.clone(), want, 0, 0) == {"max_abs_error": 0, "rel_rms_error": 0}
     errors = check("near", [torch.tensor([3.0, 4.5]), None], [torch.tensor([3.0, 4.0]), None], rtol=0.2, atol=0)
@@ -103,7 +103,7 @@ class KeepsInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         half = x[: len(x) // 2].bfloat16()
-        ctx.save_for_backward(x, half, half[:10])  # a view of what is saved already costs nothing
+        ctx.save_for_backward(x, half, half[:10])  # a view of a saved tensor costs no memory
         return x * 2
 
     @staticmethod
@@ -124,16 +124,16 @@ def test_saved_and_allocated_bytes_agree():
         nbytes, tensors = saved_bytes(fn, exclude=[x])
         assert nbytes == saved and len(tensors) == number and nbytes == sum(n for *_, n in tensors)
         memory = allocated_bytes(fn)
-        assert memory["kept_bytes"] == pytest.approx(saved + result, abs=64)  # a scalar here and there
+        assert memory["kept_bytes"] == pytest.approx(saved + result, abs=64)  # a few scalars
         assert memory["peak_bytes"] >= memory["kept_bytes"]
     nbytes, tensors = saved_bytes(lambda: KeepsInput.apply(x))
     assert tensors == [((1000, 100), "float32", full), ((500, 100), "bfloat16", full // 4)] and nbytes == full * 5 // 4
-    with torch.no_grad():  # a temporary counts towards the peak alone
+    with torch.no_grad():  # a temporary tensor counts only towards the peak
         memory = allocated_bytes(lambda: torch.relu(x + 1).sum())
     assert memory["kept_bytes"] < 64 and memory["peak_bytes"] == pytest.approx(2 * full, abs=64)
 
 
-def test_provenance_names_no_machine(monkeypatch):
+def test_provenance_contains_no_name_of_the_machine(monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(harness.ROOT / "perf" / "bench_x.py"), "--json", "/home/me/x.json", "--csv=/a/b.csv"])
     facts = harness.provenance()
     assert facts["command"] == "perf/bench_x.py --json x.json --csv=b.csv"
@@ -143,7 +143,7 @@ def test_provenance_names_no_machine(monkeypatch):
     assert os.uname().nodename not in text and str(harness.ROOT) not in text
 
 
-def test_report_prints_and_writes(tmp_path, capsys, monkeypatch):
+def test_a_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["bench"])
     paths = ["--json", str(tmp_path / "new" / "r.json"), "--csv", str(tmp_path / "r.csv"), "--quick"]
@@ -170,7 +170,7 @@ def test_report_prints_and_writes(tmp_path, capsys, monkeypatch):
         assert [r["name"] for r in csv.DictReader(file)] == ["fused", "eager", "peer"]
 
 
-def test_figure(tmp_path):
+def test_a_figure_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     x = [2**k for k in range(8, 20, 2)]
     series = {"fused": (x, [1e-3 * n for n in x], [1e-4 * n for n in x]), "eager": (x, [5 + 4e-3 * n for n in x])}
@@ -178,11 +178,11 @@ def test_figure(tmp_path):
     assert (tmp_path / "new" / "lines.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_script_finds_the_harness_either_way(tmp_path):
+def test_a_script_finds_the_harness_from_any_folder(tmp_path):
     folder = tmp_path / "perf"
     folder.mkdir()
     (folder / "__init__.py").touch()
-    (folder / "harness.py").write_text("found = 'found'")  # a stand-in: importing torch three times takes seconds
+    (folder / "harness.py").write_text("found = 'found'")  # a replacement, because importing torch three times takes seconds
     snippet = [line.strip() for line in harness.__doc__.splitlines() if line.startswith(("    import", "    sys.path"))]
     assert len(snippet) == 2
     (folder / "bench_x.py").write_text("\n".join([*snippet, "from perf import harness", "print(harness.found)"]))

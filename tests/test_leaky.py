@@ -1,4 +1,4 @@
-"""leaky: every backend against the reference, the reference against a loop written out, and the laws they obey."""
+"""Compare leaky on every backend with the reference, and the reference with a plain loop. Also test leaky's properties."""
 
 import math
 
@@ -18,7 +18,7 @@ from test_lif import (
     leaf,
     parameter,
     saved,
-    stretch,
+    with_layout,
 )
 from torch import Tensor
 
@@ -30,7 +30,7 @@ MODES = [("subtract", True), ("zero", True), ("none", True), ("subtract", False)
 
 
 def run(name, function, *args, **kwargs):
-    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    """Call a function under a backend. Under Triton, assert that its kernels were launched."""
     with backend(name), native_triton.launches() as counts:
         out = function(*args, **kwargs)
     if name == "triton":
@@ -59,8 +59,9 @@ def compare(name, x, v, neuron, beta_kind, theta_kind, outputs=("s", "v", "v_seq
     assert_gradients(grads, want_grads, tensors, x.dtype)
 
 
-# Each compiles kernels of its own, so there are few; test_oracle.py has every mode in float32 and float64 and every surrogate.
-VARIANTS = [  # mode, dtype of x and of v, kinds of beta and v_threshold
+# Each variant compiles its own kernels, so there are few. test_oracle.py tests all modes in float32 and float64 and all
+# surrogates.
+VARIANTS = [  # mode, dtypes of x and v, kinds of beta and v_threshold
     (MODES[0], torch.float32, None, "number", "number"),
     (MODES[1], torch.bfloat16, torch.float32, "number", "number"),
     (MODES[2], torch.float16, torch.float16, "scalar", "scalar"),
@@ -73,13 +74,13 @@ VARIANTS = [  # mode, dtype of x and of v, kinds of beta and v_threshold
 @pytest.mark.parametrize("mode, dtype, v_dtype, beta_kind, theta_kind", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_equals_reference(name, mode, dtype, v_dtype, beta_kind, theta_kind, data):
-    """Spikes and membranes bit for bit; gradients to rounding."""
+def test_leaky_equals_the_reference(name, mode, dtype, v_dtype, beta_kind, theta_kind, data):
+    """Spikes and membranes are equal bit for bit, gradients up to rounding."""
     shape = (data.draw(st.sampled_from([1, 4, 17, 40])), *data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
-    while math.prod(shape) >= 1 << 15:  # from there on the CPU runs a second compilation, of which later tests see the values
+    while math.prod(shape) >= 1 << 15:  # larger tensors compile a second CPU kernel, which later tests would reuse
         shape = shape[:-1]
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
     v = None if v_dtype is None else exact(shape[1:], v_dtype, seed + 1, -32, 48)
     outputs = data.draw(st.sampled_from([("s",), ("v_seq",), ("s", "v"), ("s", "v", "v_seq")]))
     beta = data.draw(st.sampled_from([0.5, 0.0, 1.0 if shape[0] < 17 else 0.5]))
@@ -88,8 +89,8 @@ def test_equals_reference(name, mode, dtype, v_dtype, beta_kind, theta_kind, dat
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("reset, delay", MODES)
-def test_arbitrary_numbers_give_the_same_bits(name, reset, delay):
-    """One order of operations, no fused multiply-adds: equal even where nothing is exact."""
+def test_arbitrary_numbers_give_the_same_bits_as_the_reference(name, reset, delay):
+    """All backends use one order of operations without fused multiply-adds, so results are equal even with rounding."""
     torch.manual_seed(0)
     x, v = 1.5 * torch.randn(20, 2000), 2 * torch.randn(2000)  # enough for two threads
     kwargs = dict(beta=0.87, v_threshold=0.9, reset=reset, reset_delay=delay, return_v=True, return_v_seq=True)
@@ -98,8 +99,8 @@ def test_arbitrary_numbers_give_the_same_bits(name, reset, delay):
 
 
 @pytest.mark.parametrize("reset, delay", MODES)
-def test_the_equations(reset, delay):
-    """The reference against the equations of the docstring, neuron by neuron and step by step, in Python's numbers."""
+def test_the_reference_equals_the_equations(reset, delay):
+    """Compute the docstring's equations for each neuron and step with Python numbers."""
     x, v = exact((9, 40), torch.float64, 1), exact((40,), torch.float64, 2, -32, 48)
     spikes, history = (t.T.tolist() for t in run("reference", leaky, x, v, beta=0.5, v_threshold=0.75, reset=reset,
                                                  reset_delay=delay, return_v_seq=True))  # fmt: skip
@@ -115,8 +116,8 @@ def test_the_equations(reset, delay):
             before = after
 
 
-def test_gradients_are_the_surrogate_ones():
-    """By hand, one neuron that fires at the first of two steps: ds/dh = 1 / (1 + |h - 1|)^2, no gradient through the reset."""
+def test_gradients_use_the_surrogate():
+    """One neuron fires in the first of two steps: ds/dh = 1 / (1 + |h - 1|)^2, and the reset passes no gradient."""
     for reset, h2, kept in (("subtract", 0.0, 1.0), ("zero", 0.25, 0.0), ("none", 1.0, 1.0)):
         x = torch.tensor([[1.5], [0.25]], dtype=torch.float64, requires_grad=True)
         b, theta = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.5, 1.0))
@@ -131,8 +132,8 @@ def test_gradients_are_the_surrogate_ones():
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
-def test_at_the_threshold(name):
-    """h == v_threshold does not fire, nor reset; the float above it does."""
+def test_a_membrane_fires_only_above_the_threshold(name):
+    """h == v_threshold neither fires nor resets. The next larger float does."""
     one = torch.tensor(1.0)
     x = torch.stack([torch.stack([one, torch.nextafter(one, 2 * one), torch.nextafter(one, 0 * one)]), torch.zeros(3)])
     s, v = run(name, leaky, x, beta=1.0, return_v_seq=True)
@@ -141,8 +142,8 @@ def test_at_the_threshold(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_zero_at_once_is_lif(name):
-    """Reset to zero without delay, with a gradient: lif's hard reset, where no membrane is at the threshold."""
+def test_reset_to_zero_without_delay_equals_lif(name):
+    """This reset has a gradient, like lif's hard reset. No membrane equals the threshold here."""
     x, v = exact((20, 300), torch.float32, 3).requires_grad_(), exact((300,), torch.float32, 4, -16, 14)
     got = run(name, leaky, x, v, beta=0.5, v_threshold=0.9, reset="zero", reset_delay=False, return_v=True)
     with backend(name):
@@ -154,8 +155,8 @@ def test_zero_at_once_is_lif(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("reset, delay", [("subtract", True), ("zero", False)])
-def test_chunks(name, reset, delay):
-    """T = 100 at once equals chunks with the membrane handed over, forward and backward."""
+def test_chunks_of_steps_equal_one_call(name, reset, delay):
+    """Split T = 100 into chunks and pass the membrane on. Compare outputs and gradients."""
     x = exact((100, 3, 11), torch.float32, 5)
 
     def chunks(x):
@@ -174,7 +175,7 @@ def test_chunks(name, reset, delay):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty_and_zero_steps(name):
+def test_empty_tensors_and_zero_steps_work(name):
     v = torch.randn(3, requires_grad=True)
     with backend(name):
         s, last, seq = leaky(torch.zeros(0, 3), v, beta=0.5, return_v=True, return_v_seq=True)
@@ -186,8 +187,8 @@ def test_empty_and_zero_steps(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_infinity(name):
-    """An infinite membrane is zeroed, not made NaN; a NaN stays."""
+def test_not_a_number_and_infinity_equal_the_reference(name):
+    """A reset turns an infinite membrane into 0, not NaN. A NaN stays NaN."""
     x = torch.tensor([[math.inf, math.nan, 2.0], [0.5, 0.5, 0.5]])
     for delay in (True, False):
         kwargs = dict(beta=0.5, reset="zero", reset_delay=delay, return_v=True)
@@ -213,8 +214,8 @@ def test_parameter_gradients_repeat_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("reset, delay", MODES)
-def test_small(reset, delay):
-    """Everything at once, small enough for the interpreter."""
+def test_small_tensors_in_every_mode_equal_the_reference(reset, delay):
+    """Small enough to run in Triton's interpreter."""
     x, v = exact((18, 5, 7), torch.float32, 18), exact((5, 7), torch.float32, 1, -16, 32)
     compare("triton", x, v, dict(reset=reset, reset_delay=delay), "channel", "channel")
 
@@ -222,7 +223,7 @@ def test_small(reset, delay):
 @pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
 @pytest.mark.parametrize("reset, delay", [("subtract", True), ("zero", False)])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind, reset, delay):
-    """On launchers alone, so that tools that watch memory accesses see nothing between."""
+    """Call launchers directly, so that a tool that watches memory accesses sees only kernels."""
     from sdit_kernels.triton import leaky as kernels
 
     neuron, numbers = Leaky(0.5, 1.0, reset, delay, "atan", 2.0), tuning.current()
@@ -239,7 +240,7 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind, re
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_saved_bytes(name):
+def test_saved_bytes_are_inputs_and_few_membranes(name):
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(4, 64, 32).to(dtype).requires_grad_()
@@ -277,18 +278,18 @@ def test_saved_bytes(name):
     ],
 )
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_errors(kind, message, call, name):
+def test_wrong_arguments_are_refused(kind, message, call, name):
     with backend(name), pytest.raises(kind, match=message):
         call()
 
 
 @pytest.mark.filterwarnings("ignore:a surrogate function of your own")
-def test_own_surrogate():
+def test_a_users_surrogate_gives_the_gradient():
     x = exact((4, 5), torch.float32, 0).requires_grad_()
     entry = SURROGATES["fast_sigmoid"]
     own = torch.autograd.grad(leaky(x, beta=0.5, surrogate=lambda z: entry.derivative(z, 3.0)).sum(), x)[0]
     torch.testing.assert_close(own, torch.autograd.grad(leaky(x, beta=0.5, surrogate="fast_sigmoid", alpha=3.0).sum(), x)[0])
 
 
-def test_all_resets_are_tested():
+def test_the_modes_contain_every_reset():
     assert {reset for reset, _ in MODES} == set(RESETS)

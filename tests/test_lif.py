@@ -1,4 +1,4 @@
-"""lif and lif_rate: every backend against the reference, and the laws they obey."""
+"""Compare lif and lif_rate on every backend with the reference, and test their properties."""
 
 import math
 import sys
@@ -26,7 +26,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def run(name, function, *args, **kwargs):
-    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    """Call a function under a backend. Under Triton, assert that its kernels were launched."""
     with backend(name), native_triton.launches() as counts:
         out = function(*args, **kwargs)
     if name == "triton":
@@ -35,7 +35,7 @@ def run(name, function, *args, **kwargs):
 
 
 def exact(shape, dtype, seed, low=-32, high=64):
-    """Multiples of 1/16: with tau a power of two every step is exact."""
+    """Multiples of 1/16. If tau is a power of two, every step is exact."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(low, high, shape, generator=generator) / 16).to(dtype)
 
@@ -44,8 +44,8 @@ def leaf(t):
     return t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
 
 
-def stretch(x, layout):
-    """The same values with other strides."""
+def with_layout(x, layout):
+    """Return the same values with other strides."""
     if layout == "batch first" and x.dim() > 2:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "time last":
@@ -67,7 +67,8 @@ def neuron(v_reset, decay_input, detach_reset, surrogate):
     return dict(v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset, surrogate=surrogate)
 
 
-# Each compiles kernels of its own, so there are few: any two settings of an option meet. test_oracle.py has every surrogate.
+# Each variant compiles its own kernels, so there are few. Any two settings of an option meet. test_oracle.py has all
+# surrogates.
 VARIANTS = [  # neuron, kinds of tau and v_threshold, dtype of x, dtype of v or of the residual, steps
     (neuron(0.0, True, False, "atan"), "number", "number", torch.float32, torch.float32, (1, 17)),
     (neuron(None, True, True, "sigmoid"), "number", "scalar", torch.bfloat16, torch.float32, (5, 40)),
@@ -94,7 +95,7 @@ def gradients(outputs, tensors, seed):
 
 
 def assert_close(got, want, dtype, what, scale=0.0):
-    """Close beside the greatest element, or beside ``scale``: what the terms of a sum add up to without their signs."""
+    """Assert closeness relative to the largest element or to ``scale``, the sum of the absolute values of a sum's terms."""
     assert got.dtype == want.dtype and got.shape == want.shape, what
     tolerance = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     scale = max(scale, want.abs().max().item() if want.numel() else 0.0)
@@ -102,7 +103,7 @@ def assert_close(got, want, dtype, what, scale=0.0):
 
 
 def assert_gradients(got, want, tensors, dtype):
-    """That of x comes first; the others that are smaller are sums over x, whose terms may cancel."""
+    """The gradient of x comes first. Smaller gradients are sums over x, whose terms may cancel."""
     total = want[0].abs().sum().item()
     for i, (g, w, t) in enumerate(zip(got, want, tensors)):
         assert_close(g, w, dtype, f"gradient {i}", 0.1 * total / t.numel() if t.dim() < 2 else 0.0)
@@ -133,32 +134,32 @@ def compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs=("s", "v"
 @pytest.mark.parametrize("neuron, tau_kind, theta_kind, dtype, v_dtype, steps", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_lif_equals_reference(name, neuron, tau_kind, theta_kind, dtype, v_dtype, steps, data):
-    """Spikes and membranes bit for bit where the arithmetic is exact; gradients to rounding."""
+def test_lif_equals_the_reference(name, neuron, tau_kind, theta_kind, dtype, v_dtype, steps, data):
+    """Spikes and membranes are equal bit for bit where the arithmetic is exact. Gradients are equal up to rounding."""
     T = data.draw(st.sampled_from(steps))
     shape = (T, *data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(exact(shape, dtype, seed), data.draw(st.sampled_from(LAYOUTS)))
     v = None if v_dtype is None else exact(shape[1:], v_dtype, seed + 1, -16, 16)
     outputs = data.draw(st.sampled_from([("s",), ("s",), ("v",), ("v_seq",), ("s", "v"), ("s", "v", "v_seq")]))
     tau = data.draw(st.sampled_from([1.0, 2.0, 4.0]))
     if T > 16:
-        tau = 2.0  # more steps than mantissa bits: only the bits that 1/2 shifts out are lost, and alike on both sides
+        tau = 2.0  # so many steps must round; with tau = 2 only shifted-out bits are lost, equally on both sides
     compare_lif(name, x, v, neuron, tau_kind, theta_kind, tau, outputs, seed)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
-def test_surrogates(name, surrogate):
-    """test_oracle.py has them in float64."""
+def test_surrogates_equal_the_reference(name, surrogate):
+    """test_oracle.py tests them in float64."""
     for alpha in (None, 0.7):
         neuron = dict(surrogate=surrogate, alpha=alpha, v_reset=0.0)
         compare_lif(name, exact((4, 37), torch.float32, 3), None, neuron, "number", "number", 2.0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_arbitrary_numbers_give_the_same_spikes(name):
-    """One order of operations, no fused multiply-adds: equal even where nothing is exact."""
+def test_arbitrary_numbers_give_the_same_spikes_as_the_reference(name):
+    """All backends use one order of operations without fused multiply-adds, so results are equal even with rounding."""
     torch.manual_seed(0)
     for tau, theta, reset, decay in ((1.7, 0.9, 0.1, True), (3.3, 1.1, None, False), (math.inf, 1.0, 0.0, False)):
         x = torch.randn(20, 500) * 2
@@ -168,16 +169,16 @@ def test_arbitrary_numbers_give_the_same_spikes(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_at_the_threshold(name):
-    """h == v_threshold fires, the float below it does not."""
+def test_a_membrane_fires_at_the_threshold(name):
+    """h == v_threshold fires. The next smaller float does not."""
     two = torch.tensor(2.0)
     x = torch.stack([two, torch.nextafter(two, two * 0), torch.nextafter(two, two * 2)])[None]
     assert run(name, lif, x).tolist() == [[1.0, 0.0, 1.0]]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_long_T_and_chunks(name):
-    """T = 1000 at once equals chunks with the state handed over, forward and backward."""
+def test_chunks_of_1000_steps_equal_one_call(name):
+    """Pass the state on from chunk to chunk. Compare outputs and gradients."""
     x = exact((1000, 3, 11), torch.float32, 5)
 
     def whole(x):
@@ -200,7 +201,7 @@ def test_long_T_and_chunks(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty_and_zero_steps(name):
+def test_empty_tensors_and_zero_steps_work(name):
     with backend(name):
         v = torch.randn(3, requires_grad=True)
         s, v_final, v_seq = lif(torch.empty(0, 3), v, return_v=True, return_v_seq=True)
@@ -216,12 +217,12 @@ def test_empty_and_zero_steps(name):
             s.sum().backward()
             assert x.grad.shape == shape and tau.grad == 0
             assert lif_rate(x).shape == shape
-        assert lif(torch.tensor([2.0, 0.5])).tolist() == [1.0, 0.0]  # one neuron, no other axis
+        assert lif(torch.tensor([2.0, 0.5])).tolist() == [1.0, 0.0]  # one neuron without further axes
         assert lif_rate(torch.tensor(2.0)).item() == 1.0
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_not_a_number_and_infinity(name):
+def test_not_a_number_and_infinity_equal_the_reference(name):
     x = torch.tensor([[math.nan, math.inf, -math.inf, 3.0]] * 3)
     for kwargs in (dict(v_reset=0.0), dict(v_reset=-0.5), dict(v_reset=None), dict(decay_input=False)):
         for got, want in zip(
@@ -233,8 +234,8 @@ def test_not_a_number_and_infinity(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
-def test_gradients_of_extreme_inputs(name, surrogate):
-    """Far from the threshold a surrogate that decays exponentially is 0, not the least float times 1e38."""
+def test_gradients_of_extreme_inputs_equal_the_reference(name, surrogate):
+    """A surrogate that decays exponentially must be 0 far away. A tiny value times 1e38 would be a wrong gradient."""
     x = torch.tensor([1e20, -1e20, 3.4e38, -3.4e38, 1e-40, 100.0, -100.0]).repeat(3, 1)
     for kwargs in (dict(), dict(v_reset=None), dict(alpha=1000.0), dict(alpha=1e-3)):
         for function, data in ((lif, x), (lif_rate, x[0])):
@@ -247,7 +248,7 @@ def test_gradients_of_extreme_inputs(name, surrogate):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_spike_dtypes(name):
+def test_spike_dtypes_hold_the_same_spikes(name):
     for dtype in (torch.float32, torch.bfloat16):
         x = exact((5, 77), dtype, 1)
         s = run(name, lif, x)
@@ -258,7 +259,7 @@ def test_spike_dtypes(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_upstream_gradients_of_any_strides(name):
+def test_upstream_gradients_may_have_any_strides(name):
     x = exact((4, 6, 40), torch.float32, 2)
     for upstream in (
         torch.ones(()).expand(4, 6, 40),
@@ -280,11 +281,11 @@ def test_upstream_gradients_of_any_strides(name):
 @pytest.mark.parametrize("neuron, tau_kind, theta_kind, dtype, wide, steps", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_lif_rate_equals_reference(name, neuron, tau_kind, theta_kind, dtype, wide, steps, data):
+def test_lif_rate_equals_the_reference(name, neuron, tau_kind, theta_kind, dtype, wide, steps, data):
     T = data.draw(st.sampled_from([1, 2, 3, 4, 8, 17, 50]))
     shape = tuple(data.draw(st.lists(DIMENSION, min_size=1, max_size=3)))
     seed = data.draw(st.integers(0, 99))
-    x = stretch(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
+    x = with_layout(exact((1, *shape), dtype, seed), data.draw(st.sampled_from(LAYOUTS[:1] + LAYOUTS[3:])))[0]
     residual = gate = None
     if data.draw(st.booleans()):
         residual = exact(shape, wide or dtype, seed + 1)
@@ -305,7 +306,7 @@ def test_lif_rate_equals_reference(name, neuron, tau_kind, theta_kind, dtype, wi
     (out, grads), (want, want_grads) = results
     if gate is None:
         assert torch.equal(out, want) and out.dtype == want.dtype
-    else:  # a sigmoid is rounded: a spike may move where the membrane is within rounding of the threshold
+    else:  # the sigmoid rounds, so a spike may differ where the membrane is close to the limit
         assert out.dtype == want.dtype and (out != want).float().mean() < 0.02
         if not torch.equal(out, want):
             return
@@ -329,14 +330,14 @@ def test_rate_is_the_mean_of_lif(name, T):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_rate_staircase(name):
-    """The staircase of SDiT's neuron: 16/15, 4/3 and 2."""
+def test_rate_staircase_of_sdits_neuron(name):
+    """The rate rises at 16/15, 4/3 and 2."""
     x = torch.tensor([1.0666, 1.0667, 1.3333, 1.3334, 1.9999, 2.0])
     assert run(name, lif_rate, x).tolist() == [0.0, 0.25, 0.25, 0.5, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_permuting_the_batch(name):
+def test_permuting_the_batch_permutes_the_spikes(name):
     x = exact((4, 9, 21), torch.float32, 7)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(name, lif, x)[:, order], run(name, lif, x[:, order]))
@@ -358,8 +359,8 @@ def test_parameter_gradients_repeat_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_offsets_beyond_31_bits(name):
-    torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
+def test_offsets_beyond_31_bits_are_read(name):
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill the memory between the rows
     stride = (1 << 31) + 64
     memory = torch.empty(stride + 64, dtype=torch.bfloat16)
     x = memory.as_strided((2, 40), (stride, 1))
@@ -369,15 +370,15 @@ def test_offsets_beyond_31_bits(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("T, kind", [(3, "number"), (18, "channel"), (33, "scalar")])
-def test_small(name, T, kind):
-    """Everything at once, small enough for the interpreter."""
+def test_small_tensors_with_all_options_equal_the_reference(name, T, kind):
+    """Small enough to run in Triton's interpreter."""
     x, v = exact((T, 5, 7), torch.float32, T), exact((5, 7), torch.float32, 1, -16, 16)
     compare_lif(name, x, v, dict(v_reset=-0.5), kind, kind, 2.0)
 
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
-def test_tiles_as_on_a_gpu():
-    """One case at the tile size that is launched on GPUs."""
+def test_tiles_of_a_gpu_equal_the_reference():
+    """Run one case with the tile sizes that are launched on GPUs."""
     with tuned(USERS):
         for dtype in (torch.float32, torch.bfloat16):
             compare_lif("triton", exact((4, 3, 700), dtype, 4), None, {}, "number", "number", 2.0)
@@ -385,7 +386,7 @@ def test_tiles_as_on_a_gpu():
 
 @pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
-    """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
+    """Call launchers directly, so that a tool that watches memory accesses sees only kernels. test_ttsem.py runs this test."""
     from sdit_kernels.checks import Neuron
     from sdit_kernels.triton import lif as kernels
 
@@ -404,7 +405,7 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
         assert torch.equal(s, run("reference", lif, x, x[1]))
 
 
-# --- what is kept for the backward pass -------------------------------------------------------------------------------------
+# --- memory saved for the backward pass -------------------------------------------------------------------------------------
 
 
 def saved(function):
@@ -417,7 +418,7 @@ def saved(function):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_saved_bytes(name):
+def test_saved_bytes_are_inputs_and_few_membranes(name):
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(4, 64, 32).to(dtype).requires_grad_()
@@ -463,7 +464,7 @@ BAD = [
 @pytest.mark.parametrize("function", [lif, lif_rate])
 @pytest.mark.parametrize("kind, message, call", BAD, ids=range(len(BAD)))
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_errors(function, kind, message, call, name):
+def test_wrong_arguments_are_refused(function, kind, message, call, name):
     with backend(name), pytest.raises(kind, match=message):
         call(function)
 
@@ -494,27 +495,27 @@ def test_errors(function, kind, message, call, name):
         (TypeError, r"v must be a dense \(strided\) tensor, got torch.sparse_coo", lambda: lif(X, X[0].to_sparse())),
     ],
 )
-def test_errors_of_one(kind, message, call):
+def test_wrong_arguments_of_one_op_are_refused(kind, message, call):
     with pytest.raises(kind, match=message):
         call()
 
 
 @pytest.mark.parametrize("function", [lif, lif_rate])
-def test_tensors_of_other_kinds_are_refused(function):
+def test_sparse_and_nested_tensors_are_refused(function):
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])
     for x, kind in ((X.to_sparse(), "torch.sparse_coo"), (X.to_mkldnn(), "torch._mkldnn"), (nested, "a nested tensor")):
         with pytest.raises(TypeError, match=rf"x must be a dense \(strided\) tensor, got {kind}"):
             function(x)
 
 
-def test_numpys_numbers_are_numbers():
+def test_numpy_numbers_are_accepted():
     want = lif_rate(X, 3, tau=1.5, v_threshold=0.5, v_reset=-0.5, alpha=3.0)
     f = np.float32
     assert torch.equal(want, lif_rate(X, np.int64(3), tau=f(1.5), v_threshold=f(0.5), v_reset=f(-0.5), alpha=f(3)))
     assert torch.equal(lif(X, tau=2.0), lif(X, tau=np.int32(2)))
 
 
-def test_own_surrogate_runs_and_says_so_once(monkeypatch):
+def test_a_users_surrogate_runs_the_reference_with_one_warning(monkeypatch):
     monkeypatch.setattr(checks, "_warned_of_custom_surrogate", False)
     x = exact((4, 5), torch.float32, 0).requires_grad_()
     with pytest.warns(UserWarning, match="plain PyTorch path"):
@@ -538,7 +539,7 @@ def network(x):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(dynamic=True), dict(backend="aot_eager")], ids=str)
-def test_compile(options):
+def test_compiled_equals_eager(options):
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True, **options)
     for shape in ((4, 6, 5), (4, 7, 5)):
@@ -549,7 +550,7 @@ def test_compile(options):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_compile_sees_the_backend_change():
+def test_a_compiled_op_follows_a_change_of_the_backend():
     x = exact((4, 9), torch.float32, 1)
     compiled = torch.compile(lambda x: lif(x), fullgraph=True, backend="aot_eager")
     want = lif(x)
@@ -558,8 +559,8 @@ def test_compile_sees_the_backend_change():
             assert torch.equal(compiled(x), want)
 
 
-def test_export_for_any_number_of_steps():
-    """Neither the number of kept membranes nor whether there are any may be baked in, for parameters that learn."""
+def test_export_takes_any_number_of_steps():
+    """The number of saved membranes depends on T, so the graph must not contain it as a constant. tau learns."""
 
     class Net(torch.nn.Module):
         def __init__(self):
@@ -581,7 +582,7 @@ def test_export_for_any_number_of_steps():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_vmap_and_grad(name):
+def test_vmap_and_grad_equal_a_loop(name):
     from torch.func import grad, vmap
 
     x, v = exact((7, 4, 6, 5), torch.float32, 1), exact((7, 6, 5), torch.float32, 2)
@@ -623,7 +624,7 @@ def test_autocast_runs_fused(dtype):
     assert {"sdit_kernels::lif", "sdit_kernels::lif_rate"} <= {event.name for event in profile.events()}
 
 
-def test_fake_and_meta_tensors():
+def test_fake_and_meta_tensors_get_shapes():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode() as mode:
@@ -633,10 +634,10 @@ def test_fake_and_meta_tensors():
     assert lif(torch.empty(4, 3, device="meta")).shape == (4, 3)
 
 
-# --- processes and threads --------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------------
 
 
-def test_two_threads_at_once():
+def test_two_threads_may_call_at_once():
     x = exact((4, 40, 3000), torch.float32, 1)
     want, found = lif(x), []
 
@@ -652,13 +653,13 @@ def test_two_threads_at_once():
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("tasks", [0, 1, 6, 7, 100])
-def test_every_task_has_one_thread(tasks, parts):
+def test_every_task_runs_on_exactly_one_thread(tasks, parts):
     from sdit_kernels.cpu.kernel import share
 
     assert [i for part in range(parts) for i in share.py_func(tasks, (part, parts))] == list(range(tasks))
 
 
-def test_docstrings():
+def test_docstring_examples_run():
     import doctest
 
     for module in ("sdit_kernels.ops.lif", "sdit_kernels.dispatch"):

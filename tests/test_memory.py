@@ -1,4 +1,4 @@
-"""Large CPU outputs: blocks come back, and nobody can tell such a tensor from another."""
+"""The pool that reuses memory for large CPU outputs. Its tensors must behave like any other tensor."""
 
 import copy
 import gc
@@ -21,59 +21,60 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="th
 
 
 @pytest.fixture(autouse=True)
-def pooled(monkeypatch):
-    """Outside of deterministic mode, which fills new memory and so bypasses the pool; with a pool of our own."""
+def empty_pool(monkeypatch):
+    """Use an empty pool, outside of deterministic mode. Deterministic mode fills new memory, so it bypasses the pool."""
     torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(memory, "pool", memory._Pool(64 << 20))
 
 
-def like(*shape, dtype=torch.float32):
+def empty_tensor(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype)
 
 
-def idle():
+def idle_sizes():
     return [size for size, _ in memory.pool._idle]
 
 
-def test_a_block_comes_back_and_is_used_again():
-    x = like(LARGE // 4)
+def test_a_freed_block_is_used_again():
+    x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32)
     address, nbytes = a.data_ptr(), a.nbytes
     assert address % (2 << 20) == 0 and nbytes == LARGE
     view = a[5:]
     del a
-    assert idle() == []  # the view holds it
+    assert idle_sizes() == []  # the view still holds the block
     del view
-    assert idle() == [LARGE]
+    assert idle_sizes() == [LARGE]
     b = memory.empty_like(x, torch.float32)
-    assert b.data_ptr() == address and idle() == []
+    assert b.data_ptr() == address and idle_sizes() == []
     c = memory.empty_like(x, torch.float32)
     assert c.data_ptr() != address
 
 
-def test_small_tensors_other_devices_and_deterministic_mode_go_to_torch():
-    memory.empty_like(like(LARGE // 4 - 1), torch.float32)
-    memory.empty_like(like(LARGE).to("meta"), torch.float32)
+def test_torch_allocates_small_tensors_other_devices_and_in_deterministic_mode():
+    memory.empty_like(empty_tensor(LARGE // 4 - 1), torch.float32)
+    memory.empty_like(empty_tensor(LARGE).to("meta"), torch.float32)
     torch.use_deterministic_algorithms(True)
-    assert memory.empty_like(like(LARGE), torch.float32).isnan().all()
-    assert idle() == []
+    assert memory.empty_like(empty_tensor(LARGE), torch.float32).isnan().all()
+    assert idle_sizes() == []
 
 
-def test_idle_blocks_stay_below_the_limit_and_the_oldest_goes_first():
+def test_idle_blocks_stay_below_the_limit_and_the_oldest_is_freed_first():
     sizes = [LARGE * n for n in (3, 5, 7, 2)]
-    tensors = [memory.empty_like(like(size // 4), torch.float32) for size in sizes]
+    tensors = [memory.empty_like(empty_tensor(size // 4), torch.float32) for size in sizes]
     while tensors:
         tensors.pop(0)
         gc.collect()
-    assert idle() == [LARGE * n for n in (5, 7, 2)]  # 12 + 20 + 28 + 8 MiB are more than 64
+    assert idle_sizes() == [LARGE * n for n in (5, 7, 2)]  # 12 + 20 + 28 + 8 MiB are more than the limit of 64 MiB
     memory.pool.limit = 0
-    x = like(LARGE)
-    assert memory.empty_like(x, torch.float32).untyped_storage().resizable()  # torch's own
+    x = empty_tensor(LARGE)
+    # torch allocated this memory: storage of the pool cannot be resized
+    assert memory.empty_like(x, torch.float32).untyped_storage().resizable()
 
 
 @pytest.mark.parametrize("shape, order", [((3, 700, 801), (0, 1, 2)), ((3, 4, 400, 401), (0, 2, 3, 1))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.bool, torch.float64])
-def test_strides_are_torchs(shape, order, dtype):
+def test_strides_equal_those_torch_chooses(shape, order, dtype):
     x = torch.empty(2, *(shape[a] for a in order)).permute(0, *(1 + order.index(a) for a in range(len(shape))))
     for per_channel in (False, True):
         got = layout.empty_like(x, dtype, per_channel)
@@ -84,7 +85,7 @@ def test_strides_are_torchs(shape, order, dtype):
     assert (state.shape, state.stride()) == (x[0].shape, torch.empty_like(x[0]).stride())
 
 
-def test_such_a_tensor_does_what_tensors_do():
+def test_pooled_tensors_behave_like_other_tensors():
     x = torch.randn(4, 8, 300, 384, requires_grad=True)
     s = sdit_kernels.lif(x * 2)
     assert not s._is_view() and not s.untyped_storage().resizable()
@@ -93,7 +94,7 @@ def test_such_a_tensor_does_what_tensors_do():
     with torch.no_grad():
         s = sdit_kernels.lif(x)
         before = s.clone()
-        s.mul_(1)  # in place
+        s.mul_(1)
         file = io.BytesIO()
         torch.save(s, file)
         file.seek(0)
@@ -105,31 +106,31 @@ def test_such_a_tensor_does_what_tensors_do():
     assert (kept == before.numpy()).all()
 
 
-def test_threads_take_and_give_back_without_sharing_a_block():
+def test_threads_never_share_a_block():
     wrong = []
 
     def work(value):
         for _ in range(60):
-            t = memory.empty_like(like(LARGE // 4), torch.float32).fill_(value)
-            u = memory.empty_like(like(LARGE // 2), torch.float32).fill_(-value)
+            t = memory.empty_like(empty_tensor(LARGE // 4), torch.float32).fill_(value)
+            u = memory.empty_like(empty_tensor(LARGE // 2), torch.float32).fill_(-value)
             if not ((t == value).all() and (u == -value).all()):
                 wrong.append(value)
 
     threads = [threading.Thread(target=work, args=(i + 1.0,)) for i in range(6)]
     [t.start() for t in threads]
     [t.join() for t in threads]
-    assert not wrong and sum(idle()) <= memory.pool.limit
+    assert not wrong and sum(idle_sizes()) <= memory.pool.limit
 
 
-def test_a_forked_child_has_blocks_of_its_own():
-    x = like(LARGE // 4)
+def test_a_forked_child_gets_its_own_blocks():
+    x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32).fill_(1)
     del a
     kept = memory.empty_like(x, torch.float32).fill_(2)
     child = os.fork()
     if child == 0:
         b = memory.empty_like(x, torch.float32)
-        b[:8], kept[:8] = 3, 4  # few: torch's own threads did not survive the fork
+        b[:8], kept[:8] = 3, 4  # only a few elements: torch's threads did not survive the fork
         os._exit(0 if (b[:8] == 3).all() else 1)
     assert os.waitpid(child, 0)[1] == 0 and (kept == 2).all()
 
@@ -138,13 +139,13 @@ def run(code, **env):
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
 
 
-def test_tensors_alive_at_exit_do_no_harm():
+def test_tensors_alive_at_exit_raise_no_error():
     code = "import torch, sdit_kernels; s = sdit_kernels.lif(torch.randn(4, 1 << 20)); print(s.shape)"
     done = run(code)
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
-def test_the_environment_sets_the_limit():
+def test_an_environment_variable_sets_the_limit():
     code = "from sdit_kernels import memory; print(memory.pool.limit)"
     assert run(code, SDIT_KERNELS_CPU_POOL_MB="3").stdout == f"{3 << 20}\n"
     assert run(code, SDIT_KERNELS_CPU_POOL_MB="0").stdout == "0\n"

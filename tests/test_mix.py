@@ -1,4 +1,5 @@
-"""token_shift and relu_squared: every backend against the reference and plain PyTorch, and the laws they obey."""
+"""Compare token_shift and relu_squared on every backend with the reference and with plain PyTorch, and test their
+properties."""
 
 import math
 import sys
@@ -29,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 1e-2, to
 
 
 def run(name, function, *args, **kwargs):
-    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    """Call a function under a backend. Under Triton, assert that its kernels were launched."""
     with backend(name), native_triton.launches() as counts:
         out = function(*args, **kwargs)
     if name == "triton":
@@ -38,7 +39,8 @@ def run(name, function, *args, **kwargs):
 
 
 def random(*shape, dtype=torch.float32, seed=0, grad=False):
-    """Rows whose variance is far from 0, so that a norm does not blow rounding up: the first channels alternate in sign."""
+    """Random rows with a large variance, so that a norm does not amplify rounding errors: channel 0 is near 2, channel 1
+    near -2."""
     t = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if len(shape) and shape[-1] > 1:
         t[..., 0] += 2
@@ -50,8 +52,8 @@ def mixes_for(M, C, dtype, seed=1):
     return [random(C, dtype=dtype, seed=seed + m).sigmoid() for m in range(M)]
 
 
-def stretch(x, layout):
-    """The same values with other strides."""
+def with_layout(x, layout):
+    """Return the same values with other strides."""
     if layout == "tokens first" and x.dim() == 3:
         return x.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "channels first":
@@ -67,12 +69,15 @@ LAYOUTS = ["contiguous", "tokens first", "channels first", "slice of channels", 
 
 
 def assert_close(got, want, dtype, what, scale=0.0):
-    """By the root mean square, beside that of ``want`` or ``scale``: what a sum's terms add up to without their signs."""
+    """Assert that the rms error is small relative to the rms of ``want`` or to ``scale``.
+
+    Pass as ``scale`` the sum of the absolute values of a sum's terms.
+    """
     assert got.dtype == want.dtype and got.shape == want.shape, what
     if want.numel() == 0:
         return
     error, size = ((t.double().square().mean().sqrt().item()) for t in (got.double() - want.double(), want))
-    assert error <= TOLERANCE[dtype] * max(size, scale, 1e-3), f"{what}: rms error {error:.2e} beside {max(size, scale):.2e}"
+    assert error <= TOLERANCE[dtype] * max(size, scale, 1e-3), f"{what}: rms error {error:.2e} at scale {max(size, scale):.2e}"
 
 
 def grad_of(outputs, grads, inputs):
@@ -80,7 +85,7 @@ def grad_of(outputs, grads, inputs):
 
 
 def compare(name, x, M, norm_eps=None, last=None, mix_dtype=None, unused=(), stretched_g="contiguous"):
-    """Outputs and gradients against the reference in float64 on the same values."""
+    """Compare outputs and gradients with the reference, which runs in float64 on the same values."""
     C = x.shape[-1]
     mix_dtype = mix_dtype or (torch.float32 if x.dtype in HALF else x.dtype)
     found = []
@@ -88,7 +93,7 @@ def compare(name, x, M, norm_eps=None, last=None, mix_dtype=None, unused=(), str
         leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in (x, *mixes_for(M, C, mix_dtype))]
         if last is not None:
             leaves.append(last.detach().to(dtype or last.dtype).requires_grad_())
-        gs = [stretch(random(*x.shape, dtype=x.dtype, seed=50 + m), stretched_g).to(dtype or x.dtype) for m in range(M)]
+        gs = [with_layout(random(*x.shape, dtype=x.dtype, seed=50 + m), stretched_g).to(dtype or x.dtype) for m in range(M)]
         last_ = leaves[-1] if last is not None else None
 
         def both(leaves=leaves, last_=last_, gs=gs):
@@ -103,9 +108,9 @@ def compare(name, x, M, norm_eps=None, last=None, mix_dtype=None, unused=(), str
         assert o.is_contiguous() and o.shape == x.shape
         assert_close(o, w.to(o.dtype), x.dtype, "output")
     terms = math.sqrt(max(x.numel() // max(C, 1), 1))
-    wide = 10 if norm_eps is not None else 1  # a norm's gradient takes differences
+    wide = 10 if norm_eps is not None else 1  # the gradient of a norm subtracts close numbers
     for i, (g, w) in enumerate(zip(grads, want_grads)):
-        if 1 <= i <= M:  # sums over tokens, whose terms may cancel
+        if 1 <= i <= M:  # a mix's gradient is a sum over tokens, whose terms may cancel
             narrow = torch.promote_types(x.dtype, torch.float32) if mix_dtype not in HALF else mix_dtype
             assert_close(g, w.to(g.dtype), narrow, f"gradient of mix {i - 1}", 3 * terms)
         else:
@@ -117,19 +122,19 @@ def compare(name, x, M, norm_eps=None, last=None, mix_dtype=None, unused=(), str
 @given(data=st.data())
 def test_token_shift_equals_reference(name, data):
     dtype = data.draw(st.sampled_from(DTYPES))
-    small = name == "triton"  # wide tiles and many mixes take seconds to compile natively
+    small = name == "triton"  # wide tiles and many mixes take seconds to compile
     C = data.draw(st.sampled_from([1, 3, 7, 8, 13] if small else [1, 2, 3, 7, 16, 31, 33, 40]))
     L = data.draw(st.sampled_from([1, 2, 3, 4, 5, 8, 9, 33, 70]))
     leading = data.draw(st.sampled_from([(), (1,), (3,), (2, 3)]))
     M = data.draw(st.sampled_from([1, 3] if small else [1, 2, 3, 3, 6]))
-    norm_eps = data.draw(st.sampled_from([None, 1e-6, 1e-2])) if C > 2 else None  # a norm of two is a sign
+    norm_eps = data.draw(st.sampled_from([None, 1e-6, 1e-2])) if C > 2 else None  # a norm over two channels returns only signs
     seed = data.draw(st.integers(0, 99))
-    x = stretch(random(*leading, L, C, dtype=dtype, seed=seed), data.draw(st.sampled_from(LAYOUTS)))
+    x = with_layout(random(*leading, L, C, dtype=dtype, seed=seed), data.draw(st.sampled_from(LAYOUTS)))
     last = None
     if data.draw(st.booleans()):
         last = random(*leading, C, dtype=dtype, seed=seed + 1)
         if data.draw(st.booleans()):
-            last = stretch(last[None], "channels first")[0]
+            last = with_layout(last[None], "channels first")[0]
     unused = data.draw(st.sampled_from([(), (), (0,), (1, 2)])) if M > 2 else ()
     mix_dtype = dtype if dtype not in HALF or data.draw(st.booleans()) else None
     compare(name, x, M, norm_eps, last, mix_dtype, unused, data.draw(st.sampled_from(LAYOUTS)))
@@ -138,20 +143,20 @@ def test_token_shift_equals_reference(name, data):
 @pytest.mark.parametrize("name, shape", [
     ("cpu", (8, 394, 384)), ("cpu", (1, 2000, 129)), ("triton", (2, 394, 70)), ("triton", (300, 2, 5)), ("triton", (1, 2000, 8))
 ])  # fmt: skip
-def test_larger_sizes(name, shape):
+def test_token_shift_equals_the_reference_on_large_tensors(name, shape):
     for dtype in (torch.float32, torch.bfloat16):
         compare(name, random(*shape, dtype=dtype), 3, 1e-6, random(shape[0], shape[2], dtype=dtype, seed=9))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_as_many_mixes_as_there_may_be(name):
+def test_token_shift_takes_six_mixes(name):
     compare(name, random(2, 9, 5), 6, 1e-6, unused=(1, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
-def test_more_channels_than_a_tile_holds(dtype, norm_eps):
-    """Triton: the sums of a norm come from a kernel of their own."""
+def test_token_shift_takes_more_channels_than_a_tile(dtype, norm_eps):
+    """On Triton, a separate kernel then computes the sums of the norm."""
     pytest.importorskip("triton")
     for C, last in ((33, True), (70, False)):
         x = random(3, 13, C, dtype=dtype)
@@ -163,9 +168,11 @@ def test_more_channels_than_a_tile_holds(dtype, norm_eps):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("norm_eps", [None, 1e-6])
-def test_narrower_results_are_those_of_a_cast(name, dtype, norm_eps):
-    """And so are the gradients: what autocast would do, without its passes over memory. On the CPU bit for bit; tiles of a GPU
-    are wider for the narrower type, and sums over them in another order."""
+def test_dtype_gives_the_same_as_a_cast_of_the_result(name, dtype, norm_eps):
+    """The gradients are the same too, as under autocast, but without its extra passes over memory.
+
+    On the CPU the results are equal bit for bit. On Triton a narrower dtype has wider tiles, which add in another order.
+    """
     M, C = (2, 13) if name == "triton" else (3, 41)
     leaves = [random(3, 18, C, grad=True), *(m.requires_grad_() for m in mixes_for(M, C, torch.float32))]
     leaves.append(random(3, C, seed=4, grad=True))
@@ -184,8 +191,8 @@ def test_narrower_results_are_those_of_a_cast(name, dtype, norm_eps):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_against_layer_norm_pad_and_lerp(name):
-    """The operator is LayerNorm, ZeroPad2d((0, 0, 1, -1)) and lerps, as RWKV-LM writes them."""
+def test_token_shift_is_layer_norm_pad_and_lerp(name):
+    """token_shift is LayerNorm, ZeroPad2d((0, 0, 1, -1)) and lerp, as RWKV-LM writes it."""
     x = random(2, 9, 33, dtype=torch.float64)
     mixes = mixes_for(3, 33, torch.float64)
     normal = F.layer_norm(x, (33,), eps=1e-6)
@@ -197,8 +204,8 @@ def test_against_layer_norm_pad_and_lerp(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("norm_eps", [None, 1e-6])
-def test_slices_make_one_pass(name, norm_eps):
-    """Bit for bit, gradients too: those of x flow through ``last``."""
+def test_slices_equal_one_call(name, norm_eps):
+    """Outputs are equal bit for bit. The gradient of x also flows through ``last``."""
     x, mixes = random(2, 41, 24, grad=True), mixes_for(2, 24, torch.float32)
     gs = [random(2, 41, 24, seed=5 + m) for m in range(2)]
 
@@ -216,8 +223,10 @@ def test_slices_make_one_pass(name, norm_eps):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_laws(name):
-    """mix 1 is the token, mix 0 the one before; causal; sequences know nothing of each other; a zero ``last`` is none."""
+def test_token_shift_obeys_its_laws(name):
+    """A mix of 1 returns the token and a mix of 0 the token before. Sequences do not affect each other, and the op is causal. A
+    zero ``last`` is the same as no ``last``.
+    """
     x = random(3, 10, 12)
     one, zero = torch.ones(12), torch.zeros(12)
     with backend(name):
@@ -250,7 +259,7 @@ def test_mix_gradients_repeat_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_numerical_gradients(name):
+def test_gradients_equal_finite_differences(name):
     x, last = random(2, 5, 7, dtype=torch.float64, grad=True), random(2, 7, dtype=torch.float64, seed=1, grad=True)
     mixes = [m.requires_grad_() for m in mixes_for(2, 7, torch.float64)]
     with backend(name):
@@ -263,8 +272,8 @@ def test_numerical_gradients(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_precision(name):
-    """float32 within 2e-6 of float64, far from zero too; bfloat16 within 1.1 times the rounding of the exact output."""
+def test_rounding_errors_are_small(name):
+    """float32 is within 2e-6 of float64, also far from zero. bfloat16 is within 1.1 times the rounding of the exact output."""
     for offset in (0.0, 100.0):
         x = random(2, 60, 48, dtype=torch.float64) + offset
         mixes = mixes_for(3, 48, torch.float64)
@@ -281,7 +290,7 @@ def test_precision(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty(name):
+def test_empty_tensors_give_empty_results(name):
     mix = torch.ones(5, requires_grad=True)
     with backend(name):
         for shape in ((2, 0, 5), (0, 4, 5), (0, 5)):
@@ -299,7 +308,7 @@ def test_empty(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_not_a_number_and_infinity(name):
+def test_not_a_number_and_infinity_equal_the_reference(name):
     x = random(1, 6, 5)
     x[0, 1, 2], x[0, 3, 0], x[0, 3, 4] = math.nan, math.inf, -math.inf
     for norm_eps in (None, 1e-6):
@@ -322,7 +331,7 @@ def test_relu_squared_equals_reference(name, data):
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 3, 7, 31, 32, 33, 65]), max_size=3)))
     x = random(*shape, dtype=dtype, seed=data.draw(st.integers(0, 99)))
     if len(shape) > 1:
-        x = stretch(x, data.draw(st.sampled_from(LAYOUTS)))
+        x = with_layout(x, data.draw(st.sampled_from(LAYOUTS)))
     a, b = (x.detach().requires_grad_() for _ in range(2))
     g = random(*shape, dtype=dtype, seed=7)
     g = g.sum().expand(shape) if data.draw(st.booleans()) else g
@@ -333,11 +342,11 @@ def test_relu_squared_equals_reference(name, data):
     with backend(name):
         out.backward(g)
     torch.testing.assert_close(out, want, rtol=0, atol=0)
-    torch.testing.assert_close(a.grad, b.grad)  # 16-bit: the reference rounds more often
+    torch.testing.assert_close(a.grad, b.grad)  # in 16 bits the reference rounds more often
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_only_inputs_are_saved(name):
+def test_only_inputs_are_saved_for_the_backward_pass(name):
     x, mixes = random(2, 9, 16, grad=True), [m.requires_grad_() for m in mixes_for(3, 16, torch.float32)]
     saved = []
 
@@ -348,14 +357,14 @@ def test_only_inputs_are_saved(name):
     with backend(name), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         token_shift(x, *mixes, norm_eps=1e-6)
         relu_squared(x)
-    assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) == 3 * 16  # the mixes, stacked
+    assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) == 3 * 16  # only the mixes, in one stacked tensor
 
 
 @pytest.mark.parametrize("norm_eps, whole", [(None, 4096), (1e-6, 4096), (1e-6, 8)], ids=["plain", "norm", "sums first"])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(norm_eps, whole):
-    """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
+    """Call launchers directly, so that a tool that watches memory accesses sees only kernels. test_ttsem.py runs this test."""
     kernels = pytest.importorskip("sdit_kernels.triton.mix")
-    # several programs, under such tools too, and several tiles a program
+    # several programs, also in this case, and several tiles per program
     tuning = Tuning(elementwise_threads=8, shift_channels=whole, sum_programs=4)
     B, L, C, M = 2, 21, 13, 2
     inputs = [random(B, L, C), random(B, C, seed=1), torch.stack(mixes_for(M, C, torch.float32))]
@@ -415,7 +424,7 @@ X, M = torch.ones(2, 4, 3), torch.ones(3)
         (TypeError, "x must be float32.*bool", lambda: relu_squared(X > 0)),
     ],
 )
-def test_errors(kind, message, call, name):
+def test_wrong_arguments_are_refused(kind, message, call, name):
     with backend(name), pytest.raises(kind, match=message):
         call()
 
@@ -428,7 +437,7 @@ def network(x, *mixes):
     return (torch.sigmoid(r) * relu_squared(k)).sum()
 
 
-def test_compile():
+def test_compiled_equals_eager():
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True)
     for shape in ((4, 6, 5), (4, 7, 5)):
@@ -439,7 +448,7 @@ def test_compile():
             torch.testing.assert_close(a.grad, b.grad)
 
 
-def test_export():
+def test_export_takes_any_batch():
     class Net(torch.nn.Module):
         def forward(self, x, m):
             return token_shift(x, m, norm_eps=1e-6)[0], relu_squared(x)
@@ -454,7 +463,7 @@ def test_export():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_vmap_and_grad(name):
+def test_vmap_and_grad_equal_a_loop(name):
     from torch.func import grad, vmap
 
     x, last, m = random(5, 2, 6, 7), random(5, 2, 7, seed=1), torch.stack(mixes_for(5, 7, torch.float32))
@@ -485,15 +494,15 @@ def test_vmap_and_grad(name):
         torch.testing.assert_close(vmap(grad(lambda x: relu_squared(x).sum()))(x), 2 * x.clamp(min=0))
 
 
-def test_docstrings():
+def test_docstring_examples_run():
     import doctest
 
     result = doctest.testmod(sys.modules["sdit_kernels.ops.mix"])
     assert result.attempted and not result.failed
 
 
-def test_per_sample_gradients_of_the_mixes():
-    """A batch of data under vmap shares the mixes, and each member still has its own gradient of them."""
+def test_vmap_gives_each_sample_its_gradient_of_the_mixes():
+    """The samples of a batch share the mixes, and each sample still gets its own gradient of them."""
     m, x = torch.rand(3, 5), torch.randn(4, 2, 6, 5)
 
     def loss(m, x):

@@ -1,4 +1,4 @@
-"""sdit_kernels/nn: the modules are their ops, and the membrane they keep is safe with whatever is done to a module."""
+"""sdit_kernels/nn: modules equal their ops, and each neuron keeps its membrane correctly whatever happens to the module."""
 
 import copy
 import doctest
@@ -23,27 +23,27 @@ on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
 
 
 def data(*shape, seed=0, dtype=torch.float32):
-    """Multiples of 1/16 around the threshold: with tau = 2 the arithmetic is exact."""
+    """Multiples of 1/16 around the threshold. With tau = 2 the arithmetic is exact."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-8, 49, shape, generator=generator) / 16).to(dtype)
 
 
 def neuron_op(module, x, v=None, **extra):
-    """What a module stands for, written out with the op."""
+    """Return the op that a module computes, called directly."""
     tau = 1 / torch.sigmoid(module.w) if isinstance(module, ParametricLIF) else module.tau
     names = ("decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
     return lif(x, v, tau=tau, return_v=True, **{n: getattr(module, n) for n in names}, **extra)
 
 
-def used(module, shape=(4, 2, 3), dtype=torch.float32):
-    """The module after a call with gradients: its membrane is a non-leaf tensor."""
+def call_once(module, shape=(4, 2, 3), dtype=torch.float32):
+    """Call the module with gradients once, so that its membrane is part of a graph."""
     module(data(*shape, dtype=dtype).requires_grad_())
     assert module.v.requires_grad and not module.v.is_leaf
     return module
 
 
 @pytest.mark.parametrize("module", [sdit_kernels.nn.neurons, sdit_kernels.nn.rwkv])
-def test_documented_examples_run(module):
+def test_docstring_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted > 5 and found.failed == 0
 
@@ -53,7 +53,7 @@ def test_documented_examples_run(module):
 
 @st.composite
 def neurons(draw, name):
-    """On the CPU kernels no more variants than tell the modules apart: each costs seconds to compile."""
+    """Random modules. On the CPU kernels few settings vary, because each variant takes seconds to compile."""
     kind = draw(st.sampled_from(STATEFUL))
     kwargs = {"v_reset": draw(st.sampled_from([0.0, None]))}
     if name == "reference":
@@ -73,8 +73,8 @@ def neurons(draw, name):
     batch=st.sampled_from([(), (1,), (2, 5), (0,)]),
     seed=st.integers(0, 2**16),
 )
-def test_calls_of_any_length_in_either_mode_make_one_pass_of_lif(name, draw, chunks, batch, seed):
-    """Spikes, membrane and gradients of calls in a row, with the graph between them, against one call of the op."""
+def test_several_calls_in_either_step_mode_equal_one_call_of_lif(name, draw, chunks, batch, seed):
+    """Compare spikes, membrane and gradients of several calls, connected by the graph, with one call of the op."""
     module = draw.draw(neurons(name))
     dtype = draw.draw(st.sampled_from([torch.float32, torch.bfloat16] if name == "reference" else [torch.float32]))
     T = sum(1 if n == "s" else n for n in chunks)
@@ -139,7 +139,7 @@ def test_parametric_lif_computes_tau_in_the_wider_type(parameter, x):
 
 @on_both_backends
 @pytest.mark.parametrize("extras", [(), ("residual",), ("gate",), ("residual", "gate")])
-def test_lif_rate_is_the_op_and_keeps_nothing(name, extras):
+def test_lif_rate_equals_its_op_and_keeps_no_state(name, extras):
     x = data(2, 5, 3).requires_grad_()
     extra = {n: data(2, 5, 3, seed=i + 1).requires_grad_() for i, n in enumerate(extras)}
     neuron = LIFRate(3, tau=4.0, v_reset=None, alpha=3.0, detach_reset=True)
@@ -186,7 +186,7 @@ def test_every_setting_reaches_the_op():
 
 
 @pytest.mark.filterwarnings("ignore:a surrogate function of your own")
-def test_a_surrogate_function_of_your_own():
+def test_a_users_surrogate_function_gives_the_gradient():
     calls = []
 
     def boxcar(z):
@@ -216,7 +216,7 @@ def test_the_membrane_is_carried_until_reset(kind):
     torch.testing.assert_close(neuron(x), first, rtol=0, atol=0)
 
 
-def test_a_membrane_can_be_set():
+def test_the_next_call_starts_from_an_assigned_membrane():
     neuron = LIF()
     neuron.v = data(2, 3, seed=4).requires_grad_()
     v = neuron.v
@@ -225,7 +225,7 @@ def test_a_membrane_can_be_set():
     assert torch.autograd.grad(neuron.v.sum(), v)[0].shape == (2, 3)
 
 
-def test_detach_keeps_the_membrane_and_cuts_its_past():
+def test_detach_keeps_the_membrane_and_cuts_its_graph():
     x, y = data(4, 3).requires_grad_(), data(4, 3, seed=1).requires_grad_()
     neuron = LIF(v_threshold=100.0, store_v_seq=True)
     neuron(x)
@@ -238,7 +238,7 @@ def test_detach_keeps_the_membrane_and_cuts_its_past():
     assert x.grad is None and y.grad.abs().sum() > 0
 
 
-def test_without_detach_gradients_reach_the_calls_before():
+def test_without_detach_gradients_reach_earlier_calls():
     x = data(4, 3).requires_grad_()
     neuron = LIF(v_threshold=100.0)
     neuron(x)
@@ -252,8 +252,8 @@ def test_without_detach_gradients_reach_the_calls_before():
     ("shape", "mode", "error"),
     [((4, 5, 3), "m", "(5, 3)"), ((4, 3), "m", "(3,)"), ((4, 2, 3), "s", "(4, 2, 3)"), ((2,), "s", "(2,)"), ((), "m", "()")],
 )
-def test_data_of_another_shape_is_refused_and_nothing_is_lost(kind, shape, mode, error):
-    neuron = used(kind())
+def test_data_of_another_shape_is_refused_and_the_membrane_is_kept(kind, shape, mode, error):
+    neuron = call_once(kind())
     v = neuron.v
     neuron.step_mode = mode
     with pytest.raises(ValueError, match=rf"has shape \(2, 3\), and x asks for {re.escape(error)}; call reset\(\)"):
@@ -274,7 +274,7 @@ def test_data_of_another_shape_is_refused_and_nothing_is_lost(kind, shape, mode,
     ],
 )
 @pytest.mark.parametrize("neuron", [LIF(), ParametricLIF(), LIF(step_mode="s")], ids=["m", "parametric", "s"])
-def test_data_the_membrane_does_not_go_with_are_refused_and_nothing_is_lost(neuron, x, kind, error):
+def test_data_that_does_not_match_the_membrane_is_refused(neuron, x, kind, error):
     neuron = copy.deepcopy(neuron)
     neuron(data(2, 3) if neuron.step_mode == "s" else data(4, 2, 3))
     v = neuron.v
@@ -296,7 +296,7 @@ def _by_save(module):
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _by_pickle, _by_save])
 @pytest.mark.parametrize("kind", STATEFUL)
-def test_copies_take_the_values_of_the_membrane_and_the_original_keeps_its_graph(kind, duplicate):
+def test_copies_take_the_membrane_without_its_graph(kind, duplicate):
     x = data(4, 2, 3).requires_grad_()
     net = torch.nn.Sequential(kind(store_v_seq=True))
     net(x)
@@ -311,7 +311,7 @@ def test_copies_take_the_values_of_the_membrane_and_the_original_keeps_its_graph
     assert x.grad.abs().sum() > 0
 
 
-def test_an_exponential_moving_average_of_a_network_in_use():
+def test_an_exponential_moving_average_works_on_a_network_in_use():
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), LIF(), ParametricLIF(channels=3))
     net(data(4, 2, 3)).sum().backward()
     ema = torch.optim.swa_utils.AveragedModel(
@@ -324,10 +324,10 @@ def test_an_exponential_moving_average_of_a_network_in_use():
 
 
 @pytest.mark.parametrize("kind", STATEFUL)
-def test_the_state_dict_does_not_know_the_membrane(kind):
-    fresh, old = kind(), used(kind())
+def test_the_state_dict_has_no_membrane(kind):
+    fresh, old = kind(), call_once(kind())
     assert fresh.state_dict().keys() == old.state_dict().keys() == ({"w"} if kind is ParametricLIF else set())
-    assert not list(old.buffers())  # DistributedDataParallel would broadcast them
+    assert not list(old.buffers())  # as a buffer, DistributedDataParallel would broadcast it
     v = old.v
     old.load_state_dict(fresh.state_dict(), strict=True)
     assert old.v is v
@@ -338,7 +338,7 @@ def test_the_state_dict_does_not_know_the_membrane(kind):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", STATEFUL)
 def test_the_membrane_follows_the_dtype_of_the_module(kind, dtype):
-    neuron = used(kind(store_v_seq=True))
+    neuron = call_once(kind(store_v_seq=True))
     before = neuron.v.detach()
     assert neuron.to(dtype) is neuron
     assert neuron.v.dtype == neuron.v_seq.dtype == dtype and neuron.v.requires_grad
@@ -346,11 +346,11 @@ def test_the_membrane_follows_the_dtype_of_the_module(kind, dtype):
     with backend("reference"):
         s = neuron(data(4, 2, 3, dtype=dtype))
         assert s.dtype == dtype and neuron.v.dtype == (dtype if dtype == torch.float64 else torch.float32)
-        neuron(data(4, 2, 3, dtype=dtype))  # a wide state beside narrow data
+        neuron(data(4, 2, 3, dtype=dtype))  # a wide membrane and narrow data
 
 
 def test_the_membrane_follows_the_device_of_the_module():
-    net = torch.nn.Sequential(used(LIF(store_v_seq=True))).to("meta")
+    net = torch.nn.Sequential(call_once(LIF(store_v_seq=True))).to("meta")
     assert net[0].v.is_meta and net[0].v_seq.is_meta
     assert net(torch.empty(4, 2, 3, device="meta")).shape == (4, 2, 3)
 
@@ -367,7 +367,7 @@ def test_a_network_can_be_built_on_the_meta_device():
     assert net(data(4, 2, 3)).shape == (4, 2, 3)
 
 
-def test_replicas_of_data_parallel_leave_the_module_at_rest():
+def test_replicas_of_data_parallel_leave_the_membrane_of_the_module_unset():
     neuron = ParametricLIF()
     replica = neuron._replicate_for_data_parallel()
     replica.w = neuron.w
@@ -375,14 +375,14 @@ def test_replicas_of_data_parallel_leave_the_module_at_rest():
     assert replica.v is not None and neuron.v is None
 
 
-def test_state_kept_for_inference_costs_no_graph():
+def test_a_membrane_kept_for_inference_has_no_graph():
     neuron = ParametricLIF(store_v_seq=True)
     with torch.no_grad():
         neuron(data(4, 2, 3).requires_grad_())
     assert neuron.v.grad_fn is None and neuron.v_seq.grad_fn is None
 
 
-def test_reset_and_detach_reach_every_neuron_of_a_network_and_nothing_else():
+def test_reset_and_detach_reach_only_the_neurons_of_a_network():
     class Elsewhere(torch.nn.Module):
         def reset(self):
             raise AssertionError("not ours")
@@ -403,7 +403,7 @@ def test_reset_and_detach_reach_every_neuron_of_a_network_and_nothing_else():
     assert all(n.v.requires_grad for n in neurons)
     detach(net)
     assert not any(n.v.requires_grad for n in neurons) and not neurons[1].v_seq.requires_grad
-    net(data(4, 2, 3)).sum().backward()  # the graph of the first call is gone, and is not asked for
+    net(data(4, 2, 3)).sum().backward()  # detach cut the graph of the first call, so its freed tensors are not needed
     reset(net)
     assert all(n.v is None and n.v_seq is None for n in neurons)
     assert net(data(4, 7, 3)).shape == (4, 7, 3)
@@ -413,7 +413,7 @@ def test_reset_and_detach_reach_every_neuron_of_a_network_and_nothing_else():
 
 @pytest.mark.parametrize("mode", ["m", "s"])
 @pytest.mark.parametrize("kind", STATEFUL)
-def test_a_forgotten_reset_is_named_where_autograd_finds_the_graph_of_the_last_call_freed(kind, mode):
+def test_an_error_names_a_forgotten_reset(kind, mode):
     net = torch.nn.Sequential(torch.nn.Linear(3, 3), kind(step_mode=mode), torch.nn.Linear(3, 3))
     x = data(*((4, 2, 3) if mode == "m" else (2, 3)))
     net(x).sum().backward()
@@ -427,7 +427,7 @@ def test_a_forgotten_reset_is_named_where_autograd_finds_the_graph_of_the_last_c
         net(x).sum().backward()
 
 
-def test_two_backward_passes_of_one_call_are_told_of_retain_graph():
+def test_a_second_backward_pass_of_one_call_names_retain_graph():
     loss = LIF()(data(4, 3).requires_grad_()).sum()
     loss.backward()
     with pytest.raises(RuntimeError, match="retain_graph=True"):
@@ -444,7 +444,7 @@ def over_time():
 
 @pytest.mark.parametrize("T, B", [(4, 32), (1, 5), (3, 1), (0, 2)])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_over_time_is_its_modules_at_every_step(T, B, contiguous):
+def test_over_time_equals_its_modules_at_every_step(T, B, contiguous):
     x = data(T, B, 3) if contiguous else data(B, 3, T).permute(2, 0, 1)
     module = OverTime(torch.nn.Linear(3, 8), torch.nn.GELU())
     x.requires_grad_()
@@ -457,7 +457,7 @@ def test_over_time_is_its_modules_at_every_step(T, B, contiguous):
             torch.testing.assert_close(a, b)
 
 
-def test_the_statistics_of_a_norm_over_time_are_over_steps_and_batch():
+def test_a_norm_inside_over_time_uses_statistics_of_all_steps():
     net, x = torch.nn.Sequential(over_time(), LIF()), data(4, 32, 3)
     assert net(x).shape == (4, 32, 8)
     linear, norm = net[0]
@@ -469,7 +469,7 @@ def test_the_statistics_of_a_norm_over_time_are_over_steps_and_batch():
     ]  # fmt: skip
 
 
-def test_over_time_of_images_and_of_modules_that_return_several_tensors():
+def test_over_time_takes_images_and_modules_with_several_outputs():
     assert OverTime(torch.nn.Conv2d(3, 8, 3))(data(4, 2, 3, 6, 6)).shape == (4, 2, 8, 4, 4)
     attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
 
@@ -511,13 +511,13 @@ class Returns(torch.nn.Module):
         ([Returns(data())], data(4, 2, 3), ValueError, "must keep the first axis, 8 = T*B, got an output of ()"),
     ],
 )
-def test_what_over_time_refuses(modules, x, error, message):
+def test_over_time_refuses_wrong_arguments(modules, x, error, message):
     with pytest.raises(error, match=re.escape(message)):
         OverTime(*modules)(x)
 
 
 class WithStepMode(torch.nn.Module):
-    """As the layers and the neurons of SpikingJelly."""
+    """Has the attributes of SpikingJelly's layers and neurons."""
 
     step_mode = "m"
 
@@ -528,14 +528,14 @@ class WithMemory(WithStepMode):
 
 
 class WithMembrane(torch.nn.Module):
-    """As the neurons of snnTorch."""
+    """Has the attributes of snnTorch's neurons."""
 
     def reset_mem(self):
         pass
 
 
 @pytest.mark.parametrize("neuron", [LIF, IF, ParametricLIF, WithMemory, WithMembrane])
-def test_over_time_takes_no_neuron_that_keeps_a_membrane(neuron):
+def test_over_time_refuses_neurons_that_keep_a_membrane(neuron):
     with pytest.raises(ValueError, match=rf"stateless modules, got {neuron.__name__}, which needs the time axis"):
         OverTime(torch.nn.Linear(3, 3), torch.nn.Sequential(neuron()))
     module = OverTime(torch.nn.Linear(3, 3), LIFRate(), WithStepMode())
@@ -572,7 +572,7 @@ def test_compiled_neurons_carry_their_membrane(kind, mode):
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     xs = [data(*((4, 2, 3) if mode == "m" else (2, 3)), seed=i).requires_grad_() for i in range(4)]
     for i, x in enumerate(xs):
-        # one graph for a neuron at rest and one for a membrane to go on from
+        # one graph for a neuron without a membrane and one for a neuron with a membrane
         with torch._dynamo.config.patch(error_on_recompile=i > 1):
             torch.testing.assert_close(compiled(x), eager(x), rtol=0, atol=0)
         torch.testing.assert_close(module.v, eager.v, rtol=0, atol=0)
@@ -584,7 +584,7 @@ def test_compiled_neurons_carry_their_membrane(kind, mode):
     torch.testing.assert_close(compiled(xs[0]), eager(xs[0]), rtol=0, atol=0)
 
 
-def test_a_compiled_network_is_one_graph_and_trains_as_the_eager_one():
+def test_a_compiled_network_is_one_graph_and_trains_like_the_eager_one():
     torch.compiler.reset()
     torch.manual_seed(0)
     eager = torch.nn.Sequential(LIF(), torch.nn.Linear(3, 3), ParametricLIF(channels=3), torch.nn.Linear(3, 3), LIFRate())
@@ -638,14 +638,14 @@ def test_a_compiled_network_is_one_graph_and_trains_as_the_eager_one():
         ),
     ],
 )
-def test_what_construction_refuses(kind, kwargs, error, message):
+def test_wrong_settings_are_refused(kind, kwargs, error, message):
     if not kwargs.keys() <= inspect.signature(kind).parameters.keys():
         error, message = TypeError, "unexpected keyword argument"
     with pytest.raises(error, match=re.escape(message)):
         kind(**kwargs)
 
 
-def test_construction_asks_for_no_backend_that_could_run(monkeypatch):
+def test_construction_needs_no_backend(monkeypatch):
     """A network is built on the CPU and moved to a GPU afterwards."""
     monkeypatch.setattr(dispatch, "_resolved", {})
     monkeypatch.setattr(dispatch, "_triton_obstacle", lambda device: "no GPU")
@@ -656,7 +656,7 @@ def test_construction_asks_for_no_backend_that_could_run(monkeypatch):
                 neuron(data(4, 3))
 
 
-def test_step_mode_is_checked_when_it_is_changed():
+def test_an_assigned_step_mode_is_checked():
     neuron = LIF()
     with pytest.raises(ValueError, match="step_mode must be"):
         neuron.step_mode = "x"
@@ -672,8 +672,11 @@ def test_step_mode_is_checked_when_it_is_changed():
         (LIFRate, ["T"]),
     ],
 )
-def test_positions_mean_what_they_mean_in_spikingjelly(kind, positional):
-    """Where its fifth argument is a surrogate_function, which spikes instead of being a derivative, ours takes no position."""
+def test_positional_arguments_are_those_of_spikingjelly(kind, positional):
+    """SpikingJelly's fifth argument is a surrogate function that spikes.
+
+    Ours is the derivative, so it must be passed by name.
+    """
     parameters = inspect.signature(kind).parameters.values()
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     defaults = {"tau": 2.0, "init_tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
@@ -688,18 +691,18 @@ def test_repr_shows_every_setting(kind):
     assert "v_reset=None" in repr(kind(v_reset=None)) and "surrogate='erf'" in repr(kind(surrogate="erf"))
 
 
-def test_a_membrane_set_by_hand():
+def test_the_membrane_may_be_set_to_a_number():
     x, neuron = data(4, 2, 3), LIF()
     neuron.v = 0.5
     assert torch.equal(neuron(x), lif(x, torch.full((2, 3), 0.5)))
     neuron.v = 0.5
-    assert neuron.double().v == 0.5 and copy.deepcopy(neuron).v == 0.5  # nothing to convert or to cut off
+    assert neuron.double().v == 0.5 and copy.deepcopy(neuron).v == 0.5  # a number needs no conversion and has no graph
     neuron.v = "0.5"
     with pytest.raises(TypeError, match="v must be a tensor, a number or None, got str"):
         neuron(x)
 
 
-def test_a_membrane_from_inference_mode_does_not_stop_training():
+def test_a_membrane_from_inference_mode_allows_training():
     x, neuron = data(4, 2, 3), LIF()
     with torch.inference_mode():
         neuron(x)
@@ -714,7 +717,7 @@ def test_a_membrane_from_inference_mode_does_not_stop_training():
 
 
 def plain_wkv(w, u, k, v):
-    """The equations, without a running maximum: for small keys, in float64."""
+    """The equations in float64, without a running maximum, so keys must be small."""
     n, d = torch.zeros_like(k[:, 0]), torch.zeros_like(k[:, 0])
     out = []
     for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
@@ -741,9 +744,9 @@ def plain_time_mix(m, x, residual=None):
     xk, xv, xr = plain_mixes(x, m.norm_eps, m.time_mix_k, m.time_mix_v, m.time_mix_r)
     w, u = -torch.exp(m.time_decay), m.time_first
     k, v = xk @ m.key.weight.T, xv @ m.value.weight.T
-    if m.bidirectional:  # numerator and denominator of both directions, the token itself once
+    if m.bidirectional:  # add the numerators and denominators of both directions, and count the token itself once
         e = torch.exp(u + k)
-        forth, back = ([plain_sums(w, *(t.flip(1) if flip else t for t in (k, v)))] for flip in (False, True))
+        forth, back = ([sums_before_each_token(w, *(t.flip(1) if flip else t for t in (k, v)))] for flip in (False, True))
         n, d = (a + b.flip(1) for a, b in zip(forth[0], back[0]))
         y = (n + e * v) / (d + e)
     else:
@@ -751,8 +754,8 @@ def plain_time_mix(m, x, residual=None):
     return plain_output(m, (torch.sigmoid(xr @ m.receptance.weight.T) * y) @ m.output.weight.T, residual)
 
 
-def plain_sums(w, k, v):
-    """Of the tokens before each."""
+def sums_before_each_token(w, k, v):
+    """Return the sums over the tokens before each token."""
     n, d = [torch.zeros_like(k[:, 0])], [torch.zeros_like(k[:, 0])]
     for k_t, v_t in zip(k.unbind(1), v.unbind(1)):
         n.append(torch.exp(w) * n[-1] + torch.exp(k_t) * v_t)
@@ -773,7 +776,7 @@ def tokens(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def mixing(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
+def mixing_layer(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
     return kind(channels, layer, layers, **kwargs).to(dtype)
 
@@ -784,9 +787,9 @@ def mixing(kind, channels=12, layer=1, layers=3, dtype=torch.float64, **kwargs):
 @pytest.mark.parametrize(
     "kind, plain, kwargs", [(*MIXES[0], {}), (*MIXES[0], {"bidirectional": True}), (*MIXES[1], {}), (*MIXES[1], {"hidden": 7})]
 )
-def test_mixing_layers_are_their_equations(name, kind, plain, kwargs, norm_eps, with_residual):
-    """Outputs and gradients in float64 against plain PyTorch."""
-    m = mixing(kind, norm_eps=norm_eps, **kwargs)
+def test_mixing_layers_equal_their_equations(name, kind, plain, kwargs, norm_eps, with_residual):
+    """Compare outputs and gradients with plain PyTorch in float64."""
+    m = mixing_layer(kind, norm_eps=norm_eps, **kwargs)
     x = tokens(2, 9, 12).requires_grad_()
     residual = tokens(2, 9, 12, seed=1).requires_grad_() if with_residual else None
     inputs = [x, *m.parameters(), *([residual] if with_residual else [])]
@@ -800,9 +803,12 @@ def test_mixing_layers_are_their_equations(name, kind, plain, kwargs, norm_eps, 
 @on_both_backends
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kind, plain", MIXES)
-def test_spiking_mixing_layers(name, kind, plain, residual):
-    """Keys and values scaled up, so that neurons fire; in float64 no membrane is within rounding of the threshold."""
-    m = mixing(kind, norm_eps=1e-6, neuron=LIFRate(T=4))
+def test_spiking_mixing_layers_equal_their_equations(name, kind, plain, residual):
+    """Larger keys and values make neurons fire.
+
+    In float64 no membrane is close enough to the threshold for rounding to matter.
+    """
+    m = mixing_layer(kind, norm_eps=1e-6, neuron=LIFRate(T=4))
     with torch.no_grad():
         for linear in (m.value, m.output) if kind is TimeMix else (m.key, m.value):
             linear.weight *= 4
@@ -820,8 +826,8 @@ def test_spiking_mixing_layers(name, kind, plain, residual):
 @on_both_backends
 @pytest.mark.parametrize("kwargs", [{}, {"norm_eps": 1e-6, "neuron": LIFRate(3)}], ids=str)
 @pytest.mark.parametrize("kind", [TimeMix, ChannelMix])
-def test_slices_of_a_mixing_layer_make_one_pass(name, kind, kwargs):
-    m, x = mixing(kind, **kwargs), tokens(2, 11, 12).requires_grad_()
+def test_slices_of_a_mixing_layer_equal_one_call(name, kind, kwargs):
+    m, x = mixing_layer(kind, **kwargs), tokens(2, 11, 12).requires_grad_()
     with backend(name):
         whole = m(x, residual=x)
         parts, state = [], None
@@ -838,16 +844,16 @@ def test_slices_of_a_mixing_layer_make_one_pass(name, kind, kwargs):
         assert empty.shape == (2, 0, 12) and (state[0] if kind is TimeMix else state) is None
 
 
-def test_a_bidirectional_time_mix_has_no_state():
-    m, x = mixing(TimeMix, bidirectional=True), tokens(1, 3, 12)
+def test_a_bidirectional_time_mix_refuses_a_state():
+    m, x = mixing_layer(TimeMix, bidirectional=True), tokens(1, 3, 12)
     for kwargs in ({"return_state": True}, {"state": (x[:, 0], (x[:, 0], x[:, 0]))}):
         with pytest.raises(ValueError, match="sees the whole sequence: it takes and returns no state"):
             m(x, **kwargs)
     with pytest.raises(TypeError, match=r"state must be None or what an earlier call returned, \(last token, \(ybar, lse\)\)"):
-        mixing(TimeMix)(x, x[:, 0])
+        mixing_layer(TimeMix)(x, x[:, 0])
 
 
-def test_names_and_shapes_are_those_of_rwkv():
+def test_names_and_shapes_equal_those_of_rwkv():
     shapes = {k: tuple(v.shape) for k, v in TimeMix(8).state_dict().items()}
     square, vector = (8, 8), (1, 1, 8)
     assert shapes == {
@@ -862,7 +868,7 @@ def test_names_and_shapes_are_those_of_rwkv():
 
 
 @pytest.mark.parametrize("channels, layer, layers", [(384, 0, 4), (384, 2, 4), (5, 3, 4), (8, 0, 1), (1, 1, 2)])
-def test_initial_values_by_layer(channels, layer, layers):
+def test_initial_values_depend_on_the_layer(channels, layer, layers):
     time, channel = TimeMix(channels, layer, layers), ChannelMix(channels, layer, layers)
     a = 0.0 if layers == 1 else layer / (layers - 1)
     b = 1 - layer / layers
@@ -878,7 +884,7 @@ def test_initial_values_by_layer(channels, layer, layers):
             assert getattr(time, name).flatten()[c].item() == pytest.approx(value, rel=1e-6, abs=1e-7), name
         for name in ("time_mix_k", "time_mix_r"):
             assert getattr(channel, name).flatten()[c].item() == pytest.approx((c / channels) ** b, rel=1e-6)
-    if channels == 384:  # torch.nn.Linear's own
+    if channels == 384:  # the initial values of torch.nn.Linear
         for linear in (time.key, time.value, time.receptance, time.output, channel.key, channel.receptance):
             assert linear.weight.std().item() == pytest.approx((3 * channels) ** -0.5, rel=0.01)
 
@@ -925,19 +931,19 @@ def test_mixing_layers_compile_and_run_under_autocast():
         (TimeMix, {"bidirectional": 1}, TypeError, "bidirectional must be a bool, got int"),
     ],
 )
-def test_what_mixing_layers_refuse(kind, kwargs, error, message):
+def test_mixing_layers_refuse_wrong_arguments(kind, kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         kind(**{"channels": 8} | kwargs)
 
 
 @pytest.mark.parametrize("kind", [TimeMix, ChannelMix])
-def test_repr_of_a_mixing_layer(kind):
+def test_repr_of_a_mixing_layer_shows_its_settings(kind):
     shown = repr(kind(8, 1, 3, norm_eps=1e-6, neuron=LIFRate(T=7)))
     assert f"{kind.__name__}(\n  8, layer=1, layers=3, norm_eps=1e-06" in shown and "T=7" in shown
 
 
 @pytest.mark.parametrize("function", [sdit_kernels.nn.reset, sdit_kernels.nn.detach])
-def test_what_is_no_module_is_refused(function):
+def test_an_argument_that_is_not_a_module_is_refused(function):
     with pytest.raises(TypeError, match="net must be a torch.nn.Module, got int"):
         function(3)
     for wrong, name in ((torch.relu, "builtin_function_or_method"), ([torch.nn.Linear(2, 2)], "list")):

@@ -1,4 +1,4 @@
-"""Profiler ranges: nothing when off, one per call when on, none in a graph."""
+"""Profiler ranges: one per call when they are on, none when they are off, none inside a compiled graph."""
 
 import importlib.util
 import inspect
@@ -23,7 +23,7 @@ def get_domain(name):
     return Domain()
 """
 
-# Prints [name, [ranges inside], ...] of every part, the ranges of a call as "a(b c)".
+# Print a list [name, range, ...] for every part. A range that contains others is written as "a(b c)".
 RECORDED = """
 import json, sys
 import nvtx, torch
@@ -89,7 +89,7 @@ if sys.argv[1:] == ["compile"]:
             assert torch.allclose(f(*inputs), wanted, atol=1e-4)
             f(*inputs)
             text = tree()
-            assert "block" not in text and "lif_rate()" in text, text  # those of the operators stay
+            assert "block" not in text and "lif_rate()" in text, text  # ranges of operators remain
 print(json.dumps(found))
 """
 
@@ -111,24 +111,24 @@ def recorded(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["lif", "lif_rate", "relu_squared", "token_shift", "wkv", "spiking_wkv"])
-def test_one_range_for_each_call(recorded, name):
+def test_each_call_has_one_range(recorded, name):
     assert recorded[name] == [f"{name}()", f"{name}_backward()"]
 
 
-def test_a_step_and_its_backward_pass(recorded):
+def test_wkv_step_and_its_backward_pass_have_ranges(recorded):
     assert recorded["wkv_step"][0].startswith("wkv") and recorded["wkv_step"][1].startswith("wkv")
 
 
 def test_a_compiled_op_keeps_its_range(recorded):
-    assert recorded["compiled op"] == "relu_squared()relu_squared()"  # once compiled, once to compare
+    assert recorded["compiled op"] == "relu_squared()relu_squared()"  # the first call compiles, the second one compares
 
 
-def test_a_range_of_the_user_ends_whatever_happens(recorded):
+def test_a_users_range_ends_after_an_exception(recorded):
     assert recorded["user"] == "fails()fails()block(relu_squared())"
 
 
 @pytest.mark.parametrize("form", ["plain", "model", "checkpointed"])
-def test_stages_of_the_model(recorded, form):
+def test_stages_of_the_model_have_ranges_in_order(recorded, form):
     text = recorded[form]
     forward = "embedding()block 0(" if form != "checkpointed" else "embedding("
     assert text.startswith(forward)
@@ -137,10 +137,10 @@ def test_stages_of_the_model(recorded, form):
     ]
     assert at == sorted(at)
     times = 2 if form == "checkpointed" else 1
-    assert [text.count(f"block {i}(") for i in range(4)] == [times] * 3 + [0]  # again where a block is computed again
+    assert [text.count(f"block {i}(") for i in range(4)] == [times] * 3 + [0]  # checkpointing computes each block twice
 
 
-def test_off_there_is_nothing():
+def test_functions_stay_plain_when_off():
     from sdit.model import Block, SDiT
     from sdit_kernels import nvtx
     from sdit_kernels.ops import lif, mix, spiking_wkv, wkv
@@ -161,8 +161,8 @@ def test_off_there_is_nothing():
     for method in (SDiT.embed_inputs, SDiT.decode_tokens, Block._gate, Block._attend):
         assert method.__qualname__.endswith(method.__name__) and not hasattr(method, "__wrapped__")
     assert nvtx.range("a") is nvtx.range("b")
-    assert nvtx.range("a")(test_off_there_is_nothing) is nvtx.range("a").untraced(test_off_there_is_nothing)
-    assert nvtx.range("a")(test_off_there_is_nothing) is test_off_there_is_nothing
+    assert nvtx.range("a")(test_functions_stay_plain_when_off) is nvtx.range("a").untraced(test_functions_stay_plain_when_off)
+    assert nvtx.range("a")(test_functions_stay_plain_when_off) is test_functions_stay_plain_when_off
     with nvtx.range("a"):
         pass
 
@@ -186,8 +186,8 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("nvtx"), reason="nvtx is not installed: pip install nvtx")
-def test_what_a_range_costs():
-    """Besides nvtx's own push and pop one Python call around an operator, and one question more around a stage."""
+def test_a_range_costs_one_or_two_python_calls():
+    """Besides nvtx's push and pop, a range adds one Python call to an operator and two to a stage of the model."""
     done = python(COST, SDIT_NVTX="1")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -196,13 +196,13 @@ def test_what_a_range_costs():
     assert found["calls"] == {"nothing": 0, "operator": 1, "stage": 2}
 
 
-def test_without_the_package_it_says_what_to_install(tmp_path):
+def test_a_missing_nvtx_package_is_named_in_the_error(tmp_path):
     (tmp_path / "nvtx.py").write_text("raise ModuleNotFoundError('nvtx')")
     code = "\ntry: import sdit_kernels\nexcept ImportError as error: print(error)"
     assert "pip install nvtx" in python(code, path=tmp_path, SDIT_NVTX="1").stdout
     assert python("import sdit_kernels; print(1)", path=tmp_path).stdout == "1\n"
 
 
-def test_other_values_are_refused():
+def test_other_values_of_the_variable_are_refused():
     code = "\ntry: import sdit_kernels\nexcept ValueError as error: print(error)"
     assert python(code, SDIT_NVTX="yes").stdout == "SDIT_NVTX must be 0 or 1; got 'yes'\n"

@@ -1,4 +1,4 @@
-"""The wheel and the sdist: what is in them, and that the wheel works where nothing but its requirements is installed."""
+"""The wheel and the sdist: their contents, and that the wheel works with only its required packages installed."""
 
 import email
 import importlib.metadata
@@ -25,7 +25,7 @@ FOLDERS = ("sdit_kernels", "sdit", "tests", "perf", "examples")
 
 
 def run(command, cwd, **environment):
-    """Without the tests' own variables, which would reach into the checkout."""
+    """Run a command without the environment variables of the tests, which would point into the checkout."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON", "SDIT", "NUMBA"))}
     done = subprocess.run(command, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr + done.stdout
@@ -41,7 +41,7 @@ def sources(folder):
 
 
 def build(folder, what):
-    """What `python -m build` calls, in this environment."""
+    """Call what `python -m build` calls, in this environment."""
     out = folder / "dist"
     code = f"import setuptools.build_meta as b; print('>', b.build_{what}({str(out)!r}))"
     return out / run([sys.executable, "-c", code], folder).splitlines()[-1].removeprefix("> ")
@@ -59,7 +59,7 @@ def metadata(wheel):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(the wheel, the sdist)"""
+    """Return (the wheel, the sdist)."""
     version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
     if int(version.split(".")[0]) < 77:
         pytest.skip(f"building needs setuptools 77 or later, found {version}")
@@ -74,7 +74,7 @@ def test_the_wheel_has_every_module_and_nothing_else(built):
     assert {"sdit/py.typed", "sdit_kernels/py.typed"} <= found
 
 
-def test_what_an_index_shows(built):
+def test_the_metadata_for_a_package_index_is_complete(built):
     told = metadata(built[0])
     assert told["Version"] == sdit_kernels.__version__ and f"## {told['Version']}" in (ROOT / "CHANGELOG.md").read_text()
     assert told["License-Expression"] == "Apache-2.0" and told.get_all("License-File") == ["LICENSE"]
@@ -88,8 +88,8 @@ def test_what_an_index_shows(built):
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
 
-def test_links_of_the_readme_for_an_index(built, tmp_path):
-    """Relative ones lead nowhere there: they are plain text, or addresses once setup.py knows where the sources are."""
+def test_links_of_the_readme_work_on_a_package_index(built, tmp_path):
+    """Relative links do not work there. They become plain text, or full addresses if REPOSITORY is set in setup.py."""
     links = [link for link in LINK.findall((ROOT / "README.md").read_text()) if "://" not in link and link[0] != "#"]
     assert len(links) > 20  # tests/test_docs.py follows them
     text = metadata(built[0]).get_payload()
@@ -101,7 +101,8 @@ def test_links_of_the_readme_for_an_index(built, tmp_path):
     told = metadata(build(folder, "wheel"))
     at = f"https://example.org/us/it/blob/v{sdit_kernels.__version__}"
     text = told.get_payload()
-    assert f"[`lif`]({at}/docs/ops/lif.md)" in text and "](https://example.org/us/it/raw/v" in text  # the second: images
+    # the second address is for images
+    assert f"[`lif`]({at}/docs/ops/lif.md)" in text and "](https://example.org/us/it/raw/v" in text
     assert {link.startswith(at.replace("blob", "raw")) for link in re.findall(r'(?:src|srcset)="([^"]+)"', text)} == {True}
     assert f"Changes, {at}/CHANGELOG.md" in told.get_all("Project-URL")
 
@@ -119,7 +120,7 @@ def test_the_sdist_builds_the_same_wheel_and_has_the_tests(built, tmp_path):
 
 
 def requirements(name, seen):
-    """Names of a distribution and all that it requires here, extras apart."""
+    """Add a distribution and all packages it requires here to ``seen``, without extras."""
     if name in seen or name == "triton":
         return seen
     seen.add(name)
@@ -144,8 +145,11 @@ print(json.dumps([
 """
 
 
-def test_the_wheel_alone(built, tmp_path):
-    """A new environment with this wheel and what it requires, without triton: linked, because copies are gigabytes."""
+def test_the_wheel_works_with_only_its_requirements(built, tmp_path):
+    """Create an environment with this wheel and links to the packages it requires, without triton.
+
+    Copies would take gigabytes.
+    """
     venv.create(tmp_path / "venv", symlinks=True, with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
     site = Path(run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], tmp_path).strip())

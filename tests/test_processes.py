@@ -1,4 +1,5 @@
-"""What needs processes of their own: compiled code on disk, threads, forks, the environment, Triton's interpreter."""
+"""Tests that need their own processes: the cache of compiled code, threads, forks, environment variables, Triton's
+interpreter."""
 
 import os
 import re
@@ -24,21 +25,21 @@ for y in (lif(x), lif_rate(x), wkv(one, one, x[0], x[1]), wkv_step(one, one, x[0
 """
 
 
-def test_another_process_compiles_nothing(tmp_path):
-    """All kernels come from the disk, forward and backward: seconds for each that does not."""
+def test_a_second_process_compiles_nothing(tmp_path):
+    """All kernels of both passes are loaded from disk. Compiling one takes seconds."""
 
     def files():
         return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nb?")}
 
     assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="1").returncode == 0
     first = files()
-    assert len(first) >= 2 * 12  # an index and the code
+    assert len(first) >= 2 * 12  # an index file and a code file for each kernel
     assert python(EVERY_OP, NUMBA_CACHE_DIR=str(tmp_path), PYTHONHASHSEED="2").returncode == 0
     assert files() == first
 
 
-def test_code_is_kept_by_the_numbers_in_it(tmp_path):
-    """One kernel's name, another constant: compiled for itself."""
+def test_the_cache_distinguishes_constants_of_a_kernel(tmp_path):
+    """A kernel of the same name with another constant is compiled again."""
     code = """
 import sys, numba, numpy
 from sdit_kernels.cpu.kernel import Kernel, share
@@ -54,7 +55,7 @@ print(x[0])
 """
     for by, files in ((3, 2), (5, 3), (3, 3)):
         environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-        script = tmp_path / "script.py"  # numba caches nothing of a command line
+        script = tmp_path / "script.py"  # numba does not cache code from `python -c`
         script.write_text(code)
         command = [sys.executable, str(script)]
         done = subprocess.run(command, input=f"{by}\n", capture_output=True, text=True, env=environment, timeout=1800)
@@ -65,14 +66,14 @@ print(x[0])
 UNCACHED = """
 import numba.core.caching as caching, torch
 name = next(n for n in ("InTreeCacheLocator", "_InTreeCacheLocator") if hasattr(caching, n))
-getattr(caching, name).from_function = classmethod(lambda *args: None)  # as where the package's folder is read-only
+getattr(caching, name).from_function = classmethod(lambda *args: None)  # as if the package's folder were read-only
 from sdit_kernels import lif, lif_rate
 print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())
 """
 
 
-def test_nowhere_to_cache(tmp_path):
-    """No folder to write compiled code to: it runs, and says so once."""
+def test_without_a_cache_folder_ops_run_with_one_warning(tmp_path):
+    """No folder is writable, so compiled code cannot be saved."""
     (tmp_path / "file").write_text("")
     nowhere = str(tmp_path / "file" / "folder")
     done = python(UNCACHED, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
@@ -80,8 +81,8 @@ def test_nowhere_to_cache(tmp_path):
     assert done.stderr.count("no writable folder") == 1
 
 
-def test_a_numba_without_the_names_of_its_cache(tmp_path):
-    """Kernels are compiled anew in every process, which is said once; nothing is written."""
+def test_a_numba_without_its_private_cache_names_still_works(tmp_path):
+    """Every process then compiles its kernels, with one warning, and writes nothing."""
     hidden = "import numba.core.caching as caching; del caching.Cache._index_key\n"
     code = hidden + "import torch; from sdit_kernels import lif, lif_rate\n"
     code += "print(lif(torch.full((4, 3), 2.0)).sum().item(), lif_rate(torch.ones(3) * 2).sum().item())"
@@ -92,8 +93,8 @@ def test_a_numba_without_the_names_of_its_cache(tmp_path):
 
 
 @pytest.mark.parametrize("can_empty", [True, False])
-def test_incomplete_cache(tmp_path, can_empty):
-    """Files of compiled code that a full disk or a crash cut short are compiled anew."""
+def test_incomplete_cache_files_are_compiled_again(tmp_path, can_empty):
+    """A full disk or a crash may cut the files of compiled code short."""
     code = "import torch; from sdit_kernels import lif; print(lif(torch.full((4, 3), 2.0)).sum().item())"
     if not can_empty:  # a numba without the private names
         code = "import sdit_kernels.cpu.kernel as kernel; kernel._empty_cache = lambda compiled: False; " + code
@@ -118,8 +119,8 @@ print(lif(torch.full((2, 3), 2.0)).sum().item(), relu_squared(torch.ones(3)).sum
 """
 
 
-def test_slow_compilation_says_so_once(tmp_path):
-    """One line where code is really compiled for longer than the limit; none when it is loaded, or when the logger is off."""
+def test_slow_compilation_is_logged_once(tmp_path):
+    """One line is logged if compiling takes longer than the limit. Loading code logs nothing, nor does a disabled logger."""
 
     def lines(folder, limit=0.01, more=""):
         done = python(COMPILE.format(limit=limit, more=more), NUMBA_CACHE_DIR=str(tmp_path / folder))
@@ -127,7 +128,7 @@ def test_slow_compilation_says_so_once(tmp_path):
         return done.stderr.count("compiling CPU kernels")
 
     assert lines("a") == 1
-    assert lines("a", limit=0.0) == 0  # from disk
+    assert lines("a", limit=0.0) == 0  # loaded from disk
     assert lines("b", limit=100.0) == 0
     assert lines("c", more="logging.getLogger('sdit_kernels').setLevel(logging.ERROR)") == 0
 
@@ -140,7 +141,7 @@ import sys, torch, threading
 import sdit_kernels.cpu.kernel as kernel
 from sdit_kernels import lif
 torch.set_num_threads(3)
-if sys.argv[1] == "threads": kernel._OPENMP = False  # as where torch has no OpenMP
+if sys.argv[1] == "threads": kernel._OPENMP = False  # as if torch had no OpenMP
 x = torch.full((4, 100000), 2.0)
 def work():
     for _ in range(50): assert lif(x).all()
@@ -151,8 +152,8 @@ print(sum(t.name.startswith("sdit_kernels") for t in threading.enumerate()) > 0,
 
 
 @pytest.mark.parametrize("kind", ["openmp", "threads"])
-def test_one_pool_of_threads(kind):
-    """The kernels run on torch's OpenMP threads, or, where torch has none, on threads of their own; never on numba's."""
+def test_kernels_never_use_numbas_threads(kind):
+    """Kernels run on torch's OpenMP threads, or on their own threads if torch has no OpenMP."""
     if kind == "openmp" and sys.platform != "linux":
         pytest.skip("torch's OpenMP is looked for on Linux")
     done = python(POOLS, kind)
@@ -176,7 +177,7 @@ print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=2, batc
 """
 
 
-def test_neurons_in_forked_workers():
+def test_neurons_run_in_forked_workers():
     done = python(NEURONS_IN_WORKERS)
     assert done.stdout.split("\n")[:2] == ["1.0", "[1.0, 1.0, 1.0, 1.0]"], done.stderr
 
@@ -199,7 +200,7 @@ print([b.item() for b in torch.utils.data.DataLoader(Data(), num_workers=1, batc
 """
 
 
-def test_scans_in_forked_workers():
+def test_scans_run_in_forked_workers():
     done = python(SCANS_IN_WORKERS)
     numbers = [float(x) for x in re.findall(r"[\d.]+", done.stdout)]
     assert numbers == pytest.approx([1.0, 1.0, 2.0], rel=1e-5), done.stderr
@@ -240,7 +241,7 @@ if generations == 1:
 @pytest.mark.parametrize("before", ["torch", "ours", "torch and ours", "neither"])
 @pytest.mark.parametrize("generations", [1, 2])
 def test_forked_children_run_serially(before, generations):
-    """OpenMP's threads do not survive a fork, whoever started them: a child that entered them would wait for ever."""
+    """OpenMP's threads do not survive a fork. A child that entered them would wait forever."""
     done = python(FORKED.format(before=before, generations=generations))
     assert done.stdout.split() == ["1.0"] * (2 if generations == 1 else 1), done.stderr
 
@@ -248,8 +249,8 @@ def test_forked_children_run_serially(before, generations):
 # --- the environment --------------------------------------------------------------------------------------------------------
 
 
-def test_numba_that_compiles_nothing():
-    """The error names the variable, the report says the same, and the way out that they name works."""
+def test_disabled_numba_is_named_with_a_way_out():
+    """The error and `python -m sdit_kernels` name the variable, and the backend they suggest works."""
     code = "import torch, sdit_kernels as K; print(K.lif(torch.full((4, 1), 1.5)).flatten().tolist())"
     done = python(code, NUMBA_DISABLE_JIT="1")
     assert done.returncode == 1 and "RuntimeError" in done.stderr and "NUMBA_DISABLE_JIT is set" in done.stderr
@@ -262,7 +263,7 @@ def test_numba_that_compiles_nothing():
 
 # --- Triton's interpreter ---------------------------------------------------------------------------------------------------
 
-SMALL = {  # file: what of it is small enough
+SMALL = {  # file: a -k expression for its small cases
     "test_lif.py": "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)",
     "test_mix.py": "triton and (laws or pad or empty or not_a_number or saved) or channels_than",
     "test_wkv_triton.py": "small",
@@ -271,8 +272,8 @@ SMALL = {  # file: what of it is small enough
 
 @pytest.mark.skipif(native_triton.setup() == "interpreter", reason="this run is the interpreter's already")
 @pytest.mark.parametrize("file", SMALL)
-def test_in_the_interpreter(file):
-    """Second witness: small cases in Triton's own interpreter."""
+def test_small_cases_pass_in_the_interpreter(file):
+    """Triton's interpreter checks the kernels independently of our compiler for the CPU."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""perf/profile_sdit.py: what it shows, and what it shows nsys and ncu."""
+"""perf/profile_sdit.py: its table, its trace, and the steps it captures for nsys and ncu."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("form", [["perf/profile_sdit.py"], ["-m", "perf.profile_sdit"]])
-def test_the_table_and_the_trace(form, tmp_path):
+def test_the_table_and_the_trace_show_the_ops(form, tmp_path):
     command = [sys.executable, *form, "--quick", "--bf16", "--json", str(tmp_path / "profile.json")]
     command += ["--sampling"] if "-m" in form else ["--trace", str(tmp_path / "made" / "trace.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -31,7 +31,7 @@ def test_the_table_and_the_trace(form, tmp_path):
         assert "sdit_kernels::wkv_backward" not in ops
 
 
-def test_what_is_captured_is_the_steps(monkeypatch):
+def test_only_the_steps_are_captured(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
     for name in ("start", "stop"):
@@ -41,16 +41,16 @@ def test_what_is_captured_is_the_steps(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm", "convolution_backward", "mkldnn_convolution", "convolution"])
-def test_a_matrix_product(name):
+def test_matrix_multiplications_are_recognised(name):
     assert profile_sdit.PRODUCT.fullmatch(f"aten::{name}")
 
 
 @pytest.mark.parametrize("name", ["mul", "addcmul", "add", "sum", "add_", "copy_", "native_layer_norm"])
-def test_no_matrix_product(name):
+def test_other_operators_are_not_matrix_multiplications(name):
     assert not profile_sdit.PRODUCT.fullmatch(f"aten::{name}")
 
 
-def test_what_it_refuses(capsys):
+def test_wrong_arguments_are_refused(capsys):
     for wrong, message in (
         (["--batch", "0"], "--batch must be at least 1, got 0"),
         (["--steps", "-1"], "--steps must be at least 1, got -1"),

@@ -1,4 +1,4 @@
-"""Figures in README.md and docs/ are those of the files in perf/results/, and every file there is listed with its command."""
+"""The figures in README.md and docs/ equal the figures in perf/results/, and every file there is listed with its command."""
 
 import json
 import re
@@ -24,7 +24,7 @@ PERFORMANCE, SDIT, TRAINING = (PAGES[name] for name in ("performance", "sdit", "
 
 
 def rows(name, section, run=None):
-    """Rows of a section of a file, or of one of the runs of gpu_suite.py in it."""
+    """Return the rows of a section of a file, or of one of its runs of gpu_suite.py."""
     found = json.loads((RESULTS / name).read_text())
     if run is not None:
         return found["runs"][run]["parts"][section]["rows"]
@@ -37,16 +37,16 @@ def row(found, **wanted):
 
 
 def digits(x):
-    """To two digits, as in the tables."""
+    """Round to two digits, as in the tables."""
     return f"{float(f'{x:.2g}'):g}x"
 
 
 def times(found, peer, key="mode", modes=("inference", "forward+backward")):
-    """Time over that of ours, the first contestant, within each round."""
+    """Return time of the peer / time of ours, measured within each round. Our op is the first contestant."""
     return " | ".join(digits(row(found, name=peer, **{key: mode})["ratio"]) for mode in modes)
 
 
-def test_the_table_of_the_cpu():
+def test_the_table_of_the_cpu_equals_the_results():
     peers, rate = rows("lif.json", "peers"), rows("lif.json", "rate")
     for label, found, peer in (
         ("SpikingJelly 2.0.0 `LIFNode` / `lif`", peers, "SpikingJelly LIFNode"),
@@ -58,7 +58,7 @@ def test_the_table_of_the_cpu():
         assert f"| {label} | {times(found, peer)} |" in PERFORMANCE
 
 
-def test_the_table_of_the_gpu():
+def test_the_table_of_the_gpu_equals_the_results():
     peers, rate = rows("gpu_h200.json", "lif", 1), rows("gpu_h200.json", "rate", 3)
     for label, found, peer in (
         ("SpikingJelly 2.0.0 `LIFNode`, its Triton kernels / `lif`", peers, "SpikingJelly LIFNode"),
@@ -72,7 +72,7 @@ def test_the_table_of_the_gpu():
     for label, peer in (
         ("flash-linear-attention `fused_recurrent_rwkv4` / `wkv`", "flash-linear-attention"),
         ("Heinsen's form, PyTorch / `wkv`", "Heinsen's form"),
-    ):  # over the algorithm that "auto" takes at this size
+    ):  # relative to the algorithm that "auto" chooses at this size
         ratios = [row(found, name=peer)["median_s"] / row(found, name="wkv, chunked")["median_s"] for found in scans]
         assert f"| {label} | {' | '.join(map(digits, ratios))} |" in PERFORMANCE
     mix = times(rows("gpu_h200.json", "mix", 0)[:8], "plain PyTorch", key="pass", modes=("forward", "backward"))
@@ -86,7 +86,7 @@ def test_the_table_of_the_gpu():
     assert f"| snnTorch 1.0 `Leaky` in a loop of 25 steps / `leaky` | {' | '.join(loop)} |" in PERFORMANCE
 
 
-def test_the_training_steps_on_the_gpu():
+def test_training_steps_on_the_gpu_equal_the_results():
     found = rows("gpu_h200.json", "steps", 0)
     for preset, batch in (("fashion_mnist", 32), ("fashion_mnist", 256), ("cifar10", 256)):
         ours = [row(found, name=f"{preset}, batch {batch}, ours, {dtype}") for dtype in ("bf16", "fp32")]
@@ -98,7 +98,7 @@ def test_the_training_steps_on_the_gpu():
 
 
 def other_libraries():
-    """(page, row): time and bytes kept of the library's own code, over the time and the bytes of the fused code."""
+    """Yield (page, table row): time and saved bytes of the library's own code, each divided by ours."""
 
     def pair(section, fused, own):
         found = rows("compat_snn.json", section)
@@ -128,12 +128,12 @@ def other_libraries():
     yield "snntorch", f"| a network of 784, 1000 and 10 over 25 steps, a training step, unrolled | {whole}"
 
 
-def test_the_table_of_other_libraries():
+def test_the_tables_of_other_libraries_equal_the_results():
     for name, line in other_libraries():
         assert line in PAGES[name], line
 
 
-def test_the_sentences():
+def test_sentences_on_other_libraries_equal_the_results():
     bandwidth = {r["name"]: r["percent_of_copy"] for r in rows("gpu_h200.json", "bandwidth", 1)}
     lif, rate = bandwidth["lif, T=4"], bandwidth["lif_rate, T=4"]
     assert f"`lif` runs at {lif:.0f} % and `lif_rate` at {rate:.0f} % of the bandwidth of `copy_`" in PERFORMANCE
@@ -156,7 +156,7 @@ def test_the_sentences():
         assert text.format(value) in PERFORMANCE
 
 
-def test_the_sentences_on_rwkv():
+def test_sentences_on_rwkv_equal_the_results():
     model, layer = (rows("compat_rwkv.json", section) for section in ("rwkv_step", "rwkv_layer"))
     ours, theirs = (row(model, name=name)["saved_bytes"] for name in ("accelerated", "transformers"))
     assert f"run {row(model, name='transformers')['ratio']:.1f} times as fast" in PAGES["rwkv"]
@@ -165,7 +165,7 @@ def test_the_sentences_on_rwkv():
     assert f"spends {100 * row(layer, name='the matrix products of both')['ratio']:.0f} % of its time in them" in PAGES["rwkv"]
 
 
-def test_the_table_of_the_model():
+def test_the_table_of_the_model_equals_the_results():
     for label, section in (
         ("training step, batch 8", "training"), ("sampling step, batch 8", "sampling"),
         ("one image, 50 steps of DPM-Solver++", "image"),
@@ -183,7 +183,7 @@ def test_the_table_of_the_model():
     assert f"are {plain:.0f} % of a plain fp32 step and {ours:.0f} % of ours ({bf16:.0f} % under bf16)" in PERFORMANCE
 
 
-def test_the_tables_of_first_results():
+def test_the_tables_of_first_calls_equal_the_results():
     found = json.loads((RESULTS / "start.json").read_text())["rows"]
     assert len(found) == 16
     first, later = re.search(r"First process \(compiles\):(.*)Later processes \(cached\):(.*?)##", PERFORMANCE).groups()
@@ -193,7 +193,7 @@ def test_the_tables_of_first_results():
         assert f"| {label} | {' | '.join(seconds)} |" in (first if one["state"] == "nothing cached" else later)
 
 
-def test_the_sentences_on_the_cpu():
+def test_sentences_on_the_cpu_equal_the_results():
     share = {r["name"]: r["percent_of_copy"] for r in rows("lif.json", "bandwidth")}
     shares = [f"{share[name]:.0f} %" for name in ("lif, T=4", "lif_rate, T=4", "clone")]
     assert "`lif` reaches {} of the bandwidth of `copy_`, `lif_rate` {} and `clone` {}".format(*shares) in PERFORMANCE
@@ -226,7 +226,7 @@ def test_the_sentences_on_the_cpu():
     assert "`relu_squared` is {} as fast forward and {} backward".format(*times) in PERFORMANCE
 
 
-def test_the_factors_in_the_readme():
+def test_factors_in_the_readme_equal_the_results():
     neurons = {r["name"]: r for r in rows("compat_snn.json", "jelly_neurons")}
     factors = [neurons[f"{name}, SpikingJelly's own"]["times_fused"] for name in ("LIFNode, single steps", "LIFNode")]
     assert "{} to {} for a neuron layer".format(*map(digits, factors)) in README
@@ -240,8 +240,8 @@ def test_the_factors_in_the_readme():
     assert f"{digits(model)} for forward and backward of 4 layers" in README
 
 
-def test_the_picture_of_whole_models(tmp_path, monkeypatch):
-    """Its bars are the figures of the tables, and the committed pictures are what the script draws."""
+def test_the_picture_of_whole_models_equals_the_results(tmp_path, monkeypatch):
+    """Its bars are the figures of the tables. The script draws the committed picture."""
     from perf import plot_models
 
     found = {label.split("\n")[0]: ratios for label, *ratios in plot_models.models()}
@@ -261,7 +261,7 @@ def test_the_picture_of_whole_models(tmp_path, monkeypatch):
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in RESULTS.glob("models_*")}
 
 
-def test_the_tables_of_training():
+def test_the_tables_of_training_equal_the_results():
     trials, ablation = (
         json.loads((RESULTS / f"sdit_fashion_{name}.json").read_text())["rows"] for name in ("trials", "ablation")
     )
@@ -324,7 +324,7 @@ def test_the_tables_of_training():
     cells("more simulation steps, T = 8 instead of 4", f"{four_steps:.4f}", f"{eight:.4f}", "400 steps")
 
 
-def test_the_sentences_of_training():
+def test_sentences_on_training_equal_the_results():
     found = json.loads((RESULTS / "sdit_fashion_trials.json").read_text())
 
     def trial(arm, steps=500, note=False):
@@ -337,7 +337,7 @@ def test_the_sentences_of_training():
     assert f"it was worse: {both['mse']:.4f} against {none['mse']:.4f}" in TRAINING
     early = trial(" bidirectional=true", 400)["mse"], row(found["rows"], arm="bf16=true lr=3e-3 lr=8e-3")["mse"]
     assert "{:.4f} against {:.4f} after 400 steps".format(*early) in TRAINING
-    seconds = trial(" alpha=1")["cpu_seconds"]  # other processes took time from the run without a change
+    seconds = trial(" alpha=1")["cpu_seconds"]  # other processes slowed down the run without a change
     more = [f"{r['cpu_seconds'] / seconds:.1f} times the time" for r in (wide, deep)]
     assert f"(Frechet distance {quality(wide)[0]} against {quality(none)[0]}) at {more[0]}" in TRAINING
     assert f"depth 6 ({quality(deep)[0]}) at {more[1]}" in TRAINING
@@ -353,7 +353,7 @@ def test_the_sentences_of_training():
     assert f"500 real images reach {real:g} and {found['label_accuracy_train']:g}" in TRAINING
 
 
-def test_marks_of_figures():
+def test_marks_of_figures_name_existing_files():
     for path in (ROOT / "README.md", *DOCS.rglob("*.md")):
         text = path.read_text()
         marks = re.findall(r"<!-- figures: (\S+) -->", text)
@@ -372,7 +372,7 @@ def percent(of):
     return f"{100 * of['label_accuracy']:.1f} %"
 
 
-def test_the_figures_of_the_model():
+def test_figures_of_the_model_equal_the_results():
     found, slow = measured("dpm"), measured("ddpm")
     assert found["n"] == slow["n"] == 5000 and found["floor"] == slow["floor"]
     for label, of in (
@@ -392,7 +392,7 @@ def test_the_figures_of_the_model():
     assert min(min(json.loads(line)["rates"].values()) for line in lines) >= 0.03
 
 
-def test_the_figures_of_the_spiking_form():
+def test_figures_of_the_spiking_form_equal_the_results():
     for found in measured("wkv")["rows"]:
         text = "\n".join(found["info"])
         energy = re.search(r"AC where a product is of spikes +([\d.]+) +([\d.]+) +([\d.]+)", text).groups()
@@ -410,7 +410,7 @@ def test_the_figures_of_the_spiking_form():
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in RESULTS.iterdir() if p.name != "README.md"))
-def test_every_file_is_listed(file):
+def test_every_file_is_listed_with_its_command(file):
     text = (RESULTS / "README.md").read_text()
     assert re.search(rf"\[{re.escape(file)}\]\({re.escape(file)}\)[^\n]*`(python perf/|sdit )", text), (
         f"{file} is not listed with its command"

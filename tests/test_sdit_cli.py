@@ -1,4 +1,4 @@
-"""The command: what it prints, what it leaves, and one clear line for what is wrong."""
+"""The sdit command: its output, its files, and one clear error line for each mistake."""
 
 import argparse
 import os
@@ -22,25 +22,25 @@ TINY = ["--set", "dim=32", "--set", "depth=2", "--batch-size", "8"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of 4 steps."""
+    """Train for 4 steps and return the run's folder."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", "--preset", "digits", "--out", str(out), "--steps", "4", "--log-every", "2", *TINY]) == 0
     return out
 
 
-def said(capsys):
-    """The one line on stderr."""
+def error_line(capsys):
+    """Return stderr, which must be one line."""
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err, err
     return err
 
 
-def test_train(run):
+def test_train_writes_a_run(run):
     assert load_model(run).config.dim == 32
     assert (run / "samples" / "step_00000004.png").exists()
 
 
-def test_resume(run, capsys):
+def test_resume_trains_further_steps(run, capsys):
     before = load(newest(run))[1]
     assert main(["train", "--resume", str(run), "--steps", "6", "--sample-every", "0"]) == 0
     assert before["step"] == 4 and load(newest(run))[1]["step"] == 6
@@ -48,10 +48,10 @@ def test_resume(run, capsys):
     assert "6/6" in found.err and "loss=" in found.err and "firing=" in found.err and f"sdit sample {run}" in found.out
     assert main(["train", "--resume", str(run)]) == 0 and "its 6 steps were done before" in capsys.readouterr().out
     assert main(["train", "--resume", str(run), "--lr", "1"]) == 2
-    assert "--lr is 0.003 in" in said(capsys)
+    assert "--lr is 0.003 in" in error_line(capsys)
 
 
-def test_sample(run, tmp_path, capsys):
+def test_sample_writes_images(run, tmp_path, capsys):
     out = tmp_path / "a.png"
     command = ["sample", str(run), "--out", str(out), "--labels", "3,none", "-n", "5", "--sampler", "dpm++", "--steps", "4"]
     assert main([*command, "--guidance", "2", "--clip", "--threshold", "0.9", "--npz"]) == 0
@@ -59,8 +59,8 @@ def test_sample(run, tmp_path, capsys):
     assert "5 images in" in capsys.readouterr().out
 
 
-def test_the_model_of_the_package(tmp_path, capsys):
-    """Draws without being told from what."""
+def test_the_pretrained_model_draws_images(tmp_path, capsys):
+    """`sdit sample` uses this model if no path is given."""
     assert main(["sample", "-n", "2", "--sampler", "dpm++", "--steps", "2", "--no-gif", "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000 and "2 images" in capsys.readouterr().out
     model = load_model("pretrained")
@@ -68,7 +68,7 @@ def test_the_model_of_the_package(tmp_path, capsys):
     assert sum(p.numel() for p in model.parameters()) == 1_198_790
 
 
-def test_plot_and_info(run, tmp_path, capsys):
+def test_plot_and_info_read_a_run(run, tmp_path, capsys):
     assert main(["plot", str(run), "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
@@ -79,8 +79,8 @@ def test_plot_and_info(run, tmp_path, capsys):
     assert trained.splitlines()[0] == preset.splitlines()[0] and "blocks.0.attention" in trained
 
 
-def test_info_without_the_data(tmp_path, capsys, monkeypatch):
-    """No network is asked, and the text says how to get them."""
+def test_info_works_without_the_data(tmp_path, capsys, monkeypatch):
+    """It does not use the network, and it says how to get the data."""
     small = ["--batch-size", "2", "--set", "dim=32", "--set", "depth=2", "--set", "dataset=cifar10"]
     monkeypatch.setattr("sdit.data.download", lambda url: pytest.fail(f"{url} is asked for"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -93,7 +93,7 @@ def test_info_without_the_data(tmp_path, capsys, monkeypatch):
         assert "parameters" in out and "blocks 3" in out and "are of noise, not of images: cifar10: " in out and way in out
 
 
-def test_convert(tmp_path, capsys):
+def test_convert_writes_a_checkpoint(tmp_path, capsys):
     model = SDiT(PRESETS["digits"], dim=32, depth=2, variant="faithful")
     theirs = {}
     for name, value in model.state_dict().items():
@@ -107,7 +107,7 @@ def test_convert(tmp_path, capsys):
     assert got.config.dataset == "digits"
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), got.state_dict().values()))
     assert main(["convert", str(tmp_path / "in.pt"), str(out)]) == 2
-    assert "exists already" in said(capsys)
+    assert "exists already" in error_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_convert(tmp_path, capsys):
         ("plot {run} --out a.jpg", ": --out must end in .png"),
     ],
 )
-def test_bad_input_is_one_line(command, message, run, tmp_path, capsys, monkeypatch):
+def test_bad_input_gives_one_error_line(command, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text").write_text("no checkpoint")
     from safetensors.torch import save_file
@@ -180,34 +180,34 @@ def test_bad_input_is_one_line(command, message, run, tmp_path, capsys, monkeypa
     before = sorted(tmp_path.rglob("*"))
     words = [word.format(tmp=tmp_path, run=run) for word in command.split()]
     assert main(words) == 2
-    line = said(capsys)
+    line = error_line(capsys)
     assert line.startswith(f"sdit {words[0]}: error: ") and re.search(message, line), line
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("words", [[], ["nope"], ["train", "--steps", "x"], ["convert"]])
-def test_bad_words_are_one_line(words, capsys):
+def test_bad_arguments_give_one_error_line(words, capsys):
     with pytest.raises(SystemExit) as left:
         main(words)
     assert left.value.code == 2
-    assert "--help says more" in said(capsys)
+    assert "--help says more" in error_line(capsys)
 
 
-def test_debug_shows_where(tmp_path):
+def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(FileNotFoundError):
         main(["sample", str(tmp_path / "none"), "--debug"])
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "evaluate", "convert", "info", "plot"])
-def test_help(command, capsys):
+def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as left:
         main([command, "--help"])
     assert left.value.code == 0
     assert f"  sdit {command} " in capsys.readouterr().out
 
 
-def test_a_full_disk_is_one_line(run, tmp_path, capsys):
-    """A limit on the size of files stands for the disk."""
+def test_a_full_disk_gives_one_error_line(run, tmp_path, capsys):
+    """A limit on file sizes replaces the full disk."""
     resource = pytest.importorskip("resource")
     out = tmp_path / "run"
     command = ["train", "--preset", "digits", "--out", str(out), "--sample-every", "0", "--log-every", "2", *TINY]
@@ -223,7 +223,7 @@ def test_a_full_disk_is_one_line(run, tmp_path, capsys):
     assert newest(out).read_bytes() == kept and newest(out).name == "step_00000002.safetensors"
 
 
-def test_ctrl_c_saves_and_says_130(tmp_path):
+def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "sdit", "train", "--preset", "digits", "--out", str(out), "--log-every", "1", *TINY]
     child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -242,7 +242,7 @@ def test_ctrl_c_saves_and_says_130(tmp_path):
 
 
 def interrupted(words, moment, folder):
-    """(exit code, what stderr shows) of ``sdit`` with SIGINT sent once a line of stderr has ``moment`` in it."""
+    """Run ``sdit``, send SIGINT after stderr matches ``moment``, and return (exit code, later lines of stderr)."""
     command = [sys.executable, "-X", "importtime", "-m", "sdit", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE) as child:
@@ -260,8 +260,8 @@ LONG = ["pretrained", "-n", "1000", "--sampler", "ddpm"]
 
 
 @pytest.mark.parametrize("moment", ["argparse", "numpy", "torch.storage", "sdit.diffusion"])
-def test_ctrl_c_during_imports(moment, tmp_path):
-    """Each is a module that has just been imported."""
+def test_ctrl_c_during_imports_is_one_line(moment, tmp_path):
+    """``moment`` names the module that was just imported."""
     code, err = interrupted(["sample", *LONG], rf"\| +{moment}\n".encode(), tmp_path)
     assert code == 130 and err in (["sdit: stopped"], ["sdit sample: stopped"])
 
@@ -270,7 +270,7 @@ def test_ctrl_c_during_imports(moment, tmp_path):
     ("sample", r"sdit sample: stopped, samples.png is not written"),
     ("evaluate", r"sdit evaluate: stopped after 0 of 1000 images, which .* keeps: the same command goes on"),
 ])  # fmt: skip
-def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
+def test_ctrl_c_while_drawing_is_one_line(command, message, tmp_path, monkeypatch):
     if command == "evaluate":
         pytest.importorskip("sklearn")
         words = ["evaluate", str(tmp_path / "digits"), "--classifier", str(tmp_path / "judge"), "-n", "1000"]
@@ -288,8 +288,8 @@ def test_ctrl_c_while_it_draws(command, message, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.png")) and not list(tmp_path.rglob("*lock"))
 
 
-def test_ctrl_c_inside_exec(tmp_path):
-    """As while a dataclass is made: python -m then wants to end by the signal, even if the exception is caught."""
+def test_ctrl_c_inside_exec_exits_with_130(tmp_path):
+    """As when a dataclass is built: python -m then wants to exit by the signal, even if the exception is caught."""
     code = """if 1:
         from sdit import cli
         cli._parser = lambda: exec("raise KeyboardInterrupt")
@@ -300,16 +300,16 @@ def test_ctrl_c_inside_exec(tmp_path):
     assert (done.returncode, done.stderr) == (130, "sdit: stopped\n")
 
 
-def test_an_interrupt_without_a_word_is_one(monkeypatch, capsys):
+def test_an_interrupt_without_a_message_is_one_line(monkeypatch, capsys):
     def stopped(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("sdit.evaluate.run", stopped)
     assert main(["evaluate", "pretrained"]) == 130
-    assert said(capsys) == "sdit evaluate: stopped\n"
+    assert error_line(capsys) == "sdit evaluate: stopped\n"
 
 
-def test_a_wrong_environment_is_one_line(tmp_path):
+def test_a_wrong_environment_variable_is_one_line(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SDIT_NVTX": "yes"}
     done = subprocess.run([sys.executable, "-m", "sdit", "info", "digits"], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "sdit info: error: SDIT_NVTX must be 0 or 1; got 'yes'\n")
@@ -318,8 +318,8 @@ def test_a_wrong_environment_is_one_line(tmp_path):
 # A folder of images
 
 
-def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
-    """Trained on, gone on with, drawn by name and measured from elsewhere, without saying again where it is."""
+def test_a_folder_of_images_trains_and_samples(tmp_path, monkeypatch, capsys):
+    """Train on it, resume from another folder without naming it again, sample a class by name, and run info."""
     Image = pytest.importorskip("PIL.Image")
     for label in ("cat", "dog"):
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -336,10 +336,10 @@ def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
     assert main(["info", "../run", "--batch-size", "2"]) == 0
     assert "of noise, not of images" not in capsys.readouterr().out
     assert main(["sample", "../run", "--labels", "cow"]) == 2
-    assert "0 to 1 or by name (cat, dog), or none for no class; 'cow' is not one" in said(capsys)
+    assert "0 to 1 or by name (cat, dog), or none for no class; 'cow' is not one" in error_line(capsys)
     (tmp_path / "photos").rename(tmp_path / "gone")
     assert main(["train", "--resume", "../run", "--steps", "4"]) == 2
-    err = said(capsys)
+    err = error_line(capsys)
     assert f"this run had its data in {tmp_path}/photos: there is no folder" in err and "say with --data where" in err
 
 
@@ -347,8 +347,8 @@ def test_a_folder_of_images(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "given, want", [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
-def test_waiting_threads_rest_soon(given, want):
-    """The command sets how long OpenMP's threads spin, unless the user has; in a program of the user's nothing is set."""
+def test_the_command_limits_how_long_openmp_threads_spin(given, want):
+    """The command sets the spin count of OpenMP threads, unless the user has set one. Importing torch first leaves it unset."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
     environment = {k: v for k, v in os.environ.items() if k not in names} | given | {"PYTHONPATH": str(ROOT)}
     code = "import os, sys\n{}from sdit.cli import main\nmain(['info', 'nothing'])\nprint(os.environ.get('GOMP_SPINCOUNT'))"

@@ -1,4 +1,4 @@
-"""Data sets found, read, fetched and refused; conversions that are exact; an order that is a pure function of the step."""
+"""Data sets: find, read, download and refuse files; exact conversions; an order of images that depends only on the step."""
 
 import doctest
 import gzip
@@ -27,8 +27,8 @@ from sdit.download import has_checksum
 
 
 @pytest.fixture(autouse=True)
-def nowhere(tmp_path, monkeypatch):
-    """No file of this machine is found, and no network is asked, but for what a test puts there."""
+def no_files_and_no_network(tmp_path, monkeypatch):
+    """Hide the data files of this machine and disable the network. A test then provides its own files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SDIT_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -42,11 +42,11 @@ def idx(array):
     return struct.pack(">BBBB", 0, 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
 
 
-def numbers(*shape, most=256, seed=0):
+def random_bytes(*shape, most=256, seed=0):
     return np.random.default_rng(seed).integers(most, size=shape).astype(np.uint8)
 
 
-IMAGES, LABELS = numbers(20, 28, 28), numbers(20, most=10)
+IMAGES, LABELS = random_bytes(20, 28, 28), random_bytes(20, most=10)
 
 
 def write_idx(folder, images=IMAGES, labels=LABELS, prefix="train", gz=False):
@@ -60,7 +60,7 @@ def write_idx(folder, images=IMAGES, labels=LABELS, prefix="train", gz=False):
 # Conversions
 
 
-def test_every_level_is_x_over_127_5_minus_1_and_comes_back():
+def test_every_level_of_a_pixel_converts_exactly_and_back():
     levels = torch.arange(256, dtype=torch.uint8)
     x = from_uint8(levels)
     assert x.dtype == torch.float32
@@ -72,26 +72,26 @@ def test_every_level_is_x_over_127_5_minus_1_and_comes_back():
 
 
 def test_to_batch_repeats_grey_and_moves_channels():
-    images = torch.from_numpy(numbers(5, 6, 6, 1))
+    images = torch.from_numpy(random_bytes(5, 6, 6, 1))
     x = to_batch(images, SimpleNamespace(channels=3, image_size=6))
     assert x.shape == (5, 3, 6, 6) and x.is_contiguous()
     assert torch.equal(x, (images.float() / 127.5 - 1).permute(0, 3, 1, 2).repeat(1, 3, 1, 1))
-    colour = numbers(5, 6, 6, 3)
+    colour = random_bytes(5, 6, 6, 3)
     y = to_batch(colour, SimpleNamespace(channels=3, image_size=6))
     assert torch.equal(to_uint8(y).permute(0, 2, 3, 1), torch.from_numpy(colour))
     assert to_batch(images[:0], SimpleNamespace(channels=1, image_size=6)).shape == (0, 1, 6, 6)
 
 
-def test_to_batch_flips_what_it_is_told():
-    images, flip = torch.from_numpy(numbers(4, 6, 6, 3)), torch.tensor([True, False, False, True])
+def test_to_batch_flips_the_chosen_images():
+    images, flip = torch.from_numpy(random_bytes(4, 6, 6, 3)), torch.tensor([True, False, False, True])
     config = SimpleNamespace(channels=3, image_size=6)
     x, plain = to_batch(images, config, flip), to_batch(images, config)
     assert torch.equal(x[~flip], plain[~flip]) and torch.equal(x[flip], plain[flip].flip(3)) and x.is_contiguous()
 
 
-def test_resizing_is_pillows_bilinear_of_the_central_square():
+def test_resizing_equals_pillows_bilinear_of_the_central_square():
     Image = pytest.importorskip("PIL.Image")
-    images = numbers(3, 32, 40, 3)
+    images = random_bytes(3, 32, 40, 3)
     ours = to_uint8(to_batch(images, SimpleNamespace(channels=3, image_size=28))).permute(0, 2, 3, 1).numpy().astype(int)
     for mine, image in zip(ours, images):
         theirs = np.asarray(Image.fromarray(image[:, 4:36]).resize((28, 28), Image.Resampling.BILINEAR)).astype(int)
@@ -131,12 +131,12 @@ def test_resizing_is_pillows_bilinear_of_the_central_square():
         (torch.zeros(2, 4, 4, 1, dtype=torch.uint8), 1, torch.zeros(3, dtype=torch.bool), ValueError, "flip must be"),
     ],
 )
-def test_wrong_images_are_named(images, channels, flip, error, message):
+def test_wrong_images_are_named_in_the_error(images, channels, flip, error, message):
     with pytest.raises(error, match=message):
         to_batch(images, SimpleNamespace(channels=channels, image_size=4), flip)
 
 
-# Order
+# The order of images
 
 
 @given(n=st.integers(1, 50), seed=st.integers(0, 2**40), batch=st.integers(1, 120), steps=st.integers(1, 12))
@@ -147,11 +147,11 @@ def test_every_epoch_has_every_image_once(n, seed, batch, steps):
     for epoch in stream.split(n):
         assert len(epoch.unique()) == len(epoch) and set(epoch.tolist()) <= set(range(n))
     step = steps - 1
-    assert torch.equal(Order(n, seed).indices(step, batch), stream[step * batch :])  # without any before
+    assert torch.equal(Order(n, seed).indices(step, batch), stream[step * batch :])  # no earlier step is needed
 
 
 @given(world=st.integers(1, 6), each=st.integers(1, 9), step=st.integers(0, 1000))
-def test_ranks_share_a_step(world, each, step):
+def test_ranks_share_the_images_of_a_step(world, each, step):
     order = Order(37, 5)
     parts = [order.indices(step, world * each, rank, world) for rank in range(world)]
     assert all(len(part) == each for part in parts)
@@ -169,8 +169,8 @@ def test_orders_differ_between_epochs_and_seeds():
     assert torch.equal(pickle.loads(pickle.dumps(order)).indices(1, 1000), second)
 
 
-def test_the_order_stays_what_it_was():
-    """A checkpoint of today goes on with the same images tomorrow."""
+def test_the_order_never_changes():
+    """A checkpoint from today must continue with the same images in a later version."""
     assert Order(10, 0).indices(0, 10).tolist() == [4, 6, 2, 7, 3, 5, 9, 0, 8, 1]
     assert Order(10, 7).indices(1, 14).tolist() == [3, 7, 9, 0, 6, 5, 6, 8, 1, 3, 0, 9, 2, 7]
     assert Order(10, 7).flips(2, 8).int().tolist() == [0, 0, 1, 0, 1, 1, 0, 0]
@@ -188,7 +188,7 @@ def test_the_order_stays_what_it_was():
         (lambda: Order(3).indices(0, 2, 2, 2), ValueError, r"rank must be in 0\.\.world-1, got rank 2 of world 2"),
     ],
 )
-def test_wrong_orders_are_named(call, error, message):
+def test_wrong_arguments_of_an_order_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
 
@@ -196,7 +196,7 @@ def test_wrong_orders_are_named(call, error, message):
 # Digits
 
 
-def test_digits():
+def test_digits_equal_those_of_scikit_learn():
     datasets = pytest.importorskip("sklearn.datasets")
     train, test = load("digits"), load("digits", split="test")
     assert train.images.shape == (1500, 8, 8, 1) and len(test) == 297 and train.names == tuple("0123456789")
@@ -204,12 +204,12 @@ def test_digits():
     original = datasets.load_digits()
     assert torch.equal(torch.cat([train.labels, test.labels]), torch.from_numpy(original.target).long())
     again = (torch.cat([train.images, test.images]).double() * 16 / 255).round().squeeze(-1)
-    assert torch.equal(again, torch.from_numpy(original.images))  # 17 levels, kept apart
+    assert torch.equal(again, torch.from_numpy(original.images))  # all 17 levels stay distinct
     assert not train.mirror and train.labels.bincount().min() > 140
     assert load("digits", size=16).images.shape == (1500, 16, 16, 1)
 
 
-def test_digits_without_scikit_learn(monkeypatch):
+def test_digits_without_scikit_learn_name_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match="the digits come with scikit-learn: pip install scikit-learn"):
         load("digits")
@@ -231,7 +231,7 @@ def test_idx_files_are_found_below_root(tmp_path, name, folder, gz):
     assert len(load(name, root=tmp_path / "root", split="test")) == 3
 
 
-def test_usual_places_and_their_order(tmp_path, monkeypatch):
+def test_default_folders_are_searched_in_order(tmp_path, monkeypatch):
     places = [
         tmp_path / "env" / "fashion_mnist",
         tmp_path / "data" / "FashionMNIST" / "raw",
@@ -241,7 +241,7 @@ def test_usual_places_and_their_order(tmp_path, monkeypatch):
     for n, place in reversed(list(enumerate(places, start=1))):
         write_idx(place, IMAGES[:n], LABELS[:n])
         assert len(load("fashion_mnist")) == n
-    # files of the same name: a base counts by itself only if it is named after the data set
+    # mnist has files of the same names: a base folder itself is searched only if it is named after the data set
     with pytest.raises(FileNotFoundError):
         load("mnist")
     monkeypatch.setenv("SDIT_DATA", str(places[0]))
@@ -250,7 +250,7 @@ def test_usual_places_and_their_order(tmp_path, monkeypatch):
         load("mnist")
 
 
-def test_debians_fashion_mnist(monkeypatch):
+def test_debians_fashion_mnist_is_read(monkeypatch):
     folder = "/usr/share/datasets/fashion-mnist"
     if not os.path.exists(f"{folder}/t10k-images-idx3-ubyte.gz"):
         pytest.skip(f"no {folder}: Debian's package dataset-fashion-mnist is not installed")
@@ -264,7 +264,7 @@ def test_debians_fashion_mnist(monkeypatch):
         assert has_checksum(data._read(Path(folder, f"{file}.gz")), spec.checksums[file])
 
 
-def test_a_missing_data_set_says_what_to_do(tmp_path):
+def test_an_error_for_a_missing_data_set_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         load("fashion_mnist")
     message = str(caught.value)
@@ -294,7 +294,7 @@ def damage(folder, stem, change):
         ("labels-idx1", lambda b: idx(IMAGES), "is not an idx file of bytes in 1 dimensions"),
     ],
 )
-def test_damaged_idx_files_are_one_clear_error(tmp_path, stem, change, message):
+def test_damaged_idx_files_give_one_clear_error(tmp_path, stem, change, message):
     damage(write_idx(tmp_path / "mnist"), f"train-{stem}-ubyte", change)
     with pytest.raises(ValueError, match=message) as caught:
         load("mnist", root=tmp_path)
@@ -304,17 +304,17 @@ def test_damaged_idx_files_are_one_clear_error(tmp_path, stem, change, message):
 @pytest.mark.parametrize(
     "change", [lambda b: b[:-20], lambda b: b[:50] + b"\0" * 9 + b[59:], lambda b: b"no gzip", lambda b: b""]
 )
-def test_damaged_compressed_files_are_one_clear_error(tmp_path, change):
+def test_damaged_compressed_files_give_one_clear_error(tmp_path, change):
     damage(write_idx(tmp_path / "mnist", gz=True), "train-images-idx3-ubyte.gz", change)
     with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is (damaged|not an idx file)"):
         load("mnist", root=tmp_path)
 
 
-# Downloads, from a server of our own
+# Downloads from a local server
 
 
 class Server:
-    """Serves ``files``: path -> bytes, or a function that answers a request itself."""
+    """Serve ``files``: path -> bytes, or a function that answers a request itself."""
 
     def __init__(self):
         self.files, self.asked = {}, []
@@ -361,31 +361,31 @@ def mnist_server(server, monkeypatch):
     return server
 
 
-def everything_below(folder):
+def files_below(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
 
 
 WHOLE = ["mnist/train-images-idx3-ubyte", "mnist/train-labels-idx1-ubyte"]
 
 
-def test_download_takes_the_next_mirror_and_keeps_what_it_got(tmp_path, mnist_server):
+def test_download_tries_the_next_mirror_and_keeps_the_files(tmp_path, mnist_server):
     got = load("mnist")
     assert np.array_equal(got.images.numpy()[..., 0], IMAGES) and np.array_equal(got.labels.numpy(), LABELS)
-    assert everything_below(tmp_path / "cache/sdit") == WHOLE
+    assert files_below(tmp_path / "cache/sdit") == WHOLE
     requests = len(mnist_server.asked)
     load("mnist")
     assert len(mnist_server.asked) == requests
 
 
-def short(handler):
+def send_too_few_bytes(handler):
     handler.send_response(200)
     handler.send_header("Content-Length", "100000")
     handler.end_headers()
     handler.wfile.write(gzip.compress(idx(IMAGES))[:500])
 
 
-def silent_end(handler):
-    """The connection closes in the middle, and no length has been told."""
+def close_without_length(handler):
+    """Close the connection in the middle, without a Content-Length."""
     handler.send_response(200)
     handler.end_headers()
     handler.wfile.write(gzip.compress(idx(IMAGES))[:500])
@@ -394,22 +394,22 @@ def silent_end(handler):
 @pytest.mark.parametrize(
     "answer, message",
     [
-        (short, "IncompleteRead|the connection ended after 500 of 100000 bytes"),
-        (silent_end, "end-of-stream|ended before"),
+        (send_too_few_bytes, "IncompleteRead|the connection ended after 500 of 100000 bytes"),
+        (close_without_length, "end-of-stream|ended before"),
         (gzip.compress(idx(IMAGES[::-1])), "train-images-idx3-ubyte has another checksum"),
         (b"<html>captive portal</html>", "[Nn]ot a gzipped file"),
         (None, "404"),
     ],
 )
-def test_what_goes_wrong_with_a_download_leaves_no_file(tmp_path, mnist_server, answer, message):
+def test_a_failed_download_leaves_no_file(tmp_path, mnist_server, answer, message):
     mnist_server.files["/good/train-images-idx3-ubyte.gz"] = answer
     with pytest.raises(FileNotFoundError, match=message) as caught:
         load("mnist")
     assert "nor downloaded" in str(caught.value) and "SDIT_DATA" in str(caught.value)
-    assert everything_below(tmp_path / "cache/sdit") == []
+    assert files_below(tmp_path / "cache/sdit") == []
 
 
-def test_an_interrupted_download_leaves_no_file_and_can_be_repeated(tmp_path, mnist_server, monkeypatch):
+def test_an_interrupted_download_can_be_repeated(tmp_path, mnist_server, monkeypatch):
     whole = data.download
 
     def interrupted(url):
@@ -420,13 +420,13 @@ def test_an_interrupted_download_leaves_no_file_and_can_be_repeated(tmp_path, mn
     monkeypatch.setattr(data, "download", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load("mnist")
-    assert everything_below(tmp_path / "cache/sdit") == WHOLE[:1]  # whole, by its checksum
+    assert files_below(tmp_path / "cache/sdit") == WHOLE[:1]  # this file is complete: its checksum was right
     monkeypatch.setattr(data, "download", whole)
     load("mnist")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path, mnist_server, monkeypatch, error):
+def test_a_file_that_cannot_be_written_completely_is_removed(tmp_path, mnist_server, monkeypatch, error):
     def fsync(handle):
         raise error
 
@@ -434,16 +434,16 @@ def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path, mnist_se
     with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else FileNotFoundError, match=None) as caught:
         load("mnist")
     assert error is KeyboardInterrupt or "No space left on device" in str(caught.value)
-    assert everything_below(tmp_path / "cache/sdit") == []
+    assert files_below(tmp_path / "cache/sdit") == []
 
 
-def test_root_is_never_filled_from_a_network(tmp_path, mnist_server):
+def test_a_given_root_is_never_filled_from_the_network(tmp_path, mnist_server):
     with pytest.raises(FileNotFoundError):
         load("mnist", root=tmp_path)
     assert mnist_server.asked == []
 
 
-def test_published_checksums_are_of_the_right_kind():
+def test_published_checksums_have_the_right_length():
     for name, lengths in (("mnist", {64}), ("fashion_mnist", {64}), ("cifar10", {32})):
         checksums = data.DATASETS[name].checksums
         assert {len(digest) for digest in checksums.values()} == lengths and len(set(checksums.values())) == len(checksums)
@@ -453,7 +453,8 @@ def test_published_checksums_are_of_the_right_kind():
 
 
 def python2_pickle(images, labels):
-    """What Python 2 makes of {"batch_label": .., "labels": [..], "data": array} with protocol 2: byte strings throughout."""
+    """Pickle {"batch_label": .., "labels": [..], "data": array} as Python 2 does with protocol 2: all strings are byte
+    strings."""
 
     def text(value):
         return b"U" + bytes([len(value)]) + value
@@ -475,30 +476,31 @@ def python2_pickle(images, labels):
 def write_cifar(folder, n=4):
     folder.mkdir(parents=True)
     for i, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
-        (folder / name).write_bytes(python2_pickle(numbers(n, 3072, seed=i), numbers(n, most=10, seed=i)))
+        (folder / name).write_bytes(python2_pickle(random_bytes(n, 3072, seed=i), random_bytes(n, most=10, seed=i)))
     return folder
 
 
 @pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar10/cifar-10-batches-py", "."])
-def test_cifar10(tmp_path, folder):
+def test_cifar10_batches_are_read(tmp_path, folder):
     write_cifar(tmp_path / "root" / folder) if folder != "." else write_cifar(tmp_path / "root")
     train, test = (load("cifar10", root=tmp_path / "root", split=split) for split in ("train", "test"))
     assert train.images.shape == (20, 32, 32, 3) and len(test) == 4 and train.names[0] == "airplane" and train.mirror
-    planes = np.concatenate([numbers(4, 3072, seed=i) for i in range(5)]).reshape(20, 3, 1024)  # red, green, blue planes
+    # the planes are red, green and blue
+    planes = np.concatenate([random_bytes(4, 3072, seed=i) for i in range(5)]).reshape(20, 3, 1024)
     assert np.array_equal(train.images.numpy().reshape(20, 1024, 3).transpose(0, 2, 1), planes)
-    assert np.array_equal(test.labels.numpy(), numbers(4, most=10, seed=5)) and train.images.is_contiguous()
+    assert np.array_equal(test.labels.numpy(), random_bytes(4, most=10, seed=5)) and train.images.is_contiguous()
     assert load("cifar10", root=tmp_path / "root", size=28).images.shape == (20, 28, 28, 3)
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
-def test_batches_that_python_3_wrote(tmp_path, protocol):
-    images, labels = numbers(4, 3072), numbers(4, most=10)
+def test_batches_written_by_python_3_are_read_or_refused(tmp_path, protocol):
+    images, labels = random_bytes(4, 3072), random_bytes(4, most=10)
     path = tmp_path / "batch"
     path.write_bytes(pickle.dumps({b"data": images, b"labels": labels.tolist()}, protocol))
-    if protocol == 5:  # numpy pickles to a function of its own there
+    if protocol == 5:  # with this protocol numpy pickles a call of one of its functions
         with pytest.raises(ValueError, match="it asks for numpy"):
             data._read_cifar(path)
-    elif protocol == 2:  # and bytes as a call there
+    elif protocol == 2:  # with this protocol bytes are pickled as a call
         with pytest.raises(ValueError, match="it asks for _codecs.encode"):
             data._read_cifar(path)
     else:
@@ -515,17 +517,17 @@ class Evil:
     "content, message",
     [
         (pickle.dumps({b"data": Evil()}), "it asks for posix.mkdir|it asks for nt.mkdir"),
-        (python2_pickle(numbers(2, 3072), numbers(2, most=10))[:-100], "is not a python batch"),
+        (python2_pickle(random_bytes(2, 3072), random_bytes(2, most=10))[:-100], "is not a python batch"),
         (b"", "is not a python batch of CIFAR-10: EOFError"),
         (b"hello", "is not a python batch"),
         (pickle.dumps([1, 2]), "is not a python batch"),
         (pickle.dumps({b"labels": [1]}), "is not a python batch of CIFAR-10: KeyError"),
-        (python2_pickle(numbers(2, 100), numbers(2, most=10)), r"its data must be bytes of shape \(N, 3072\)"),
-        (python2_pickle(numbers(2, 3072), numbers(3, most=10)), "is damaged: 2 images and labels of shape"),
-        (python2_pickle(numbers(2, 3072), np.array([3, 10])), r"is damaged: labels 3\.\.10"),
+        (python2_pickle(random_bytes(2, 100), random_bytes(2, most=10)), r"its data must be bytes of shape \(N, 3072\)"),
+        (python2_pickle(random_bytes(2, 3072), random_bytes(3, most=10)), "is damaged: 2 images and labels of shape"),
+        (python2_pickle(random_bytes(2, 3072), np.array([3, 10])), r"is damaged: labels 3\.\.10"),
     ],
 )
-def test_batches_that_are_none_are_refused(tmp_path, content, message):
+def test_files_that_are_not_batches_are_refused(tmp_path, content, message):
     folder = write_cifar(tmp_path / "cifar10")
     (folder / "data_batch_3").write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
@@ -533,7 +535,7 @@ def test_batches_that_are_none_are_refused(tmp_path, content, message):
     assert "data_batch_3" in str(caught.value) and not (tmp_path / "owned").exists()
 
 
-def test_cifar10_is_downloaded(tmp_path, server, monkeypatch):
+def test_cifar10_is_downloaded_and_unpacked(tmp_path, server, monkeypatch):
     folder = write_cifar(tmp_path / "made")
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
@@ -560,14 +562,14 @@ def pictures(tmp_path):
     def write(path, size=(6, 6), mode="RGB", seed=0):
         path = tmp_path / "pictures" / path
         path.parent.mkdir(parents=True, exist_ok=True)
-        array = numbers(size[1], size[0], 3, seed=seed)
+        array = random_bytes(size[1], size[0], 3, seed=seed)
         Image.fromarray(array).convert(mode).save(path)
         return np.asarray(Image.open(path))
 
     return write
 
 
-def test_sub_folders_are_classes(tmp_path, pictures):
+def test_subfolders_are_classes(tmp_path, pictures):
     written = [pictures(f"{c}/{i}.png", seed=10 * i + ord(c)) for c in "ab" for i in range(3)]
     pictures("c/deep/er.png")
     (tmp_path / "pictures/a/notes.txt").write_text("no image")
@@ -597,7 +599,7 @@ def test_images_of_different_sizes_need_a_size(tmp_path, pictures):
     assert load("folder", root=tmp_path / "pictures", size=8).images.shape == (2, 8, 8, 3)
 
 
-def test_train_and_test_folders(tmp_path, pictures):
+def test_train_and_test_folders_are_splits(tmp_path, pictures):
     pictures("train/a/0.png"), pictures("train/b/0.png"), pictures("test/a/0.png"), pictures("test/b/1.png")
     train, test = (load("folder", root=tmp_path / "pictures", split=split) for split in ("train", "test"))
     assert train.names == test.names == ("a", "b") and len(train) == len(test) == 2
@@ -636,12 +638,12 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, pictures):
         (dict(name="digits", root="x"), ValueError, "leave root .--data. out, got 'x'"),
     ],
 )
-def test_wrong_requests_are_named(arguments, error, message):
+def test_wrong_arguments_of_load_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         load(**arguments)
 
 
-def test_examples():
+def test_docstring_examples_run():
     pytest.importorskip("sklearn")
     failed, attempted = doctest.testmod(data)
     assert attempted and not failed

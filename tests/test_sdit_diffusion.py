@@ -1,4 +1,4 @@
-"""The objective against closed forms and numeric integration, the schedulers against the equations they stand for."""
+"""Compare the training loss with closed forms and numeric integration, and the schedulers with their equations."""
 
 import doctest
 import math
@@ -19,16 +19,16 @@ BETA = np.linspace(1e-4, 2e-2, STEPS)
 ABAR = np.cumprod(1 - BETA)
 
 
-def of(**changes):
+def config_with(**changes):
     return SimpleNamespace(**{**CONFIG, **changes})
 
 
 class Given(nn.Module):
-    """Outputs what it was given, and remembers what it was asked."""
+    """Return a given output, and record the arguments of each call."""
 
     def __init__(self, output=None, function=None, **changes):
         super().__init__()
-        self.config = of(**changes)
+        self.config = config_with(**changes)
         self.output, self.function, self.calls = output, function, []
 
     def forward(self, x, t, y):
@@ -37,8 +37,8 @@ class Given(nn.Module):
 
 
 def batch(n=6, dtype=torch.float64, **changes):
-    """x0 on the levels of 8 bits, both ends among them; labels, t, noise, drop."""
-    c = of(**changes)
+    """Return x0 (8-bit levels, including both extremes), labels, t, noise and drop."""
+    c = config_with(**changes)
     g = torch.Generator().manual_seed(1)
     x0 = torch.randint(256, (n, c.channels, c.image_size, c.image_size), generator=g)
     x0[:, 0, 0, 0], x0[:, 0, 0, 1] = 0, 255
@@ -51,13 +51,13 @@ def posterior(x0, xt, t):
     before = ABAR[t - 1]
     precision = (
         1 / (1 - before) + (1 - BETA[t]) / BETA[t]
-    )  # of q(x_{t-1} | x_0), and of q(x_t | x_{t-1}) seen as a function of x_{t-1}
+    )  # the precision of q(x_{t-1} | x_0) plus the precision of q(x_t | x_{t-1}) as a function of x_{t-1}
     mean = (math.sqrt(before) * x0 / (1 - before) + math.sqrt(1 - BETA[t]) * xt / BETA[t]) / precision
     return mean, 1 / precision
 
 
 def reverse(xt, eps, v, t):
-    """Mean and log variance of p(x_{t-1} | x_t) from its definition: the posterior at the x_0 that eps stands for."""
+    """Mean and log variance of p(x_{t-1} | x_t) by definition: the posterior with the x_0 that eps predicts."""
     x0 = (xt - math.sqrt(1 - ABAR[t]) * eps) / math.sqrt(ABAR[t])
     smallest = posterior(0.0, 0.0, max(t, 1))[1]
     f = (v + 1) / 2
@@ -65,7 +65,7 @@ def reverse(xt, eps, v, t):
     return (posterior(x0, xt, t)[0] if t else x0), log_variance
 
 
-def test_tables_are_the_closed_forms():
+def test_tables_equal_the_closed_forms():
     tables = diffusion._tables(torch.device("cpu"), torch.float64)
     np.testing.assert_allclose(tables.signal.numpy(), np.sqrt(ABAR), rtol=1e-12)
     np.testing.assert_allclose(tables.sigma.numpy(), np.sqrt(1 - ABAR), rtol=1e-12)
@@ -79,7 +79,7 @@ def test_tables_are_the_closed_forms():
 
 
 @pytest.mark.parametrize("t", [1, 2, 37, 999])
-def test_vb_is_the_kl_divergence_by_numeric_integration(t):
+def test_vb_equals_the_kl_divergence_by_numeric_integration(t):
     x0, y, _, noise, drop = batch()
     t_ = torch.full((6,), t)
     g = torch.Generator().manual_seed(2)
@@ -105,7 +105,7 @@ def phi(z):
     return 0.5 * math.erfc(-z / math.sqrt(2))
 
 
-def test_vb_at_0_is_the_likelihood_of_the_level():
+def test_vb_at_step_0_is_the_likelihood_of_the_level():
     x0, y, _, noise, drop = batch()
     g = torch.Generator().manual_seed(3)
     v = torch.randn(noise.shape, generator=g, dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_vb_at_0_is_the_likelihood_of_the_level():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_likelihoods_of_all_levels_sum_to_1(dtype):
-    """Up to what rounding does to a border between levels: an ulp of 1, in standard deviations."""
+    """The tolerance allows one rounding error of 1 at a border between levels, in standard deviations."""
     levels = torch.arange(256, dtype=dtype) / 127.5 - 1
     for mean in (-1.3, -1.0, -0.4567, 0.0, 0.999, 5.0):
         for log_variance in (-14.0, -9.5, -3.0, 1.0):
@@ -135,7 +135,7 @@ def test_likelihoods_of_all_levels_sum_to_1(dtype):
 
 
 def test_the_likelihood_stays_finite_and_keeps_its_gradient():
-    """Where the probability itself underflows, its logarithm is that of the normal density."""
+    """Where the probability underflows, its logarithm approaches the log of the normal density."""
     distance = torch.tensor([-3.0, 3.0, 0.5, 0.0], requires_grad=True)
     log_variance = torch.full((4,), -9.5, requires_grad=True)
     log_p = diffusion._log_likelihood(torch.zeros(4), distance, log_variance)
@@ -145,7 +145,7 @@ def test_the_likelihood_stays_finite_and_keeps_its_gradient():
     assert log_variance.grad.isfinite().all() and (log_variance.grad[:3] > 1).all() and log_variance.grad[3] < 0
 
 
-def test_the_bound_trains_the_variance_alone_and_the_square_eps_alone():
+def test_the_bound_trains_only_the_variance_and_the_square_only_eps():
     x0, y, t, noise, drop = batch()
     t[0] = 0
     out = torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(4), dtype=torch.float64, requires_grad=True)
@@ -161,8 +161,8 @@ def test_the_bound_trains_the_variance_alone_and_the_square_eps_alone():
     assert (v_grad != 0).all()
 
 
-def test_the_best_constant_variance_is_found():
-    """At the true eps the bound of t > 0 is least at the posterior variance: v = -1."""
+def test_training_finds_the_best_constant_variance():
+    """With the true eps, the bound for t > 0 is smallest at the posterior variance, v = -1."""
     x0, y, _, noise, drop = batch()
     v = torch.zeros_like(noise, requires_grad=True)
     for _ in range(60):
@@ -172,7 +172,7 @@ def test_the_best_constant_variance_is_found():
     torch.testing.assert_close(v, torch.full_like(v, -1.0), rtol=0, atol=1e-3)
 
 
-def test_without_learned_variance_the_loss_is_the_square_alone():
+def test_without_learned_variance_the_loss_is_the_squared_error():
     x0, y, t, noise, drop = batch(learn_sigma=False)
     eps = torch.zeros_like(noise, requires_grad=True)
     losses = training_loss(Given(eps, learn_sigma=False), x0, y, t=t, noise=noise, drop=drop)
@@ -180,8 +180,8 @@ def test_without_learned_variance_the_loss_is_the_square_alone():
     assert losses["vb"].item() == 0 and losses["loss"].requires_grad
 
 
-def test_float32_is_as_good_as_its_inputs():
-    """Every t, an output of the size that networks give: float32 against float64 of the same numbers."""
+def test_float32_rounding_is_small():
+    """Compare float32 with float64 for every t. The output has the size of a network's output."""
     n = STEPS
     x0, y, _, noise, _ = batch(n, torch.float32)
     out = torch.randn(n, 2, 4, 4, generator=torch.Generator().manual_seed(5))
@@ -198,7 +198,7 @@ def test_float32_is_as_good_as_its_inputs():
     assert (error <= 1e-4 * gradients[torch.float64].abs().amax((1, 2, 3))).all()
 
 
-def test_what_the_network_is_asked():
+def test_the_network_gets_noisy_images_and_dropped_labels():
     x0, y, t, noise, drop = batch()
     model = Given(torch.zeros(6, 2, 4, 4, dtype=torch.float64))
     drop[:2] = torch.tensor([True, False])
@@ -209,7 +209,7 @@ def test_what_the_network_is_asked():
     assert torch.equal(asked_t, t) and torch.equal(asked_y, torch.where(drop, 3, y))
 
 
-def test_chance_comes_from_the_generator_alone():
+def test_randomness_comes_only_from_the_generator():
     x0, y, *_ = batch(64, torch.float32)
 
     def run(seed, global_seed):
@@ -242,15 +242,15 @@ def test_slices_of_one_draw_give_the_loss_of_the_whole():
     torch.testing.assert_close(sum(part["loss"] for part in parts) / 2, whole, rtol=1e-12, atol=0)
 
 
-def test_draw_is_distributed_as_it_says():
-    t, noise, drop = draw(of(dropout_label=0.1), 20000, torch.Generator().manual_seed(0))
+def test_draw_has_the_documented_distributions():
+    t, noise, drop = draw(config_with(dropout_label=0.1), 20000, torch.Generator().manual_seed(0))
     assert t.min() == 0 and t.max() == 999 and abs(t.float().mean() - 499.5) < 10
     assert noise.dtype == torch.float32 and abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
     assert abs(drop.float().mean() - 0.1) < 0.01
-    assert not draw(of(dropout_label=0.0), 1000, torch.Generator())[2].any()
+    assert not draw(config_with(dropout_label=0.0), 1000, torch.Generator())[2].any()
 
 
-def test_autocast_reaches_the_network_only():
+def test_autocast_affects_only_the_network():
     x0, y, t, noise, drop = batch(6, torch.float32)
     t[:] = torch.tensor([0, 1, 2, 500, 998, 999])
     weight = torch.eye(4)
@@ -272,8 +272,8 @@ def test_autocast_reaches_the_network_only():
         assert losses[name].dtype == torch.float32 and torch.equal(losses[name], expected[name])
 
 
-def test_no_value_is_asked_for_on_a_device():
-    """On the meta device whatever needed a value, and on a GPU had to wait for it, would raise."""
+def test_the_loss_reads_no_values_from_the_device():
+    """On the meta device, reading a value raises. On a GPU it would wait for the device."""
     x0, y, t, noise, drop = (z.to("meta") for z in batch(6, torch.float32))
     output = torch.zeros(6, 2, 4, 4, device="meta", requires_grad=True)
     losses = training_loss(Given(output), x0, y, t=t, noise=noise, drop=drop)
@@ -283,7 +283,7 @@ def test_no_value_is_asked_for_on_a_device():
     assert predict(model, x0, t, y, 2.0).shape == (6, 2, 4, 4)
 
 
-def test_a_model_inside_a_wrapper():
+def test_a_wrapped_model_gives_the_same_loss():
     class Wrapper(nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -325,7 +325,7 @@ def test_wrong_arguments_are_named(change, error, message):
 # Guidance
 
 
-def test_guidance_moves_eps_and_leaves_the_variance():
+def test_guidance_changes_eps_and_keeps_the_variance():
     def network(x, t, y):
         return torch.cat([x * (1.0 + y[:, None, None, None]), x + y[:, None, None, None]], 1)
 
@@ -356,12 +356,12 @@ def test_guidance_needs_a_trained_null_label():
 
 
 def network_of(x, t):
-    """Some smooth function with eps and variance halves."""
+    """A smooth function whose output has halves for eps and variance."""
     eps = torch.sin(3 * x) * 0.5 + 0.3 * x + 1e-4 * t
     return torch.cat([eps, torch.cos(2 * x)], 1)
 
 
-def walk(scheduler, x, learn_sigma=True, generator=None):
+def run_scheduler(scheduler, x, learn_sigma=True, generator=None):
     for t in scheduler.timesteps.tolist():
         out = network_of(x, t)
         x = reverse_step(scheduler, out if learn_sigma else out[:, : x.shape[1]], t, x, generator)
@@ -371,15 +371,15 @@ def walk(scheduler, x, learn_sigma=True, generator=None):
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("steps, learn_sigma", [(250, True), (250, False), (17, True)])
-def test_ddpm_steps_are_the_closed_form(steps, learn_sigma, channels, clip):
-    """Nichol and Dhariwal's respaced chain: betas of the subsequence, posterior mean of x_0's prediction, variance in range."""
-    scheduler = make_scheduler("ddpm", steps, of(learn_sigma=learn_sigma), clip)
+def test_ddpm_steps_equal_the_closed_form(steps, learn_sigma, channels, clip):
+    """The respaced chain of Nichol and Dhariwal: betas of the subsequence, and the posterior mean of the predicted x_0."""
+    scheduler = make_scheduler("ddpm", steps, config_with(learn_sigma=learn_sigma), clip)
     ts = np.round(np.linspace(0, 999, steps)).astype(int)[::-1]
     assert scheduler.timesteps.tolist() == ts.tolist() and ts[0] == 999 and ts[-1] == 0
     x = torch.randn(2, channels, 4, 4, generator=torch.Generator().manual_seed(7))
     noises = torch.Generator().manual_seed(8)
     mine = x.double().numpy()
-    for (t, theirs), before in zip(walk(scheduler, x, learn_sigma, torch.Generator().manual_seed(8)), [*ts[1:], None]):
+    for (t, theirs), before in zip(run_scheduler(scheduler, x, learn_sigma, torch.Generator().manual_seed(8)), [*ts[1:], None]):
         abar, abar_before = ABAR[t], (1.0 if before is None else ABAR[before])
         beta = 1 - abar / abar_before
         eps, v = network_of(torch.from_numpy(mine), t).numpy().reshape(2, 2, channels, 4, 4).swapaxes(0, 1)
@@ -394,17 +394,17 @@ def test_ddpm_steps_are_the_closed_form(steps, learn_sigma, channels, clip):
             sigma = np.exp(0.5 * (f * np.log(beta) + (1 - f) * np.log(smallest)))
             mine = mean + sigma * torch.randn(2, channels, 4, 4, generator=noises).numpy()
         np.testing.assert_allclose(theirs.numpy(), mine, rtol=2e-4, atol=2e-4)
-        mine = theirs.double().numpy()  # step by step: the chain itself amplifies rounding
+        mine = theirs.double().numpy()  # compare single steps, because the chain amplifies rounding
 
 
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("steps", [2, 50, 1000])
-def test_ddim_steps_are_the_closed_form(steps, clip):
-    scheduler = make_scheduler("ddim", steps, of(learn_sigma=True), clip)
+def test_ddim_steps_equal_the_closed_form(steps, clip):
+    scheduler = make_scheduler("ddim", steps, config_with(learn_sigma=True), clip)
     ts = np.arange(0, 1000, 1000 // steps)[::-1]
     assert scheduler.timesteps.tolist() == ts.tolist()
     mine = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(9)).double().numpy()
-    for (t, theirs), before in zip(walk(scheduler, torch.from_numpy(mine).float()), [*ts[1:], None]):
+    for (t, theirs), before in zip(run_scheduler(scheduler, torch.from_numpy(mine).float()), [*ts[1:], None]):
         abar, abar_before = ABAR[t], (1.0 if before is None else ABAR[before])
         eps = network_of(torch.from_numpy(mine), t)[:, :3].numpy()
         x0 = (mine - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
@@ -418,9 +418,10 @@ def test_ddim_steps_are_the_closed_form(steps, clip):
 
 @pytest.mark.parametrize("name, steps", [("ddpm", 250), ("ddim", 50), ("dpm++", 20), ("dpm++", 1), ("dpm++", 999)])
 @pytest.mark.parametrize("learn_sigma", [False, True])
-def test_every_sampler_finds_a_normal_distribution_at_a_point(name, steps, learn_sigma):
-    """Data that is one image x*: the exact eps is (x_t - sqrt(abar) x*) / sqrt(1 - abar), and every sampler ends at x*."""
-    scheduler = make_scheduler(name, steps, of(learn_sigma=learn_sigma))
+def test_every_sampler_finds_the_image_if_the_data_has_only_one(name, steps, learn_sigma):
+    """If the data is one image x*, the exact eps is (x_t - sqrt(abar) x*) / sqrt(1 - abar), and every sampler must end at
+    x*."""
+    scheduler = make_scheduler(name, steps, config_with(learn_sigma=learn_sigma))
     target = torch.linspace(-1, 1, 16).view(1, 1, 4, 4)
     x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(10))
     for t in scheduler.timesteps.tolist():
@@ -431,15 +432,15 @@ def test_every_sampler_finds_a_normal_distribution_at_a_point(name, steps, learn
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_dpm_steps_are_the_closed_form(clip):
-    """DPM-Solver++(2M), multistep of order 2: algorithm 2 of arXiv 2211.01095, its first and its last step of order 1."""
-    scheduler = make_scheduler("dpm++", 8, of(learn_sigma=True), clip)
+def test_dpm_steps_equal_the_closed_form(clip):
+    """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: multistep of order 2, with a first and a last step of order 1."""
+    scheduler = make_scheduler("dpm++", 8, config_with(learn_sigma=True), clip)
     ts = np.linspace(0, 999, 9).round().astype(int)[::-1][:-1]
     assert scheduler.timesteps.tolist() == ts.tolist()
     mine = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(12)).double().numpy()
     alpha, sigma = np.sqrt(ABAR), np.sqrt(1 - ABAR)
     last, last_h = None, None
-    for k, (t, theirs) in enumerate(walk(scheduler, torch.from_numpy(mine).float())):
+    for k, (t, theirs) in enumerate(run_scheduler(scheduler, torch.from_numpy(mine).float())):
         x0 = (mine - sigma[t] * network_of(torch.from_numpy(mine), t)[:, :3].numpy()) / alpha[t]
         x0 = x0.clip(-1, 1) if clip else x0
         if k == 7:
@@ -454,9 +455,9 @@ def test_dpm_steps_are_the_closed_form(clip):
         mine = theirs.double().numpy()
 
 
-def test_clipping_of_dpm_is_clipping():
-    """With x_0 predicted far outside, the last step of the chain, which returns that prediction, returns the limits."""
-    scheduler = make_scheduler("dpm++", 5, of(learn_sigma=False), clip=True)
+def test_clipping_limits_the_last_step_of_dpm():
+    """The last step returns its prediction of x_0. Here the prediction lies far outside the limits."""
+    scheduler = make_scheduler("dpm++", 5, config_with(learn_sigma=False), clip=True)
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(11))
     target = torch.linspace(-3, 3, 16).view(1, 1, 4, 4)
     for t in scheduler.timesteps.tolist():
@@ -478,12 +479,12 @@ def test_clipping_of_dpm_is_clipping():
 )
 def test_wrong_schedules_are_named(name, steps, error, message):
     with pytest.raises(error, match=message):
-        make_scheduler(name, steps, of(learn_sigma=True))
+        make_scheduler(name, steps, config_with(learn_sigma=True))
 
 
-def test_usual_steps():
+def test_samplers_have_default_numbers_of_steps():
     def steps(**changes):
-        config = of(**changes)
+        config = config_with(**changes)
         return [len(make_scheduler(name, None, config).timesteps) for name in diffusion.samplers(config)]
 
     assert steps() == steps(prediction="v") == [250, 50, 20]
@@ -493,8 +494,8 @@ def test_usual_steps():
 # Predictions and weights
 
 
-def converted(prediction, x0, noise, t):
-    """x_t and what the model is to say of it, from the definitions."""
+def input_and_target(prediction, x0, noise, t):
+    """Return x_t and the value that the model should predict, from the definitions."""
     if prediction == "flow":
         s = (t.double().view(-1, 1, 1, 1) + 1) / STEPS
         return (1 - s) * x0 + s * noise, noise - x0
@@ -504,10 +505,10 @@ def converted(prediction, x0, noise, t):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
-def test_the_perfect_prediction_costs_nothing_and_an_error_what_its_weight_says(prediction, weighting):
+def test_a_perfect_prediction_has_loss_0_and_errors_are_weighted(prediction, weighting):
     x0, y, _, noise, drop = batch()
     t = torch.tensor([0, 3, 200, 500, 900, 999])
-    xt, target = converted(prediction, x0, noise, t)
+    xt, target = input_and_target(prediction, x0, noise, t)
     changes = dict(prediction=prediction, weighting=weighting, learn_sigma=False)
     model = Given(target, **changes)
     losses = training_loss(model, x0, y, t=t, noise=noise, drop=drop)
@@ -516,14 +517,14 @@ def test_the_perfect_prediction_costs_nothing_and_an_error_what_its_weight_says(
     torch.testing.assert_close(asked, xt, rtol=1e-12, atol=1e-12)
     assert torch.equal(told, t + 1 if prediction == "flow" else t)
 
-    # An error of 1 in the prediction is how much of x_0? By solving for x_0 the two equations that define x_t and the target.
+    # Convert an error of 1 in the prediction to an error of x_0: solve the equations of x_t and of the target for x_0.
     one = torch.ones((), dtype=torch.float64)
     for i in range(6):
         error = torch.zeros_like(x0)
         error[i] = 1
         losses = training_loss(Given(target + error, **changes), x0, y, t=t, noise=noise, drop=drop)
         a, b = (
-            converted("flow" if prediction == "flow" else "epsilon", u, w, t[i : i + 1])[0].item()
+            input_and_target("flow" if prediction == "flow" else "epsilon", u, w, t[i : i + 1])[0].item()
             for u, w in ((one, 0 * one), (0 * one, one))
         )
         rows = {"epsilon": (0, 1), "v": (-b, a), "flow": (-1, 1)}[prediction]
@@ -535,9 +536,9 @@ def test_the_perfect_prediction_costs_nothing_and_an_error_what_its_weight_says(
 
 @pytest.mark.parametrize("weighting", ["uniform", "min_snr"])
 def test_v_and_epsilon_learn_the_same_variance(weighting):
-    """The same eps_hat said in both ways gives the same bound, and it trains the logits alone."""
+    """The same eps_hat in both forms gives the same bound, which trains only the logits of the variance."""
     x0, y, t, noise, drop = batch()
-    xt, _ = converted("epsilon", x0, noise, t)
+    xt, _ = input_and_target("epsilon", x0, noise, t)
     g = torch.Generator().manual_seed(3)
     eps = noise + 0.1 * torch.randn(x0.shape, dtype=torch.float64, generator=g)
     logits = torch.randn(x0.shape, dtype=torch.float64, generator=g)
@@ -555,8 +556,8 @@ def test_v_and_epsilon_learn_the_same_variance(weighting):
 
 @pytest.mark.parametrize("name, steps", [("ddpm", 50), ("ddim", 20), ("dpm++", 8)])
 @pytest.mark.parametrize("clip", [False, True])
-def test_samplers_take_v_as_they_take_epsilon(name, steps, clip):
-    schedulers = {p: make_scheduler(name, steps, of(prediction=p, learn_sigma=True), clip) for p in ("epsilon", "v")}
+def test_samplers_give_the_same_with_v_and_epsilon(name, steps, clip):
+    schedulers = {p: make_scheduler(name, steps, config_with(prediction=p, learn_sigma=True), clip) for p in ("epsilon", "v")}
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(5))
     for t in schedulers["v"].timesteps.tolist():
         out = network_of(x, t)
@@ -570,8 +571,8 @@ def test_samplers_take_v_as_they_take_epsilon(name, steps, clip):
 
 
 @pytest.mark.parametrize("name, steps, order", [("euler", 40, 1), ("heun", 40, 2)])
-def test_flow_samplers_follow_the_straight_line_and_have_their_order(name, steps, order):
-    config = of(prediction="flow", learn_sigma=False)
+def test_flow_samplers_have_their_order(name, steps, order):
+    config = config_with(prediction="flow", learn_sigma=False)
 
     def end(field, steps, clip=False):
         scheduler = make_scheduler(name, steps, config, clip)
@@ -583,9 +584,9 @@ def test_flow_samplers_follow_the_straight_line_and_have_their_order(name, steps
         return x
 
     point = torch.tensor([[-1.0, 0.2], [0.5, 3.0]]).view(1, 1, 2, 2)
-    torch.testing.assert_close(end(lambda x, s: (x - point) / s, 7), point, rtol=0, atol=1e-5)  # data that is one image
+    torch.testing.assert_close(end(lambda x, s: (x - point) / s, 7), point, rtol=0, atol=1e-5)  # the data is one image
     torch.testing.assert_close(end(lambda x, s: (x - point) / s, 7, True), point.clamp(-1, 1), rtol=0, atol=1e-5)
-    # Normal data N(0, 1/4): x moves along with the deviation of x_s, so that the end is 0.7 / 2.
+    # The data is N(0, 1/4), so x shrinks with the deviation of x_s and ends at 0.7 / 2.
     errors = [
         abs(end(lambda x, s: x * (s - (1 - s) / 4) / (s**2 + (1 - s) ** 2 / 4), n)[0, 0, 0, 0].item() - 0.35)
         for n in (steps, 2 * steps)
@@ -593,14 +594,14 @@ def test_flow_samplers_follow_the_straight_line_and_have_their_order(name, steps
     assert 2 ** (order - 0.5) < errors[0] / errors[1] < 2 ** (order + 0.7), errors
 
 
-def test_without_diffusers_the_message_says_what_to_install(monkeypatch):
+def test_a_missing_diffusers_is_named_in_the_error(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match="sampling needs diffusers: pip install diffusers"):
-        make_scheduler("ddpm", 10, of(learn_sigma=True))
+        make_scheduler("ddpm", 10, config_with(learn_sigma=True))
 
 
-def test_examples():
+def test_docstring_examples_run():
     failed, attempted = doctest.testmod(diffusion)
     assert attempted and not failed

@@ -1,4 +1,4 @@
-"""Measures of drawn images: closed forms, invariances, what they must put in order; the classifier; a run that is stopped."""
+"""Measures of drawn images: exact formulas, invariances, and larger distances of worse images. Also stopped runs."""
 
 import doctest
 import json
@@ -29,14 +29,14 @@ from sdit.files import sha256
 from sdit.lock import lock
 from sdit.metrics import frechet_distance, kid
 
-pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
+pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def exactly(n, mean, covariance, seed):
-    """n points whose mean and unbiased covariance are these."""
+def points_with(n, mean, covariance, seed):
+    """Return n points with exactly this mean and unbiased covariance."""
     z = np.random.default_rng(seed).normal(size=(n, len(mean)))
     z = np.linalg.qr(z - z.mean(0))[0] * np.sqrt(n - 1)
     return z @ np.linalg.cholesky(covariance).T + mean
@@ -46,16 +46,16 @@ def exactly(n, mean, covariance, seed):
 
 
 @given(seeds, st.integers(1, 20))
-def test_frechet_distance_of_covariances_that_commute(seed, d):
+def test_frechet_distance_of_commuting_covariances_has_a_closed_form(seed, d):
     g = np.random.default_rng(seed)
     axes, (a, b), (mean_a, mean_b) = np.linalg.qr(g.normal(size=(d, d)))[0], g.uniform(0.1, 3, (2, d)), g.normal(size=(2, d))
-    x, y = (exactly(d + 9 + i, m, axes * v @ axes.T, seed + i) for i, (m, v) in enumerate(((mean_a, a), (mean_b, b))))
+    x, y = (points_with(d + 9 + i, m, axes * v @ axes.T, seed + i) for i, (m, v) in enumerate(((mean_a, a), (mean_b, b))))
     closed = np.square(mean_a - mean_b).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum()
     assert frechet_distance(x, y) == pytest.approx(closed, rel=1e-10, abs=1e-12)
 
 
 @given(seeds, st.integers(1, 20))
-def test_frechet_distance_by_eigenvalues_of_the_product(seed, d):
+def test_frechet_distance_equals_a_formula_with_eigenvalues(seed, d):
     g = np.random.default_rng(seed)
     x, y = (g.normal(size=(3 * d + 9, d)) @ g.normal(size=(d, d)) + g.normal(size=d) for _ in range(2))
     a, b = (np.cov(z.T).reshape(d, d) for z in (x, y))
@@ -64,7 +64,7 @@ def test_frechet_distance_by_eigenvalues_of_the_product(seed, d):
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6, abs=1e-6 * np.trace(a))
 
 
-def test_frechet_distance_by_scipys_root():
+def test_frechet_distance_equals_scipys_matrix_root():
     linalg = pytest.importorskip("scipy.linalg")
     g = np.random.default_rng(0)
     x, y = g.normal(size=(300, 64)) @ g.normal(size=(64, 64)), g.exponential(size=(500, 64))
@@ -74,7 +74,7 @@ def test_frechet_distance_by_scipys_root():
 
 
 @given(seeds, st.integers(1, 12))
-def test_what_a_frechet_distance_does_not_depend_on(seed, d):
+def test_frechet_distance_is_symmetric_and_rotation_invariant(seed, d):
     g = np.random.default_rng(seed)
     x, y = g.normal(size=(40, d)), g.uniform(size=(30, d)) * g.uniform(0.1, 2, d)
     found, near = frechet_distance(x, y), {"rel": 1e-9, "abs": 1e-12}
@@ -87,7 +87,7 @@ def test_what_a_frechet_distance_does_not_depend_on(seed, d):
     assert frechet_distance(x, x) < 1e-12 and found > 0
 
 
-def test_singular_covariances_cost_no_accuracy():
+def test_singular_covariances_keep_the_distance_accurate():
     g = np.random.default_rng(0)
     x = g.normal(size=(200, 3)) @ g.normal(size=(3, 50))  # of rank 3
     assert frechet_distance(x, x[::-1]) < 1e-12 * np.square(x).sum()
@@ -99,7 +99,7 @@ def test_singular_covariances_cost_no_accuracy():
 # KID
 
 
-def test_kid_by_its_definition():
+def test_kid_equals_its_definition():
     g = np.random.default_rng(0)
     x, y = g.normal(size=(9, 3)), g.normal(size=(7, 3)) + 1
 
@@ -114,18 +114,19 @@ def test_kid_by_its_definition():
     assert kid(a, b, subsets=2) == (pytest.approx(k(a[0], a[0]) + k(b[0], b[0]) - 2 * k(a[0], b[0])), 0)
 
 
-def test_kid_is_unbiased_and_its_standard_error_is_one():
-    """Both sets from one distribution: the mean of many is 0, and their spread is the standard error that each states."""
+def test_kid_is_unbiased_and_its_standard_error_is_right():
+    """Draw both sets from one distribution. The mean KID is 0, and the spread of KID equals the standard error it returns."""
     g = np.random.default_rng(0)
     found = np.array([kid(g.normal(size=(60, 4)), g.normal(size=(90, 4)), subsets=5, seed=i) for i in range(200)])
     spread = found[:, 0].std(ddof=1)
     assert abs(found[:, 0].mean()) < 3 * spread / np.sqrt(200)
-    assert np.sqrt(np.square(found[:, 1]).mean()) == pytest.approx(spread, rel=0.2)  # 200 spreads of 5 values: 5 %
+    # 200 standard errors of 5 values each: about 5 % error
+    assert np.sqrt(np.square(found[:, 1]).mean()) == pytest.approx(spread, rel=0.2)
     assert (found[:, 0] < 0).any()
 
 
 @given(seeds)
-def test_what_kid_does_not_depend_on(seed):
+def test_kid_is_symmetric_and_rotation_invariant(seed):
     g = np.random.default_rng(seed)
     x, y = g.normal(size=(40, 5)), g.normal(size=(30, 5))
     turn = np.linalg.qr(g.normal(size=(5, 5)))[0]
@@ -134,12 +135,12 @@ def test_what_kid_does_not_depend_on(seed):
     assert metrics._mmd(x, y) == pytest.approx(metrics._mmd(y, x))
 
 
-# What they must put in order, on digits, in the features of a classifier trained here
+# The measures must rise on worse images of digits. The features come from a classifier trained here.
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """A classifier of digits with 32 features."""
+    """Return a classifier of digits with 32 features."""
     data = load("digits")
     torch.manual_seed(0)
     small = Classifier(1, 8, data.names, "digits", (8, 16, 16, 32)).to(memory_format=torch.channels_last)
@@ -156,8 +157,8 @@ def judge_file(judge, tmp_path_factory):
     return path
 
 
-def late(n, data=None):
-    """The last n train images, none of which is in the floor, and their labels."""
+def last_images(n, data=None):
+    """Return the last n train images and their labels. evaluate() does not use them for its floor."""
     data = load("digits") if data is None else data
     return data.images[-n:], data.labels[-n:]
 
@@ -190,8 +191,8 @@ WORSE = {
 
 
 @pytest.fixture(scope="module")
-def apart(judge):
-    """{measure: distance} of images to the first of two halves of the train split: the same writers."""
+def distances_of(judge):
+    """Return a function from images to their distances from half of the train split."""
     reference = features(judge, load("digits").images[::2])
 
     def measured(images):
@@ -202,50 +203,50 @@ def apart(judge):
 
 
 @pytest.fixture(scope="module")
-def other():
-    """The other half, shuffled: writers follow one another in the file."""
+def other_half():
+    """Return the other half of the train split, shuffled, because images by one writer are next to each other in the file."""
     data, order = load("digits"), torch.randperm(750, generator=torch.Generator().manual_seed(0))
     return Images("digits", data.images[1::2][order], data.labels[1::2][order], data.names)
 
 
-def rises(values):
+def is_rising(values):
     return all(a < b for a, b in zip(values, values[1:]))
 
 
 @pytest.mark.parametrize("how", WORSE)
-def test_worse_images_are_farther_away(apart, other, how):
+def test_distances_rise_on_worse_images(distances_of, other_half, how):
     change, amounts = WORSE[how]
-    found = [apart(other.images)] + [apart(change(other.images, amount)) for amount in amounts]
+    found = [distances_of(other_half.images)] + [distances_of(change(other_half.images, amount)) for amount in amounts]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
+        assert is_rising([one[measure] for one in found]), (measure, found)
 
 
-def test_missing_classes_are_seen(judge, apart, other):
-    """Of as many images: the label accuracy stays, the distances tell."""
-    found = [apart(other.images[other.labels >= lost][:450]) for lost in (0, 1, 4)]
+def test_distances_rise_when_classes_are_missing(judge, distances_of, other_half):
+    """The number of images stays the same. The label accuracy stays high."""
+    found = [distances_of(other_half.images[other_half.labels >= lost][:450]) for lost in (0, 1, 4)]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
-    kept = other.labels >= 4
-    assert label_accuracy(judge, features(judge, other.images[kept]), other.labels[kept]) > 0.95
+        assert is_rising([one[measure] for one in found]), (measure, found)
+    kept = other_half.labels >= 4
+    assert label_accuracy(judge, features(judge, other_half.images[kept]), other_half.labels[kept]) > 0.95
 
 
-def test_copies_are_seen(judge, apart, other):
-    """600 images, of each class so many that differ."""
-    first = [[int((other.labels == c).nonzero()[i]) for c in range(10)] for i in range(60)]
-    images = [other.images[torch.tensor(first[:k] * (60 // k)).flatten()] for k in (60, 10, 1)]
-    found = [apart(one) for one in (*images, other.images[:1].expand(600, -1, -1, -1))]
+def test_distances_rise_when_images_are_copies(judge, distances_of, other_half):
+    """Each set has 600 images, with ever fewer different images per class."""
+    first = [[int((other_half.labels == c).nonzero()[i]) for c in range(10)] for i in range(60)]
+    images = [other_half.images[torch.tensor(first[:k] * (60 // k)).flatten()] for k in (60, 10, 1)]
+    found = [distances_of(one) for one in (*images, other_half.images[:1].expand(600, -1, -1, -1))]
     for measure in ("frechet_distance", "kid"):
-        assert rises([one[measure] for one in found]), (measure, found)
+        assert is_rising([one[measure] for one in found]), (measure, found)
     assert label_accuracy(judge, features(judge, images[2]), torch.arange(600) % 10) > 0.95
 
 
-def test_halves_of_the_same_images(judge, other):
-    mean, error = kid(features(judge, load("digits").images[::2]), features(judge, other.images))
+def test_kid_between_halves_of_a_data_set_is_zero(judge, other_half):
+    mean, error = kid(features(judge, load("digits").images[::2]), features(judge, other_half.images))
     assert abs(mean) < 4 * error
 
 
-def test_label_accuracy(judge):
-    images, labels = late(600)
+def test_label_accuracy_follows_the_labels(judge):
+    images, labels = last_images(600)
     right = evaluate(images, labels, judge)["drawn"]
     shuffled = labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
     wrong = evaluate(images, shuffled, judge)["drawn"]
@@ -258,9 +259,9 @@ def test_label_accuracy(judge):
     assert evaluate(images, torch.full((600,), 10), judge)["drawn"]["label_accuracy"] is None
 
 
-def test_the_floor_and_the_reference_are_the_images_that_are_named(judge):
+def test_the_floor_uses_train_images_and_the_reference_test_images(judge):
     train, test = load("digits"), load("digits", split="test")
-    found = evaluate(*late(105), judge)
+    found = evaluate(*last_images(105), judge)
     assert (found["n"], found["dataset"], found["test"]["n"]) == (105, "digits", 297)
     images = torch.cat([train.images[train.labels == c][: 11 if c < 5 else 10] for c in range(10)])
     floor, reference = features(judge, images), features(judge, test.images)
@@ -268,7 +269,7 @@ def test_the_floor_and_the_reference_are_the_images_that_are_named(judge):
     assert found["test"]["label_accuracy"] == label_accuracy(judge, reference, test.labels)
 
 
-def test_features(judge):
+def test_features_do_not_depend_on_batch_or_channels(judge):
     images = load("digits").images[:700]
     found = features(judge, images)
     assert found.shape == (700, 32) and found.dtype == torch.float64 and (found >= 0).all()
@@ -281,7 +282,7 @@ def test_features(judge):
     assert features(judge, images[:0]).shape == (0, 32)
 
 
-def test_wrong_arguments(judge):
+def test_wrong_arguments_are_refused(judge):
     x, y = np.random.default_rng(0).normal(size=(2, 50, 8))
     for a, b, error, message in (
         (x[:8], y, ValueError, "a must hold more images than there are features, 8, got 8"),
@@ -297,7 +298,7 @@ def test_wrong_arguments(judge):
     for subsets in (1, 26, 2.0, True):
         with pytest.raises(ValueError, match="subsets must be an int of 2 to half of the smaller set, 25, got"):
             kid(x, y, subsets=subsets)
-    images, labels = late(100)
+    images, labels = last_images(100)
     for wrong, error, message in (
         (({"images": images.float()}), TypeError, "images must be uint8, got torch.float32"),
         (({"images": images[:, :7]}), ValueError, r"images must be \(N, 8, 8, 1 or 3\), got \(100, 7, 8, 1\)"),
@@ -322,7 +323,7 @@ def test_wrong_arguments(judge):
 # The classifier of the package
 
 
-def test_the_classifier_of_the_package():
+def test_the_pretrained_classifier_has_the_documented_size():
     classifier = load_classifier()
     assert (classifier.dataset, classifier.channels, classifier.image_size) == ("fashion_mnist", 1, 28)
     assert sum(parameter.numel() for parameter in classifier.parameters()) == 98_682
@@ -330,7 +331,7 @@ def test_the_classifier_of_the_package():
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
     assert row["sha256"] == judging.SHA256 == sha256(judging.FASHION_MNIST)
     assert judging.FASHION_MNIST.stat().st_size < 500_000
-    page = ROOT / "docs" / "sdit.md"  # in the repository only, not in the sdist
+    page = ROOT / "docs" / "sdit.md"  # docs/ is in the repository only, not in the sdist
     assert (
         not page.exists() or f"classifies {100 * row['test_accuracy']:.1f} % of Fashion-MNIST's test images" in page.read_text()
     )
@@ -338,7 +339,7 @@ def test_the_classifier_of_the_package():
 
 def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
     content = bytearray(judging.FASHION_MNIST.read_bytes())
-    content[-1] ^= 1  # a bit of a weight: still a valid file
+    content[-1] ^= 1  # change one bit of a weight: the file stays valid
     path = tmp_path / "fashion_mnist_classifier.safetensors"
     path.write_bytes(content)
     assert load_classifier(path).names[9] == "ankle boot"
@@ -359,8 +360,8 @@ def test_another_classifier_is_refused(tmp_path, monkeypatch, judge_file):
         load_classifier(path)
 
 
-def test_on_fashion_mnist():
-    """Accuracy as measured when it was trained; the laws in its features."""
+def test_the_pretrained_classifier_ranks_fashion_mnist():
+    """The accuracy equals the recorded one, and distances rise on worse images."""
     folder = "/usr/share/datasets/fashion-mnist"
     if not os.path.isdir(folder):
         pytest.skip(f"no {folder}: Debian's package dataset-fashion-mnist is not installed")
@@ -369,7 +370,8 @@ def test_on_fashion_mnist():
     (row,) = json.loads((ROOT / "perf/results/fashion_mnist_classifier.json").read_text())["rows"]
     reference = features(classifier, test.images[:2000])
     found = label_accuracy(classifier, reference, test.labels[:2000])
-    assert row["test_accuracy"] > 0.91 and abs(found - row["test_accuracy"]) < 0.02  # 2,000 images: 0.006 standard error
+    # 2,000 images have a standard error of 0.006
+    assert row["test_accuracy"] > 0.91 and abs(found - row["test_accuracy"]) < 0.02
     images = train.images[-1000:]
     for change, amounts in ((noise, (10, 30, 90)), (blur, (0.3, 0.6, 1.0)), (shift, (1, 2, 4)), (fade, (0.2, 0.4, 0.6))):
         sets = [features(classifier, images)] + [features(classifier, change(images, amount)) for amount in amounts]
@@ -380,7 +382,7 @@ def test_on_fashion_mnist():
     assert frechet_distance(features(classifier, kept), reference) > 3 * frechet_distance(sets[0], reference)
 
 
-# Drawing, stopped and gone on with
+# Drawing, stopping and resuming
 
 
 @pytest.fixture(autouse=True)
@@ -400,8 +402,8 @@ FAST = {"sampler": "ddim", "steps": 2, "batch_size": 16}
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """The (first, number of images) of each call of ``sample``, and a function whose ``stop``-th call is stopped."""
+def calls_of_sample(monkeypatch):
+    """Return the (first, number of images) of each call of ``sample``, and that function, which stops at call ``stop``."""
     calls, sample = [], sampling.sample
 
     def counted(model, labels, *, first, **settings):
@@ -415,7 +417,7 @@ def drawn(monkeypatch):
     return calls, counted
 
 
-def test_images_are_those_of_sample(tiny, tmp_path, capsys):
+def test_drawn_images_equal_those_of_sample(tiny, tmp_path, capsys):
     images, labels, facts = draw(tiny, 40, folder=tmp_path, seed=3, guidance=1.5, **FAST)
     assert images.shape == (40, 8, 8, 1) and images.dtype == torch.uint8 and labels.tolist() == [i % 10 for i in range(40)]
     expected = sampling.sample(load_model(tiny), labels, sampler="ddim", steps=2, seed=3, guidance=1.5, batch_size=16)
@@ -424,8 +426,8 @@ def test_images_are_those_of_sample(tiny, tmp_path, capsys):
     assert "40/40" in capsys.readouterr().err
 
 
-def test_a_stopped_run_goes_on(tiny, tmp_path, drawn):
-    calls, sample = drawn
+def test_a_stopped_run_draws_the_missing_images_only(tiny, tmp_path, calls_of_sample):
+    calls, sample = calls_of_sample
     whole = draw(tiny, 50, folder=tmp_path / "whole", **FAST)
     assert calls == [(0, 16), (16, 16), (32, 16), (48, 2)]
     calls.clear()
@@ -439,12 +441,12 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, drawn):
     assert torch.equal(part[0], whole[0]) and torch.equal(part[1], whole[1]) and part[2] == whole[2]
     calls.clear()
     fewer, more = draw(tiny, 33, folder=tmp_path / "part", **FAST), draw(tiny, 64, folder=tmp_path / "part", **FAST)
-    assert calls == [(48, 16)]  # a batch that was cut off is drawn again, so that its rounding is that of a whole one
+    assert calls == [(48, 16)]  # the incomplete batch is drawn again, so that rounding is the same as in a whole batch
     assert torch.equal(fewer[0], whole[0][:33]) and torch.equal(more[0][:48], whole[0][:48])
 
 
-def test_damaged_files_are_drawn_again(tiny, tmp_path, drawn):
-    calls, _ = drawn
+def test_damaged_files_are_drawn_again(tiny, tmp_path, calls_of_sample):
+    calls, _ = calls_of_sample
     whole = draw(tiny, 64, folder=tmp_path, **FAST)[0]
     (folder,) = tmp_path.iterdir()
     (folder / "0000000.npz").write_bytes((folder / "0000000.npz").read_bytes()[:100])
@@ -458,17 +460,17 @@ def test_damaged_files_are_drawn_again(tiny, tmp_path, drawn):
     assert calls == [(0, 16), (16, 16), (32, 16), (48, 16)]
 
 
-def test_images_are_kept_apart_by_all_that_they_depend_on(tiny, tmp_path, drawn):
-    calls, _ = drawn
-    other = tmp_path / "other.safetensors"
-    save_model(other, SDiT(PRESETS["digits"], dim=32, depth=2))
+def test_saved_images_are_separate_for_every_setting(tiny, tmp_path, calls_of_sample):
+    calls, _ = calls_of_sample
+    other_half = tmp_path / "other.safetensors"
+    save_model(other_half, SDiT(PRESETS["digits"], dim=32, depth=2))
     same = tmp_path / "same.safetensors"
     shutil.copy(tiny, same)
     variants = ({"seed": 1}, {"guidance": 2.0}, {"steps": 4}, {"clip": True}, {"sampler": "dpm++"}, {"threshold": 0.5})
     for i, change in enumerate(({}, *variants, {"batch_size": 8}, {"bf16": True}, {"ema": False}), start=1):
         draw(tiny, 8, folder=tmp_path / "kept", **(FAST | change))
         assert len(calls) == i, change
-    draw(other, 8, folder=tmp_path / "kept", **FAST)
+    draw(other_half, 8, folder=tmp_path / "kept", **FAST)
     assert len(calls) == i + 1
     draw(same, 8, folder=tmp_path / "kept", **FAST)
     assert len(calls) == i + 1
@@ -486,8 +488,8 @@ main(sys.argv[1:])
 """
 
 
-def test_killed(tiny, judge_file, tmp_path, drawn):
-    """kill -9 while a batch is being written: the same images as in one go, and only those that are missing are drawn."""
+def test_a_killed_run_draws_the_missing_images_only(tiny, judge_file, tmp_path, calls_of_sample):
+    """kill -9 while a batch is written. The images equal the images of an uninterrupted run."""
     words = [
         "evaluate",
         tiny,
@@ -504,7 +506,7 @@ def test_killed(tiny, judge_file, tmp_path, drawn):
     ]
     process = subprocess.run([sys.executable, "-c", DYING, *words], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    calls, _ = drawn
+    calls, _ = calls_of_sample
     images, labels, _ = draw(tiny, 50, **FAST)
     assert calls == [(32, 16), (48, 2)]
     assert torch.equal(images, draw(tiny, 50, folder=tmp_path / "whole", **FAST)[0])
@@ -513,7 +515,7 @@ def test_killed(tiny, judge_file, tmp_path, drawn):
 # The command
 
 
-def test_the_command(tiny, judge_file, tmp_path, capsys):
+def test_the_command_prints_and_writes_the_measures(tiny, judge_file, tmp_path, capsys):
     command = ["evaluate", str(tiny), "--classifier", str(judge_file), "-n", "60", "--sampler", "dpm++", "--steps", "3"]
     assert main([*command, "--npz", str(tmp_path / "out/a.npz"), "--json", str(tmp_path / "out/a.json")]) == 0
     text = capsys.readouterr().out
@@ -544,8 +546,8 @@ def test_the_command(tiny, judge_file, tmp_path, capsys):
     assert main([*command, "-n", "50"]) == 0 and "50 drawn images" in capsys.readouterr().out
 
 
-def test_two_do_not_write_the_same(tiny, judge_file, tmp_path, capsys):
-    """Neither the images that are kept, nor a file."""
+def test_two_processes_do_not_write_the_same_file(tiny, judge_file, tmp_path, capsys):
+    """Neither the saved images nor the JSON file."""
     images, _, _ = draw(tiny, 64, **FAST)
     (folder,) = (tmp_path / "cache/sdit/evaluate").iterdir()
     with lock(folder / "lock", "it", "wait"), pytest.raises(BlockingIOError, match="where these images are kept, is in use by"):
@@ -559,8 +561,8 @@ def test_two_do_not_write_the_same(tiny, judge_file, tmp_path, capsys):
     assert not list(tmp_path.rglob("*lock")) and not (tmp_path / "a.json").exists()
 
 
-def test_a_full_disk(tiny, judge_file, tmp_path, capsys, monkeypatch):
-    """The figures are printed, the file is named, and the images are not drawn twice."""
+def test_a_full_disk_names_the_file_and_keeps_the_images(tiny, judge_file, tmp_path, capsys, monkeypatch):
+    """The results are printed before the error, and another call does not draw the images again."""
     resource = pytest.importorskip("resource")
     limit, measure = resource.getrlimit(resource.RLIMIT_FSIZE), module.evaluate
 
@@ -586,7 +588,7 @@ def test_a_full_disk(tiny, judge_file, tmp_path, capsys, monkeypatch):
     assert "folder (XDG_CACHE_HOME moves it): no file of" in err and str(tmp_path / "cache") in err
 
 
-def test_what_sample_writes_is_what_evaluate_draws(tiny, judge_file, tmp_path):
+def test_sample_and_evaluate_draw_the_same_images(tiny, judge_file, tmp_path):
     same = ["--sampler", "ddim", "--steps", "4", "--seed", "7", "-n", "40", "--guidance", "2"]
     assert main(["sample", str(tiny), "--out", str(tmp_path / "a.png"), "--npz", "--no-gif", *same]) == 0
     assert main(["evaluate", str(tiny), "--classifier", str(judge_file), "--npz", str(tmp_path / "b.npz"), *same]) == 0
@@ -594,7 +596,7 @@ def test_what_sample_writes_is_what_evaluate_draws(tiny, judge_file, tmp_path):
         assert (a["images"] == b["images"]).all() and (a["labels"] == b["labels"]).all()
 
 
-def test_wrong_words(tiny, judge_file, tmp_path, capsys):
+def test_wrong_arguments_of_the_command_give_one_error_line(tiny, judge_file, tmp_path, capsys):
     np.savez(tmp_path / "a.npz", images=np.zeros((150, 8, 8, 1), np.uint8), labels=np.arange(150) % 10)
     np.savez(tmp_path / "b.npz", pictures=np.zeros((50, 8, 8, 1), np.uint8))
     (tmp_path / "c.npz").write_text("no array")
@@ -647,10 +649,10 @@ def test_wrong_words(tiny, judge_file, tmp_path, capsys):
         assert main(["evaluate", *map(str, words)]) == 2, words
         err = capsys.readouterr().err
         assert err.splitlines()[-1].startswith("sdit evaluate: error: ") and message in err, (words, err)
-    assert not (tmp_path / "cache").exists()  # nothing was drawn
+    assert not (tmp_path / "cache").exists()  # no image was drawn
 
 
-def test_training_a_classifier(tmp_path, monkeypatch, capsys):
+def test_training_a_classifier_is_reproducible(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     try:
         for name in "ab":
@@ -681,7 +683,7 @@ def test_training_a_classifier(tmp_path, monkeypatch, capsys):
     assert row["sha256"] == sha256(tmp_path / "a") and row["parameters"] == 98_682
 
 
-def test_images_are_mirrored_where_their_class_allows(monkeypatch):
+def test_images_are_mirrored_only_where_the_data_set_allows(monkeypatch):
     half = Images("halves", torch.zeros(128, 8, 8, 1, dtype=torch.uint8), torch.zeros(128, dtype=torch.int64), ("a", "b"))
     half.images[:, :, 4:] = 255
     for mirror in (False, True):
@@ -693,6 +695,6 @@ def test_images_are_mirrored_where_their_class_allows(monkeypatch):
         assert bool(torch.cat(seen).any()) is mirror
 
 
-def test_examples():
+def test_docstring_examples_run():
     found = [doctest.testmod(each) for each in (module, judging, metrics)]
     assert sum(each.attempted for each in found) > 10 and not any(each.failed for each in found)

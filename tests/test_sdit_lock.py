@@ -1,4 +1,4 @@
-"""The lock of a folder: who has it, and that it dies with its process."""
+"""The lock of a folder: errors name its process, and it ends with that process."""
 
 import doctest
 import errno
@@ -23,16 +23,16 @@ with lock(sys.argv[1], "it", "wait"):
 """
 
 
-def hold(path, then="time.sleep(1000)"):
+def start_holder(path, then="time.sleep(1000)"):
     command = [sys.executable, "-c", HOLDER.format(then=then), str(path)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert child.stdout.readline() == "locked\n"
     return child
 
 
-def test_another_process_is_named(tmp_path):
+def test_an_error_names_the_process_that_holds_the_lock(tmp_path):
     path = tmp_path / "folder" / "lock"
-    child = hold(path)
+    child = start_holder(path)
     said = rf"^it is in use by process {child.pid} on \S+, started 20.*: wait$"
     with pytest.raises(BlockingIOError, match=said), lock(path, "it", "wait"):
         pass
@@ -44,7 +44,7 @@ def test_another_process_is_named(tmp_path):
     assert not path.exists()
 
 
-def test_one_process_has_it_once(tmp_path):
+def test_one_process_takes_the_lock_only_once(tmp_path):
     with lock(tmp_path / "lock", "it", "wait"):
         for _ in range(2):
             with pytest.raises(BlockingIOError, match=f"process {os.getpid()} "), lock(tmp_path / "lock", "it", "wait"):
@@ -56,8 +56,8 @@ def test_one_process_has_it_once(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_forked_children_do_not_keep_it(tmp_path):
-    """A worker that outlives the process that was killed; and one that ends first takes nothing away."""
+def test_forked_children_do_not_hold_the_lock(tmp_path):
+    """One worker outlives its killed parent and does not keep the lock. Another ends first and does not release it."""
     then = """
     import os
     if os.fork() == 0:
@@ -68,7 +68,7 @@ def test_forked_children_do_not_keep_it(tmp_path):
     os.wait()
     print("one is gone", flush=True)
     time.sleep(1000)"""
-    child = hold(tmp_path / "lock", then.strip())
+    child = start_holder(tmp_path / "lock", then.strip())
     lines = sorted(child.stdout.readline() for _ in range(2))
     try:
         assert lines[0] == "one is gone\n"
@@ -77,13 +77,13 @@ def test_forked_children_do_not_keep_it(tmp_path):
         child.kill()
         child.wait()
         with lock(tmp_path / "lock", "it", "wait"):
-            os.kill(int(lines[1].split()[1]), 0)  # it lives
+            os.kill(int(lines[1].split()[1]), 0)  # raises if the worker has ended
     finally:
         os.kill(int(lines[1].split()[1]), 9)
 
 
-def test_a_file_that_is_removed_meanwhile_is_not_locked(tmp_path, monkeypatch):
-    """Its holder ends between our open and our lock."""
+def test_a_lock_file_removed_in_between_is_created_again(tmp_path, monkeypatch):
+    """The holder ends after we open the file and before we lock it."""
     path, flock, times = tmp_path / "lock", fcntl.flock, []
 
     def late(descriptor, how):
@@ -102,7 +102,7 @@ def test_a_file_that_is_removed_meanwhile_is_not_locked(tmp_path, monkeypatch):
             pass
 
 
-def test_without_locks_there_is_a_warning(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
     def unsupported(descriptor, how):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -118,8 +118,8 @@ def test_a_folder_that_cannot_be_written_is_named():
     assert caught.value.filename == "/proc/lock"
 
 
-def test_windows(tmp_path, monkeypatch):
-    """Its call, on a byte far behind the text, which others may read."""
+def test_the_lock_works_with_the_call_of_windows(tmp_path, monkeypatch):
+    """It locks a byte far behind the text, so that other processes can read the text."""
 
     class Windows:
         LK_NBLCK = 2
@@ -140,6 +140,6 @@ def test_windows(tmp_path, monkeypatch):
             pass
 
 
-def test_examples():
+def test_docstring_examples_run():
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed

@@ -1,4 +1,4 @@
-"""The network: golden numbers, the research model's equations, the two ways to compute it, options, checkpoints, costs."""
+"""The network: golden numbers, the research model's equations, both forms, options, checkpoints and costs."""
 
 import argparse
 import doctest
@@ -20,7 +20,7 @@ from sdit.model import RecordedRate
 from sdit.research import from_research, load_research
 
 SMALL = Config(8, 1, 2, dim=24, depth=4, num_classes=10)
-THRESHOLDS = (16 / 15, 4 / 3, 2.0)  # of the rate at T = 4, tau = 2: where it goes to 1/4, 1/2, 1
+THRESHOLDS = (16 / 15, 4 / 3, 2.0)  # where the rate at T = 4 and tau = 2 rises to 1/4, 1/2 and 1
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def numba_kernels():
 
 
 def build(dtype=torch.float64, seed=0, **overrides):
-    """A small model in whose every layer some neurons fire and every parameter has a gradient."""
+    """Build a small model in which every layer has firing neurons and every parameter has a gradient."""
     torch.manual_seed(seed)
     model = SDiT(SMALL, **overrides).to(dtype)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def batch(model, n=3, dtype=torch.float64, seed=1):
 
 
 def gradients(f, parameters, x, t, y):
-    """Output, and the gradients of x and of the parameters, for an upstream gradient that is not constant."""
+    """Return the output and the gradients of x and of the parameters. The upstream gradient is not constant."""
     x = x.clone().requires_grad_()
     out = f(x, t, y)
     g = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape).sin()
@@ -59,7 +59,7 @@ def gradients(f, parameters, x, t, y):
 
 
 def assert_close(got, want, tolerance):
-    """Outputs and gradients, each against its largest entry."""
+    """Compare outputs and gradients, each relative to its largest element."""
     for a, b in zip((got[0], *got[1]), (want[0], *want[1])):
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
@@ -76,8 +76,8 @@ def assert_close(got, want, tolerance):
         ("cifar10", 36_912_747, 9, "16.92"),
     ],
 )
-def test_golden_numbers(name, parameters, blocks, multiply_adds, monkeypatch):
-    # no layer is in the scan, and its loop over the tokens would take all the time
+def test_parameters_and_multiply_adds_equal_the_golden_numbers(name, parameters, blocks, multiply_adds, monkeypatch):
+    # the scan contains no layer that is counted, and its loop over tokens would take most of the time
     monkeypatch.setattr(sdit_kernels.reference, "wkv", lambda w, u, k, v, *_, **__: torch.empty_like(k))
     with torch.device("meta"):
         model = SDiT(PRESETS[name])
@@ -95,7 +95,7 @@ def test_golden_numbers(name, parameters, blocks, multiply_adds, monkeypatch):
         assert without is None or f"{total - counts['final'] / 1e9:.3f}" == without
 
 
-# ---- the research model's equations, on its own names ----------------------------------------------------------------
+# ---- the research model's equations, with its parameter names --------------------------------------------------------
 
 
 def research_shapes(C, depth, image, patch, channels, classes, out):
@@ -143,7 +143,7 @@ def research_weights(C=16, depth=4, image=8, patch=2, channels=3, classes=10, ou
 
 
 def research(w, x, t, y, patch=2):
-    """The research model from its equations, token by token and step by step; nothing of the package is used."""
+    """Compute the research model from its equations, token by token and step by step, without code of the package."""
 
     def linear(x, name):
         return F.linear(x, w[f"{name}.weight"], w.get(f"{name}.bias"))
@@ -180,7 +180,7 @@ def research(w, x, t, y, patch=2):
         r = torch.sigmoid(linear(mixed(x, p + "time_mix_r"), p + "receptance"))
         n = d = torch.zeros_like(k[:, 0])
         out = []
-        for i in range(k.shape[1]):  # numbers are small here: no running maximum
+        for i in range(k.shape[1]):  # numbers are small here, so no running maximum is needed
             e = torch.exp(w[p + "time_first"] + k[:, i])
             out.append((n + e * v[:, i]) / (d + e))
             decay, e = torch.exp(-torch.exp(w[p + "time_decay"])), torch.exp(k[:, i])
@@ -223,7 +223,7 @@ def research(w, x, t, y, patch=2):
     "sizes",
     [{}, {"patch": 4, "channels": 1, "out": 1, "depth": 2, "C": 20}, {"image": 12, "patch": 3, "channels": 1, "out": 2}],
 )
-def test_research_checkpoints_give_the_research_models_outputs_and_gradients(sizes):
+def test_research_checkpoints_give_the_research_models_results(sizes):
     w = research_weights(**sizes)
     model = from_research({name: t.detach() for name, t in w.items()})
     c = model.config
@@ -243,7 +243,7 @@ def test_research_checkpoints_give_the_research_models_outputs_and_gradients(siz
     assert_close(got, want, 1e-10)
 
 
-def test_wrong_research_weights_are_named_all_at_once():
+def test_wrong_research_weights_are_named_in_one_error():
     w = {name: t.detach() for name, t in research_weights().items()}
     w["optimizer"] = w.pop("mid_block.att.key.weight")
     w["conv.bias"] = torch.zeros(5)
@@ -267,7 +267,7 @@ def test_wrong_research_weights_are_named_all_at_once():
         from_research(missing)
 
 
-def test_research_files(tmp_path):
+def test_research_files_are_read_or_refused(tmp_path):
     w = {name: t.detach().float() for name, t in research_weights(depth=2).items()}
     torch.save({"model": w, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "a.pt")
     model = load_research(tmp_path / "a.pt")
@@ -288,7 +288,7 @@ def test_research_files(tmp_path):
         load_research(tmp_path / "none.pt")
 
 
-# ---- the plain form and the other ------------------------------------------------------------------------------------
+# ---- the plain form and the fused form -------------------------------------------------------------------------------
 
 OPTIONS = {
     "default": {},
@@ -305,7 +305,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_the_plain_form_agrees(option):
+def test_the_plain_form_equals_the_fused_form(option):
     model = build(**OPTIONS[option])
     inputs, parameters = batch(model), list(model.parameters())
     got = gradients(model, parameters, *inputs)
@@ -317,7 +317,7 @@ def test_the_plain_form_agrees(option):
     with sdit_kernels.backend("reference"):
         want = gradients(model, parameters, *inputs)
     assert_close(got, want, 1e-10)
-    assert_close(gradients(model, parameters, *inputs), want, 1e-10)  # its kernels
+    assert_close(gradients(model, parameters, *inputs), want, 1e-10)  # the plain form with the CPU kernels
     model.plain = False
     with sdit_kernels.backend("reference"):
         assert_close(gradients(model, parameters, *inputs), want, 1e-10)
@@ -326,15 +326,15 @@ def test_the_plain_form_agrees(option):
             assert (model(*inputs) - want[0]).abs().max() <= 1e-10 * want[0].abs().max()
 
 
-def reached(model, patch):
-    """Which patches of the output change with one patch of the image."""
+def changed_patches(model, patch):
+    """Return the patches of the output that change when one patch of the image changes."""
     P, (x, t, y) = model.config.patch_size, batch(model, n=1)
     side = model.config.image_size // P
     row, column = divmod(patch, side)
     other = x.clone()
     other[..., row * P : (row + 1) * P, column * P : (column + 1) * P] += 1
     with torch.no_grad():
-        model.smooth = torch.nn.Identity()  # else neighbours share their edges
+        model.smooth = torch.nn.Identity()  # the final convolution would mix neighbouring patches
         change = (model(x, t, y) - model(other, t, y))[0].abs().amax(0)
     return set(change.unfold(0, P, P).unfold(1, P, P).amax((-2, -1)).flatten().nonzero().flatten().tolist())
 
@@ -348,8 +348,8 @@ class Pass(torch.nn.Module):
 
 @pytest.mark.parametrize("spiking", ["rate", "wkv"])
 @pytest.mark.parametrize("block", range(5))
-def test_what_a_block_sees(block, spiking):
-    """Changes of a patch reach it and those after it, in the order of the block's scan, all that it says."""
+def test_a_block_sees_the_patches_before_in_its_scan(block, spiking):
+    """A changed patch changes itself and only later patches in the order of the block's scan."""
     grid = torch.arange(9).view(3, 3)
     four = [grid.flatten(), grid.flatten().flip(0), grid.t().flatten(), grid.t().flatten().flip(0)]
     for scan, order in (("rows", four[0]), ("four", four[block % 4])):
@@ -358,27 +358,27 @@ def test_what_a_block_sees(block, spiking):
             model.blocks[i] = Pass()
         for patch in (0, 5, 7):
             place = order.tolist().index(patch)
-            found = reached(model, patch)
+            found = changed_patches(model, patch)
             assert {patch} <= found <= set(order[place:].tolist())
             assert len(found) >= min(9 - place, 2)
 
 
-def test_four_scans_show_every_patch_all_others():
+def test_with_four_scans_every_patch_sees_all_others():
     for scan, shown in (("rows", set(range(15, 16))), ("four", set(range(16)))):
-        assert reached(build(scan=scan, reconstruction=False), 15) == shown
+        assert changed_patches(build(scan=scan, reconstruction=False), 15) == shown
 
 
-def test_a_checkpoint_knows_its_scan_and_condition(tmp_path):
+def test_a_checkpoint_keeps_its_scan_and_condition(tmp_path):
     model = build(torch.float32, scan="four", condition="every", prediction="v").eval()
     sdit.checkpoint.save_model(tmp_path / "a.safetensors", model)
     loaded = sdit.checkpoint.load_model(tmp_path / "a.safetensors")
     inputs = batch(model, dtype=torch.float32)
     assert loaded.config == model.config and torch.equal(loaded(*inputs), model(*inputs))
     old = {k: v for k, v in SMALL.to_dict().items() if k not in ("prediction", "weighting", "condition", "scan")}
-    assert Config.from_dict(old) == SMALL  # a checkpoint from before these fields
+    assert Config.from_dict(old) == SMALL  # a checkpoint from before these fields existed
 
 
-def test_a_condition_on_every_token_is_a_bias_of_the_patches():
+def test_a_condition_on_every_token_equals_a_bias_of_the_patches():
     model = build(condition="every", reconstruction=False)
     x, t, y = batch(model, n=1)
     got = model(x, t, y)
@@ -392,7 +392,7 @@ def test_a_condition_on_every_token_is_a_bias_of_the_patches():
 
 
 @pytest.mark.parametrize("option", ["default", "no reconstruction", "bidirectional", "spiking wkv"])
-def test_blocks_agree_in_float32_on_shared_inputs(option):
+def test_blocks_equal_the_plain_form_in_float32(option):
     model = build(torch.float32, seed=3, **OPTIONS[option])
     inputs, currents = [], []
     hooks = [b.register_forward_pre_hook(lambda block, args: inputs.append((block, args))) for b in model.blocks]
@@ -405,7 +405,7 @@ def test_blocks_agree_in_float32_on_shared_inputs(option):
     for hook in hooks:
         hook.remove()
     for z in (x if gate is None else torch.sigmoid(gate) * x for x, _, gate in currents):
-        assert min((z - threshold).abs().min() for threshold in THRESHOLDS) > 2e-6, "another seed: a neuron is at its threshold"
+        assert min((z - threshold).abs().min() for threshold in THRESHOLDS) > 2e-6, "the seed puts a neuron at its threshold"
     for block, args in inputs:
         args = [a.detach().requires_grad_() for a in args]
         parameters = list(block.parameters())
@@ -421,7 +421,7 @@ def test_blocks_agree_in_float32_on_shared_inputs(option):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
-def test_the_backend_does_not_choose_the_form():
+def test_the_backend_does_not_change_the_form():
     model, rows = build(torch.float32, depth=1), []
     model.blocks[0].attention.key.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     for plain, calls in ((False, [3, 3, 1]), (True, [3])):
@@ -433,28 +433,30 @@ def test_the_backend_does_not_choose_the_form():
             assert rows == calls and model.plain is plain
 
 
-def test_what_the_batch_shares_is_computed_once(monkeypatch):
+def test_values_shared_by_the_batch_are_computed_once(monkeypatch):
     model = build(torch.float32, depth=2)
     rows, linear = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, w, b=None: (rows.append((x.shape, w.shape)), linear(x, w, b))[1])
     C, L, B = 24, 17, 3
 
-    def projected():
-        """Rows that the key matrices of the attention saw, in all three blocks."""
+    def rows_of_projections():
+        """Return the number of rows of every matrix multiplication with a (C, C) weight, over all three blocks."""
         return [math.prod(x[:-1]) for x, w in rows if w == (C, C)]
 
     inputs = batch(model, B, torch.float32)
     model(*inputs)
     per_block = [B * L] * 3 + [B] * 3 + [L - 1] * 3 + [B * L] * 2 + [B * L] * 2  # k, v, r of image, first, rest; output; gates
-    assert sorted(projected()) == sorted(per_block * 3 + [B, B * L])  # and the second Linear of the time, a half of skip
+    assert sorted(rows_of_projections()) == sorted(
+        per_block * 3 + [B, B * L]
+    )  # and the second Linear of the time, and a half of skip
     with model.frozen(), torch.no_grad():
         model(*inputs)
         rows.clear()
         model(*inputs)
-    assert L - 1 not in projected() and len(projected()) == 3 * 10 + 2
+    assert L - 1 not in rows_of_projections() and len(rows_of_projections()) == 3 * 10 + 2
 
 
-def test_the_spiking_output_matrix_sees_spikes_in_the_plain_form_and_their_mean_otherwise():
+def test_the_spiking_output_matrix_of_the_plain_form_sees_spikes():
     model = build(spiking="wkv", depth=1)
     seen = []
     model.blocks[0].attention.output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -469,7 +471,7 @@ def test_the_spiking_output_matrix_sees_spikes_in_the_plain_form_and_their_mean_
 
 
 @pytest.mark.parametrize("option", ["default", "spiking wkv", "bidirectional"])
-def test_compiles_to_one_graph(option):
+def test_the_model_compiles_to_one_graph(option):
     model = build(torch.float32, **OPTIONS[option] | {"depth": 2})
     inputs, parameters = batch(model, dtype=torch.float32), list(model.parameters())
     want = gradients(model, parameters, *inputs)
@@ -481,7 +483,7 @@ def test_compiles_to_one_graph(option):
 def test_bf16_autocast_runs_fused(option, monkeypatch):
     model = build(torch.float32, **OPTIONS[option])
     inputs = batch(model, dtype=torch.float32)
-    for p in model.parameters():  # spikes flip under other rounding: let there be none
+    for p in model.parameters():  # other rounding can change spikes, so prevent spikes
         p.data.mul_(0.2 if p.dim() == 2 and option != "spiking wkv" else 1)
     want = model(*inputs)
     monkeypatch.setattr(sdit_kernels.reference, "wkv", None)
@@ -498,7 +500,7 @@ def test_bf16_autocast_runs_fused(option, monkeypatch):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
+def test_gradient_checkpointing_changes_only_memory():
     model = build(torch.float32)
     inputs, parameters = batch(model, dtype=torch.float32), list(model.parameters())
     want, kept = gradients(model, parameters, *inputs), sdit.info._saved_bytes(model, inputs)
@@ -525,7 +527,7 @@ def test_neurons_may_be_changed_for_sampling(settings, spiking):
             assert torch.equal(model(*inputs), want) and not torch.equal(before, want)
 
 
-def test_frozen():
+def test_frozen_keeps_values_and_notices_changes():
     model = build(torch.float32, depth=1, spiking="wkv")
     inputs = batch(model, dtype=torch.float32)
     with model.frozen():
@@ -535,17 +537,17 @@ def test_frozen():
             first = model(*inputs)
             for p in model.parameters():
                 p.mul_(1.5)
-            with model.frozen():  # a run inside: its own
+            with model.frozen():  # an inner frozen block keeps its own values
                 inner = model(*inputs)
             assert not torch.equal(inner, first)
-            model.blocks[0].attention.neuron.v_threshold = 0.9  # another neuron: not what was kept
+            model.blocks[0].attention.neuron.v_threshold = 0.9  # the saved values belong to another threshold
             changed = model(*inputs)
     with torch.no_grad():
         assert torch.equal(model(*inputs), changed)
     model(*inputs).sum().backward()
 
 
-def test_recorded_rates_are_those_of_the_neurons():
+def test_recorded_rates_equal_those_of_the_neurons():
     model = build(torch.float32, depth=1)
     inputs = batch(model, dtype=torch.float32)
     seen = []
@@ -570,7 +572,7 @@ def test_recorded_rates_are_those_of_the_neurons():
 # ---- initial values --------------------------------------------------------------------------------------------------
 
 
-def test_faithful_initial_values():
+def test_faithful_initial_values_have_the_documented_sizes():
     torch.manual_seed(0)
     model = SDiT(PRESETS["mnist"], dim=64, depth=6)
     C, depth = 64, 6
@@ -603,7 +605,7 @@ def test_faithful_initial_values():
 
 
 @pytest.mark.parametrize("name, spiking", [("digits", "rate"), ("digits", "wkv"), ("fashion_tiny", "rate")])
-def test_improved_initial_values(name, spiking):
+def test_improved_initial_values_close_gates_and_let_neurons_fire(name, spiking):
     torch.manual_seed(0)
     model = SDiT(PRESETS[name], spiking=spiking)
     c = model.config
@@ -616,7 +618,7 @@ def test_improved_initial_values(name, spiking):
         assert (model(x, t, y) == 0).all()
     for hook in hooks:
         hook.remove()
-    assert len(gates) == len(gated) and all((gate == 0).all() for gate in gates)  # every gate is shut
+    assert len(gates) == len(gated) and all((gate == 0).all() for gate in gates)  # every gate is closed
     assert all(0.005 < rate < 0.5 for rate in rates.values()), rates  # and every layer fires
     assert [block.attention.layer for block in model.blocks] == list(range(2 * (c.depth // 2) + 1))
     torch.nn.init.normal_(model.final.weight)
@@ -653,7 +655,7 @@ def test_both_kinds_of_spikes_learn_digits():
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-def test_info():
+def test_info_counts_parameters_and_multiply_adds():
     model = SDiT(SMALL, depth=2)
     found = info(model, batch(model, dtype=torch.float32))
     C, L = 24, 17
@@ -664,7 +666,8 @@ def test_info():
         "final": (L - 1) * C * 8, "smooth": 2 * 2 * 9 * 64,
     }  # fmt: skip
     assert found.multiply_adds == want and found.parameters == sum(p.numel() for p in model.parameters())
-    shared = 3 * 3 * C * C * (L - 1) * 2 / 3  # keys, values and receptances of three blocks, once instead of three times
+    # keys, values and receptances of three blocks are computed once instead of three times
+    shared = 3 * 3 * C * C * (L - 1) * 2 / 3
     assert found.total - found.computed_multiply_adds == pytest.approx(shared, abs=1)
     assert found.saved_bytes < found.plain_saved_bytes / 2
     assert set(found.rates) == {f"blocks.{i}.{n}" for i in range(3) for n in ("attention", "mlp")}
@@ -675,7 +678,7 @@ def test_info():
 
 
 def test_info_counts_silent_neurons():
-    """Those whose current is never above 0: of what stands before them, weights and bias are 0 there."""
+    """A neuron is silent if its current is never above 0. The test sets the weights and bias of three neurons to 0."""
     torch.manual_seed(0)
     model = SDiT(SMALL, depth=2)
     inputs, last, fired = batch(model, dtype=torch.float32), model.blocks[1].mlp.value, {}
@@ -733,12 +736,12 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"width": 3}, TypeError, "no such fields of a Config: width"),
     ],
 )
-def test_wrong_fields(fields, error, message):
+def test_wrong_fields_are_refused(fields, error, message):
     with pytest.raises(error, match=message):
         SDiT(SMALL, **fields)
 
 
-def test_config_as_a_dict():
+def test_a_config_converts_from_and_to_a_dict():
     for config in PRESETS.values():
         assert Config.from_dict(config.to_dict()) == config
     with pytest.raises(ValueError, match="unknown fields of a Config: width"):
@@ -751,7 +754,7 @@ def test_config_as_a_dict():
         SDiT("digits")
 
 
-def test_wrong_inputs():
+def test_wrong_inputs_are_refused():
     model = build(torch.float32, depth=1)
     x, t, y = batch(model, dtype=torch.float32)
     for args, error, message in (
@@ -770,6 +773,6 @@ def test_wrong_inputs():
 @pytest.mark.parametrize(
     "module", [sdit.config, sdit.model, sdit.info, sdit.checkpoint, sdit.research], ids=lambda m: m.__name__
 )
-def test_examples(module):
+def test_docstring_examples_run(module):
     found = doctest.testmod(module)
     assert found.attempted and not found.failed

@@ -1,4 +1,4 @@
-"""Sampling: what depends on the seed and what must not, guidance and thresholds, and the files that are written."""
+"""Sampling: how images depend on the seed, guidance, thresholds, and the files that are written."""
 
 import copy
 import doctest
@@ -22,12 +22,12 @@ from sdit.pictures import Film, save_gif, save_grid, save_npz
 from sdit.sample import choose_labels, sample
 from sdit_kernels import backend
 
-pytest.importorskip("diffusers", reason="the schedulers are those of diffusers")
+pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
 Image = pytest.importorskip("PIL.Image", reason="files are written with pillow")
 
 
 class Pointwise(nn.Module):
-    """Each pixel by itself, no sums: images are the same to the bit whatever the batch."""
+    """A model that treats each pixel separately and never sums, so its images do not depend on the batch in any bit."""
 
     def __init__(self, channels=1, size=4, learn_sigma=True, **changes):
         super().__init__()
@@ -52,15 +52,16 @@ class Pointwise(nn.Module):
         return torch.cat([eps, x.clamp(-1, 1)], 1) if self.config.learn_sigma else eps
 
 
-def fit(sampler):
-    """Fields of a model that the sampler is for."""
+def fields_for(sampler):
+    """Return settings of a model that fits the sampler."""
     return dict(prediction="flow", learn_sigma=False) if sampler in ("euler", "heun") else {}
 
 
 @pytest.mark.parametrize(
-    "sampler, changes", [(s, fit(s)) for s in SAMPLERS] + [(s, dict(learn_sigma=False)) for s in SAMPLERS if not fit(s)]
+    "sampler, changes",
+    [(s, fields_for(s)) for s in SAMPLERS] + [(s, dict(learn_sigma=False)) for s in SAMPLERS if not fields_for(s)],
 )
-def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, changes):
+def test_an_image_depends_only_on_its_seed_number_and_label(sampler, changes):
     model = Pointwise(channels=3, size=6, **changes)
     labels = [0, 1, 2, 0, 3]
     settings = {"sampler": sampler, "steps": 10}
@@ -78,7 +79,7 @@ def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, changes):
     assert torch.equal(relabelled[[0, 1, 3, 4]], images[[0, 1, 3, 4]]) and not torch.equal(relabelled[2], images[2])
 
 
-def test_the_chain_is_the_schedulers():
+def test_images_equal_the_schedulers_chain():
     model = Pointwise()
     images = sample(model, [2], steps=7, seed=1)
     generator = module._generator(1, 0)
@@ -91,9 +92,9 @@ def test_the_chain_is_the_schedulers():
     assert torch.equal(images, x.clamp(-1, 1))
 
 
-def test_the_usual_number_of_steps_and_one_frozen_run():
+def test_sample_uses_the_default_steps_and_freezes_the_model_once():
     for sampler, steps in SAMPLERS.items():
-        model = Pointwise(**fit(sampler)).train()
+        model = Pointwise(**fields_for(sampler)).train()
         sample(model, [0, 1, 2], sampler=sampler, batch_size=2)
         calls = 2 * steps - 1 if sampler == "heun" else steps
         assert len(model.seen) == 2 * calls and model.frozen_runs == 1 and model.training and not model.is_frozen
@@ -103,7 +104,7 @@ def test_the_usual_number_of_steps_and_one_frozen_run():
     assert torch.equal(sample(Pointwise(), [0]), sample(Pointwise(), [0], sampler="ddpm"))
 
 
-def test_guidance():
+def test_guidance_doubles_the_batch_and_changes_images():
     model = Pointwise()
     plain = sample(model, [0, 2], steps=5)
     assert all(shape[0] == 2 for shape, *_ in model.seen)
@@ -123,12 +124,12 @@ def test_clip_limits_every_prediction():
     for sampler in SAMPLERS:
         for clip in (True, False):
             states = []
-            model, keep = Far(**fit(sampler)), states.append
+            model, keep = Far(**fields_for(sampler)), states.append
             sample(model, [0], sampler=sampler, steps=20, clip=clip, callback=lambda *given, keep=keep: keep(given[3]))
             assert (states[-1].abs().max() <= 1 + 1e-6) == clip
 
 
-def test_threshold_holds_for_the_run():
+def test_the_threshold_is_set_only_while_sampling():
     class Spiking(Pointwise):
         def __init__(self):
             super().__init__()
@@ -148,7 +149,7 @@ def test_threshold_holds_for_the_run():
             sample(model, [0], steps=2, threshold=wrong)
 
 
-def test_weights_of_other_dtypes():
+def test_weights_may_have_other_dtypes():
     labels = [0, 1, 2]
     reference = sample(Pointwise().double(), labels, steps=10)
     assert (sample(Pointwise(), labels, steps=10) - reference).abs().max() < 1e-4
@@ -169,7 +170,7 @@ def test_progress_shows_images_per_second(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_what_is_not_finite_is_said():
+def test_values_that_are_not_finite_raise_an_error():
     class Broken(Pointwise):
         def forward(self, x, t, y):
             return torch.cat([x, x], 1) * float("nan")
@@ -201,12 +202,12 @@ def test_wrong_arguments_are_named(labels, settings, error, message):
         sample(Pointwise(), labels, **settings)
 
 
-# With the network
+# With the real network
 
 
 @pytest.fixture(scope="module")
 def network():
-    """A small SDiT whose neurons fire, weights far from their initial zeros."""
+    """A small SDiT whose neurons fire and whose weights are far from their initial zeros."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = SDiT(PRESETS["digits"], dim=32, depth=2)
@@ -218,7 +219,7 @@ def network():
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_batch_sizes_change_no_more_than_rounding(network, guidance):
-    network = copy.deepcopy(network).double()  # in float32, rounding may make a neuron fire that did not
+    network = copy.deepcopy(network).double()  # in float32, rounding may change a spike
     labels = [3, 1, 4, 1, 5]
     settings = dict(sampler="ddim", steps=10, guidance=guidance, clip=True)
     images = sample(network, labels, **settings)
@@ -243,7 +244,7 @@ def test_the_threshold_reaches_every_neuron(network):
     assert {m.v_threshold for m in network.modules() if hasattr(m, "v_threshold")} == {trained}
 
 
-def test_autocast_is_the_callers(network):
+def test_sample_runs_under_the_callers_autocast(network):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = sample(network, [0, 1], sampler="ddim", steps=5, clip=True)
     assert images.dtype == torch.float32 and images.isfinite().all()
@@ -252,7 +253,7 @@ def test_autocast_is_the_callers(network):
 # Labels
 
 
-def test_labels_that_users_type():
+def test_labels_are_read_as_users_type_them():
     names = ("cat", "dog", "10")
     assert choose_labels("all", None, names).bincount().tolist() == [14, 13, 13]
     assert choose_labels("all", 3, names).tolist() == [0, 1, 2]
@@ -291,8 +292,8 @@ def test_the_grid_shows_every_pixel(tmp_path, channels, size):
         y, x = 4 + i // 3 * cell_h, 4 + i % 3 * cell_w
         tile = array[y + 14 : y + 14 + size * scale, x : x + size * scale]
         assert np.array_equal(tile, image.repeat(scale, 0).repeat(scale, 1))
-        assert array[y : y + 14, x : x + size * scale].min() < 100  # its name
-    assert (array[4 + cell_h :, 4 + 2 * cell_w :] == 255).all()  # no sixth image
+        assert array[y : y + 14, x : x + size * scale].min() < 100  # the label above the image
+    assert (array[4 + cell_h :, 4 + 2 * cell_w :] == 255).all()  # the cell of a sixth image is empty
 
 
 def test_grey_in_three_channels_is_written_as_grey_and_without_labels(tmp_path):
@@ -304,7 +305,7 @@ def test_grey_in_three_channels_is_written_as_grey_and_without_labels(tmp_path):
 def test_long_names_are_cut_to_their_cell(tmp_path):
     save_grid(tmp_path / "grid.png", from_uint8(levels(2, 1, 8)), [0, 0], ("a very long name of a class " * 3,))
     array = np.asarray(Image.open(tmp_path / "grid.png"))
-    assert (array[:18, 68:72] == 255).all()  # nothing runs over from one cell to the next
+    assert (array[:18, 68:72] == 255).all()  # no text crosses from one cell to the next
 
 
 def test_the_gif_has_every_frame(tmp_path):
@@ -321,13 +322,13 @@ def test_the_gif_has_every_frame(tmp_path):
     assert np.array_equal(np.asarray(gif.convert("L")), np.asarray(Image.open(tmp_path / "grid.png")))
 
 
-def test_a_film_keeps_few_images_and_no_more_frames_than_steps():
+def test_a_film_keeps_few_images_and_at_most_one_frame_per_step():
     film = Film(frames=40, images=3)
     sample(Pointwise(), [0] * 5, steps=3, batch_size=2, callback=film)
     assert [len(frame) for frame in film.frames] == [3] * 4
 
 
-def test_npz(tmp_path):
+def test_npz_holds_images_and_labels(tmp_path):
     pixels = levels(4, 3, 8)
     save_npz(tmp_path / "images.npz", from_uint8(pixels), torch.tensor([3, 1, 0, 2]))
     with np.load(tmp_path / "images.npz") as file:
@@ -336,7 +337,7 @@ def test_npz(tmp_path):
     assert torch.equal(to_uint8(from_uint8(pixels)), pixels)
 
 
-def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
     save_npz(tmp_path / "images.npz", from_uint8(levels(4, 3, 8)), [0] * 4)
     before = (tmp_path / "images.npz").read_bytes()
 
@@ -365,12 +366,12 @@ def test_wrong_files_are_named(tmp_path, call, message):
     assert not list(tmp_path.iterdir())
 
 
-# The command's body
+# The function behind the command
 
 
 @pytest.fixture
 def checkpoint(network, monkeypatch):
-    """Stands for sdit.checkpoint: whatever the path, it is the small network; what it was asked is kept."""
+    """Replace sdit.checkpoint: every path gives the small network. Return the recorded arguments."""
     asked = []
 
     def load_model(path, ema=True):
@@ -399,7 +400,7 @@ def test_run_writes_a_grid_a_film_and_arrays(tmp_path, network, checkpoint, capf
     assert Image.open(out).size == (10 * 68 + 4, 2 * 82 + 4) and Image.open(written[1]).n_frames == 6
 
 
-def test_run_shows_a_hundred_and_keeps_all(tmp_path, checkpoint, capfd):
+def test_run_shows_100_images_and_saves_all(tmp_path, checkpoint, capfd):
     settings = dict(sampler="ddim", steps=2, device="cpu", batch_size=50)
     written = module.run("ckpt", tmp_path / "a.png", labels="random", n=104, gif=False, npz=True, bf16=True, **settings)
     assert [path.suffix for path in written] == [".png", ".npz"] and "the first 100 shown" in capfd.readouterr().out
@@ -408,7 +409,7 @@ def test_run_shows_a_hundred_and_keeps_all(tmp_path, checkpoint, capfd):
         assert len(file["images"]) == 104
 
 
-def test_run_refuses_before_it_loads(tmp_path, checkpoint):
+def test_run_checks_its_arguments_before_it_loads_the_model(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="out must end in .png, got .*a.jpg"):
         module.run("ckpt", tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*abacus"):
@@ -421,7 +422,7 @@ def test_run_refuses_before_it_loads(tmp_path, checkpoint):
 
 @contextmanager
 def files_up_to(size):
-    """A limit on the size of files stands for a full disk."""
+    """Limit the size of files, as a full disk does."""
     resource = pytest.importorskip("resource")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
@@ -434,8 +435,8 @@ def files_up_to(size):
 QUICK = dict(sampler="ddim", steps=2, device="cpu", gif=False)
 
 
-def test_a_full_disk_is_seen_before_anything_is_drawn(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("it draws"))
+def test_a_full_disk_is_noticed_before_any_image_is_drawn(tmp_path, checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("an image is drawn"))
     with files_up_to(100_000), pytest.raises(OSError, match=r"out: no file of 1,048,576 bytes can be .*: File too large"):
         module.run("ckpt", tmp_path / "a.png", n=1, **QUICK)
     with files_up_to(3 << 20), pytest.raises(OSError, match=r"out: no file of 3,608,576 bytes can be written"):
@@ -444,19 +445,19 @@ def test_a_full_disk_is_seen_before_anything_is_drawn(tmp_path, checkpoint, monk
 
 
 @pytest.mark.parametrize("npz, size", [(False, 1500), (True, 1500), (True, 10)])
-def test_a_disk_that_fills_while_it_draws_costs_no_image(tmp_path, checkpoint, monkeypatch, npz, size):
-    """The file is named, and where the images are: in the .npz, or in the folder for temporary files, or nowhere."""
+def test_a_disk_that_fills_while_drawing_loses_no_image(tmp_path, checkpoint, monkeypatch, npz, size):
+    """The error names the file and where the images are: in the .npz, in the folder for temporary files, or lost."""
     draw, limits = module.sample, ExitStack()
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
-    def fills(*args, **kwargs):
+    def fill_disk(*args, **kwargs):
         drawn.append(draw(*args, **kwargs))
         limits.enter_context(files_up_to(size))
         return drawn[0]
 
     drawn, out = [], tmp_path / "out" / "a.png"
-    monkeypatch.setattr(module, "sample", fills)
+    monkeypatch.setattr(module, "sample", fill_disk)
     with limits, pytest.raises(OSError) as caught:
         module.run("ckpt", out, n=10, npz=npz, **QUICK)
     said = str(caught.value)
@@ -470,7 +471,7 @@ def test_a_disk_that_fills_while_it_draws_costs_no_image(tmp_path, checkpoint, m
         assert np.array_equal(file["images"], to_uint8(drawn[0]).permute(0, 2, 3, 1).numpy()) and len(file["labels"]) == 10
 
 
-def test_two_do_not_write_one_picture(tmp_path, checkpoint):
+def test_two_processes_do_not_write_one_picture(tmp_path, checkpoint):
     with lock(tmp_path / ".a.lock", "it", "wait"):
         with pytest.raises(BlockingIOError, match=r"a.png is in use by process .* choose another out \(--out\)"):
             module.run("ckpt", tmp_path / "a.png", n=1, **QUICK)
@@ -479,6 +480,6 @@ def test_two_do_not_write_one_picture(tmp_path, checkpoint):
 
 
 @pytest.mark.parametrize("module", [module, pictures])
-def test_examples(module):
+def test_docstring_examples_run(module):
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed

@@ -1,4 +1,4 @@
-"""Training: what a step computes, what a run leaves behind, and that it goes on where it was killed."""
+"""Training: the arithmetic of a step, the files of a run, and resuming after the process was killed."""
 
 import dataclasses
 import doctest
@@ -37,20 +37,20 @@ def settings(**changes):
     return TrainSettings.of(TINY, **(QUICK | changes))
 
 
-def lines(run):
-    """Lines of metrics.jsonl without what differs between two equal runs."""
+def comparable_rows(run):
+    """Rows of metrics.jsonl without the fields that differ between two equal runs."""
     rows = read_metrics(run)
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
-def same(a, b):
+def states_equal(a, b):
     assert a.keys() == b.keys()
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of 6 steps that nothing interrupted, and the model it returned."""
+    """Return the folder of an uninterrupted run of 6 steps and its model."""
     out = tmp_path_factory.mktemp("whole")
     return out, train(TINY, settings(), out, progress=False)
 
@@ -58,7 +58,7 @@ def whole(tmp_path_factory):
 # Settings
 
 
-def test_settings_of_a_variant():
+def test_settings_of_a_preset_may_be_changed():
     faithful = TrainSettings.of(PRESETS["mnist"])
     assert (faithful.lr, faithful.weight_decay, faithful.batch_size) == (1e-4, 0.01, 256)
     assert not (faithful.warmup or faithful.cosine or faithful.clip or faithful.ema or faithful.flip)
@@ -67,7 +67,7 @@ def test_settings_of_a_variant():
     assert TrainSettings.of(PRESETS["digits"], lr=5e-4).lr == 5e-4
 
 
-def test_learning_rate():
+def test_learning_rate_warms_up_and_decays():
     s = TrainSettings(steps=110, warmup=10, cosine=True, lr=2.0)
     assert s.learning_rate(0) == pytest.approx(2 / 11) and s.learning_rate(10) == 2.0
     assert s.learning_rate(60) == pytest.approx(1.0) and s.learning_rate(109) == pytest.approx(1 - math.cos(math.pi / 100))
@@ -89,7 +89,7 @@ def test_learning_rate():
         (dict(clip="1"), "clip must be a number"),
     ],
 )
-def test_settings_that_cannot_be(changes, error):
+def test_wrong_settings_are_refused(changes, error):
     with pytest.raises((ValueError, TypeError), match=error):
         TrainSettings(**changes)
     with pytest.raises(TypeError, match="no such fields of TrainSettings: rate"):
@@ -99,8 +99,8 @@ def test_settings_that_cannot_be(changes, error):
 # Steps
 
 
-def test_three_steps_by_hand(tmp_path):
-    """The loop against AdamW, clipping and the average written out."""
+def test_three_steps_equal_a_plain_loop(tmp_path):
+    """Compare the loop with AdamW, gradient clipping and the weight average written out."""
     s = settings(steps=3, clip=0.5, ema=0.9, log_every=1)
     got = train(TINY, s, tmp_path, progress=False)
     torch.manual_seed(s.seed)
@@ -133,7 +133,7 @@ def test_three_steps_by_hand(tmp_path):
         torch.testing.assert_close(p, mean, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def test_parts_of_a_step_give_its_gradient(tmp_path):
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
     grads = {}
     for parts in (1, 4):
         s, cpu = settings(accumulate=parts), torch.device("cpu")
@@ -150,40 +150,40 @@ def test_bf16_trains(tmp_path):
     assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path))
 
 
-def test_what_a_run_leaves(whole, tmp_path):
+def test_a_run_leaves_metrics_checkpoints_and_settings(whole, tmp_path):
     out, model = whole
     assert [row["step"] for row in read_metrics(out)] == [2, 4, 6]
     row = read_metrics(out)[-1]
     assert list(row["rates"]) == [f"blocks.{i}.{part}" for i in range(3) for part in ("attention", "mlp")]
     assert row["images_per_s"] > 0 and row["memory_mb"] > 0
     assert [path.name for path in checkpoints(out)] == ["step_00000004.safetensors", "step_00000006.safetensors"]
-    assert same(load_model(out).state_dict(), model.state_dict())
-    assert not same(load_model(out, ema=False).state_dict(), model.state_dict())
+    assert states_equal(load_model(out).state_dict(), model.state_dict())
+    assert not states_equal(load_model(out, ema=False).state_dict(), model.state_dict())
     assert json.loads((out / "run.json").read_text())["config"] == TINY.to_dict()
     assert plot(out, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pictures_and_the_newest_checkpoints(tmp_path):
+def test_a_run_keeps_the_newest_checkpoints_and_draws_pictures(tmp_path):
     train(TINY, settings(steps=4, save_every=1, sample_every=2, keep=2), tmp_path, progress=False)
     assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003.safetensors", "step_00000004.safetensors"]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
 
 
-# Going on
+# Resuming
 
 
-def test_going_on_is_the_run_itself(whole, tmp_path):
-    """From step 3, within the steps of a line, with other numbers of steps to save and parts of a batch."""
+def test_a_resumed_run_equals_an_uninterrupted_one(whole, tmp_path):
+    """Resume from step 3, between two log lines. The interrupted run saved at other steps."""
     out, _ = whole
     train(TINY, settings(save_every=3), tmp_path, progress=False)
     checkpoints(tmp_path)[-1].unlink()
     assert newest(tmp_path).name == "step_00000003.safetensors"
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "los')  # a line that a kill cut short
+        file.write('{"step": 7, "los')  # a line that was cut short when the process was killed
     model = train(out_dir=tmp_path, resume=True, progress=False)
-    assert lines(tmp_path) == lines(out)
-    assert all(same(a, b) for a, b in zip(load(newest(out))[0].values(), load(newest(tmp_path))[0].values()))
-    assert same(model.state_dict(), load_model(out).state_dict())
+    assert comparable_rows(tmp_path) == comparable_rows(out)
+    assert all(states_equal(a, b) for a, b in zip(load(newest(out))[0].values(), load(newest(tmp_path))[0].values()))
+    assert states_equal(model.state_dict(), load_model(out).state_dict())
 
 
 _CHILD = """
@@ -198,14 +198,14 @@ train(t.TINY, t.settings({changes}), sys.argv[1], resume=sys.argv[2] == "resume"
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
-def start(out, how="start", steps=40):
+def start_training(out, how="start", steps=40):
     code = _CHILD.format(root=str(ROOT), changes=f"steps={steps}, save_every=5")
     command = [sys.executable, "-c", code, str(out), how]
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=out.parent, stderr=subprocess.PIPE, text=True)
 
 
 def torchrun(folder, changes, out):
-    """Two processes that train."""
+    """Train with two processes."""
     script = folder / "child.py"
     script.write_text(_CHILD.format(root=str(ROOT), changes=changes))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(out)]
@@ -220,31 +220,31 @@ def wait_for(condition, child):
         time.sleep(0.002)
 
 
-def test_killed_twice_it_is_the_run_itself(tmp_path):
+def test_a_run_killed_twice_equals_an_uninterrupted_one(tmp_path):
     calm, killed = tmp_path / "calm", tmp_path / "killed"
-    child = start(calm)
+    child = start_training(calm)
     assert child.wait(1800) == 0, child.stderr.read()
     for how, until in (("start", 7), ("resume", 21)):
-        child = start(killed, how)
-        wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(lines_there(killed)) >= until // 2, child)
+        child = start_training(killed, how)
+        wait_for(lambda until=until: (killed / "metrics.jsonl").exists() and len(complete_lines(killed)) >= until // 2, child)
         child.kill()
         assert child.wait(1800) == -signal.SIGKILL
         assert checkpoints(killed)
-    child = start(killed, "resume")
+    child = start_training(killed, "resume")
     assert child.wait(1800) == 0, child.stderr.read()
-    assert [row["step"] for row in lines(killed)] == list(range(2, 41, 2))
-    assert lines(killed) == lines(calm)
-    assert all(same(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
+    assert [row["step"] for row in comparable_rows(killed)] == list(range(2, 41, 2))
+    assert comparable_rows(killed) == comparable_rows(calm)
+    assert all(states_equal(a, b) for a, b in zip(load(newest(calm))[0].values(), load(newest(killed))[0].values()))
     assert not list(killed.rglob("*.part"))
 
 
-def lines_there(run):
+def complete_lines(run):
     return [line for line in (run / "metrics.jsonl").read_bytes().splitlines(True) if line.endswith(b"\n")]
 
 
-def test_a_signal_saves(tmp_path):
-    child = start(tmp_path / "run")
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and lines_there(tmp_path / "run"), child)
+def test_a_signal_saves_a_checkpoint(tmp_path):
+    child = start_training(tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and complete_lines(tmp_path / "run"), child)
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=1800)
     assert "KeyboardInterrupt" in said and "saved" in said
@@ -253,7 +253,7 @@ def test_a_signal_saves(tmp_path):
     assert read_metrics(tmp_path / "run")[-1]["step"] == step // 2 * 2
 
 
-def test_what_cannot_go_on(whole, tmp_path):
+def test_runs_that_cannot_be_resumed_are_refused(whole, tmp_path):
     out, _ = whole
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(TINY, settings(), out, progress=False)
@@ -270,10 +270,10 @@ def test_what_cannot_go_on(whole, tmp_path):
         train(out_dir=tmp_path, resume=True)
 
 
-# What goes wrong
+# Errors
 
 
-def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
     batches = trainer._Run.batches
 
     def poisoned(run, step):
@@ -290,8 +290,8 @@ def test_a_loss_that_is_not_finite_stops(tmp_path, monkeypatch):
     assert all(p.isfinite().all() for p in load_model(tmp_path).parameters())
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(tmp_path):
-    """A limit on the size of files stands for the disk: the write fails half way."""
+def test_a_full_disk_keeps_earlier_checkpoints(tmp_path):
+    """A limit on file sizes replaces the full disk: the write fails half way."""
     resource = pytest.importorskip("resource")
     path = tmp_path / "a.safetensors"
     save(path, {"model": {"w": torch.ones(10)}}, {"step": 1})
@@ -307,7 +307,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_checkpoints_that_are_none(tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="not a checkpoint of sdit, or damaged"):
@@ -323,7 +323,7 @@ def test_checkpoints_that_are_none(tmp_path):
         load_model(tmp_path)
 
 
-def test_data_that_does_not_fit(tmp_path):
+def test_data_that_does_not_fit_is_refused(tmp_path):
     images = Images("own", torch.zeros(4, 8, 8, 1, dtype=torch.uint8), torch.tensor([0, 1, 2, 10]), ())
     with pytest.raises(ValueError, match="config.num_classes must be at least 11, for the labels of own, got 10"):
         train(TINY, settings(), tmp_path, data=images)
@@ -338,8 +338,8 @@ def test_data_that_does_not_fit(tmp_path):
 # More than one process
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Under torchrun, with batches in two parts: losses, gradients and weights are those of one process."""
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """Under torchrun, with accumulation over two parts of the batch. Weights agree too."""
     done = torchrun(tmp_path, "steps=4, batch_size=16, accumulate=2, log_every=1", tmp_path / "two")
     assert done.returncode == 0, done.stderr[-3000:]
     one = train(TINY, settings(steps=4, batch_size=16, log_every=1), tmp_path / "one", progress=False)
@@ -351,7 +351,7 @@ def test_two_processes_train_as_one(tmp_path):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4, msg=name)
 
 
-def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
+def test_an_error_for_a_damaged_checkpoint_names_the_one_before(tmp_path):
     for step in (1, 2):
         save(tmp_path / f"checkpoints/step_{step:08d}.safetensors", {"model": {"w": torch.ones(9)}}, {"step": step})
     path = newest(tmp_path)
@@ -361,8 +361,8 @@ def test_a_damaged_checkpoint_names_the_one_before(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["tensor", "step", "names"])
-def test_a_flipped_bit_is_seen(tmp_path, place):
-    """In the tensors, and in the header where it leaves valid JSON."""
+def test_a_flipped_bit_is_detected(tmp_path, place):
+    """The bit is in a tensor, or in the header where the JSON stays valid."""
     for step in (1, 2):
         groups = {"model": {"w": torch.ones(999)}, "ema": {"w": torch.ones(999)}}
         save(tmp_path / f"checkpoints/step_{step:08d}.safetensors", groups, {"step": step, "names": "abc"})
@@ -390,7 +390,7 @@ def test_files_without_a_checksum_are_read(tmp_path):
     assert load(old)[1] == about
     save(old, {"model": {"w": torch.ones(3)}}, about)
     assert old.read_bytes() == content
-    for n in range(0, 256, 8):  # any length of the header, also one whose bytes are those of a brace
+    for n in range(0, 256, 8):  # any length of the header, also lengths whose bytes look like a brace
         save(old, {"model": {"w": torch.ones(3)}}, {"text": "x" * n})
         assert load(old)[1] == {"text": "x" * n} and b"--------" not in old.read_bytes()
 
@@ -398,10 +398,10 @@ def test_files_without_a_checksum_are_read(tmp_path):
 # One process at a time
 
 
-def test_a_second_process_is_refused(whole, tmp_path, capsys):
-    """A run that goes on can be read; neither a start nor a resume may write into it; after kill -9 one can."""
+def test_a_second_process_may_read_but_not_write_a_run(whole, tmp_path, capsys):
+    """While a run trains, others can read it, but cannot start or resume in it. After kill -9 a resume works."""
     out = tmp_path / "run"
-    child = start(out, steps=10**6)
+    child = start_training(out, steps=10**6)
     wait_for(lambda: checkpoints(out), child)
     said = rf"the run in .*run is in use by process {child.pid} on .*, started 20.*: wait until it ends, or"
     with pytest.raises(BlockingIOError, match=said):
@@ -417,21 +417,21 @@ def test_a_second_process_is_refused(whole, tmp_path, capsys):
     assert about(newest(out))["step"] == step + 2 and not (out / "lock").exists()
 
 
-def test_of_two_that_start_one_is_refused(tmp_path):
-    """Before there is a checkpoint; nothing of the refused one is written."""
+def test_only_one_of_two_starting_processes_may_train(tmp_path):
+    """Neither has a checkpoint yet. The refused process writes nothing."""
     with lock(tmp_path / "lock", "the folder", "wait"):
         with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on "):
             train(TINY, settings(), tmp_path, progress=False)
         assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
-def test_every_process_of_torchrun_is_refused(tmp_path):
+def test_a_second_torchrun_is_refused_in_every_process(tmp_path):
     with lock(tmp_path / "run" / "lock", "the folder", "wait"):
         done = torchrun(tmp_path, "steps=4, batch_size=16", tmp_path / "run")
     assert done.returncode and len(re.findall(r"BlockingIOError: the run in .* is in use by process", done.stderr)) == 2
 
 
-# What a run remembers
+# The record of a run's data and device
 
 
 def folder_of_images(path, classes="ab", n=4, size=8):
@@ -444,7 +444,7 @@ def folder_of_images(path, classes="ab", n=4, size=8):
     return path
 
 
-def test_a_run_remembers_its_folder_of_images(tmp_path, monkeypatch):
+def test_a_run_records_its_folder_of_images(tmp_path, monkeypatch):
     config = dataclasses.replace(TINY, dataset="folder", num_classes=2)
     monkeypatch.chdir(tmp_path)
     folder_of_images(tmp_path / "own")
@@ -474,7 +474,7 @@ def test_a_run_remembers_its_folder_of_images(tmp_path, monkeypatch):
         train(None, settings(steps=5), run, resume=True, progress=False)
 
 
-def test_a_run_on_images_in_memory_needs_them_again(tmp_path):
+def test_a_run_on_images_in_memory_needs_them_for_a_resume(tmp_path):
     own = Images("own", load_data("digits").images[:50], load_data("digits").labels[:50], tuple("0123456789"))
     train(TINY, settings(steps=2), tmp_path, data=own, progress=False)
     with pytest.raises(ValueError, match="data must be what the run began with: name was 'own' and is 'digits' now"):
@@ -482,7 +482,7 @@ def test_a_run_on_images_in_memory_needs_them_again(tmp_path):
     train(None, settings(steps=3), tmp_path, resume=True, data=own, progress=False)
 
 
-def test_a_device_that_is_gone_is_named(whole, tmp_path):
+def test_an_error_for_a_missing_device_names_the_option(whole, tmp_path):
     out, _ = whole
     groups, meta = load(newest(out))
     assert meta["device"] is None
@@ -492,7 +492,7 @@ def test_a_device_that_is_gone_is_named(whole, tmp_path):
     train(None, None, tmp_path, resume=True, device="cpu", progress=False)
 
 
-def test_names_of_earlier_versions_are_read(tmp_path):
+def test_parameter_names_of_earlier_versions_are_read(tmp_path):
     config = dataclasses.replace(TINY, condition="every")
     train(config, settings(steps=2), tmp_path, progress=False)
     groups, meta = load(newest(tmp_path))
@@ -500,18 +500,18 @@ def test_names_of_earlier_versions_are_read(tmp_path):
     old = {g: {n.replace("condition_to_patches", "spread"): t for n, t in named.items()} for g, named in groups.items()}
     assert all(any("spread" in name for name in old[g]) for g in ("model", "ema", "optimizer"))
     save(newest(tmp_path), old, meta)
-    assert same(load_model(tmp_path).state_dict(), wanted.state_dict())
+    assert states_equal(load_model(tmp_path).state_dict(), wanted.state_dict())
     train(None, settings(steps=3), tmp_path, resume=True, progress=False)
 
 
-def test_runs_of_earlier_versions_go_on(whole, tmp_path):
+def test_runs_of_earlier_versions_can_be_resumed(whole, tmp_path):
     groups, meta = load(newest(whole[0]))
     save(tmp_path / "checkpoints" / "step_00000006.safetensors", groups, {k: meta[k] for k in ("config", "settings", "step")})
     train(None, settings(steps=7), tmp_path, resume=True, progress=False)
     assert about(newest(tmp_path))["data"]["images"] == 1500
 
 
-def test_a_picture_that_a_kill_left_out_is_drawn(tmp_path):
+def test_a_picture_missing_after_a_kill_is_drawn(tmp_path):
     train(TINY, settings(steps=4, save_every=2, sample_every=2), tmp_path, progress=False)
     missing = tmp_path / "samples" / "step_00000002.png"
     picture = missing.read_bytes()
@@ -522,7 +522,7 @@ def test_a_picture_that_a_kill_left_out_is_drawn(tmp_path):
     assert missing.read_bytes() == picture and (tmp_path / "samples" / "step_00000004.png").exists()
 
 
-def test_a_picture_on_a_full_disk_is_named(tmp_path, monkeypatch):
+def test_a_picture_that_does_not_fit_the_disk_is_named(tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
     limit, sample = resource.getrlimit(resource.RLIMIT_FSIZE), trainer.sample
 
@@ -542,6 +542,6 @@ def test_a_picture_on_a_full_disk_is_named(tmp_path, monkeypatch):
     assert (tmp_path / "samples" / "step_00000002.png").exists()
 
 
-def test_examples():
+def test_docstring_examples_run():
     failed, attempted = doctest.testmod(sdit.settings)
     assert attempted and not failed

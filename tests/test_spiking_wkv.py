@@ -1,4 +1,4 @@
-"""spiking_wkv: every backend against the reference, and the laws it obeys."""
+"""Compare spiking_wkv on every backend with the reference, and test its properties."""
 
 import contextlib
 import inspect
@@ -26,7 +26,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextlib.contextmanager
 def backend(name):
-    """Also "chain": Triton with the kernels of wkv and lif, as where B * C is small."""
+    """Choose a backend. "chain" is Triton with the kernels of wkv and lif, which run where B * C is small."""
     if name in ("cpu", "reference"):
         with sdit_kernels.backend(name):
             yield
@@ -36,7 +36,7 @@ def backend(name):
 
 
 def run(name, function, *args, **kwargs):
-    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    """Call a function under a backend. Under Triton, assert that its kernels were launched."""
     with backend(name), native_triton.launches() as counts:
         out = function(*args, **kwargs)
     if name in KERNELS:
@@ -45,7 +45,7 @@ def run(name, function, *args, **kwargs):
 
 
 class Case:
-    """Arguments of a call, all leaves: the tensors that want gradients, and the rest."""
+    """The arguments of a call. All tensors are leaves that require gradients."""
 
     def __init__(self, T=4, B=2, L=11, C=9, dtype=torch.float64, seed=0, gate=False, states=False, tau=None, raw=True, **flags):
         generator = torch.Generator().manual_seed(seed)
@@ -76,12 +76,12 @@ class Case:
         return spiking_wkv(**decay, time_first=first, k=k, v=v, r=r, scan_state=state, **t, **{**self.flags, **flags})
 
     def forward(self, **flags):
-        """(out, ybar, lse, membrane)"""
+        """Return (out, ybar, lse, membrane)."""
         out, ((ybar, lse), membrane) = self.call(return_state=True, **flags)
         return out, ybar, lse, membrane
 
     def both(self, used=(0, 1, 2, 3)):
-        """Outputs and gradients through the ``used`` outputs."""
+        """Return the outputs, and the gradients through the outputs listed in ``used``."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         outputs = self.forward()
         weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
@@ -90,7 +90,7 @@ class Case:
 
 
 def near_threshold(case):
-    """Whether a membrane comes within 1e-5 of the threshold, as the reference sees it."""
+    """True if a membrane of the reference comes within 1e-5 of the threshold."""
     t = {n: x.detach().double() for n, x in case.tensors.items()}
     state = (t["ybar"].flatten(0, 1), t["lse"].flatten(0, 1)) if "ybar" in t else None
     decay = dict(time_decay=t["decay"]) if case.raw else dict(time_decay=None, log_decay=t["decay"])
@@ -102,7 +102,7 @@ def near_threshold(case):
         current = wkv(**decay, time_first=t["first"], k=t["k"].flatten(0, 1), v=t["v"].flatten(0, 1), r=r, state=state)
         current = current.unflatten(0, t["k"].shape[:2])
         v = t.get("membrane")
-        # charge without firing, step by step: the membrane before the reset is that of a neuron that cannot fire
+        # compute each step for a neuron that cannot fire: its membrane is the membrane before the reset
         for x in current:
             _, h = lif(x[None], v, v_threshold=1e30, return_v=True, **flags)
             if ((h - theta).abs() < 1e-5).any():
@@ -115,7 +115,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 3e-5, torch.bfloat16: 1.5e-2, t
 
 
 def compare(name, case, used=(0, 1, 2, 3)):
-    """Spikes equal, the rest to rounding. Cases whose membranes come near the threshold may differ and prove nothing."""
+    """Assert equal spikes and close other values.
+
+    Return False if a membrane is near the threshold, since spikes may differ then.
+    """
     (outputs, gradients), (want, want_gradients) = (run(n, case.both, used) for n in (name, "reference"))
     if near_threshold(case):
         return False
@@ -131,7 +134,8 @@ def compare(name, case, used=(0, 1, 2, 3)):
         if key in ("decay", "first", "tau", "v_threshold"):  # sums, whose terms may cancel
             size = max(size, 0.1 * sums / max(1, w.numel()))
         tolerance = TOLERANCE[case.dtype]
-        # v - y, which these hold, is of two rounded numbers: 0 where one token alone is seen, but for that
+        # these sums contain v - y, a difference of two rounded numbers: it is 0 where only one token is visible, except for
+        # rounding
         rounding = 8 * torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps * scale
         atol = tolerance * size + rounding
         torch.testing.assert_close(g, w, rtol=tolerance, atol=atol, msg=lambda m, key=key: f"{key}: {m}")
@@ -151,26 +155,26 @@ NEURONS = [
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("flags", NEURONS, ids=str)
-def test_equals_reference_in_float64(name, flags):
+def test_equals_the_reference_in_float64(name, flags):
     assert compare(name, Case(T=3, **flags))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
-def test_surrogates(name, surrogate):
+def test_surrogates_equal_the_reference(name, surrogate):
     for alpha in (None, 0.7):
         assert compare(name, Case(T=2, L=5, C=9, surrogate=surrogate, alpha=alpha))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("T", [1, 2, 5, 8, 16, 19])
-def test_steps(name, T):
-    """Up to 16 in one Triton launch, more in several; any number in one CPU kernel."""
+def test_any_number_of_steps_equals_the_reference(name, T):
+    """Triton runs up to 16 steps in one launch and more steps in several. The CPU runs any number in one kernel."""
     for rate in (False, True):
         assert compare(name, Case(T=T, B=1, L=5, C=8, gate=True, states=True, rate=rate))
 
 
-# Each compiles kernels of its own, so there are few.
+# Each variant compiles its own kernels, so there are few.
 VARIANTS = [
     (torch.float32, dict(gate=True, rate=True)),
     (torch.bfloat16, dict(gate=True, states=True, tau="channel")),
@@ -183,7 +187,7 @@ VARIANTS = [
 @pytest.mark.parametrize("dtype, flags", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_any_shape_and_dtype(name, dtype, flags, data):
+def test_any_shape_and_dtype_equals_the_reference(name, dtype, flags, data):
     L, C = data.draw(st.sampled_from([1, 2, 3, 4, 5, 8, 17, 33, 70])), data.draw(st.sampled_from([1, 3, 7, 8, 9, 16, 31, 100]))
     shape = dict(T=2, B=data.draw(st.integers(1, 3)), L=L, C=C, dtype=dtype, seed=data.draw(st.integers(0, 999)))
     used = data.draw(st.sampled_from([(0,), (0, 3), (1, 2), (0, 1, 2, 3)]))
@@ -191,8 +195,9 @@ def test_any_shape_and_dtype(name, dtype, flags, data):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_spikes_of_many_random_numbers(name):
-    """Float32: equal but where the membrane is within rounding of the threshold; and the backward pass sees the same ones."""
+def test_spikes_equal_the_reference_on_many_random_numbers(name):
+    """In float32, spikes are equal unless the membrane is close to the threshold, and the backward pass uses the same
+    spikes."""
     case = Case(T=4, B=2, L=300, C=130, dtype=torch.float32, seed=3)
     (s, *_), (want, *_) = (run(n, case.forward) for n in (name, "reference"))
     assert 0 < s.mean() < 1 and (s != want).float().mean() < 1e-4
@@ -200,8 +205,8 @@ def test_spikes_of_many_random_numbers(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("T", [2, 4])
-def test_the_backward_pass_meets_the_same_spikes(name, T):
-    """With a detached hard reset, d membrane tells what fired."""
+def test_the_backward_pass_uses_the_same_spikes(name, T):
+    """With a detached hard reset, the gradient of the membrane shows which neurons fired."""
     flags = dict(states=True, detach_reset=True, surrogate="rect", alpha=1e-20)
     case = Case(T=T, B=1, L=90, C=64, dtype=torch.float32, seed=5, **flags)
     with torch.no_grad():
@@ -210,7 +215,7 @@ def test_the_backward_pass_meets_the_same_spikes(name, T):
             t.copy_((t * 64).round() / 64)
     out, _, _, membrane = run(name, case.forward)
     with backend(name):
-        # through resets alone: the gradient of the final membrane reaches the first one where no step fired, times (1 - r)^T
+        # the final membrane depends on the first only through resets: d is (1 - 1/tau)^T where no step fired, else 0
         (d,) = torch.autograd.grad(membrane.sum(), case.tensors["membrane"])
     silent = out.sum(0) == 0
     assert 0 < silent.float().mean() < 1
@@ -218,8 +223,8 @@ def test_the_backward_pass_meets_the_same_spikes(name, T):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_strides(name):
-    """Slices of one fused Linear are read in place; anything else is right as well."""
+def test_any_strides_give_the_same_gradients(name):
+    """Slices of one fused Linear are read in place. Other strides give the same result."""
     x = torch.randn(2, 2, 7, 3 * 20, dtype=torch.float64)
     td, u = torch.randn(2, 20, dtype=torch.float64)
     for k, v, r in (
@@ -240,7 +245,7 @@ def test_strides(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty(name):
+def test_empty_tensors_give_empty_results(name):
     u = torch.zeros(3)
     for shape in ((0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3), (2, 2, 5, 0)):
         T, B, L, C = shape
@@ -269,8 +274,8 @@ def test_empty(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_masked_keys(name):
-    """k = -inf: as if the token were not there, and its gradients are 0; where nothing is seen the current is 0."""
+def test_masked_keys_equal_the_reference(name):
+    """A token with k = -inf is ignored and has gradient 0. Where no token is visible, the current is 0."""
     case = Case(T=2, L=13, gate=True)
     mask = torch.rand(2, 2, 13, 9, generator=torch.Generator().manual_seed(2)) < 0.5
     mask[:, :, :3] = True
@@ -285,8 +290,8 @@ def test_masked_keys(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty_scan_state(name):
-    """(0, -inf) is no state, and gets no gradient."""
+def test_an_empty_scan_state_has_no_gradient(name):
+    """(0, -inf) is an empty state."""
     case = Case(T=2, states=True)
     with torch.no_grad():
         case.tensors["lse"][:, :, ::2] = -math.inf
@@ -302,7 +307,7 @@ def test_empty_scan_state(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_extreme_keys(name):
+def test_extreme_keys_stay_finite(name):
     for scale in (1e4, 100.0):
         case = Case(T=2, L=40, dtype=torch.float32, gate=True)
         with torch.no_grad():
@@ -314,7 +319,7 @@ def test_extreme_keys(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_not_a_number(name):
+def test_not_a_number_reaches_the_same_outputs_as_in_the_reference(name):
     for key in ("k", "v"):
         case = Case(T=2, L=6, C=2)
         with torch.no_grad():
@@ -324,12 +329,12 @@ def test_not_a_number(name):
             torch.testing.assert_close(o, w, rtol=1e-9, atol=1e-9, equal_nan=True)
 
 
-# --- laws -------------------------------------------------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_slices_of_tokens_and_of_steps(name):
-    """Tokens with the scans' states handed on, steps with the membrane: both equal one pass, forward and backward."""
+def test_slices_of_tokens_and_of_steps_equal_one_call(name):
+    """Slices of tokens pass on the scan state, slices of steps the membrane. Compare outputs and gradients."""
     for gate in (False, True):
         case = Case(T=4, L=13, gate=gate, states=True)
         t = case.tensors
@@ -365,7 +370,7 @@ def test_slices_of_tokens_and_of_steps(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rate_is_the_mean(name, dtype):
+def test_rate_is_the_mean_of_the_spikes(name, dtype):
     for T in (1, 3, 4):
         case = Case(T=T, L=20, dtype=dtype)
         s = run(name, case.call)
@@ -373,7 +378,7 @@ def test_rate_is_the_mean(name, dtype):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_one_step_is_lif_of_wkv(name):
+def test_one_step_equals_lif_of_wkv(name):
     case = Case(T=1, L=40)
     t = case.tensors
     with backend(name):
@@ -382,7 +387,7 @@ def test_one_step_is_lif_of_wkv(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_permuting_the_batch_and_causality(name):
+def test_batch_entries_are_independent_and_tokens_causal(name):
     case = Case(T=2, B=3, L=20)
     t = case.tensors
     s = run(name, case.call)
@@ -394,7 +399,7 @@ def test_permuting_the_batch_and_causality(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_repeats_bit_for_bit(name):
+def test_results_repeat_bit_for_bit(name):
     case = Case(T=2, B=3, L=50, C=70, dtype=torch.float32, gate=True, states=True, tau="channel")
     found = []
     before = torch.get_num_threads()
@@ -410,7 +415,7 @@ def test_repeats_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_saved_bytes(name):
+def test_saved_bytes_are_inputs_and_one_state_per_tile(name):
     for dtype in (torch.float32, torch.bfloat16):
         for gate, states in ((False, False), (True, True)):
             case = Case(T=2, B=2, L=64, C=32, dtype=dtype, gate=gate, states=states)
@@ -430,7 +435,7 @@ def test_saved_bytes(name):
 @pytest.mark.parametrize("shape", [(2, 2, 11, 13), (3, 1, 4, 8), (1, 2, 17, 5)])
 @pytest.mark.parametrize("name", ["triton", "chain"])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
-    """On launchers alone, so that tools that watch memory accesses see nothing between: ttsem is run on this test."""
+    """Call launchers directly, so that a tool that watches memory accesses sees only kernels. test_ttsem.py runs this test."""
     from sdit_kernels.checks import Neuron
     from sdit_kernels.triton import spiking_wkv as kernels
 
@@ -451,12 +456,12 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
             g, ybar1, lse1, m1, k, v, r, w, u, False, ybar, lse, m, tau, theta, keep, neuron, False, True, dk, dv, dr, dw, du,
             d_ybar, d_lse, dm, current(),
         )  # fmt: skip
-        if name == "chain":  # fewer states are kept
+        if name == "chain":  # this path saves fewer states
             outputs = outputs[:-1]
         assert not any(t.isnan().any() for t in (*outputs, *sums))
 
 
-def test_launchers_are_alike():
+def test_launchers_have_equal_signatures():
     from sdit_kernels.cpu import spiking_wkv as cpu
     from sdit_kernels.triton import spiking_wkv as triton
 
@@ -465,8 +470,8 @@ def test_launchers_are_alike():
 
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
-def test_tiles_as_on_a_gpu():
-    """One case with the tiles that are launched on GPUs."""
+def test_tiles_of_a_gpu_equal_the_reference():
+    """Run one case with the tile sizes that are launched on GPUs."""
     with tuned(USERS):
         assert compare("triton", Case(T=4, L=37, C=40, gate=True))
 
@@ -505,7 +510,7 @@ STATE = torch.zeros(2, 2, 3), torch.zeros(2, 2, 3)
     ],
 )
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_errors(kind, message, call, name):
+def test_wrong_arguments_are_refused(kind, message, call, name):
     with backend(name), pytest.raises(kind, match=message):
         call()
 
@@ -513,7 +518,7 @@ def test_errors(kind, message, call, name):
 # --- PyTorch's machinery ----------------------------------------------------------------------------------------------------
 
 
-def test_compile():
+def test_compiled_equals_eager():
     torch.compiler.reset()
 
     def network(td, u, k, v):
@@ -530,7 +535,7 @@ def test_compile():
             torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_vmap_is_a_loop():
+def test_vmap_equals_a_loop():
     from torch.func import grad, vmap
 
     cases = [Case(T=2, L=5, seed=i).tensors for i in range(3)]
@@ -547,7 +552,7 @@ def test_vmap_is_a_loop():
             torch.testing.assert_close(a[i], b)
 
 
-def test_own_surrogate_runs_on_the_reference():
+def test_a_users_surrogate_runs_on_the_reference():
     case = Case(T=2, L=5)
     with pytest.warns(UserWarning, match="plain PyTorch path"):
         import sdit_kernels.checks as module
@@ -561,7 +566,7 @@ def test_own_surrogate_runs_on_the_reference():
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_half_precision_currents_are_not_rounded(dtype):
-    """The current stays float32: equal to the float32 op on the same numbers."""
+    """The current stays float32, so the op equals the float32 op on the same numbers."""
     case = Case(T=3, L=20, dtype=dtype)
     wide = {n: t.detach().float() for n, t in case.tensors.items()}
     for name in BACKENDS:

@@ -1,4 +1,4 @@
-"""Private names of PyTorch: all of them in one file, and the same results where PyTorch lacks one."""
+"""PyTorch's private names: only one file uses them, and the ops give the same results when PyTorch lacks one."""
 
 import ast
 import subprocess
@@ -39,14 +39,14 @@ def private_names_of_torch(source):
     return found
 
 
-def test_private_names_of_torch_have_one_home():
+def test_only_one_file_uses_private_names_of_torch():
     assert private_names_of_torch("import torch\nfrom torch._x import a\na._b\ntorch._C._d()") == ["_x", "_b", "_d", "_C"]
     for path in (path for room in ("sdit_kernels", "sdit") for path in (ROOT / room).rglob("*.py")):
         assert path.name == "_torch.py" or private_names_of_torch(path.read_text()) == [], path
 
 
-def test_every_private_name_is_hidden_once():
-    """A constant of _torch.py that names something private is in the list above, or stands for others that are."""
+def test_every_private_name_of_that_file_is_tested():
+    """Each private name in _torch.py is in NAMES, or belongs to a name that is."""
     source = (ROOT / "sdit_kernels/_torch.py").read_text()
     constants = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
     found = {value for value in constants if isinstance(value, str) and value.isidentifier() and private(value)}
@@ -116,7 +116,7 @@ keep(traced(data), traced(2 * data))
 neuron.reset()
 keep(vmap(neuron)(data[:, None].expand(3, 2, 4, 5)))
 try: neuron(data)
-except (RuntimeError, AssertionError): pass  # AssertionError is torch.func's own
+except (RuntimeError, AssertionError): pass  # torch.func raises AssertionError
 else: raise AssertionError("a membrane without values")
 if hidden in ("nothing", "_dynamo_marked_constant", "_get_tracing_state", "_forward_hooks"):
     from sdit_kernels.compat import swap
@@ -142,8 +142,8 @@ def wanted(tmp_path_factory):
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", NAMES)
-def test_without_a_private_name_all_ops_do_the_same(name, wanted, tmp_path):
+def test_ops_do_not_need_any_private_name(name, wanted, tmp_path):
     found = run(name, tmp_path)
-    assert len(found) >= len(wanted) - 1  # not all compile
+    assert len(found) >= len(wanted) - 1  # torch.compile runs for some names only
     for a, b in zip(found, wanted):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Every op and every module under every tracer of PyTorch: it works with equal results, or refuses and names the way out."""
+"""Every op and module under every tracer of PyTorch: it gives equal results, or refuses and names a way out."""
 
 import io
 import subprocess
@@ -61,9 +61,9 @@ OPS = {
     ),
     "wkv_state_to_rwkv": (lambda ybar, lse: sdit_kernels.wkv_state_to_rwkv(ybar, lse), lambda B: [(B, C)] * 2),
 }
-PLAIN = ("wkv_state_from_rwkv", "wkv_state_to_rwkv")  # plain PyTorch on every backend
+PLAIN = ("wkv_state_from_rwkv", "wkv_state_to_rwkv")  # these run as plain PyTorch on every backend
 
-# name: (what makes the module, the shape of its data for a batch of B)
+# name: (constructor of the module, shape of its data for a batch of B)
 MODULES = {
     "LIF": (lambda: nn.LIF(store_v_seq=True), lambda B: (3, B, C)),
     "LIF, single-step": (lambda: nn.LIF(step_mode="s"), lambda B: (B, C)),
@@ -78,7 +78,7 @@ STATEFUL = ("LIF", "LIF, single-step", "IF", "ParametricLIF")
 ALL = [*OPS, *MODULES]
 
 
-def test_every_op_and_module_is_here():
+def test_the_lists_contain_every_op_and_module():
     ops = {name for name in sdit_kernels.__all__ if callable(getattr(sdit_kernels, name)) and name != "backend"}
     assert {name.split(",")[0] for name in OPS} == ops
     modules = {name for name in nn.__all__ if isinstance(getattr(nn, name), type)}
@@ -86,13 +86,13 @@ def test_every_op_and_module_is_here():
 
 
 def data(shapes, seed=0):
-    """Multiples of 1/16, so that kernels and reference agree on every spike of a neuron with tau 2."""
+    """Multiples of 1/16. With tau = 2 the arithmetic is exact, so kernels and reference agree on every spike."""
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(-16, 49, shape, generator=generator) / 16 for shape in shapes)
 
 
 class Calls(torch.nn.Module):
-    """A function of up to six tensors as a module with named inputs, which the tracers that read signatures want."""
+    """Wrap a function of up to six tensors as a module with named inputs, because some tracers read the signature."""
 
     def __init__(self, f, count):
         super().__init__()
@@ -119,7 +119,7 @@ class Calls(torch.nn.Module):
 
 
 def example(name):
-    """(module, its tensors for a batch of B and a seed)."""
+    """Return (module, function that makes its tensors for a batch of B and a seed)."""
     if name in MODULES:
         make, shape = MODULES[name]
         torch.manual_seed(0)
@@ -133,7 +133,7 @@ def tensors(output):
 
 
 def outputs(module, inputs):
-    """From rest, on copies, because wkv_step_ writes to its inputs."""
+    """Call the module without a membrane, on copies of the inputs, because wkv_step_ writes to its inputs."""
     nn.reset(module)
     found = tensors(module(*(t.clone() for t in inputs)))
     nn.reset(module)
@@ -154,8 +154,8 @@ def copies(inputs):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_traced_graph_records_the_operators_and_replays_on_other_data(name):
-    """Other values and another batch; torch's own check, which runs a module twice, is on."""
+def test_a_traced_graph_records_operators_and_runs_on_other_data(name):
+    """The other data has other values and another batch. torch also checks the trace by running the module twice."""
     module, inputs = example(name)
     traced = torch.jit.trace(module, copies(inputs(2)))
     operators = {"IF": "lif", "ParametricLIF": "lif", "LIFRate": "lif_rate", "TimeMix": "wkv", "ChannelMix": "token_shift"}
@@ -182,7 +182,7 @@ def test_a_traced_graph_has_gradients(name):
             assert a is b is None or torch.equal(a, b)
 
 
-def test_a_traced_graph_of_packed_sequences_replays_on_other_lengths():
+def test_a_traced_graph_of_packed_sequences_runs_on_other_lengths():
     k, v = data([(1, 8, C)] * 2)
     traced = torch.jit.trace(lambda k, v, ends: wkv(ONE, ONE, k, v, cu_seqlens=ends), (k, v, torch.tensor([0, 3, 8])))
     for ends in ([0, 3, 8], [0, 1, 1, 8], [0, 8]):
@@ -204,13 +204,13 @@ def test_a_traced_network_can_be_saved_and_loaded():
         assert torch.equal(loaded(y), net(y))
 
 
-def test_tracing_warns_of_no_check_of_shapes():
+def test_tracing_warns_only_about_the_users_own_check():
     code = (
         "import torch, sdit_kernels as K; from sdit_kernels.nn import TimeMix\n"
         "x = torch.ones(3, 4, 5)\n"
         "torch.jit.trace(lambda x, v: K.lif(x, v, return_v=True), (x, x[0]))\n"
         "torch.jit.trace(TimeMix(5), x)\n"
-        "torch.jit.trace(lambda x: bool(x.sum() > 0) and x, x)  # of the user's own code it does\n"
+        "torch.jit.trace(lambda x: bool(x.sum() > 0) and x, x)  # the user's own check gives one warning\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
@@ -218,21 +218,21 @@ def test_tracing_warns_of_no_check_of_shapes():
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_trace_leaves_the_membrane_as_it_was(name):
+def test_a_trace_leaves_the_membrane_unchanged(name):
     module, inputs = example(name)
     x, y, z = (inputs(2, seed)[0] for seed in range(3))
     with torch.no_grad():
         module(x)
         v = module.v
         traced = torch.jit.trace(module, y, check_trace=False)
-        assert torch.equal(traced(z), lif_of(module, z, v)[0])  # a graph starts from the membrane that it was recorded with
+        assert torch.equal(traced(z), lif_of(module, z, v)[0])  # the graph starts from the membrane at the time of tracing
         s, v = lif_of(module, z, v)
         assert torch.equal(module(z), s)
-        torch.jit.trace(module, y)  # to check its graph torch also calls the module, as anyone may
+        torch.jit.trace(module, y)  # torch calls the module again to check the graph
         _, v = lif_of(module, y, v)
         assert torch.equal(module.v, v)
         torch.jit.trace(module, y, check_trace=False)
-        module.v = torch.full_like(v, 0.25)  # set by hand, it is not forgotten
+        module.v = torch.full_like(v, 0.25)  # a membrane set by hand must be kept as well
         assert torch.equal(module(z), lif_of(module, z, torch.full_like(v, 0.25))[0])
 
 
@@ -242,7 +242,7 @@ def lif_of(module, x, v):
     return (s.squeeze(0) if single else s), v
 
 
-def test_a_membrane_is_carried_within_a_trace():
+def test_a_trace_carries_the_membrane_between_steps():
     neuron = nn.LIF(step_mode="s")
 
     def steps(x):
@@ -254,7 +254,7 @@ def test_a_membrane_is_carried_within_a_trace():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_tensorboard_draws_it(name, tmp_path):
+def test_tensorboard_draws_every_op_and_module(name, tmp_path):
     pytest.importorskip("tensorboard", reason="SummaryWriter.add_graph needs the package tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
@@ -269,7 +269,7 @@ def test_tensorboard_draws_it(name, tmp_path):
 
 @pytest.mark.parametrize("mode", ["real", "symbolic"])
 @pytest.mark.parametrize("name", ALL)
-def test_make_fx(name, mode):
+def test_make_fx_records_every_op_and_module(name, mode):
     module, inputs = example(name)
     wanted = outputs(module, inputs(3, 1))
     graph = make_fx(module, tracing_mode=mode, _allow_non_fake_inputs=True)(*copies(inputs(3)))
@@ -283,9 +283,10 @@ def test_the_reference_reads_no_values_of_fake_tensors():
         assert torch.equal(graph(x, tau), lif(x, tau=tau))
 
 
-@pytest.mark.filterwarnings("ignore:The tensor attribute")  # of the membrane, which the exported program starts anew
+# the warning is about the membrane, which is not part of the exported program
+@pytest.mark.filterwarnings("ignore:The tensor attribute")
 @pytest.mark.parametrize("name", ALL)
-def test_export(name):
+def test_export_gives_equal_results(name):
     module, inputs = example(name)
     wanted = outputs(module, inputs(2, 1))
     program = torch.export.export(module, copies(inputs(2)))
@@ -293,7 +294,7 @@ def test_export(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_compile(name):
+def test_compiled_equals_eager(name):
     torch.compiler.reset()
     module, inputs = example(name)
     wanted = outputs(module, inputs(2, 1))
@@ -317,7 +318,7 @@ wrapped_lif = lif
 torch.fx.wrap("wrapped_lif")
 
 
-def test_the_ways_out_of_symbolic_trace():
+def test_a_leaf_module_and_wrap_allow_symbolic_trace():
     (x,) = data([(3, 2, C)])
     graph = torch.fx.symbolic_trace(lambda x: wrapped_lif(x, tau=4.0) + 1)
     assert torch.equal(graph(x), lif(x, tau=4.0) + 1)
@@ -347,13 +348,13 @@ def test_script_is_refused(name):
             torch.jit.script(getattr(sdit_kernels, name))
 
 
-def of_the_user(x: Tensor) -> Tensor:
+def users_function(x: Tensor) -> Tensor:
     return relu_squared(x) + 1
 
 
 def test_script_of_a_function_that_calls_an_op_is_refused():
     with pytest.raises(RuntimeError, match="torch.jit.script cannot compile sdit_kernels: use torch.jit.trace"):
-        torch.jit.script(of_the_user)
+        torch.jit.script(users_function)
 
 
 # --- ONNX -------------------------------------------------------------------------------------------------------------------
@@ -372,8 +373,8 @@ def test_the_older_onnx_exporter_is_refused(name):
 @pytest.mark.filterwarnings("ignore:The tensor attribute")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", ["lif", "TimeMix"])
-def test_what_the_onnx_exporter_calls_is_refused(name, strict, monkeypatch):
-    """With dynamo=True it calls torch.export, without ``strict`` and then with it."""
+def test_torch_export_inside_the_onnx_exporter_is_refused(name, strict, monkeypatch):
+    """With dynamo=True it calls torch.export twice: with strict=False and then with strict=True."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     module, inputs = example(name)
     with pytest.raises(Exception, match=REFUSAL):
@@ -410,7 +411,7 @@ def test_the_reference_exports_to_onnx(name, dynamo, onnx_packages):
     close([torch.from_numpy(a) for a in session.run(None, feed)], wanted)
 
 
-# --- transforms of torch.func, which modules with a membrane do not outlive ---------------------------------------------------
+# --- torch.func transforms: a membrane does not outlive them ------------------------------------------------------------------
 
 ENDED = r"v, the membrane carried over from an earlier call, has no values here: .* has ended; call reset\(\) before this call"
 neurons = pytest.mark.parametrize("kind", [nn.LIF, nn.IF, nn.ParametricLIF])
@@ -458,7 +459,7 @@ CONTEXTS = [
 
 @neurons
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_a_membrane_that_outlived_its_context_is_refused_until_reset(kind, context):
+def test_a_membrane_from_an_ended_transform_is_refused_until_reset(kind, context):
     (x,) = data([(3, 2, C)])
     neuron = kind()
     wanted = neuron(x)
@@ -474,7 +475,7 @@ def test_a_membrane_that_outlived_its_context_is_refused_until_reset(kind, conte
 
 
 @neurons
-def test_what_a_chunk_of_vmap_left_does_not_reach_the_next(kind):
+def test_a_membrane_of_one_chunk_of_vmap_does_not_reach_the_next(kind):
     (x,) = data([(4, 3, 2, C)])
     neuron = kind()
     with pytest.raises(RuntimeError, match=ENDED):
@@ -499,10 +500,10 @@ def test_functional_call_carries_the_membrane(kind):
 
 
 @neurons
-def test_make_fx_and_export_leave_a_module_that_works(kind):
+def test_a_module_works_after_make_fx_and_export(kind):
     (x,) = data([(3, 2, C)])
     neuron = kind()
-    make_fx(neuron)(x)  # a call like any other: its tensors have values
+    make_fx(neuron)(x)  # make_fx calls the module with real tensors
     neuron(x)
     neuron.reset()
     with warnings.catch_warnings():

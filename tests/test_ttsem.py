@@ -1,5 +1,7 @@
-"""Out-of-bounds accesses, races between programs and unwritten outputs of the Triton kernels, looked for by ttsem, which runs a
-launch by its meaning. A fault that is planted must be found, at the kernel's line."""
+"""ttsem runs Triton launches and finds out-of-bounds accesses, races between programs and outputs that no program writes.
+
+It must find nothing in our kernels, and it must find a fault that a test plants, at the kernel's line.
+"""
 
 import importlib.metadata
 import os
@@ -21,23 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 class Fault(NamedTuple):
     stem: str
     tests: str
-    chosen: str  # of these tests: those that call launchers alone
+    chosen: str  # a -k expression for tests that call launchers directly
     line: str
     planted: str
 
 
 FAULTS = (
     Fault("wkv", "test_wkv_triton.py", "writes_its and None-False-serial", "tl.store(dv_at, dv, mask=m)",
-          "tl.store(dv_at, dv, mask=mask)"),  # behind the end of a sequence
+          "tl.store(dv_at, dv, mask=mask)"),  # writes past the end of a sequence
     Fault("spiking_wkv", "test_spiking_wkv.py", "nothing_else", "tl.store(dw_ptr + at, sum_w, mask=mask)",
-          "tl.store(dw_ptr + cols, sum_w, mask=mask)"),  # all sequences' sums in one row
+          "tl.store(dw_ptr + cols, sum_w, mask=mask)"),  # writes the sums of all sequences to one row
     Fault("mix", "test_mix.py", "nothing_else", "tl.store(sums_ptr + (block.to(tl.int64) * M + m) * C + cols,",
-          "tl.store(sums_ptr + m * C + cols,"),  # all programs' sums in one row
+          "tl.store(sums_ptr + m * C + cols,"),  # writes the sums of all programs to one row
 )  # fmt: skip
 
 
 def sanitized(root: Path, fault: Fault, cache: Path) -> subprocess.CompletedProcess:
-    """``cache``: a Triton cache of its own, since compiled code remembers the file that it came from first."""
+    """``cache`` is a separate Triton cache, because compiled code records the file it was first compiled from."""
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", fault.chosen]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(root), "TRITON_CACHE_DIR": str(cache)}
@@ -48,18 +50,18 @@ def sanitized(root: Path, fault: Fault, cache: Path) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.stem)
-def test_nothing_is_found(fault, tmp_path):
+def test_ttsem_finds_no_fault_in_our_kernels(fault, tmp_path):
     done = sanitized(ROOT, fault, tmp_path)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.stem)
-def test_what_is_planted_is_found(fault, tmp_path):
+def test_ttsem_finds_a_planted_fault(fault, tmp_path):
     for folder in ("sdit_kernels", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     kernels = tmp_path / "sdit_kernels" / "triton" / f"{fault.stem}.py"
     source = kernels.read_text()
-    assert source.count(fault.line) == 1, "the line that the fault goes into has changed"
+    assert source.count(fault.line) == 1, "the line to replace was not found in the kernel"
     kernels.write_text(source.replace(fault.line, fault.planted))
     done = sanitized(tmp_path, fault, tmp_path / "cache")
     assert done.returncode == 1 and "KernelFault" in done.stdout and fault.planted in done.stdout, done.stdout[-3000:]

@@ -1,4 +1,4 @@
-"""The record of tuning numbers: who sees it, and what a change of it between forward and backward pass does."""
+"""The record of tuning numbers: which threads see it, and a change of it between the forward and the backward pass."""
 
 import threading
 
@@ -22,7 +22,7 @@ def test_a_block_changes_the_record_and_restores_it():
         pass
 
 
-def test_other_threads_see_it():
+def test_other_threads_see_the_record():
     """A backward pass on a GPU runs on another thread than the forward pass."""
     seen = []
     with tuned(wkv_threads=32):
@@ -33,8 +33,11 @@ def test_other_threads_see_it():
 
 
 @pytest.mark.parametrize("op", ["wkv", "spiking_wkv"])
-def test_a_backward_pass_under_another_record_makes_its_own_checkpoint(op):
-    """Rows of a checkpoint lie as many tokens apart as the record says: others would be read as what they are not."""
+def test_a_backward_pass_with_other_numbers_recomputes_its_checkpoint(op):
+    """The record sets how many tokens lie between the rows of a checkpoint.
+
+    A checkpoint with other distances must not be used.
+    """
     generator = torch.Generator().manual_seed(0)
     k, v = torch.randn(2, 2, 3, 40, 9, generator=generator)
     if op == "wkv":

@@ -1,4 +1,4 @@
-"""wkv and its step: every backend against the reference in float64, and the laws they obey."""
+"""Compare wkv and wkv_step on every backend with the reference in float64, and test their properties."""
 
 import math
 import sys
@@ -24,7 +24,7 @@ LENGTH = [1, 2, 7, 31, 32, 33, 64, 65, 100, 150]
 
 
 def run(name, function, *args, **kwargs):
-    """Call under a backend; where that is Triton, its kernels must have been launched."""
+    """Call a function under a backend. Under Triton, assert that its kernels were launched."""
     with backend(name), native_triton.launches() as counts:
         out = function(*args, **kwargs)
     if name == "triton":
@@ -34,7 +34,7 @@ def run(name, function, *args, **kwargs):
 
 @pytest.fixture(autouse=True)
 def short_chunks():
-    """Chunks of two tiles, so that a short sequence has several."""
+    """Use chunks of two tiles, so that a short sequence has several chunks."""
     with tuned(wkv_segment_tiles=2):
         yield
 
@@ -43,8 +43,8 @@ def normal(generator, *shape, dtype=torch.float64, scale=1.0):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
 
-def stretch(x, layout):
-    """The same values with other strides."""
+def with_layout(x, layout):
+    """Return the same values with other strides."""
     if layout == "slice of channels":
         return torch.cat([x + 1, x, x], -1)[..., x.shape[-1] : 2 * x.shape[-1]]
     if layout == "tokens first":
@@ -59,10 +59,10 @@ def stretch(x, layout):
 LAYOUTS = ["contiguous", "slice of channels", "tokens first", "channels first", "one row"]
 
 
-def make(
+def make_arguments(
     B, L, C, dtype=torch.float32, *, gate=False, state=False, masked=0.0, scale=1.0, layout="contiguous", ends=None, seed=0
 ):
-    """Arguments of wkv by name; parameters and state of the dtype the arithmetic is done in."""
+    """Return arguments of wkv by name. Parameters and state have the dtype in which the kernels compute."""
     g = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     a = dict(decay=normal(g, C, dtype=wide, scale=1.5) - 1, first=normal(g, C, dtype=wide))
@@ -73,7 +73,7 @@ def make(
     if gate:
         a["r"] = normal(g, B, L, C, dtype=dtype)
     for name in {"k", "v", "r"} & set(a):
-        a[name] = stretch(a[name], layout)
+        a[name] = with_layout(a[name], layout)
     if state:
         N = B if ends is None else len(ends) - 1
         a["ybar"], a["lse"] = normal(g, N, C, dtype=wide), normal(g, N, C, dtype=wide, scale=scale)
@@ -81,8 +81,8 @@ def make(
     return a
 
 
-def call(a, *, ends=None, log_decay=False, **flags):
-    """The outputs of wkv as a list, empty states as finite numbers that carry no gradient."""
+def call_wkv(a, *, ends=None, log_decay=False, **flags):
+    """Return the outputs of wkv as a list. The lse of an empty state is replaced by 0, which has no gradient."""
     state = (a["ybar"], a["lse"]) if "ybar" in a else None
     decay = dict(log_decay=a["decay"]) if log_decay else {}
     cu_seqlens = None if ends is None else torch.tensor(ends)
@@ -97,12 +97,12 @@ def call(a, *, ends=None, log_decay=False, **flags):
 
 
 def with_gradients(name, a, dtype=None, seed=1, used=None, **flags):
-    """(outputs, gradients by argument) for an upstream gradient that depends on the shapes alone."""
+    """Return (outputs, gradients by argument name). The upstream gradients depend only on the shapes."""
     leaves = {n: (t if dtype is None else t.to(dtype)).detach().requires_grad_() for n, t in a.items()}
     g = torch.Generator().manual_seed(seed)
 
     def both():
-        outputs = call(leaves, **flags)
+        outputs = call_wkv(leaves, **flags)
         loss = 0.0
         for i, (o, stored) in enumerate(zip(outputs, (a["k"].dtype, a["decay"].dtype, a["decay"].dtype))):
             if used is None or i in used:
@@ -118,7 +118,7 @@ def rms(x):
 
 
 def assert_output(got, want, what=""):
-    """Relative rms against float64; 16-bit storage at most 1.1 times what rounding the exact output costs."""
+    """Bound the rms error relative to float64. In 16 bits it may be 1.1 times the error of rounding the exact output."""
     assert got.shape == want.shape
     bound = {torch.float64: 1e-12, torch.float32: 2e-6}.get(got.dtype, 2e-6) * rms(want)
     if got.dtype in HALF:
@@ -127,8 +127,11 @@ def assert_output(got, want, what=""):
 
 
 def assert_gradient(got, want, terms, what, own_error=None):
-    """Beside the gradient itself, and beside ``terms``: what the sums in it hold, |g||v| over the tokens. Where these cancel,
-    four times ``own_error()`` besides: that of autograd through the reference in the arithmetic's own precision."""
+    """Assert that a gradient is close, relative to its largest element plus ``terms``.
+
+    ``terms`` is the size of the terms |g||v| that are added over the tokens. Where these terms cancel, four times
+    ``own_error()`` is allowed as well: the error of autograd through the reference in the dtype in which the kernels compute.
+    """
     assert got.shape == want.shape
     tolerance = {torch.float64: 1e-11, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[got.dtype]
     error = (got.double() - want).abs().max().item() if got.numel() else 0.0
@@ -136,7 +139,7 @@ def assert_gradient(got, want, terms, what, own_error=None):
     limit = tolerance * scale
     if error > limit and own_error is not None:
         limit += 4 * own_error()
-    assert error <= limit, f"gradient of {what}: {error:.2e} beside {scale:.2e}"
+    assert error <= limit, f"gradient of {what}: {error:.2e} relative to {scale:.2e}"
 
 
 def compare(name, a, dtype, used=None, **flags):
@@ -147,7 +150,7 @@ def compare(name, a, dtype, used=None, **flags):
         assert_output(got, exact, what)
     for n in a:
         tokens = a["k"].numel() / a["first"].numel() if n in ("decay", "first") else 1.0
-        if n == "decay":  # a sum over tokens of differences P a + Q b, where P and Q are themselves sums over tokens
+        if n == "decay":  # sums differences P a + Q b over the tokens, where P and Q are themselves sums over tokens
             tokens *= a["k"].shape[1]
         if n in ("ybar", "lse"):  # every token of the sequence sees the state
             tokens = a["k"].shape[1]
@@ -156,14 +159,14 @@ def compare(name, a, dtype, used=None, **flags):
             _, own = with_gradients("reference", a, used=used, **flags)
             return (own[n].double() - want_grads[n]).abs().max().item()
 
-        differences = n in ("k", "decay", "lse")  # dk = E (P v + Q) + ...: two carries that may cancel
+        differences = n in ("k", "decay", "lse")  # dk = E (P v + Q) + ... adds two sums that may cancel
         assert_gradient(grads[n], want_grads[n], 0.2 * math.sqrt(tokens) + 0.2, n, own_error if differences else None)
         assert grads[n].dtype == a[n].dtype
     assert not grads["k"][torch.isneginf(a["k"])].any()
 
 
-# Each compiles kernels of its own, so there are few: any two settings of an option meet, as far as they may.
-VARIANTS = [  # dtype, algorithm, and what is given or asked for
+# Each variant compiles its own kernels, so there are few variants. Together they combine most pairs of options.
+VARIANTS = [  # dtype, algorithm, options
     (torch.float32, "serial", ""),
     (torch.float32, "chunked", "gate state return_state"),
     (torch.float32, "auto", "gate packed log_decay return_state"),
@@ -182,7 +185,7 @@ VARIANTS = [  # dtype, algorithm, and what is given or asked for
 @pytest.mark.parametrize("dtype, algorithm, options", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_equals_reference(name, dtype, algorithm, options, data):
+def test_wkv_equals_the_reference(name, dtype, algorithm, options, data):
     gate, state, packed, both, log_decay, return_state = (
         word in options.split() for word in ("gate", "state", "packed", "both", "log_decay", "return_state")
     )
@@ -194,7 +197,7 @@ def test_equals_reference(name, dtype, algorithm, options, data):
         B, L = 1, ends[-1]
         if data.draw(st.booleans()):
             max_seqlen = dict(max_seqlen=max(lengths) + data.draw(st.integers(0, 3)))
-    a = make(
+    a = make_arguments(
         B, L, data.draw(st.sampled_from(DIMENSION)), dtype, gate=gate, state=state, ends=ends,
         masked=data.draw(st.sampled_from([0.0, 0.0, 0.3, 1.0])), scale=data.draw(st.sampled_from([1.0, 4.0, 20.0])),
         layout=data.draw(st.sampled_from(LAYOUTS)), seed=data.draw(st.integers(0, 99)),
@@ -209,9 +212,9 @@ def test_equals_reference(name, dtype, algorithm, options, data):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("both", [False, True])
-def test_small(name, algorithm, both):
-    """Everything at once, small enough for the interpreter."""
-    a = make(2, 40, 5, gate=True, state=not both, masked=0.2)
+def test_small_sequences_with_all_options_equal_the_reference(name, algorithm, both):
+    """Small enough to run in Triton's interpreter."""
+    a = make_arguments(2, 40, 5, gate=True, state=not both, masked=0.2)
     compare(name, a, torch.float32, bidirectional=both, return_state=not both, algorithm=algorithm)
 
 
@@ -220,17 +223,17 @@ def test_small(name, algorithm, both):
 @pytest.mark.parametrize(
     "kind, gate", [("plain", False), ("state", True), ("both", True), ("packed", False), ("packed both", True)]
 )
-def test_gradcheck(name, algorithm, kind, gate):
+def test_gradients_equal_finite_differences(name, algorithm, kind, gate):
     torch.use_deterministic_algorithms(False)
     both, ends = "both" in kind, [0, 3, 3, 40, 73] if "packed" in kind else None
-    a = make(1, 73, 2, torch.float64, gate=gate, state=kind == "state", ends=ends, seed=3)
+    a = make_arguments(1, 73, 2, torch.float64, gate=gate, state=kind == "state", ends=ends, seed=3)
     if kind == "state":
         a["lse"][:] = torch.tensor([0.3, -1.0], dtype=torch.float64)
     flags = dict(bidirectional=both, return_state=not both, ends=ends, algorithm=algorithm)
     names = list(a)
 
     def function(*tensors):
-        return tuple(call(dict(zip(names, tensors)), **flags))
+        return tuple(call_wkv(dict(zip(names, tensors)), **flags))
 
     with backend(name):
         tensors = [a[n].detach().requires_grad_() for n in names]
@@ -240,29 +243,34 @@ def test_gradcheck(name, algorithm, kind, gate):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("mean, deviation", [(0.0, 8.0), (50.0, 4.0)])
-def test_accuracy_of_slow_decay(name, algorithm, mean, deviation):
-    """L = 4096, time_decay -5: a running maximum that adds w to itself is off by 4e-4."""
+def test_slow_decay_is_accurate(name, algorithm, mean, deviation):
+    """L = 4096 and time_decay = -5. A running maximum that adds w at every token would have an error of 4e-4."""
     g = torch.Generator().manual_seed(0)
     a = dict(decay=torch.full((4,), -5.0), first=torch.randn(4, generator=g))
     a["k"] = (torch.randn(1, 4096, 4, generator=g) * deviation + mean).float()
     a["v"] = torch.randn(1, 4096, 4, generator=g)
-    (got,) = run(name, call, a, algorithm=algorithm)
-    (want,) = run("reference", call, {n: t.double() for n, t in a.items()})
+    (got,) = run(name, call_wkv, a, algorithm=algorithm)
+    (want,) = run("reference", call_wkv, {n: t.double() for n, t in a.items()})
     assert rms(got.double() - want) <= 1e-6 * rms(want)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @settings(max_examples=40)
 @given(data=st.data())
-def test_calm_tiles_and_others(algorithm, data):
-    """The CPU's two ways through a tile meet at limits of decay, bonus and rise of the keys; on both sides of each."""
+def test_both_kinds_of_tile_on_the_cpu_equal_the_reference(algorithm, data):
+    """The CPU chooses one of two paths for a tile by the decay, the bonus and the rise of the keys.
+
+    Test both sides of each limit.
+    """
     C, L = data.draw(st.sampled_from([1, 16, 23])), data.draw(st.sampled_from([7, 16, 40, 100]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
-    a = make(2, L, C, dtype, gate=data.draw(st.booleans()), state=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99)))
+    a = make_arguments(
+        2, L, C, dtype, gate=data.draw(st.booleans()), state=data.draw(st.booleans()), seed=data.draw(st.integers(0, 99))
+    )
     a["decay"] += data.draw(st.sampled_from([-4.0, 0.0, 2.0, 3.0]))
     a["first"] += data.draw(st.sampled_from([-8.0, 0.0, 7.5, 9.0]))
     a["k"] += data.draw(st.sampled_from([-60.0, 0.0, 40.0]))
-    for _ in range(data.draw(st.integers(0, 3))):  # from one token on, or at it alone
+    for _ in range(data.draw(st.integers(0, 3))):  # raise the keys from one token on, or at one token only
         t, rise = data.draw(st.integers(0, L - 1)), data.draw(st.sampled_from([-80.0, -24.0, 24.0, 28.0, 60.0]))
         a["k"][:, t : data.draw(st.sampled_from([t + 1, L]))] += rise
     a["k"][:, : data.draw(st.sampled_from([0, 0, 1, 5]))] = -math.inf
@@ -271,21 +279,21 @@ def test_calm_tiles_and_others(algorithm, data):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_extreme_keys(name, algorithm):
+def test_extreme_keys_stay_finite(name, algorithm):
     for both in (False, True):
-        a = make(1, 130, 17, scale=1e4, gate=True)
-        a["decay"][:4] = torch.tensor([-30.0, 5.0, 88.0, 100.0])  # w = -exp(100) is -inf
+        a = make_arguments(1, 130, 17, scale=1e4, gate=True)
+        a["decay"][:4] = torch.tensor([-30.0, 5.0, 88.0, 100.0])  # time_decay = 100 gives w = -exp(100) = -inf
         outputs, grads = with_gradients(name, a, bidirectional=both, algorithm=algorithm)
         assert all(t.isfinite().all() for t in (*outputs, *grads.values()))
-        (want,) = run("reference", call, {n: t.double() for n, t in a.items()}, bidirectional=both)
+        (want,) = run("reference", call_wkv, {n: t.double() for n, t in a.items()}, bidirectional=both)
         assert_output(outputs[0], want)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_nothing_visible(name, algorithm):
-    """All keys masked: output and gradients are 0, the state stays empty, or as it came, decayed."""
-    a = make(2, 70, 5, gate=True, masked=1.0)
+def test_masked_sequences_return_zero(name, algorithm):
+    """All keys are masked. Outputs and gradients are 0. An empty state stays empty, and a given state decays."""
+    a = make_arguments(2, 70, 5, gate=True, masked=1.0)
     for both in (False, True):
         outputs, grads = with_gradients(name, a, bidirectional=both, return_state=not both, algorithm=algorithm)
         assert not any(t.any() for t in (*outputs, *grads.values()))
@@ -299,24 +307,23 @@ def test_nothing_visible(name, algorithm):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_not_a_number(name, algorithm):
-    """A NaN reaches what the reference says it reaches."""
+def test_not_a_number_reaches_the_same_outputs_as_in_the_reference(name, algorithm):
     for both in (False, True):
         for where in ("k", "v", "r"):
-            a = make(1, 100, 3, gate=True)
+            a = make_arguments(1, 100, 3, gate=True)
             a[where][0, 40, 1] = math.nan
-            (got,), (want,) = (run(n, call, a, bidirectional=both, algorithm=algorithm) for n in (name, "reference"))
+            (got,), (want,) = (run(n, call_wkv, a, bidirectional=both, algorithm=algorithm) for n in (name, "reference"))
             assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
 
 
-# --- laws -------------------------------------------------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @settings(max_examples=15)
 @given(cuts=st.lists(st.integers(0, 150), max_size=4), algorithm=st.sampled_from(ALGORITHMS), seed=st.integers(0, 9))
 def test_slices_equal_one_pass(name, cuts, algorithm, seed):
-    a = make(2, 150, 9, torch.float64, state=True, seed=seed)
+    a = make_arguments(2, 150, 9, torch.float64, state=True, seed=seed)
     bounds = [0, *sorted(cuts), 150]
 
     def slices(a):
@@ -329,7 +336,7 @@ def test_slices_equal_one_pass(name, cuts, algorithm, seed):
         return torch.cat(parts, 1), *state
 
     found = []
-    for function in (slices, lambda a: call(a, return_state=True)):
+    for function in (slices, lambda a: call_wkv(a, return_state=True)):
         leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
         outputs = run(name, function, leaves)
         g = torch.Generator().manual_seed(5)
@@ -344,21 +351,21 @@ def test_slices_equal_one_pass(name, cuts, algorithm, seed):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_permuting_the_batch(name, algorithm):
-    a = make(5, 70, 19, gate=True, state=True)
+def test_permuting_the_batch_permutes_the_outputs(name, algorithm):
+    a = make_arguments(5, 70, 19, gate=True, state=True)
     order = torch.tensor([3, 1, 4, 0, 2])
     b = {n: t if t.dim() == 1 else t[order] for n, t in a.items()}
-    one, two = (run(name, call, x, return_state=True, algorithm=algorithm) for x in (a, b))
+    one, two = (run(name, call_wkv, x, return_state=True, algorithm=algorithm) for x in (a, b))
     assert all(torch.equal(o[order], t) for o, t in zip(one, two))
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("both", [False, True])
-def test_translating_the_keys(name, both):
-    """k + c leaves y and adds c to lse; c a power of two above all keys' spacing, so that k + c is exact in float64."""
-    a = make(2, 90, 7, torch.float64)
+def test_adding_a_constant_to_the_keys_only_shifts_lse(name, both):
+    """Adding c to all keys leaves y unchanged and adds c to lse. c is a power of two, so k + c is exact in float64."""
+    a = make_arguments(2, 90, 7, torch.float64)
     one, two = (
-        run(name, call, {**a, "k": a["k"] + c}, bidirectional=both, return_state=not both) for c in (0.0, 8.0)
+        run(name, call_wkv, {**a, "k": a["k"] + c}, bidirectional=both, return_state=not both) for c in (0.0, 8.0)
     )  # fmt: skip
     torch.testing.assert_close(one[0], two[0], rtol=1e-11, atol=1e-12)
     if not both:
@@ -367,29 +374,32 @@ def test_translating_the_keys(name, both):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_causality(name, algorithm):
-    a = make(1, 100, 6)
+def test_later_tokens_do_not_change_earlier_outputs(name, algorithm):
+    a = make_arguments(1, 100, 6)
     b = {n: t.clone() for n, t in a.items()}
-    cut = 64  # a tile's edge at every size: the tokens of a tile share an exponent, so that later keys change how they round
+    # the edge of a tile for every tile size: tokens of one tile share an exponent, so a later key in the tile changes rounding
+    cut = 64
     b["k"][:, cut:] += 30
     b["v"][:, cut:] = -7
-    (one,), (two,) = (run(name, call, x, algorithm=algorithm) for x in (a, b))
+    (one,), (two,) = (run(name, call_wkv, x, algorithm=algorithm) for x in (a, b))
     assert torch.equal(one[:, :cut], two[:, :cut]) and not torch.equal(one[:, cut:], two[:, cut:])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_bidirectional_is_both_directions_less_the_token_counted_twice(name):
-    """In sums: N = N_left + N_right - e^(u+k) v, and the flipped sequence gives the flipped output."""
-    a = make(1, 50, 3, torch.float64)
+def test_bidirectional_adds_both_directions_and_counts_the_token_once(name):
+    """The numerator is N = N_left + N_right + e^(u+k) v. The flipped sequence gives the flipped output."""
+    a = make_arguments(1, 50, 3, torch.float64)
     flipped = {n: t.flip(1) if t.dim() == 3 else t for n, t in a.items()}
-    (both,), (back,) = run(name, call, a, bidirectional=True), run(name, call, flipped, bidirectional=True)
+    (both,), (back,) = run(name, call_wkv, a, bidirectional=True), run(name, call_wkv, flipped, bidirectional=True)
     torch.testing.assert_close(both, back.flip(1), rtol=1e-11, atol=1e-12)
 
-    def sums(a):  # (D, N) at each token, from the state before it
+    def sums(a):  # the denominators D and numerators N at each token, from the state before it
         D, N = [], []
         for t in range(50):
             one = {n: x[:, :t] if x.dim() == 3 else x for n, x in a.items()}
-            _, ybar, lse = run(name, call, one, return_state=True) if t else (0, torch.zeros(1, 3), torch.full((1, 3), -1e9))
+            _, ybar, lse = (
+                run(name, call_wkv, one, return_state=True) if t else (0, torch.zeros(1, 3), torch.full((1, 3), -1e9))
+            )
             D.append(lse.double().exp())
             N.append(ybar * lse.double().exp())
         return torch.stack(D, 1), torch.stack(N, 1)
@@ -402,9 +412,9 @@ def test_bidirectional_is_both_directions_less_the_token_counted_twice(name):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_packed_equals_separate(name, algorithm, index):
+def test_packed_sequences_equal_separate_calls(name, algorithm, index):
     ends = [0, 33, 33, 34, 130]
-    a = make(1, 130, 18, torch.float64, gate=True, state=True, ends=ends)
+    a = make_arguments(1, 130, 18, torch.float64, gate=True, state=True, ends=ends)
     cu_seqlens = torch.tensor(ends, dtype=index)
     y, (ybar, lse) = run(
         name, wkv, a["decay"], a["first"], a["k"], a["v"], r=a["r"], state=(a["ybar"], a["lse"]), return_state=True,
@@ -422,20 +432,21 @@ def test_packed_equals_separate(name, algorithm, index):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_masked_tokens_are_removed_but_for_the_decay(name, algorithm):
-    """Without decay a masked token might as well not be there; with it, it still lets time pass."""
-    a = make(1, 120, 4, torch.float64)
+def test_masked_tokens_only_let_time_pass(name, algorithm):
+    """Without decay, removing a masked token changes nothing. With decay, a masked token still ages the tokens before it."""
+    a = make_arguments(1, 120, 4, torch.float64)
     a["decay"] = torch.zeros(4, dtype=torch.float64)
     hidden = torch.arange(120) % 3 == 1
     a["k"][:, hidden] = -math.inf
     kept = {n: t[:, ~hidden] if t.dim() == 3 else t for n, t in a.items()}
     for both in (False, True):
         flags = dict(log_decay=True, bidirectional=both, algorithm=algorithm)
-        (one,), (two,) = run(name, call, a, **flags), run(name, call, kept, **flags)
+        (one,), (two,) = run(name, call_wkv, a, **flags), run(name, call_wkv, kept, **flags)
         torch.testing.assert_close(one[:, ~hidden], two, rtol=1e-11, atol=1e-12)
     a["decay"] -= 0.5
-    spread = kept["k"] - 0.5 * torch.arange(120, dtype=torch.float64)[~hidden].flip(0).reshape(1, -1, 1)  # age at the end
-    _, _, lse = run(name, call, a, log_decay=True, return_state=True, algorithm=algorithm)
+    # each key minus its decay until the end
+    spread = kept["k"] - 0.5 * torch.arange(120, dtype=torch.float64)[~hidden].flip(0).reshape(1, -1, 1)
+    _, _, lse = run(name, call_wkv, a, log_decay=True, return_state=True, algorithm=algorithm)
     torch.testing.assert_close(
         lse, (spread - 0.5 * (119 - torch.arange(120)[~hidden].max())).logsumexp(1), rtol=1e-9, atol=1e-9
     )
@@ -444,7 +455,7 @@ def test_masked_tokens_are_removed_but_for_the_decay(name, algorithm):
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_parameter_gradients_repeat_bit_for_bit(name, algorithm):
-    a = make(3, 300, 40, gate=True)
+    a = make_arguments(3, 300, 40, gate=True)
     found, before = [], torch.get_num_threads()
     for threads in (1, 2, 1):
         torch.set_num_threads(threads)
@@ -457,8 +468,8 @@ def test_parameter_gradients_repeat_bit_for_bit(name, algorithm):
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
-def test_long_sequences(name, algorithm):
-    """L = 65,536, checked at the end against a sum over the tokens that still count there."""
+def test_long_sequences_equal_a_softmax(name, algorithm):
+    """L = 65,536. Compare the last output and the final state with a softmax over all tokens."""
     g = torch.Generator().manual_seed(0)
     L, C = 65536, 3
     w, u = torch.tensor([-1e-4, -0.01, 0.0]), torch.randn(C, generator=g)
@@ -476,22 +487,22 @@ def test_long_sequences(name, algorithm):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_offsets_beyond_31_bits(name):
-    torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
+def test_offsets_beyond_31_bits_are_read(name):
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill the memory between the tokens
     stride = (1 << 30) + 64
     memory = torch.empty(2 * stride + 64, dtype=torch.bfloat16)
     k = memory.as_strided((1, 3, 20), (0, stride, 1))
-    a = make(1, 3, 20, torch.bfloat16)
+    a = make_arguments(1, 3, 20, torch.bfloat16)
     k.copy_(a["k"])
-    (got,) = run(name, call, {**a, "k": k})
-    assert torch.equal(got, run(name, call, a)[0])
+    (got,) = run(name, call_wkv, {**a, "k": k})
+    assert torch.equal(got, run(name, call_wkv, a)[0])
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_empty(name):
+def test_empty_tensors_give_empty_results(name):
     with backend(name):
         for B, L, C in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-            a = make(B, L, C, state=True, gate=True)
+            a = make_arguments(B, L, C, state=True, gate=True)
             outputs, grads = with_gradients_of_empty(a)
             seen = torch.isfinite(a["lse"])
             assert outputs[0].shape == (B, L, C) and torch.equal(outputs[2], a["lse"])
@@ -520,8 +531,8 @@ def with_gradients_of_empty(a):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_upstream_gradients_of_any_strides(name):
-    a = make(2, 40, 20, gate=True)
+def test_upstream_gradients_may_have_any_strides(name):
+    a = make_arguments(2, 40, 20, gate=True)
     for upstream in (
         torch.ones(()).expand(2, 40, 20),
         torch.randn(20).expand(2, 40, 20),
@@ -535,7 +546,7 @@ def test_upstream_gradients_of_any_strides(name):
         for which in (name, "reference"):
             leaves = {n: t.detach().clone().requires_grad_() for n, t in a.items()}
             with backend(which):
-                call(leaves)[0].backward(upstream)
+                call_wkv(leaves)[0].backward(upstream)
             found.append({n: t.grad for n, t in leaves.items()})
         for n in a:
             torch.testing.assert_close(found[0][n], found[1][n], rtol=1e-4, atol=1e-4)
@@ -548,8 +559,8 @@ def test_upstream_gradients_of_any_strides(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("gate", [False, True])
 def test_steps_equal_one_pass(name, dtype, gate):
-    a = make(3, 60, 20, dtype, gate=gate)
-    want, _, lse = run("reference", call, {n: t.double() for n, t in a.items()}, return_state=True)
+    a = make_arguments(3, 60, 20, dtype, gate=gate)
+    want, _, lse = run("reference", call_wkv, {n: t.double() for n, t in a.items()}, return_state=True)
     wide = a["decay"].dtype
     state, in_place = None, (torch.zeros(3, 20, dtype=wide), torch.full((3, 20), -math.inf, dtype=wide))
     for t in range(60):
@@ -565,8 +576,8 @@ def test_steps_equal_one_pass(name, dtype, gate):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_step_gradients(name):
-    a = make(2, 1, 6, torch.float64, gate=True, state=True)
+def test_gradients_of_a_step_equal_finite_differences(name):
+    a = make_arguments(2, 1, 6, torch.float64, gate=True, state=True)
     a["lse"] = a["lse"].clamp_min(-2)
     names = list(a)
 
@@ -583,8 +594,8 @@ def test_step_gradients(name):
 
 
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
-def test_step_in_place_refuses_gradients_and_writes_where_it_is_told(name):
-    a = make(2, 1, 6)
+def test_step_in_place_refuses_gradients_and_writes_to_strided_states(name):
+    a = make_arguments(2, 1, 6)
     now = a["decay"], a["first"], a["k"][:, 0], a["v"][:, 0]
     with backend(name):
         state = torch.zeros(2, 6), torch.full((2, 6), -math.inf)
@@ -602,8 +613,8 @@ def test_step_in_place_refuses_gradients_and_writes_where_it_is_told(name):
         assert wkv_step_(now[0], now[1], now[2][:0], now[3][:0], [s[:0] for s in state]).shape == (0, 6)
 
 
-def test_operator_in_place_refuses_gradients():
-    a = make(2, 1, 6)
+def test_the_in_place_operator_refuses_gradients():
+    a = make_arguments(2, 1, 6)
     args = (
         a["k"][:, 0].clone().requires_grad_(),
         a["v"][:, 0],
@@ -617,9 +628,9 @@ def test_operator_in_place_refuses_gradients():
         torch.ops.sdit_kernels.wkv_step_(*args, True, "cpu")
 
 
-def test_states_of_rwkv():
-    """RWKV's own recurrence, three numbers a channel, against ours."""
-    a = make(2, 9, 5, torch.float64)
+def test_states_convert_from_and_to_those_of_rwkv():
+    """Compare with RWKV's own recurrence, which keeps three numbers per channel."""
+    a = make_arguments(2, 9, 5, torch.float64)
     w, u = -a["decay"].exp(), a["first"]
     aa, bb, pp = *torch.zeros(2, 2, 5).double(), torch.full((2, 5), -1e38, dtype=torch.float64)
     assert all(torch.equal(x, y) for x, y in zip(wkv_state_to_rwkv(*wkv_state_from_rwkv(aa, bb, pp)), (aa, bb, pp)))
@@ -640,7 +651,7 @@ def test_states_of_rwkv():
     assert torch.autograd.gradcheck(lambda *s: wkv_state_to_rwkv(*wkv_state_from_rwkv(*s)), state)
 
 
-# --- what is kept for the backward pass ---------------------------------------------------------------------------------------
+# --- memory saved for the backward pass ---------------------------------------------------------------------------------------
 
 
 def saved(function):
@@ -653,12 +664,12 @@ def saved(function):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_saved_bytes(name):
-    """k, v, r, the small tensors, and one scan state for every tile of tokens."""
+def test_saved_bytes_are_inputs_and_one_state_per_tile(name):
+    """Saved are k, v, r, the small tensors and one scan state for every tile of tokens."""
     with backend(name):
         for dtype in (torch.float32, torch.bfloat16):
             B, L, C = 2, 100, 20
-            a = make(B, L, C, dtype, gate=True, state=True)
+            a = make_arguments(B, L, C, dtype, gate=True, state=True)
             leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
             inputs, tiles = sum(t.nbytes for t in a.values()), 3 * B * -(-L // current().wkv_checkpoint_tokens) * C * 4
 
@@ -668,8 +679,8 @@ def test_saved_bytes(name):
             assert saved(lambda leaves=leaves: everything(**leaves)) == inputs + tiles
             alone = {n: leaves[n] for n in ("decay", "first", "k", "v")}
             inputs = sum(t.nbytes for t in alone.values())
-            assert saved(lambda alone=alone: call(alone)) == inputs + tiles
-            assert saved(lambda alone=alone: call(alone, bidirectional=True)) == inputs + 2 * tiles
+            assert saved(lambda alone=alone: call_wkv(alone)) == inputs + tiles
+            assert saved(lambda alone=alone: call_wkv(alone, bidirectional=True)) == inputs + 2 * tiles
 
 
 # --- errors -------------------------------------------------------------------------------------------------------------------
@@ -740,7 +751,7 @@ BAD = [
 
 @pytest.mark.parametrize("kind, message, wrong", BAD, ids=range(len(BAD)))
 @pytest.mark.parametrize("name", ["cpu", "reference"])
-def test_errors(kind, message, wrong, name):
+def test_wrong_arguments_are_refused(kind, message, wrong, name):
     with backend(name), pytest.raises(kind, match=message):
         wrong()
 
@@ -759,7 +770,7 @@ def network(w, u, x):
     return y.sum() + out.sum() + wkv(w, u, v, k, bidirectional=True).square().sum()
 
 
-def test_compile():
+def test_compiled_equals_eager():
     torch.compiler.reset()
     compiled = torch.compile(network, fullgraph=True)
     w, u = torch.randn(5), torch.randn(5)
@@ -773,14 +784,14 @@ def test_compile():
 
 
 @pytest.mark.parametrize("options", [dict(), dict(backend="aot_eager")], ids=str)
-def test_compile_decoding(options):
-    """The step in place, under the compiler: a loop of decoding with fixed memory; and packed sequences."""
+def test_a_compiled_decoding_loop_and_packed_sequences_equal_eager(options):
+    """A decoding loop uses the in-place step with fixed memory."""
     torch.compiler.reset()
 
     def decode(w, u, k, v, ybar, lse):
         return wkv_step_(w, u, k, v, (ybar, lse))
 
-    a = make(2, 4, 5)
+    a = make_arguments(2, 4, 5)
     compiled, states = torch.compile(decode, fullgraph=True, **options), []
     for function in (decode, compiled):
         state = torch.zeros(2, 5), torch.full((2, 5), -math.inf)
@@ -792,12 +803,12 @@ def test_compile_decoding(options):
     assert torch.equal(pack(PACKED + 1, cu), wkv(P, P, PACKED + 1, PACKED + 1, cu_seqlens=cu))
 
 
-def test_export():
+def test_export_takes_any_batch_and_length():
     class Net(torch.nn.Module):
         def forward(self, w, u, k):
             return wkv(w, u, k, k, return_state=True)
 
-    a = make(3, 40, 5)
+    a = make_arguments(3, 40, 5)
     w, u, k = a["decay"], a["first"], a["k"]
     shapes = {"w": None, "u": None, "k": {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}}
     program = torch.export.export(Net(), (w, u, k), dynamic_shapes=shapes)
@@ -808,12 +819,12 @@ def test_export():
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_vmap_and_grad(name):
+def test_vmap_and_grad_equal_a_loop(name):
     from torch.func import grad, vmap
 
-    a = make(4, 33, 6, torch.float64)
+    a = make_arguments(4, 33, 6, torch.float64)
     w, u, k = a["decay"], a["first"], a["k"]
-    k = torch.stack([k, k.flip(0), k + 1])  # (3, B, L, C)
+    k = torch.stack([k, k.flip(0), k + 1])
     ws = torch.stack([w, w + 1, w - 1])
     state = k[:, :, 0].contiguous(), k[:, :, 1].contiguous()
 
@@ -869,7 +880,7 @@ def test_autocast_runs_fused(dtype):
     assert "sdit_kernels::wkv" in {event.name for event in profile.events()}
 
 
-def test_fake_and_meta_tensors():
+def test_fake_and_meta_tensors_get_shapes():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode() as mode:
@@ -883,20 +894,20 @@ def test_fake_and_meta_tensors():
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_backward_without_a_kept_checkpoint(keep):
-    """An operator called by hand, as an exported program calls it: the states are computed again."""
-    a = make(2, 70, 5)
+def test_the_backward_pass_works_without_a_checkpoint(keep):
+    """Call the operator directly, as an exported program does. Without a checkpoint the backward pass recomputes the states."""
+    a = make_arguments(2, 70, 5)
     leaves = {n: t.detach().requires_grad_() for n, t in a.items()}
     out = torch.ops.sdit_kernels.wkv(
         leaves["k"], leaves["v"], None, leaves["decay"], leaves["first"], None, None, None, 0, True, False, False, keep,
         "serial", "cpu",
     )[0]  # fmt: skip
     got = torch.autograd.grad(out.sum(), list(leaves.values()))
-    want = torch.autograd.grad(call(leaves)[0].sum(), list(leaves.values()))
+    want = torch.autograd.grad(call_wkv(leaves)[0].sum(), list(leaves.values()))
     assert all(torch.equal(x, y) for x, y in zip(got, want))
 
 
-def test_docstrings():
+def test_docstring_examples_run():
     import doctest
 
     result = doctest.testmod(sys.modules["sdit_kernels.ops.wkv"])
@@ -909,9 +920,11 @@ assert reference.wkv is not sdit_kernels.wkv
 @pytest.mark.parametrize("name", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("raw", [False, True])
-def test_infinite_parameters(name, algorithm, raw):
-    """-inf as log_decay (+inf as time_decay) is the limit: a token sees itself and the nearest key before it; as time_decay it
-    is no decay. As time_first: the token does not see itself."""
+def test_infinite_parameters_give_the_limit(name, algorithm, raw):
+    """A log_decay of -inf (time_decay of +inf) lets a token see itself and the nearest key before it.
+
+    A time_decay of -inf means no decay. With a time_first of -inf a token does not see itself.
+    """
     v = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]).reshape(1, 5, 1).expand(1, 5, 3).contiguous()
     k = torch.zeros(1, 5, 3)
     k[:, 1], k[:, 3:] = -math.inf, -math.inf
@@ -936,7 +949,10 @@ def test_infinite_parameters(name, algorithm, raw):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("both", [False, True])
 def test_steepest_decay_over_masked_keys(name, algorithm, both):
-    """Gradients where a tile of masked tokens alone reads one key: exponents of 1e20 must not leave their rounding behind."""
+    """Gradients are correct where only one token of the masked tile is visible.
+
+    Exponents of 1e20 must not leave rounding errors.
+    """
     k, v, g = (torch.randn(2, 21, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     k[:, 3:5], k[1, 15:] = -math.inf, -math.inf
     u, w = torch.randn(6, generator=torch.Generator().manual_seed(3)), torch.full((6,), -1e20)

@@ -1,4 +1,4 @@
-"""The Triton launchers of WKV against the reference in float64: values, all gradients, memory, accuracy."""
+"""Compare the Triton launchers of WKV with the reference in float64: values, all gradients, memory and accuracy."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ SERIAL, CHUNKED = "serial", "chunked"
 
 @pytest.fixture(autouse=True)
 def short_chunks():
-    """A few tiles a chunk even of small tensors."""
+    """Use few tiles per chunk, so that small tensors have several chunks."""
     with tuned(wkv_busy_threads=96):
         yield
 
@@ -36,7 +36,7 @@ def state_type(dtype):
 
 
 def inputs(B, L, C, dtype=torch.float32, gate=False, state=False, final=True, cut=None, seed=0, scale=2.0, masked=0.0):
-    """Named tensors of one call. ``cut``: ends of packed sequences; final: whether the final state has a gradient."""
+    """Return the named tensors of one call. ``cut``: ends of packed sequences. ``final``: the final state has a gradient."""
     random = torch.Generator().manual_seed(seed)
     wide = state_type(dtype)
 
@@ -57,7 +57,7 @@ def inputs(B, L, C, dtype=torch.float32, gate=False, state=False, final=True, cu
 
 
 def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True, out=None):
-    """(out, ybar, lse, checkpoint) of the launcher; outputs start as NaN. ``out``: where to."""
+    """Launch the forward pass and return (out, ybar, lse, checkpoint). Outputs start as NaN. ``out`` may be given."""
     B, L, C = x["k"].shape
     packed = None if x["cu"] is None else x["cu"].numel() - 1
     wide, device = x["w"].dtype, x["k"].device
@@ -76,7 +76,7 @@ def forward(x, algorithm, bidirectional=False, max_seqlen=0, keep=True, out=None
 
 
 def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0, into=()):
-    """{name: gradient} of the launcher. ``into``: where those of some names go."""
+    """Launch the backward pass and return {name: gradient}. ``into`` holds given outputs by name."""
     names = "k", "v", "r", "w", "u", "ybar", "lse"
     nan = {n: None if x[n] is None else torch.full_like(x[n], math.nan) for n in names}
     nan |= {n: t.fill_(math.nan) for n, t in dict(into).items()}
@@ -88,7 +88,7 @@ def backward(x, checkpoint, algorithm, bidirectional=False, max_seqlen=0, into=(
 
 
 def expected(x, bidirectional=False):
-    """((out, ybar, lse), {name: gradient}) of the reference in float64."""
+    """Return ((out, ybar, lse), {name: gradient}) of the reference in float64."""
     t = {n: None if t is None or n == "cu" else t.double().requires_grad_() for n, t in x.items()}
     out, state = definition(
         None, t["u"], t["k"], t["v"], r=t["r"], state=None if t["ybar"] is None else (t["ybar"], t["lse"]),
@@ -97,7 +97,7 @@ def expected(x, bidirectional=False):
     loss = 0.0
     for o, g in zip((out, *state), (t["g"], t["g_ybar"], t["g_lse"])):
         if g is not None:
-            seen = o > -math.inf  # a gradient of log 0 is none
+            seen = o > -math.inf  # an empty state has lse = log 0, which has no gradient
             loss = loss + (torch.where(seen, o, 0.0) * g.detach()).sum()
     names = [n for n in ("k", "v", "r", "ybar", "lse", "w", "u") if t[n] is not None]
     found = torch.autograd.grad(loss, [t[n] for n in names], allow_unused=True, materialize_grads=True)
@@ -105,7 +105,7 @@ def expected(x, bidirectional=False):
 
 
 def assert_close(got, want, tolerance, what, scale=0.0):
-    """Beside the greatest element; NaN where the reference has none fails."""
+    """Assert that values are close relative to the largest element. NaN is accepted only where the reference has NaN."""
     finite = want[want.abs() < math.inf]
     scale = max(scale, finite.abs().max().item() if finite.numel() else 0.0, 1e-3)
     torch.testing.assert_close(
@@ -123,12 +123,12 @@ def compare(x, algorithm, bidirectional=False, max_seqlen=0):
         assert_close(got, want, bound, name)
     product = wanted["v"].abs().max().item() * max(1.0, x["v"].abs().max().item())
     for name, want in wanted.items():
-        sums = name in ("w", "u")  # over tokens: terms may cancel
+        sums = name in ("w", "u")  # sums over tokens, whose terms may cancel
         scale = product * math.sqrt(x["k"].shape[0] * x["k"].shape[1]) if sums else product
         assert_close(found[name], want, tolerance if found[name].dtype == x["k"].dtype else states, f"d {name}", scale)
 
 
-# Every setting compiles kernels of its own, and so does a size of 1: few settings, and sizes of 1 by themselves.
+# Each variant compiles its own kernels, and so does a size of 1. So there are few variants, and sizes of 1 have a test.
 LENGTHS, CHANNELS = [2, 3, 4, 5, 8, 9, 31, 40], [7, 8, 9, 17]
 VARIANTS = [  # dtype, gate, state, gradient of the final state, bidirectional, algorithm
     (torch.float32, False, False, False, False, SERIAL),
@@ -143,7 +143,7 @@ VARIANTS = [  # dtype, gate, state, gradient of the final state, bidirectional, 
 @pytest.mark.parametrize("dtype, gate, state, final, bidirectional, algorithm", VARIANTS, ids=str)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_values_and_gradients(dtype, gate, state, final, bidirectional, algorithm, data):
+def test_values_and_gradients_equal_the_reference(dtype, gate, state, final, bidirectional, algorithm, data):
     x = inputs(
         data.draw(st.integers(2, 3)), data.draw(st.sampled_from(LENGTHS)), data.draw(st.sampled_from(CHANNELS)), dtype,
         gate=gate, state=state, final=final, seed=data.draw(st.integers(0, 99)),
@@ -154,7 +154,7 @@ def test_values_and_gradients(dtype, gate, state, final, bidirectional, algorith
 
 @pytest.mark.parametrize("B, L, C", [(1, 1, 1), (2, 1, 9), (1, 9, 7), (2, 5, 1)])
 @pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, True)])
-def test_sizes_of_one(B, L, C, algorithm, bidirectional):
+def test_sizes_of_one_equal_the_reference(B, L, C, algorithm, bidirectional):
     compare(inputs(B, L, C, gate=True, final=not bidirectional), algorithm, bidirectional)
 
 
@@ -170,8 +170,8 @@ def test_sizes_of_one(B, L, C, algorithm, bidirectional):
 )
 @settings(max_examples=8)
 @given(data=st.data())
-def test_packed(gate, state, bidirectional, index, known, algorithm, data):
-    """``known``: whether the launcher is told the greatest length."""
+def test_packed_sequences_equal_the_reference(gate, state, bidirectional, index, known, algorithm, data):
+    """``known``: the launcher is given the length of the longest sequence."""
     lengths = data.draw(st.lists(st.sampled_from([0, 1, 3, 4, 5, 8, 21]), min_size=1, max_size=6))
     lengths[0] = lengths[0] or 2
     cut = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -182,20 +182,20 @@ def test_packed(gate, state, bidirectional, index, known, algorithm, data):
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("gate, state, bidirectional", [(True, True, False), (False, False, True)])
-def test_small(algorithm, gate, state, bidirectional):
-    """Every kernel, small enough for the interpreter."""
+def test_small_sequences_equal_the_reference(algorithm, gate, state, bidirectional):
+    """Every kernel runs. The sizes are small enough for Triton's interpreter."""
     compare(inputs(1, 40, 3, gate=gate, state=state, final=state), algorithm, bidirectional)
 
 
 @pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, False), (CHUNKED, True)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_types(algorithm, dtype, bidirectional):
+def test_other_dtypes_equal_the_reference(algorithm, dtype, bidirectional):
     one = not bidirectional
     compare(inputs(2, 21, 5, dtype, gate=True, state=one, final=one), algorithm, bidirectional)
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
-def test_only_one_upstream_gradient(algorithm):
+def test_a_single_upstream_gradient_is_enough(algorithm):
     for given_ in ("g", "g_ybar", "g_lse"):
         x = inputs(2, 21, 5, state=True)
         for name in {"g", "g_ybar", "g_lse"} - {given_}:
@@ -204,8 +204,8 @@ def test_only_one_upstream_gradient(algorithm):
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
-def test_strides(algorithm):
-    """Slices of one fused Linear, tokens first, expanded gradients, every other channel."""
+def test_any_strides_equal_the_reference(algorithm):
+    """Slices of one fused Linear, tokens first, every other channel, and expanded gradients."""
     x = inputs(2, 21, 5, gate=True)
     want, wanted = expected(x)
     fused = torch.cat([x["k"], x["v"], x["r"]], -1)
@@ -222,8 +222,11 @@ def test_strides(algorithm):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_extreme_keys_and_masks(bidirectional):
-    """+-1e4 stay finite; what is masked has no gradient; where nothing is visible the output is 0, with no gradient."""
+def test_extreme_and_masked_keys_have_finite_results(bidirectional):
+    """Keys of +-1e4 give finite results.
+
+    Masked tokens have gradient 0. Where no token is visible, outputs and gradients are 0.
+    """
     for algorithm in (SERIAL, CHUNKED):
         x = inputs(2, 21, 6, final=False, scale=1.0)
         sign = torch.randn(2, 21, 6, generator=torch.Generator().manual_seed(1)).sign()
@@ -243,9 +246,11 @@ def test_extreme_keys_and_masks(bidirectional):
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cut", [None, [0, 21, 21, 42]])
-def test_not_a_number(algorithm, bidirectional, cut):
-    """A NaN spoils its channel of its sequence from its token on (bidirectional: all of it), as in the reference. All others,
-    and their gradients, keep every bit."""
+def test_not_a_number_changes_only_its_own_channel(algorithm, bidirectional, cut):
+    """A NaN reaches the later tokens of its channel and sequence (bidirectional: all tokens), as in the reference.
+
+    All other outputs and gradients stay equal bit for bit.
+    """
 
     def others(t):
         t = t.clone()
@@ -269,14 +274,14 @@ def test_not_a_number(algorithm, bidirectional, cut):
 
 @pytest.mark.parametrize("decay", [-math.inf, -1e4, -20.0, 0.0, 3.0])
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_decays(decay, bidirectional):
+def test_extreme_decays_equal_the_reference(decay, bidirectional):
     for algorithm in (SERIAL, CHUNKED):
         x = inputs(1, 21, 6, final=False)
         compare(x | {"w": torch.full_like(x["w"], decay)}, algorithm, bidirectional)
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
-def test_two_slices_are_one_pass(algorithm):
+def test_two_slices_equal_one_call(algorithm):
     x = inputs(2, 40, 5, torch.float64, state=True)
     whole = forward(x, algorithm)
     for at in (1, 16, 21):
@@ -287,7 +292,7 @@ def test_two_slices_are_one_pass(algorithm):
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_repeats_bit_for_bit(bidirectional):
+def test_results_repeat_bit_for_bit(bidirectional):
     for algorithm in (SERIAL, CHUNKED):
         x = inputs(2, 40, 9, gate=True, final=not bidirectional)
         runs = []
@@ -296,13 +301,14 @@ def test_repeats_bit_for_bit(bidirectional):
             runs.append([*outputs, *backward(x, checkpoint, algorithm, bidirectional).values()])
         assert all(torch.equal(a, b) for a, b in zip(*runs))
         without = forward(x, algorithm, bidirectional, keep=False)
-        assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], without[:3]))  # the checkpoint changes nothing
+        # saving a checkpoint does not change the outputs
+        assert all(torch.equal(a, b) for a, b in zip(runs[0][:3], without[:3]))
 
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("cut", [None, [0, 5, 5, 21]])
-def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
+def test_a_launcher_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
     x = inputs(1 if cut else 2, 21, 9, gate=True, state=not bidirectional, final=not bidirectional, cut=cut)
     N = 2 if cut is None else 3
     rows = layout.wkv_rows(*x["k"].shape[:2], N if cut else None, current().wkv_checkpoint_tokens)
@@ -328,13 +334,15 @@ def test_writes_its_outputs_and_nothing_else(algorithm, bidirectional, cut):
 
 @pytest.mark.parametrize("algorithm, bidirectional", [(SERIAL, False), (CHUNKED, False), (SERIAL, True)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_offsets_beyond_31_bits(algorithm, bidirectional, packed):
-    """Tokens lie so far apart that the second of two sequences starts, and goes on for, more than 2^31 elements: as if side by
-    side. Of the memory between, nothing is touched."""
-    torch.use_deterministic_algorithms(False)  # it would fill, and so touch, the memory that lies between
+def test_offsets_beyond_31_bits_give_the_same_results(algorithm, bidirectional, packed):
+    """Tokens lie so far apart that the second sequence starts behind 2^31 elements and covers more than 2^31 elements.
+
+    The memory between the tokens is not touched.
+    """
+    torch.use_deterministic_algorithms(False)  # deterministic mode would fill the memory between the tokens
     n, names = current().wkv_checkpoint_tokens + 1, ("k", "v", "r", "g", "out", "dk", "dv", "dr")
     L = 2 * n + 1
-    device = "cuda" if native_triton.setup() == "gpu" else "cpu"  # too much to carry there at each launch
+    device = "cuda" if native_triton.setup() == "gpu" else "cpu"  # the memory is too large to copy to the device at each launch
     stride = -(-(1 << 31) // (n * 128)) * 128
     try:
         memory = torch.empty((L - 1) * stride + 128, dtype=torch.bfloat16, device=device)
@@ -357,8 +365,8 @@ def test_offsets_beyond_31_bits(algorithm, bidirectional, packed):
 
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
 @pytest.mark.parametrize("mean, deviation", [(0.0, 8.0), (50.0, 4.0)])
-def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation):
-    """Relative rms <= 1e-6 in float32 at L = 4096, time_decay = -5."""
+def test_a_long_scan_with_slow_decay_is_accurate(algorithm, mean, deviation):
+    """The relative rms error is at most 1e-6 in float32 for L = 4096 and time_decay = -5."""
     if native_triton.setup() == "interpreter":
         pytest.skip("too slow in the interpreter")
     x = inputs(1, 4096, 24, final=False, scale=deviation)
@@ -374,18 +382,18 @@ def test_accuracy_of_a_long_slow_scan(algorithm, mean, deviation):
 
 @pytest.mark.skipif(native_triton.setup() != "native", reason="the interpreter has no compiled tiles")
 @pytest.mark.parametrize("algorithm", [SERIAL, CHUNKED])
-def test_tiles_as_on_a_gpu(algorithm):
+def test_tiles_of_a_gpu_equal_the_reference(algorithm):
     with tuned(USERS, wkv_busy_threads=1 << 9):
         compare(inputs(2, 67, 70, gate=True, state=True), algorithm)
 
 
-def test_auto_looks_at_threads_and_length_alone():
+def test_auto_depends_only_on_threads_and_length():
     def grid(B, L, C, algorithm="auto"):
         x = torch.empty(B, L, C, device="meta")
         return kernels._Grid(USERS, x, None, None, None, 0, algorithm)
 
     tile = USERS.wkv_checkpoint_tokens
-    assert not grid(43, 4096, 384).chunked and grid(42, 4096, 384).chunked  # from 16384 threads on
+    assert not grid(43, 4096, 384).chunked and grid(42, 4096, 384).chunked  # chunked below 16384 threads
     assert not grid(1, 4 * tile, 384).chunked and grid(1, 4 * tile + 1, 384).chunked
     assert not grid(42, 4096, 384, SERIAL).chunked and grid(43, 4096, 384, CHUNKED).chunked
     long = grid(1, 65536, 384)

@@ -1,4 +1,4 @@
-"""What a type checker must know of the public surface: read by mypy (make check), never run."""
+"""The types that a type checker sees in users' code. mypy reads this file (make check), and it never runs."""
 
 import torch
 from torch import Tensor

@@ -1,6 +1,6 @@
 """Count phrases that readers stumble over, in README, docs and all Python files: python tests/words.py (make check).
 
-A count may only fall: a count above its budget is an error, and so is a budget above its count.
+A count may only fall, so a count that differs from its budget in either direction is an error.
 """
 
 import re

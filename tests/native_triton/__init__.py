@@ -1,29 +1,29 @@
-"""Run ``@triton.jit`` kernels on CPU tensors, natively compiled: the harness under the test-suite.
+"""Run ``@triton.jit`` kernels on CPU tensors, natively compiled. Most tests of Triton kernels use this harness.
 
-Call :func:`setup` before ``triton`` is imported.  It answers with the way in which kernels run in this process:
+Call :func:`setup` before ``triton`` is imported. It returns how kernels run in this process:
 
 ``"native"``
-    Kernels are compiled to x86-64 machine code.  Triton's own front end, specialisation, autotuner, compile cache
-    and optimisation passes are all real; only the last steps are ours.
+    Kernels are compiled to x86-64 machine code. Triton's own front end, specialisation, autotuner, compile cache and
+    optimisation passes run unchanged. Only the last steps are ours.
 ``"interpreter"``
-    Where native compilation is not supported (:func:`reason` says why): Triton's interpreter, ``TRITON_INTERPRET=1``.
+    Triton's interpreter (``TRITON_INTERPRET=1``), where native compilation is not supported. :func:`reason` says why.
 ``"gpu"``
-    A CUDA device is present: kernels run there.  Each launch carries the memory of its CPU tensors over and back.
+    A CUDA device is present, and kernels run there. Each launch copies its CPU tensors to the device and back.
 
-How native compilation works.  A Triton backend is registered under the name ``x86``.  It inherits the AMD lowering,
-the one that ends in plain LLVM IR without inline assembly, and asks it for *one lane per program*: a tile then
-becomes ordinary scalar code, with neither lane exchange nor shared memory.  The IR is re-targeted (address spaces and
-AMD intrinsics replaced), given a loop over the grid, and handed to the x86 target which libtriton carries along.  The
-C compiler driver links the object into a shared library, and ctypes calls it.
+How native compilation works. A Triton backend is registered under the name ``x86``. It inherits AMD's lowering, because
+that one ends in plain LLVM IR without inline assembly. It asks for *one lane per program*, so a tile becomes ordinary scalar
+code without lane exchange and without shared memory. We then retarget the IR: we replace address spaces and AMD intrinsics
+and add a loop over the grid. libtriton includes the x86 target, which compiles this IR. The C compiler driver links the
+object into a shared library, and ctypes calls it.
 
-Elementwise kernels are first lowered with many lanes per program, which run one after the other: the code is that of
-a few elements instead of a whole tile and compiles many times faster.  If the lanes turn out to talk to each other,
-the one-lane form is built instead.
+Elementwise kernels are first lowered with many lanes per program, which run one after the other. This code covers a few
+elements instead of a whole tile and compiles many times faster. If the lanes turn out to exchange data, the kernel is
+compiled again with one lane.
 
-What this cannot show: races between programs or lanes (everything is sequential), the rounding of NVIDIA's
-approximate division and exponential, and timings.  In one-lane form all elements of a tile are unrolled into one
-function.  Kernels with reductions, scans or dots then take about 0.5 s to compile for a tile of 1024 elements and 6 s
-for one of 4096; a dot counts its products (16 x 16 x 16: 0.6 s, 32 x 32 x 32: 5 s).
+This harness cannot show races between programs or lanes (everything runs in sequence), the rounding of NVIDIA's approximate
+division and exponential, and timings. With one lane, all elements of a tile are unrolled into one function. Kernels with
+reductions, scans or dots then take about 0.5 s to compile for a tile of 1024 elements and 6 s for one of 4096. The compile
+time of a dot depends on its number of multiplications (16 x 16 x 16: 0.6 s, 32 x 32 x 32: 5 s).
 """
 
 import os
@@ -44,15 +44,15 @@ _reason = ""
 
 
 def _interpreter_requested():
-    # The spellings which Triton itself takes for true.
+    # the spellings that Triton itself reads as true
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true")
 
 
 def setup():
-    """Make ``@triton.jit`` kernels runnable in this process; returns "native", "interpreter" or "gpu".
+    """Make ``@triton.jit`` kernels runnable in this process and return "native", "interpreter" or "gpu".
 
-    Must come before the first import of triton, as Triton reads TRITON_INTERPRET while it is imported.  An environment
-    that already asks for the interpreter gets it.  Calling again changes nothing and returns the same answer.
+    Call it before the first import of triton, because Triton reads TRITON_INTERPRET at import. If the environment already
+    requests the interpreter, setup chooses it. Further calls change nothing and return the same answer.
     """
     global _mode, _reason
     if _mode is not None:
@@ -76,5 +76,5 @@ def setup():
 
 
 def reason():
-    """Why :func:`setup` did not choose native compilation; an empty string if it did."""
+    """Return why :func:`setup` did not choose native compilation, or an empty string if it did."""
     return _reason

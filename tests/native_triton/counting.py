@@ -1,4 +1,4 @@
-"""Counting launches."""
+"""Count kernel launches."""
 
 import collections
 import contextlib
@@ -12,9 +12,9 @@ _counters_lock = threading.Lock()
 
 @contextlib.contextmanager
 def launches():
-    """Count kernel launches of all threads inside the block: yields a Counter from kernel name to launches.
+    """Count kernel launches of all threads inside the block. Yield a Counter from kernel name to launches.
 
-    Works in every mode, and may be nested.  Compilation without a launch (``warmup``) does not count.
+    It works in every mode and may be nested. Compilation without a launch (``warmup``) does not count.
     """
     counter = collections.Counter()
     with _counters_lock:
@@ -23,7 +23,7 @@ def launches():
         yield counter
     finally:
         with _counters_lock:
-            # By identity: list.remove() would take the first *equal* counter, perhaps that of an outer block.
+            # list.remove() would take the first *equal* counter, perhaps from an outer block.
             _counters[:] = [other for other in _counters if other is not counter]
 
 
@@ -34,7 +34,7 @@ def record_launch(name):
 
 
 def count_runs_of(module, class_name):
-    """Count the launches that go through ``run`` of a Triton class (natively our own launcher counts)."""
+    """Count the launches that go through ``run`` of a Triton class. In native mode our own launcher counts."""
     cls = getattr(importlib.import_module(module), class_name)
     original = cls.run
 

@@ -1,4 +1,4 @@
-"""A GPU: each launch carries its CPU tensors over and back."""
+"""Run launches on a GPU: each launch copies its CPU tensors to the device and back."""
 
 import functools
 
@@ -8,16 +8,17 @@ from .counting import count_runs_of
 
 
 def use_gpu():
-    """Tests written for CPU tensors run on the device: same code as a user's, same pointers' alignment and strides."""
+    """Run tests that use CPU tensors on the device, with a user's code and the same pointer alignment and strides."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    type(driver.active).get_active_torch_device = lambda self: torch.device("cpu")  # what the package asks before a launch
+    # the package asks for this device before a launch
+    type(driver.active).get_active_torch_device = lambda self: torch.device("cpu")
     original = JITFunction.run
 
     @functools.wraps(original)
     def run(self, *args, **kwargs):
-        storages = {}  # address -> (memory on the CPU, its copy on the GPU)
+        storages = {}  # address -> (CPU memory, its copy on the GPU)
 
         def over(x):
             if isinstance(x, tuple):

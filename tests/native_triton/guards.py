@@ -1,4 +1,4 @@
-"""Finding stray accesses."""
+"""Find accesses outside of tensors."""
 
 import contextlib
 import math
@@ -10,7 +10,7 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 def poison_(tensor):
-    """Fill an output with values that a test notices if the kernel leaves them: NaN, or the least integer."""
+    """Fill an output with NaN or the smallest integer, so that a test notices elements the kernel does not write."""
     if tensor.dtype.is_floating_point:
         return tensor.fill_(math.nan)
     return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
@@ -18,11 +18,11 @@ def poison_(tensor):
 
 @contextlib.contextmanager
 def guarded(*tensors):
-    """Copies of the tensors among canaries: yields a tuple of them, and asserts afterwards that no canary changed.
+    """Copy the tensors between canaries, yield the copies as a tuple, and assert afterwards that no canary changed.
 
-    Shape, strides, type and alignment are those of the originals, so the same kernel variant runs.  All memory
-    around a copy and in the gaps between its rows is canary.  Read as floating point, canaries are NaN: a load out of
-    bounds shows in the result, a store out of bounds fails the block.
+    Copies have the shape, strides, dtype and alignment of the originals, so the same kernel variant runs. All memory around a
+    copy and between its rows is filled with canaries. Read as floating point numbers, canaries are NaN. So an out-of-bounds
+    load shows in the result, and an out-of-bounds store fails the assertion.
     """
     guards = [_Guard(tensor, number) for number, tensor in enumerate(tensors)]
     yield tuple(guard.copy for guard in guards)
@@ -38,7 +38,7 @@ class _Guard:
         extent = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         extent = 0 if tensor.numel() == 0 else extent
         buffer = self._canaries(extent * size + 2 * _MARGIN + 64, number)
-        # The copy starts as far behind a multiple of 64 as the original, which alignment specialisation looks at.
+        # The copy has the original's address modulo 64, because Triton specialises kernels by alignment.
         start = _MARGIN + (tensor.data_ptr() - buffer.data_ptr() - _MARGIN) % 64
         if (buffer.data_ptr() + start) % size:
             raise ValueError("the tensor is not aligned to its own element size")
@@ -56,8 +56,8 @@ class _Guard:
 
     @staticmethod
     def _canaries(count, number):
-        # 16-bit words 0xFFC0 to 0xFFFF make NaNs of fp16, bf16, fp32 and fp64.  Each tensor has its own, so that a
-        # kernel which carries values from behind its input to behind its output does not go unseen.
+        # The 16-bit words 0xFFC0 to 0xFFFF are NaN in fp16, bf16, fp32 and fp64. Each tensor has its own word, so that a kernel
+        # that copies values from past its input to past its output is noticed.
         word = 0xFFC0 | (5 + 17 * number) % 64
         words = torch.full((count // 2 + 8,), word - 0x10000, dtype=torch.int16)
         return words.view(torch.uint8)

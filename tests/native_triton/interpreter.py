@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where it computes otherwise than hardware does."""
+"""Triton's interpreter, corrected where it computes something else than hardware."""
 
 import functools
 import os
@@ -23,10 +23,10 @@ def use_interpreter():
 
 
 def _mend_interpreter_bf16():
-    """Casts between fp32 and bf16 as the hardware does them.
+    """Cast between fp32 and bf16 as hardware does.
 
-    The interpreter truncates where hardware rounds to nearest even.  It holds bf16 as uint16 bit patterns, so bf16
-    *arithmetic* stays wrong: kernels have to compute in fp32, as ours do.
+    The interpreter truncates where hardware rounds to nearest even. It holds bf16 as uint16 bit patterns, so bf16 *arithmetic*
+    stays wrong. Kernels have to compute in fp32, as ours do.
     """
     import numpy as np
     import triton.language as tl
@@ -36,8 +36,8 @@ def _mend_interpreter_bf16():
 
     def to_bf16(values):
         bits = np.ascontiguousarray(values).view(np.uint32)
-        # Adding just under half a unit, plus the bit that would become the last, rounds half-way cases to even; the
-        # carry runs into the exponent as it should.  A NaN could carry over into infinity, hence the separate case.
+        # Adding just under half a unit, plus the last bit that remains, rounds half-way cases to even. The carry correctly runs
+        # into the exponent. A NaN could carry over into infinity, so NaN is a separate case.
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x40)
         return np.where(np.isnan(values), quiet_nan, rounded).astype(np.uint16)
@@ -57,7 +57,7 @@ def _mend_interpreter_bf16():
 
 
 def _mend_interpreter_index():
-    """Let Triton 3.6 work with a recent numpy, which no longer makes an int from an array of shape (1,)."""
+    """Let Triton 3.6 work with a recent numpy, which no longer converts an array of shape (1,) to an int."""
     if triton_version() != (3, 6):
         return
     from triton.runtime import interpreter
@@ -72,9 +72,9 @@ def _mend_interpreter_index():
 
 
 def _mend_interpreter_floats():
-    """Pass Python floats as compiled kernels get them: fp32 values or, if annotated "fp64", doubles.
+    """Pass Python floats as compiled kernels get them: as fp32 values or, if annotated "fp64", as doubles.
 
-    The interpreter hands over the Python object, which has another precision and no methods such as ``to``.
+    The interpreter passes the Python object, which has another precision and no methods such as ``to``.
     """
     import numpy as np
     import triton.language as tl
@@ -92,7 +92,7 @@ def _mend_interpreter_floats():
     @functools.wraps(original)
     def run(self, *args, grid, warmup, **kwargs):
         known = self.fn.__annotations__
-        # Not strict: arguments may be missing at the end, given by name or by default.
+        # Not strict: trailing arguments may be missing, because they are passed by name or have a default.
         args = [convert(value, known.get(name)) for name, value in zip(self.arg_names, args, strict=False)]
         kwargs = {name: convert(value, known.get(name)) for name, value in kwargs.items()}
         return original(self, *args, grid=grid, warmup=warmup, **kwargs)

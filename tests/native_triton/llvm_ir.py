@@ -1,4 +1,4 @@
-"""Re-targeting LLVM IR from AMD GPUs to x86-64: text in, text out; nothing here needs Triton."""
+"""Retarget LLVM IR from AMD GPUs to x86-64, text to text. Nothing here needs Triton."""
 
 import itertools
 import re
@@ -8,8 +8,8 @@ target datalayout = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:
 target triple = "x86_64-unknown-linux-gnu"
 """
 
-# The program and lane indices are thread-local variables which the grid loop sets.  Functions that Triton did not
-# inline can read them as well, which they could not if the indices were arguments of the kernel.
+# The program and lane indices are thread-local variables that the grid loop sets. Functions that Triton did not inline
+# can read them too, which they could not if the indices were arguments of the kernel.
 _INDEX_OF = {
     "llvm.amdgcn.workgroup.id.x": "native.pid_x",
     "llvm.amdgcn.workgroup.id.y": "native.pid_y",
@@ -17,8 +17,8 @@ _INDEX_OF = {
     "llvm.amdgcn.workitem.id.x": "native.lane",
 }
 
-# Bodies of AMD intrinsics, by name without the type suffix.  {t} is the result type, {s} the suffix of generic
-# intrinsics of that type; arguments are %0, %1, ...
+# Bodies of AMD intrinsics, by name without the type suffix. {t} is the result type, {s} the suffix of generic intrinsics
+# for that type. Arguments are %0, %1, ...
 _INTRINSIC_BODIES = {
     "exp2": "%r = call {t} @llvm.exp2.{s}({t} %0)\n ret {t} %r",
     "log": "%r = call {t} @llvm.log2.{s}({t} %0)\n ret {t} %r",  # the AMD instruction is a base 2 logarithm
@@ -45,8 +45,8 @@ _INTRINSIC_BODIES = {
     "workitem.id.z": "ret i32 0",
 }
 
-# Intrinsics which a lane computes from its own values alone.  A list of the harmless: what is unknown, counts as an
-# exchange between lanes.
+# Intrinsics that a lane computes from its own values alone. Any intrinsic that is not listed counts as an exchange
+# between lanes.
 _LANE_LOCAL = set(_INDEX_OF) | {
     "llvm.amdgcn." + name for name in ("exp2", "log", "sqrt", "rcp", "rsq", "ldexp", "workitem.id.y", "workitem.id.z")
 }
@@ -60,7 +60,7 @@ define internal i64 @__ockl_get_num_groups(i32 %axis) alwaysinline {
 }
 """
 
-# LLVM lowers  fptrunc float to bfloat  to a call of this function, which libgcc has only since version 13.
+# LLVM lowers fptrunc float to bfloat to a call of this function, which libgcc contains only since version 13.
 _BF16_HELPER = """
 define weak_odr hidden bfloat @__truncsfbf2(float %x) {
   %bits = bitcast float %x to i32
@@ -80,7 +80,7 @@ define weak_odr hidden bfloat @__truncsfbf2(float %x) {
 
 
 def lanes_are_independent(ir):
-    """Whether no lane of this AMD IR can see what another one does."""
+    """True if no lane of this AMD IR can see values of another lane."""
     if "addrspace(3)" in re.sub(r"^@global_smem = .*$", "", ir, flags=re.M):  # shared memory in use
         return False
     used = {re.sub(r"(\.[if]\d+)+$", "", name) for name in re.findall(r"@(llvm\.amdgcn\.[\w.]+)\(", ir)}
@@ -88,7 +88,10 @@ def lanes_are_independent(ir):
 
 
 def retarget(ir, shared_bytes, fast):
-    """AMD IR to x86 IR with an exported function ``native_launch``, the kernel's name and its parameter types."""
+    """Convert AMD IR to x86 IR.
+
+    Return it with the exported function ``native_launch``, the kernel's name and parameter types.
+    """
     ir = _drop_gpu_markers(ir)
     kernel, types = _kernel_signature(ir)
     for address, place in _PLACES.items():
@@ -112,14 +115,14 @@ def _drop_gpu_markers(ir):
     ir = re.sub(r" #\d+\b", "", ir)  # attribute groups: name of the GPU, work-group sizes
     ir = re.sub(r' syncscope\("[^"]*"\)', "", ir)
     ir = ir.replace(" inreg", "")
-    # One flat address space; a cast between two of them becomes a cast of a pointer to itself.
+    # There is one flat address space, so a cast between address spaces becomes a cast of a pointer to its own type.
     ir = re.sub(r", addrspace\(\d+\)", "", ir)
     ir = re.sub(r" addrspace\(\d+\)", "", ir)
     return ir.replace("addrspacecast", "bitcast")
 
 
 def _kernel_signature(ir):
-    """Name and LLVM parameter types of the kernel."""
+    """Return the name and the LLVM parameter types of the kernel."""
     match = re.search(r"^define void @([\w.]+)\((.*)\)[^()]*\{$", ir, re.M)
     parameters = re.sub(r"\([^()]*\)", "", match[2])  # attributes such as dereferenceable(8)
     return match[1], [parameter.split()[0] for parameter in parameters.split(",") if parameter.strip()]
@@ -127,13 +130,13 @@ def _kernel_signature(ir):
 
 # --- Making long functions cheap to compile ---
 #
-# A tile in one-lane form is a function of thousands of lines, and several of the compiler's algorithms take time
-# quadratic in the number of branches or in the length of a basic block: a masked sum of 1024 elements took 15 s.
-# Without branches around accesses, in blocks of moderate length and with the fast instruction selector, it takes a
+# A tile with one lane is a function of thousands of lines. Several of the compiler's algorithms take time quadratic in
+# the number of branches or in the length of a basic block: a masked sum of 1024 elements took 15 s. It takes a fraction
+# of a second without branches around accesses, in shorter blocks and with the fast instruction selector.
 # fraction of a second.
 
-# Stand in Triton IR for the addresses of two places which have no name there: one that takes masked-off stores, and
-# one that masked-off loads read.  The latter holds NaN, as a load without ``other`` may give anything.
+# These stand in Triton IR for two addresses that have no name there: one takes masked-off stores, and masked-off loads
+# read the other. The latter holds NaN, because a load without ``other`` may return anything.
 _SPARE_ADDRESS, _UNDEFINED_ADDRESS = 0x5EA7ED000000, 0x5EA7ED000040
 _PLACES = {_SPARE_ADDRESS: "@native.spare", _UNDEFINED_ADDRESS: "@native.undefined"}
 _LINES_PER_BLOCK = 256
@@ -144,10 +147,10 @@ _BITS = {"half": "i16", "bfloat": "i16", "float": "i32", "double": "i64"}
 
 
 def without_masks(ttir):
-    """Triton IR in which masked loads and stores have become unmasked ones.
+    """Replace masked loads and stores in Triton IR by unmasked ones.
 
-    The lowering branches around each masked element.  Here, a masked-off access goes to a spare place instead: no
-    branch, and still no touch of the address which the mask protects.
+    The lowering would branch around each masked element. Here, a masked-off access uses a spare address instead. This needs no
+    branch and still never touches the address that the mask protects.
     """
     lines, count = [], 0
     for line in ttir.splitlines():
@@ -161,7 +164,7 @@ def without_masks(ttir):
 
 
 def _unmasked(access, operands, name):
-    """The lines for one masked access; all values they define have names that begin with ``name``."""
+    """Return the lines for one masked access. All values they define have names that begin with ``name``."""
     start, kind, _, attributes, pointers, location = access.groups()
     pointer = re.search(r"!tt\.ptr<.*?>", pointers)[0]
     values = pointers.replace(pointer, pointer[len("!tt.ptr<") : -1])
@@ -185,7 +188,7 @@ def _unmasked(access, operands, name):
 
 
 def _shorten_blocks(function, fast):
-    """Cut the basic blocks of a function, in LLVM IR, to moderate length; ``fast`` also switches the optimiser off."""
+    """Cut the basic blocks of a function in LLVM IR into shorter ones. ``fast`` also switches the optimiser off."""
     header, *body = _name_values(function).splitlines()
     blocks = {label: _cut(label, lines) for label, lines in _blocks_of(header, body[:-1])}
     if fast:
@@ -194,7 +197,7 @@ def _shorten_blocks(function, fast):
     for label, piece in itertools.chain.from_iterable(blocks.values()):
         lines.append(label[1:] + ":")
         for line in piece:
-            if " = phi " in line:  # control now comes from the last piece of a predecessor
+            if " = phi " in line:  # the branch now comes from the last piece of a predecessor
                 line = re.sub(r", (%[\w.]+) \]", lambda match: f", {blocks[match[1]][-1][0]} ]", line)
             select = _SELECT.match(line)
             lines += _integer_select(*select.groups()) if select else [line]
@@ -202,14 +205,14 @@ def _shorten_blocks(function, fast):
 
 
 def _name_values(function):
-    """Name what has only a number: numbers have to be in order, and would not stay so."""
+    """Name the values that only have a number, because numbers must be in order and new lines would break it."""
     function = re.sub(r"%(\d+)\b", r"%v\1", function)
     return re.sub(r"^(\d+):", r"v\1:", function, flags=re.M)
 
 
 def _blocks_of(header, body):
-    """The basic blocks of a function, as pairs of label and lines."""
-    # The entry block is not labelled in the text; its number comes after those of the parameters.
+    """Return the basic blocks of a function as pairs of label and lines."""
+    # The text has no label for the entry block. Its number follows the numbers of the parameters.
     blocks = [("%v" + str(len(re.findall(r"%v\d+", header))), [])]
     for line in body:
         if match := re.match(r"([\w.]+):", line):
@@ -220,7 +223,7 @@ def _blocks_of(header, body):
 
 
 def _cut(label, lines):
-    """A long block as several which follow each other; phis stay together at the beginning."""
+    """Cut a long block into several that follow each other. Phis stay together at the beginning."""
     phis = sum(" = phi " in line for line in lines)
     starts = range(phis + _LINES_PER_BLOCK, len(lines), _LINES_PER_BLOCK)
     labels = [label] + [f"{label}.{start}" for start in starts]
@@ -232,7 +235,7 @@ def _cut(label, lines):
 
 
 def _integer_select(result, condition, kind, first, second):
-    """A choice between floating point numbers by way of integers: x86 has no such instruction, and would branch."""
+    """Choose between floating point numbers through integers, because x86 has no float select and would branch."""
     bits = _BITS[kind]
     yield f"  {result}.a = bitcast {kind} {first} to {bits}"
     yield f"  {result}.b = bitcast {kind} {second} to {bits}"
@@ -274,7 +277,7 @@ def _declarations_in(body):
 
 
 def _replace_device_library(ir):
-    """Send calls of AMD's device library (``__ocml_erf_f32``) to the C library (``erff``)."""
+    """Replace calls of AMD's device library (``__ocml_erf_f32``) by calls of the C library (``erff``)."""
     definitions = []
     if "@__ockl_get_num_groups(" in ir:  # tl.num_programs
         ir = re.sub(r"^declare .*@__ockl_get_num_groups\(.*$", _NUM_PROGRAMS, ir, flags=re.M)
@@ -283,7 +286,7 @@ def _replace_device_library(ir):
         result = "float" if width == "32" else "double"
         count = line.count(result) - 1
         arguments = ", ".join(f"{result} %{i}" for i in range(count))
-        if function == "rsqrt":  # not in the C library
+        if function == "rsqrt":  # the C library has no rsqrt
             body = _INTRINSIC_BODIES["rsq"].format(t=result, s="f" + width)
             definitions += _declarations_in(body)
         else:
@@ -296,7 +299,7 @@ def _replace_device_library(ir):
 
 
 def _without_repeated_declarations(ir):
-    """LLVM takes each declaration once, and ours may meet those of the kernel."""
+    """Remove repeated declarations, because LLVM allows each once and the kernel may declare the same functions."""
     seen, lines = set(), []
     for line in ir.splitlines():
         if line.startswith("declare "):
@@ -311,7 +314,7 @@ def _without_repeated_declarations(ir):
 def _grid_loop(kernel, types):
     """IR of ``native_launch(arguments, lanes, grid_x, grid_y, grid_z)``, which runs program after program.
 
-    ``arguments`` is an array of pointers to the values.  Written in IR, since compiling a loop in C would cost more
+    ``arguments`` is an array of pointers to the values. The loop is written in IR, because compiling it from C would take more
     time than all other steps of a small kernel.
     """
     loads = []

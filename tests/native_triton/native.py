@@ -33,11 +33,11 @@ _INTEGERS = {
     "u64": ctypes.c_uint64,
 }
 
-GRID_LIMITS = (2**31 - 1, 65535, 65535)  # of CUDA: a launch that works here should work there
+GRID_LIMITS = (2**31 - 1, 65535, 65535)  # the limits of CUDA, so that a launch that works here also works there
 
 
 def _flatten(types, values):
-    """Pairs of type and value of all runtime parameters; those of tuples one by one, constants left out."""
+    """Return (type, value) pairs of all runtime parameters. Tuples are flattened, and constants are left out."""
     for kind, value in zip(types, values, strict=True):
         if isinstance(kind, tuple):
             yield from _flatten(kind, value)
@@ -46,7 +46,7 @@ def _flatten(types, values):
 
 
 def c_value(kind, value):
-    """A launch argument as the ctypes object which holds what the kernel reads."""
+    """Return a launch argument as the ctypes object whose memory the kernel reads."""
     if kind.startswith("*"):
         return ctypes.c_void_p(_address(value))
     if kind == "fp64":
@@ -60,7 +60,7 @@ def c_value(kind, value):
     if kind not in _INTEGERS:
         raise NotImplementedError(f"native_triton cannot pass arguments of type {kind}")
     number = _INTEGERS[kind](int(value))
-    if number.value != int(value):  # ctypes wraps around in silence
+    if number.value != int(value):  # ctypes wraps around silently
         raise OverflowError(f"{value} does not fit the kernel's parameter of type {kind}")
     return number
 
@@ -77,21 +77,21 @@ def _address(value):
 
 
 def _load_library(binary):
-    """Load a shared library from a fresh file: the dynamic loader would answer a known name with the old library."""
+    """Load a shared library from a fresh file, because the dynamic loader returns the old library for a known name."""
     descriptor, name = tempfile.mkstemp(suffix=".so")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(binary)
-        return ctypes.CDLL(name)  # CDLL rather than PyDLL: other Python threads run on while the kernel does
+        return ctypes.CDLL(name)  # CDLL, not PyDLL: it lets other Python threads run during the kernel
     finally:
         os.unlink(name)
 
 
 class NativeLauncher:
-    """What Triton calls to launch a compiled kernel.
+    """The object that Triton calls to launch a compiled kernel.
 
-    It loads the kernel's library by itself, from Triton's cache.  ``CompiledKernel`` publishes its launcher before
-    its function, so that a second thread with the same first launch could be given the launcher and no function.
+    It loads the kernel's library from Triton's cache itself. ``CompiledKernel`` publishes its launcher before its function, so
+    a second thread with the same first launch could otherwise get the launcher without the function.
     """
 
     def __init__(self, src, metadata):
@@ -112,7 +112,7 @@ class NativeLauncher:
             if not 0 <= size <= limit:
                 raise ValueError(f"grid {tuple(grid)} of kernel {self.name} exceeds {GRID_LIMITS}")
         values = [c_value(kind, value) for kind, value in _flatten(self.types, args)]
-        # The lowering appends pointers to scratch memory which our kernels do not use.
+        # The lowering appends pointers to scratch memory, which our kernels do not use.
         values += [ctypes.c_void_p(0) for _ in range(self.parameter_count - len(values))]
         array = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         if enter is not None:
@@ -124,30 +124,30 @@ class NativeLauncher:
 
 
 class _NativeUtils:
-    """The part of a driver which Triton asks for device properties and for loading binaries."""
+    """The part of a driver that Triton asks for device properties and for loading binaries."""
 
     def get_device_properties(self, device):
         return {"max_shared_mem": 1 << 24, "multiprocessor_count": 1, "warpSize": 1, "max_num_regs": 65536}
 
     def load_binary(self, name, binary, shared, device):
-        # module, function, registers, spills, most threads; the launcher has loaded the library already.
+        # module, function, registers, spills, most threads: the launcher has already loaded the library
         return self, None, 0, 0, 1 << 20
 
     def unload_module(self, module):
-        pass  # a few kilobytes each, and another thread may be inside
+        pass  # unloading would save a few kilobytes, and another thread may be inside the kernel
 
 
 # --- Compiling ---
 
-# A GPU without matrix cores (dots become multiply-adds) and with neither packed nor buffer instructions of note.
+# A GPU without matrix cores, so dots become multiply-adds, and without packed or buffer instructions that matter here.
 _ARCH = "gfx1030"
-_ELEMENTS_PER_LANE = 1  # 8 take twice the time to compile
+_ELEMENTS_PER_LANE = 1  # 8 elements would take twice the time to compile
 _MOST_LANES = 256
 _CROSS_LANE_OPERATIONS = re.compile(r"\"?tt\.(reduce|scan|dot|gather|histogram|sort|trans|join|split|cat|reshape)\b")
 
 
 def _lanes_for(ttir):
-    """How many lanes to try for this module; 1 where its operations are known to need several elements at once."""
+    """Return the number of lanes to try for this module. It is 1 where an operation needs several elements at once."""
     if _CROSS_LANE_OPERATIONS.search(ttir):
         return 1
     shapes = re.findall(r"tensor<((?:\d+x)+)", ttir)
@@ -156,11 +156,11 @@ def _lanes_for(ttir):
 
 
 def _link(obj):
-    """An object file to a shared library, both as bytes."""
+    """Link an object file into a shared library, both as bytes."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = os.path.join(folder, "kernel.o"), os.path.join(folder, "kernel.so")
         Path(source).write_bytes(obj)
-        # -z defs: a function that exists nowhere is an error now, with its name, rather than when it is called.
+        # -z defs reports a missing function now, with its name, instead of when it is called.
         command = ["gcc", "-shared", "-nostartfiles", "-Wl,-z,defs", "-o", target, source, "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -180,7 +180,7 @@ def install_native():
 
 
 def _native_backend():
-    """The compiler class; a function, because its base can be imported only after :func:`setup` has chosen."""
+    """Return the compiler class. Its base can be imported only after :func:`setup`, so it is defined in a function."""
     from triton._C.libtriton import amd, ir, llvm, passes
     from triton.backends.amd.compiler import HIPBackend
     from triton.backends.compiler import BaseBackend
@@ -207,7 +207,7 @@ def _native_backend():
 
         @staticmethod
         def get_tensor_specialization(arg, **kwargs):
-            # The AMD version also notes that a tensor is below 2 GiB, for 32-bit buffer offsets.
+            # The AMD version also notes tensors below 2 GiB, for 32-bit buffer offsets.
             return BaseBackend.get_tensor_specialization(arg, **kwargs)
 
         def get_target_name(self, options):
@@ -215,11 +215,11 @@ def _native_backend():
 
         def parse_options(self, opts):
             opts = {key: value for key, value in opts.items() if key not in ("num_warps", "num_stages", "arch")}
-            # Without contraction a kernel can be bit-equal to the same formula in PyTorch.
+            # Without contraction (fused multiply-adds) a kernel can be bit-equal to the same formula in PyTorch.
             opts.setdefault("enable_fp_fusion", False)
             opts.setdefault("allowed_dot_input_precisions", ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6"))
             options = super().parse_options(opts)
-            # The device libraries of AMD stay out: their functions are those of the C library.
+            # Leave out AMD's device libraries, because the C library provides their functions.
             self._set(options, num_warps=1, warp_size=1, num_stages=1, extern_libs=())
             return options
 
@@ -253,15 +253,15 @@ def _native_backend():
         def _distribute(module, options):
             """Give tensors a distribution over lanes.
 
-            Of the AMD pipeline, only what is needed: the rest schedules for a GPU, and partly reads settings of
-            the process (buffer operations, asynchronous copies).  Leaving out the pass which widens accesses keeps
-            all tensors of a shape in one distribution, without exchange between lanes.
+            This runs only the AMD passes we need. The others schedule for a GPU, and some read settings of the process (buffer
+            operations, asynchronous copies). Without the pass that widens accesses, all tensors of a shape keep one
+            distribution, so lanes exchange no data.
             """
             manager = ir.pass_manager(module.context)
             target = f"hip:{options.arch}"
             passes.ttir.add_convert_to_ttgpuir(manager, target, 1, options.warp_size, 1)
             passes.ttgpuir.add_remove_layout_conversions(manager)
-            amd.passes.ttgpuir.add_accelerate_matmul(manager, options.arch, 0, 1)  # makes operand types of dots agree
+            amd.passes.ttgpuir.add_accelerate_matmul(manager, options.arch, 0, 1)  # makes the operand types of dots agree
             passes.ttgpuir.add_remove_layout_conversions(manager)
             passes.common.add_canonicalizer(manager)
             passes.common.add_cse(manager)
@@ -270,14 +270,14 @@ def _native_backend():
 
         @staticmethod
         def _to_llvm(module, metadata, options):
-            """Lower to LLVM IR.  LLVM does not optimise it: compiling is what takes the time of a test, not running."""
+            """Lower to LLVM IR. LLVM does not optimise it, because tests spend their time compiling, not running."""
             manager = ir.pass_manager(module.context)
             passes.convert.add_scf_to_cf(manager)
             passes.gluon.add_inliner(manager)
             passes.convert.add_index_to_llvmir(manager)
             arch = [options.arch] if triton_version() >= (3, 8) else []
             amd.passes.ttgpuir.add_allocate_shared_memory(manager, *arch)
-            amd.passes.ttgpuir.add_to_llvmir(manager, options.arch, False)  # False: keep subnormals in exponentials
+            amd.passes.ttgpuir.add_to_llvmir(manager, options.arch, False)  # False keeps subnormals in exponentials
             passes.common.add_canonicalizer(manager)
             passes.common.add_cse(manager)
             passes.convert.add_cf_to_llvmir(manager)
@@ -293,19 +293,19 @@ def _native_backend():
 
         @staticmethod
         def make_library(text, metadata, options):
-            # Contraction is found by the instruction selector proper, which the fast way does without.
+            # Only the full instruction selector finds contractions. The fast one does not.
             text, metadata["name"], types = retarget(text, metadata["shared"], not options.enable_fp_fusion)
             metadata["native_parameter_count"] = len(types)
             features = ",".join("+" + feature for feature in CPU_FEATURES)
             arguments = [text, "x86_64-unknown-linux-gnu", "haswell", features, [], options.enable_fp_fusion, True]
             if triton_version() >= (3, 8):
-                arguments.append(False)  # no dump of the machine scheduler
+                arguments.append(False)  # False: do not dump the machine scheduler
             llvm.init_targets()
             return _link(llvm.translate_to_asm(*arguments))
 
         @functools.lru_cache  # noqa: B019  (as in the base class; there is one backend per process)
         def hash(self):
-            # Part of the cache key: libraries built by another version of this package are never used.
+            # Part of the cache key, so libraries built by another version of this package are never used.
             sources = b"".join((Path(__file__).parent / name).read_bytes() for name in ("llvm_ir.py", "native.py"))
             return f"native-{self.target}-{hashlib.sha256(sources).hexdigest()}"
 
@@ -313,7 +313,7 @@ def _native_backend():
 
 
 def _native_driver():
-    """The driver class; see :func:`_native_backend`."""
+    """Return the driver class; see :func:`_native_backend`."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
@@ -361,7 +361,7 @@ def _native_driver():
 
 
 def _benchmark_once(kernel_call, quantiles=None, **_):
-    """For the autotuner, which needs times but not good ones."""
+    """Measure once. The autotuner needs times, but not accurate ones."""
     start = time.perf_counter()
     kernel_call()
     elapsed = (time.perf_counter() - start) * 1e3

@@ -1,4 +1,4 @@
-"""Whether kernels can be compiled natively here."""
+"""Decide whether kernels can be compiled natively on this machine."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,7 @@ CPU_FEATURES = ("avx2", "fma", "f16c")
 
 
 def triton_version():
-    """(major, minor) of the installed Triton without importing it, or None."""
+    """Return the installed Triton's version as (major, minor) without importing it, or None."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -29,7 +29,7 @@ def _missing_cpu_features():
 
 
 def unsupported_reason():
-    """Why native compilation is impossible here, as a sentence; None where it is possible."""
+    """Return why native compilation is impossible here, as a sentence, or None if it is possible."""
     version = triton_version()
     if version is None:
         return "Triton is not installed."

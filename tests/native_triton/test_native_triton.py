@@ -1,4 +1,4 @@
-"""The harness that runs Triton kernels on CPU tensors: what it compiles is what the kernel says."""
+"""Test the harness that runs Triton kernels on CPU tensors: it must compute exactly the kernel's operations."""
 
 import math
 import os
@@ -15,7 +15,7 @@ import torch
 import native_triton
 
 TESTS = str(Path(__file__).resolve().parents[1])
-MODE = native_triton.setup()  # before triton is imported
+MODE = native_triton.setup()  # must run before triton is imported
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
@@ -97,7 +97,8 @@ def _store_typed(out, value: tl.constexpr, a: "i64", b: "u8", c: "fp32"):  # noq
         (48, torch.int32),
         (2**31 - 1, torch.int32),
         (-(2**31), torch.int32),
-        pytest.param(2**31, torch.int64, marks=native_only),  # the interpreter takes it for unsigned, or a bool for an array
+        # the interpreter reads such an int as unsigned, and reads a bool as an array
+        pytest.param(2**31, torch.int64, marks=native_only),
         (-(2**63), torch.int64),
         (2**62 + 1, torch.int64),
         pytest.param(True, torch.bool, marks=native_only),
@@ -192,7 +193,7 @@ def test_grid_of_three_dimensions():
 def test_grid_is_limited_as_on_a_gpu():
     with pytest.raises(ValueError, match="grid"):
         _program_ids[(1, 65536)](torch.zeros(1, dtype=torch.int32), 1, 1)
-    _program_ids[(0,)](torch.zeros(1, dtype=torch.int32), 1, 1)  # no programs, no error
+    _program_ids[(0,)](torch.zeros(1, dtype=torch.int32), 1, 1)  # a grid without programs must not be an error
 
 
 @native_only
@@ -237,7 +238,7 @@ def test_contraction_can_be_asked_for():
     out = torch.empty(5000)
     _multiply_add[(5,)](a, b, c, out, 5000, 1024, enable_fp_fusion=True)
     fused = (a.double() * b.double() + c.double()).float()
-    assert (out == fused).float().mean() > 0.999  # the sum in double is rounded as well, so twice in rare cases
+    assert (out == fused).float().mean() > 0.999  # the sum in double also rounds, so the result is rounded twice in rare cases
     assert not torch.equal(out, a * b + c)
 
 
@@ -264,7 +265,7 @@ def test_functions():
     n = 1000
     x, y, out = 4 * torch.randn(n), torch.rand(n) + 0.01, torch.full((12, 1000), math.nan)
     _functions[(4,)](x, y, out, n, 256)
-    exact = [x / y, x / y, torch.from_numpy(np.sqrt(y.numpy()))]  # torch.sqrt may be off by one unit
+    exact = [x / y, x / y, torch.from_numpy(np.sqrt(y.numpy()))]  # torch.sqrt may be wrong by one unit in the last place
     close = [x.exp(), x.erf(), y.log(), x.sigmoid(), torch.minimum(x, y), torch.maximum(x, y)]
     close += [x.floor() + x.abs(), y.rsqrt(), x.cos() + x.sin()]
     for row, expected in enumerate(exact):
@@ -297,7 +298,7 @@ def _copy_through_fp32(x, out, n, block: tl.constexpr):
 
 
 def _same(actual, expected):
-    """Bit equality, all NaN being the same."""
+    """Bit equality. Any NaN equals any NaN."""
     assert actual.dtype == expected.dtype
     return torch.equal(actual.isnan(), expected.isnan()) and torch.equal(
         actual.nan_to_num(0.0).view(torch.int16), expected.nan_to_num(0.0).view(torch.int16)
@@ -358,7 +359,7 @@ def _far_end(x, last: "i64", block: tl.constexpr):  # noqa: F821
 @native_only
 def test_offsets_beyond_31_bits():
     try:
-        x = torch.empty(2**31 + 100, dtype=torch.uint8)  # not filled: the kernel touches the last page alone
+        x = torch.empty(2**31 + 100, dtype=torch.uint8)  # not filled, because the kernel touches only the last page
     except RuntimeError as error:
         pytest.skip(f"no memory for a large tensor: {error}")
     x[-16:] = 41
@@ -507,7 +508,7 @@ def test_further_language():
     n = 300
     x, out, counts = torch.randn(n), torch.zeros(n + 1), torch.zeros(3, dtype=torch.int32)
     with native_triton.guarded(x, out, counts) as (inputs, outputs, totals):
-        _mixture[(4,)](inputs, outputs, totals, n, 128)  # the last program is masked off altogether
+        _mixture[(4,)](inputs, outputs, totals, n, 128)  # all lanes of the last program are masked off
         i = torch.arange(n)
         expected = (x + 4 + 3 * (i // 7)) * 0.5 + x[i // 128 * 128]
         torch.testing.assert_close(outputs[:n], expected)
@@ -588,7 +589,7 @@ def test_threads_launch_independently():
 
     def work(number):
         out = torch.empty(n, dtype=torch.int32)
-        barrier.wait()  # all of them meet the first launch, too
+        barrier.wait()  # so all threads also make the first launch at the same time
         for value in range(number, 40, 4):
             _identify[(triton.cdiv(n, block),)](out, value + 2, n, block)
             if not torch.equal(out, expected + value + 2):
@@ -629,7 +630,7 @@ def test_compile_cache_serves_another_process(tmp_path):
     environment["PYTHONPATH"] = TESTS + os.pathsep + environment["PYTHONPATH"]
     text = script.read_text()
     outputs = []
-    for value in ("3.0", "3.0", "4.0"):  # an edited kernel must not meet the library of the old one
+    for value in ("3.0", "3.0", "4.0"):  # an edited kernel must not load the library compiled for the old one
         script.write_text(text.replace("VALUE", value))
         done = subprocess.run(
             [sys.executable, str(script)], env=os.environ | environment, capture_output=True, text=True, check=True

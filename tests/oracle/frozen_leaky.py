@@ -1,8 +1,9 @@
-"""FROZEN on purpose: it judges the library and never changes with it. A copy of the definition of November 2026, imports apart.
+"""snnTorch's Leaky over T steps, frozen on purpose: tests compare the library with it, so it must not change with the library.
 
-snnTorch's Leaky over T steps, defined: a LIF neuron whose reset follows the membrane before the step, without gradient.
+It is a copy of the definition of November 2026, with other imports. Leaky is a LIF neuron whose reset depends on the membrane
+before the step. The reset has no gradient.
 
-Every operation happens in this order, in float32 (float64 for float64 data), without fused multiply-adds; the CPU and Triton
+Every operation happens in this order, in float32 (float64 for float64 data), without fused multiply-adds. The CPU and Triton
 kernels repeat it bit for bit.
 """
 
@@ -20,7 +21,7 @@ class _FireAbove(_Fire):
 
 
 class _ZeroNow(torch.autograd.Function):
-    """h - (s - r) * h by selection, so that an infinite h that fires becomes 0."""
+    """h - (s - r) * h with a select, so that an infinite h that fires becomes 0."""
 
     generate_vmap_rule = True
 

@@ -1,9 +1,9 @@
-"""FROZEN on purpose: it judges the library and never changes with it. A copy of the definition of November 2026, imports apart.
+"""The multi-step LIF neuron, frozen on purpose: tests compare the library with it, so it must not change with the library.
 
-Multi-step LIF, defined. T simulation steps, C channels; x is (T, ..., C).
+It is a copy of the definition of November 2026, with other imports. T simulation steps, C channels; x is (T, ..., C).
 
-Every operation below happens in this order, in float32 (float64 for float64 data), without fused multiply-adds; the CPU and
-Triton kernels repeat it bit for bit, so that a recomputed forward repeats every spike.
+Every operation below happens in this order, in float32 (float64 for float64 data), without fused multiply-adds. The CPU and
+Triton kernels repeat it bit for bit, so a recomputed forward pass repeats every spike.
 """
 
 import torch
@@ -13,7 +13,7 @@ from .surrogates import derivative
 
 
 class _Fire(torch.autograd.Function):
-    """s = 1 where z >= 0, else 0; the gradient is dS * derivative(z)."""
+    """s = 1 where z >= 0, else 0. The gradient is dS * derivative(z)."""
 
     generate_vmap_rule = True
 
@@ -33,7 +33,7 @@ class _Fire(torch.autograd.Function):
 
 
 class _HardReset(torch.autograd.Function):
-    """v = v_reset where s, else h: a select, so that an infinite h resets to v_reset and not to 0 * inf."""
+    """v = v_reset where s, else h. The select makes an infinite h reset to v_reset, where a product would give 0 * inf."""
 
     generate_vmap_rule = True
 
@@ -53,7 +53,7 @@ class _HardReset(torch.autograd.Function):
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of membrane, carry and parameter sums: float64 for float64 data, else float32."""
+    """Return the dtype of the membrane and of sums over parameters: float64 for float64 data, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -70,7 +70,7 @@ def _scalar_or_channel(p, dtype):
 
 
 def _step(x, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative):
-    """One charge, fire, reset: (x, v) -> (s, v)."""
+    """Charge, fire and reset once: (x, v) -> (s, v)."""
     rest = v if v_reset is None or v_reset == 0 else v - v_reset
     h = v + (x - rest) * r if decay_input else v - rest * r + x
     s = _Fire.apply(h - v_threshold, derivative)

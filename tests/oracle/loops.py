@@ -1,11 +1,11 @@
-"""Every op as loops in numpy float64, its gradients written out by hand; independent of autograd and of the library.
+"""Every op as loops in numpy float64, with gradients written by hand. This file uses neither autograd nor the library.
 
 T simulation steps, B batch, L tokens, C channels. Each function returns (outputs, backward). ``backward`` takes the gradients
-of the outputs, in their order (None: zero), and returns a dictionary of gradients by argument. The derivative of a spike is
-ds/dh = g(h - v_threshold), g the surrogate.
+of the outputs in their order (None: zero) and returns a dictionary of gradients by argument. The derivative of a spike is
+ds/dh = g(h - v_threshold), where g is the surrogate.
 
-Two rules for infinities: a value that a select does not take has the gradient 0; and 0 times anything is 0 (``times``), as in
-the limit: every surrogate falls faster than the values grow that it is multiplied by.
+There are two rules for infinities. A value that a select does not take has gradient 0. And 0 times anything is 0 (``times``),
+which is the limit, because every surrogate decreases faster than its factor grows.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from .surrogates import derivative
 
 
 def times(a, b):
-    """a * b, 0 where a is 0."""
+    """Return a * b, or 0 where a is 0."""
     return np.where(a == 0, 0.0, a * np.where(a == 0, 1.0, b))
 
 
@@ -23,7 +23,7 @@ def zeros_unless(upstream, like):
 
 
 def sum_to(d, parameter):
-    """The gradient of one number, or of one per channel of the last axis."""
+    """Sum to the gradient of a number, or of a parameter with one value per channel (the last axis)."""
     return d.sum() if np.ndim(parameter) == 0 else d.reshape(-1, d.shape[-1]).sum(0)
 
 
@@ -99,7 +99,7 @@ def leaky(x, v=None, *, beta, v_threshold=1.0, reset="subtract", reset_delay=Tru
     before, charge, after, spikes = [], [], [], []
     for t in range(T):
         before.append(v)
-        r = v > theta  # fired before: no gradient passes through it
+        r = v > theta  # fired in the step before; no gradient passes through r
         h = beta_ * np.where(r & (reset == "zero"), 0.0, v) + x[t]
         if reset == "subtract":
             h = h - r * theta
@@ -140,14 +140,14 @@ def leaky(x, v=None, *, beta, v_threshold=1.0, reset="subtract", reset_delay=Tru
 
 
 def less(a, b):
-    """a - b for exponents, -inf where a is: of nothing, nothing is left."""
+    """Subtract exponents. The result is -inf where a is -inf, because an empty sum stays empty."""
     return np.where(a == -np.inf, -np.inf, a - np.where(b == -np.inf, 0.0, b))
 
 
 class Walk:
-    """One direction of a scan. N = a e^o and D = b e^o are the sums over the tokens met so far, o their running maximum.
+    """One direction of a scan. N = a e^o and D = b e^o are the sums over the tokens so far, and o is their running maximum.
 
-    k, v (L, B, C); ``order`` is the order of the tokens; at first N = ybar e^lse and D = e^lse.
+    k and v are (L, B, C), and ``order`` is the order of the tokens. Initially N = ybar e^lse and D = e^lse.
     """
 
     def __init__(self, w, k, v, order, ybar, lse):
@@ -165,7 +165,7 @@ class Walk:
         self.final = np.where(seen, a / np.where(seen, b, 1), 0.0), np.where(seen, o + np.log(np.where(seen, b, 1)), -np.inf)
 
     def backward(self, g, y, log_z, d_ybar, d_lse, dk, dv):
-        """Add to dk and dv; returns d w (L, B, C), d ybar, d lse. P e^-o = dL/dN and Q e^-o = dL/dD of the state."""
+        """Add to dk and dv, and return dw (L, B, C), d_ybar, d_lse. For the state, P e^-o = dL/dN and Q e^-o = dL/dD."""
         dw, seen, (ybar, _) = np.zeros(dk.shape), self.b != 0, self.final
         P = np.where(seen, d_ybar / np.where(seen, self.b, 1), 0.0)
         Q = np.where(seen, (d_lse - d_ybar * ybar) / np.where(seen, self.b, 1), 0.0)
@@ -174,14 +174,14 @@ class Walk:
             dk[t] += times(new, P * self.v[t] + Q)
             dv[t] += new * P
             dw[t] = times(keep, P * a + Q * b)
-            share = np.exp(less(o, log_z[t]))  # of the state in the output
+            share = np.exp(less(o, log_z[t]))  # the state's share of the output
             P, Q = keep * P + g[t] * share, keep * Q - times(share, g[t] * y[t])
         some = self.lse != -np.inf
         return dw, np.where(some, P, 0.0), np.where(some, P * np.where(some, self.ybar, 0.0) + Q, 0.0)
 
 
 def wkv(time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=None, bidirectional=False, cu_seqlens=None):
-    """k, v (B, L, C) -> out (B, L, C), ybar, lse. Gradients: decay (of whichever was given), time_first, k, v, r, ybar, lse."""
+    """k, v (B, L, C) -> out (B, L, C), ybar, lse. Gradients: decay (of the given one), time_first, k, v, r, ybar, lse."""
     if cu_seqlens is not None:
         return _packed(time_decay, time_first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqlens)
     w = -np.exp(time_decay) if log_decay is None else log_decay
@@ -206,7 +206,7 @@ def wkv(time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=
         seen = z != 0
         y[t] = np.where(seen, n / np.where(seen, z, 1), 0.0)
         log_z[t] = np.where(seen, top + np.log(np.where(seen, z, 1)), -np.inf)
-        own[t] = np.exp(less(time_first + k_[t], log_z[t]))  # share of the token itself in its output
+        own[t] = np.exp(less(time_first + k_[t], log_z[t]))  # the token's own share of its output
     share = 1.0 if r is None else sigmoid(np.swapaxes(r, 0, 1))
     out = np.swapaxes(share * y, 0, 1)
 
@@ -232,7 +232,7 @@ def wkv(time_decay, time_first, k, v, r=None, ybar=None, lse=None, *, log_decay=
 
 
 def _packed(decay, first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqlens):
-    """One call for each sequence; sums of the parameters' gradients, the rest joined."""
+    """Call wkv for each sequence, add the gradients of parameters, and concatenate all other gradients."""
     parts = []
     for i, (a, b) in enumerate(zip(cu_seqlens, cu_seqlens[1:])):
         one = slice(i, i + 1)
@@ -259,7 +259,7 @@ def _packed(decay, first, k, v, r, ybar, lse, log_decay, bidirectional, cu_seqle
 def spiking_wkv(
     time_decay, time_first, k, v, r=None, ybar=None, lse=None, membrane=None, *, log_decay=None, rate=False, **neuron
 ):
-    """k, v (T, B, L, C) -> out, ybar (T, B, C), lse, membrane (B, L, C): step by step a scan, whose output drives a neuron."""
+    """k, v (T, B, L, C) -> out, ybar (T, B, C), lse, membrane (B, L, C). In each step the output of a scan drives a neuron."""
     T = len(k)
     scans = []
     for t in range(T):
@@ -303,7 +303,7 @@ def token_shift(x, mixes, norm_eps=None, last=None):
         for m, upstream in zip(mixes, ds):
             d[:, 1:] += upstream * m
             d[:, :-1] += upstream * (1 - m)
-        if norm_eps is not None:  # of what a row is normed to, the mean and the part along the row have no effect
+        if norm_eps is not None:  # normalisation removes the mean and the part parallel to the normalised row from the gradient
             d = inverse * (d - d.mean(-1, keepdims=True) - normed * (d * normed).mean(-1, keepdims=True))
         return dict(x=d[:, 1:], last=d[:, 0], mixes=[sum_to(upstream * (now - before), m) for m, upstream in zip(mixes, ds)])
 

@@ -1,4 +1,5 @@
-"""Surrogate derivatives g(z), z = h - v_threshold: (default alpha, formula). numpy arrays and torch tensors go in."""
+"""Surrogate derivatives g(z) with z = h - v_threshold: (default alpha, formula). Formulas take numpy arrays or torch
+tensors."""
 
 import math
 
@@ -14,7 +15,7 @@ def _number(condition, z):
 
 
 def _sigmoid(z):
-    """Two forms, each where its exponential is at most 1."""
+    """Use one of two forms, so that the argument of exp is never positive."""
     e = _exp(-abs(z))
     return (z >= 0) * (1 / (1 + e)) + (z < 0) * (e / (1 + e))
 
@@ -33,6 +34,6 @@ SURROGATES = {
 
 
 def derivative(name, alpha):
-    """g of one argument."""
+    """Return g as a function of z."""
     default, formula = SURROGATES[name]
     return lambda z: formula(z, default if alpha is None else alpha)
