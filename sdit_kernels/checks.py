@@ -220,11 +220,11 @@ def check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
         check_like_keys("r", r, k)
     if (time_decay is None) == (log_decay is None):
         raise ValueError("give either time_decay, or None and log_decay; got " + ("neither" if log_decay is None else "both"))
-    raw = log_decay is None
-    decay = time_decay if raw else log_decay
-    check_channel_vector("time_decay" if raw else "log_decay", decay, k)
+    decay_is_log_of_rate = log_decay is None
+    decay = time_decay if decay_is_log_of_rate else log_decay
+    check_channel_vector("time_decay" if decay_is_log_of_rate else "log_decay", decay, k)
     check_channel_vector("time_first", time_first, k)
-    return decay, raw
+    return decay, decay_is_log_of_rate
 
 
 def check_like_keys(name, t, k):

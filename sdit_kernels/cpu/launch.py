@@ -3,11 +3,11 @@
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import layout_of, place, place_state
+from ..layout import layout_of, row_view, step_view
 from .intrinsics import CODES, state_code
 
 FORWARD_COLUMNS = 1024  # that a forward task of a neuron holds
-BACKWARD_COLUMNS = 256  # that a backward task holds: STRIDE tiles of them are 16 KiB
+BACKWARD_COLUMNS = 256  # that a backward task holds: LIF_CHECKPOINT_STEPS tiles of them are 16 KiB
 _GROUPS = 64  # at most so many partial sums per channel
 
 
@@ -58,23 +58,23 @@ def gradient(layout, g, like):
     if g is None or (g.numel() > BACKWARD_COLUMNS and not any(g.stride())):
         value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
         return value.repeat(BACKWARD_COLUMNS), 0, 0, 0
-    return *place(layout, g.to(like.dtype)), 1
+    return *row_view(layout, g.to(like.dtype)), 1
 
 
 def launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
     """Run a forward kernel over T steps of a neuron whose parameters are p."""
     layout = layout_of(x, s, p.per_channel)
-    x, x_t, x_r = place(layout, x)
-    s, s_t, s_r = place(layout, s)
+    x, x_t, x_r = row_view(layout, x)
+    s, s_t, s_r = row_view(layout, s)
     v_r = v1_r = seq_t = seq_r = keep_t = keep_r = 0
     if checkpoint is not None:
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+        checkpoint, keep_t, keep_r = row_view(layout, checkpoint)
     if v is not None:
-        v, v_r = place_state(layout, v)
+        v, v_r = step_view(layout, v)
     if v_final is not None:
-        v_final, v1_r = place_state(layout, v_final)
+        v_final, v1_r = step_view(layout, v_final)
     if v_seq is not None:
-        v_seq, seq_t, seq_r = place(layout, v_seq)
+        v_seq, seq_t, seq_r = row_view(layout, v_seq)
     kernel(
         x.numel(), x.shape[0], layout.R, layout.C, x.data_ptr(), x_t, x_r, s.data_ptr(), s_t, s_r, address(v), v_r,
         address(v_final), v1_r, address(v_seq), seq_t, seq_r, address(checkpoint), keep_t, keep_r, *p.r, *p.theta, *numbers,
@@ -86,19 +86,19 @@ def launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, paramete
     state = state_dtype(x.dtype)
     layout = layout_of(x, dx, p.per_channel)
     g, g_t, g_r, g_c = gradient(layout, g, x)
-    x, x_t, x_r = place(layout, x)
-    dx, dx_t, dx_r = place(layout, dx)
+    x, x_t, x_r = row_view(layout, x)
+    dx, dx_t, dx_r = row_view(layout, dx)
     v_r = dv_r = gv_r = gseq_t = gseq_r = keep_t = keep_r = 0
     if checkpoint.numel():
-        checkpoint, keep_t, keep_r = place(layout, checkpoint)
+        checkpoint, keep_t, keep_r = row_view(layout, checkpoint)
     if v is not None:
-        v, v_r = place_state(layout, v)
+        v, v_r = step_view(layout, v)
     if dv is not None:
-        dv, dv_r = place_state(layout, dv)
+        dv, dv_r = step_view(layout, dv)
     if g_v is not None:
-        g_v, gv_r = place_state(layout, g_v.to(state))
+        g_v, gv_r = step_view(layout, g_v.to(state))
     if g_seq is not None:
-        g_seq, gseq_t, gseq_r = place(layout, g_seq.to(state))
+        g_seq, gseq_t, gseq_r = row_view(layout, g_seq.to(state))
     group, groups, sums = p.partial_sums(layout, parameters)
     kernel(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, x.data_ptr(), x_t, x_r, address(v), v_r,

@@ -1,7 +1,7 @@
 """LIF on the CPU. A task is a block of columns, whose membrane stays in L1 while the steps go by; LLVM vectorises over columns.
 
-The walk back needs the charge h of every step: it is rebuilt into a stack tile, STRIDE steps at a time, from v, or from the
-membrane that the forward pass left in ``checkpoint`` every STRIDE steps. Arithmetic follows reference/lif.py operation by
+The walk back needs the charge h of every step: it is rebuilt into a stack tile, 16 steps at a time, from v, or from the
+membrane that the forward pass left in ``checkpoint`` every 16 steps. Arithmetic follows reference/lif.py operation by
 operation. Parameter gradients are summed per task and then over tasks, in an order that no number of threads changes.
 """
 
@@ -12,7 +12,7 @@ import numba
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE, layout_of_step, place_state
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
 from ..surrogate import SURROGATES
 from . import staircase
 from .intrinsics import (
@@ -75,8 +75,8 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
                 fill(ths, n, theta, c, th, S, S)
             fill(v, n, v0, row * v0_r + c, vr, V, S)
             for t in range(T):
-                if keep != 0 and t > 0 and t % STRIDE == 0:
-                    kept = keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb
+                if keep != 0 and t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
+                    kept = keep + ((t // LIF_CHECKPOINT_STEPS - 1) * keep_t + row * keep_r + c) * sb
                     fill(kept, n, v, 0, vr, S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
@@ -100,7 +100,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
-    HISTORY = STRIDE * BLOCK
+    HISTORY = LIF_CHECKPOINT_STEPS * BLOCK
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
@@ -149,9 +149,9 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                 fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 fill(carry, n, gv, row * gv_r + c, zero, S, S)
-                for segment in range((T - 1) // STRIDE, -1, -1):
-                    t0 = segment * STRIDE
-                    steps = min(STRIDE, T - t0)
+                for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
+                    t0 = segment * LIF_CHECKPOINT_STEPS
+                    steps = min(LIF_CHECKPOINT_STEPS, T - t0)
                     if segment > 0:
                         fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
                     else:
@@ -405,13 +405,13 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning
     """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
-    x, x_r = place_state(layout, x)
-    out, out_r = place_state(layout, out)
+    x, x_r = step_view(layout, x)
+    out, out_r = step_view(layout, out)
     gate_r = y_r = 0
     if gate is not None:
-        gate, gate_r = place_state(layout, gate)
+        gate, gate_r = step_view(layout, gate)
     if residual is not None:
-        residual, y_r = place_state(layout, residual)
+        residual, y_r = step_view(layout, residual)
     stairs = None
     if tau is None and v_threshold is None:
         stairs = staircase.table(T, neuron, state_dtype(x.dtype), out.dtype == torch.uint8)
@@ -442,12 +442,12 @@ def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parame
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)
     g, _, g_r, g_c = gradient(layout, g.unsqueeze(0), g)
-    x, x_r = place_state(layout, x)
-    dx, dx_r = place_state(layout, dx)
+    x, x_r = step_view(layout, x)
+    dx, dx_r = step_view(layout, dx)
     gate_r = dgate_r = 0
     if gate is not None:
-        gate, gate_r = place_state(layout, gate)
-        dgate, dgate_r = place_state(layout, dgate)
+        gate, gate_r = step_view(layout, gate)
+        dgate, dgate_r = step_view(layout, dgate)
     group, groups, sums = p.partial_sums(layout, parameters)
     kernel = _rate_backward_kernel(
         CODES[x.dtype],

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import layout_of_step, place_state, same_strides, sequences
+from ..layout import layout_of_step, same_strides, sequences, step_view
 from .intrinsics import CODES, SIZES, load, load_int, num, state_code, store
 from .kernel import Kernel, share
 from .vector import LANES, fma, kind, vload, vset, vstore
@@ -281,17 +281,17 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
 def relu_squared_forward(x, out, tuning):
     """Fill out. x is not empty."""
     layout = layout_of_step(x, out, False)
-    x, x_r = place_state(layout, x)
-    out, out_r = place_state(layout, out)
+    x, x_r = step_view(layout, x)
+    out, out_r = step_view(layout, out)
     _relu_squared_kernel(CODES[x.dtype])(x.numel(), layout.R, layout.C, x.data_ptr(), x_r, out.data_ptr(), out_r)
 
 
 def relu_squared_backward(g, x, dx, tuning):
     """Fill dx. x is not empty."""
     layout = layout_of_step(x, dx, False)
-    g, g_r = place_state(layout, g)
-    x, x_r = place_state(layout, x)
-    dx, dx_r = place_state(layout, dx)
+    g, g_r = step_view(layout, g)
+    x, x_r = step_view(layout, x)
+    dx, dx_r = step_view(layout, dx)
     _relu_squared_backward_kernel(CODES[x.dtype])(
         x.numel(), layout.R, layout.C, g.data_ptr(), g_r, x.data_ptr(), x_r, dx.data_ptr(), dx_r
     )

@@ -31,19 +31,19 @@ FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float
 inline = numba.njit(forceinline=True, error_model="numpy")
 
 
-def parameters(decay, first, raw, k):
+def parameters(decay, bonus, decay_is_log_of_rate, k):
     """(w, u) as the kernels take them: contiguous, in the state type."""
     dtype = state_dtype(k.dtype)
-    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
-    w = torch.exp(w).neg_() if raw else w
+    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, bonus))
+    w = torch.exp(w).neg_() if decay_is_log_of_rate else w
     return w.clamp_min(STEEPEST).contiguous(), u.contiguous()
 
 
-def parameter_sums(dw, du, w, raw, d_decay, d_first):
-    """Fill d_decay and d_first from sums of the programs, (rows, C) each."""
-    d_first.copy_(du.sum(0))
+def parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus):
+    """Fill d_decay and d_bonus from sums of the programs, (rows, C) each."""
+    d_bonus.copy_(du.sum(0))
     dw = dw.sum(0)
-    d_decay.copy_((w * dw if raw else dw).masked_fill_(w <= STEEPEST, 0.0))
+    d_decay.copy_((w * dw if decay_is_log_of_rate else dw).masked_fill_(w <= STEEPEST, 0.0))
 
 
 @inline
