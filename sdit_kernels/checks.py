@@ -253,14 +253,14 @@ def check_channel_vector(name, p, k):
         raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
 
 
-def check_scan_state(state, shape, k, what="state"):
+def check_scan_state(state, shape, k, label="state"):
     """Check the state of a scan, a pair (ybar, lse), and return it."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"{what} must be None or a pair (ybar, lse) of tensors, got {found}")
+        raise TypeError(f"{label} must be None or a pair (ybar, lse) of tensors, got {found}")
     dtype = state_dtype(k.dtype)
     for name, t in zip(("ybar", "lse"), state):
-        name = f"{what}'s {name}"
+        name = f"{label}'s {name}"
         check_tensor(name, t)
         if t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")

@@ -133,7 +133,7 @@ def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
         else:
             return "reference", f"no kernels for {device!r}"
     else:
-        why = "asked for"
+        why = "requested"
     obstacle = {"reference": lambda d: None, "cpu": _cpu_obstacle, "triton": _triton_obstacle}[name](device)
     return (None, f"backend {name!r}: {obstacle}") if obstacle else (name, why)
 

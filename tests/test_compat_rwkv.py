@@ -137,7 +137,7 @@ def test_run_cuda_on_triton():
         ({"k": torch.zeros(1, 4, 2).int(), "v": torch.zeros(1, 4, 2).int()}, TypeError, "k must be of a floating dtype"),
         ({"last_state": (0, 0)}, TypeError, "last_state must be a tensor or None, got tuple"),
         ({"last_state": torch.zeros(1, 3, 2)}, ValueError, r"last_state must have the shape \(B, C, 3\) = \(1, 2, 3\)"),
-        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 beside data"),
+        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 for data"),
     ],
 )  # fmt: skip
 def test_run_cuda_says_what_is_wrong(change, error, message):
@@ -582,7 +582,7 @@ def test_names_of_an_rwkv():
     net = nn.ModuleDict({"late": nn.Sequential(Tmix()), "Model": Model(TimeMix, layers=1), "linear": nn.Linear(8, 8)})
     report = rwkv.accelerate(net)
     assert [(entry.name, entry.kind) for entry in report.left] == [("late.0", "Tmix")] and len(report.replaced) == 2
-    assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4's")
+    assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4")
 
 
 def test_nothing_there():

@@ -145,7 +145,7 @@ def patched_names(source):
 def test_no_test_and_no_benchmark_patches_a_number_of_a_module():
     """sdit_kernels.tuning.tuned sets those that decide how kernels are cut."""
     numbers = set(numbers_of_modules())
-    assert {"LIF_CHECKPOINT_STEPS", "_KEPT", "STREAM"} <= numbers
+    assert {"LIF_CHECKPOINT_STEPS", "_MAX_HELD_VALUES", "STREAM"} <= numbers
     for line in (
         'monkeypatch.setattr(kernels, "STREAM", 2)', 'mock.patch.object(kernel, "STREAM", 2)', "a, kernel.STREAM = 1, 2",
         "mock.patch.multiple(kernel, STREAM=2)", "kernel.STREAM = 2",

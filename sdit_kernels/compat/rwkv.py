@@ -1,7 +1,7 @@
 """Run the mixing layers of RWKV-4 models from other libraries on the ops of this package; and the function ``RUN_CUDA``.
 
 This module does not import the libraries. It recognises a layer by the names of its parameters, and replaces it only if it
-computes the same as RWKV-4. The page "RWKV-4" of the documentation lists what is fused and the differences.
+computes the same as RWKV-4. The page "RWKV-4" of the documentation lists the fused parts and the differences.
 """
 
 import copy
@@ -112,7 +112,7 @@ def RUN_CUDA(
     if last_state.shape != (B, C, 3):
         raise ValueError(f"last_state must have the shape (B, C, 3) = ({B}, {C}, 3), got {tuple(last_state.shape)}")
     if last_state.dtype != state_dtype(dtype):
-        raise TypeError(f"last_state must be {state_dtype(dtype)} beside data of {dtype}, got {last_state.dtype}")
+        raise TypeError(f"last_state must be {state_dtype(dtype)} for data of {dtype}, got {last_state.dtype}")
     y, state = wkv(w, u, k_, v_, state=wkv_state_from_rwkv(*last_state.unbind(-1)), return_state=True)
     return y.to(k.dtype), torch.stack(wkv_state_to_rwkv(*state), -1)
 
@@ -341,7 +341,7 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
         out, state = forward(twin, x, state=state and [s.clone() for s in state])
         return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
 
-    what, drawn = "its forward does not run on random values", random.getstate()
+    problem, drawn = "its forward does not run on random values", random.getstate()
     try:
         parameters = {name: normal(*p.shape) for name, p in module._parameters.items() if p is not None}
         inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan and of the tokens
@@ -362,7 +362,7 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
             wanted = [t for state in states for t in run(_own_forward(cls), state)]
             if not torch.equal(before, torch.random.get_rng_state()) or random.getstate() != drawn:
                 return f"its forward draws random numbers{where}"
-            what = "RWKV-4's forward does not take its parameters"
+            problem = "RWKV-4's forward does not take its parameters"
             twin.__class__ = swapped_class(form.fused, cls)
             found = [t for state in states for t in run(form.fused.forward, state)]
             for a, b in zip(found, wanted, strict=True):  # transformers' scan is float32
@@ -372,7 +372,7 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
                 if a.shape != b.shape or not torch.allclose(a, b, rtol=tolerance, atol=atol):
                     return f"its forward computes something else than RWKV-4's{where}"
     except Exception as error:  # code that is not ours may raise anything on random values
-        return f"{what}{where} ({type(error).__name__}: {error})"
+        return f"{problem}{where} ({type(error).__name__}: {error})"
     finally:
         random.setstate(drawn)
     return None
@@ -423,7 +423,7 @@ def _suspect(module: nn.Module) -> str | None:
     if next(module.parameters(recurse=False), None) is None:
         return None
     if any(_RWKV_NAME.search(name) for _, name in class_names(module)):
-        return "it has the name of an RWKV's layer, but not the parameters of RWKV-4's, such as time_decay or time_mix_k"
+        return "it has the name of an RWKV's layer, but not the parameters of RWKV-4, for example time_decay or time_mix_k"
     return None
 
 
@@ -466,8 +466,8 @@ def accelerate(model: nn.Module) -> Report:
 
     It replaces a layer only if the layer's own forward and the fused forward give the same result on a few random tokens, in
     training and evaluation mode, on common and on large values, and if the layer draws no random numbers. The check uses cheap
-    stand-ins for the projections. It cannot see limits above about 1e5 on outputs or 100 on keys, nor what a layer does only
-    for some dtype, device or length, or after its attributes change (for example the p of a dropout that was 0). A layer with
+    stand-ins for the projections. It does not detect limits above about 1e5 on outputs or 100 on keys. Nor does it detect a
+    behaviour that depends on dtype, device or length, or on later changes of attributes (the p of a dropout). A layer with
     more parts than RWKV-4 that calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this module and otherwise runs its own code;
     ``torch.compile`` then leaves the layer out of its graph.
 

@@ -26,7 +26,7 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """Result of ``accelerate`` or ``restore``. ``replaced`` holds pairs (name, class), ``left`` triples (name, class, reason)."""
+    """Result of ``accelerate`` and ``restore``: (name, class) in ``replaced``, (name, class, reason) in ``left``."""
 
     library: str
     outcome: str  # the code that the replaced modules run now; in an empty report, the reason why it is empty

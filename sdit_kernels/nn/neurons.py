@@ -177,12 +177,13 @@ class LIF(_Stateful):
         v[t] = v_reset where s[t], else h[t]                     (v_reset=None: h[t] - s[t] * v_threshold)
 
     Args:
-        tau: time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of x's
-            last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
+            channel of x's last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
         decay_input: True: the leak divides the input by tau too.
-        v_threshold: firing threshold. A number, a tensor or a parameter, like tau.
+        v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like tau.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
         step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step per call.
@@ -242,9 +243,11 @@ class IF(_Stateful):
     Attributes, shapes and errors are the same as in :class:`LIF`.
 
     Args:
-        v_threshold: firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is learned.
+        v_threshold (float | Tensor): firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is
+            learned.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
         step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
@@ -287,10 +290,12 @@ class ParametricLIF(_Stateful):
     Args:
         init_tau: initial tau, above 1: w = -log(init_tau - 1).
         decay_input: True: the leak divides the input by tau too.
-        v_threshold: firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is learned.
+        v_threshold (float | Tensor): firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is
+            learned.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
         channels: None: one w, of shape (). C: one w per channel of x's last axis, (C,).
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
         step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
@@ -370,12 +375,13 @@ class LIFRate(_Neuron):
 
     Args:
         T: number of time steps, at least 1.
-        tau: time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is
-            learned.
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,); a
+            ``torch.nn.Parameter`` is learned.
         decay_input: True: the leak divides the input by tau too.
-        v_threshold: firing threshold. A number, a tensor or a parameter, like tau.
+        v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like tau.
         v_reset: membrane potential after a spike, and at the start. None subtracts the threshold instead (soft reset).
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
 

@@ -166,7 +166,7 @@ class TimeMix(_Mix):
         if self.bidirectional and (state is not None or return_state):
             raise ValueError("a bidirectional TimeMix sees the whole sequence: it takes and returns no state")
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
-            raise TypeError("state must be None or what an earlier call returned, (last token, (ybar, lse))")
+            raise TypeError("state must be None or the state of an earlier call, (last token, (ybar, lse))")
         last, scan = (None, None) if state is None else state
         y = self.scan(*self.project(x, last), scan, return_state)
         y, scan = y if return_state else (y, None)
@@ -267,7 +267,7 @@ class ChannelMix(_Mix):
     def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False, residual: Tensor | None = None):
         self._check_call(x, residual)
         if state is not None and not isinstance(state, Tensor):
-            raise TypeError(f"state must be None or what an earlier call returned, the last token, got {type(state).__name__}")
+            raise TypeError(f"state must be None or the state of an earlier call, the last token, got {type(state).__name__}")
         xk, xr = self._shift(x, self.time_mix_k, self.time_mix_r, last=state)
         out = self._output(self.value(relu_squared(self.key(xk))), residual, self.receptance(xr))
         return (out, _last(x, state)) if return_state else out

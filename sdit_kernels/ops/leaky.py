@@ -161,11 +161,13 @@ def leaky(
         x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. The arithmetic is float32, or float64
             for float64 data.
         v: membrane potential before the first step, x.shape[1:], in the dtype of x or float32 (float64). None: 0.
-        beta: decay per step, 0 to 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of x's last axis.
-        v_threshold: firing threshold. A number or a tensor, like beta.
+        beta (float | Tensor): decay per step, 0 to 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of
+            x's last axis.
+        v_threshold (float | Tensor): firing threshold. A number or a tensor, like beta.
         reset: "subtract", "zero" or "none".
         reset_delay: True: a spike resets the membrane in the next step. False: at once, and the reset has a gradient.
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).

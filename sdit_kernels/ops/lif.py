@@ -315,13 +315,14 @@ def lif(
             for float64 data.
         v: membrane potential before the first step, x.shape[1:], in the dtype of x or float32 (float64). None: v_reset, or 0
             with soft reset.
-        tau: time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of x's
-            last axis. ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
-        v_threshold: firing threshold. A number or a tensor, like tau.
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
+            channel of x's last axis. ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
+        v_threshold (float | Tensor): firing threshold. A number or a tensor, like tau.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
         decay_input: True: the leak divides the input by tau too.
         detach_reset: True: no gradient flows through the reset.
-        surrogate: a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
@@ -416,12 +417,12 @@ def lif_rate(
         T: number of time steps, 1 to 2^24.
         residual: added to the rate. The shape of x, the dtype of x or float32 (float64). The output has the dtype of residual.
         gate: logits of a gate on the current, with the shape and dtype of x.
-        tau: time constant in steps, as in :func:`lif`.
-        v_threshold: firing threshold, as in :func:`lif`.
+        tau (float | Tensor): time constant in steps, as in :func:`lif`.
+        v_threshold (float | Tensor): firing threshold, as in :func:`lif`.
         v_reset: membrane potential after a spike, as in :func:`lif`. Every call starts from v_reset (0 with soft reset).
         decay_input: True: the leak divides the input by tau too.
         detach_reset: True: no gradient flows through the reset.
-        surrogate: surrogate gradient, as in :func:`lif`.
+        surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         return_counts: return the number of spikes as uint8 instead of the rate, for inference. Needs T <= 255 and no residual.
 

@@ -29,7 +29,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(checks|ops|nn)\b")
 
 
-def _looped(operator, n, dims, tensors, rest):
+def _call_per_member(operator, n, dims, tensors, rest):
     """Call the operator once per member of the batch, on views, and stack the outputs."""
     one = [operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)]
     columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
@@ -53,7 +53,7 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutat
         if mutates and any(dims[i] is None for i in mutates):
             raise RuntimeError("vmap over an operator that writes to a tensor needs that tensor batched as well")
         if parameters or mutates or (sums is not None and args[sums]) or (loop is not None and loop(tensors)):
-            outputs = _looped(operator, n, dims, tensors, rest)
+            outputs = _call_per_member(operator, n, dims, tensors, rest)
             axes = [0] * len(outputs)
         else:
             moved = []

@@ -256,12 +256,12 @@ def spiking_wkv(
             a GPU run as calls of 16 steps; ``rate`` then takes the mean of stored spikes.
         v: values, with the shape and dtype of k.
         r: receptance, the logits of a gate on the current, with the shape and dtype of k. By position or by name.
-        tau: time constant in steps, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
-        v_threshold: firing threshold, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
+        tau (float | Tensor): time constant in steps, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
+        v_threshold (float | Tensor): firing threshold, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
         decay_input: True: the leak divides the input by tau too.
         detach_reset: True: no gradient flows through the reset.
-        surrogate: surrogate gradient, as in :func:`lif`.
+        surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         log_decay: w itself, (C,), as in :func:`wkv`.
         scan_state: states of the scans before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data).

@@ -350,7 +350,7 @@ def wkv(
     check_flag("bidirectional", bidirectional)
     if bidirectional and (return_state or state is not None):
         name = "state" if state is not None else "return_state"
-        raise ValueError(f"bidirectional looks at both ends of a sequence and has no state to hand on: leave {name} out")
+        raise ValueError(f"bidirectional scans a sequence from both ends and has no state: leave {name} out")
     ybar, lse = (None, None) if state is None else check_scan_state(state, (sequences, k.shape[-1]), k)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")

@@ -33,13 +33,13 @@ class Flags(NamedTuple):
 def _charge(x, v, k, th, RESET: tl.constexpr):
     """Return (h, the part of the membrane that decays in this step)."""
     tl.static_assert(RESET <= 2, "unknown reset")
-    left = tl.where(v > th, 0.0, v) if RESET == 1 else v
-    h = k * left + x
-    return tl.where(v > th, h - th, h) if RESET == 0 else h, left
+    decaying = tl.where(v > th, 0.0, v) if RESET == 1 else v
+    h = k * decaying + x
+    return tl.where(v > th, h - th, h) if RESET == 0 else h, decaying
 
 
 @triton.jit
-def _after(h, v, th, RESET: tl.constexpr, DELAY: tl.constexpr):
+def _reset_membrane(h, v, th, RESET: tl.constexpr, DELAY: tl.constexpr):
     """Return the membrane after a step from the charge h and the membrane v before the step."""
     if DELAY:
         return h
@@ -83,11 +83,11 @@ def leaky_forward_kernel(
             m = mask & (t0 + k < T) if F.LONG else mask
             xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
         for k in tl.static_range(K):
-            h, left = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
+            h, decaying = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
             m = mask & (t0 + k < T) if F.LONG else mask
             spike = tl.where(h > th, 1.0, 0.0).to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, spike, mask=m)
-            after = _after(h, v, th, F.RESET, F.DELAY)
+            after = _reset_membrane(h, v, th, F.RESET, F.DELAY)
             v = tl.where(t0 + k < T, after, v) if F.LONG else after
             if seq_ptr is not None:
                 tl.store(seq_ptr + first + (t0 + k) * seq_t + rows * seq_r + cols, v, mask=m)
@@ -137,11 +137,11 @@ def leaky_backward_kernel(
                     v = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
             # Loads compare with this, stores compare t0 + k with T. With one comparison for both, the compiler would keep the
             # masks of all steps in registers.
-            left_steps = T - t0
+            steps_left = T - t0
             xs = ()
             gs = ()
             for k in tl.static_range(K):
-                m = mask & (k < left_steps) if F.LONG else mask
+                m = mask & (k < steps_left) if F.LONG else mask
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
@@ -149,32 +149,32 @@ def leaky_backward_kernel(
             for k in tl.static_range(K):  # recompute the membranes
                 vs = vs + (v,)
                 if k < K - 1:
-                    h, left = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
-                    v = _after(h, v, th, F.RESET, F.DELAY)
+                    h, decaying = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
+                    v = _reset_membrane(h, v, th, F.RESET, F.DELAY)
             for k in tl.static_range(K - 1, -1, -1):  # backward pass
                 m = mask & (t0 + k < T) if F.LONG else mask
                 before = vs[k]
-                h, left = _charge(xs[k].to(STATE), before, k_, th, F.RESET)
+                h, decaying = _charge(xs[k].to(STATE), before, k_, th, F.RESET)
                 reset = tl.where(before > th, 1.0, 0.0).to(STATE)
                 fired = tl.where(h > th, 1.0, 0.0).to(STATE)
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
-                through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
+                ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 dh = carry
                 if not F.DELAY:
-                    through -= carry * (th if F.RESET == 0 else h)
+                    ds -= carry * (th if F.RESET == 0 else h)
                     if F.RESET == 1:
                         dh = tl.where(h > th, tl.where(before > th, carry, 0.0), tl.where(before > th, carry + carry, carry))
                 slope = surrogate_derivative(h - th, a, F.KIND)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # the reset hides an infinite h
-                dh = dh + through
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dh + dz
                 if dbeta_ptr is not None:
-                    sum_beta += tl.where(m, dh * left, 0.0) if F.LONG else dh * left
+                    sum_beta += tl.where(m, dh * decaying, 0.0) if F.LONG else dh * decaying
                     if F.RESET == 0:
-                        through = tl.where(before > th, through + dh, through)
+                        dz = tl.where(before > th, dz + dh, dz)
                         if not F.DELAY:
-                            through += (fired - reset) * carry
-                    sum_theta -= tl.where(m, through, 0.0) if F.LONG else through
+                            dz += (fired - reset) * carry
+                    sum_theta -= tl.where(m, dz, 0.0) if F.LONG else dz
                 tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dh.to(dx_ptr.dtype.element_ty), mask=m)
                 before_t = tl.where(before > th, 0.0, dh * k_) if F.RESET == 1 else dh * k_
                 carry = tl.where(t0 + k < T, before_t, carry) if F.LONG else before_t

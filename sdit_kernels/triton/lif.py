@@ -203,11 +203,11 @@ def lif_backward_kernel(
                     start = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
             # Loads compare with this, stores compare t0 + k with T. With one comparison for both, the compiler would keep the
             # masks of all steps in registers.
-            left = T - t0
+            steps_left = T - t0
             xs = ()
             gs = ()
             for k in tl.static_range(K):
-                m = mask & (k < left) if F.LONG else mask
+                m = mask & (k < steps_left) if F.LONG else mask
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
@@ -225,16 +225,16 @@ def lif_backward_kernel(
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
                 slope = surrogate_derivative(z, a, F.KIND)
-                through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
+                ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 if not F.DETACH:
-                    through += carry * (-th if F.SOFT else reset - h)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # the reset hides an infinite h
-                dh = through + (carry if F.SOFT else tl.where(fired, 0.0, carry))
+                    ds += carry * (-th if F.SOFT else reset - h)
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dz + (carry if F.SOFT else tl.where(fired, 0.0, carry))
                 if dr_ptr is not None:
                     before = reset_membrane_at(hs[k - 1], hs[k - 1] - th, reset, F.SOFT) if k > 0 else start
                     rest = before if F.SOFT else before - reset
                     sum_r += tl.where(m, dh * (xs[k].to(STATE) - rest if F.DECAY else -rest), 0.0)
-                    d_theta = through
+                    d_theta = dz
                     if F.SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)

@@ -47,7 +47,7 @@ class Flags(NamedTuple):
     """Compile-time constants of the spiking_wkv kernels."""
 
     BC: int  # channels per program
-    T: int  # simulation steps
+    T: int  # time steps
     TOKENS: int  # tokens per tile
     RATE: bool  # the output is the mean of the spikes over T
     LOG_OF_RATE: bool  # w is -exp(time_decay)
@@ -300,19 +300,19 @@ def spiking_wkv_backward_kernel(
                 z = h - th
                 fired = z >= 0.0
                 slope = surrogate_derivative(z, a_, F.KIND)
-                through = zero  # gradient of the spike
+                ds = zero  # gradient of the spike
                 if g_ptr is not None:
                     g = tl.load(
                         g_ptr + sequence * g_b + t * tl.cast(g_t, tl.int64) + (t0 + j) * g_l + cols, mask=m, other=0.0
                     ).to(STATE)
-                    through += g * (1.0 / T) if F.RATE else g
+                    ds += g * (1.0 / T) if F.RATE else g
                 if not F.DETACH:
-                    through += carry * (-th if F.SOFT else reset - h)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # the reset hides an infinite h
-                dh = through + (carry if F.SOFT else tl.where(fired, 0.0, carry))
+                    ds += carry * (-th if F.SOFT else reset - h)
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dz + (carry if F.SOFT else tl.where(fired, 0.0, carry))
                 if d_leak_ptr is not None:
                     sum_leak += tl.where(m, dh * apart, 0.0)
-                    d_theta = through
+                    d_theta = dz
                     if F.SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)

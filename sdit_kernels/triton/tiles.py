@@ -19,7 +19,8 @@ import triton.language as tl
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view, step_view
 
-_KEPT = 128  # a backward pass keeps fewer values than this per thread; compile_report.py finds register spills above it
+# A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
+_MAX_HELD_VALUES = 128
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -54,14 +55,14 @@ class Grid:
     """Tile sizes and the number of programs: one 16-byte access per thread, and groups of rows, so that partial sums are few.
 
     Tile sizes depend only on the variant of the kernel and, if there are rows, on C. So a new batch size does not compile a new
-    kernel. ``kept``: values per neuron that a thread holds; if they exceed its registers, its accesses are of 8 or 4 bytes.
+    kernel. ``held``: values per neuron that a thread holds; if they exceed its registers, its accesses are of 8 or 4 bytes.
     ``per_channel``: the columns are channels, even if there is a single row.
     """
 
-    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, kept=0):
+    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, held=0):
         self.threads = tuning.elementwise_threads
         elements = self.threads * 16 // dtype.itemsize
-        while kept * elements // self.threads >= _KEPT:
+        while held * elements // self.threads >= _MAX_HELD_VALUES:
             elements //= 2
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
@@ -134,7 +135,7 @@ def launch_steps_backward(
     inputs = row_view(layout, x), maybe_step_view(layout, v), maybe_row_view(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_seq = (None if t is None else t.to(state) for t in (g_v, g_seq))
     upstream = gradient_view(layout, g, x.dtype), maybe_step_view(layout, g_v), maybe_row_view(layout, g_seq)
-    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, kept=min(T, LIF_CHECKPOINT_STEPS) * (2 if parameters else 1))
+    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, held=min(T, LIF_CHECKPOINT_STEPS) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
         kernel, x.device, inputs, upstream, (row_view(layout, dx), maybe_step_view(layout, dv), sums or (None, None)),
