@@ -55,7 +55,7 @@ def empty_states_like(out: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
 
 
 def _view(t: Tensor, order, shape) -> Tensor | None:
-    """Return t as a view of shape (T, R, C) with contiguous columns, or None if there is no such view."""
+    """Return t as a view of shape (T, R, C) with contiguous columns, or None if t has no view of that shape."""
     try:
         view = t.permute(0, *order).view(shape)
     except RuntimeError:
@@ -96,7 +96,7 @@ def _contiguous(x, size, per_channel):
 
 
 def row_view(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
-    """Return (tensor to keep alive, stride of T, stride of R). Copies t if there is no view."""
+    """Return (tensor to keep alive, stride of T, stride of R). Copies t if a view is impossible."""
     if t.is_contiguous() and layout.order is None:
         return t, layout.R * layout.C, layout.C
     order = layout.order or range(1, t.dim())
@@ -125,7 +125,7 @@ def wkv_rows(B: int, L: int, sequences: int | None, tokens: int) -> int:
 
 
 def sequences(t: Tensor) -> Tensor:
-    """Reshape a nonempty (..., L, C) to (B, L, C) with contiguous channels. Copies if there is no view."""
+    """Reshape a nonempty (..., L, C) to (B, L, C) with contiguous channels. Copies if a view is impossible."""
     t = t.detach().reshape(-1, *t.shape[-2:])
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 

@@ -68,7 +68,7 @@ _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 @torch.compiler.assume_constant_result  # torch.compile cannot read a function's name, but guards its code
 def _formula(function):
-    """Return (name in our table, name of its constant, index of the constant in the closure), or why there is no such name."""
+    """Return (name in our table, name of its constant, index of the constant in the closure), or the reason why it has none."""
     made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")
     if not inner:
         made_by = getattr(function, "__name__", type(function).__name__)
