@@ -1,9 +1,9 @@
 """Fused kernels for spiking transformers.
 
-Letters: B batch, T simulation steps, L tokens, C channels.
+The letters in shapes: B batch, T time steps, L tokens, C channels.
 """
 
-from . import nn as nn  # no name of __all__: with * it would replace torch's nn
+from . import nn as nn  # not in __all__: "from sdit_kernels import *" would replace torch's nn
 from .dispatch import backend
 from .ops.leaky import leaky
 from .ops.lif import lif, lif_rate

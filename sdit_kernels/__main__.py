@@ -1,4 +1,4 @@
-"""``python -m sdit_kernels``: what a bug report needs. Versions, machine, settings, and the backend of each device and why."""
+"""``python -m sdit_kernels`` prints what a bug report needs: versions, machine, settings, and the backend of each device."""
 
 import importlib.metadata
 import os
@@ -10,7 +10,7 @@ import torch
 
 from . import __version__, dispatch
 
-PEERS = ("spikingjelly", "snntorch", "transformers", "fla-core")  # other libraries that compat or perf knows
+PEERS = ("spikingjelly", "snntorch", "transformers", "fla-core")  # the libraries that compat and perf use
 SETTINGS = re.compile(r"(SDIT|NUMBA|TRITON|OMP|GOMP|KMP|MKL|PYTORCH|TORCHINDUCTOR)_|(CUDA|HIP|ROCR)_VISIBLE_DEVICES$")
 
 
@@ -34,7 +34,7 @@ def _cpu_name():
 
 
 def _openmp():
-    """The OpenMP libraries of this process, which torch and the CPU kernels run on."""
+    """Name torch's parallel backend and the OpenMP libraries that this process has loaded."""
     maps = Path("/proc/self/maps")
     found = re.findall(r"/(lib(?:gomp|i?omp)[^/\s]*)$", maps.read_text(), flags=re.M) if maps.exists() else ()
     parallel = re.search(r"ATen parallel backend: (.+)", torch.__config__.parallel_info())
@@ -48,7 +48,7 @@ def _short(path):
 
 
 def _numba_cache():
-    """Numba's own order: its variable, the folder of the source file, the user's cache folder."""
+    """Return the folder of numba's cache. The order is numba's: its variable, the source folder, the user's cache folder."""
     if os.environ.get("NUMBA_CACHE_DIR"):
         return Path(os.environ["NUMBA_CACHE_DIR"])
     beside = Path(__file__).resolve().parent / "cpu"
@@ -73,7 +73,7 @@ def _devices():
 
 
 def report():
-    """Yield the lines."""
+    """Yield the lines of the report."""
     yield f"sdit_kernels {__version__}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     yield f"CPU: {_cpu_name()}, {os.cpu_count()} cores, {platform.machine()}"

@@ -1,7 +1,7 @@
-"""The private names of PyTorch that the library uses, each under a public name of its own.
+"""The private names of PyTorch that the library uses, each under a public name.
 
-Where PyTorch lacks one, public names take its place, which is slower or more cautious: a cautious answer sends a call through
-PyTorch's dispatcher or through autograd, where the result is the same. Functions written in C are bound as they are, because
+If a version of PyTorch lacks one, this file uses a fallback that is slower or more cautious. A cautious answer sends a call
+through PyTorch's dispatcher or through autograd, and the result is the same. Functions written in C have no wrapper, because
 every eager call of an op calls several of them.
 """
 
@@ -21,23 +21,23 @@ def _always(*_) -> bool:
     return True
 
 
-# True if a transform of torch.func (vmap, grad, ...) is active. Cautious: ops take the way that works in one (18 us a call).
+# True if a transform of torch.func (vmap, grad, ...) is active. Fallback: True, and every call costs 18 us more.
 transforms_active = getattr(_C, "_are_functorch_transforms_active", _always)
 
-# The number of active modes that see every operator, and of those that see every function. Cautious: 1.
+# Number of active modes that see every operator, and number of active modes that see every function. Fallback: 1.
 dispatch_mode_count = getattr(_C, "_len_torch_dispatch_stack", _always)
 function_mode_count = getattr(_C, "_len_torch_function_stack", _always)
 
-# True if a profiler is active. Cautious: ops go through the dispatcher (24 us a call).
+# True if a profiler is active. Fallback: True, and every call goes through the dispatcher (24 us).
 profiler_enabled = getattr(torch.autograd, "_profiler_enabled", _always)
 
-# True if a tensor stands for zeros and has no memory. Cautious: ops go through the dispatcher, which makes the zeros.
+# True if a tensor represents zeros without memory. Fallback: True, and calls go through the dispatcher, which makes the zeros.
 is_zerotensor = getattr(Tensor, "_is_zerotensor", _always)
 
-# True while torch.jit.trace records a graph. The public function asks first whether torch.jit.script compiles.
+# True while torch.jit.trace records a graph. The public function is slower: it also checks for torch.jit.script.
 is_tracing = getattr(_C, "_is_tracing", torch.jit.is_tracing)
 
-# A context in which operators run without their autograd formula, or None: register then defines a second operator without one.
+# A context in which operators run without their autograd formula. None: register defines a second operator without a formula.
 below_autograd = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
 
@@ -45,7 +45,7 @@ def _in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
-# True if forward-mode derivatives (dual tensors) may be in use. Cautious: ops go through autograd.Function (11 us a call).
+# True if forward-mode derivatives (dual tensors) may be in use. Fallback: True, and calls use autograd.Function (11 us).
 in_forward_mode: Callable[[], bool] = _in_forward_mode if hasattr(forward_ad, "_current_level") else _always
 
 
@@ -53,7 +53,7 @@ in_forward_mode: Callable[[], bool] = _in_forward_mode if hasattr(forward_ad, "_
 
 
 def _marks_constants() -> bool:
-    """True if torch.compile looks for the mark. To ask the compiler would import it, which takes a second."""
+    """True if torch.compile reads the mark. This reads the compiler's source, because importing the compiler takes a second."""
     try:
         return "._dynamo_marked_constant = True" in Path(torch.__file__).parent.joinpath("_dynamo/decorators.py").read_text()
     except OSError:
@@ -64,8 +64,10 @@ _MARKS_CONSTANTS = _marks_constants()
 
 
 def assume_constant_result(function):
-    """As ``torch.compiler.assume_constant_result``: torch.compile calls the function once while it traces. That decorator
-    imports the whole compiler."""
+    """Let torch.compile call the function once while it traces, and use the result as a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, but it imports the whole compiler.
+    """
     if not _MARKS_CONSTANTS:
         return torch.compiler.assume_constant_result(function)
     function._dynamo_marked_constant = True
@@ -76,7 +78,7 @@ def assume_constant_result(function):
 
 
 def _find_trace():
-    """The frame of the innermost torch.jit.trace; True where something else traces."""
+    """Return the frame of the innermost torch.jit.trace, True if something else traces, or None."""
     if not torch.jit.is_tracing():
         return None
     codes = [inspect.unwrap(function).__code__ for function in (torch.jit.trace, torch.jit.trace_module)]
@@ -86,7 +88,7 @@ def _find_trace():
     return frame or True
 
 
-# An object that stands for the running torch.jit.trace, the same one until that ends; None outside a trace.
+# Returns an object that identifies the running torch.jit.trace, or None outside a trace.
 current_trace = getattr(_C, "_get_tracing_state", _find_trace)
 
 _functorch: Any = getattr(_C, "_functorch", None)
@@ -97,9 +99,9 @@ _TELLS_TRANSFORMS = all(
 
 
 def mark_transform(v: Tensor) -> Tensor | None:
-    """A mark of the transform of torch.func in which v was made, for ``has_ended``; None for a tensor from outside.
+    """Return a mark of the transform of torch.func that made v, for ``has_ended``; None if v was made outside a transform.
 
-    Always None where PyTorch does not tell. Whoever uses v after the transform then gets the error of torch.func.
+    If PyTorch lacks the functions for it, the mark is always None. Using v after the transform then raises torch.func's error.
     """
     if not _TELLS_TRANSFORMS or not _functorch.is_functorch_wrapped_tensor(v):
         return None
@@ -107,7 +109,7 @@ def mark_transform(v: Tensor) -> Tensor | None:
 
 
 def has_ended(mark: Tensor) -> bool:
-    """True if the transform of this mark has ended, and tensors made in it have no values any more."""
+    """True if the transform of this mark has ended. Tensors made in it then have no values."""
     return _functorch.is_dead_tensor_wrapper(mark)
 
 
@@ -118,7 +120,7 @@ _dispatch_modes = getattr(getattr(torch.utils, "_python_dispatch", None), "_get_
 
 
 def active_modes() -> list | None:
-    """The active modes that see every operator or every function; None where PyTorch does not tell."""
+    """Return the active modes that see every operator or every function; None if PyTorch lacks the functions for it."""
     return None if _function_modes is None or _dispatch_modes is None else [*_dispatch_modes(), *_function_modes()]
 
 
@@ -128,5 +130,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# True if calls of a module run hooks of its own. Cautious: such a module runs its own code.
+# True if a call of a module runs hooks of the module. Fallback: True, and the module runs its own code.
 has_hooks: Callable[[nn.Module], bool] = _has_hooks if all(hasattr(nn.Module(), name) for name in _HOOKS) else _always

@@ -1,6 +1,6 @@
 """The checks of arguments that several ops share, and their error messages.
 
-Checks of ranges read the values of CPU tensors only: to read those of a GPU tensor would wait for the GPU.
+Range checks read the values of CPU tensors only: reading the values of a GPU tensor would wait for the GPU.
 """
 
 import math
@@ -19,7 +19,7 @@ from .surrogate import SURROGATES
 
 
 def refuse_proxy(value):
-    """Say how to trace a program that calls an op, where torch.fx hands the op a proxy instead of a tensor."""
+    """If torch.fx passes a proxy instead of a tensor, raise and say how to trace a program that calls an op."""
     if isinstance(value, torch.fx.Proxy):
         raise TypeError(
             "torch.fx.symbolic_trace cannot trace sdit_kernels, whose ops need tensors, not proxies: use torch.export or "
@@ -28,7 +28,7 @@ def refuse_proxy(value):
 
 
 def is_number(value):
-    """True for a real number of Python or numpy, or a symbol for one; False for True and False."""
+    """True for a real number of Python or numpy, or a symbolic number; False for a bool."""
     if isinstance(value, (int, float, torch.SymFloat)):
         return not isinstance(value, bool)
     return isinstance(value, numbers.Real)
@@ -49,7 +49,7 @@ def check_tensor(name, t, optional=False):
 
 
 def check_data(name, t, like=None):
-    """Check a data tensor, or a tensor that must have the shape and device of ``like``, which the messages call x."""
+    """Check a data tensor. With ``like``, check that t has the shape and device of ``like``, which the messages call x."""
     check_tensor(name, t, optional=like is not None)
     if like is None:
         if t.dtype not in DATA_DTYPES:
@@ -63,8 +63,10 @@ def check_data(name, t, like=None):
 
 
 def wants_gradient(*tensors):
-    """True if autograd needs a gradient of one of the tensors. False under torch.jit.trace, whose graph replays with and
-    without gradients."""
+    """True if autograd needs a gradient of one of the tensors.
+
+    False under torch.jit.trace, because its graph runs both with and without gradients.
+    """
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     return wanted and current_trace() is None
 
@@ -87,7 +89,7 @@ class Neuron(NamedTuple):
 def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, data="x"):
     """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
 
-    Returns (Neuron, tau tensor, v_threshold tensor). The Neuron is None for a surrogate function of the user's.
+    Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
     """
     tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data)
     threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data)
@@ -110,7 +112,7 @@ def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_res
 
 
 def check_neuron_parameter(name, p, x, channels, data="x"):
-    """Check tau, beta or v_threshold. Returns (number, tensor or None); the number is 1 where there is a tensor."""
+    """Check tau, beta or v_threshold. Return (number, None), or (1.0, tensor) for a tensor."""
     if isinstance(p, Tensor):
         check_tensor(name, p)
         if p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, x.dtype) != p.dtype:
@@ -130,7 +132,7 @@ def check_neuron_parameter(name, p, x, channels, data="x"):
 
 
 def check_membrane(name, t, shape, like, data="x"):
-    """Check a membrane or residual. Its dtype is that of the data ``like``, or the dtype that the arithmetic is done in."""
+    """Check a membrane or residual. Its dtype must be the dtype of the data ``like`` or of the arithmetic."""
     check_tensor(name, t, optional=True)
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
@@ -143,7 +145,7 @@ def check_membrane(name, t, shape, like, data="x"):
 
 
 def check_surrogate(surrogate, alpha, dtype):
-    """Check the surrogate gradient. Returns its sharpness; None for a surrogate function of the user's."""
+    """Check the surrogate gradient. Return its sharpness, or None if the user gave a surrogate function."""
     if callable(surrogate):
         if alpha is not None:
             raise ValueError("alpha belongs to the named surrogates; a surrogate function brings its own constants")
@@ -175,12 +177,12 @@ def _is_finite(number, dtype):
 
 
 def _got(number, dtype):
-    """The end of an error message about a number that is not finite in ``dtype``, the dtype of the arithmetic."""
+    """Return the end of an error message about a number that is not finite in ``dtype``, the dtype of the arithmetic."""
     return f"got {number}" + (f", more than {dtype} holds" if math.isfinite(number) and not _is_finite(number, dtype) else "")
 
 
 def check_neuron_values(tau, v_threshold, decay_input, dtype=torch.float64):
-    """Check the values of a tensor tau and v_threshold on the CPU."""
+    """Check the values of tensors tau and v_threshold on the CPU."""
     for p in (tau, v_threshold):
         if p is not None and p.numel():
             for extreme in (p.min().item(), p.max().item()):
@@ -207,7 +209,7 @@ def warn_of_custom_surrogate():
 def check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
     """Check the arguments of a scan except states and flags. ``axes``: the names of k's axes.
 
-    Returns (decay, whether it is RWKV's parameter time_decay, the logarithm of the rate).
+    Return (decay, decay_is_log_of_rate). The flag is True for RWKV's time_decay: the decay is then w = -exp(time_decay).
     """
     check_data("k", k)
     if k.dim() != len(axes):
@@ -220,11 +222,11 @@ def check_tokens(time_decay, time_first, k, v, r, log_decay, axes):
         check_like_keys("r", r, k)
     if (time_decay is None) == (log_decay is None):
         raise ValueError("give either time_decay, or None and log_decay; got " + ("neither" if log_decay is None else "both"))
-    raw = log_decay is None
-    decay = time_decay if raw else log_decay
-    check_channel_vector("time_decay" if raw else "log_decay", decay, k)
+    decay_is_log_of_rate = log_decay is None
+    decay = time_decay if decay_is_log_of_rate else log_decay
+    check_channel_vector("time_decay" if decay_is_log_of_rate else "log_decay", decay, k)
     check_channel_vector("time_first", time_first, k)
-    return decay, raw
+    return decay, decay_is_log_of_rate
 
 
 def check_like_keys(name, t, k):
@@ -251,14 +253,14 @@ def check_channel_vector(name, p, k):
         raise ValueError(f"{name} must be on the device of k, {k.device}, got {p.device}")
 
 
-def check_scan_state(state, shape, k, what="state"):
+def check_scan_state(state, shape, k, label="state"):
     """Check the state of a scan, a pair (ybar, lse), and return it."""
     if not isinstance(state, (tuple, list)) or len(state) != 2:
         found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
-        raise TypeError(f"{what} must be None or a pair (ybar, lse) of tensors, got {found}")
+        raise TypeError(f"{label} must be None or a pair (ybar, lse) of tensors, got {found}")
     dtype = state_dtype(k.dtype)
     for name, t in zip(("ybar", "lse"), state):
-        name = f"{what}'s {name}"
+        name = f"{label}'s {name}"
         check_tensor(name, t)
         if t.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(t.shape)}")

@@ -1,9 +1,9 @@
-"""Which implementation serves a call, and how a user overrides it.
+"""Choose the backend that serves a call, and let the user override the choice.
 
-By default CPU tensors run the numba kernels ("cpu") and CUDA and ROCm tensors the Triton kernels ("triton"). A device that
-has no kernels here (MPS, XPU, ...) runs the reference and says so once. ``SDIT_KERNELS_BACKEND`` overrides this for the
-process, and ``with sdit_kernels.backend(name):`` for the calls a thread makes inside the block; a request that cannot be met is
-an error.
+By default, CPU tensors run the numba kernels ("cpu"), and CUDA and ROCm tensors run the Triton kernels ("triton"). A device
+without kernels (MPS, XPU, ...) runs the reference, with one warning. ``SDIT_KERNELS_BACKEND`` overrides the choice for the
+process, and ``with sdit_kernels.backend(name):`` for the calls of a thread inside the block. If the requested backend cannot
+serve a call, the call raises.
 """
 
 import functools
@@ -30,7 +30,7 @@ def _from_environment():
     return _checked(name, "SDIT_KERNELS_BACKEND") if name else None
 
 
-forked = False  # this process was forked, without exec, from one that had imported the library
+forked = False  # True if this process was forked, without exec, from a process that had imported the library
 
 
 def _after_fork():
@@ -57,7 +57,8 @@ def backend(name: str):
             ``TRITON_INTERPRET=1`` or a Triton driver for the CPU).
 
     Raises:
-        ValueError: unknown name. RuntimeError, from the op: the backend cannot serve its tensors.
+        ValueError: the name is unknown.
+        RuntimeError: an op in the block raises it if the backend cannot serve its tensors.
 
     Example:
         >>> import torch, sdit_kernels
@@ -75,13 +76,13 @@ def backend(name: str):
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):  # hidden on purpose, as by sys.modules[module] = None
+    except (ImportError, ValueError):  # hidden on purpose, for example by sys.modules[module] = None
         return False
 
 
 @functools.cache
 def triton_on_cpu() -> bool:
-    """Triton kernels accept CPU tensors: the interpreter is on, or the active Triton driver is one for the CPU."""
+    """True if Triton kernels accept CPU tensors: the interpreter is on, or the active Triton driver is a CPU driver."""
     if not _installed("triton"):
         return False
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -90,7 +91,7 @@ def triton_on_cpu() -> bool:
         from triton.runtime import driver
 
         return driver.active.get_active_torch_device().type == "cpu"
-    except Exception:  # no driver at all: Triton raises RuntimeErrors and ImportErrors of many kinds here
+    except Exception:  # without any driver, Triton raises many kinds of errors here
         return False
 
 
@@ -121,7 +122,7 @@ def _cpu_obstacle(device: str) -> str | None:
 
 
 def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
-    """(backend that would serve ``device``, why), or (None, what stands in the way)."""
+    """Return (the backend that would serve ``device``, the reason), or (None, the obstacle)."""
     if name is None:
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and _installed("triton"):
             name, why = "triton", "TRITON_INTERPRET=1 sends CPU tensors through the Triton kernels"
@@ -132,7 +133,7 @@ def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
         else:
             return "reference", f"no kernels for {device!r}"
     else:
-        why = "asked for"
+        why = "requested"
     obstacle = {"reference": lambda d: None, "cpu": _cpu_obstacle, "triton": _triton_obstacle}[name](device)
     return (None, f"backend {name!r}: {obstacle}") if obstacle else (name, why)
 
@@ -140,7 +141,7 @@ def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
 _resolved = {}
 
 
-@assume_constant_result  # instead of tracing a search for installed packages
+@assume_constant_result  # so that torch.compile does not trace the search for installed packages
 def _resolve(device: str, name: str | None) -> str:
     if (device, name) not in _resolved:
         chosen, why = explain(device, name)
@@ -153,16 +154,16 @@ def _resolve(device: str, name: str | None) -> str:
 
 
 def forget_devices() -> None:
-    """Find out anew what serves each device: for tools that change Triton's driver."""
+    """Clear the cached choice of backends, for tools that change Triton's driver."""
     triton_on_cpu.cache_clear()
     _resolved.clear()
 
 
 def requested() -> str | None:
-    """The backend asked for in this thread, None where the device decides."""
+    """Return the backend that this thread requested; None if the device decides."""
     return _choice.name
 
 
 def choose(device: str, fused: bool = True) -> str:
-    """The backend for tensors on ``device`` (a ``torch.device.type``); the reference for what the kernels do not have."""
+    """Return the backend for tensors on ``device`` (a ``torch.device.type``): the reference unless ``fused``."""
     return _resolve(device, _choice.name) if fused else "reference"

@@ -7,12 +7,12 @@ DATA_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of membrane, carry and parameter sums: float64 for float64 data, else float32."""
+    """Return the dtype of the arithmetic, states and parameter sums: float64 for float64 data, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would cast x to in front of a matrix multiplication; None where it would leave x as it is."""
+    """Return the dtype that autocast casts x to before a matrix multiplication; None if autocast would not change x."""
     device = x.device.type
     if x.dtype != torch.float32 or device == "meta" or not torch.is_autocast_enabled(device):
         return None

@@ -1,7 +1,7 @@
-"""How a (T, ...) tensor of any strides is seen by the LIF kernels: T steps x R rows x C columns, columns contiguous.
+"""Map a (T, ...) tensor of any strides to T steps x R rows x C contiguous columns, the shape that the LIF kernels use.
 
-LIF is elementwise but for time (and for parameters per channel of the last axis), so any dense order of the other axes will do:
-outputs take the order of x, and x is read in place whenever one row stride can describe it.
+LIF is elementwise except over time, and except for parameters per channel of the last axis. So the kernels may visit the other
+axes in any dense order. The output takes the memory order of x. The kernels read x in place if one row stride describes it.
 """
 
 import math
@@ -13,17 +13,17 @@ from torch import Tensor
 from . import memory
 from .tuning import Tuning
 
-STRIDE = 16  # steps between the membranes kept for the backward pass; T <= STRIDE keeps none
+LIF_CHECKPOINT_STEPS = 16  # steps between the membranes that the backward pass starts from; for T <= 16 there are none
 
 
 class Layout(NamedTuple):
-    order: tuple | None  # the axes after T, outermost first; None: as they are, and everything contiguous
+    order: tuple | None  # the axes after T, outermost first; None: the tensors are contiguous
     R: int
     C: int
 
 
 def _dense(x: Tensor) -> bool:
-    """x fills its memory, and T is not its innermost axis."""
+    """True if x is dense (no gaps, no overlap) and T is not the fastest-varying axis."""
     axes = sorted((stride, size, axis) for axis, (stride, size) in enumerate(zip(x.stride(), x.shape)) if size != 1)
     expected = 1
     for stride, size, _ in axes:
@@ -34,28 +34,28 @@ def _dense(x: Tensor) -> bool:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype, per_channel: bool) -> Tensor:
-    """An output for x: in x's own memory order where it is dense, else contiguous."""
+    """Allocate an output for x: in the memory order of x if x is dense, else contiguous."""
     if x.is_contiguous() or (not per_channel and x.numel() > 0 and _dense(x)):
         return memory.empty_like(x, dtype)
     return memory.empty_contiguous(x.shape, dtype, x)
 
 
 def empty_state_like(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """A state for one step of ``out``, axes in the same memory order."""
+    """Allocate a state for one step of ``out``, in the same memory order."""
     if out.is_contiguous() or out.numel() == 0:
         return memory.empty_contiguous(out.shape[1:], dtype, out)
     return memory.empty_like(out.select(0, 0), dtype)
 
 
 def empty_states_like(out: Tensor, dtype: torch.dtype, steps: int) -> Tensor:
-    """``steps`` such states, one after the other."""
+    """Allocate the states of ``steps`` steps, one after the other."""
     step = empty_state_like(out, dtype).stride()
     shape = (steps, *out.shape[1:])
     return memory.empty_strided(shape, (math.prod(out.shape[1:]), *step), dtype, out)
 
 
 def _view(t: Tensor, order, shape) -> Tensor | None:
-    """t as ``shape`` = (T, R, C) with contiguous columns, or None."""
+    """Return t as a view of shape (T, R, C) with contiguous columns, or None if t has no view of that shape."""
     try:
         view = t.permute(0, *order).view(shape)
     except RuntimeError:
@@ -64,7 +64,7 @@ def _view(t: Tensor, order, shape) -> Tensor | None:
 
 
 def layout_of(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
-    """The view that serves ``out`` and, if there is one, x as well. x must not be empty."""
+    """Find rows and columns that are a view of ``out`` and, if possible, of x too. x must not be empty."""
     steps = x.shape[0]
     if x.is_contiguous():
         return _contiguous(x, x.numel() // steps, per_channel)
@@ -84,7 +84,7 @@ def layout_of(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
 
 
 def layout_of_step(x: Tensor, out: Tensor, per_channel: bool) -> Layout:
-    """The same for tensors without the T axis."""
+    """Same as layout_of, for tensors without the T axis."""
     if x.is_contiguous():
         return _contiguous(x, x.numel(), per_channel)
     return layout_of(x.unsqueeze(0), out.unsqueeze(0), per_channel)
@@ -95,8 +95,8 @@ def _contiguous(x, size, per_channel):
     return Layout(None, size // columns, columns)
 
 
-def place(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
-    """(tensor to keep alive, stride of T, stride of R); copies where no view serves."""
+def row_view(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
+    """Return (tensor to keep alive, stride of T, stride of R). Copies t if a view is impossible."""
     if t.is_contiguous() and layout.order is None:
         return t, layout.R * layout.C, layout.C
     order = layout.order or range(1, t.dim())
@@ -107,36 +107,36 @@ def place(layout: Layout, t: Tensor) -> tuple[Tensor, int, int]:
     return view, view.stride(0), view.stride(1)
 
 
-def place_state(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
-    """The same for a tensor without the T axis."""
+def step_view(layout: Layout, v: Tensor) -> tuple[Tensor, int]:
+    """Same as row_view, for a tensor without the T axis: (tensor, stride of R)."""
     if v.is_contiguous() and layout.order is None:
         return v, layout.C
-    view, _, stride = place(layout, v.unsqueeze(0))
+    view, _, stride = row_view(layout, v.unsqueeze(0))
     return view, stride
 
 
 def wkv_rows(B: int, L: int, sequences: int | None, tokens: int) -> int:
-    """Rows of a WKV checkpoint, or of another table, with one row per tile of so many ``tokens``.
+    """Number of rows of a table, such as a WKV checkpoint, with one row per tile of ``tokens`` tokens.
 
-    Sequence b of a batch has rows b * ceil(L / tokens) and up; packed sequence n, which starts at token s, has rows
-    s // tokens + n and up.
+    The rows of sequence b of a batch start at b * ceil(L / tokens). The rows of packed sequence n, which starts at token s,
+    start at s // tokens + n.
     """
     return B * -(-L // tokens) if sequences is None else L // tokens + sequences
 
 
 def sequences(t: Tensor) -> Tensor:
-    """(..., L, C), not empty, as (B, L, C) with contiguous channels; copies where no view serves."""
+    """Reshape a nonempty (..., L, C) to (B, L, C) with contiguous channels. Copies if a view is impossible."""
     t = t.detach().reshape(-1, *t.shape[-2:])
     return t if t.stride(2) == 1 or t.shape[2] == 1 else t.contiguous()
 
 
 def same_strides(tensors: list) -> list:
-    """The tensors, copied unless their strides agree."""
+    """Return the tensors with equal strides: contiguous copies if the strides differ."""
     return tensors if len({t.stride() for t in tensors}) == 1 else [t.contiguous() for t in tensors]
 
 
 def spiking_tile(T: int, backend: str, tuning: Tuning) -> int:
-    """Tokens between the scan states that spiking_wkv keeps: what its backward pass can hold, in registers or in a cache."""
+    """Tokens between two checkpoints of spiking_wkv: as many as its backward pass can hold, in registers or in a cache."""
     pairs = tuning.spiking_pairs_cpu if backend == "cpu" else tuning.spiking_pairs_triton
     tokens = min(pairs, tuning.wkv_checkpoint_tokens)
     while tokens > 2 and tokens * T > pairs:

@@ -1,9 +1,9 @@
-"""Large outputs on the CPU come from blocks that earlier outputs have given back.
+"""Reuse the memory of freed outputs for new large outputs on the CPU.
 
-The C library returns large blocks to the system when they are freed and gets them back as zeroed pages: for an op that is bound
-by memory, that costs more than the op. Freed blocks are kept here instead, in huge pages, newest first, up to a limit: a
-sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` (0: none). What is asked of torch otherwise: small tensors,
-other devices, other systems than Linux, and deterministic mode, which fills new memory.
+The C library returns large blocks to the system when they are freed, and gets zeroed pages back. For a memory-bound op that
+takes longer than the op itself. This pool keeps freed blocks in huge pages and reuses the newest first. It holds at most a
+sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` megabytes (0: none). torch allocates all other tensors: small
+ones, tensors on other devices or on systems other than Linux, and tensors in deterministic mode, which fills new memory.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ import weakref
 import torch
 from torch import Tensor
 
-_LARGE = 4 << 20  # bytes; what is smaller the C library keeps
-_PAGE = 2 << 20  # a huge page: what sizes are rounded up to
+_LARGE = 4 << 20  # bytes; the C library keeps smaller blocks
+_PAGE = 2 << 20  # a huge page; sizes are rounded up to it
 
 
 def _limit_from_environment() -> int:
@@ -39,22 +39,22 @@ def _limit_from_environment() -> int:
 
 class _Pool:
     def __init__(self, limit: int):
-        self.limit = limit  # bytes that idle blocks may hold
+        self.limit = limit  # maximum bytes of all idle blocks
         self._idle = []  # (bytes, block), the newest last
         self._renew_lock()
         os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self):
-        self._lock = threading.RLock()  # a finalizer may run inside another's critical section, in the same thread
+        self._lock = threading.RLock()  # reentrant: a finalizer may run while the same thread holds the lock
 
     def take(self, size: int) -> memoryview:
-        """Writable memory of ``size`` bytes, uninitialised; it comes back by itself when nobody refers to it."""
+        """Return ``size`` bytes of writable, uninitialised memory. They return to the pool when nothing refers to them."""
         rounded = -(-size // _PAGE) * _PAGE
         block = self._reuse(rounded)
         if block is None:
             block = mmap.mmap(-1, rounded + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # a kernel without them
+                with contextlib.suppress(OSError):  # the kernel may lack huge pages
                     block.madvise(mmap.MADV_HUGEPAGE)
         start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _PAGE
         view = memoryview(block)[start : start + size]
@@ -83,13 +83,13 @@ def _serves(like: Tensor, size: int) -> bool:
 
 
 def empty_strided(shape, stride, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """An uninitialised tensor on the device of ``like`` that fills its memory."""
-    if type(like) in _PLAIN:  # a fake tensor's sizes may be symbols
+    """Allocate an uninitialised dense tensor on the device of ``like``."""
+    if type(like) in _PLAIN:  # the sizes of a fake tensor may be symbolic
         size = math.prod(shape) * dtype.itemsize
         if _serves(like, size):
             try:
                 block = torch.frombuffer(pool.take(size), dtype=dtype)
-            except OSError:  # no memory left for one: torch says so better
+            except OSError:  # out of memory: torch raises a better error
                 pass
             else:
                 return torch.empty(0, dtype=dtype, device=like.device).set_(block.untyped_storage(), 0, shape, stride)
@@ -106,7 +106,7 @@ def empty_contiguous(shape, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """For an x that fills its memory, in its order."""
+    """Allocate a tensor like the dense x, in the memory order of x."""
     if type(x) in _PLAIN and x.numel() * dtype.itemsize >= _LARGE:
         return empty_strided(x.shape, x.stride(), dtype, x)
     return torch.empty_like(x, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Surrogate gradients: what stands for d spike / d z, z = h - v_threshold, in the backward pass.
+"""Surrogate gradients: they replace d spike / d z, z = h - v_threshold, in the backward pass.
 
-The forward pass is the step function itself. Names, formulas and default alphas are SpikingJelly's; ``fast_sigmoid`` is
-snnTorch's. One table serves the reference, the CPU kernels and the Triton kernels, which know a surrogate by its ``id``.
+The forward pass uses the step function. Names, formulas and default alphas are SpikingJelly's; ``fast_sigmoid`` is snnTorch's.
+The reference, the CPU kernels and the Triton kernels use the same table. The kernels identify a surrogate by its ``id``.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Surrogate(NamedTuple):
-    id: int  # what the kernels switch on
+    id: int  # the kernels select the formula by it
     alpha: float  # default sharpness
     formula: str
     derivative: Callable[[Tensor, float], Tensor]

@@ -137,7 +137,7 @@ def test_run_cuda_runs_on_triton():
         ({"k": torch.zeros(1, 4, 2).int(), "v": torch.zeros(1, 4, 2).int()}, TypeError, "k must be of a floating dtype"),
         ({"last_state": (0, 0)}, TypeError, "last_state must be a tensor or None, got tuple"),
         ({"last_state": torch.zeros(1, 3, 2)}, ValueError, r"last_state must have the shape \(B, C, 3\) = \(1, 2, 3\)"),
-        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 beside data"),
+        ({"last_state": torch.zeros(1, 2, 3, dtype=torch.float64)}, TypeError, "must be torch.float32 for data"),
     ],
 )  # fmt: skip
 def test_run_cuda_names_wrong_arguments(change, error, message):
@@ -384,14 +384,14 @@ class Vision(nn.Module):
 @pytest.mark.parametrize(
     "layer, why",
     [
-        (MoreParts, "beside RWKV-4's parts it has extra"),
+        (MoreParts, "it has more parts than RWKV-4: extra"),
         (Relu, "its forward computes something else than RWKV-4's"),
         (Gelu, "its forward computes something else than RWKV-4's"),
         (Weights, "its forward does not run on random values (AttributeError"),
         (NoReceptance, "it lacks receptance"),
         (Options, r"its forward takes (x, mask), RWKV-4's (x)"),
-        (Five, "of another RWKV than RWKV-4, or another form of it"),
-        (Vision, "of another RWKV than RWKV-4, or another form of it"),
+        (Five, "it belongs to another version of RWKV, or to another form of RWKV-4"),
+        (Vision, "it belongs to another version of RWKV, or to another form of RWKV-4"),
     ],
 )
 def test_other_layers_are_left_with_a_reason(layer, why):
@@ -399,7 +399,8 @@ def test_other_layers_are_left_with_a_reason(layer, why):
     forward = type(model[0]).forward
     report = rwkv.accelerate(model)
     if layer is NoReceptance:  # its forward calls RUN_CUDA, and that call is replaced
-        assert report.left == (("0", "NoReceptance", f"but for its call of RUN_CUDA: {why}"),) and len(report.replaced) == 1
+        assert report.left == (("0", "NoReceptance", f"only its call of RUN_CUDA is replaced: {why}"),)
+        assert len(report.replaced) == 1
         return
     ((name, cls, text),) = report.left
     assert (name, cls, report.replaced) == ("0", layer.__name__, ()) and text.startswith(why)
@@ -476,7 +477,9 @@ def test_run_cuda_alone_is_replaced_in_other_layers():
     model = nn.Sequential(layer)
     report = rwkv.accelerate(model)
     assert report.replaced == (("0", "MorePartsAndCall"),)
-    assert report.left == (("0", "MorePartsAndCall", "but for its call of RUN_CUDA: beside RWKV-4's parts it has extra"),)
+    assert report.left == (
+        ("0", "MorePartsAndCall", "only its call of RUN_CUDA is replaced: it has more parts than RWKV-4: extra"),
+    )
     k, v, r = layer.projections(x)
     y = layer.output(torch.sigmoid(r) * loop(layer.time_decay, layer.time_first, k, v)[0])
     torch.testing.assert_close(model(x), 2 * y + layer.extra(x) + 0.5)
@@ -510,7 +513,7 @@ class Layer(TimeMix):
     layer = layers_with(lambda B, T, C, w, u, k, v, last_state: None, source)(8)
     model = nn.Sequential(layer)
     (entry,) = rwkv.accelerate(model).left
-    assert entry.reason == "but for its call of RUN_CUDA: its forward takes (x, state), RWKV-4's (x)"
+    assert entry.reason == "only its call of RUN_CUDA is replaced: its forward takes (x, state), RWKV-4's (x)"
     y, after = layer(torch.randn(2, 5, 8), state(2, 8))
     assert y.shape == (2, 5, 8) and after.shape == (2, 8, 3)
 
@@ -579,7 +582,7 @@ def test_unknown_rwkv_layers_are_in_the_report():
     net = nn.ModuleDict({"late": nn.Sequential(Tmix()), "Model": Model(TimeMix, layers=1), "linear": nn.Linear(8, 8)})
     report = rwkv.accelerate(net)
     assert [(entry.name, entry.kind) for entry in report.left] == [("late.0", "Tmix")] and len(report.replaced) == 2
-    assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4's")
+    assert report.left[0].reason.startswith("it has the name of an RWKV's layer, but not the parameters of RWKV-4")
 
 
 def test_a_model_without_rwkv_layers_reports_nothing_replaced():

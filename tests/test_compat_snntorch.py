@@ -128,7 +128,7 @@ def test_a_module_with_state_used_twice_runs_step_by_step():
         (ValueError, r"time axis of at least one step in front, got \(0, 3\)", lambda: unroll(nn.ReLU(), torch.ones(0, 3))),
         (
             TypeError,
-            "LSTM cannot be unrolled: a step of it gives no tensor, nor",
+            "LSTM cannot be unrolled: one step of it returns neither a tensor nor",
             lambda: unroll(nn.LSTM(5, 5), torch.ones(6, 3, 5)),
         ),
         (TypeError, "mem must be a tensor or None, got float", lambda: unroll(nn.ReLU(), torch.ones(2), 0.5)),
@@ -423,16 +423,16 @@ def test_unsupported_neurons_are_left_with_a_reason(snn):
     assert {name: reason for name, _, reason in report.left} == {
         "quicker": "Quicker overrides fire of Leaky",
         "inhibition": "inhibition has no fused kernel here",
-        "changed": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
-        "replaced": "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism",
-        "loaded": "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism",
+        "changed": "its state_function, which snnTorch chooses at construction, does not match its reset_mechanism",
+        "replaced": "its state_function, which snnTorch chooses at construction, does not match its reset_mechanism",
+        "loaded": "the reset_mechanism_val that was loaded into it does not match its reset_mechanism",
         "never": "its threshold is not finite",
         "quant": "state_quant has no fused kernel here",
         "disabled": "surrogate_disable=True has no formula here",
         "straight": "surrogate straight_through_estimator has no formula here",
         "own": "surrogate custom_surrogate has no formula here",
         "function": "surrogate relu has no formula here",
-        "slope": "surrogate atan has alpha=-1.0, which is no positive number",
+        "slope": "surrogate atan has alpha=-1.0, which is not a positive number",
         "synaptic": "this kind of neuron has no fused kernel here",
     }
     x = torch.rand(5, 2, 3)

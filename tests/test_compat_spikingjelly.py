@@ -409,8 +409,8 @@ def test_unsupported_neurons_are_left_with_a_reason(jelly):
         "patched": "forward of LIFNode is replaced on the instance",
         "hooked": "surrogate ATan has hooks, which the kernels would not call",
         "odd": "the kernels refuse its settings: tau must be at least 1 (and infinite only with decay_input=False), got 0.5",
-        "primitive": "surrogate Sigmoid has spiking=False: its output is no spike",
-        "learned": "surrogate Sigmoid has an alpha that is no number but a Tensor",
+        "primitive": "surrogate Sigmoid has spiking=False: its output is not a spike",
+        "learned": "surrogate Sigmoid has an alpha that is not a number but a Tensor",
         "s2nn": "surrogate S2NN has no formula here",
         "qif": "this kind of neuron has no fused kernel here",
         "pseudo": "surrogate QPseudoSpike has a formula here for alpha = 2 only, not 3.0",
@@ -443,8 +443,8 @@ def test_changes_after_accelerate_are_used_or_warned_about(jelly):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"tau": 0.75}, "tau is 0.75, and the kernels' is at least 1"),
-    ({"tau": torch.tensor(3.0)}, "tau is a Tensor, and the kernels' is a number"),
+    ({"tau": 0.75}, "tau is 0.75, and the kernels need at least 1"),
+    ({"tau": torch.tensor(3.0)}, "tau is a Tensor, and the kernels need a number"),
     ({"tau": math.inf}, "tau must be at least 1"),
     ({"v_threshold": math.inf}, "v_threshold must be finite"),
     ({"v_threshold": math.nan}, "v_threshold must be finite"),

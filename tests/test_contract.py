@@ -168,7 +168,7 @@ def patched_names(source):
 def test_no_test_or_benchmark_patches_a_constant():
     """Use sdit_kernels.tuning.tuned for the numbers that decide how kernels are cut."""
     numbers = set(names_of_constants())
-    assert {"STRIDE", "_KEPT", "STREAM"} <= numbers
+    assert {"LIF_CHECKPOINT_STEPS", "_MAX_HELD_VALUES", "STREAM"} <= numbers
     for line in (
         'monkeypatch.setattr(kernels, "STREAM", 2)', 'mock.patch.object(kernel, "STREAM", 2)', "a, kernel.STREAM = 1, 2",
         "mock.patch.multiple(kernel, STREAM=2)", "kernel.STREAM = 2",

@@ -411,12 +411,12 @@ X, M = torch.ones(2, 4, 3), torch.ones(3)
         (ValueError, "last must be on the device of x", lambda: token_shift(X, M, last=X[:, 0].to("meta"))),
         (
             TypeError,
-            "dtype must be None or that of x, .*float32, bfloat16 or float16, got torch.float64",
+            "dtype must be None or the dtype of x, .*float32, bfloat16 or float16, got torch.float64",
             lambda: token_shift(X, M, dtype=torch.float64),
         ),
         (
             TypeError,
-            "dtype must be None or that of x, torch.float16, got torch.bfloat16",
+            "dtype must be None or the dtype of x, torch.float16, got torch.bfloat16",
             lambda: token_shift(X.half(), M, dtype=torch.bfloat16),
         ),
         (TypeError, "dtype must be .*got 'bfloat16'", lambda: token_shift(X, M, dtype="bfloat16")),

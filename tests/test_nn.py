@@ -849,7 +849,7 @@ def test_a_bidirectional_time_mix_refuses_a_state():
     for kwargs in ({"return_state": True}, {"state": (x[:, 0], (x[:, 0], x[:, 0]))}):
         with pytest.raises(ValueError, match="sees the whole sequence: it takes and returns no state"):
             m(x, **kwargs)
-    with pytest.raises(TypeError, match=r"state must be None or what an earlier call returned, \(last token, \(ybar, lse\)\)"):
+    with pytest.raises(TypeError, match=r"state must be None or the state of an earlier call, \(last token, \(ybar, lse\)\)"):
         mixing_layer(TimeMix)(x, x[:, 0])
 
 

@@ -1,6 +1,7 @@
-"""RWKV-4 as others write it: their mixing layers made to run on this package's ops, and their function ``RUN_CUDA``.
+"""Run the mixing layers of RWKV-4 models from other libraries on the ops of this package; and the function ``RUN_CUDA``.
 
-No library is imported: a layer is known by the names of its parameters, and replaced only if it computes what RWKV-4 computes.
+This module does not import the libraries. It recognises a layer by the names of its parameters, and replaces it only if it
+computes the same as RWKV-4. The page "RWKV-4" of the documentation lists the fused parts and the differences.
 """
 
 import copy
@@ -38,7 +39,7 @@ from .swap import (
 __all__ = ["RUN_CUDA", "accelerate", "restore"]
 
 
-# --- the function that RWKV-LM's copies call --------------------------------------------------------------------------------
+# --- RUN_CUDA of RWKV-LM and its copies -------------------------------------------------------------------------------------
 
 
 @overload
@@ -52,34 +53,38 @@ def RUN_CUDA(
 def RUN_CUDA(
     B: int, T: int, C: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor, last_state: Tensor | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""The function of this name in RWKV-LM's RWKV-4 (folders RWKV-v4 and RWKV-v4neo) and in the repositories that copy it.
+    r"""RWKV-4's WKV scan with the name and arguments of ``RUN_CUDA`` in RWKV-LM (folders RWKV-v4 and RWKV-v4neo).
 
     ::
 
         y[t] = (sum_{i<t} e^(k[i] - (t-1-i) e^w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
 
-    w is the parameter ``time_decay`` as it is: -exp(w) is taken inside, and the gradient is that of w. In a model file,
-    ``from sdit_kernels.compat.rwkv import RUN_CUDA`` takes the place of the lines that compile ``wkv_cuda``, of ``class WKV``
-    and of ``def RUN_CUDA``.
+    w is the parameter ``time_decay``; the function computes -exp(w), and the gradient is the gradient of w. In a model file,
+    ``from sdit_kernels.compat.rwkv import RUN_CUDA`` replaces the lines that compile ``wkv_cuda``, ``class WKV`` and ``def
+    RUN_CUDA``.
 
-    What differs: any device that this package serves, any T (no ``T_MAX``) and C; strides; y has k's dtype, where RWKV-LM goes
-    by ``RWKV_FLOAT_MODE``; gradients have the dtype of their tensors. Not meant are ``wkv_cuda.forward`` beneath it, whose w is
-    -exp(time_decay), and the function of this name in Vision-RWKV, which looks both ways: that is, but for its 1e-6 in the
-    denominator, ``wkv(None, u, k, v, log_decay=-w, bidirectional=True)``.
-
+    Unlike RWKV-LM's function, this one takes any device that the package serves, any T (no ``T_MAX``), any C and any strides. y
+    has the dtype of k; in RWKV-LM, ``RWKV_FLOAT_MODE`` sets it. A gradient has the dtype of its tensor. Two other functions are
+    different: ``wkv_cuda.forward``, whose w is -exp(time_decay), and ``RUN_CUDA`` of Vision-RWKV, which is bidirectional. The
+    latter equals ``wkv(None, u, k, v, log_decay=-w, bidirectional=True)``, except for the 1e-6 in its denominator.
     Args:
-        B, T, C: batch, tokens, channels: the shape of k.
-        w, u: time_decay and time_first, (C,), any floating dtype.
-        k, v: keys and values, (B, T, C), float32, float64, bfloat16 or float16; of two dtypes, the wider one is computed in.
-        last_state: the state after the tokens before these, (B, C, 3), float32 (float64 for float64 data): aa, bb, pp of RWKV's
-            own code, as the copies that train on pieces of a sequence pass it; before any token 0, 0, -1e38. None: no state.
+        B: batch size, the first axis of k.
+        T: number of tokens, the second axis of k.
+        C: number of channels, the third axis of k.
+        w: time_decay, (C,), any floating dtype.
+        u: time_first, (C,), any floating dtype.
+        k: keys, (B, T, C), float32, float64, bfloat16 or float16.
+        v: values, (B, T, C). If k and v have two dtypes, the function computes in the wider one.
+        last_state: aa, bb, pp of RWKV's own code after the earlier tokens, (B, C, 3), float32 (float64 for float64 data). Some
+            copies pass it to train on slices of a sequence. Before any token it is 0, 0, -1e38. None: no state.
 
     Returns:
-        y, (B, T, C), of k's dtype; with ``last_state`` the pair (y, new_state), new_state like last_state. Of its two scales
-        bb is 1 where RWKV's code has another: aa e^pp and bb e^pp are the same. Gradients reach w, u, k, v and last_state.
+        y, (B, T, C), with the dtype of k; with ``last_state`` the pair (y, new_state), where new_state has the form of
+        last_state. bb is 1 in new_state and another number in RWKV's code; aa e^pp and bb e^pp are the same. Gradients reach w,
+        u, k, v and last_state.
 
     Raises:
-        TypeError, ValueError: B, T, C are not k's shape; else as :func:`sdit_kernels.wkv`.
+        TypeError, ValueError: (B, T, C) is not the shape of k; otherwise as in :func:`sdit_kernels.wkv`.
 
     Source: the interface of BlinkDL's RWKV-LM; Peng et al., RWKV, arXiv 2305.13048.
 
@@ -107,21 +112,21 @@ def RUN_CUDA(
     if last_state.shape != (B, C, 3):
         raise ValueError(f"last_state must have the shape (B, C, 3) = ({B}, {C}, 3), got {tuple(last_state.shape)}")
     if last_state.dtype != state_dtype(dtype):
-        raise TypeError(f"last_state must be {state_dtype(dtype)} beside data of {dtype}, got {last_state.dtype}")
+        raise TypeError(f"last_state must be {state_dtype(dtype)} for data of {dtype}, got {last_state.dtype}")
     y, state = wkv(w, u, k_, v_, state=wkv_state_from_rwkv(*last_state.unbind(-1)), return_state=True)
     return y.to(k.dtype), torch.stack(wkv_state_to_rwkv(*state), -1)
 
 
 def _as_wide(parameter: Tensor, data: Tensor) -> Tensor:
-    """Parameters may be wider than the data; narrower ones are cast, as arithmetic on the two would."""
+    """Cast a parameter that is narrower than the data, as an operation on both would. It may stay wider than the data."""
     return parameter.to(torch.promote_types(parameter.dtype, data.dtype))
 
 
-# --- the layers' own arithmetic ---------------------------------------------------------------------------------------------
+# --- the fused layers -------------------------------------------------------------------------------------------------------
 
 
 def _unless_counted(fused: Callable) -> Callable:
-    """``fused``, a forward; where operations are counted, the layer's own one."""
+    """Wrap the forward ``fused``: while operations are counted, the layer runs its own forward."""
 
     @functools.wraps(fused)
     def forward(self, x, *args, **kwargs):
@@ -136,7 +141,7 @@ def _unless_counted(fused: Callable) -> Callable:
 
 
 class _Fused(Swapped):
-    """The parameters and children are those of the layer whose class is swapped."""
+    """Base class of the fused layers. The layer keeps its parameters and children; the annotations below name them."""
 
     time_decay: Tensor
     time_first: Tensor
@@ -149,11 +154,11 @@ class _Fused(Swapped):
     def _shift(self, x, last, *names):
         mixes = [_as_wide(getattr(self, name), x) for name in names]
         if last is not None and x.shape[1] == 1 and all(m.dtype == x.dtype for m in mixes):
-            return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # as in _step
+            return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # one token: plain PyTorch, see _step
         return token_shift(x, *mixes, last=last, dtype=autocast_dtype(x))
 
     def _scan(self, xk, xv, xr, state, return_state):
-        """``state``: None or RWKV's aa, bb, pp, and so is what comes back beside the output."""
+        """Return (output, new state). Both states are None or aa, bb, pp of RWKV's own code."""
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
         w, u = _as_wide(self.time_decay, k), _as_wide(self.time_first, k)
         if state is not None:
@@ -171,8 +176,10 @@ class _Fused(Swapped):
 
 
 def _step(w, u, k, v, r, aa, bb, pp):
-    """A single token, (B, 1, C), on RWKV's own state, (B, C): there is nothing to fuse, and a call of wkv, with the state put
-    into its form and back, takes twice as long."""
+    """Process a single token, (B, 1, C), with RWKV's own state, (B, C), in plain PyTorch.
+
+    There is nothing to fuse. A call of wkv would convert the state in both directions and take twice as long.
+    """
     k_, v_, r_ = (t[:, 0].to(aa.dtype) for t in (k, v, r))
     bonus, decayed = u.to(aa.dtype) + k_, pp - torch.exp(w.to(aa.dtype))
     o = torch.maximum(pp, bonus)
@@ -184,8 +191,10 @@ def _step(w, u, k, v, r, aa, bb, pp):
 
 
 def _row(state, layer, like):
-    """A layer's part of a state of transformers, (B, C, layers): where gradients may need it, a copy, for the state is written
-    to in place."""
+    """Return the slice of a layer from a state of transformers, (B, C, layers).
+
+    If autograd may need it, the slice is a copy, because the layer writes to the state in place.
+    """
     return state[:, :, layer].to(like.dtype, copy=torch.is_grad_enabled())
 
 
@@ -227,11 +236,11 @@ class _ChannelMix(_Fused):
 
 
 class _Call(Swapped):
-    """A layer that keeps its own forward but for the call of RUN_CUDA."""
+    """A layer that runs its own forward with our RUN_CUDA."""
 
     def __init_subclass__(cls):
         super().__init_subclass__()
-        # torch.compile looks up a function's globals in the module of its name, where the other RUN_CUDA is
+        # torch.compile looks up the globals of a function in the module of the class, where the library's RUN_CUDA is.
         cls.forward = torch.compiler.disable(
             _with_run_cuda(original_class(cls).forward),
             reason="of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model",
@@ -240,18 +249,18 @@ class _Call(Swapped):
 
 @functools.cache
 def _with_run_cuda(forward: types.FunctionType) -> types.FunctionType:
-    """The same code with another RUN_CUDA, its other globals as they are now; the user's module keeps its own."""
+    """Return a function with the same code and a copy of its globals, in which RUN_CUDA is ours."""
     space = {**forward.__globals__, "RUN_CUDA": RUN_CUDA}
     changed = types.FunctionType(forward.__code__, space, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
     return changed
 
 
-# --- which layers -----------------------------------------------------------------------------------------------------------
+# --- which layers are replaced ----------------------------------------------------------------------------------------------
 
 
 class _Pick(nn.Module):
-    """Stands for a Linear: channels picked and scaled at random, at no cost."""
+    """A cheap stand-in for a Linear: it selects and scales channels at random."""
 
     def __init__(self, inputs, outputs, generator, scale=1.0):
         super().__init__()
@@ -263,7 +272,7 @@ class _Pick(nn.Module):
 
 
 class _Form(NamedTuple):
-    """A layer as some library writes it."""
+    """The parameters, children and forward of a layer as a library defines it."""
 
     fused: type[_Fused]
     parameters: tuple[str, ...]
@@ -279,7 +288,7 @@ _FORMS = (
     _Form(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME, False),
     _Form(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL, False),
 )
-_MARKS = {  # parameters that only layers of an RWKV have
+_MARKS = {  # names of parameters that only RWKV layers have
     *(name for form in _FORMS for name in form.parameters), "time_faaaa", "time_maa_k", "spatial_decay", "spatial_mix_k",
 }  # fmt: skip
 
@@ -289,7 +298,7 @@ def _arguments(function: Callable) -> list[str]:
 
 
 def _twin(module: Any, instead: Mapping[str, nn.Module]) -> Any:
-    """A copy to run, with other children where given. Its modes and buffers, and its children's, are no others'."""
+    """Return a copy of a module to run, with the children in ``instead``. It shares no mode and no buffer with the module."""
     if isinstance(module, torch.jit.ScriptModule):
         return copy.deepcopy(module)
     cls: Any = type(module)
@@ -304,8 +313,10 @@ def _twin(module: Any, instead: Mapping[str, nn.Module]) -> Any:
 
 
 def _difference(module: Any, form: _Form) -> str | None:
-    """None where the layer computes, on random values and tokens, what the fused one does; else what differs. In both modes,
-    and on large values too, on which limits show."""
+    """Return None if the layer and the fused layer give the same result on random values, else the difference.
+
+    The check runs in training and evaluation mode, and also on large values, where clamps of the layer show.
+    """
     for training in (module.training, not module.training):
         mode = "" if training == module.training else f" in {'train' if training else 'eval'} mode"
         for large in (False, True):
@@ -318,7 +329,7 @@ def _difference(module: Any, form: _Form) -> str | None:
 def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) -> str | None:
     cls: Any = type(module)
     draw = torch.Generator("cpu").manual_seed(0)
-    # outputs of 1e6 and more; keys stay where transformers' scan in float32 has them right
+    # Large values give outputs of 1e6 and more. Keys stay in the range where transformers' float32 scan is correct.
     x_scale, value_scale, tolerance = (300, 1e4, 1e-3) if large else (1, 1.0, 1e-4)
 
     def normal(*shape):
@@ -330,10 +341,10 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
         out, state = forward(twin, x, state=state and [s.clone() for s in state])
         return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
 
-    what, drawn = "its forward does not run on random values", random.getstate()
+    problem, drawn = "its forward does not run on random values", random.getstate()
     try:
         parameters = {name: normal(*p.shape) for name, p in module._parameters.items() if p is not None}
-        inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan, and of the tokens
+        inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan and of the tokens
         stand_ins = {name: _Pick(outer, inner, draw, value_scale if name == "value" else 1.0) for name in form.children}
         stand_ins["output"] = _Pick(inner, outer, draw)
         twin = _twin(module, stand_ins)
@@ -342,7 +353,7 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
             part.training = training
         x = x_scale * normal(2, 5, outer)
         states: list[Any] = [None]
-        if form.state:  # as transformers lays it out; num, den, max at the end, of which den is a sum of exponentials
+        if form.state:  # the layout of transformers: the last three are num, den, max; den is a sum of exponentials
             given = [normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)]
             given[3].exp_()
             states.append(given)
@@ -351,30 +362,30 @@ def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) ->
             wanted = [t for state in states for t in run(_own_forward(cls), state)]
             if not torch.equal(before, torch.random.get_rng_state()) or random.getstate() != drawn:
                 return f"its forward draws random numbers{where}"
-            what = "RWKV-4's forward does not take its parameters"
+            problem = "RWKV-4's forward does not take its parameters"
             twin.__class__ = swapped_class(form.fused, cls)
             found = [t for state in states for t in run(form.fused.forward, state)]
-            for a, b in zip(found, wanted, strict=True):  # transformers scans in float32
-                if large and a.shape == b.shape:  # a plain loop may overflow
+            for a, b in zip(found, wanted, strict=True):  # transformers' scan is float32
+                if large and a.shape == b.shape:  # the layer's own loop may overflow
                     a, b = a[b.isfinite()], b[b.isfinite()]
                 atol = tolerance * b.abs().max().item() if large and b.numel() else tolerance
                 if a.shape != b.shape or not torch.allclose(a, b, rtol=tolerance, atol=atol):
                     return f"its forward computes something else than RWKV-4's{where}"
-    except Exception as error:  # of code that is not ours, on values that it may not expect
-        return f"{what}{where} ({type(error).__name__}: {error})"
+    except Exception as error:  # code that is not ours may raise anything on random values
+        return f"{problem}{where} ({type(error).__name__}: {error})"
     finally:
         random.setstate(drawn)
     return None
 
 
 def _unlike(module: nn.Module, form: _Form) -> str | None:
-    """None where the layer is of this form in all, else why not."""
+    """Return None if the layer has this form, else the reason why not."""
     own = {name for name, p in module._parameters.items() if p is not None}
     trained = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
     extra = sorted(own.difference(form.parameters) | trained.difference(form.children))
     missing = sorted(set(form.children).difference(module._modules))
     if extra or missing:
-        return f"beside RWKV-4's parts it has {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
+        return f"it has more parts than RWKV-4: {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
     theirs, ours = (_arguments(cls.forward)[1:] for cls in (type(module), form.fused))
     if theirs != ours:
         return f"its forward takes ({', '.join(theirs)}), RWKV-4's ({', '.join(ours)})"
@@ -386,19 +397,19 @@ def _calls_run_cuda(cls: type[nn.Module]) -> bool:
 
 
 def _own_forward(cls: Any) -> Callable:
-    """A layer's forward as its class has it; RUN_CUDA is this file's, since the extension behind theirs may not be there."""
+    """Return the forward of a layer's class, with our RUN_CUDA, because the library's CUDA extension may not be installed."""
     return _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
 
 
 def _why_script(cls: type[nn.Module]) -> str:
-    """Why a layer that TorchScript compiled is left, and the way out, which depends on who compiled it."""
+    """Return the reason why a layer compiled by TorchScript is left, and how to avoid that."""
     if cls.__module__.startswith("torch."):
         return (
             "compiled by torch.jit.script or torch.jit.trace, which keep its code: accelerate the model from which they made it"
         )
     try:
         optional = "RWKV_JIT_ON" in inspect.getsource(sys.modules[cls.__module__])
-    except (KeyError, OSError, TypeError):  # no file
+    except (KeyError, OSError, TypeError):  # the module has no source file
         optional = False
     way = "set RWKV_JIT_ON=0" if optional else "derive it from torch.nn.Module, without torch.jit.script_method"
     return f"its class derives from torch.jit.ScriptModule, which keeps its code: {way}"
@@ -408,16 +419,16 @@ _RWKV_NAME = re.compile(r"(?i:rwkv|time_?mix|channel_?mix)|[TC][Mm]ix")
 
 
 def _suspect(module: nn.Module) -> str | None:
-    """Why a layer that may be one of an RWKV by its name is left, though it has no parameter that tells."""
+    """Return the reason why a layer with the name of an RWKV layer, but without RWKV-4's parameters, is left; else None."""
     if next(module.parameters(recurse=False), None) is None:
         return None
     if any(_RWKV_NAME.search(name) for _, name in class_names(module)):
-        return "it has the name of an RWKV's layer, but not the parameters of RWKV-4's, such as time_decay or time_mix_k"
+        return "it has the name of an RWKV's layer, but not the parameters of RWKV-4, for example time_decay or time_mix_k"
     return None
 
 
 def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
-    """What the layer becomes, if anything, and why not more than that; (None, "") where nothing is of an RWKV."""
+    """Return (the class for the layer or None, the reason why it is not fully fused); (None, "") if it is not an RWKV layer."""
     own = dict(module.named_parameters(recurse=False))
     if _MARKS.isdisjoint(own) or isinstance(module, TimeMix | ChannelMix | Swapped):
         return None, ""
@@ -425,7 +436,7 @@ def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
         return None, _why_script(type(module))
     if "forward" in vars(module):
         return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model before"
-    why = "of another RWKV than RWKV-4, or another form of it"
+    why = "it belongs to another version of RWKV, or to another form of RWKV-4"
     for form in _FORMS:
         if ("time_decay" in own) is ("time_decay" in form.parameters) and own.keys() >= set(form.parameters):
             found = _unlike(module, form)
@@ -440,55 +451,44 @@ def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
         return None, f"its RUN_CUDA is this package's already; the rest: {why}"
     if callable(theirs) and len(_arguments(theirs)) not in (7, 8):
         return None, f"its RUN_CUDA takes {len(_arguments(theirs))} arguments, RWKV-4's 7, or 8 with a state"
-    return _Call, f"but for its call of RUN_CUDA: {why}"
+    return _Call, f"only its call of RUN_CUDA is replaced: {why}"
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------
 
 
 def accelerate(model: nn.Module) -> Report:
-    r"""Let the mixing layers of an RWKV-4 run on this package's ops, in place, on CPUs and GPUs.
+    r"""Run the mixing layers of an RWKV-4 model on the ops of this package, in place, on CPUs and GPUs.
 
-    Known are those of Hugging Face transformers (``RwkvSelfAttention``, ``RwkvFeedForward``; 4.29 to 5.24 and on) and those
-    of RWKV-LM (``RWKV_TimeMix``, ``RWKV_ChannelMix``) with its many copies, whatever their classes are called. Fused are, per
-    time mix, the token shift with its three mixes, and the scan with its gate; per channel mix, the token shift and the squared
-    ReLU. A single token with a state runs as plain PyTorch, but for that ReLU. A layer is replaced only if its own forward, run
-    on a few random tokens with cheap stand-ins for its projections, gives what the fused one gives, in train mode and in eval
-    mode, on common and on large values, and draws no random numbers. One that has more than RWKV-4's parts but calls
-    ``RUN_CUDA`` gets :func:`RUN_CUDA` of this file for that call and is its own otherwise (``torch.compile`` leaves it out of
-    its graph). The report names every other layer of an RWKV, and why it was left.
+    The function recognises the layers of Hugging Face transformers (``RwkvSelfAttention``, ``RwkvFeedForward``, 4.29 to 5.24),
+    and the layers of RWKV-LM (``RWKV_TimeMix``, ``RWKV_ChannelMix``) and its copies under any class name. It fuses the token
+    shift and the gated scan of a time mix, and the token shift and the squared ReLU of a channel mix.
 
-    Each layer stays what it is: the same object with the same parameters, children, hooks and state_dict keys, an instance of
-    its class (of a subclass made for it, so ``type(layer) is TimeMix`` does not hold). So optimisers, checkpoints,
-    ``save_pretrained``, copies and pickles go on working, as do ``generate`` and its state. :func:`restore` undoes it.
+    It replaces a layer only if the layer's own forward and the fused forward give the same result on a few random tokens, in
+    training and evaluation mode, on common and on large values, and if the layer draws no random numbers. The check uses cheap
+    stand-ins for the projections. It does not detect limits above about 1e5 on outputs or 100 on keys. Nor does it detect a
+    behaviour that depends on dtype, device or length, or on later changes of attributes (the p of a dropout). A layer with
+    more parts than RWKV-4 that calls ``RUN_CUDA`` gets :func:`RUN_CUDA` of this module and otherwise runs its own code;
+    ``torch.compile`` then leaves the layer out of its graph.
 
-    SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel: where one is active, the layers run
-    their own code, with a warning. Other programs that count operators see ours: restore the model before. ``torch.fx`` cannot
-    trace through a fused layer; the error says what to do.
+    Each layer stays the same object with the same parameters, children, hooks and state_dict keys. Its class becomes a subclass
+    of its class, so ``type(layer) is TimeMix`` is False. Optimisers, checkpoints, ``save_pretrained``, copies, pickles and
+    ``generate`` work as before. While one of SpikingJelly's counters is active, the layers run their own code, with a warning.
+    ``torch.fx`` cannot trace through a fused layer.
 
-    What is not seen: limits above about 1e5 on outputs and 100 on keys, and what a layer does only with some dtype, device or
-    length, or after a change of its attributes (of the p of a dropout that was 0).
-
-    What differs, with transformers:
-        - Results agree to rounding. With bfloat16 weights the decay -exp(time_decay) is not rounded to bfloat16: their loop on
-          the CPU does that, their CUDA kernel does not. With float64 weights the scan is float64, theirs float32.
-        - One token after another with a state (``generate`` with a cache) is right for every batch size. Theirs is for a batch
-          of one only: with B > 1 it gives logits of shape (B, B, vocabulary), mixed across the batch.
-        - The state is theirs, five tensors written to in place, but of the scan's three (num, den, max) den is 1 after more
-          than one token: num e^max and den e^max are the same. States can be handed from one to the other.
-        - Gradients flow through the state; with ``use_cache=True`` theirs raise an error in the backward pass.
-        - Their CUDA kernel is not used, nor its limit to ``context_length`` tokens. ``attention_mask`` is ignored, as theirs.
+    The page "RWKV-4" of the documentation lists the differences from transformers. The most important ones: results agree to
+    rounding; decoding with a state is right for every batch size; gradients pass through the state.
 
     Args:
-        model: any module; layers of an RWKV are looked for in all of it. Before it is wrapped (FSDP, hooks that replace
-            ``forward``) or compiled.
+        model: any module; the function searches all of it for RWKV layers. Call it before you wrap the model (FSDP, hooks that
+            replace ``forward``) or compile it. A second call changes nothing more.
 
     Returns:
-        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), with those of which only
-        the call of RUN_CUDA was replaced. A second call changes nothing more.
+        A report that you can print. ``replaced`` holds pairs (name, class). ``left`` holds triples (name, class, reason) of all
+        other RWKV layers, and of layers of which only the call of ``RUN_CUDA`` is replaced.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
 
     Source: Peng et al., RWKV, arXiv 2305.13048.
 
@@ -525,16 +525,16 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> Report:
-    """Undo :func:`accelerate`: every layer computes as its own class says.
+    """Undo :func:`accelerate`: every layer runs its own code again.
 
     Args:
-        model: what was given to ``accelerate``, or a part, copy or unpickled copy of it; changed in place.
+        model: the model that ``accelerate`` changed, or a part, copy or unpickled copy of it. The function changes it in place.
 
     Returns:
-        A report as that of ``accelerate``; ``replaced`` are the layers that run their own code again.
+        A report like the report of ``accelerate``. ``replaced`` holds the layers that run their own code again.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
 
     Example:
         >>> import torch

@@ -1,51 +1,38 @@
-r"""snnTorch's Leaky on the fused kernels, and whole sequences where its users write a loop over steps.
+r"""Run snnTorch's Leaky neurons on the fused kernels, step by step or for a whole sequence at once.
 
 >>> import torch
 >>> from sdit_kernels.compat.snntorch import accelerate, unroll
->>> report = accelerate(torch.nn.Linear(2, 2))  # your model: its Leaky neurons run sdit_kernels.leaky from here on
->>> unroll(torch.nn.Linear(2, 2), torch.zeros(5, 3, 2)).shape  # (T, batch, ...): a layer at a time instead of a step at a time
+>>> report = accelerate(torch.nn.Linear(2, 2))  # your model: its Leaky neurons now run sdit_kernels.leaky
+>>> unroll(torch.nn.Linear(2, 2), torch.zeros(5, 3, 2)).shape  # (T, batch, ...): each layer computes all time steps at once
 torch.Size([5, 3, 2])
 
-A loop over a feed-forward network ::
+This loop over a feed-forward network ::
 
     mem1, mem2 = lif1.init_leaky(), lif2.init_leaky()
     for step in range(T):
         spk1, mem1 = lif1(fc1(x[step]), mem1)
-        spk2, mem2 = lif2(fc2(spk1), mem2)
-        ...                                             # spk2 and mem2 into lists, stacked in the end
+        spk2, mem2 = lif2(fc2(spk1), mem2)              # append to lists, stack them at the end
 
-says the same as ::
+computes the same as ::
 
     spk1, mem1 = unroll(lif1, fc1(x))
     spk2, mem2 = unroll(lif2, fc2(spk1))                # (T, ...) each
 
-and for an ``nn.Sequential`` of layers and neurons with ``init_hidden=True``, ``unroll(net, x)``. Networks whose steps feed back
-into earlier layers need the loop; in it, an accelerated neuron computes each step in one kernel.
+A network whose later layers feed back into earlier layers needs the loop. In the loop, an accelerated neuron computes each step
+in one kernel.
 
-The neurons stay what they were: the same objects of the same class, with the same names, parameters, buffers, ``mem``, hooks
-and state_dict; ``reset_mem``, ``detach_hidden``, ``reset_hidden``, ``utils.reset``, ``export_to_nir``, copies and
-``torch.compile(fullgraph=True)`` go on working, the last with :func:`unroll` too. (The methods of snnTorch's class ask each
-neuron whether it is fused; the others run as before.) ``Leaky`` of this file makes an accelerated one: ``Leaky(beta=0.9)``
-takes snnTorch's arguments. That function imports snnTorch; the others look for it among the imported modules. Made for snnTorch
-1.0.0.
+Each neuron stays the same object of the same class, with its names, parameters, buffers, ``mem``, hooks and state_dict.
+``reset_mem``, ``detach_hidden``, ``reset_hidden``, ``utils.reset``, ``export_to_nir``, copies and
+``torch.compile(fullgraph=True)`` work as before, the last with :func:`unroll` too. Only ``Leaky`` of this module imports
+snnTorch. The module works with snnTorch 1.0.0.
 
-Differences that remain:
+The page "snnTorch" of the documentation lists the differences. The most important ones:
 
-- Spikes have the dtype of the input, where snnTorch's are always float32; the membrane of bfloat16 and float16 data is float32.
-- An infinite membrane that is reset to zero is zero, where 0 * inf makes it NaN there; and so is the gradient of ``sigmoid``
-  far below the threshold, where its exponential overflows to NaN there.
-- The attribute ``reset``, the last step's reset, is not set.
-- The input of a neuron, and a membrane that it gave or was given, must not be changed in place (``y += s``) before the
-  backward pass, which recomputes the steps from them: autograd then raises.
-- On a GPU the values of beta and threshold are looked at in ``accelerate`` only, for a threshold that is not finite and a beta
-  that is not a number: to look at each call would wait for them.
-- SpikingJelly's counters of operations know the operators of PyTorch, not a fused kernel. Where one is active, the neurons run
-  snnTorch's code, with a warning. Other programs that count operators see one operator, ``sdit_kernels.leaky``: call
-  :func:`restore` before.
-- ``torch.fx`` cannot trace through a fused neuron, as it cannot through snnTorch's: the error says what to do.
-- Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
-- A neuron that is given what the kernels do not have after ``accelerate`` runs snnTorch's code, with a warning in every such
-  call.
+- Spikes have the dtype of the input; snnTorch's are always float32.
+- Do not change the input or the membrane potential of a neuron in place before the backward pass; autograd raises an error.
+- The attribute ``reset`` (the reset of the last step) is not set.
+- If a neuron gets a setting or data that the kernels do not take, or while one of SpikingJelly's counters is active, it runs
+  snnTorch's code, with a warning in each call.
 """
 
 import importlib
@@ -81,7 +68,7 @@ _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 @torch.compiler.assume_constant_result  # torch.compile cannot read a function's name, but guards its code
 def _formula(function):
-    """(name in the table here, name of its constant, the index of that in the closure), or the reason why there is none."""
+    """Return (name in our table, name of its constant, index of the constant in the closure), or the reason why it has none."""
     made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")
     if not inner:
         made_by = getattr(function, "__name__", type(function).__name__)
@@ -92,19 +79,22 @@ def _formula(function):
 
 
 def _surrogate(function):
-    """(name, alpha) in the table here, or the reason why there is none. snnTorch makes a closure for each surrogate."""
+    """Return (name, alpha) in our table of surrogates, or the reason why the surrogate is not in it.
+
+    snnTorch makes a closure for each surrogate; alpha is a variable of the closure.
+    """
     found = _formula(function)
     if isinstance(found, str):
         return found
     name, constant, index = found
     alpha = function.__closure__[index].cell_contents
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-        return f"surrogate {name} has {constant}={alpha!r}, which is no positive number"
+        return f"surrogate {name} has {constant}={alpha!r}, which is not a positive number"
     return name, alpha
 
 
 def _obstacle(neuron):
-    """Why the kernels cannot serve this Leaky, None if they can."""
+    """Return the reason why the kernels cannot serve this Leaky, or None."""
     if neuron.surrogate_disable:
         return "surrogate_disable=True has no formula here"
     found = _surrogate(neuron.spike_grad)
@@ -114,22 +104,22 @@ def _obstacle(neuron):
         if getattr(neuron, option):
             return f"{option} has no fused kernel here"
     if _RESETS.get(getattr(neuron.state_function, "__name__", None)) != neuron.reset_mechanism:
-        return "its state_function, which snnTorch chooses at construction, is not that of its reset_mechanism"
+        return "its state_function, which snnTorch chooses at construction, does not match its reset_mechanism"
     return None
 
 
 def _not_numbers(neuron):
-    """Why the kernels cannot serve the values of its beta and threshold, None if they can."""
+    """Return the reason why the kernels cannot take the values of its beta and threshold, or None."""
     if not neuron.threshold.isfinite().all():
         return "its threshold is not finite"
     return "its beta is not a number" if neuron.beta.isnan().any() else None
 
 
 class _Blocks:
-    """beta and threshold of a neuron for data x, as leaky takes them: numbers, scalars, or values for channels, the last axis.
+    """beta and threshold of a neuron for data x, in the form that leaky takes: numbers, scalars, or one value per channel.
 
-    Values per channel of another axis, as (C, 1, 1) for (..., C, H, W), or per neuron, as (C, H, W), become those of a last
-    axis by a change of view.
+    leaky takes values per channel of the last axis. For values per channel of another axis, such as (C, 1, 1) for
+    (..., C, H, W), or per neuron, such as (C, H, W), ``before`` makes the axes of the values the last axis of the data.
     """
 
     def __init__(self, neuron, x):
@@ -155,7 +145,7 @@ class _Blocks:
         return self.first and (self.first, self.last) != (-1, -1)
 
     def before(self, t):
-        """Data or a membrane, with the block as its last axis."""
+        """Return data or a membrane with the axes of the values as its last axis."""
         if t is None or not self._moves:
             return t
         behind = -1 - self.last
@@ -164,7 +154,7 @@ class _Blocks:
         return t.flatten(-n) if n > 1 else t
 
     def after(self, t):
-        """Back again."""
+        """Undo ``before``."""
         if not self._moves:
             return t
         n = self.last - self.first + 1
@@ -175,12 +165,12 @@ class _Blocks:
 
 
 def _broadcasts_to(shape, data):
-    """Whether values of this shape go with data of that one, which keep theirs."""
+    """True if values of this shape broadcast to the shape ``data`` and do not extend it."""
     return len(shape) <= len(data) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(data)))
 
 
 def _prepare(neuron, x):
-    """_Blocks for data x of (T, ...), or the reason why the kernels cannot serve the neuron."""
+    """Return the _Blocks for data x of shape (T, ...), or the reason why the kernels cannot serve the neuron."""
     reason = _obstacle(neuron)
     if x.dtype not in DATA_DTYPES:
         reason = f"the kernels do not take its data, {x.dtype}"
@@ -204,8 +194,11 @@ def _check_mem(mem):
         raise TypeError(f"mem must be a tensor or None, got {type(mem).__name__}")
 
 
-def _walk(neuron, x_seq, mem, sequence, blocks):
-    """T steps: spikes, membrane after the last step, and if ``sequence`` after every step. The neuron keeps the last one."""
+def _run_steps(neuron, x_seq, mem, sequence, blocks):
+    """Run T steps and store the last membrane in the neuron.
+
+    Return (spikes, membrane after the last step, membrane after every step if ``sequence``, else None).
+    """
     _check_mem(mem)
     if mem is not None and neuron.init_hidden:
         raise TypeError("mem must not be given to a neuron with init_hidden=True, which keeps its own")
@@ -228,33 +221,37 @@ def _walk(neuron, x_seq, mem, sequence, blocks):
 
 
 def _ungraded(neuron):
-    """Whether the spikes' factor is known to be 1. Read in every call, as no version counts all changes; on a GPU never."""
+    """True if the factor of the spikes is known to be 1. Never read on a GPU.
+
+    Every call reads it on the CPU, because the version counter of a tensor does not count all changes.
+    """
     factor = neuron.graded_spikes_factor
     return not factor.requires_grad and factor.numel() == 1 and values_are_readable(factor) and factor.item() == 1
 
 
 class _Leaky(Methods):
-    """snnTorch's Leaky, a step in one kernel."""
+    """Methods of snnTorch's Leaky that compute a step in one kernel."""
 
     @staticmethod
     def forward(own, neuron, input_, mem=None):
         refuse_symbols(neuron, input_)
-        blocks = counted()  # before the first operator of ours
+        blocks = counted()  # before this method calls its first operator
         if blocks is None:
             x = input_.unsqueeze(0)
             blocks = _prepare(neuron, x)
         if isinstance(blocks, str):
             warn(f"{type(neuron).__name__} runs snnTorch's own code: {blocks}", 4)
             return own(neuron, input_, mem)
-        spikes, last, _ = _walk(neuron, x, mem, False, blocks)
+        spikes, last, _ = _run_steps(neuron, x, mem, False, blocks)
         return (spikes.squeeze(0), last) if neuron.output or not neuron.init_hidden else spikes.squeeze(0)
 
 
 def Leaky(*args, **kwargs) -> nn.Module:
-    """A new ``snntorch.Leaky``, accelerated.
+    """Return a new, accelerated ``snntorch.Leaky``.
 
     Args:
-        *args, **kwargs: those of ``snntorch.Leaky``.
+        *args: positional arguments of ``snntorch.Leaky``.
+        **kwargs: keyword arguments of ``snntorch.Leaky``.
 
     Raises:
         ImportError: snnTorch is not installed.
@@ -273,14 +270,14 @@ def Leaky(*args, **kwargs) -> nn.Module:
 
 
 def _library():
-    """(Leaky, the base of all neurons), or None where nobody has imported snnTorch, so that no model can have one."""
+    """Return (Leaky, the base class of its neurons). None if snnTorch is not imported: no model can contain its neurons."""
     library = sys.modules.get("snntorch")
     cls = getattr(library, "Leaky", None)
     return cls and (cls, next(base for base in cls.__mro__ if base.__name__ == "SpikingNeuron"))
 
 
 def _made_by_snntorch(module):
-    """Whether it is one of snnTorch's neurons, not all of which have a base in common; nor is all of that package a neuron."""
+    """True for a neuron of snnTorch. They have no common base class, and not every class of the package is a neuron."""
     classes = [cls for cls in type(module).__mro__ if cls.__module__.startswith("snntorch._neurons.")]
     return any(cls.__name__ != "RecurrentOneToOne" for cls in classes)
 
@@ -289,20 +286,20 @@ _suspect = suspected_neuron("snntorch.Leaky")
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Let the Leaky neurons of a snnTorch model run on the fused kernels, a step at a time or by :func:`unroll`.
+    """Run the Leaky neurons of a snnTorch model on the fused kernels, step by step or with :func:`unroll`.
 
     Args:
-        model: any module that contains snnTorch's neurons, or is one; changed in place.
+        model: a neuron of snnTorch, or any module that contains some. The function changes it in place. A second call changes
+            nothing more.
 
     Returns:
-        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay as
-        they were: of other kinds; subclasses that override what a neuron does; surrogates other than ``atan``,
+        A report that you can print. ``replaced`` holds pairs (name, class). ``left`` holds triples (name, class, reason) of the
+        neurons that did not change: other neurons; subclasses that override more than defaults; surrogates other than ``atan``,
         ``fast_sigmoid`` and ``sigmoid``; ``surrogate_disable``, ``inhibition``, ``state_quant``; a threshold that is not
-        finite, a beta that is not a number; and modules that look like spiking neurons by their name but are not snnTorch's. A
-        second call changes nothing.
+        finite; a beta that is NaN; and modules with the name of a spiking neuron that are not snnTorch's.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     library = _library()
     if library is None:
@@ -314,28 +311,28 @@ def accelerate(model: nn.Module) -> Report:
             return _NO_KERNEL if _made_by_snntorch(module) else None
         reason = changed_behaviour(module, cls) or _obstacle(module)
         if reason is None and module.reset_mechanism_val.item() != cls.reset_dict[module.reset_mechanism]:
-            reason = "the reset_mechanism_val that was loaded into it is not that of its reset_mechanism"
+            reason = "the reset_mechanism_val that was loaded into it does not match its reset_mechanism"
         return reason or _not_numbers(module) or _Leaky
 
     return swap("snnTorch", model, choose, _suspect)
 
 
 def restore(model: nn.Module) -> Report:
-    """Undo :func:`accelerate`: snnTorch's own code again, from the state that was reached.
+    """Undo :func:`accelerate`: the neurons run snnTorch's own code again and keep their state.
 
     Args:
-        model: what was given to ``accelerate``, or a part or copy of it; changed in place.
+        model: the model that ``accelerate`` changed, or a part or copy of it. The function changes it in place.
 
     Returns:
-        A report as that of ``accelerate``; ``replaced`` are the neurons that run snnTorch's code again.
+        A report like the report of ``accelerate``. ``replaced`` holds the neurons that run snnTorch's code again.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     return swap_back("snnTorch", model, _Leaky)
 
 
-# Layers that do to every sample what they do to it alone: (T, batch, ...) is one batch to them. With the axes of a sample.
+# Layers that process each sample independently, so that T * batch can be one batch. The value is the number of sample axes.
 _SAMPLES = {
     getattr(nn, f"{kind}{n}d"): n + 1
     for kind in ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool")
@@ -349,27 +346,28 @@ _ANY_AXES = (nn.Linear, nn.Identity, nn.ReLU, nn.LeakyReLU, nn.GELU, nn.SiLU, nn
 
 
 def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
-    """A whole sequence through a layer, a neuron or an ``nn.Sequential`` of them: what a loop over steps gives, stacked.
+    """Run a whole sequence through a layer, a neuron or an ``nn.Sequential``: the stacked results of a loop over steps.
 
-    The layers take their turns, each for all steps: snnTorch's Leaky in one kernel; linear layers, convolutions, pooling,
-    Flatten and common activations as one batch of T * batch; any other module, and one with hooks, step by step. So does a
-    neuron that has no kernel, with a warning, and an ``nn.Sequential`` in which something that keeps a state between steps is
-    reached more than once: a neuron, a BatchNorm in training, a module with hooks or of a class that is not PyTorch's.
+    Each layer computes all time steps before the next layer starts. A Leaky neuron of snnTorch runs in one kernel. Linear
+    layers, convolutions, pooling, Flatten and common activations run as one batch of T * batch. Every other module, and every
+    module with hooks, runs step by step. A neuron that the kernels cannot serve runs step by step, with a warning. So does an
+    ``nn.Sequential`` that contains a module with a state more than once: a neuron, a BatchNorm in training, a module with
+    hooks, or a module of a class that is not PyTorch's.
 
     Args:
-        module: a ``snntorch.Leaky``, accelerated or not, a layer, or an ``nn.Sequential``, whose neurons have
+        module: a ``snntorch.Leaky``, accelerated or not; a layer; or an ``nn.Sequential`` whose neurons have
             ``init_hidden=True``.
-        x: (T, batch, ...), T at least 1.
-        mem: membrane before the first step, for a single neuron with ``init_hidden=False``; None: the neuron's ``mem``. Where
-            it has another shape than a step, the neuron starts from 0, as snnTorch's does.
+        x: input, (T, batch, ...), T at least 1.
+        mem: membrane potential before the first step, for a single neuron with ``init_hidden=False``. None: the neuron's
+            ``mem``. If its shape is not the shape of a step, the neuron starts from 0, like snnTorch's.
 
     Returns:
-        What ``module`` returns for a step, stacked: (T, batch, ...), or the pair (spikes, membranes) of those from a neuron
-        with ``output=True`` or ``init_hidden=False``. ``mem`` of a neuron is then the last membrane.
+        The stacked results of the steps, (T, batch, ...). For a neuron with ``output=True`` or ``init_hidden=False``, the pair
+        (spikes, membrane potentials). The neuron's ``mem`` is then the last membrane potential.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type; mem for anything but such a neuron; a layer that would be given a
-            pair, or that returns for a step what is no tensor nor a tuple of them; T = 0.
+        TypeError, ValueError: an argument has the wrong type; mem is given for another module; a layer would receive a pair, or
+            returns neither a tensor nor a tuple of tensors; T = 0.
 
     Random layers draw in another order than in a loop over steps.
 
@@ -397,12 +395,12 @@ def unroll(module: nn.Module, x: Tensor, mem: Tensor | None = None):
 
 
 def _whole(module, x, mem, library):
-    """A whole sequence through what is no ``nn.Sequential``, or one that has hooks."""
+    """Run a whole sequence through a module that is not an ``nn.Sequential``, or an ``nn.Sequential`` with hooks."""
     if library is not None and isinstance(module, library[1]):
         blocks = counted() or _why_not_whole(module, library[0]) or _prepare(module, x)
         if not isinstance(blocks, str):
             both = module.output or not module.init_hidden
-            spikes, _, history = _walk(module, x, mem, both, blocks)
+            spikes, _, history = _run_steps(module, x, mem, both, blocks)
             return (spikes, history) if both else spikes
         warn(f"{type(module).__name__} runs step by step: {blocks}", 4)
         return _step_by_step(module, x, mem)
@@ -417,7 +415,7 @@ def _whole(module, x, mem, library):
 
 
 def _through(module, x, run):
-    """x through ``run(layer, x)`` for each layer of an ``nn.Sequential``, and of those in it; or for the module itself."""
+    """Pass x through ``run(layer, x)`` for each layer of a (nested) ``nn.Sequential``, or for the module itself."""
     if type(module) is not nn.Sequential or has_hooks(module):
         return run(module, x)
     for i, layer in enumerate(module):
@@ -431,7 +429,10 @@ def _through(module, x, run):
 
 
 def _repeated(module):
-    """What may keep a state between steps and has more than one turn in a step, so that layers cannot take theirs whole."""
+    """Return a module that may keep a state between steps and runs more than once per step, or None.
+
+    With such a module, layers cannot compute all time steps at once.
+    """
     if type(module) is not nn.Sequential:
         return None
     layers, seen = [], {}
@@ -460,7 +461,7 @@ def _step_by_step(module, x, mem):
     for x_t in x:
         found = _through(module, x_t, lambda layer, x: layer(x)) if mem is None else module(x_t, mem)
         if not isinstance(found, Tensor) and not (isinstance(found, tuple) and all(isinstance(t, Tensor) for t in found)):
-            raise TypeError(f"{type(module).__name__} cannot be unrolled: a step of it gives no tensor, nor a tuple of tensors")
+            raise TypeError(f"{type(module).__name__} cannot be unrolled: one step of it returns neither a tensor nor a tuple")
         steps.append(found)
         if mem is not None:
             mem = found[1]

@@ -1,43 +1,28 @@
-r"""SpikingJelly's neurons on the fused kernels, in place: one line in an existing project.
+r"""Run the neurons of a SpikingJelly model on the fused kernels, with one line in an existing project.
 
 >>> import torch
 >>> from sdit_kernels.compat.spikingjelly import accelerate
->>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after it was trained, moved or loaded
+>>> report = accelerate(torch.nn.Linear(2, 2))  # your model, before or after you train, move or load it
 >>> print(report)
 SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model
 
-``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. They stay what they
-were: the same objects of the same class, with the same names, parameters, hooks, memories (``v``, ``v_seq``) and state_dict. So
-everything that looks a neuron up by its class finds it: ``isinstance``, the NIR export, precision tables, rules of counters.
-(The methods of SpikingJelly's classes ask each neuron whether it is fused; the other neurons run as before.)
-``functional.reset_net``, ``set_step_mode``, ``detach_net``, ``base.to_functional_forward``, ``.to()``, copies, pickles and
-``torch.compile(fullgraph=True)`` go on working. What is not replaced is in the report with the reason. SpikingJelly is not
-imported: a model that has its neurons has imported it. Made for SpikingJelly 2.0.0; 0.0.0.0.14 works too, where ``backend``
-keeps its value and no longer matters.
+``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. Each neuron stays the
+same object of the same class, with its names, parameters, hooks, states (``v``, ``v_seq``) and state_dict. So code that looks a
+neuron up by its class still finds it, and ``base.to_functional_forward`` works too. This module does not import SpikingJelly.
+It works with SpikingJelly 2.0.0 and 0.0.0.0.14; in the latter, the option ``backend`` keeps its value but has no effect.
 
-SpikingJelly's counters of operations, memory accesses, states and energy know the operators of PyTorch, not a fused kernel. So
-the neurons run SpikingJelly's code under ``DispatchCounterMode`` and the profilers, with a warning, and the figures are the
-same as before. Run the backward pass under the same counter as the forward pass. Other programs that count operators see one
-operator, ``sdit_kernels.lif``: call :func:`restore` before.
+The page "SpikingJelly" of the documentation lists the differences. The most important ones:
 
-Differences that remain:
-
-- A step multiplies by 1/tau, where SpikingJelly divides by tau (``ParametricLIFNode``: by 1 / (1 + exp(-w)), where it takes
-  sigmoid(w)). The same for tau a power of two; for others a membrane differs in its last bits, and so may the spike of a neuron
-  whose membrane is that near to the threshold.
-- bfloat16 and float16 data: the membrane is float32 within a call and rounded to the dtype of the data after it, where
-  SpikingJelly on the CPU rounds it in every step.
-- An infinite membrane that fires is reset, where 0 * inf makes it NaN there.
-- The input of a neuron must not be modified in place afterwards (``s = node(y); y += s``): the backward pass recomputes the
-  membrane from it, and autograd says "modified by an inplace operation". SpikingJelly does not keep its input. ``y = y + s``.
-- A learnt ``v_threshold`` (a parameter in its place) gets its gradient, where SpikingJelly 2.0.0 gives it none.
-- ``torch.fx`` cannot trace through a fused neuron, as it cannot through SpikingJelly's: the error says what to do.
-- ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as that, with no gradient; 1/tau is 2e-35 there.
-- 0.0.0.0.14 in evaluation mode passes no gradient through spikes; here there is the surrogate's.
-- Second derivatives and forward mode are refused (use ``sdit_kernels.backend("reference")``).
-- A neuron that is given what the kernels do not have after ``accelerate`` (another surrogate, ``spiking=False``, a neuron
-  precision, tau below 1, an infinite threshold, a NaN as w on the CPU, data of ints) runs SpikingJelly's code, with a warning
-  in every such call.
+- A step multiplies by 1/tau; SpikingJelly divides by tau. The results are equal if tau is a power of two. For other tau, a
+  neuron very close to its threshold may spike or not.
+- bfloat16 and float16 data: the membrane potential is float32 within a call. SpikingJelly rounds it in every step on the CPU.
+- Do not change the input of a neuron in place before the backward pass; autograd raises an error.
+- ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as -80 (-700) and gets no gradient; 1/tau is 2e-35 there.
+- SpikingJelly's counters (``DispatchCounterMode``, the profilers) do not know a fused kernel. Under a counter, the neurons run
+  SpikingJelly's code, with a warning, and the counts are the same as before. Run the backward pass under the same counter.
+- After ``accelerate``, a neuron may get a setting or data that the kernels do not take: another surrogate, ``spiking=False``, a
+  neuron precision, tau below 1, an infinite threshold, a NaN as w on the CPU, integer data. It then runs SpikingJelly's code,
+  with a warning in each call.
 """
 
 import math
@@ -81,16 +66,16 @@ _LIBRARY = "spikingjelly.activation_based"
 
 
 def _surrogate(function):
-    """(name, alpha) in the table here, or the reason why there is none."""
+    """Return (name, alpha) in our table of surrogates, or the reason why the surrogate is not in it."""
     kind = type(function)
     name = _SURROGATES.get(kind.__name__) if kind.__module__ == f"{_LIBRARY}.surrogate" else None
     if name is None:
         return f"surrogate {getattr(function, '__name__', kind.__name__)} has no formula here"
     if not function.spiking:
-        return f"surrogate {kind.__name__} has spiking=False: its output is no spike"
+        return f"surrogate {kind.__name__} has spiking=False: its output is not a spike"
     alpha = function.alpha
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        return f"surrogate {kind.__name__} has an alpha that is no number but a {type(alpha).__name__}"
+        return f"surrogate {kind.__name__} has an alpha that is not a number but a {type(alpha).__name__}"
     if kind.__name__ == "QPseudoSpike" and alpha != 2:
         return f"surrogate QPseudoSpike has a formula here for alpha = 2 only, not {alpha}"
     if has_hooks(function):
@@ -99,23 +84,25 @@ def _surrogate(function):
 
 
 def _check(x, shape, **settings):
-    """Raise what lif would, for data x whose steps have this shape."""
+    """Run the checks of lif for data x; ``shape``: the shape of a step of x."""
     _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **settings)
     if v_threshold is not None and values_are_readable(v_threshold):
         check_neuron_values(None, v_threshold, settings["decay_input"])
 
 
 def _obstacle(neuron):
-    """Why the kernels cannot do this now, None if they can."""
+    """Return the reason why the kernels cannot serve this neuron now, or None."""
     if getattr(neuron, "_neuron_precision", None) is not None:
-        return "a precision of its own is asked for, which the fused kernels do not have"
+        return "it has a neuron precision, which the fused kernels do not have"
     found = _surrogate(neuron.surrogate_function)
     return found if isinstance(found, str) else None
 
 
 def _ready(neuron, x, axes=0):
-    """Arguments of lif for data x, with ``axes`` before those of a step; None, with a warning, where the library's own code
-    must run."""
+    """Return the arguments of lif for data x. If SpikingJelly's code must run, warn and return None.
+
+    ``axes``: number of axes of x before the axes of a step.
+    """
     refuse_symbols(neuron, x)
     reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
     if reason is None:
@@ -130,18 +117,18 @@ def _ready(neuron, x, axes=0):
 
 
 def _not_taken(neuron, x, axes):
-    """Why the kernels cannot have this tau or these data, None if they can."""
+    """Return the reason why the kernels cannot take this tau or this data, or None."""
     if not isinstance(x, torch.Tensor) or x.dtype not in DATA_DTYPES or x.dim() < axes:
-        what = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        return f"the kernels do not take its data, {what}"
+        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        return f"the kernels do not take its data, {found}"
     tau = getattr(neuron, "tau", 1)
     if not isinstance(tau, (int, float)):
-        return f"tau is a {type(tau).__name__}, and the kernels' is a number"
-    return None if tau >= 1 else f"tau is {tau}, and the kernels' is at least 1"
+        return f"tau is a {type(tau).__name__}, and the kernels need a number"
+    return None if tau >= 1 else f"tau is {tau}, and the kernels need at least 1"
 
 
 def _settings(neuron):
-    """Arguments of lif that all three have."""
+    """Return the arguments of lif that all three neurons share."""
     surrogate, alpha = _surrogate(neuron.surrogate_function)
     return dict(
         v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
@@ -150,21 +137,21 @@ def _settings(neuron):
 
 
 def _start(neuron, x):
-    """The membrane before a step x: None where it is at rest."""
+    """Return the membrane before a step x; None if it is at rest."""
     v, rest = neuron.v, 0.0 if neuron.v_reset is None else neuron.v_reset
     if isinstance(v, (int, float)):
         return None if v == rest else torch.full_like(x, v, requires_grad=False)
     if v.shape != x.shape:
         if hasattr(neuron, "materialize_states"):
-            return None  # SpikingJelly 2 starts anew
+            return None  # SpikingJelly 2 starts from rest
         v = v.expand(x.shape)
     return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
 
 
-def _walk(x_seq, v, store, settings):
-    """T steps from v: (spikes, v, v_seq or None), in the dtype of the data."""
+def _run_steps(x_seq, v, store, settings):
+    """Run T steps from v. Return (spikes, v, v_seq or None), in the dtype of the data."""
     if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
-        v = v.clone()  # autograd keeps v, and refuses one that inference_mode made
+        v = v.clone()  # autograd saves v, and refuses a tensor that was made in inference_mode
     found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
     spikes, *states = found
     v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
@@ -172,14 +159,14 @@ def _walk(x_seq, v, store, settings):
 
 
 class _Node(Methods):
-    """SpikingJelly's neuron, its charge, fire and reset in one kernel for all steps."""
+    """Methods of SpikingJelly's neurons that run charge, fire and reset of all steps in one kernel."""
 
     @staticmethod
     def single_step_forward(own, neuron, x, *args, **kwargs):
         settings = _ready(neuron, x)
         if settings is None:
             return own(neuron, x, *args, **kwargs)
-        spikes, neuron.v, _ = _walk(x.unsqueeze(0), _start(neuron, x), False, settings)
+        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, x), False, settings)
         if neuron.store_v_seq and hasattr(neuron, "_append_v_seq"):  # SpikingJelly 2 collects the steps
             neuron._append_v_seq(neuron.v)
         return spikes.squeeze(0)
@@ -190,7 +177,7 @@ class _Node(Methods):
         if settings is None:
             return own(neuron, x_seq, *args, **kwargs)
         start = _start(neuron, x_seq[0]) if x_seq.shape[0] else None
-        spikes, neuron.v, v_seq = _walk(x_seq, start, neuron.store_v_seq, settings)
+        spikes, neuron.v, v_seq = _run_steps(x_seq, start, neuron.store_v_seq, settings)
         if neuron.store_v_seq or "v_seq" in neuron.__dict__:
             neuron.v_seq = v_seq
         return spikes
@@ -200,7 +187,7 @@ class _Node(Methods):
         settings = _ready(neuron, inputs[0])
         if settings is None:
             return own(neuron, inputs, states, **kwargs)
-        spikes, v, _ = _walk(inputs[0].unsqueeze(0), states[0], False, settings)
+        spikes, v, _ = _run_steps(inputs[0].unsqueeze(0), states[0], False, settings)
         return (spikes.squeeze(0),), (v, *states[1:])
 
     @staticmethod
@@ -208,7 +195,7 @@ class _Node(Methods):
         settings = _ready(neuron, inputs[0], 1)
         if settings is None:
             return own(neuron, inputs, states, **kwargs)
-        spikes, v, _ = _walk(inputs[0], states[0], False, settings)
+        spikes, v, _ = _run_steps(inputs[0], states[0], False, settings)
         return (spikes,), (v, *states[1:])
 
 
@@ -230,7 +217,8 @@ class _ParametricLIFNode(_Node):
         if values_are_readable(neuron.w) and math.isnan(neuron.w.detach().sum().item()):
             raise ValueError("w is NaN")
         wide = torch.promote_types(neuron.w.dtype, state_dtype(x.dtype))
-        exponent = (-neuron.w.to(wide)).clamp(max=700 if wide == torch.float64 else 80)  # an infinite tau has a NaN as gradient
+        limit = 700 if wide == torch.float64 else 80  # the gradient of an infinite tau would be NaN
+        exponent = (-neuron.w.to(wide)).clamp(max=limit)
         return {"tau": 1 + torch.exp(exponent), "decay_input": neuron.decay_input}
 
 
@@ -238,7 +226,7 @@ _MIXINS = {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _Paramet
 
 
 def _is_neuron(module):
-    """Whether its class, or one it derives from, is from a module of SpikingJelly for neurons."""
+    """True if the class of the module, or a base class, comes from a neuron module of SpikingJelly."""
     parts = (cls.__module__.split(".") for cls in type(module).__mro__)
     return any(names[0] == "spikingjelly" and "neuron" in names for names in parts)
 
@@ -247,7 +235,7 @@ _suspect = suspected_neuron(f"LIFNode, IFNode or ParametricLIFNode of {_LIBRARY}
 
 
 def _choose(neurons):
-    """module -> its mixin, the reason to leave it, or None: no neuron of SpikingJelly's."""
+    """Return a function: module -> its methods, the reason to leave it, or None for other modules."""
     bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items() if neurons is not None}
 
     def choose(module):
@@ -271,20 +259,20 @@ def _choose(neurons):
 
 
 def accelerate(model: torch.nn.Module) -> Report:
-    """Let the LIFNode, IFNode and ParametricLIFNode of a SpikingJelly model run on the fused kernels.
+    """Run the LIFNode, IFNode and ParametricLIFNode neurons of a SpikingJelly model on the fused kernels.
 
     Args:
-        model: any module that contains SpikingJelly's neurons, or is one; changed in place.
+        model: a neuron of SpikingJelly, or any module that contains some. The function changes it in place. A second call
+            changes nothing more.
 
     Returns:
-        A report to print: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason), the neurons that stay
-        as they were: of other kinds; subclasses that override what a neuron does; surrogates without a formula in
-        ``sdit_kernels.SURROGATES``, with ``spiking=False``, with hooks or without a positive number as alpha; a neuron
-        precision of their own; parametrized ones. Subclasses that only set defaults are replaced. A second call changes
-        nothing more.
+        A report that you can print. ``replaced`` holds pairs (name, class). ``left`` holds triples (name, class, reason) of the
+        neurons that did not change: other neurons; subclasses that override more than defaults; surrogates without a formula in
+        ``sdit_kernels.SURROGATES``, with ``spiking=False``, with hooks, or with an alpha that is not a positive number; neurons
+        with a neuron precision; parametrized modules.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
 
     Example:
         >>> import torch
@@ -293,20 +281,20 @@ def accelerate(model: torch.nn.Module) -> Report:
         >>> accelerate(model).replaced
         ()
     """
-    neurons = sys.modules.get(f"{_LIBRARY}.neuron")  # where nobody has imported it, the model cannot have any
+    neurons = sys.modules.get(f"{_LIBRARY}.neuron")  # if it is not imported, the model cannot contain its neurons
     return swap("SpikingJelly", model, _choose(neurons), _suspect)
 
 
 def restore(model: torch.nn.Module) -> Report:
-    """Undo :func:`accelerate`: SpikingJelly's own code again, from the state that was reached.
+    """Undo :func:`accelerate`: the neurons run SpikingJelly's own code again and keep their state.
 
     Args:
-        model: what was given to ``accelerate``, or a part, copy or unpickled copy of it; changed in place.
+        model: the model that ``accelerate`` changed, or a part, copy or unpickled copy of it. The function changes it in place.
 
     Returns:
-        A report as that of ``accelerate``; ``replaced`` are the neurons that run SpikingJelly's code again.
+        A report like the report of ``accelerate``. ``replaced`` holds the neurons that run SpikingJelly's code again.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     return swap_back("SpikingJelly", model, _Node)

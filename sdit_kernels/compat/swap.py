@@ -1,9 +1,9 @@
-"""What the drop-ins share: the report of ``accelerate``, and modules that get other methods in place.
+"""Helpers of all drop-ins: the report of ``accelerate``, and the replacement of a module's methods in place.
 
-A module stays the object it is, so that names, hooks, parameters, buffers, containers and whoever holds a reference to it need
-not be told. There are two ways. A neuron of a library keeps its very class, since programs look neurons up by it
-(``table[type(module)]``, ``type(module) is LIFNode``): the methods of the library's class ask each neuron whether it is fused.
-A layer of a user's file gets a class derived from its own (``Swapped``), and that file's classes stay as they are.
+A module stays the same object, so names, hooks, parameters, buffers, containers and references to it do not change. There are
+two ways to replace its methods. A neuron of a library keeps its class, because programs look neurons up by it
+(``table[type(module)]``, ``type(module) is LIFNode``): the methods of the library's class check for each neuron if it is fused.
+A layer from a user's file gets a class derived from its own (``Swapped``), and the classes of that file do not change.
 """
 
 import functools
@@ -18,7 +18,7 @@ from .._torch import active_modes, dispatch_mode_count, function_mode_count
 
 
 class Left(NamedTuple):
-    """A neuron that was left as it was."""
+    """A module that ``accelerate`` did not change."""
 
     name: str
     kind: str
@@ -26,10 +26,10 @@ class Left(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What ``accelerate`` or ``restore`` did: ``replaced``, pairs (name, class); ``left``, triples (name, class, reason)."""
+    """Result of ``accelerate`` and ``restore``: (name, class) in ``replaced``, (name, class, reason) in ``left``."""
 
     library: str
-    outcome: str  # what the replaced ones run now; in an empty report, why it is empty
+    outcome: str  # the code that the replaced modules run now; in an empty report, the reason why it is empty
     replaced: tuple[tuple[str, str], ...]
     left: tuple[Left, ...]
 
@@ -44,31 +44,34 @@ class Report(NamedTuple):
 
 
 class Methods:
-    """Base of what takes the place of a library's methods: static functions (own, module, *args, **kwargs), under the names of
-    those methods, where ``own`` is the library's. Names with an underscore are helpers."""
+    """Base class of the methods that replace a library's methods of the same names.
+
+    They are static functions (own, module, *args, **kwargs), where ``own`` is the library's method. Names that start with an
+    underscore are helpers.
+    """
 
     @staticmethod
     def extra_repr(own, module):
         text, mark = own(module), "fused by sdit_kernels"
-        return text if mark in text else ", ".join(filter(None, (text, mark)))  # own may have asked its base class
+        return text if mark in text else ", ".join(filter(None, (text, mark)))  # own may have called this for its base class
 
 
 class Fused:
-    """In the ``__dict__`` of a module, where copies and pickles find it: the module runs these methods."""
+    """Marks a module as fused, with its methods. It is in the ``__dict__`` of the module, so copies and pickles contain it."""
 
     def __init__(self, methods: type[Methods], cls: type):
         self.methods = methods
         self.cls = cls
         for name in dir(methods):
-            if not name.startswith("_") and hasattr(cls, name):  # SpikingJelly 0.0.0.0.14 has fewer
-                _ask(cls, name)
+            if not name.startswith("_") and hasattr(cls, name):  # SpikingJelly 0.0.0.0.14 has fewer methods
+                _dispatch_if_fused(cls, name)
 
-    def __reduce__(self):  # the library's class in another process has to be told as well
+    def __reduce__(self):  # unpickling in another process must patch the library's class there too
         return Fused, (self.methods, self.cls)
 
 
-def _ask(cls, name):
-    """Let the method of this name, in the class of the library that defines it, ask whether the module is fused."""
+def _dispatch_if_fused(cls, name):
+    """Patch the method in the library's class that defines it, so that it calls our method if the module is fused."""
     home = next((c for c in cls.__mro__ if name in vars(c) and not c.__module__.startswith("torch.")), cls)
     own = getattr(home, name)
     if hasattr(own, "asks_if_fused"):
@@ -80,19 +83,21 @@ def _ask(cls, name):
         return own(self, *args, **kwargs) if fused is None else getattr(fused.methods, name)(own, self, *args, **kwargs)
 
     method.asks_if_fused = True
-    home._sdit_kernels = None  # what a module has that is not fused
+    home._sdit_kernels = None  # the default: the module is not fused
     setattr(home, name, method)
 
 
 class Swapped(torch.nn.Module):
-    """First base of the classes that ``swapped_class`` makes; a module, because Python lets an object change its class only
-    between classes that lay out their instances alike."""
+    """First base of the classes that ``swapped_class`` makes.
+
+    It derives from Module, because Python changes the class of an object only between classes with the same instance layout.
+    """
 
     _mixin: type
     _original: type
 
     def __reduce_ex__(self, protocol):
-        """Those classes have no name to be pickled by: copies and pickles say what they are made of."""
+        """Pickle the two classes that this class was made from, because pickle cannot find this class by its name."""
         rest = super().__reduce_ex__(max(protocol, 2))[2:]
         return _rebuild, (type(self)._mixin, type(self)._original), *rest
 
@@ -101,7 +106,7 @@ _classes: dict[tuple[type, type], type] = {}
 
 
 def swapped_class(mixin: type, original: type) -> type:
-    """``original`` with the methods of ``mixin``, under its own name; the same class each time."""
+    """Return a class with the methods of ``mixin`` and the name of ``original``; the same class each time."""
     if (mixin, original) not in _classes:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         body = names | {"_mixin": mixin, "_original": original}
@@ -115,17 +120,17 @@ def _rebuild(mixin, original):
 
 
 def original_class(module: Swapped | type[Swapped]) -> type:
-    """The class that ``swapped_class`` derived the class of a module from."""
+    """Return the class that a module, or a class made by ``swapped_class``, had before."""
     return module._original
 
 
 def fused_methods(module) -> type[Methods]:
-    """The methods of a module that has those of a ``Methods``."""
+    """Return the ``Methods`` of a fused module."""
     return module._sdit_kernels.methods
 
 
 def methods_of(module) -> type | None:
-    """Which of this package's methods a module has got, if any."""
+    """Return the ``Methods`` or ``Swapped`` of a module, or None."""
     if isinstance(module, Swapped):
         return type(module)._mixin
     fused = vars(module).get("_sdit_kernels")
@@ -133,7 +138,7 @@ def methods_of(module) -> type | None:
 
 
 def replace_methods(module, methods: type[Methods] | type[Swapped]):
-    """Give a module the methods of a ``Methods`` or of a ``Swapped``."""
+    """Replace the methods of a module by the methods of a ``Methods`` or of a ``Swapped``."""
     if issubclass(methods, Swapped):
         module.__class__ = swapped_class(methods, type(module))
     else:
@@ -146,11 +151,11 @@ def check_model(model):
 
 
 def swap(library: str, model, choose, suspect=lambda module: None) -> Report:
-    """Give every module for which ``choose(module)`` is a ``Methods`` or a ``Swapped`` its methods; a string is the reason to
-    leave it.
+    """Replace the methods of the modules of a model and return the report.
 
-    ``suspect(module)``: why a module of which ``choose`` knows nothing (returns None) belongs into the report all the same. It
-    does not count where something that is in the report, or was replaced before, is inside the module or around it.
+    choose(module): a ``Methods`` or ``Swapped`` to use, the reason (a string) to leave the module, or None for an unknown
+    module. suspect(module): the reason why an unknown module belongs in the report, or None. The report omits a suspected
+    module if it contains, or is part of, another module that is in the report or was replaced before.
     """
     check_model(model)
     modules = list(model.named_modules())
@@ -158,7 +163,7 @@ def swap(library: str, model, choose, suspect=lambda module: None) -> Report:
     chosen = {module: choose(module) for _, module in modules if module not in already}
     known = already | {module for module, found in chosen.items() if found is not None}
     parts = {part for module in known for part in module.modules()}
-    for _, module in reversed(modules):  # children before their parents
+    for _, module in reversed(modules):  # children before parents
         reason = None if module in parts else suspect(module)
         if reason is not None and known.isdisjoint(module.modules()):
             chosen[module] = reason
@@ -178,7 +183,7 @@ def swap(library: str, model, choose, suspect=lambda module: None) -> Report:
 
 
 def swap_back(library: str, model, bases) -> Report:
-    """Undo ``swap`` where the methods are of one of these bases. The state is where it was, in the module."""
+    """Undo ``swap`` for modules whose methods derive from ``bases``. The state stays in the module."""
     check_model(model)
     replaced, left = [], []
     for name, module in model.named_modules():
@@ -197,7 +202,10 @@ def swap_back(library: str, model, bases) -> Report:
 
 
 def class_names(module) -> list[tuple[str, str]]:
-    """(module, name) of the classes of a module; empty for PyTorch's own and this package's. TorchScript hides the name."""
+    """Return (Python module, name) of the classes of a module; nothing for classes of PyTorch and of this package.
+
+    TorchScript hides the name, so it comes from ``original_name``.
+    """
     names = [(cls.__module__, cls.__name__) for cls in type(module).__mro__ if cls.__module__ != "builtins"]
     if any(path.partition(".")[0] == "sdit_kernels" for path, _ in names):
         return []
@@ -207,13 +215,16 @@ def class_names(module) -> list[tuple[str, str]]:
     return names
 
 
-# LIFNode, MultiStepLIF, IF_Neuron, QIFNode, SpikingNeuron, but not AIFI, SIFT or DIFF
+# matches LIFNode, MultiStepLIF, IF_Neuron, QIFNode and SpikingNeuron, but not AIFI, SIFT and DIFF
 _NEURON_NAME = re.compile(r"LIF(?![a-z])|IF(?=$|[_\d]|[A-Z][a-z])|Neuron(?![a-z])|Izhikevich")
 _NEURON_FILE = re.compile(r"(^|[._])neurons?($|\.)")
 
 
 def suspected_neuron(known: str):
-    """For ``swap``: why a module that looks like a spiking neuron is left, where what derives from ``known`` is taken."""
+    """Return the ``suspect`` function of ``swap`` for modules whose names look like spiking neurons.
+
+    ``known``: the classes that are replaced, for the message.
+    """
 
     def suspect(module):
         for path, name in class_names(module):
@@ -235,7 +246,7 @@ def refuse_symbols(module, x):
 
 
 def counted() -> str | None:
-    """Why the library's own code has to run at this moment: one of SpikingJelly's modes that count operations is active."""
+    """Return the reason why the library's own code must run now, or None: SpikingJelly is counting operations."""
     if torch.compiler.is_compiling() or not (dispatch_mode_count() or function_mode_count()):
         return None
     modes = active_modes()
@@ -247,9 +258,9 @@ def counted() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # while torch.compile traces, once for the graph
+@torch.compiler.assume_constant_result  # torch.compile calls it once per graph, while it traces
 def warn(message: str, frames: int):
-    """``frames``: from the caller of this to the user's."""
+    """Warn at the user's line. ``frames``: number of frames from the caller of this function to the user's code."""
     warnings.warn(message, stacklevel=2 + frames)
 
 
@@ -258,9 +269,9 @@ _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__dict__", "_
              "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__repr__", "_sdit_kernels"}  # fmt: skip
 
 
-@torch.compiler.assume_constant_result  # what it reads, torch.compile cannot; the graph is for this module only
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the attributes it reads; the graph is for this module only
 def changed_behaviour(module, base) -> str | None:
-    """Why ``module``, an instance of ``base``, may do other than ``base``; None if it does not."""
+    """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
     for cls in type(module).__mro__:

@@ -8,11 +8,11 @@ must hold it until the kernel returns. All of this runs in front of every kernel
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import layout_of, place, place_state
+from ..layout import layout_of, row_view, step_view
 from .intrinsics import CODES, state_code
 
 FORWARD_COLUMNS = 1024  # that a forward task of a neuron holds
-BACKWARD_COLUMNS = 256  # that a backward task holds: STRIDE tiles of them are 16 KiB
+BACKWARD_COLUMNS = 256  # that a backward task holds: LIF_CHECKPOINT_STEPS tiles of them are 16 KiB
 _GROUPS = 64  # at most so many partial sums per channel
 
 
@@ -29,7 +29,7 @@ def placed(layout, t):
     """(t, (address, stride of T, stride of R))"""
     if t is None:
         return None, (0, 0, 0)
-    t, step, row = place(layout, t)
+    t, step, row = row_view(layout, t)
     return t, (t.data_ptr(), step, row)
 
 
@@ -37,7 +37,7 @@ def placed_state(layout, t):
     """The same for a tensor without the T axis: (t, (address, stride of R))."""
     if t is None:
         return None, (0, 0)
-    t, row = place_state(layout, t)
+    t, row = step_view(layout, t)
     return t, (t.data_ptr(), row)
 
 
@@ -47,7 +47,7 @@ def placed_gradient(layout, g, like):
         value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
         value = value.repeat(BACKWARD_COLUMNS)
         return value, (value.data_ptr(), 0, 0, 0)
-    g, step, row = place(layout, g.to(like.dtype))
+    g, step, row = row_view(layout, g.to(like.dtype))
     return g, (g.data_ptr(), step, row, 1)
 
 

@@ -1,6 +1,6 @@
 """Leaky on the CPU, as cpu/lif.py: a task is a block of columns; LLVM vectorises over columns.
 
-The walk back holds the membrane before every step in a stack tile, STRIDE steps at a time, and computes the charge from it once
+The walk back holds the membrane before every step in a stack tile, 16 steps at a time, and computes the charge from it once
 more. Arithmetic follows reference/leaky.py operation by operation.
 """
 
@@ -9,7 +9,7 @@ import functools
 import numba
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE
+from ..layout import LIF_CHECKPOINT_STEPS
 from ..surrogate import SURROGATES
 from .intrinsics import (
     SIZES,
@@ -77,8 +77,8 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
                 fill(ths, n, theta, c, th, S, S)
             fill(v, n, v0, row * v0_r + c, zero, V, S)
             for t in range(T):
-                if keep != 0 and t > 0 and t % STRIDE == 0:
-                    fill(keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb, n, v, 0, zero, S, S)
+                if keep != 0 and t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
+                    fill(keep + ((t // LIF_CHECKPOINT_STEPS - 1) * keep_t + row * keep_r + c) * sb, n, v, 0, zero, S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * xb
                 for i in range(n):
@@ -102,7 +102,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
-    HISTORY = STRIDE * BLOCK
+    HISTORY = LIF_CHECKPOINT_STEPS * BLOCK
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
@@ -157,9 +157,9 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
                 fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 fill(carry, n, gv, row * gv_r + c, zero, S, S)
-                for segment in range((T - 1) // STRIDE, -1, -1):
-                    t0 = segment * STRIDE
-                    steps = min(STRIDE, T - t0)
+                for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
+                    t0 = segment * LIF_CHECKPOINT_STEPS
+                    steps = min(LIF_CHECKPOINT_STEPS, T - t0)
                     if segment > 0:
                         fill(vs, n, keep, (segment - 1) * keep_t + row * keep_r + c, zero, S, S)
                     else:

@@ -1,7 +1,7 @@
 """LIF on the CPU. A task is a block of columns, whose membrane stays in L1 while the steps go by; LLVM vectorises over columns.
 
-The walk back needs the charge h of every step: it is rebuilt into a stack tile, STRIDE steps at a time, from v, or from the
-membrane that the forward pass left in ``checkpoint`` every STRIDE steps. Arithmetic follows reference/lif.py operation by
+The walk back needs the charge h of every step: it is rebuilt into a stack tile, 16 steps at a time, from v, or from the
+membrane that the forward pass left in ``checkpoint`` every 16 steps. Arithmetic follows reference/lif.py operation by
 operation. Parameter gradients are summed per task and then over tasks, in an order that no number of threads changes.
 """
 
@@ -12,7 +12,7 @@ import numba
 import torch
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE, layout_of_step
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step
 from ..surrogate import SURROGATES
 from . import staircase
 from .intrinsics import (
@@ -85,8 +85,8 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
                 fill(ths, n, theta, c, th, S, S)
             fill(v, n, v0, row * v0_r + c, vr, V, S)
             for t in range(T):
-                if keep != 0 and t > 0 and t % STRIDE == 0:
-                    kept = keep + ((t // STRIDE - 1) * keep_t + row * keep_r + c) * sb
+                if keep != 0 and t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
+                    kept = keep + ((t // LIF_CHECKPOINT_STEPS - 1) * keep_t + row * keep_r + c) * sb
                     fill(kept, n, v, 0, vr, S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
@@ -110,7 +110,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
-    HISTORY = STRIDE * BLOCK
+    HISTORY = LIF_CHECKPOINT_STEPS * BLOCK
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
@@ -163,9 +163,9 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                 fill(sum_th, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 fill(carry, n, gv, row * gv_r + c, zero, S, S)
-                for segment in range((T - 1) // STRIDE, -1, -1):
-                    t0 = segment * STRIDE
-                    steps = min(STRIDE, T - t0)
+                for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
+                    t0 = segment * LIF_CHECKPOINT_STEPS
+                    steps = min(LIF_CHECKPOINT_STEPS, T - t0)
                     if segment > 0:
                         fill(start, n, keep, (segment - 1) * keep_t + row * keep_r + c, vr, S, S)
                     else:

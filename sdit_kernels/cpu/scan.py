@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from ..dtypes import state_dtype
-from ..reference.wkv import STEEPEST
+from ..reference.wkv import MIN_LOG_DECAY
 from .intrinsics import F64
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less
 
@@ -31,19 +31,19 @@ FAR = 4.0e6  # tokens after which an exponent is rounded and counted anew: float
 inline = numba.njit(forceinline=True, error_model="numpy")
 
 
-def parameters(decay, first, raw, k):
+def parameters(decay, bonus, decay_is_log_of_rate, k):
     """(w, u) as the kernels take them: contiguous, in the state type."""
     dtype = state_dtype(k.dtype)
-    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, first))
-    w = torch.exp(w).neg_() if raw else w
-    return w.clamp_min(STEEPEST).contiguous(), u.contiguous()
+    w, u = (p if p.dtype == dtype else p.to(dtype) for p in (decay, bonus))
+    w = torch.exp(w).neg_() if decay_is_log_of_rate else w
+    return w.clamp_min(MIN_LOG_DECAY).contiguous(), u.contiguous()
 
 
-def parameter_sums(dw, du, w, raw, d_decay, d_first):
-    """Fill d_decay and d_first from sums of the programs, (rows, C) each."""
-    d_first.copy_(du.sum(0))
+def parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus):
+    """Fill d_decay and d_bonus from sums of the programs, (rows, C) each."""
+    d_bonus.copy_(du.sum(0))
     dw = dw.sum(0)
-    d_decay.copy_((w * dw if raw else dw).masked_fill_(w <= STEEPEST, 0.0))
+    d_decay.copy_((w * dw if decay_is_log_of_rate else dw).masked_fill_(w <= MIN_LOG_DECAY, 0.0))
 
 
 @inline

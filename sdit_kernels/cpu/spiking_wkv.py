@@ -411,11 +411,11 @@ def _spread(B, C, lanes, width):
 
 
 def spiking_wkv_forward(
-    k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
-    checkpoint, tuning,
+    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out,
+    membrane_out, checkpoint, tuning,
 ):  # fmt: skip
     """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
-    w, u = scan.parameters(decay, first, raw, k)
+    w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
     lanes = LANES if C >= LANES else 1
     p = Parameters(tau, v_threshold, neuron, w.dtype)
@@ -435,14 +435,14 @@ def spiking_wkv_forward(
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
-    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, tuning,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
+    checkpoint, neuron, rate, parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
     """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
 
     ybar and lse are in the checkpoint too, and read there.
     """
-    w, u = scan.parameters(decay, first, raw, k)
+    w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
     lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu", tuning)
     p = Parameters(tau, v_threshold, neuron, w.dtype)
@@ -466,5 +466,5 @@ def spiking_wkv_backward(
         ((dk.data_ptr(), dv.data_ptr(), address(dr)), (address(d_ybar), address(d_lse), address(d_membrane))),
         ((dw.data_ptr(), du.data_ptr()), addresses(sums)), *p.values, neuron.v_reset or 0.0, neuron.alpha,
     )  # fmt: skip
-    scan.parameter_sums(dw, du, w, raw, d_decay, d_first)
+    scan.parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus)
     return sums

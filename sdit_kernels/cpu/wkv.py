@@ -631,11 +631,11 @@ def _spread(count, C, lanes):
 
 
 def wkv_forward(
-    k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out, lse_out, checkpoint,
-    tuning,
+    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out,
+    lse_out, checkpoint, tuning,
 ):  # fmt: skip
     """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
-    w, u = scan.parameters(decay, first, raw, k)
+    w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
     table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k), tuning)
@@ -664,11 +664,11 @@ def wkv_forward(
 
 
 def wkv_backward(
-    g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, cu_seqlens, max_seqlen, bidirectional, algorithm,
-    dk, dv, dr, d_decay, d_first, d_ybar, d_lse, tuning,
+    g, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint, cu_seqlens, max_seqlen,
+    bidirectional, algorithm, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, tuning,
 ):  # fmt: skip
-    """Fill dk, dv and, where they are given, dr, d_decay with d_first, and d_ybar with d_lse. k is not empty."""
-    w, u = scan.parameters(decay, first, raw, k)
+    """Fill dk, dv and, where they are given, dr, d_decay with d_bonus, and d_ybar with d_lse. k is not empty."""
+    w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
     table, count, _alive = _segments(k, cu_seqlens, _chunked(algorithm, k), tuning)
@@ -703,4 +703,4 @@ def wkv_backward(
         )  # fmt: skip
     launch(False, adjoint)
     if d_decay is not None:
-        scan.parameter_sums(dw, du, w, raw, d_decay, d_first)
+        scan.parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus)

@@ -1,4 +1,4 @@
-"""Spiking neurons, and RWKV-4's two mixing layers, as modules over the ops of this package."""
+"""Modules that call the ops of this package: spiking neurons and RWKV-4's two mixing layers."""
 
 from .neurons import IF, LIF, LIFRate, OverTime, ParametricLIF, detach, reset
 from .rwkv import ChannelMix, TimeMix

@@ -1,8 +1,8 @@
-"""Spiking neurons as modules over the ops of this package.
+"""Spiking neurons as modules that call the ops of this package.
 
-The membrane of ``LIF``, ``IF`` and ``ParametricLIF`` is carried over from call to call until ``reset``. It is ordinary module
-state, ``.v``, with two exceptions: it is not in the state_dict, and it is not a registered buffer, because
-DistributedDataParallel would overwrite it with the membrane of rank 0 in every forward pass.
+``LIF``, ``IF`` and ``ParametricLIF`` keep their membrane potential ``.v`` from call to call until ``reset``. It is not in the
+state_dict. It is not a registered buffer either, because DistributedDataParallel would overwrite it with the membrane potential
+of rank 0 in every forward pass.
 """
 
 import math
@@ -20,7 +20,7 @@ from ..ops.operator import refuse_script
 
 
 class _Neuron(torch.nn.Module):
-    """What a neuron is told, under the names of the ops' arguments."""
+    """Base class of all neurons: stores the settings under the names of the ops' arguments."""
 
     _settings: tuple[str, ...] = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
     _shown: tuple[str, ...] = _settings
@@ -35,7 +35,7 @@ class _Neuron(torch.nn.Module):
                 setattr(self, name, value)
 
     def _check(self, op, **arguments):
-        """The op's own checks, on no data at all; tensors wait for the data they must agree with."""
+        """Run the op's checks on empty data. A tensor setting is checked in the first call, against the data."""
         settings = {name: getattr(self, name) for name in self._settings}
         settings = {name: 1.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
         with backend("reference"):
@@ -52,15 +52,15 @@ class _Neuron(torch.nn.Module):
 
 
 class _Context(NamedTuple):
-    """The torch.jit.trace or the transform of torch.func in which a membrane was made. The membrane does not outlive it."""
+    """The torch.jit.trace or the transform of torch.func that made a membrane. The membrane has no values after it ends."""
 
     trace: object | None
-    layer: Tensor | None  # functorch marks it as dead when the transform ends
+    layer: Tensor | None  # mark of the transform, for has_ended
     before: tuple  # v and v_seq when the trace began
 
 
 def _context(v, before):
-    """The context of a new membrane v, None for an ordinary call."""
+    """Return the context of a new membrane v, or None in an ordinary call."""
     layer = mark_transform(v)
     if layer is None and not is_tracing():
         return None
@@ -68,7 +68,7 @@ def _context(v, before):
 
 
 class _Stateful(_Neuron):
-    """A neuron whose membrane lives on between calls."""
+    """Base class of the neurons that keep their membrane between calls."""
 
     v: Tensor | None
     v_seq: Tensor | None
@@ -93,11 +93,11 @@ class _Stateful(_Neuron):
         self._step_mode = value
 
     def reset(self) -> None:
-        """Forget the membrane: the next call starts from v_reset (0 with soft reset), with any batch shape."""
+        """Clear the membrane potential. The next call starts from v_reset (0 with soft reset), with any batch shape."""
         self.v = self.v_seq = None
 
     def detach_(self) -> None:
-        """Keep the membrane, cut it off from the calls that led to it: truncated backpropagation through time."""
+        """Detach the membrane potential from earlier calls and keep its value: truncated backpropagation through time."""
         self._map_state(Tensor.detach)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Stateful(_Neuron):
                 f"{tuple(x.shape[1:])}; call reset() before data of another shape"
             )
         elif v is not None and eager and v.is_inference() and not torch.is_inference_mode_enabled():
-            v = v.clone()  # autograd refuses a membrane that inference_mode made
+            v = v.clone()  # autograd refuses a tensor that was made in inference_mode
         out = lif(x, v, **self.op_arguments(x), return_v=True, return_v_seq=self.store_v_seq)
         s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
         if eager and (context := _context(self.v, before)):
@@ -128,8 +128,11 @@ class _Stateful(_Neuron):
         return s.squeeze(0) if single else s
 
     def _leave_context(self, x):
-        """Refuse a membrane that has no values any more. Forget a membrane of a trace that has ended: torch.jit.trace records a
-        module twice to check its graph, and both must start alike. Returns v and v_seq from when the current trace began."""
+        """Raise if the membrane has no values any more, and clear a membrane of a trace that has ended.
+
+        torch.jit.trace runs a module twice to check its graph, and both runs must start from the same membrane. Return v and
+        v_seq at the start of the current trace.
+        """
         context, fake_mode = getattr(self.v, "context", None), getattr(self.v, "fake_mode", None)
         if (fake_mode is not None and fake_mode is not getattr(x, "fake_mode", None)) or (
             context is not None and context.layer is not None and has_ended(context.layer)
@@ -156,7 +159,7 @@ class _Stateful(_Neuron):
         return self
 
     def __getstate__(self):
-        """Copies and pickles take the values of the state and leave its graph, which torch cannot copy."""
+        """Copies and pickles contain the values of the state without its graph, which torch cannot copy."""
         found = self.__dict__.copy()
         for name in self._state:
             if isinstance(found[name], Tensor):
@@ -165,7 +168,7 @@ class _Stateful(_Neuron):
 
 
 class LIF(_Stateful):
-    r"""Leaky integrate-and-fire neuron over T steps: :func:`sdit_kernels.lif` with the membrane kept between calls.
+    r"""Leaky integrate-and-fire neuron over T time steps: :func:`sdit_kernels.lif` that keeps the membrane between calls.
 
     ::
 
@@ -174,30 +177,36 @@ class LIF(_Stateful):
         v[t] = v_reset where s[t], else h[t]                     (v_reset=None: h[t] - s[t] * v_threshold)
 
     Args:
-        tau, decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset: as in :func:`sdit_kernels.lif`. A
-            ``torch.nn.Parameter`` as tau or v_threshold is learned, another tensor becomes a buffer of the module.
-        step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step a call.
-        store_v_seq: keep the membrane after every step of the last call in ``.v_seq``, (T, ...), T = 1 in single-step mode.
-
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
+            channel of x's last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
+        decay_input: True: the leak divides the input by tau too.
+        v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like tau.
+        v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        detach_reset: True: no gradient flows through the reset.
+        step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step per call.
+        store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``, (T, ...). In single-step
+            mode T = 1.
     Attributes:
-        v: None, or the membrane after the last step, x's shape without T, float32 (float64 for float64 data). May be set, also
-            to a number. It keeps its
-            graph, so that gradients reach earlier calls; follows ``.to()``; is copied and pickled by value; is not in the
-            state_dict. A call that raises leaves it as it was.
-        v_seq: None, or the membranes that store_v_seq asks for.
+        v (Tensor | None): the membrane potential after the last step, with the shape of x without T, float32 (float64 for
+            float64 data). You may set it, also to a number. It keeps its graph, so gradients reach earlier calls. ``.to()``
+            moves it. Copies and pickles contain its value, the state_dict does not. A call that raises does not change it.
+        v_seq (Tensor | None): the membrane potentials of the last call, with store_v_seq.
 
     Shape:
-        x: (T, ...), or (...) in single-step mode. Output: x's shape and dtype.
+        x: (T, ...), or (...) in single-step mode. Output: the shape and dtype of x.
 
     Raises:
-        TypeError, ValueError: at construction for a setting of the wrong type or range; in a call as :func:`sdit_kernels.lif`,
-            and for an x of another shape than the membrane's.
+        TypeError, ValueError: at construction if a setting has the wrong type or range; in a call as in
+            :func:`sdit_kernels.lif`, and if the shape of x does not match the membrane potential.
 
-    A membrane that outlives a call does not go together with torch.utils.checkpoint, which calls the module twice: reset within
-    the checkpointed function. A transform of torch.func (vmap, grad, ...) leaves a membrane without values: reset after it.
-    torch.jit.trace records the membrane of that moment as a constant: reset before it.
+    Call reset inside a function that torch.utils.checkpoint runs, because it calls the module twice. Call reset after a
+    transform of torch.func (vmap, grad, ...), because the membrane potential has no values after it. Call reset before
+    torch.jit.trace, because the trace records the membrane potential as a constant.
 
-    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose LIFNode this equals.
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023). The results equal SpikingJelly's LIFNode.
 
     Example:
         >>> import torch
@@ -229,13 +238,22 @@ class LIF(_Stateful):
 
 
 class IF(_Stateful):
-    r"""Integrate-and-fire neuron, without leak: h[t] = v[t-1] + x[t], else as :class:`LIF`.
+    r"""Integrate-and-fire neuron: a :class:`LIF` without leak, h[t] = v[t-1] + x[t].
+
+    Attributes, shapes and errors are the same as in :class:`LIF`.
 
     Args:
-        v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode, store_v_seq: as in :class:`LIF`; so are attributes,
-            shapes and errors.
+        v_threshold (float | Tensor): firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is
+            learned.
+        v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        detach_reset: True: no gradient flows through the reset.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
 
-    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose IFNode this equals.
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023). The results equal SpikingJelly's IFNode.
 
     Example:
         >>> import torch
@@ -265,17 +283,28 @@ class IF(_Stateful):
 
 
 class ParametricLIF(_Stateful):
-    r"""LIF neuron that learns its time constant: 1 / tau = sigmoid(w), else as :class:`LIF`.
+    r"""A :class:`LIF` neuron that learns its time constant: 1 / tau = sigmoid(w).
+
+    Shapes, errors and the other attributes are the same as in :class:`LIF`.
 
     Args:
-        init_tau: tau at the start, above 1: w = -log(init_tau - 1).
-        decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset, step_mode, store_v_seq: as in :class:`LIF`; so are
-            attributes, shapes and errors.
-        channels: None for one w, of shape (), or C for one w per channel of x's last axis, (C,).
+        init_tau: initial tau, above 1: w = -log(init_tau - 1).
+        decay_input: True: the leak divides the input by tau too.
+        v_threshold (float | Tensor): firing threshold. A number, a scalar tensor, or a tensor (C,); a ``torch.nn.Parameter`` is
+            learned.
+        v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
+        channels: None: one w, of shape (). C: one w per channel of x's last axis, (C,).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        detach_reset: True: no gradient flows through the reset.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
 
     Attributes:
-        w: the parameter. Its dtype may be narrower than the arithmetic's; tau is computed in float32 (float64).
-        tau: 1 + exp(-w), what the neuron uses.
+        w (torch.nn.Parameter): the learned parameter, in any floating dtype. The module computes tau from it in float32
+            (float64).
+        tau (Tensor): 1 + exp(-w), the time constant.
 
     Source: Fang et al., Incorporating Learnable Membrane Time Constant, ICCV 2021; SpikingJelly's ParametricLIFNode.
 
@@ -289,7 +318,7 @@ class ParametricLIF(_Stateful):
     """
 
     w: torch.nn.Parameter
-    _settings = _Stateful._settings[1:]  # tau is made of w in every call
+    _settings = _Stateful._settings[1:]  # every call computes tau from w
     _shown = ("init_tau", "channels", *_Stateful._shown[1:])
 
     def __init__(
@@ -337,7 +366,7 @@ class ParametricLIF(_Stateful):
 
 
 class LIFRate(_Neuron):
-    r"""Firing rate of a LIF neuron under a constant current: :func:`sdit_kernels.lif_rate`, stateless.
+    r"""Firing rate of a LIF neuron under a constant current: :func:`sdit_kernels.lif_rate` as a module without state.
 
     ::
 
@@ -345,15 +374,23 @@ class LIFRate(_Neuron):
         out     = residual + 1/T * sum over t < T of s[t],    s = lif(current repeated T times)
 
     Args:
-        T: simulation steps, at least 1.
-        tau, decay_input, v_threshold, v_reset, surrogate, alpha, detach_reset: as in :class:`LIF`.
+        T: number of time steps, at least 1.
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,); a
+            ``torch.nn.Parameter`` is learned.
+        decay_input: True: the leak divides the input by tau too.
+        v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like tau.
+        v_reset: membrane potential after a spike, and at the start. None subtracts the threshold instead (soft reset).
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        detach_reset: True: no gradient flows through the reset.
 
     Shape:
-        x: (..., C), any shape. residual: x's shape, x's dtype or float32 (float64). gate: x's shape and dtype. Output: x's
-        shape, the dtype of residual where there is one, else x's.
+        x: any shape (..., C). residual: the shape of x, the dtype of x or float32 (float64). gate: the shape and dtype of x.
+        Output: the shape of x; the dtype of residual, or of x without a residual.
 
     Raises:
-        TypeError, ValueError: at construction for a setting of the wrong type or range; in a call as
+        TypeError, ValueError: at construction if a setting has the wrong type or range; in a call as in
             :func:`sdit_kernels.lif_rate`.
 
     Source: Yang et al., SDiT, arXiv 2402.11588.
@@ -393,24 +430,25 @@ class LIFRate(_Neuron):
 
 
 class OverTime(torch.nn.Sequential):
-    r"""Apply stateless modules to every time step at once: fold (T, B, ...) to (T*B, ...), call them, unfold the output.
+    r"""Apply stateless modules to all time steps at once: reshape (T, B, ...) to (T*B, ...), call them, reshape back.
 
     ::
 
         y[t, b] = module(x)[t, b] = module(x.reshape(T*B, ...)).reshape(T, B, ...)[t, b]
 
-    Use it between neurons for modules without a time axis, for example Conv2d or BatchNorm, whose statistics are then over T
-    and B. A module must not depend on earlier time steps: neurons stand outside.
+    Use it between neurons for modules without a time axis, for example Conv2d, or BatchNorm, whose statistics are then over T
+    and B. A module must not depend on earlier time steps, so put neurons outside.
 
     Args:
-        modules: called one after the other, as in ``torch.nn.Sequential``; the state_dict keys are the same too.
+        modules (torch.nn.Module): called one after the other, as in ``torch.nn.Sequential``, with the same state_dict keys.
 
     Shape:
         x: (T, B, ...), any strides. Output: (T, B, ...), or a tuple or list of tensors with these axes.
 
     Raises:
-        TypeError: x, or an output, is not a tensor. ValueError: a module keeps a membrane between calls; x has fewer than two
-            axes; an output's first axis is not T*B.
+        TypeError: x or an output is not a tensor.
+        ValueError: a module keeps a membrane between calls, x has fewer than two axes, or the first axis of an output is not
+            T*B.
 
     Source: SpikingJelly's SeqToANNContainer does the same.
 
@@ -445,7 +483,7 @@ class OverTime(torch.nn.Sequential):
 
 
 def _is_stateful(module):
-    """Neurons of this file and of SpikingJelly have a step mode and a reset, snnTorch's a reset_mem."""
+    """True for neurons of this file and of SpikingJelly (a step mode and a reset) and of snnTorch (a reset_mem)."""
     return hasattr(module, "reset") and hasattr(module, "step_mode") or hasattr(module, "reset_mem")
 
 
@@ -469,10 +507,13 @@ def _modules(net):
 
 
 def reset(net: torch.nn.Module) -> None:
-    """Reset every neuron of a network, as SpikingJelly's ``functional.reset_net``: call it before each new batch.
+    """Reset every neuron of a network, like SpikingJelly's ``functional.reset_net``. Call it before each new batch.
 
     Args:
-        net: any module; what is not a neuron of this package is left alone.
+        net: any module. Modules that are not neurons of this package do not change.
+
+    Raises:
+        TypeError: net is not a module.
 
     Example:
         >>> import torch
@@ -490,11 +531,15 @@ def reset(net: torch.nn.Module) -> None:
 
 
 def detach(net: torch.nn.Module) -> None:
-    """Detach the membrane of every neuron of a network, as SpikingJelly's ``functional.detach_net``: call it after each
-    optimiser step of truncated backpropagation through time.
+    """Detach the membrane of every neuron of a network, like SpikingJelly's ``functional.detach_net``.
+
+    Call it after each optimiser step of truncated backpropagation through time.
 
     Args:
-        net: any module; what is not a neuron of this package is left alone.
+        net: any module. Modules that are not neurons of this package do not change.
+
+    Raises:
+        TypeError: net is not a module.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""RWKV-4's two mixing layers as modules over the ops of this package, spiking or not."""
+"""RWKV-4's two mixing layers as modules that call the ops of this package, with or without spiking neurons."""
 
 import math
 
@@ -23,12 +23,12 @@ def _vector(channels):
 
 
 def _last(x, last):
-    """The state a slice leaves to the next: its last token, alone in its memory."""
+    """Return the state for the next slice: the last token, cloned so that it does not keep x alive."""
     return x[..., -1, :].clone() if x.shape[-2] else last
 
 
 class _Mix(torch.nn.Module):
-    """What TimeMix and ChannelMix share: their place in the network, which sets initial values; norm; neuron and residual."""
+    """Base class of TimeMix and ChannelMix: position in the network (sets initial values), norm, neuron and residual."""
 
     __prepare_scriptable__ = refuse_script
 
@@ -40,18 +40,18 @@ class _Mix(torch.nn.Module):
             raise ValueError(f"layer must be below layers, {layers}, got {layer}")
         if neuron is not None and not isinstance(neuron, LIFRate):
             raise TypeError(f"neuron must be a LIFRate or None (no spikes), got {type(neuron).__name__}")
-        with backend("reference"):  # the op's own check
+        with backend("reference"):  # run the op's check of norm_eps
             x = torch.empty(1, 1, device="cpu", dtype=torch.float32)
             token_shift(x, x[0], norm_eps=norm_eps)
         self.channels, self.layer, self.layers, self.norm_eps = channels, layer, layers, norm_eps
         self.neuron = neuron
 
     def _shift(self, x, *mixes, last=None):
-        """Mixed tokens as the matrix products want them, under autocast in its dtype."""
+        """Return the mixed tokens; under autocast in its dtype, so that the matrix multiplications do not cast them."""
         return token_shift(x, *mixes, norm_eps=self.norm_eps, last=last, dtype=autocast_dtype(x))
 
     def _curve(self, exponent):
-        """(c / C)^exponent of channel c."""
+        """Return (c / C)^exponent for each channel c."""
         return (torch.arange(self.channels, dtype=torch.float64, device="cpu") / self.channels) ** exponent
 
     def _check_call(self, x, residual):
@@ -79,7 +79,7 @@ def _check_int(name, value, least):
 
 
 class TimeMix(_Mix):
-    r"""RWKV-4's time mixing, its attention: token shift, three projections, the gated WKV scan, a projection; spikes if wanted.
+    r"""RWKV-4's time mixing (its attention): token shift, three projections, gated WKV scan, projection, optional neuron.
 
     ::
 
@@ -87,26 +87,29 @@ class TimeMix(_Mix):
         y   = output(sigmoid(receptance(xr)) * wkv(time_decay, time_first, key(xk), value(xv)))
         out = residual + y, or residual + neuron(y)
 
-    The parameters have the names and shapes of RWKV's, and its initial values for this layer of so many; the projections, which
-    have no bias, those of torch.nn.Linear.
+    The parameters have the same names and shapes as in RWKV-4, and its initial values for this layer index and number of
+    layers. The projections have no bias; they start with the initial values of torch.nn.Linear.
 
     Args:
-        channels: C.
-        layer, layers: which layer of how many this is, from 0.
-        norm_eps: None, or the eps of a LayerNorm without affine parameters in front.
-        neuron: None, or the :class:`LIFRate` whose rate under the constant current y is the output.
-        bidirectional: let every token see those after it too. The token shift stays causal.
+        channels: number of channels C.
+        layer: index of this layer, from 0.
+        layers: number of layers in the network.
+        norm_eps: the eps of a LayerNorm without affine parameters before the token shift. None: no norm.
+        neuron: the :class:`LIFRate` that turns y into its firing rate. None: no neuron.
+        bidirectional: every token also sees the tokens after it. The token shift stays causal.
 
     Shape:
-        x: (B, L, C). residual: as in :class:`LIFRate`. Output: x's shape; its dtype is the residual's where there is one.
+        x: (B, L, C). residual: as in :class:`LIFRate`. Output: the shape of x; the dtype of residual, or of x without a
+        residual.
 
     State:
-        ``forward(x, state, return_state=True)`` gives (out, state), state = (last token of x, (ybar, lse) of
-        :func:`sdit_kernels.wkv`): passed on from slice to slice, they make one pass. None is the state at the start.
+        ``forward(x, state, return_state=True)`` returns (out, state), where state is (last token of x, (ybar, lse) of
+        :func:`sdit_kernels.wkv`). If you pass the state from slice to slice, the result equals one call on the whole sequence.
+        None is the state at the start.
 
     Raises:
-        TypeError, ValueError: at construction for an argument of the wrong type or range; in a call as
-            :func:`sdit_kernels.token_shift` and :func:`sdit_kernels.wkv`, and for a state where bidirectional.
+        TypeError, ValueError: at construction if an argument has the wrong type or range; in a call as in
+            :func:`sdit_kernels.token_shift` and :func:`sdit_kernels.wkv`, and for a state with bidirectional=True.
 
     Source: Peng et al., RWKV, arXiv 2305.13048; with the neuron: Yang et al., SDiT, arXiv 2402.11588.
 
@@ -163,7 +166,7 @@ class TimeMix(_Mix):
         if self.bidirectional and (state is not None or return_state):
             raise ValueError("a bidirectional TimeMix sees the whole sequence: it takes and returns no state")
         if state is not None and (not isinstance(state, (tuple, list)) or len(state) != 2):
-            raise TypeError("state must be None or what an earlier call returned, (last token, (ybar, lse))")
+            raise TypeError("state must be None or the state of an earlier call, (last token, (ybar, lse))")
         last, scan = (None, None) if state is None else state
         y = self.scan(*self.project(x, last), scan, return_state)
         y, scan = y if return_state else (y, None)
@@ -171,19 +174,19 @@ class TimeMix(_Mix):
         return (out, (_last(x, last), scan)) if return_state else out
 
     def project(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The first of three parts of ``forward``, for those who put them together differently: keys, values, receptances."""
+        """Return keys, values and receptances: the first of three parts of ``forward``, for use in other models."""
         xk, xv, xr = self._shift(x, self.time_mix_k, self.time_mix_v, self.time_mix_r, last=last)
         return self.key(xk), self.value(xv), self.receptance(xr)
 
     def scan(self, k: Tensor, v: Tensor, r: Tensor, state=None, return_state: bool = False):
-        """The second: the gated scan, y or (y, state)."""
+        """Return the gated scan, y or (y, state): the second part of ``forward``."""
         return wkv(
             self.time_decay, self.time_first, k, v, r=r, state=state, return_state=return_state,
             bidirectional=self.bidirectional,
         )  # fmt: skip
 
     def finish(self, y: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The third: projection, neuron and residual."""
+        """Apply projection, neuron and residual: the third part of ``forward``."""
         return self._output(self.output(y), residual)
 
     def extra_repr(self) -> str:
@@ -191,28 +194,33 @@ class TimeMix(_Mix):
 
 
 class ChannelMix(_Mix):
-    r"""RWKV-4's channel mixing, its MLP: token shift, a gated MLP with squared ReLU; spikes if wanted.
+    r"""RWKV-4's channel mixing (its MLP): token shift, gated MLP with squared ReLU, optional neuron.
 
     ::
 
         xk, xr = token_shift(x, time_mix_k, time_mix_r)        of LayerNorm(x) with norm_eps
         y   = sigmoid(receptance(xr)) * value(max(key(xk), 0)^2)
-        out = residual + y, or residual + neuron(y), the gate fused
+        out = residual + y, or residual + neuron(y); the neuron's kernel applies the gate
 
-    Parameters and initial values as in :class:`TimeMix`.
+    The parameters have the same names, shapes and initial values as in RWKV-4.
 
     Args:
-        channels, layer, layers, norm_eps, neuron: as in :class:`TimeMix`.
-        hidden: width of the MLP; None: 4 channels.
+        channels: number of channels C.
+        layer: index of this layer, from 0.
+        layers: number of layers in the network.
+        hidden: width of the MLP. None: 4 * channels.
+        norm_eps: the eps of a LayerNorm without affine parameters before the token shift. None: no norm.
+        neuron: the :class:`LIFRate` that turns y into its firing rate. None: no neuron.
 
     Shape:
-        As in :class:`TimeMix`.
+        x: (B, L, C). residual: as in :class:`LIFRate`. Output: the shape of x; the dtype of residual, or of x without a
+        residual.
 
     State:
-        ``forward(x, state, return_state=True)`` gives (out, state), state = last token of x.
+        ``forward(x, state, return_state=True)`` returns (out, state), where state is the last token of x.
 
     Raises:
-        TypeError, ValueError: at construction for an argument of the wrong type or range; in a call as
+        TypeError, ValueError: at construction if an argument has the wrong type or range; in a call as in
             :func:`sdit_kernels.token_shift`.
 
     Source: Peng et al., RWKV, arXiv 2305.13048; with the neuron: Yang et al., SDiT, arXiv 2402.11588.
@@ -259,7 +267,7 @@ class ChannelMix(_Mix):
     def forward(self, x: Tensor, state: Tensor | None = None, return_state: bool = False, residual: Tensor | None = None):
         self._check_call(x, residual)
         if state is not None and not isinstance(state, Tensor):
-            raise TypeError(f"state must be None or what an earlier call returned, the last token, got {type(state).__name__}")
+            raise TypeError(f"state must be None or the state of an earlier call, the last token, got {type(state).__name__}")
         xk, xr = self._shift(x, self.time_mix_k, self.time_mix_r, last=state)
         out = self._output(self.value(relu_squared(self.key(xk))), residual, self.receptance(xr))
         return (out, _last(x, state)) if return_state else out

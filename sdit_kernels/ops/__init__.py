@@ -1,1 +1,1 @@
-"""The public operators: argument checks, one torch.library operator each, and its gradient."""
+"""The public ops: argument checks, and for each op a torch.library operator with its gradient."""

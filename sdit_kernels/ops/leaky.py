@@ -1,4 +1,4 @@
-"""leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it, built as those of lif."""
+"""leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it. The structure is the same as in lif.py."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from ..checks import (
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import STRIDE
+from ..layout import LIF_CHECKPOINT_STEPS
 from .lif import allocate_gradients, allocate_outputs
 from .operator import kernels, register, values_are_readable
 
@@ -25,7 +25,7 @@ _NEURON = "float beta_value, float v_threshold_value, str reset, bool reset_dela
 
 
 class Leaky(NamedTuple):
-    """What the operators are told of the neuron; beta and v_threshold are overridden by tensors where those are given."""
+    """The settings of the neuron as operators take them. A tensor beta or v_threshold overrides the number here."""
 
     beta: float
     v_threshold: float
@@ -41,7 +41,7 @@ def _check_beta(beta):
 
 
 def _check_values(beta, v_threshold, dtype):
-    """The range of tensors is looked at on the CPU only: on a GPU that would wait for them."""
+    """Check the values of tensors beta and v_threshold, on the CPU only: reading them on a GPU would wait for the GPU."""
     for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: check_threshold(extreme, dtype))):
         if p is not None and p.numel():
             check(p.min().item())
@@ -73,7 +73,8 @@ def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
         return dx, dv, *(d.zero_() for d in d_parameters)
-    if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+    # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
+    if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoint.numel() == 0:
         checkpoint = _leaky(x, v, beta, v_threshold, *neuron, False, False, True, backend)[3]
     sums = kernels(backend, "leaky").leaky_backward(
         g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters,
@@ -137,7 +138,7 @@ def leaky(
     return_v: bool = False,
     return_v_seq: bool = False,
 ):
-    r"""snnTorch's Leaky neuron over T steps, fused forward and backward: the membrane before a step decides on its reset.
+    r"""snnTorch's Leaky neuron over T time steps, fused, forward and backward.
 
     For t = 0 .. T-1, with v[-1] = ``v``::
 
@@ -147,36 +148,41 @@ def leaky(
         h[t] = beta * v[t-1] + x[t]                              reset "none"
         s[t] = 1 where h[t] > v_threshold, else 0
         v[t] = h[t]                                              reset_delay, or reset "none"
-        v[t] = h[t] - (s[t] - r[t]) * v_threshold                otherwise, "subtract"
-        v[t] = h[t] - (s[t] - r[t]) * h[t]                       otherwise, "zero"
+        v[t] = h[t] - (s[t] - r[t]) * v_threshold                no reset_delay, reset "subtract"
+        v[t] = h[t] - (s[t] - r[t]) * h[t]                       no reset_delay, reset "zero"
 
-    The backward pass is back-propagation through time with ds/dh = surrogate(h - v_threshold). It recomputes h: kept for it are
-    x and, if given, v; for T > 16 also the membrane of every 16th step. :func:`lif` differs in more than names: it resets
-    before the membrane is kept, decays what the reset left, and fires at the threshold too.
+    The backward pass is back-propagation through time with the surrogate gradient, ds/dh = surrogate(h - v_threshold). It
+    recomputes h. For it, the forward pass keeps x, v if given, and for T > 16 the membrane potential of every 16th step.
+
+    Three things differ from :func:`lif`: ``lif`` resets the membrane before it returns it, the leak acts on the membrane after
+    the reset, and the neuron also fires at h equal to the threshold.
 
     Args:
-        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
-            float64.
-        v: membrane before the first step, x.shape[1:], of x's dtype or float32 (float64). None: 0.
-        beta: decay of a step, 0 to 1; a number, or a tensor: scalar, or (C,) for the C channels of x's last axis.
-        v_threshold: firing threshold; a number or a tensor, as beta.
+        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. The arithmetic is float32, or float64
+            for float64 data.
+        v: membrane potential before the first step, x.shape[1:], in the dtype of x or float32 (float64). None: 0.
+        beta (float | Tensor): decay per step, 0 to 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of
+            x's last axis.
+        v_threshold (float | Tensor): firing threshold. A number or a tensor, like beta.
         reset: "subtract", "zero" or "none".
-        reset_delay: whether a spike resets the membrane in the step after it, or at once, then with a gradient.
-        surrogate: a name of ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
-        alpha: sharpness of the surrogate; None: the surrogate's default.
-        return_v: also return the membrane after the last step, x.shape[1:], float32 (float64).
-        return_v_seq: also return the membrane after every step, x.shape, float32 (float64).
+        reset_delay: True: a spike resets the membrane in the next step. False: at once, and the reset has a gradient.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
+        return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
 
     Returns:
-        s, of x's shape and dtype; or the tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and v_threshold
-        from each.
+        s, with the shape and dtype of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and
+        v_threshold from each output.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor beta are
-            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range. The op checks the values of a
+            tensor beta on the CPU only.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
     Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE
-    (2023); snnTorch's Leaky, which this equals.
+    (2023). The results equal snnTorch's Leaky.
 
     Example:
         >>> import torch
@@ -213,10 +219,10 @@ def leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
             return_v=return_v, return_v_seq=return_v_seq,
         )  # fmt: skip
-    assert alpha is not None  # a surrogate function went to the reference
+    assert alpha is not None  # the reference has served a custom surrogate function
     neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, alpha)
-    T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
-    keep = isinstance(T, int) and T > STRIDE and wants_gradient(x, v, beta_tensor, threshold_tensor)
+    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, beta_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _leaky_call(x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, keep, backend)
     if return_v:
         return (s, v_final, v_seq) if return_v_seq else (s, v_final)

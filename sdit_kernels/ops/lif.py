@@ -1,7 +1,7 @@
 """lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them.
 
-Each operator has a CPU and a CUDA implementation, a fake one and an autograd formula. The backend travels as an argument,
-because a backward pass may run on another thread than the one that chose it.
+Each operator has a CPU, a CUDA and a fake implementation and an autograd formula. The backend is an argument of the operator,
+because the backward pass may run on another thread than the one that chose the backend.
 """
 
 import numbers
@@ -22,7 +22,7 @@ from ..checks import (
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import STRIDE, empty_like, empty_state_like, empty_states_like
+from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
 from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def _per_channel(tau, v_threshold):
 
 
 def allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
-    """s, v_final, v_seq, checkpoint, unfilled; an empty tensor for what is not asked for."""
+    """Allocate s, v_final, v_seq and checkpoint. Outputs that are not requested are empty tensors."""
     state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
     s = empty_like(x, spike_dtype or x.dtype, per_channel)
     v_final = empty_state_like(s, state) if return_v else x.new_empty(0)
     v_seq = empty_like(x, state, per_channel) if return_v_seq else x.new_empty(0)
-    checkpoint = empty_states_like(s, state, max(x.shape[0] - 1, 0) // STRIDE) if keep else x.new_empty(0)
+    checkpoint = empty_states_like(s, state, max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS) if keep else x.new_empty(0)
     return s, v_final, v_seq, checkpoint
 
 
@@ -72,7 +72,7 @@ def _lif_fake(x, v, tau, v_threshold, *rest):
 
 
 def allocate_gradients(x, v, tau, v_threshold, parameters):
-    """dx, dv, d tau, d v_threshold; an empty tensor for what is not asked for."""
+    """Allocate dx, dv, d tau and d v_threshold. Gradients that are not requested are empty tensors."""
     dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
     dv = x.new_empty(0) if v is None else empty_state_like(dx, v.dtype)
     return dx, dv, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
@@ -83,7 +83,7 @@ def allocate_parameter_gradients(x, tau, v_threshold, parameters):
 
 
 def sum_parameter_gradients(tau, v_threshold, sums, unused):
-    """Finish d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
+    """Compute d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
     if sums is None:
         return unused
     found = []
@@ -106,7 +106,8 @@ def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
         if v is not None:
             dv.zero_() if g_v is None else dv.copy_(g_v)
         return dx, dv, *(d.zero_() for d in d_parameters)
-    if x.shape[0] > STRIDE and checkpoint.numel() == 0:  # the forward pass could not know that a gradient would be asked for
+    # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
+    if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoint.numel() == 0:
         checkpoint = _lif(x, v, tau, v_threshold, *neuron, False, False, None, True, backend)[3]
     sums = kernels(backend, "lif").lif_backward(
         g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters,
@@ -240,7 +241,7 @@ _rate_backward_call = register(
 
 
 class Settings(TypedDict, total=False):
-    """What a neuron is told, for those who check types."""
+    """The keyword arguments of a neuron, for type checkers."""
 
     tau: "float | Tensor"
     v_threshold: "float | Tensor"
@@ -296,43 +297,47 @@ def lif(
     return_v_seq: bool = False,
     spike_dtype: torch.dtype | None = None,
 ):
-    r"""Multi-step leaky integrate-and-fire, fused over time, forward and backward.
+    r"""Leaky integrate-and-fire neuron over T time steps, fused, forward and backward.
 
     For t = 0 .. T-1, with r = 1/tau and v[-1] = ``v``::
 
         h[t] = v[t-1] + (x[t] - (v[t-1] - v_reset)) * r      decay_input
-        h[t] = v[t-1] - (v[t-1] - v_reset) * r + x[t]        otherwise
+        h[t] = v[t-1] - (v[t-1] - v_reset) * r + x[t]        no decay_input
         s[t] = 1 where h[t] >= v_threshold, else 0
         v[t] = v_reset where s[t], else h[t]                 hard reset
         v[t] = h[t] - s[t] * v_threshold                     soft reset (v_reset=None; v_reset above is then 0)
 
-    The backward pass is back-propagation through time with ds/dh = surrogate(h - v_threshold). It recomputes h: kept for it are
-    x and, if given, v; for T > 16 also the membrane of every 16th step.
+    The backward pass is back-propagation through time with the surrogate gradient, ds/dh = surrogate(h - v_threshold). It
+    recomputes h. For it, the forward pass keeps x, v if given, and for T > 16 the membrane potential of every 16th step.
 
     Args:
-        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
-            float64.
-        v: membrane before the first step, x.shape[1:], of x's dtype or float32 (float64). None: v_reset, or 0 with soft reset.
-        tau: time constant in steps, at least 1; a number, or a tensor: scalar, or (C,) for the C channels of x's last axis.
-            ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
-        v_threshold: firing threshold; a number or a tensor, as tau.
-        v_reset: membrane after a spike; None subtracts the threshold instead.
-        decay_input: whether the leak divides the input too.
-        detach_reset: let no gradient flow through the reset.
-        surrogate: a name of ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns ds/dz (not fused).
-        alpha: sharpness of the surrogate; None: the surrogate's default.
-        return_v: also return the membrane after the last step, x.shape[1:], float32 (float64).
-        return_v_seq: also return the membrane after every step, x.shape, float32 (float64).
-        spike_dtype: None (x's dtype), or torch.uint8 or torch.bool for inference.
+        x: input current, (T, ...), float32, float64, bfloat16 or float16, any strides. The arithmetic is float32, or float64
+            for float64 data.
+        v: membrane potential before the first step, x.shape[1:], in the dtype of x or float32 (float64). None: v_reset, or 0
+            with soft reset.
+        tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
+            channel of x's last axis. ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
+        v_threshold (float | Tensor): firing threshold. A number or a tensor, like tau.
+        v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
+        decay_input: True: the leak divides the input by tau too.
+        detach_reset: True: no gradient flows through the reset.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
+        return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
+        spike_dtype: dtype of the spikes. None: the dtype of x. torch.uint8 and torch.bool are for inference.
 
     Returns:
-        s, of x's shape; or the tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, tau and v_threshold from each.
+        s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, tau and v_threshold from
+        each output.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor tau are
-            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range. The op checks the values of a
+            tensor tau on the CPU only.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
-    Source: Fang et al., SpikingJelly, Science Advances 9 (2023), whose LIFNode this equals.
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023). The results equal SpikingJelly's LIFNode.
 
     Example:
         >>> import torch
@@ -371,8 +376,8 @@ def lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
-    T = x.shape[0]  # to compare a symbol would settle it; the backward pass then makes its checkpoint itself
-    keep = isinstance(T, int) and T > STRIDE and wants_gradient(x, v, tau_tensor, threshold_tensor)
+    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, tau_tensor, threshold_tensor)
     s, v_final, v_seq, _ = _lif_call(
         x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
     )
@@ -396,30 +401,36 @@ def lif_rate(
     alpha: float | None = None,
     return_counts: bool = False,
 ) -> Tensor:
-    r"""Firing rate of a LIF neuron under a constant current, with gate and residual, in one kernel: SDiT's neuron.
+    r"""Firing rate of a LIF neuron under a constant current, with optional gate and residual, in one kernel: SDiT's neuron.
 
     ::
 
         current = x, or sigmoid(gate) * x
         out     = residual + 1/T * sum over t < T of s[t],    s = lif(current repeated T times)
 
-    One read of x (and gate, residual) and one write. The backward pass keeps x (and gate) alone: tangents run along with the
-    recomputed membrane, so that its memory does not grow with T either.
+    The kernel reads x (and gate, residual) once and writes the output once. The backward pass keeps only x (and gate). It
+    recomputes the membrane potential and propagates its derivatives forward in time along with it, so its memory does not grow
+    with T.
 
     Args:
         x: current, any shape and strides, float32, float64, bfloat16 or float16.
-        T: simulation steps, 1 to 2^24.
-        residual: added to the rate; x's shape, x's dtype or float32 (float64). The output takes its dtype.
-        gate: logits of a gate on the current; x's shape and dtype.
-        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; the membrane starts at
-            v_reset (0 with soft reset) in every call.
-        return_counts: return the number of spikes instead, uint8, for inference; needs T <= 255 and no residual.
+        T: number of time steps, 1 to 2^24.
+        residual: added to the rate. The shape of x, the dtype of x or float32 (float64). The output has the dtype of residual.
+        gate: logits of a gate on the current, with the shape and dtype of x.
+        tau (float | Tensor): time constant in steps, as in :func:`lif`.
+        v_threshold (float | Tensor): firing threshold, as in :func:`lif`.
+        v_reset: membrane potential after a spike, as in :func:`lif`. Every call starts from v_reset (0 with soft reset).
+        decay_input: True: the leak divides the input by tau too.
+        detach_reset: True: no gradient flows through the reset.
+        surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        return_counts: return the number of spikes as uint8 instead of the rate, for inference. Needs T <= 255 and no residual.
 
     Returns:
-        A tensor of x's shape. Gradients reach x, residual, gate, tau and v_threshold.
+        A tensor with the shape of x. Gradients reach x, residual, gate, tau and v_threshold.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`lif`.
+        TypeError, ValueError, RuntimeError: as in :func:`lif`.
 
     Source: Yang et al., SDiT, arXiv 2402.11588.
 
@@ -436,7 +447,7 @@ def lif_rate(
         T = int(T)
     if T < 1:
         raise ValueError(f"T must be at least 1, got {T}")
-    if T > 1 << 24:  # counts are float32 inside
+    if T > 1 << 24:  # the kernels count in float32
         raise ValueError(f"T must be at most 2^24, got {T}")
     if residual is not None:
         check_membrane("residual", residual, x.shape, x)

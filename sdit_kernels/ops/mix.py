@@ -11,7 +11,7 @@ from ..dtypes import DATA_DTYPES, state_dtype
 from ..layout import empty_like
 from .operator import kernels, register
 
-MIXES = 6  # as many as an RWKV block has (RWKV-7)
+MIXES = 6  # an RWKV-7 block has six
 
 # --- token_shift ------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +34,7 @@ def _shift_fake(x, last, mixes, norm_eps, dtype, backend):
 
 
 def _shift_backward_outputs(x, last, mixes, parameters):
-    """dx, d last, d mixes; an empty tensor for what is not asked for."""
+    """Allocate dx, d last and d mixes. Gradients that are not requested are empty tensors."""
     dlast = x.new_empty(0 if last is None else last.shape)
     return memory.empty_contiguous(x.shape, x.dtype, x), dlast, mixes.new_empty(mixes.shape if parameters else 0)
 
@@ -171,33 +171,34 @@ def token_shift(
     last: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    r"""RWKV's token shift, fused with the LayerNorm before it: every token mixed, channel by channel, with the one before it.
+    r"""RWKV's token shift: mix every token with the previous token, channel by channel. Fused with the LayerNorm before it.
 
     For every mix vector m, in one pass over x::
 
-        xn[t]  = (x[t] - mean(x[t])) / sqrt(var(x[t]) + norm_eps)      or x[t] where norm_eps is None
-        out[t] = xn[t] * m + xn[t-1] * (1 - m),                        xn[-1] = 0, or that of ``last``
+        xn[t]  = (x[t] - mean(x[t])) / sqrt(var(x[t]) + norm_eps)      x[t] if norm_eps is None
+        out[t] = xn[t] * m + xn[t-1] * (1 - m)                         xn[-1]: 0, or ``last``, normalised in the same way
 
-    One read of x and one write per mix. The backward pass reads x and the upstream gradients once, computes the norm anew and
-    writes dx once; kept for it are x and the mixes. Gradients of the mixes repeat bit for bit.
+    The op reads x once and writes one output per mix. The backward pass keeps x and the mixes. It reads x and the upstream
+    gradients once, recomputes the norm, and writes dx once. Gradients of the mixes are the same bit for bit in every run.
 
     Args:
-        x: (..., L, C), float32, float64, bfloat16 or float16, any strides; L tokens, C channels. Arithmetic is float32, for
-            float64 float64.
-        mixes: 1 to 6 vectors, (C,) or (1, 1, C), of x's dtype or wider.
-        norm_eps: None, or the eps of a LayerNorm over C without affine parameters, in front of the shift.
-        last: the token before x[..., 0, :], (..., C), of x's dtype; None: there is none, and zeros stand for it. It is raw, as
-            x is, before the norm: to cut a sequence into slices, give each slice the ``x[..., -1, :]`` of the slice before.
-        dtype: of the results; None: x's. bfloat16 or float16 beside float32 x spares matrix products under autocast the
-            casts that they would make, which move more bytes than this op does; upstream gradients then are in it too.
+        x: tokens, (..., L, C), float32, float64, bfloat16 or float16, any strides; L tokens, C channels. The arithmetic is
+            float32, or float64 for float64 data.
+        mixes: 1 to 6 vectors, (C,) or (1, 1, C), in the dtype of x or a wider one.
+        norm_eps: the eps of a LayerNorm over C without affine parameters, before the shift. None: no norm.
+        last: the token before x[..., 0, :], (..., C), in the dtype of x and, like x, not normalised. None: zeros instead. To
+            split a sequence into slices, pass each slice ``x[..., -1, :]`` of the previous slice.
+        dtype: dtype of the outputs and of the upstream gradients. None: the dtype of x. For float32 x under autocast, use
+            bfloat16 or float16: autocast then does not cast the inputs of the matrix multiplications, and a cast moves more
+            bytes than this op.
 
     Returns:
-        A tuple with one tensor per mix, x's shape, contiguous; a tuple for a single mix too. Gradients reach x, the
-        mixes and last.
+        A tuple with one tensor per mix, also for a single mix; each has the shape of x and is contiguous. Gradients reach x,
+        the mixes and last.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. RuntimeError: the chosen backend
-            cannot serve the tensors, or a second derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
     Source: Peng et al., RWKV, arXiv 2305.13048, section 3.1.
 
@@ -221,7 +222,7 @@ def token_shift(
     if norm_eps is not None:
         if not is_number(norm_eps):
             raise TypeError(f"norm_eps must be a number or None (no norm), got {type(norm_eps).__name__}")
-        tiny = torch.finfo(state_dtype(x.dtype)).tiny  # less may be 0 in the kernel
+        tiny = torch.finfo(state_dtype(x.dtype)).tiny  # a smaller number may be 0 in the kernel
         if not tiny <= norm_eps < math.inf:
             raise ValueError(f"norm_eps must be positive and finite ({tiny:.2g} at least), or None (no norm), got {norm_eps}")
     if last is not None:
@@ -238,7 +239,7 @@ def token_shift(
         dtype = x.dtype
     elif dtype != x.dtype and not (x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
         narrower = ", bfloat16 or float16" if x.dtype == torch.float32 else ""
-        raise TypeError(f"dtype must be None or that of x, {x.dtype}{narrower}, got {dtype!r}")
+        raise TypeError(f"dtype must be None or the dtype of x, {x.dtype}{narrower}, got {dtype!r}")
     backend = dispatch.choose(x.device.type)
     if backend == "reference":
         return reference.token_shift(x, *mixes, norm_eps=norm_eps, last=last, dtype=dtype)
@@ -248,18 +249,19 @@ def token_shift(
 
 
 def relu_squared(x: Tensor) -> Tensor:
-    r"""max(x, 0)^2, the activation of RWKV's channel mix, in one pass each way.
+    r"""Squared ReLU, max(x, 0)^2: the activation of RWKV's channel mix, fused, forward and backward.
 
-    Kept for the backward pass, which reads x and the upstream gradient and writes ``2 max(x, 0) g``, is x alone.
+    The backward pass keeps only x. It reads x and the upstream gradient g and writes ``2 max(x, 0) g``.
 
     Args:
-        x: any shape and strides, float32, float64, bfloat16 or float16. Arithmetic is float32, for float64 float64.
+        x: any shape and strides, float32, float64, bfloat16 or float16. The arithmetic is float32, or float64 for float64 data.
 
     Returns:
-        A tensor of x's shape and dtype.
+        A tensor with the shape and dtype of x.
 
     Raises:
-        TypeError: x is no tensor, or of another dtype. RuntimeError: the chosen backend cannot serve x, or a second derivative.
+        TypeError: x is not a tensor, or has another dtype.
+        RuntimeError: the chosen backend cannot serve x, or a second derivative is requested.
 
     Source: So et al., Primer, arXiv 2109.08668; Peng et al., RWKV, arXiv 2305.13048.
 

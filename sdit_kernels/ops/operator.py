@@ -1,6 +1,6 @@
-"""Make an operator from a schema and two functions: CPU, CUDA, fake, autograd and vmap, at the least cost per call.
+"""Define an operator (CPU, CUDA, fake, autograd and vmap) from a schema and two functions, with little overhead per call.
 
-torch.library.register_autograd costs 60 us a call more than this file, and functorch refuses it.
+torch.library.register_autograd would cost 60 us more per call, and functorch refuses it.
 """
 
 import functools
@@ -25,24 +25,25 @@ from .._torch import (
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
 _PLAIN = (Tensor, torch.nn.Parameter)
 
-# torch.jit.trace warns of every shape that the argument checks compare; none of these decides what the graph computes.
+# torch.jit.trace warns about every shape that an argument check compares. No check changes the traced computation.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(checks|ops|nn)\b")
 
 
-def _looped(operator, n, dims, tensors, rest):
-    """One call per member of the batch, on views of it."""
+def _call_per_member(operator, n, dims, tensors, rest):
+    """Call the operator once per member of the batch, on views, and stack the outputs."""
     one = [operator(*(t if dim is None else t.select(dim, i) for t, dim in zip(tensors, dims)), *rest) for i in range(n)]
     columns = zip(*one) if isinstance(one[0], (tuple, list)) else [one]
     return [torch.stack(column) for column in columns]
 
 
 def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates):
-    """vmap: the batch becomes an axis of the data where only data are batched, else a loop over the batch.
+    """Return the vmap rule. If only data are batched, the batch becomes an axis of the data; else the rule loops over it.
 
-    batch_axes: where each leading tensor argument carries the batch; None marks parameters. output_axes: likewise; None marks
-    parameters' gradients, which a batch must not sum over. flatten: the batch joins the axis it would stand before.
-    sums: index of the flag that asks for sums over the data, which could not be told apart again. loop(tensors): other calls
-    that must not be batched. mutates: tensors that are written; each needs a batch to write to.
+    batch_axes: the axis that receives the batch, per leading tensor argument; None for a parameter. output_axes: the axis of
+    the batch, per output; None for the gradient of a parameter, which must not be summed over the batch. flatten: merge the
+    batch with the axis after it. sums: index of the flag that requests sums over the data; with sums the rule loops, because
+    they could not be separated by batch member. loop(tensors): True if the rule must loop for another reason. mutates: indices
+    of tensors that the operator writes; each must be batched.
     """
 
     def rule(info, in_dims, *args):
@@ -52,7 +53,7 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutat
         if mutates and any(dims[i] is None for i in mutates):
             raise RuntimeError("vmap over an operator that writes to a tensor needs that tensor batched as well")
         if parameters or mutates or (sums is not None and args[sums]) or (loop is not None and loop(tensors)):
-            outputs = _looped(operator, n, dims, tensors, rest)
+            outputs = _call_per_member(operator, n, dims, tensors, rest)
             axes = [0] * len(outputs)
         else:
             moved = []
@@ -95,12 +96,12 @@ def _no_forward_mode(ctx, *_):
 
 @functools.cache
 def kernels(backend: str, stem: str) -> ModuleType:
-    """The module of a backend ("cpu" or "triton") that launches the kernels of an op, imported at the first call."""
+    """Import the module of a backend ("cpu" or "triton") that launches the kernels of an op."""
     return importlib.import_module(f"sdit_kernels.{backend}.{stem}")
 
 
 def values_are_readable(t: Tensor) -> bool:
-    """True if the values of a tensor may decide what happens: not where reading them waits for a GPU or breaks a graph."""
+    """True if Python may read the values of a tensor. False if reading them would wait for a GPU or break a graph."""
     return (
         t.device.type == "cpu"
         and not torch.compiler.is_compiling()
@@ -111,9 +112,10 @@ def values_are_readable(t: Tensor) -> bool:
 
 
 def _backward(gradient):
-    """``gradient`` as a backward pass: None for inputs that need no gradient and for those that are not tensors.
+    """Wrap ``gradient`` as a backward pass that returns None for inputs that need no gradient or are not tensors.
 
-    Where autograd finds saved tensors freed it names reset(net): the usual cause is a membrane carried over from earlier.
+    If autograd has freed the saved tensors, the error names reset(net), because the usual cause is a membrane that an earlier
+    call left.
     """
 
     def backward(ctx, *upstream):
@@ -143,7 +145,7 @@ def _refuse_onnx(name):
 
 
 def refuse_script(*_):
-    """For ``__prepare_scriptable__``, which torch.jit.script calls before it compiles a function or a module."""
+    """Raise. torch.jit.script calls ``__prepare_scriptable__`` before it compiles a function or a module."""
     raise RuntimeError(
         "torch.jit.script cannot compile sdit_kernels: use torch.jit.trace, whose graph records the operators, or torch.export"
     )
@@ -152,12 +154,12 @@ def refuse_script(*_):
 def register(
     schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None, flatten=False, loop=None, mutates=()
 ):  # fmt: skip
-    """Define ``sdit_kernels::<schema>``. Returns the function to call: it runs the operator, or the same with less overhead.
+    """Define ``sdit_kernels::<schema>``. Return the function to call: it skips the dispatcher and autograd if it can.
 
-    implementation, fake: take the operator's arguments, tensors first; one named ``parameters`` asks for the gradients of
-    parameters. batch_axes, output_axes, flatten, loop: see _batching_rule. mutates: indices of tensors that are written.
-    save(ctx, inputs, outputs): as in autograd.Function. gradient(ctx, *upstream): the gradients of the first inputs; without
-    it a derivative is refused.
+    implementation, fake: functions of the operator's arguments, tensors first. An argument named ``parameters`` requests the
+    gradients of parameters. batch_axes, output_axes, flatten, loop: see _batching_rule. mutates: indices of tensors that the
+    operator writes. save(ctx, inputs, outputs): as in autograd.Function. gradient(ctx, *upstream): returns the gradients of the
+    first inputs; None: the operator raises if a derivative is requested.
     """
     name = schema.partition("(")[0]
     save, gradient = save or _nothing, _backward(gradient) if gradient else _no_second_derivative
@@ -221,7 +223,7 @@ def register(
         backward = staticmethod(gradient)
         jvp = staticmethod(_no_forward_mode)
 
-    class Functorch(torch.autograd.Function):  # torch.func needs a separate setup_context, which costs 18 us a call
+    class Functorch(torch.autograd.Function):  # torch.func needs a separate setup_context, which costs 18 us per call
         generate_vmap_rule = True
 
         @staticmethod
@@ -235,7 +237,7 @@ def register(
         backward = staticmethod(gradient)
         jvp = staticmethod(_no_forward_mode)
 
-    def autograd(*args):  # the dispatcher calls it
+    def autograd(*args):  # called by the dispatcher
         return Autograd.apply(*args) if may_need_grad(args) else run(*args)
 
     def autograd_refused(*args):

@@ -26,11 +26,11 @@ from .wkv import State
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_STEPS = 16  # simulation steps whose scan states a Triton program holds
+_STEPS = 16  # a Triton program holds the scan states of at most this many time steps
 
 
 def _outputs(k, rate, return_state, keep, backend, numbers):
-    """out, ybar, lse, membrane, checkpoint; an empty tensor for what is not asked for."""
+    """Allocate out, ybar, lse, membrane and checkpoint. Outputs that are not requested are empty tensors."""
     T, B, L, C = k.shape
     shapes = [(0,)] * 4
     if return_state:
@@ -41,7 +41,7 @@ def _outputs(k, rate, return_state, keep, backend, numbers):
     return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
 
 
-def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
+def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay_is_log_of_rate, *rest):
     *neuron, rate, return_state, keep, backend = rest
     neuron = Neuron(*neuron)
     numbers = tuning.current()
@@ -51,35 +51,37 @@ def _forward(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, 
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted, numbers
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted,
+            numbers
         )  # fmt: skip
-    elif return_state:  # no token or no step: the states as they came
+    elif return_state:  # no tokens or no steps: the final states are the given states
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
             new.fill_(empty) if old is None else new.copy_(torch.where(lse > -torch.inf, old, empty))
         outputs[3].fill_(neuron.v_reset or 0.0) if membrane is None else outputs[3].copy_(membrane)
     return outputs
 
 
-def _forward_fake(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, raw, *rest):
+def _forward_fake(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay_is_log_of_rate, *rest):
     return _outputs(k, *rest[7:], tuning.current())
 
 
-def _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, parameters):
-    """The gradients of the ten tensors, in this order; an empty tensor for what is not asked for."""
+def _backward_outputs(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, parameters):
+    """Allocate the gradients of the ten tensors, in this order. Gradients that are not requested are empty tensors."""
     data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
-    given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, first, ybar, lse, membrane)]
+    given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, bonus, ybar, lse, membrane)]
     return *data, *given, *allocate_parameter_gradients(k, tau, v_threshold, parameters)
 
 
 def _backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, checkpoint, raw, *rest
-):
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, checkpoint,
+    decay_is_log_of_rate, *rest,
+):  # fmt: skip
     *neuron, rate, parameters, backend = rest
-    inputs = k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold
+    inputs = k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold
     outputs = _backward_outputs(*inputs, parameters)
-    dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, *d_parameters = outputs
+    dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, *d_parameters = outputs
     if k.numel() == 0:
-        for d in (d_decay, d_first, *d_parameters):
+        for d in (d_decay, d_bonus, *d_parameters):
             d.zero_()
         if ybar is not None:
             for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
@@ -89,25 +91,26 @@ def _backward(
         return outputs
     numbers = tuning.current()
     rows = wkv_rows(k.shape[0] * k.shape[1], k.shape[2], None, spiking_tile(k.shape[0], backend, numbers))
-    # The forward pass could not know that a gradient would be asked for, or ran under another Tuning.
+    # The forward pass ran without a checkpoint (torch.func), or under another Tuning, so recompute it.
     if checkpoint.numel() == 0 or checkpoint.shape[1] != rows:
-        checkpoint = _forward(*inputs, raw, *neuron, rate, False, True, backend)[4]
-    given = (d if d.numel() else None for d in (dr, d_decay, d_first, d_ybar, d_lse, d_membrane))
+        checkpoint = _forward(*inputs, decay_is_log_of_rate, *neuron, rate, False, True, backend)[4]
+    given = (d if d.numel() else None for d in (dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane))
     sums = kernels(backend, "spiking_wkv").spiking_wkv_backward(
-        g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold,
+        g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
         checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given, numbers,
     )  # fmt: skip
     return *outputs[:8], *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
 
 
 def _backward_fake(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, checkpoint, raw, *rest
-):
-    return _backward_outputs(k, v, r, decay, first, ybar, lse, membrane, tau, v_threshold, rest[-2])
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, checkpoint,
+    decay_is_log_of_rate, *rest,
+):  # fmt: skip
+    return _backward_outputs(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, rest[-2])
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.raw = inputs[:11]
+    *tensors, ctx.decay_is_log_of_rate = inputs[:11]
     *ctx.neuron, ctx.rate, ctx.returned, _, ctx.backend = inputs[11:]
     ctx.save_for_backward(*tensors, output[4])
     ctx.set_materialize_grads(False)
@@ -119,8 +122,9 @@ def _gradient(ctx, g, g_ybar, g_lse, g_membrane, _):
         g_ybar = g_lse = g_membrane = None
     needs = ctx.needs_input_grad
     return _backward_call(
-        g, g_ybar, g_lse, g_membrane, *tensors, checkpoint, ctx.raw, *ctx.neuron, ctx.rate, needs[8] or needs[9], ctx.backend
-    )
+        g, g_ybar, g_lse, g_membrane, *tensors, checkpoint, ctx.decay_is_log_of_rate, *ctx.neuron, ctx.rate,
+        needs[8] or needs[9], ctx.backend,
+    )  # fmt: skip
 
 
 _INPUTS = (
@@ -132,7 +136,7 @@ _call = register(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
-    batch_axes=(None,) * 10,  # a batch is a loop: k has no axis that members with states of their own could share
+    batch_axes=(None,) * 10,  # vmap loops: k has no axis for members with separate states
     output_axes=(0,) * 5,
     save=_save,
     gradient=_gradient,
@@ -149,7 +153,7 @@ _backward_call = register(
 
 
 def _chunks(k, v, r, scan_state, membrane, rate, one):
-    """More steps than a Triton program holds: several calls, the membrane handed on, their spikes joined."""
+    """Run more steps than a Triton program holds: several calls that pass the membrane on. Concatenate their spikes."""
     spikes, states = [], []
     for t in range(0, k.shape[0], _STEPS):
         part = slice(t, t + _STEPS)
@@ -227,43 +231,58 @@ def spiking_wkv(
 ):
     r"""WKV scans over tokens that drive LIF neurons over time, in one kernel, forward and backward.
 
-    At each simulation step t of T the keys and values are scanned over the tokens, every step by itself, and the result is the
-    input current of a LIF neuron at each token and channel::
+    At each of T time steps, the op scans the keys and values over the tokens, independently of other steps. The result is the
+    input current of one LIF neuron per token and channel::
 
-        current[t] = wkv(time_decay, time_first, k[t], v[t], r=r[t])        (B, L, C); sigmoid(r) * y where r is given
+        current[t] = wkv(time_decay, time_first, k[t], v[t], r=r[t])        (B, L, C)
         s          = lif(current, membrane)                                 (T, B, L, C)
         out        = s, or with ``rate`` the mean of s over T               (B, L, C)
 
-    The kernel walks the tokens with T scan states, reads k, v and r once and writes the spikes once; the currents, float32 or
-    float64, are nowhere stored. On a GPU one thread walks for each of B * C; where these are fewer than 32,768, the kernels of
-    wkv and lif, which share the tokens out too, are faster and run instead, on currents that live as long as the call.
+    The kernel processes the tokens in order and holds T scan states. It reads k, v and r once and writes the spikes once. It
+    never stores the currents, which are float32 (float64). On a GPU, one thread processes each of the B * C channels. Below
+    32,768 channels, the op runs the kernels of wkv and lif instead, which are also parallel over tokens and therefore faster;
+    the currents then exist during the call.
 
-    Kept for the backward pass are k, v, r, the states that are given, and the scan states at the entry of every tile of tokens
-    (64 / T of them on the CPU, 16 / T on a GPU, at least 2); all else is recomputed, the spikes
-    bit for bit. Spikes of one backend and another may differ where the membrane is within rounding of the threshold, since
-    exponentials do. Parameter gradients are summed in a fixed order: they repeat bit for bit, whatever the number of threads.
+    The backward pass keeps k, v, r, the given states, and the scan states at the start of every tile of tokens. (A tile has
+    64 / T tokens on the CPU and 16 / T on a GPU, at least 2.) It recomputes everything else, the spikes bit for bit. The spikes
+    of two backends may differ if the membrane potential is within rounding of the threshold, because the exponentials of the
+    backends differ in rounding. Parameter gradients are summed in a fixed order: they are the same bit for bit for every number
+    of threads.
 
     Args:
-        time_decay, time_first, log_decay: as in :func:`wkv`, (C,).
-        k, v, r: (T, B, L, C), else as in :func:`wkv`, r by position or by name: float32, float64, bfloat16 or float16;
-            k = -inf masks a token. On a GPU more than 16 steps are calls of 16 steps, one after the other; ``rate`` then takes
-            the mean of stored spikes.
-        tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha: as in :func:`lif`; tensors are scalars or (C,).
-        scan_state: the scans' states before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data);
-            None: no token yet.
-        membrane: before the first step, (B, L, C), of k's dtype or float32 (float64). None: v_reset, or 0 with soft reset.
-        return_state: also return both states: the scans' after the last token, the membrane after the last step.
-        rate: the mean over T instead of the spikes.
+        time_decay: RWKV's decay parameter, (C,). None if ``log_decay`` is given.
+        time_first: bonus u of the current token in the log domain, (C,).
+        k: keys, (T, B, L, C), float32, float64, bfloat16 or float16, any strides. k = -inf masks a token. More than 16 steps on
+            a GPU run as calls of 16 steps; ``rate`` then takes the mean of stored spikes.
+        v: values, with the shape and dtype of k.
+        r: receptance, the logits of a gate on the current, with the shape and dtype of k. By position or by name.
+        tau (float | Tensor): time constant in steps, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
+        v_threshold (float | Tensor): firing threshold, as in :func:`lif`; a number, a scalar tensor or a tensor (C,).
+        v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
+        decay_input: True: the leak divides the input by tau too.
+        detach_reset: True: no gradient flows through the reset.
+        surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        log_decay: w itself, (C,), as in :func:`wkv`.
+        scan_state: states of the scans before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data).
+            None: empty states.
+        membrane: membrane potential before the first step, (B, L, C), in the dtype of k or float32 (float64). None: v_reset, or
+            0 with soft reset.
+        return_state: also return the states of the scans after the last token and the membrane potential after the last step.
+        rate: return the mean of the spikes over T instead of the spikes.
 
     Returns:
-        out, of k's dtype; with ``return_state`` the pair (out, ((ybar, lse), membrane)), the states float32 (float64).
-        Gradients reach time_decay or log_decay, time_first, k, v, r, tau, v_threshold and both states, from each.
+        out, with the dtype of k; with ``return_state`` the pair (out, ((ybar, lse), membrane)), the states float32 (float64).
+        Gradients reach time_decay or log_decay, time_first, k, v, r, tau, v_threshold, scan_state and membrane, from each
+        output.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range. The values of a tensor tau are
-            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range. The op checks the values of a
+            tensor tau on the CPU only.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
-    Source: the scan: Peng et al., RWKV, arXiv 2305.13048; that it drives spiking neurons: Yang et al., SDiT, arXiv 2402.11588.
+    Source: Peng et al., RWKV, arXiv 2305.13048 (the scan); Yang et al., SDiT, arXiv 2402.11588 (a scan that drives spiking
+    neurons).
 
     Example:
         >>> import torch
@@ -274,7 +293,7 @@ def spiking_wkv(
         tensor([[0., 1., 1.],
                 [0., 1., 1.]])
     """
-    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("T", "B", "L", "C"))
+    decay, decay_is_log_of_rate = check_tokens(time_decay, time_first, k, v, r, log_decay, ("T", "B", "L", "C"))
     T, B, L, C = k.shape
     for name, flag in (("return_state", return_state), ("rate", rate)):
         check_flag(name, flag)
@@ -302,8 +321,8 @@ def spiking_wkv(
     def one(k, v, r, scan_state, membrane, rate=False, return_state=True):
         ybar, lse = scan_state or (None, None)
         s, ybar, lse, membrane, _ = _call(
-            k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor, raw, *neuron, rate, return_state,
-            keep, backend,
+            k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor, decay_is_log_of_rate, *neuron, rate,
+            return_state, keep, backend,
         )  # fmt: skip
         return s, ((ybar, lse), membrane)
 

@@ -45,7 +45,7 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
 
 
 def _check_lengths(cu_seqlens, max_seqlen, L):
-    """The values are looked at on the CPU only: on a GPU that would wait for it."""
+    """Check the values of cu_seqlens, on the CPU only: reading them on a GPU would wait for the GPU."""
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:])]
     if ends[0] != 0 or ends[-1] != L or min(lengths, default=0) < 0:
@@ -62,7 +62,7 @@ def _brief(values):
 
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
-    """out, ybar, lse, checkpoint; an empty tensor for what is not asked for."""
+    """Allocate out, ybar, lse and checkpoint. Outputs that are not requested are empty tensors."""
     B, L, C = k.shape
     dtype = state_dtype(k.dtype)
     packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -71,7 +71,7 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
         state = (B if packed is None else packed, C)
     if keep:
         checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C)
-    rows = k.new_empty if packed is None else k.new_zeros  # packed, a few rows belong to no tile
+    rows = k.new_empty if packed is None else k.new_zeros  # packed: a few rows do not belong to any tile
     return (
         memory.empty_contiguous((B, L, C), k.dtype, k),
         *(k.new_empty(state, dtype=dtype) for _ in range(2)),
@@ -80,7 +80,8 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
 
 
 def _wkv(
-    k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
+    k, v, r, decay, bonus, ybar, lse, cu_seqlens, max_seqlen, decay_is_log_of_rate, bidirectional, return_state, keep,
+    algorithm, backend
 ):  # fmt: skip
     numbers = tuning.current()
     outputs = _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, numbers.wkv_checkpoint_tokens)
@@ -89,65 +90,67 @@ def _wkv(
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "wkv").wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, *wanted,
-            numbers,
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out,
+            *wanted, numbers,
         )  # fmt: skip
-    elif return_state:  # no token: the state as it came
+    elif return_state:  # no tokens: the final state is the given state
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
             new.fill_(empty) if old is None else new.copy_(torch.where(lse > -torch.inf, old, empty))
     return outputs
 
 
 def _wkv_fake(
-    k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, return_state, keep, algorithm, backend
+    k, v, r, decay, bonus, ybar, lse, cu_seqlens, max_seqlen, decay_is_log_of_rate, bidirectional, return_state, keep,
+    algorithm, backend
 ):  # fmt: skip
     return _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tuning.current().wkv_checkpoint_tokens)
 
 
-def _backward_outputs(k, v, r, decay, first, ybar, lse, parameters):
-    """dk, dv, dr, d decay, d first, d ybar, d lse; an empty tensor for what is not asked for."""
+def _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters):
+    """Allocate dk, dv, dr, d decay, d bonus, d ybar and d lse. Gradients that are not requested are empty tensors."""
     data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
-    sums = [p.new_empty(p.shape if parameters else (0,)) for p in (decay, first)]
+    sums = [p.new_empty(p.shape if parameters else (0,)) for p in (decay, bonus)]
     state = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (ybar, lse)]
     return *data, *sums, *state
 
 
 def _wkv_backward(
-    g, g_ybar, g_lse, k, v, r, decay, first, ybar, lse, checkpoint, cu_seqlens, max_seqlen, raw, bidirectional, parameters,
-    algorithm, backend,
+    g, g_ybar, g_lse, k, v, r, decay, bonus, ybar, lse, checkpoint, cu_seqlens, max_seqlen, decay_is_log_of_rate,
+    bidirectional, parameters, algorithm, backend,
 ):  # fmt: skip
-    outputs = _backward_outputs(k, v, r, decay, first, ybar, lse, parameters)
-    dk, dv, dr, d_decay, d_first, d_ybar, d_lse = outputs
+    outputs = _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters)
+    dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse = outputs
     if k.numel() == 0:
-        d_decay.zero_(), d_first.zero_()
+        d_decay.zero_(), d_bonus.zero_()
         if ybar is not None:
             for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
                 d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
         return outputs
     numbers, packed = tuning.current(), None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = wkv_rows(*k.shape[:2], packed, numbers.wkv_checkpoint_tokens)
-    # The forward pass could not know that a gradient would be asked for, or ran under another Tuning.
+    # The forward pass ran without a checkpoint (torch.func), or under another Tuning, so recompute it.
     if checkpoint.numel() == 0 or checkpoint.shape[2] != rows:
         checkpoint = _wkv(
-            k, v, r, decay, first, ybar, lse, cu_seqlens, max_seqlen, raw, bidirectional, False, True, algorithm, backend
+            k, v, r, decay, bonus, ybar, lse, cu_seqlens, max_seqlen, decay_is_log_of_rate, bidirectional, False, True,
+            algorithm, backend
         )[3]  # fmt: skip
-    given = (t if t.numel() else None for t in (dr, d_decay, d_first, d_ybar, d_lse))
+    given = (t if t.numel() else None for t in (dr, d_decay, d_bonus, d_ybar, d_lse))
     kernels(backend, "wkv").wkv_backward(
-        g, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint.contiguous(), cu_seqlens, max_seqlen, bidirectional,
-        algorithm, dk, dv, *given, numbers,
+        g, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint.contiguous(), cu_seqlens,
+        max_seqlen, bidirectional, algorithm, dk, dv, *given, numbers,
     )  # fmt: skip
     return outputs
 
 
 def _wkv_backward_fake(
-    g, g_ybar, g_lse, k, v, r, decay, first, ybar, lse, checkpoint, cu_seqlens, max_seqlen, raw, bidirectional, parameters,
-    algorithm, backend,
+    g, g_ybar, g_lse, k, v, r, decay, bonus, ybar, lse, checkpoint, cu_seqlens, max_seqlen, decay_is_log_of_rate,
+    bidirectional, parameters, algorithm, backend,
 ):  # fmt: skip
-    return _backward_outputs(k, v, r, decay, first, ybar, lse, parameters)
+    return _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters)
 
 
 def _wkv_save(ctx, inputs, output):
-    *tensors, ctx.max_seqlen, ctx.raw, ctx.bidirectional, ctx.returned, _, ctx.algorithm, ctx.backend = inputs
+    *tensors, ctx.max_seqlen, ctx.decay_is_log_of_rate, ctx.bidirectional, ctx.returned, _, ctx.algorithm, ctx.backend = inputs
     ctx.save_for_backward(*tensors, output[3])
     ctx.set_materialize_grads(False)
 
@@ -158,8 +161,8 @@ def _wkv_gradient(ctx, g, g_ybar, g_lse, _):
         g_ybar = g_lse = None
     needs = ctx.needs_input_grad
     return _wkv_backward_call(
-        g, g_ybar, g_lse, *tensors, checkpoint, cu_seqlens, ctx.max_seqlen, ctx.raw, ctx.bidirectional, needs[3] or needs[4],
-        ctx.algorithm, ctx.backend,
+        g, g_ybar, g_lse, *tensors, checkpoint, cu_seqlens, ctx.max_seqlen, ctx.decay_is_log_of_rate, ctx.bidirectional,
+        needs[3] or needs[4], ctx.algorithm, ctx.backend,
     )  # fmt: skip
 
 
@@ -174,7 +177,7 @@ _wkv_call = register(
     save=_wkv_save,
     gradient=_wkv_gradient,
     flatten=True,
-    loop=lambda tensors: tensors[7] is not None,  # packed: tokens of other sequences follow, no batch can
+    loop=lambda tensors: tensors[7] is not None,  # packed sequences cannot be batched
 )
 _wkv_backward_call = register(
     "wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, "
@@ -189,13 +192,13 @@ _wkv_backward_call = register(
 )
 
 
-def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
+def _step_(k, v, r, decay, bonus, ybar, lse, decay_is_log_of_rate, backend):
     out = k.new_empty(k.shape)
     if k.numel():
         new = [t if t.is_contiguous() else torch.empty_like(t, memory_format=torch.contiguous_format) for t in (ybar, lse)]
         k, v, r, out_ = (None if t is None else t.unsqueeze(1) for t in (k, v, r, out))
         kernels(backend, "wkv").wkv_forward(
-            k, v, r, decay, first, raw, ybar, lse, None, 0, False, "serial", out_, *new, None, tuning.current()
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, None, 0, False, "serial", out_, *new, None, tuning.current()
         )  # fmt: skip
         for old, t in zip((ybar, lse), new):
             if t is not old:
@@ -203,7 +206,7 @@ def _step_(k, v, r, decay, first, ybar, lse, raw, backend):
     return out
 
 
-def _step_fake_(k, v, r, decay, first, ybar, lse, raw, backend):
+def _step_fake_(k, v, r, decay, bonus, ybar, lse, decay_is_log_of_rate, backend):
     return k.new_empty(k.shape)
 
 
@@ -280,50 +283,53 @@ def wkv(
     max_seqlen: int | None = None,
     algorithm: str = "auto",
 ):
-    r"""RWKV-4's linear attention over L tokens, fused, forward and backward; one way or both.
+    r"""RWKV-4's linear attention (WKV) over L tokens, causal or bidirectional, fused, forward and backward.
 
-    Per sequence and channel, with w = -exp(time_decay) and u = time_first::
+    For each sequence and channel, with w = -exp(time_decay) and u = time_first::
 
         y[t] = (sum_{i<t} e^(k[i] + (t-1-i) w) v[i]  +  e^(u + k[t]) v[t]) / (the same sum without v)
         out  = y, or sigmoid(r) * y
 
-    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w), exactly: two scans, no token subtracted from a
-    total. Vision-RWKV's Bi-WKV is this formula with w = -decay / L: give it as ``log_decay``.
+    ``bidirectional`` adds the tokens i > t with weights e^(k[i] + (i-1-t) w). The op runs two scans; it does not subtract a
+    token from a total, so it loses no precision. Vision-RWKV's Bi-WKV is this formula with w = -decay / L: pass that as
+    ``log_decay``.
 
-    A state sums up the tokens before a slice: with N the sum over them of e^(k[i] + (age) w) v[i] and D the same without v,
-    it is the pair (ybar, lse) = (N / D, log D); before any token (0, -inf). Slices with the state handed on equal one pass.
+    A state summarises the tokens before a slice. Let N be the sum of e^(k[i] + age w) v[i] over these tokens, where age counts
+    the tokens after token i, and D the same sum without v. The state is the pair (ybar, lse) = (N / D, log D). Before any token
+    it is (0, -inf). If you pass the state from slice to slice, the result equals one call on the whole sequence.
 
-    The running maximum is kept as (key of the token that holds it, tokens since): no rounding is added from token to token.
-    Kept for the backward pass are k, v, r, the small tensors and the scan's state at every 16th token. Parameter gradients are
-    summed in a fixed order: they repeat bit for bit, whatever the number of threads.
+    The kernels store the running maximum as a key and the number of tokens since that key, so rounding errors do not grow from
+    token to token. The backward pass keeps k, v, r, the small tensors and the state of the scan at every 16th token. Parameter
+    gradients are summed in a fixed order: they are the same bit for bit for every number of threads.
 
     Args:
-        time_decay: RWKV's decay parameter, (C,); None where ``log_decay`` is given.
-        time_first: bonus u of the current token in the log domain, (C,); not +inf.
-        k, v: keys and values, (B, L, C), float32, float64, bfloat16 or float16, any strides. Arithmetic is float32, for float64
-            float64. k = -inf masks a token: it counts for nothing and gets no gradient. Where no token is visible the output
-            is 0, and so are its gradients. k = +inf is not allowed.
-        r: receptance, logits of a gate on the output, by position or by name; as k.
-        state: (ybar, lse), each (B, C), or (N, C) with ``cu_seqlens``; float32 (float64 for float64 data). None: no token yet.
+        time_decay: RWKV's decay parameter, (C,). None if ``log_decay`` is given.
+        time_first: bonus u of the current token in the log domain, (C,). +inf is not allowed.
+        k: keys, (B, L, C), float32, float64, bfloat16 or float16, any strides. The arithmetic is float32, or float64 for
+            float64 data. k = -inf masks a token: it has no weight and gets no gradient. If all visible tokens are masked, the
+            output and its gradients are 0. k = +inf is not allowed.
+        v: values, with the shape and dtype of k.
+        r: receptance, the logits of a gate on the output, with the shape and dtype of k. By position or by name.
+        state: (ybar, lse), each (B, C), or (N, C) with ``cu_seqlens``; float32 (float64 for float64 data). None: empty state.
         return_state: also return the state after the last token.
-        bidirectional: let each token see those after it too; neither takes nor returns a state.
-        log_decay: w itself, (C,), of any sign. A w below -1e20, -inf too, counts as -1e20 and gets no gradient: a token then
-            sees itself and the nearest before it that is not masked.
-        cu_seqlens: N + 1 bounds of N sequences packed one after the other into k of shape (1, tokens, C), int32 or int64: 0,
-            ..., tokens.
-        max_seqlen: at least the length of the longest packed sequence. Optional; it saves launching idle programs on a GPU.
-        algorithm: "serial" walks the tokens in order, in parallel over B x channels. "chunked" is parallel over chunks of
-            tokens too, at 1.5 to 2 times the work. "auto" decides on B * C and L alone: on the CPU chunked where B * C <= 32
-            and L >= 4096; on a GPU where B * C < 16,384 and L > 64 (measured on an H200: 12,288 channels are faster cut
-            up, 24,576 are not).
+        bidirectional: each token also sees the tokens after it. Takes and returns no state.
+        log_decay: w itself, (C,), of any sign. A w below -1e20, including -inf, counts as -1e20 and gets no gradient: a token
+            then sees only itself and the nearest unmasked token before it.
+        cu_seqlens: int32 or int64 bounds of N packed sequences, (N + 1,): 0, ..., tokens. k then has shape (1, tokens, C).
+        max_seqlen: upper bound of the length of a packed sequence. Optional; with it, a GPU launches fewer idle programs.
+        algorithm: "serial" processes the tokens in order, in parallel over B * C. "chunked" is also parallel over chunks of
+            tokens, but does 1.5 to 2 times the work. "auto" chooses by B * C and L: "chunked" on the CPU if B * C <= 32 and
+            L >= 4096; on a GPU if B * C < 16,384 and L > 64. (On an H200, chunks are faster for 12,288 channels and slower for
+            24,576.)
 
     Returns:
-        out, (B, L, C), of k's dtype; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
+        out, (B, L, C), with the dtype of k; with ``return_state`` the pair (out, (ybar, lse)). Gradients reach time_decay or
         log_decay, time_first, k, v, r and the state, from the output and from the returned state.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or combination. The values of cu_seqlens are
-            looked at on the CPU only. RuntimeError: the chosen backend cannot serve the tensors, or a second derivative.
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range, or two arguments exclude each
+            other. The op checks the values of cu_seqlens on the CPU only.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
     Source: Peng et al., RWKV, arXiv 2305.13048, appendix D; bidirectional: Duan et al., Vision-RWKV, arXiv 2403.02308.
 
@@ -332,19 +338,19 @@ def wkv(
         >>> from sdit_kernels import wkv
         >>> k, v = torch.zeros(1, 4, 2), torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1).repeat(1, 1, 2)
         >>> no_decay, u = torch.tensor([0.0, 0.0]), torch.zeros(2)
-        >>> wkv(None, u, k, v, log_decay=no_decay)[0, :, 0]  # mean so far
+        >>> wkv(None, u, k, v, log_decay=no_decay)[0, :, 0]  # running mean
         tensor([1.0000, 1.5000, 2.0000, 2.5000])
         >>> y, state = wkv(None, u, k[:, :2], v[:, :2], log_decay=no_decay, return_state=True)
         >>> wkv(None, u, k[:, 2:], v[:, 2:], log_decay=no_decay, state=state)[0, :, 0]
         tensor([2.0000, 2.5000])
     """
-    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "L", "C"))
+    decay, decay_is_log_of_rate = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "L", "C"))
     sequences, longest = _check_cu_seqlens(cu_seqlens, max_seqlen, k)
     check_flag("return_state", return_state)
     check_flag("bidirectional", bidirectional)
     if bidirectional and (return_state or state is not None):
         name = "state" if state is not None else "return_state"
-        raise ValueError(f"bidirectional looks at both ends of a sequence and has no state to hand on: leave {name} out")
+        raise ValueError(f"bidirectional scans a sequence from both ends and has no state: leave {name} out")
     ybar, lse = (None, None) if state is None else check_scan_state(state, (sequences, k.shape[-1]), k)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
@@ -358,7 +364,8 @@ def wkv(
         )  # fmt: skip
     keep = wants_gradient(k, v, r, decay, time_first, ybar, lse)
     out, ybar, lse, _ = _wkv_call(
-        k, v, r, decay, time_first, ybar, lse, cu_seqlens, longest, raw, bidirectional, return_state, keep, algorithm, backend
+        k, v, r, decay, time_first, ybar, lse, cu_seqlens, longest, decay_is_log_of_rate, bidirectional, return_state, keep,
+        algorithm, backend
     )  # fmt: skip
     return (out, (ybar, lse)) if return_state else out
 
@@ -373,26 +380,29 @@ def wkv_step(
     r: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> tuple[Tensor, State]:
-    r"""One token of :func:`wkv`, for decoding::
+    r"""One token of :func:`wkv`, for decoding: equals a slice of one token.
 
-        out, state = wkv_step(time_decay, time_first, k, v, state)
-
-    equals a slice of one token; with N, D the sums behind the state (ybar, lse) = (N / D, log D)::
+    With N and D, the sums of the state (ybar, lse) = (N / D, log D), and w, u as in :func:`wkv`::
 
         y  = (N + e^(u+k) v) / (D + e^(u+k)),    N' = e^w N + e^k v,    D' = e^w D + e^k
 
-    lse is rounded to its type at each hand-over, so that many steps drift from one pass by some 1e-7 of |lse| a step.
+    Every step rounds lse to its dtype. So the result of many steps differs from one call of :func:`wkv` by about 1e-7 of |lse|
+    per step.
 
     Args:
-        time_decay, time_first, log_decay: as in :func:`wkv`.
-        k, v, r: (B, C), else as in :func:`wkv`; r by name alone.
-        state: (ybar, lse), each (B, C), float32 (float64 for float64 data); None: no token yet.
+        time_decay: RWKV's decay parameter, (C,). None if ``log_decay`` is given.
+        time_first: bonus u of the current token in the log domain, (C,).
+        k: key, (B, C); dtypes and special values as in :func:`wkv`.
+        v: value, with the shape and dtype of k.
+        state: (ybar, lse), each (B, C), float32 (float64 for float64 data). None: empty state.
+        r: receptance, the logits of a gate on the output, with the shape and dtype of k.
+        log_decay: w itself, (C,), as in :func:`wkv`.
 
     Returns:
-        (out, (ybar, lse)): (B, C) of k's dtype and the new state. Gradients as in :func:`wkv`.
+        (out, (ybar, lse)): the output, (B, C), with the dtype of k, and the new state. Gradients as in :func:`wkv`.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`wkv`.
+        TypeError, ValueError, RuntimeError: as in :func:`wkv`.
 
     Source: Peng et al., RWKV, arXiv 2305.13048, appendix D.
 
@@ -405,15 +415,15 @@ def wkv_step(
         >>> y
         tensor([[2., 2.]])
     """
-    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    decay, decay_is_log_of_rate = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
     ybar, lse = (None, None) if state is None else check_scan_state(state, (k.shape[0], k.shape[-1]), k)
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
         return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
     keep = wants_gradient(k, v, r, decay, time_first, ybar, lse)
     out, ybar, lse, _ = _wkv_call(
-        k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0, raw,
-        False, True, keep, "serial", backend,
+        k.unsqueeze(1), v.unsqueeze(1), None if r is None else r.unsqueeze(1), decay, time_first, ybar, lse, None, 0,
+        decay_is_log_of_rate, False, True, keep, "serial", backend,
     )  # fmt: skip
     return out.squeeze(1), (ybar, lse)
 
@@ -428,21 +438,28 @@ def wkv_step_(
     r: Tensor | None = None,
     log_decay: Tensor | None = None,
 ) -> Tensor:
-    r"""One token of :func:`wkv`, with the state updated in place: for decoding into fixed memory, as CUDA graphs need.
+    r"""One token of :func:`wkv` that updates the state in place, for decoding with CUDA graphs. For inference only.
 
     ::
 
         y = (N + e^(u+k) v) / (D + e^(u+k)),    N <- e^w N + e^k v,    D <- e^w D + e^k,    state = (N / D, log D)
 
     Args:
-        time_decay, time_first, k, v, r, log_decay: as in :func:`wkv_step`.
-        state: (ybar, lse), each (B, C), float32 (float64 for float64 data), overwritten. Before the first token: (0, -inf).
+        time_decay: RWKV's decay parameter, (C,). None if ``log_decay`` is given.
+        time_first: bonus u of the current token in the log domain, (C,).
+        k: key, (B, C); dtypes and special values as in :func:`wkv`.
+        v: value, with the shape and dtype of k.
+        state: (ybar, lse), each (B, C), float32 (float64 for float64 data). The call overwrites them. Before the first token:
+            (0, -inf).
+        r: receptance, the logits of a gate on the output, with the shape and dtype of k.
+        log_decay: w itself, (C,), as in :func:`wkv`.
 
     Returns:
-        out, (B, C), of k's dtype. For inference: it has no gradient.
+        out, (B, C), with the dtype of k. It has no gradient.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`wkv`. RuntimeError: a gradient is wanted.
+        TypeError, ValueError: as in :func:`wkv`.
+        RuntimeError: as in :func:`wkv`, or an argument requires a gradient.
 
     Source: Peng et al., RWKV, arXiv 2305.13048, appendix D.
 
@@ -455,7 +472,7 @@ def wkv_step_(
         >>> y, state[0]
         (tensor([[2., 2.]]), tensor([[2., 2.]]))
     """
-    decay, raw = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
+    decay, decay_is_log_of_rate = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
     if state is None:
         raise TypeError("state must be a pair (ybar, lse) of tensors to update, got None; begin with (0, -inf)")
     ybar, lse = check_scan_state(state, (k.shape[0], k.shape[-1]), k)
@@ -466,7 +483,7 @@ def wkv_step_(
     backend = dispatch.choose(k.device.type)
     if backend == "reference":
         return reference.wkv_step_(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
-    return _step_call_(k, v, r, decay, time_first, ybar, lse, raw, backend)
+    return _step_call_(k, v, r, decay, time_first, ybar, lse, decay_is_log_of_rate, backend)
 
 
 def _check_same(**tensors):
@@ -484,15 +501,20 @@ def _check_same(**tensors):
 
 
 def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor) -> tuple[Tensor, Tensor]:
-    r"""The state of :func:`wkv` from that of RWKV's own code, where N = aa e^pp and D = bb e^pp::
+    r"""Convert the state of RWKV's own code, with N = aa e^pp and D = bb e^pp, to the state of :func:`wkv`.
 
-        ybar = aa / bb,    lse = pp + log bb        (0, -inf) where bb = 0, no token yet
+    ::
+
+        ybar = aa / bb,    lse = pp + log bb        bb > 0
+        ybar = 0,          lse = -inf               bb = 0, before any token
 
     Args:
-        aa, bb, pp: any shape, all alike; floating.
+        aa: scaled numerator, any shape, any floating dtype.
+        bb: scaled denominator, with the shape and dtype of aa.
+        pp: exponent of both, with the shape and dtype of aa.
 
     Returns:
-        (ybar, lse), of that shape and dtype. Gradients flow.
+        (ybar, lse), with the same shape and dtype. Gradients flow.
 
     Raises:
         TypeError, ValueError: the tensors differ in shape, dtype or device, or are not floating.
@@ -510,15 +532,19 @@ def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor) -> tuple[Tensor, Ten
 
 
 def wkv_state_to_rwkv(ybar: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""The state of RWKV's own code from that of :func:`wkv`, where N = aa e^pp and D = bb e^pp; of their two scales bb is 1::
+    r"""Convert the state of :func:`wkv` to the state of RWKV's own code, with N = aa e^pp, D = bb e^pp and bb = 1.
 
-        aa = ybar,    bb = 1,    pp = lse           (0, 0, -1e38) where lse = -inf, no token yet
+    ::
+
+        aa = ybar,    bb = 1,    pp = lse           lse > -inf
+        aa = 0,       bb = 0,    pp = -1e38         lse = -inf, before any token
 
     Args:
-        ybar, lse: any shape, both alike; floating.
+        ybar: N / D, any shape, any floating dtype.
+        lse: log D, with the shape and dtype of ybar.
 
     Returns:
-        (aa, bb, pp), of that shape and dtype. Gradients flow.
+        (aa, bb, pp), with the same shape and dtype. Gradients flow.
 
     Raises:
         TypeError, ValueError: the tensors differ in shape, dtype or device, or are not floating.

@@ -1,4 +1,4 @@
-"""The definitions, in plain PyTorch: same names and signatures as the public ops, any floating dtype, any device."""
+"""The definitions in plain PyTorch, with the names and signatures of the public ops, for any floating dtype and device."""
 
 from .leaky import leaky
 from .lif import lif, lif_rate

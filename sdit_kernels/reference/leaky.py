@@ -1,7 +1,7 @@
-"""snnTorch's Leaky over T steps, defined: a LIF neuron whose reset follows the membrane before the step, without gradient.
+"""The definition of snnTorch's Leaky over T time steps: the membrane before a step decides its reset, without a gradient.
 
-Every operation happens in this order, in float32 (float64 for float64 data), without fused multiply-adds; the CPU and Triton
-kernels repeat it bit for bit.
+The operations run in this order, in float32 (float64 for float64 data), without fused multiply-adds. The CPU and Triton kernels
+repeat them bit for bit.
 """
 
 import torch
@@ -11,7 +11,7 @@ from .lif import Fire, as_parameter, surrogate_function
 
 
 class _FireAbove(Fire):
-    """s = 1 where z > 0, else 0."""
+    """s = 1 where z > 0, else 0, with the surrogate gradient of Fire."""
 
     @staticmethod
     def forward(z, derivative):
@@ -19,7 +19,7 @@ class _FireAbove(Fire):
 
 
 class _ZeroNow(torch.autograd.Function):
-    """h - (s - r) * h by selection, so that an infinite h that fires becomes 0."""
+    """h - (s - r) * h, computed with torch.where, so that an infinite h that fires becomes 0 and not NaN."""
 
     generate_vmap_rule = True
 
@@ -57,7 +57,7 @@ def leaky(
     if v is None:
         v = torch.zeros(x.shape[1:], dtype=dtype, device=x.device)
     else:
-        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace a tensor
+        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace, shape[0] is a tensor
     spikes, membrane = [], []
     for x_t in x.to(dtype).unbind(0):
         r = (v > v_threshold).to(dtype)

@@ -1,7 +1,7 @@
-"""Multi-step LIF, defined. T simulation steps, C channels; x is (T, ..., C).
+"""The definition of the LIF neuron over T time steps; x is (T, ..., C) with C channels.
 
-Every operation below happens in this order, in float32 (float64 for float64 data), without fused multiply-adds; the CPU and
-Triton kernels repeat it bit for bit, so that a recomputed forward repeats every spike.
+The operations run in this order, in float32 (float64 for float64 data), without fused multiply-adds. The CPU and Triton kernels
+repeat them bit for bit, so the backward pass recomputes every spike exactly.
 """
 
 import torch
@@ -12,8 +12,11 @@ from ..surrogate import SURROGATES
 
 
 class Fire(torch.autograd.Function):
-    """s = 1 where z >= 0, else 0; the gradient is dS * derivative(z), and 0 where the derivative is 0, as at an infinite h: the
-    reset hides that h, and dS is infinite there."""
+    """s = 1 where z >= 0, else 0, with the surrogate gradient: dz = ds * derivative(z).
+
+    dz is 0 where the derivative is 0. At an infinite h, ds is infinite, and the product would be NaN, although the reset hides
+    that h.
+    """
 
     generate_vmap_rule = True
 
@@ -39,7 +42,7 @@ class Fire(torch.autograd.Function):
 
 
 class _HardReset(torch.autograd.Function):
-    """v = v_reset where s, else h: a select, so that an infinite h resets to v_reset and not to 0 * inf."""
+    """v = v_reset where s, else h, computed with torch.where, so that an infinite h gives v_reset and not 0 * inf."""
 
     generate_vmap_rule = True
 
@@ -79,7 +82,7 @@ def as_parameter(p, dtype):
 
 
 def _step(x, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative):
-    """One charge, fire, reset: (x, v) -> (s, v)."""
+    """Charge, fire and reset once: (x, v) -> (s, v)."""
     rest = v if v_reset is None or v_reset == 0 else v - v_reset
     h = v + (x - rest) * r if decay_input else v - rest * r + x
     s = Fire.apply(h - v_threshold, derivative)
@@ -110,7 +113,7 @@ def lif(
     if v is None:
         v = torch.full(x.shape[1:], 0.0 if v_reset is None else v_reset, dtype=dtype, device=x.device)
     else:
-        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace a tensor
+        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace, shape[0] is a tensor
     spikes, membrane = [], []
     for x_t in x.to(dtype).unbind(0):
         s, v = _step(x_t, v, r, v_threshold, v_reset, decay_input, detach_reset, derivative)

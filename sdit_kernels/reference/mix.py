@@ -1,4 +1,4 @@
-"""What stands around the scan in RWKV's blocks, defined. L tokens, C channels; arithmetic in float32 (float64 for float64)."""
+"""The definitions of token_shift and relu_squared. The arithmetic is float32 (float64 for float64 data)."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""WKV scans whose outputs drive LIF neurons, defined. T simulation steps, B batch, L tokens, C channels.
+"""The definition of spiking_wkv: WKV scans whose outputs drive LIF neurons. T time steps, B batch, L tokens, C channels.
 
-The currents between the two stay in the type of the arithmetic, whatever that of the data.
+The currents have the dtype of the arithmetic, for every dtype of the data.
 """
 
 from ..dtypes import state_dtype

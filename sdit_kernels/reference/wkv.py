@@ -1,8 +1,8 @@
-"""The WKV scan of RWKV-4, defined. B batch, L tokens, C channels.
+"""The definition of RWKV-4's WKV scan. B batch, L tokens, C channels.
 
-The recurrence carries N = a e^o and D = b e^o with a running maximum o, through which no gradient flows: the result does not
-depend on it. Arithmetic is float32 (float64 for float64 data). A loop over tokens: what the kernels are checked against, in
-float64, not how to compute it.
+The recurrence carries N = a e^o and D = b e^o with a running maximum o. The result does not depend on o, so no gradient flows
+through it. The arithmetic is float32 (float64 for float64 data). This loop over tokens is slow; the tests compare the kernels
+with it in float64.
 """
 
 import math
@@ -14,12 +14,12 @@ from ..dtypes import state_dtype
 
 
 def _finite(o):
-    """An exponent to subtract: that of a state that has seen no key is -inf, and -inf - (-inf) is NaN."""
+    """Return an exponent that can be subtracted: 0 for an empty state, whose exponent is -inf; -inf - (-inf) is NaN."""
     return torch.where(o == -torch.inf, 0.0, o)
 
 
 class _State:
-    """The sums over the tokens seen so far, N = a e^o and D = b e^o."""
+    """The sums over the tokens so far, N = a e^o and D = b e^o."""
 
     def __init__(self, ybar, lse):
         self.o = lse.detach()
@@ -34,8 +34,8 @@ class _State:
         self.a, self.b = keep * self.a + new * v, keep * self.b + new
 
     def user(self):
-        """(ybar, lse) = (N/D, log D); (0, -inf) where no key was seen."""
-        seen = self.b != 0  # a NaN stays
+        """Return (ybar, lse) = (N/D, log D); (0, -inf) for an empty state."""
+        seen = self.b != 0  # keeps a NaN
         b = torch.where(seen, self.b, 1.0)
         return torch.where(seen, self.a / b, 0.0), torch.where(seen, self.o + torch.log(b), -torch.inf)
 
@@ -44,7 +44,7 @@ class _State:
 
 
 def _output(states, k_u, v):
-    """(sum of the states' N + e^(u+k) v) / (sum of D + e^(u+k)), 0 where nothing is seen."""
+    """Return (sum of the states' N + e^(u+k) v) / (sum of D + e^(u+k)); 0 if every key is masked."""
     o = k_u.detach()
     for _, _, other in states:
         o = torch.maximum(o, other)
@@ -54,12 +54,12 @@ def _output(states, k_u, v):
     for a, b, other in states:
         scale = torch.exp(other - o)
         n, z = n + a * scale, z + b * scale
-    seen = z != 0  # a NaN stays
+    seen = z != 0  # keeps a NaN
     return torch.where(seen, n / torch.where(seen, z, 1.0), 0.0)
 
 
 def _scan(w, u, k, v, ybar, lse, bidirectional):
-    """k, v (B, L, C) in the state type -> (y, ybar, lse)."""
+    """Scan k, v (B, L, C), in the state type. Return (y, ybar, lse)."""
     L = k.shape[1]
     state, before = _State(ybar, lse), []
     for t in range(L):
@@ -74,13 +74,13 @@ def _scan(w, u, k, v, ybar, lse, bidirectional):
     return (torch.stack(y, 1) if y else torch.zeros_like(v)), *state.user()
 
 
-STEEPEST = -1e20  # what any decay below it counts as: times a number of tokens, 0 too, it stays a number
+MIN_LOG_DECAY = -1e20  # smaller log decays count as this, so that their product with a number of tokens, 0 too, is finite
 
 
 def _log_decay(time_decay, log_decay, dtype):
     if log_decay is None:
-        return -torch.exp(time_decay.to(dtype).clamp_max(math.log(-STEEPEST)))
-    return log_decay.to(dtype).clamp_min(STEEPEST)
+        return -torch.exp(time_decay.to(dtype).clamp_max(math.log(-MIN_LOG_DECAY)))
+    return log_decay.to(dtype).clamp_min(MIN_LOG_DECAY)
 
 
 def wkv(

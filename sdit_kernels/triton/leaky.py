@@ -1,6 +1,6 @@
-"""Leaky in Triton, as triton/lif.py: a program holds a tile of neurons in registers while the steps go by.
+"""Leaky in Triton, built like triton/lif.py: a program holds a tile of neurons in registers over all steps.
 
-The walk back holds the membrane before every step and computes the charge from it once more. Arithmetic follows
+The backward pass holds the membrane before every step and recomputes the charge h from it. Arithmetic follows
 reference/leaky.py operation by operation, compiled without fused multiply-adds.
 """
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..layout import STRIDE
+from ..layout import LIF_CHECKPOINT_STEPS
 from ..surrogate import SURROGATES
 from .lif import surrogate_derivative
 from .tiles import is_per_channel, launch_steps_backward, launch_steps_forward, load_parameter, store_sums, tile_of_program
@@ -18,29 +18,29 @@ _RESETS = {"subtract": 0, "zero": 1, "none": 2}
 
 
 class Flags(NamedTuple):
-    """What a kernel of leaky is compiled for."""
+    """Compile-time constants of the leaky kernels."""
 
-    RESET: int  # the id in _RESETS
-    DELAY: bool  # the reset comes with the next step
+    RESET: int  # id in _RESETS
+    DELAY: bool  # the reset happens in the step after the spike
     BETA_CHANNELS: bool  # beta is one element per column
     THETA_CHANNELS: bool
     K: int  # steps held in registers
-    LONG: bool  # there are more steps than K
-    KIND: int = 0  # of the surrogate, the id in the table of surrogates
+    LONG: bool  # T > K
+    KIND: int = 0  # id of the surrogate in SURROGATES
 
 
 @triton.jit
 def _charge(x, v, k, th, RESET: tl.constexpr):
-    """h, and what the membrane before the step has left to decay."""
+    """Return (h, the part of the membrane that decays in this step)."""
     tl.static_assert(RESET <= 2, "unknown reset")
-    left = tl.where(v > th, 0.0, v) if RESET == 1 else v
-    h = k * left + x
-    return tl.where(v > th, h - th, h) if RESET == 0 else h, left
+    decaying = tl.where(v > th, 0.0, v) if RESET == 1 else v
+    h = k * decaying + x
+    return tl.where(v > th, h - th, h) if RESET == 0 else h, decaying
 
 
 @triton.jit
-def _after(h, v, th, RESET: tl.constexpr, DELAY: tl.constexpr):
-    """The membrane after the step; ``v`` is that before it."""
+def _reset_membrane(h, v, th, RESET: tl.constexpr, DELAY: tl.constexpr):
+    """Return the membrane after a step from the charge h and the membrane v before the step."""
     if DELAY:
         return h
     elif RESET == 0:
@@ -83,11 +83,11 @@ def leaky_forward_kernel(
             m = mask & (t0 + k < T) if F.LONG else mask
             xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
         for k in tl.static_range(K):
-            h, left = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
+            h, decaying = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
             m = mask & (t0 + k < T) if F.LONG else mask
             spike = tl.where(h > th, 1.0, 0.0).to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, spike, mask=m)
-            after = _after(h, v, th, F.RESET, F.DELAY)
+            after = _reset_membrane(h, v, th, F.RESET, F.DELAY)
             v = tl.where(t0 + k < T, after, v) if F.LONG else after
             if seq_ptr is not None:
                 tl.store(seq_ptr + first + (t0 + k) * seq_t + rows * seq_r + cols, v, mask=m)
@@ -135,44 +135,46 @@ def leaky_backward_kernel(
             if F.LONG:
                 if segment > 0:
                     v = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
-            left_steps = T - t0  # for the loads; the stores compare t0 + k with T, or the masks of all steps would be kept
+            # Loads compare with this, stores compare t0 + k with T. With one comparison for both, the compiler would keep the
+            # masks of all steps in registers.
+            steps_left = T - t0
             xs = ()
             gs = ()
             for k in tl.static_range(K):
-                m = mask & (k < left_steps) if F.LONG else mask
+                m = mask & (k < steps_left) if F.LONG else mask
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
             vs = ()
-            for k in tl.static_range(K):  # rebuild the membranes
+            for k in tl.static_range(K):  # recompute the membranes
                 vs = vs + (v,)
                 if k < K - 1:
-                    h, left = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
-                    v = _after(h, v, th, F.RESET, F.DELAY)
-            for k in tl.static_range(K - 1, -1, -1):  # walk back
+                    h, decaying = _charge(xs[k].to(STATE), v, k_, th, F.RESET)
+                    v = _reset_membrane(h, v, th, F.RESET, F.DELAY)
+            for k in tl.static_range(K - 1, -1, -1):  # backward pass
                 m = mask & (t0 + k < T) if F.LONG else mask
                 before = vs[k]
-                h, left = _charge(xs[k].to(STATE), before, k_, th, F.RESET)
+                h, decaying = _charge(xs[k].to(STATE), before, k_, th, F.RESET)
                 reset = tl.where(before > th, 1.0, 0.0).to(STATE)
                 fired = tl.where(h > th, 1.0, 0.0).to(STATE)
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
-                through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # reaches the step function
+                ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 dh = carry
                 if not F.DELAY:
-                    through -= carry * (th if F.RESET == 0 else h)
+                    ds -= carry * (th if F.RESET == 0 else h)
                     if F.RESET == 1:
                         dh = tl.where(h > th, tl.where(before > th, carry, 0.0), tl.where(before > th, carry + carry, carry))
                 slope = surrogate_derivative(h - th, a, F.KIND)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
-                dh = dh + through
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dh + dz
                 if dbeta_ptr is not None:
-                    sum_beta += tl.where(m, dh * left, 0.0) if F.LONG else dh * left
+                    sum_beta += tl.where(m, dh * decaying, 0.0) if F.LONG else dh * decaying
                     if F.RESET == 0:
-                        through = tl.where(before > th, through + dh, through)
+                        dz = tl.where(before > th, dz + dh, dz)
                         if not F.DELAY:
-                            through += (fired - reset) * carry
-                    sum_theta -= tl.where(m, through, 0.0) if F.LONG else through
+                            dz += (fired - reset) * carry
+                    sum_theta -= tl.where(m, dz, 0.0) if F.LONG else dz
                 tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dh.to(dx_ptr.dtype.element_ty), mask=m)
                 before_t = tl.where(before > th, 0.0, dh * k_) if F.RESET == 1 else dh * k_
                 carry = tl.where(t0 + k < T, before_t, carry) if F.LONG else before_t
@@ -183,19 +185,18 @@ def leaky_backward_kernel(
 
 def _flags(neuron, beta, v_threshold, T, KIND=0):
     channels = is_per_channel(beta), is_per_channel(v_threshold)
-    return Flags(
-        _RESETS[neuron.reset], neuron.reset_delay or neuron.reset == "none", *channels, min(T, STRIDE), T > STRIDE, KIND
-    )
+    long, delay = T > LIF_CHECKPOINT_STEPS, neuron.reset_delay or neuron.reset == "none"
+    return Flags(_RESETS[neuron.reset], delay, *channels, min(T, LIF_CHECKPOINT_STEPS), long, KIND)
 
 
 def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    """Fill s, and v_final, v_seq and checkpoint if given. x must not be empty."""
     numbers, flags = (neuron.beta, neuron.v_threshold), _flags(neuron, beta, v_threshold, x.shape[0])
     launch_steps_forward(leaky_forward_kernel, x, v, beta, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags, tuning)
 
 
 def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
+    """Fill dx, and dv if given. If ``parameters``, return partial sums of d beta and d theta. x must not be empty."""
     flags = _flags(neuron, beta, v_threshold, x.shape[0], SURROGATES[neuron.surrogate].id)
     return launch_steps_backward(
         leaky_backward_kernel, g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, dx, dv, parameters,

@@ -1,11 +1,12 @@
-"""LIF in Triton. A program holds a tile of neurons (rows x columns, columns contiguous) in registers while the steps go by.
+"""LIF in Triton. A program holds a tile of neurons (rows x columns, columns contiguous) in registers over all steps.
 
-All loads of a stretch of up to K steps are issued before the first is used. The walk back needs the charge h of every step: it
-is rebuilt in registers, from v, or for T > STRIDE from the membranes that the forward pass left in ``keep``. Arithmetic follows
-reference/lif.py operation by operation, compiled without fused multiply-adds; parameter gradients are summed per program and
-then over programs, never by atomics.
+The kernel issues all loads of a segment of up to K steps before it uses the first. The backward pass needs the charge h of
+every step. It recomputes h in registers, from v, or for T > LIF_CHECKPOINT_STEPS from the membranes that the forward pass
+stored in ``keep``. Arithmetic follows reference/lif.py operation by operation, compiled without fused multiply-adds. Parameter
+gradients are summed per program and then over programs, never by atomics.
 
-Numbers arrive as "fp64" and are rounded once to the state type; sizes that change from call to call are not specialised on.
+Numbers arrive as "fp64" and are rounded once to the state type. Triton does not specialise on sizes that change from call to
+call.
 """
 
 import math
@@ -16,19 +17,19 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE, layout_of_step, place_state
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
 from ..surrogate import SURROGATES
 from .tiles import (
     STATES,
     Grid,
     contiguous,
     divide,
+    gradient_view,
     is_per_channel,
     launch_steps_backward,
     launch_steps_forward,
     load_parameter,
-    placed_gradient,
-    placed_state,
+    maybe_step_view,
     store_sums,
     tile_of_program,
 )
@@ -39,7 +40,7 @@ _INVERSE_ROOT_PI: tl.constexpr = tl.constexpr(1 / math.sqrt(math.pi))
 
 @triton.jit
 def surrogate_derivative(z, alpha, KIND: tl.constexpr):
-    """ds/dz; KIND is the id in the table of surrogates."""
+    """Surrogate gradient ds/dz; KIND is the id in SURROGATES."""
     tl.static_assert(KIND <= 8, "unknown surrogate")
     m = tl.abs(z)
     if KIND == 0:
@@ -70,22 +71,22 @@ def surrogate_derivative(z, alpha, KIND: tl.constexpr):
 
 
 class Flags(NamedTuple):
-    """What a kernel of lif or lif_rate is compiled for."""
+    """Compile-time constants of the lif and lif_rate kernels."""
 
     SOFT: bool  # the reset subtracts the threshold
-    DECAY: bool  # the input decays, as the membrane does
+    DECAY: bool  # the leak divides the input too
     TAU_CHANNELS: bool  # tau is one element per column
     THETA_CHANNELS: bool
-    K: int  # steps held in registers; lif_rate: all steps, unrolled, or 0
-    LONG: bool = False  # there are more steps than K
+    K: int  # steps held in registers; lif_rate: T if the loop over steps is unrolled, else 0
+    LONG: bool = False  # T > K
     DETACH: bool = False  # no gradient through the reset
-    KIND: int = 0  # of the surrogate, the id in the table of surrogates
-    COUNTS: bool = False  # lif_rate gives the number of spikes, not their mean
+    KIND: int = 0  # id of the surrogate in SURROGATES
+    COUNTS: bool = False  # lif_rate returns the number of spikes, not their mean
 
 
 @triton.jit
 def charge(x, v, r, v_reset, SOFT: tl.constexpr, DECAY: tl.constexpr):
-    """h, and the membrane's distance from rest."""
+    """Return (charge h, distance of the membrane from its resting value)."""
     rest = v if SOFT else v - v_reset
     h = v + (x - rest) * r if DECAY else v - rest * r + x
     return h, rest
@@ -98,16 +99,17 @@ def reset_membrane(h, theta, v_reset, SOFT: tl.constexpr):
 
 @triton.jit
 def reset_membrane_at(h, z, v_reset, SOFT: tl.constexpr):
-    """The same from z = h - theta, bit for bit, for the walk back.
+    """Same as reset_membrane, bit for bit, computed from z = h - theta for the backward pass.
 
-    Written as above, every step would be one of the first pass, which compilers then keep instead: too many for the registers.
+    With reset_membrane, the compiler would recognise the values of the recomputed forward pass and keep them in registers
+    instead of computing them again: too many values, which spill.
     """
     return tl.where(z >= 0.0, z if SOFT else v_reset, h)
 
 
 @triton.jit
 def load_leak(tau_ptr, r, cols, mask, CHANNELS: tl.constexpr, STATE: tl.constexpr):
-    """r = 1/tau."""
+    """Load r = 1/tau."""
     p = load_parameter(tau_ptr, r, cols, mask, CHANNELS, STATE)
     return p if tau_ptr is None else divide(tl.full(p.shape, 1.0, STATE), p)
 
@@ -199,38 +201,40 @@ def lif_backward_kernel(
             if F.LONG:
                 if segment > 0:
                     start = tl.load(keep_ptr + first + (segment - 1) * keep_t + rows * keep_r + cols, mask=mask, other=0.0)
-            left = T - t0  # for the loads; the stores compare t0 + k with T, or the masks of all steps would be kept
+            # Loads compare with this, stores compare t0 + k with T. With one comparison for both, the compiler would keep the
+            # masks of all steps in registers.
+            steps_left = T - t0
             xs = ()
             gs = ()
             for k in tl.static_range(K):
-                m = mask & (k < left) if F.LONG else mask
+                m = mask & (k < steps_left) if F.LONG else mask
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
             hs = ()
             v = start
-            for k in tl.static_range(K):  # rebuild the charge
+            for k in tl.static_range(K):  # recompute the charge
                 h, rest = charge(xs[k].to(STATE), v, r_, reset, F.SOFT, F.DECAY)
                 hs = hs + (h,)
                 v = reset_membrane(h, th, reset, F.SOFT)
-            for k in tl.static_range(K - 1, -1, -1):  # walk back
+            for k in tl.static_range(K - 1, -1, -1):  # backward pass
                 m = mask & (t0 + k < T) if F.LONG else mask
                 h = hs[k]
                 z = h - th
-                fired = z >= 0.0  # as h >= th; see reset_membrane_at
+                fired = z >= 0.0  # equals h >= th; see reset_membrane_at
                 if g_seq_ptr is not None:
                     carry += tl.load(g_seq_ptr + first + (t0 + k) * g_seq_t + rows * g_seq_r + cols, mask=m, other=0.0)
                 slope = surrogate_derivative(z, a, F.KIND)
-                through = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # reaches the step function
+                ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 if not F.DETACH:
-                    through += carry * (-th if F.SOFT else reset - h)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
-                dh = through + (carry if F.SOFT else tl.where(fired, 0.0, carry))
+                    ds += carry * (-th if F.SOFT else reset - h)
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dz + (carry if F.SOFT else tl.where(fired, 0.0, carry))
                 if dr_ptr is not None:
                     before = reset_membrane_at(hs[k - 1], hs[k - 1] - th, reset, F.SOFT) if k > 0 else start
                     rest = before if F.SOFT else before - reset
                     sum_r += tl.where(m, dh * (xs[k].to(STATE) - rest if F.DECAY else -rest), 0.0)
-                    d_theta = through
+                    d_theta = dz
                     if F.SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)
@@ -245,7 +249,7 @@ def lif_backward_kernel(
 
 @triton.jit
 def _current(x_ptr, gate_ptr, x_at, gate_at, mask, STATE: tl.constexpr):
-    """(current, x, sigmoid(gate)); the last is 1 where there is no gate."""
+    """Return (current, x, sigmoid(gate)); without a gate the last value is 1."""
     x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(STATE)
     if gate_ptr is None:
         return x, x, 1.0
@@ -301,14 +305,18 @@ def lif_rate_forward_kernel(
 
 @triton.jit
 def _tangent(d_h, d_through, slope, fired, q, SOFT: tl.constexpr):
-    """(d s, d v after the reset) for a tangent d h of the charge; d_through is that of h - theta."""
+    """Return the tangents (d s, d v after the reset) for the tangents d_h of the charge and d_through of h - theta."""
     ds = slope * d_through
     return ds, (d_h if SOFT else tl.where(fired, 0.0, d_h)) + q * ds
 
 
 @triton.jit
 def _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS: tl.constexpr, F: tl.constexpr):
-    """One step of membrane and tangents. state = (v, v_x, s_x, v_r, s_r, v_th, s_th); v_x is dv/dx, s_x the sum of ds/dx."""
+    """Advance the membrane and its tangents by one step.
+
+    state = (v, v_x, s_x, v_r, s_r, v_th, s_th): v_x is dv/dx, s_x is the sum of ds/dx over the steps. The others are the same
+    for r and theta.
+    """
     v, v_x, s_x, v_r, s_r, v_th, s_th = state
     h, rest = charge(bounded, v, r_, reset, F.SOFT, F.DECAY)
     fired = h >= th
@@ -333,7 +341,10 @@ def lif_rate_backward_kernel(
     inputs, upstream, gradients, parameters, T, R, C, group, r: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One input and one output per neuron: tangents run along with the state, so no step is kept, whatever T."""
+    """Propagate the tangents forward in time together with the membrane.
+
+    This is cheap because a neuron has one input and one output. No step is stored, so the memory does not grow with T.
+    """
     x_ptr, x_r = inputs[0]
     gate_ptr, gate_r = inputs[1]
     g_ptr, g_r, g_c = upstream
@@ -354,7 +365,8 @@ def lif_rate_backward_kernel(
         mask = mask_c & (rows < R)
         g = tl.load(g_ptr + rows * g_r + (first + cols) * g_c, mask=mask, other=0.0).to(STATE)
         current, x, p = _current(x_ptr, gate_ptr, first + rows * x_r + cols, first + rows * gate_r + cols, mask, STATE)
-        # A hard reset hides an infinite current: it fires at every step, where no surrogate has a gradient, as at 1e30.
+        # A hard reset hides an infinite current: the neuron fires in every step, and every surrogate gradient is 0 there. A
+        # current of 1e30 gives the same result without infinities.
         bounded = current if F.SOFT else tl.where(current > 1e30, 1e30, current)
         zero = tl.zeros([BR, BC], STATE)
         state = (zero + reset, zero, zero, zero, zero, zero, zero)
@@ -391,18 +403,21 @@ def numbers_of(neuron):
 
 
 def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    """Fill s, and v_final, v_seq and checkpoint if given. x must not be empty."""
     T = x.shape[0]
-    flags = flags_of(neuron, tau, v_threshold, min(T, STRIDE), LONG=T > STRIDE)
+    flags = flags_of(neuron, tau, v_threshold, min(T, LIF_CHECKPOINT_STEPS), LONG=T > LIF_CHECKPOINT_STEPS)
     launch_steps_forward(
         lif_forward_kernel, x, v, tau, v_threshold, s, v_final, v_seq, checkpoint, numbers_of(neuron), flags, tuning
     )
 
 
 def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    """Fill dx, and dv if given. If ``parameters``, return partial sums of d r and d theta. x must not be empty."""
     T, kind = x.shape[0], SURROGATES[neuron.surrogate].id
-    flags = flags_of(neuron, tau, v_threshold, min(T, STRIDE), LONG=T > STRIDE, DETACH=neuron.detach_reset, KIND=kind)
+    flags = flags_of(
+        neuron, tau, v_threshold, min(T, LIF_CHECKPOINT_STEPS), LONG=T > LIF_CHECKPOINT_STEPS, DETACH=neuron.detach_reset,
+        KIND=kind,
+    )  # fmt: skip
     return launch_steps_backward(
         lif_backward_kernel, g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, dx, dv, parameters,
         (*numbers_of(neuron), neuron.alpha), flags, tuning,
@@ -410,30 +425,30 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning):
-    """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
-    flags = flags_of(neuron, tau, v_threshold, T if T <= STRIDE else 0, COUNTS=out.dtype == torch.uint8)
+    """Fill out with residual + rate, or with the spike counts if out is uint8. x must not be empty."""
+    flags = flags_of(neuron, tau, v_threshold, T if T <= LIF_CHECKPOINT_STEPS else 0, COUNTS=out.dtype == torch.uint8)
     per_channel = flags.TAU_CHANNELS or flags.THETA_CHANNELS
     layout = layout_of_step(x, out, per_channel)
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
         lif_rate_forward_kernel, x.device,
-        (place_state(layout, x), placed_state(layout, gate), placed_state(layout, residual)), place_state(layout, out),
+        (step_view(layout, x), maybe_step_view(layout, gate), maybe_step_view(layout, residual)), step_view(layout, out),
         (contiguous(tau), contiguous(v_threshold)), T, layout.R, layout.C, *numbers_of(neuron),
         F=flags, STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip
 
 
 def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters, tuning):
-    """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
-    K, kind = T if T <= STRIDE else 0, SURROGATES[neuron.surrogate].id
+    """Fill dx, and dgate if given. If ``parameters``, return partial sums of d r and d theta. x must not be empty."""
+    K, kind = T if T <= LIF_CHECKPOINT_STEPS else 0, SURROGATES[neuron.surrogate].id
     flags = flags_of(neuron, tau, v_threshold, K, DETACH=neuron.detach_reset, KIND=kind)
     per_channel = flags.TAU_CHANNELS or flags.THETA_CHANNELS
     layout = layout_of_step(x, dx, per_channel)
-    g, _, g_r, g_c = placed_gradient(layout, g.unsqueeze(0), g.dtype)
+    g, _, g_r, g_c = gradient_view(layout, g.unsqueeze(0), g.dtype)
     grid = Grid(tuning, layout, x.dtype, parameters, per_channel)
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
-        lif_rate_backward_kernel, x.device, (place_state(layout, x), placed_state(layout, gate)), (g, g_r, g_c),
-        (place_state(layout, dx), placed_state(layout, dgate), sums or (None, None)),
+        lif_rate_backward_kernel, x.device, (step_view(layout, x), maybe_step_view(layout, gate)), (g, g_r, g_c),
+        (step_view(layout, dx), maybe_step_view(layout, dgate), sums or (None, None)),
         (contiguous(tau), contiguous(v_threshold)), T, layout.R, layout.C, grid.group,
         *numbers_of(neuron), neuron.alpha, F=flags, STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip

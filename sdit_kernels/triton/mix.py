@@ -1,10 +1,10 @@
 """Token shift and squared ReLU in Triton.
 
-A row of a tile walks through a run of tokens and keeps the token before, normalised, in registers; a run reads one token (and
-going back one row of upstream gradients) more than it has, which its neighbour reads too. A norm needs all channels of a token
-in the tile: beyond Tuning.shift_channels of them a kernel of its own puts the sums over each token into ``stats`` first, x is
-read twice, and tiles hold some of the channels. Gradients of the mixes are summed per program and then over programs, never by
-atomics.
+A row of a tile loops over a run of tokens and holds the previous token, normalised, in registers. A run reads one token more
+than it has (and, in the backward pass, one more row of upstream gradients); the neighbouring run reads that token too. A norm
+needs all channels of a token in the tile. With more than Tuning.shift_channels channels, a separate kernel first writes the
+sums over each token to ``stats``. Then x is read twice, and a tile holds some of the channels. Gradients of the mixes are
+summed per program and then over programs, never by atomics.
 """
 
 from typing import NamedTuple
@@ -14,25 +14,25 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import layout_of_step, place_state, same_strides, sequences
+from ..layout import layout_of_step, same_strides, sequences, step_view
 from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
 
-_RUN, _RUN_BACK = 4, 8  # tokens
+_RUN, _RUN_BACK = 4, 8  # tokens per run: forward, backward
 
-_NO_NORM, _NORM, _STATS = 0, 1, 2  # what NORM says: none; of the rows of a tile; with the sums in ``stats``
+_NO_NORM, _NORM, _STATS = 0, 1, 2  # no norm; the norm of the rows of a tile; the norm from the sums in ``stats``
 
 
 class Flags(NamedTuple):
-    """What a kernel of token_shift is compiled for."""
+    """Compile-time constants of the token_shift kernels."""
 
     M: int  # mixes
-    RUN: int  # tokens that a row of a tile walks through
+    RUN: int  # tokens per run
     NORM: int  # _NO_NORM, _NORM or _STATS
 
 
 @triton.jit
-def _row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE: tl.constexpr):
-    """Token t of sequence b; for t = -1 the one before the sequence, for other t outside of it 0."""
+def _load_token(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE: tl.constexpr):
+    """Load token t of sequence b. t = -1 is the token before the sequence; other tokens outside the sequence are 0."""
     x = tl.load(x_ptr + b * x_b + t.to(tl.int64) * x_l + cols, mask=mask & (t >= 0) & (t < L), other=0.0).to(STATE)
     if last_ptr is not None:
         last = tl.load(last_ptr + b * last_b + cols, mask=mask & (t == -1), other=0.0).to(STATE)
@@ -41,8 +41,8 @@ def _row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE: tl.const
 
 
 @triton.jit
-def _normal(x, C, mask, eps, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
-    """(normalised rows, what they were scaled by); a row of zeros stays one."""
+def _normalize(x, C, mask, eps, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
+    """Return (normalised rows, their scale factors). A row of zeros stays a row of zeros."""
     if NORM == 0:
         return x, tl.full([x.shape[0], 1], 1.0, STATE)
     elif NORM == 1:
@@ -57,8 +57,8 @@ def _normal(x, C, mask, eps, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STA
 
 
 @triton.jit
-def _normal_backward(d, normal, scale, C, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
-    """From the gradient of normalised rows to that of the rows."""
+def _normalize_backward(d, normal, scale, C, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
+    """Return the gradient of the rows from the gradient d of the normalised rows."""
     if NORM == 0:
         return d
     elif NORM == 1:
@@ -70,8 +70,8 @@ def _normal_backward(d, normal, scale, C, stats_ptr, b, t, inside, L, NORM: tl.c
 
 
 @triton.jit
-def _place(r, chunks, runs, RUN: tl.constexpr):
-    """(sequence, first token, whether there is one) of runs r, which 32 bits count: a division of 64 bits is a call."""
+def _split_run(r, chunks, runs, RUN: tl.constexpr):
+    """Return (sequence, first token, True if the run exists) of runs r. r has 32 bits: a 64-bit division is a function call."""
     b = r // chunks
     return b.to(tl.int64), (r - b * chunks) * RUN, r < runs
 
@@ -88,15 +88,17 @@ def token_shift_forward_kernel(
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)[None, :]
-    b, t0, exists = _place((pid // blocks) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
+    b, t0, exists = _split_run((pid // blocks) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
     mask = (cols < C) & exists
     eps_ = tl.full([], eps, STATE)
     rows = ()
     for i in tl.static_range(RUN + 1):
-        rows = rows + (_row(x_ptr, last_ptr if i == 0 else None, b, t0 + i - 1, L, cols, mask, x_b, x_l, last_b, STATE),)
-    normal = ()  # all before the first output: with stores between them ptxas reloads, for sm_100, what it never spilt
+        rows = rows + (_load_token(x_ptr, last_ptr if i == 0 else None, b, t0 + i - 1, L, cols, mask, x_b, x_l, last_b, STATE),)
+    # All rows are normalised before the first store. With stores in between, ptxas for sm_100 reloads values that it never
+    # spilled.
+    normal = ()
     for i in tl.static_range(RUN + 1):
-        now, _ = _normal(rows[i], C, mask, eps_, stats_ptr, b, t0 + i - 1, exists & (t0 + i <= L), L, F.NORM, STATE)
+        now, _ = _normalize(rows[i], C, mask, eps_, stats_ptr, b, t0 + i - 1, exists & (t0 + i <= L), L, F.NORM, STATE)
         normal = normal + (now,)
     for i in tl.static_range(RUN):
         t = t0 + i
@@ -107,8 +109,8 @@ def token_shift_forward_kernel(
 
 
 @triton.jit
-def _upstream(gs, mixes_ptr, C, cols, mask, at, m: tl.constexpr, STATE: tl.constexpr):
-    """(upstream gradient, mix) of output m."""
+def _load_g(gs, mixes_ptr, C, cols, mask, at, m: tl.constexpr, STATE: tl.constexpr):
+    """Load (upstream gradient, mix) of output m."""
     g = tl.load(gs[m] + at + cols, mask=mask, other=0.0).to(STATE)
     return g, tl.load(mixes_ptr + m * C + cols, mask=cols < C, other=0.0)
 
@@ -133,25 +135,25 @@ def token_shift_backward_kernel(
     for _ in tl.static_range(M):
         sums = sums + (tl.zeros([BR, BC], STATE),)
     for j in range(group):
-        b, t0, exists = _place((block * group + j) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
+        b, t0, exists = _split_run((block * group + j) * BR + tl.arange(0, BR)[:, None], chunks, runs, RUN)
         mask = (cols < C) & exists
-        after = tl.zeros([BR, BC], STATE)  # what the token after sends back
+        after = tl.zeros([BR, BC], STATE)  # gradient from the next token
         for m in tl.static_range(M):
-            g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
+            g, mix = _load_g(gs, mixes_ptr, C, cols, mask & (t0 + RUN < L), b * g_b + (t0 + RUN).to(tl.int64) * g_l, m, STATE)
             after += g * (1.0 - mix)
-        after = tl.where(t0 + RUN < L, after, 0.0)  # behind the last token g is 0, but a mix may be infinite
-        x = _row(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
-        now, scale = _normal(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, F.NORM, STATE)
+        after = tl.where(t0 + RUN < L, after, 0.0)  # past the last token g is 0, but a mix may be infinite
+        x = _load_token(x_ptr, None, b, t0 + RUN - 1, L, cols, mask, x_b, x_l, last_b, STATE)
+        now, scale = _normalize(x, C, mask, eps_, stats_ptr, b, t0 + RUN - 1, exists & (t0 + RUN <= L), L, F.NORM, STATE)
         for i in range(RUN):
             t = t0 + (RUN - 1 - i)
-            x = _row(x_ptr, last_ptr, b, t - 1, L, cols, mask, x_b, x_l, last_b, STATE)
+            x = _load_token(x_ptr, last_ptr, b, t - 1, L, cols, mask, x_b, x_l, last_b, STATE)
             loaded = ()
             for m in tl.static_range(M):
-                loaded = loaded + (_upstream(gs, mixes_ptr, C, cols, mask & (t < L), b * g_b + t.to(tl.int64) * g_l, m, STATE),)
-            before, scale_before = _normal(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, F.NORM, STATE)
+                loaded = loaded + (_load_g(gs, mixes_ptr, C, cols, mask & (t < L), b * g_b + t.to(tl.int64) * g_l, m, STATE),)
+            before, scale_before = _normalize(x, C, mask, eps_, stats_ptr, b, t - 1, exists & (t <= L), L, F.NORM, STATE)
             d = after
             after = tl.zeros([BR, BC], STATE)
-            step = tl.where(t < L, now - before, 0.0)  # behind the last token g is 0, but the last token may be infinite
+            step = tl.where(t < L, now - before, 0.0)  # past the last token g is 0, but the last token may be infinite
             total = ()
             for m in tl.static_range(M):
                 g, mix = loaded[m]
@@ -160,12 +162,12 @@ def token_shift_backward_kernel(
                 total = total + (sums[m] + g * step,)
             after = tl.where(t < L, after, 0.0)
             sums = total
-            dx = _normal_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, F.NORM, STATE)
+            dx = _normalize_backward(d, now, scale, C, stats_ptr, b, t, exists & (t < L), L, F.NORM, STATE)
             tl.store(dx_ptr + (b * L + t) * C + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask & (t < L))
             now = before
             scale = scale_before
         if dlast_ptr is not None:
-            d = _normal_backward(after, now, scale, C, stats_ptr, b, t0 - 1, exists, L, F.NORM, STATE)
+            d = _normalize_backward(after, now, scale, C, stats_ptr, b, t0 - 1, exists, L, F.NORM, STATE)
             tl.store(dlast_ptr + b * C + cols, d.to(dlast_ptr.dtype.element_ty), mask=mask & (t0 == 0))
     if sums_ptr is not None:
         for m in tl.static_range(M):
@@ -176,7 +178,7 @@ def token_shift_backward_kernel(
 def token_shift_stats_kernel(
     inputs, mixes_ptr, upstream, stats_ptr, L, C, eps: "fp64", M: tl.constexpr, STATE: tl.constexpr, BC: tl.constexpr
 ):
-    """For a token of many channels: mean, scale, and where there are M > 0 upstream gradients, what the norm takes off d."""
+    """Compute per token the mean and scale and, if M > 0, the two sums over d that the gradient of the norm needs."""
     x_ptr, x_b, x_l = inputs[0]
     last_ptr, last_b = inputs[1]
     gs, g_b, g_l = upstream
@@ -186,13 +188,13 @@ def token_shift_stats_kernel(
     total = tl.zeros([1, BC], STATE)
     for c in range(0, C, BC):
         cols = c + tl.arange(0, BC)[None, :]
-        total += _row(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE)
+        total += _load_token(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE)
     inverse = 1.0 / tl.full([], C, STATE)
     mean = tl.sum(total) * inverse
     total = tl.zeros([1, BC], STATE)
     for c in range(0, C, BC):
         cols = c + tl.arange(0, BC)[None, :]
-        centred = _row(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE) - mean
+        centred = _load_token(x_ptr, last_ptr, b, t, L, cols, cols < C, x_b, x_l, last_b, STATE) - mean
         total += tl.where(cols < C, centred * centred, 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(total) * inverse + tl.full([], eps, STATE))
     tl.store(stats_ptr + r.to(tl.int64) * 4, mean)
@@ -205,12 +207,12 @@ def token_shift_stats_kernel(
             mask = cols < C
             d = tl.zeros([1, BC], STATE)
             for m in tl.static_range(M):
-                g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t >= 0), b * g_b + t.to(tl.int64) * g_l, m, STATE)
+                g, mix = _load_g(gs, mixes_ptr, C, cols, mask & (t >= 0), b * g_b + t.to(tl.int64) * g_l, m, STATE)
                 d += tl.where(t >= 0, g * mix, 0.0)
-                g, mix = _upstream(gs, mixes_ptr, C, cols, mask & (t + 1 < L), b * g_b + (t + 1).to(tl.int64) * g_l, m, STATE)
+                g, mix = _load_g(gs, mixes_ptr, C, cols, mask & (t + 1 < L), b * g_b + (t + 1).to(tl.int64) * g_l, m, STATE)
                 d += tl.where(t + 1 < L, g * (1.0 - mix), 0.0)
             sum_d += d
-            sum_dx += d * (_row(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE) - mean)
+            sum_dx += d * (_load_token(x_ptr, last_ptr, b, t, L, cols, mask, x_b, x_l, last_b, STATE) - mean)
         tl.store(stats_ptr + r.to(tl.int64) * 4 + 2, tl.sum(sum_d) * inverse)
         tl.store(stats_ptr + r.to(tl.int64) * 4 + 3, tl.sum(sum_dx) * scale * inverse)
 
@@ -223,7 +225,7 @@ def relu_squared_forward_kernel(inputs, output, R, C, STATE: tl.constexpr, BR: t
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask & (rows < R)
     x = tl.load(x_ptr + first + rows * x_r + cols, mask=mask, other=0.0).to(STATE)
-    x = tl.where(x < 0.0, 0.0, x)  # not maximum: a NaN stays
+    x = tl.where(x < 0.0, 0.0, x)  # tl.maximum would drop a NaN
     tl.store(out_ptr + first + rows * out_r + cols, (x * x).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -245,10 +247,10 @@ def relu_squared_backward_kernel(inputs, upstream, gradient, R, C, STATE: tl.con
 
 
 class _Shift:
-    """What both passes share: x, last and the mixes as the kernels take them, and tiles of one 16-byte access per thread.
+    """Arguments and tile sizes of both passes. A thread makes 16-byte accesses.
 
-    ``live``: rows that a program keeps in registers; where they do not fit, a norm takes its sums from ``stats``.
-    ``wide``: of the tensors that are moved, one whose elements make such an access.
+    ``live``: rows that a program holds in registers. If they do not fit, the norm reads its sums from ``stats``.
+    ``wide``: the tensor whose dtype sets the number of elements of a 16-byte access.
     """
 
     def __init__(self, tuning, x, last, mixes, norm_eps, run, live, wide, gs=()):
@@ -270,7 +272,7 @@ class _Shift:
         fits = fits and live * values * mixes.itemsize // 4 + 48 < min(255, 65536 * values // whole)
         self.norm = _NO_NORM if norm_eps is None else _NORM if fits else _STATS
         if self.norm == _STATS:
-            values = min(values, 4)  # beyond, the sums of 16-bit data spill
+            values = min(values, 4)  # with more, the sums of 16-bit data spill registers
         elements = tuning.elementwise_threads * values
         columns = whole if self.norm == _NORM else min(whole, elements)
         rows = elements // columns if 2 * columns < elements else 1
@@ -293,7 +295,7 @@ class _Shift:
 
 
 def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
-    """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
+    """Fill the contiguous outs. mixes is (M, C), contiguous, in the state type. x must not be empty."""
     s = _Shift(tuning, x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
     s.find_stats()
     programs = cdiv(s.runs, s.BR) * cdiv(s.C, s.BC)
@@ -304,9 +306,9 @@ def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
 
 
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tuning):
-    """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
+    """Fill dx, and dlast if given, both contiguous. If ``parameters``, return partial sums of d mixes, (groups, M, C)."""
     gs = same_strides([sequences(g) for g in gs])
-    s = _Shift(tuning, x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # by narrower gradients, two mixes spill
+    s = _Shift(tuning, x, last, mixes, norm_eps, _RUN_BACK, 2 * len(gs) + 8, x, gs)  # wide=gs[0] makes two mixes spill
     s.find_stats()
     blocks, tiles = cdiv(s.C, s.BC), cdiv(s.runs, s.BR)
     group = cdiv(tiles * blocks, tuning.sum_programs) if parameters else 1
@@ -320,18 +322,18 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
 
 
 def relu_squared_forward(x, out, tuning):
-    """Fill out. x is not empty."""
+    """Fill out. x must not be empty."""
     layout = layout_of_step(x, out, False)
     Grid(tuning, layout, x.dtype, False).launch(
-        relu_squared_forward_kernel, x.device, place_state(layout, x), place_state(layout, out), layout.R, layout.C,
+        relu_squared_forward_kernel, x.device, step_view(layout, x), step_view(layout, out), layout.R, layout.C,
         STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip
 
 
 def relu_squared_backward(g, x, dx, tuning):
-    """Fill dx. x is not empty."""
+    """Fill dx. x must not be empty."""
     layout = layout_of_step(x, dx, False)
-    x_, g_, dx_ = (place_state(layout, t) for t in (x, g, dx))
+    x_, g_, dx_ = (step_view(layout, t) for t in (x, g, dx))
     Grid(tuning, layout, x.dtype, False).launch(
         relu_squared_backward_kernel, x.device, x_, g_, dx_, layout.R, layout.C, STATE=STATES[state_dtype(x.dtype)]
     )

@@ -1,18 +1,19 @@
-"""WKV scans that drive LIF neurons, in Triton. A thread walks the tokens of one channel with the scan states of all T steps.
+"""WKV scans that drive LIF neurons, in Triton. A thread holds one channel and the scan states of all T steps.
 
-A tile is some pairs of step and token; its loads are all issued before the first is used. At a tile's entry the states go
-through the form in which they are kept, (a, b, o), so that the backward pass, which walks each tile again from there, takes up
-the very numbers that the forward pass went on with; and both compute a current by the same operations, without implicit fused
-multiply-adds. So every spike comes out again.
+A thread loops over tiles of tokens. A tile is a number of pairs (time step, token). The kernel issues all loads of a tile
+before it uses the first. At the start of a tile, the states are rounded to the form in which a checkpoint stores them,
+(a, b, o). The backward pass starts each tile from the checkpoint, so it continues with the numbers that the forward pass used.
+Both passes compute a current by the same operations, without implicit fused multiply-adds. So the backward pass recomputes
+every spike bit for bit.
 
-The arithmetic is that of triton/wkv.py, but for one thing: both exponents of a token are taken from q = k - o, as u + q and
-q - w. What the walk back needs of a token is then three numbers per step, (a, b, q), which stay in registers for 8 pairs;
-16 would take all 255 and spill. The tokens of a tile before those are walked again. Membranes and currents are made again token
-by token, the last first.
+The arithmetic is the arithmetic of triton/wkv.py with one difference: both exponents of a token come from q = k - o, as u + q
+and q - w. So the backward pass needs three numbers per token and step, (a, b, q). They stay in registers for 8 pairs; 16 pairs
+would take all 255 registers and spill. The backward pass recomputes the states over the earlier tokens of the tile. It
+recomputes membranes and currents token by token, the last token first.
 
-One thread for each of B * C is too few where B * C is small. Below Tuning.spiking_min_channels_fused the launchers run the
-kernels of wkv, which cut the tokens into chunks, and those of lif, on a current in the state's precision that lives as long as
-the call.
+One thread per channel of each sequence leaves the GPU idle if B * C is small. Below Tuning.spiking_min_channels_fused, the
+launchers run the kernels of wkv, which also split the tokens into chunks, and the kernels of lif. The current between them has
+the precision of the state and is freed at the end of the call.
 """
 
 from typing import NamedTuple
@@ -43,25 +44,25 @@ from .wkv import (
 
 
 class Flags(NamedTuple):
-    """What a kernel of spiking_wkv is compiled for."""
+    """Compile-time constants of the spiking_wkv kernels."""
 
-    BC: int  # channels of a program
-    T: int  # simulation steps
-    TOKENS: int  # of a tile
+    BC: int  # channels per program
+    T: int  # time steps
+    TOKENS: int  # tokens per tile
     RATE: bool  # the output is the mean of the spikes over T
-    RAW: bool  # w is -exp(time_decay)
+    LOG_OF_RATE: bool  # w is -exp(time_decay)
     SOFT: bool  # the reset subtracts the threshold
-    DECAY: bool  # the input decays, as the membrane does
+    DECAY: bool  # the leak divides the input too
     TAU_CHANNELS: bool  # tau is one element per channel
     THETA_CHANNELS: bool
     HELD: int = 0  # tokens that the backward pass holds in registers
     DETACH: bool = False  # no gradient through the reset
-    KIND: int = 0  # of the surrogate, the id in the table of surrogates
+    KIND: int = 0  # id of the surrogate in SURROGATES
 
 
 @triton.jit
-def _take_in(k, v, state, w):
-    """(state after the token, q)."""
+def _include_token(k, v, state, w):
+    """Return (state after the token, q)."""
     a, b, ka, n = state
     q = tl.fma(-n, w, k - ka)
     d = q - w
@@ -70,8 +71,8 @@ def _take_in(k, v, state, w):
 
 
 @triton.jit
-def _mean(a, b, q, v, u2):
-    """y, and the shares in it of the state (per unit of b) and of the token."""
+def _weighted_mean(a, b, q, v, u2):
+    """Return y, the weight of the state in y (per unit of b), and the weight of the token in y."""
     own = own_weight(q, u2)
     inverse = reciprocal(at_least_tiny(b + own))
     return (a + own * v) * inverse, inverse, own * inverse
@@ -83,8 +84,8 @@ def _sigmoid(r):
 
 
 @triton.jit
-def _program(C, BC: tl.constexpr):
-    """(sequence, channels, mask)."""
+def _locate_program(C, BC: tl.constexpr):
+    """Return (sequence, channels, mask) of this program."""
     blocks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)
@@ -92,15 +93,18 @@ def _program(C, BC: tl.constexpr):
 
 
 @triton.jit
-def _first_token(tile, L, TOKENS: tl.constexpr):
-    """tile * TOKENS, by a way that hides from LLVM that it grows evenly: else a pointer per load and store of a tile goes round
-    the loop, in more registers than there are."""
+def _opaque_first_token(tile, L, TOKENS: tl.constexpr):
+    """Return tile * TOKENS. The xor with 0 hides from LLVM that the value grows by a constant step.
+
+    LLVM would otherwise carry one pointer per load and store of a tile through the loop, which takes more registers than a
+    thread has.
+    """
     return (tile * TOKENS ^ (L >> 31)).to(tl.int64)
 
 
 @triton.jit
 def _load_tile(ptr, x_t, x_l, t0, left, mask, other, T: tl.constexpr, TOKENS: tl.constexpr):
-    """Values of all steps and tokens, token by token."""
+    """Load the values of all steps and tokens of a tile, ordered by token."""
     xs = ()
     x_t = tl.cast(x_t, tl.int64)
     for j in tl.static_range(TOKENS):
@@ -114,7 +118,7 @@ def spiking_wkv_forward_kernel(
     inputs, parameters, states_in, outputs, B, L, C, plane, leak: "fp64", theta: "fp64", v_reset: "fp64",
     F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    """keep: the states that enter each tile, (3, T, B, tiles, C)."""
+    """Scan and fire. keep receives the states at the start of each tile, (3, T, B, tiles, C)."""
     k_ptr, k_t, k_b, k_l = inputs[0]
     v_ptr, v_t, v_b, v_l = inputs[1]
     r_ptr, r_t, r_b, r_l = inputs[2]
@@ -124,8 +128,8 @@ def spiking_wkv_forward_kernel(
     out_ptr, ybar_out_ptr, lse_out_ptr, m_out_ptr, keep_ptr = outputs
     T: tl.constexpr = F.T
     TOKENS: tl.constexpr = F.TOKENS
-    sequence, cols, mask = _program(C, F.BC)
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
+    sequence, cols, mask = _locate_program(C, F.BC)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
     leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
     th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
     reset = tl.full([], v_reset, STATE)
@@ -135,7 +139,7 @@ def spiking_wkv_forward_kernel(
     for t in tl.static_range(T):
         states = states + (load_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
     for i in range(tiles):
-        t0 = _first_token(i, L, TOKENS)
+        t0 = _opaque_first_token(i, L, TOKENS)
         left = L - t0
         ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, TOKENS)
         vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, TOKENS)
@@ -158,9 +162,9 @@ def spiking_wkv_forward_kernel(
             after = ()
             for t in tl.static_range(T):
                 k, v = ks[j * T + t].to(STATE), vs[j * T + t].to(STATE)
-                state, q = _take_in(k, v, states[t], w)
+                state, q = _include_token(k, v, states[t], w)
                 after = after + (state,)
-                y, _, _ = _mean(states[t][0], states[t][1], q, v, u2)
+                y, _, _ = _weighted_mean(states[t][0], states[t][1], q, v, u2)
                 if r_ptr is not None:
                     y = _sigmoid(rs[j * T + t].to(STATE)) * y
                 h, _ = charge(y, x, leak_, reset, F.SOFT, F.DECAY)
@@ -177,7 +181,7 @@ def spiking_wkv_forward_kernel(
             if m_out_ptr is not None:
                 tl.store(m_out_ptr + at, x, mask=m)
     if ybar_out_ptr is not None:
-        behind = (tiles * TOKENS - L).to(STATE)  # tokens that the last tile had too many
+        behind = (tiles * TOKENS - L).to(STATE)  # tokens of the last tile that are past the end
         for t in tl.static_range(T):
             a, b, ka, n = states[t]
             seen = b != 0.0
@@ -204,8 +208,8 @@ def spiking_wkv_backward_kernel(
     T: tl.constexpr = F.T
     TOKENS: tl.constexpr = F.TOKENS
     HELD: tl.constexpr = F.HELD
-    sequence, cols, mask = _program(C, F.BC)
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.RAW, STATE)
+    sequence, cols, mask = _locate_program(C, F.BC)
+    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
     leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
     th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
     reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
@@ -220,7 +224,7 @@ def spiking_wkv_backward_kernel(
     for i in range(tiles * PARTS):
         part = tiles * PARTS - 1 - i
         tile = part // PARTS
-        t0 = _first_token(part, L, HELD)
+        t0 = _opaque_first_token(part, L, HELD)
         left = L - t0
         ks = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t0, left, mask, -float("inf"), T, HELD)
         vs = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t0, left, mask, 0.0, T, HELD)
@@ -228,20 +232,20 @@ def spiking_wkv_backward_kernel(
         for t in tl.static_range(T):
             states = states + (load_state(keep_ptr, ((t * B + sequence) * tiles + tile) * C + cols, plane, mask),)
         for earlier in range(tile * PARTS, part):
-            t1 = _first_token(earlier, L, HELD)
+            t1 = _opaque_first_token(earlier, L, HELD)
             ks_ = _load_tile(k_ptr + sequence * k_b + cols, k_t, k_l, t1, L - t1, mask, -float("inf"), T, HELD)
             vs_ = _load_tile(v_ptr + sequence * v_b + cols, v_t, v_l, t1, L - t1, mask, 0.0, T, HELD)
             for j in tl.static_range(HELD):
                 after = ()
                 for t in tl.static_range(T):
-                    state, _ = _take_in(ks_[j * T + t].to(STATE), vs_[j * T + t].to(STATE), states[t], w)
+                    state, _ = _include_token(ks_[j * T + t].to(STATE), vs_[j * T + t].to(STATE), states[t], w)
                     after = after + (state,)
                 states = after
         past = ()
         for j in tl.static_range(HELD):
             after = ()
             for t in tl.static_range(T):
-                state, q = _take_in(ks[j * T + t].to(STATE), vs[j * T + t].to(STATE), states[t], w)
+                state, q = _include_token(ks[j * T + t].to(STATE), vs[j * T + t].to(STATE), states[t], w)
                 after = after + (state,)
                 past = past + ((states[t][0], states[t][1], q),)
             states = after
@@ -275,9 +279,9 @@ def spiking_wkv_backward_kernel(
             else:
                 carry = zero
             steps = ()
-            for t in tl.static_range(T):  # the neuron again
+            for t in tl.static_range(T):  # recompute the neuron
                 a, b, q = past[j * T + t]
-                y, seen, own = _mean(a, b, q, vs[j * T + t].to(STATE), u2)
+                y, seen, own = _weighted_mean(a, b, q, vs[j * T + t].to(STATE), u2)
                 p = zero
                 current = y
                 if r_ptr is not None:
@@ -292,23 +296,23 @@ def spiking_wkv_backward_kernel(
                 h, apart, seen, own, p = steps[t]
                 a, b, q = past[j * T + t]
                 v = vs[j * T + t].to(STATE)
-                y = tl.where(j < left, seen * a + own * v, 0.0)  # as in wkv
+                y = tl.where(j < left, seen * a + own * v, 0.0)  # y may be infinite past the last token
                 z = h - th
                 fired = z >= 0.0
                 slope = surrogate_derivative(z, a_, F.KIND)
-                through = zero  # reaches the step function
+                ds = zero  # gradient of the spike
                 if g_ptr is not None:
                     g = tl.load(
                         g_ptr + sequence * g_b + t * tl.cast(g_t, tl.int64) + (t0 + j) * g_l + cols, mask=m, other=0.0
                     ).to(STATE)
-                    through += g * (1.0 / T) if F.RATE else g
+                    ds += g * (1.0 / T) if F.RATE else g
                 if not F.DETACH:
-                    through += carry * (-th if F.SOFT else reset - h)
-                through = tl.where(slope == 0.0, 0.0, through * slope)  # an infinite h is hidden by the reset
-                dh = through + (carry if F.SOFT else tl.where(fired, 0.0, carry))
+                    ds += carry * (-th if F.SOFT else reset - h)
+                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
+                dh = dz + (carry if F.SOFT else tl.where(fired, 0.0, carry))
                 if d_leak_ptr is not None:
                     sum_leak += tl.where(m, dh * apart, 0.0)
-                    d_theta = through
+                    d_theta = dz
                     if F.SOFT:
                         d_theta += tl.where(fired, carry, 0.0)
                     sum_theta -= tl.where(m, d_theta, 0.0)
@@ -347,8 +351,8 @@ def spiking_wkv_backward_kernel(
 # --- launchers: the same signatures as in cpu/spiking_wkv.py ----------------------------------------------------------------
 
 
-def _placed(t, axes=3):
-    """(tensor, strides of all its axes but the channels), channels contiguous."""
+def _with_strides(t, axes=3):
+    """Return (tensor, strides of all its axes except the channels), with contiguous channels."""
     if t is None:
         return None, *[0] * axes
     if t.stride(-1) != 1 and t.shape[-1] > 1:
@@ -364,37 +368,40 @@ def _launch(kernel, k, flags, tuning, *args):
     )  # fmt: skip
 
 
-def _flags(tuning, neuron, tau, v_threshold, T, rate, raw, **flags):
+def _flags(tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate, **flags):
     channels = is_per_channel(tau), is_per_channel(v_threshold)
     rules = neuron.v_reset is None, neuron.decay_input
-    return Flags(tuning.spiking_threads, T, spiking_tile(T, "triton", tuning), rate, raw, *rules, *channels, **flags)
+    tokens = spiking_tile(T, "triton", tuning)
+    return Flags(tuning.spiking_threads, T, tokens, rate, decay_is_log_of_rate, *rules, *channels, **flags)
 
 
 def _steps_as_batch(*tensors):
-    """(T, B, ...) as (T B, ...)."""
+    """Reshape (T, B, ...) to (T B, ...)."""
     return [None if t is None else t.flatten(0, 1) for t in tensors]
 
 
-def _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning):
-    """y and the states by the kernels of wkv, whose checkpoints, further apart, take what they need of the same memory."""
+def _run_wkv_kernels(k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning):
+    """Compute y and the states with the kernels of wkv. Their checkpoint needs fewer rows; it is a slice of ``checkpoint``."""
     T, B, L, _ = k.shape
     if checkpoint is not None:
         checkpoint = checkpoint[None, :, : wkv_rows(T * B, L, None, tuning.wkv_checkpoint_tokens)]
     k, v, r, ybar, lse, y, ybar_out, lse_out = _steps_as_batch(k, v, r, ybar, lse, y, ybar_out, lse_out)
-    wkv.wkv_forward(k, v, r, decay, first, raw, ybar, lse, None, 0, False, "auto", y, ybar_out, lse_out, checkpoint, tuning)
+    wkv.wkv_forward(
+        k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, None, 0, False, "auto", y, ybar_out, lse_out, checkpoint, tuning
+    )
     return checkpoint
 
 
 def spiking_wkv_forward(
-    k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out, membrane_out,
-    checkpoint, tuning,
+    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out,
+    membrane_out, checkpoint, tuning,
 ):  # fmt: skip
-    """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
+    """Fill out, and the final states and the checkpoint if given. k must not be empty."""
     T, B, L, C = k.shape
     channels = B * C
     if channels < tuning.spiking_min_channels_fused:
         y = torch.empty(k.shape, dtype=state_dtype(k.dtype), device=k.device)
-        _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning)
+        _run_wkv_kernels(k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning)
         spikes = torch.empty_like(y, dtype=out.dtype) if rate else out
         lif.lif_forward(y, membrane, tau, v_threshold, neuron, spikes, membrane_out, None, None, tuning)
         if rate:
@@ -402,27 +409,27 @@ def spiking_wkv_forward(
         return
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _launch(
-        spiking_wkv_forward_kernel, k, _flags(tuning, neuron, tau, v_threshold, T, rate, raw), tuning,
-        (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
-        (decay.contiguous(), first.contiguous(), contiguous(tau), contiguous(v_threshold)), (ybar, lse),
+        spiking_wkv_forward_kernel, k, _flags(tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate), tuning,
+        (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2)),
+        (decay.contiguous(), bonus.contiguous(), contiguous(tau), contiguous(v_threshold)), (ybar, lse),
         (out, ybar_out, lse_out, membrane_out, checkpoint), B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
         *numbers_of(neuron),
     )  # fmt: skip
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, first, raw, ybar, lse, membrane, tau, v_threshold, checkpoint, neuron, rate,
-    parameters, dk, dv, dr, d_decay, d_first, d_ybar, d_lse, d_membrane, tuning,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
+    checkpoint, neuron, rate, parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
-    """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty."""
+    """Fill the gradients that are given. Return partial sums of d 1/tau and d v_threshold, or None. k must not be empty."""
     T, B, L, C = k.shape
     state, channels = state_dtype(k.dtype), B * C
     upstream = g_ybar, g_lse, g_membrane
     g_ybar, g_lse, g_membrane = (None if t is None else t.to(state).contiguous() for t in upstream)
     if channels < tuning.spiking_min_channels_fused:
         y = torch.empty(k.shape, dtype=state, device=k.device)
-        # as forward, bit for bit
-        checkpoint = _walk_alone(k, v, r, decay, first, raw, ybar, lse, y, None, None, checkpoint, tuning)
+        # Recompute the current of the forward pass, bit for bit.
+        checkpoint = _run_wkv_kernels(k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, y, None, None, checkpoint, tuning)
         if g is not None:
             g = (g.to(state) / T if rate else g).expand(k.shape)
         dy = torch.empty_like(y)
@@ -435,26 +442,27 @@ def spiking_wkv_backward(
             dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse
         )
         wkv.wkv_backward(
-            dy, g_ybar, g_lse, k, v, r, decay, first, raw, ybar, lse, checkpoint, None, 0, False, "auto",
-            dk, dv, dr, d_decay, d_first, d_ybar, d_lse, tuning,
+            dy, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint, None, 0, False, "auto",
+            dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, tuning,
         )  # fmt: skip
         return sums
     flags = _flags(
-        tuning, neuron, tau, v_threshold, T, rate, raw,
+        tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate,
         HELD=min(spiking_tile(T, "triton", tuning), max(1, tuning.spiking_held_pairs // T)),
         DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
     )  # fmt: skip
-    dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))  # each of them aligned
+    # Separate tensors, so that each is aligned.
+    dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))
     g = None if g is None else g.to(k.dtype).expand(k.shape)
     if g_ybar is not None or g_lse is not None:
         g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
     decay = decay.contiguous()
     _launch(
-        spiking_wkv_backward_kernel, k, flags, tuning, (_placed(g), (g_ybar, g_lse, g_membrane)),
-        (_placed(k), _placed(v), _placed(r), _placed(membrane, 2)),
-        (decay, first.contiguous(), contiguous(tau), contiguous(v_threshold)), checkpoint,
+        spiking_wkv_backward_kernel, k, flags, tuning, (_with_strides(g), (g_ybar, g_lse, g_membrane)),
+        (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2)),
+        (decay, bonus.contiguous(), contiguous(tau), contiguous(v_threshold)), checkpoint,
         (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, *(sums or (None, None))), B, L, C, checkpoint.stride(0),
         *numbers_of(neuron), neuron.alpha,
     )  # fmt: skip
-    wkv.parameter_sums(dw, du, decay, raw, d_decay, d_first, tuning)
+    wkv.parameter_sums(dw, du, decay, decay_is_log_of_rate, d_decay, d_bonus, tuning)
     return sums or None

@@ -1,12 +1,12 @@
-"""What the kernels and launchers of several files share: dtypes, tiles, placement, launches, parameters and their sums.
+"""Helpers that several Triton files share: dtypes, tiles, strides, launches, parameters and the sums of their gradients.
 
-Launchers run in Python in front of every kernel, so they count: triton.cdiv and triton.next_power_of_2 unwrap their arguments
-for compiled code first, which costs several times what they compute.
+The Python code of a launcher runs before every kernel, so its time matters. triton.cdiv and triton.next_power_of_2 first
+unwrap their arguments for compiled code, which takes several times as long as the arithmetic; this file has its own versions.
 
-A tensor and its strides are one argument of a kernel, a tuple; tensors with the same role are a tuple of these. Triton
-specialises on the content of a tuple as on other arguments. Sizes that change from call to call stay outside, because
-do_not_specialize does not reach into tuples. Real numbers stay outside, because in a tuple they become float32. All flags are
-one record F. The dtype STATE is not in it, because hooks of Triton's compiler write constants as JSON, where a record
+A kernel takes a tensor and its strides as one tuple, and tensors with the same role as a tuple of these tuples. Triton
+specialises on the content of a tuple as on other arguments. Sizes that change from call to call are separate arguments, because
+do_not_specialize does not reach into tuples. Real numbers are separate arguments, because in a tuple they become float32. All
+flags are one record F. The dtype STATE is not in F, because hooks of Triton's compiler write constants as JSON, where a record
 cannot hold a dtype.
 """
 
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import STRIDE, layout_of, place, place_state
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view, step_view
 
-_KEPT = 128  # fewer values than this are kept per thread for the walk back: compile_report.py finds spills beyond
+# A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
+_MAX_HELD_VALUES = 128
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -28,12 +29,12 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int) -> int:
-    """The least that is n or more."""
+    """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
 
 
 def launch(kernel, programs, device, *args, **flags):
-    """Triton launches on the current device; make that the tensors'."""
+    """Launch on the device of the tensors: Triton launches on the current device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*args, **flags)
@@ -43,7 +44,7 @@ def launch(kernel, programs, device, *args, **flags):
 
 @functools.cache
 def warps_of(threads: int) -> int:
-    """So many threads in warps of the device's size; the interpreter has none."""
+    """Number of warps for this many threads on the current device. The interpreter has no warps; 4 is Triton's default."""
     if triton.knobs.runtime.interpret:
         return 4
     size = triton.runtime.driver.active.get_current_target().warp_size
@@ -51,17 +52,17 @@ def warps_of(threads: int) -> int:
 
 
 class Grid:
-    """Tiles of one 16-byte access per thread, and rows grouped so that partial sums stay few.
+    """Tile sizes and the number of programs: one 16-byte access per thread, and groups of rows, so that partial sums are few.
 
-    Tile sizes depend on the kernel's variant and on C alone (where there are rows), so that no batch size compiles anew. Where
-    more values per neuron are ``kept`` than a thread has registers for, its accesses are of 8 or 4 bytes. ``per_channel``: the
-    columns are channels, even of a single row.
+    Tile sizes depend only on the variant of the kernel and, if there are rows, on C. So a new batch size does not compile a new
+    kernel. ``held``: values per neuron that a thread holds; if they exceed its registers, its accesses are of 8 or 4 bytes.
+    ``per_channel``: the columns are channels, even if there is a single row.
     """
 
-    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, kept=0):
+    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, held=0):
         self.threads = tuning.elementwise_threads
         elements = self.threads * 16 // dtype.itemsize
-        while kept * elements // self.threads >= _KEPT:
+        while held * elements // self.threads >= _MAX_HELD_VALUES:
             elements //= 2
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
@@ -73,7 +74,8 @@ class Grid:
 
     def partial_sums(self, layout, per_channel, like):
         shape = (self.groups, layout.C) if per_channel else (self.programs,)
-        # not two halves of one: where the second begins would be aligned for some batches only, and kernels compile for it
+        # Two tensors, not two halves of one: the address of the second half is aligned for some batch sizes only, and Triton
+        # compiles another kernel for an unaligned address.
         return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(2))
 
     def launch(self, kernel, device, *args, **flags):
@@ -85,20 +87,20 @@ def is_per_channel(p):
     return p is not None and p.numel() > 1
 
 
-def placed(layout, t):
-    return (None, 0, 0) if t is None else place(layout, t)
+def maybe_row_view(layout, t):
+    return (None, 0, 0) if t is None else row_view(layout, t)
 
 
-def placed_state(layout, t):
-    return (None, 0) if t is None else place_state(layout, t)
+def maybe_step_view(layout, t):
+    return (None, 0) if t is None else step_view(layout, t)
 
 
-def placed_gradient(layout, g, dtype):
-    """(tensor, strides of T, R and C) of an upstream gradient; one repeated value is read in place."""
+def gradient_view(layout, g, dtype):
+    """Return (tensor, strides of T, R and C) of an upstream gradient. A single repeated value is read in place."""
     if g is None:
         return None, 0, 0, 0
     g = g.to(dtype)
-    return (g, 0, 0, 0) if not any(g.stride()) else (*place(layout, g), 1)
+    return (g, 0, 0, 0) if not any(g.stride()) else (*row_view(layout, g), 1)
 
 
 def contiguous(p):
@@ -113,27 +115,30 @@ def launch_steps_forward(kernel, x, v, first, v_threshold, s, v_final, v_seq, ch
     """Launch a forward kernel over T steps of a neuron whose parameters are ``first`` (tau or beta) and v_threshold."""
     per_channel = is_per_channel(first) or is_per_channel(v_threshold)
     layout = layout_of(x, s, per_channel)
-    outputs = place(layout, as_bytes(s)), placed_state(layout, v_final), placed(layout, v_seq), placed(layout, checkpoint)
+    outputs = (
+        row_view(layout, as_bytes(s)), maybe_step_view(layout, v_final), maybe_row_view(layout, v_seq),
+        maybe_row_view(layout, checkpoint),
+    )  # fmt: skip
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
-        kernel, x.device, (place(layout, x), placed_state(layout, v)), outputs, (contiguous(first), contiguous(v_threshold)),
-        x.shape[0], layout.R, layout.C, *numbers, F=flags, STATE=STATES[state_dtype(x.dtype)],
+        kernel, x.device, (row_view(layout, x), maybe_step_view(layout, v)), outputs, (contiguous(first),
+        contiguous(v_threshold)), x.shape[0], layout.R, layout.C, *numbers, F=flags, STATE=STATES[state_dtype(x.dtype)],
     )  # fmt: skip
 
 
 def launch_steps_backward(
     kernel, g, g_v, g_seq, x, v, first, v_threshold, checkpoint, dx, dv, parameters, numbers, flags, tuning
 ):  # fmt: skip
-    """Launch a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
+    """Launch a backward kernel. If ``parameters``, return the partial sums of the gradients of the parameters."""
     per_channel = is_per_channel(first) or is_per_channel(v_threshold)
     layout = layout_of(x, dx, per_channel)
     T, state = x.shape[0], state_dtype(x.dtype)
-    inputs = place(layout, x), placed_state(layout, v), placed(layout, checkpoint if checkpoint.numel() else None)
+    inputs = row_view(layout, x), maybe_step_view(layout, v), maybe_row_view(layout, checkpoint if checkpoint.numel() else None)
     g_v, g_seq = (None if t is None else t.to(state) for t in (g_v, g_seq))
-    upstream = placed_gradient(layout, g, x.dtype), placed_state(layout, g_v), placed(layout, g_seq)
-    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, kept=min(T, STRIDE) * (2 if parameters else 1))
+    upstream = gradient_view(layout, g, x.dtype), maybe_step_view(layout, g_v), maybe_row_view(layout, g_seq)
+    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, held=min(T, LIF_CHECKPOINT_STEPS) * (2 if parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x) if parameters else None
     grid.launch(
-        kernel, x.device, inputs, upstream, (place(layout, dx), placed_state(layout, dv), sums or (None, None)),
+        kernel, x.device, inputs, upstream, (row_view(layout, dx), maybe_step_view(layout, dv), sums or (None, None)),
         (contiguous(first), contiguous(v_threshold)), T, layout.R, layout.C, grid.group,
         *numbers, F=flags, STATE=STATES[state],
     )  # fmt: skip
@@ -145,13 +150,13 @@ def launch_steps_backward(
 
 @triton.jit
 def divide(a, b):
-    """a / b rounded to nearest: ``/`` on float32 is approximate on NVIDIA."""
+    """a / b rounded to nearest. ``/`` on float32 is approximate on NVIDIA GPUs."""
     return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
 
 
 @triton.jit
 def load_parameter(ptr, value, cols, mask, CHANNELS: tl.constexpr, STATE: tl.constexpr):
-    """A number, a scalar tensor, or one element per column, (1, BC) in the state type."""
+    """Load a parameter in the state type: a number, a scalar tensor, or one element per column, (1, BC)."""
     if ptr is None:
         return tl.full([], value, STATE)
     elif CHANNELS:
@@ -162,7 +167,7 @@ def load_parameter(ptr, value, cols, mask, CHANNELS: tl.constexpr, STATE: tl.con
 
 @triton.jit
 def tile_of_program(R, C, group, BR: tl.constexpr, BC: tl.constexpr):
-    """(index of the row group, first row, columns, mask of columns) of this program."""
+    """Return (index of the row group, first row, first column, columns within the tile, mask of columns) of this program."""
     chunks = tl.cdiv(C, BC)
     pid = tl.program_id(0)
     block = pid // chunks
@@ -176,7 +181,7 @@ def store_sums(
     dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c,
     TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of d r and d theta: a row per group where there is a parameter per channel, else one number."""
+    """Store this program's partial sums of d r and d theta: one row per group for a parameter per channel, else one number."""
     if dr_ptr is not None:
         if TAU_CHANNELS or THETA_CHANNELS:
             at = block.to(tl.int64) * C + first + cols
