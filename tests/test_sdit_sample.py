@@ -81,7 +81,7 @@ def test_an_image_depends_on_its_seed_number_and_label_alone(sampler, changes):
 def test_the_chain_is_the_schedulers():
     model = Pointwise()
     images = sample(model, [2], steps=7, seed=1)
-    generator = module._generator(1, 0)
+    generator = module._make_generator(1, 0)
     x = torch.randn(1, 1, 4, 4, generator=generator)
     scheduler = make_scheduler("ddpm", 7, model.config)
     model.eval()
