@@ -61,7 +61,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(path=None) -> Classifier:
-    """Load a classifier that ``perf/train_classifier.py`` saved, in eval mode. None loads the one in this package (Fashion-MNIST).
+    """Load a classifier that ``perf/train_classifier.py`` saved, in eval mode. None loads the one in this package.
 
     Raises:
         OSError: path cannot be read. ValueError: path is not a classifier, or is damaged; or the SHA-256 of the classifier in

@@ -131,8 +131,8 @@ def _parser():
     def change(part):
         part.add_argument(
             "--set", action="append", default=[], metavar="FIELD=VALUE", dest="changes",
-            help="change a field of the preset, for example T=8, spiking=wkv, dim=256, variant=faithful, dataset=folder; repeatable "
-                 "(depth=2 means three blocks: depth // 2 before the middle block and depth // 2 after it)",
+            help="change a field of the preset: T=8, spiking=wkv, dim=256, variant=faithful, dataset=folder (repeatable; "
+                 "depth=2 means three blocks: depth // 2 before the middle block and depth // 2 after it)",
         )  # fmt: skip
 
     text = "SDiT, the Spiking Diffusion Transformer: train it, draw images with it, measure it."
@@ -156,7 +156,7 @@ def _parser():
         "checkpoint", nargs="?", default="pretrained",
         help="a .safetensors file, the folder of a run (its newest checkpoint), or the model in this package (%(default)s)",
     )  # fmt: skip
-    part.add_argument("--out", default="samples.png", help="file of the grid, a .png; the .gif and .npz get the same name (%(default)s)")
+    part.add_argument("--out", default="samples.png", help="the grid, a .png; the .gif and .npz get its name (%(default)s)")
     part.add_argument(
         "--labels", default="all",
         help="all (the classes in turn), random, or a comma-separated list of numbers and names of classes; none is no class "
@@ -164,15 +164,15 @@ def _parser():
     )  # fmt: skip
     part.add_argument("-n", type=int, help="number of images (40, or one for each label in the list)")
     part.add_argument("--npz", action="store_true", help="also write images and labels as arrays")
-    part.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="write a GIF of the denoising (the default)")
+    part.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="write the GIF (the default)")
     sampling(part)
 
     part = command("evaluate", _EVALUATE, _evaluate)
     part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
-    part.add_argument("--images", metavar="FILE", help="measure the images of this .npz: images (N, S, S, C) uint8, labels (N,)")
+    part.add_argument("--images", metavar="FILE", help="measure this .npz file: images (N, S, S, C) uint8, labels (N,)")
     part.add_argument("-n", type=int, help="number of images, at least 129 (1000, or all of --images)")
     part.add_argument(
-        "--classifier", metavar="FILE", help="a classifier from perf/train_classifier.py (the one in this package, for Fashion-MNIST)"
+        "--classifier", metavar="FILE", help="a file of perf/train_classifier.py (the classifier in this package)"
     )
     part.add_argument("--json", metavar="FILE", help="write the measures, and the settings and versions behind them")
     part.add_argument("--npz", metavar="FILE", help="write the drawn images and their labels as arrays")
@@ -182,7 +182,7 @@ def _parser():
     part = command("convert", _CONVERT, _convert)
     part.add_argument("source", metavar="in.pt", help="a checkpoint of the research code")
     part.add_argument("target", metavar="out.safetensors", help="the file to write")
-    part.add_argument("--dataset", metavar="NAME", help=f"data set that it was trained on, to store in the target: {', '.join(DATASETS)}")
+    part.add_argument("--dataset", metavar="NAME", help=f"its data set, stored in the target: {', '.join(DATASETS)}")
 
     part = command("info", _INFO, _info)
     part.add_argument("model", help=f"a checkpoint, the folder of a run, pretrained, or a preset: {', '.join(PRESETS)}")
@@ -321,7 +321,8 @@ def _info(args):
         data = load(config.dataset, args.data or model.trained_on.get("root"), size=config.image_size, download=False)
     except FileNotFoundError as error:
         print(info(model, (noise, t, torch.arange(n) % config.num_classes)))
-        print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {_in_options(str(error), args)}")
+        reason = _in_options(str(error), args)
+        print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {reason}")
         return
     chosen = torch.randint(len(data), (n,), generator=generator)
     x0 = to_batch(data.images[chosen], config)

@@ -24,8 +24,8 @@ class Config:
         patch_size: side of a patch, in pixels. The tokens are N = (image_size / patch_size)^2 patches, and one token for the
             condition.
         dim: C, channels of a token.
-        depth: the network has depth // 2 encoder blocks, one middle block and depth // 2 decoder blocks: 3 blocks for depth 2, 5
-            for depth 4.
+        depth: the network has depth // 2 encoder blocks, one middle block and depth // 2 decoder blocks: 3 blocks for depth 2,
+            5 for depth 4.
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null label.
         T: time steps of the neurons.
         tau: membrane time constant of the neurons, in time steps, at least 1.

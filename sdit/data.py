@@ -233,13 +233,13 @@ def _missing_files_error(name, spec, files, root, reasons) -> FileNotFoundError:
         advice = f"""python -c "from sdit.data import load; load('{name}')" downloads them; else """
     return FileNotFoundError(
         f"{name}: {', '.join(files)} not found in folders named {', '.join(spec.folders)} below "
-        f"{', '.join(map(str, _base_folders(root)))}{not_downloaded}. {advice}{spec.advice}put the files into {cache_folder() / name}, "
-        "or say where they are with the environment variable SDIT_DATA or root (--data)"
+        f"{', '.join(map(str, _base_folders(root)))}{not_downloaded}. {advice}{spec.advice}put the files into "
+        f"{cache_folder() / name}, or say where they are with the environment variable SDIT_DATA or root (--data)"
     )
 
 
 def _download(name, spec, files, reasons: list[str]) -> Path | None:
-    """Download ``files`` into the cache from the first mirror with correct checksums. Return the folder, or None if all fail."""
+    """Download ``files`` into the cache from the first mirror with correct checksums. Return the folder or None."""
     folder = cache_folder() / name
     for mirror in spec.mirrors:
         try:
@@ -269,7 +269,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """Read an idx file: two zero bytes, type 8 (unsigned byte), the number of dimensions, their sizes (big-endian), the values."""
+    """Read an idx file: two zero bytes, type 8 (unsigned byte), number of dimensions, their sizes (big-endian), values."""
     content = _read_bytes(path)
     start = 4 + 4 * ndim
     if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < start:
@@ -358,7 +358,8 @@ def _fetch_cifar(mirror, files):
 
 def _load_cifar(name, spec, root, split):
     files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    folder = next((folder for folder in _candidate_folders(spec, root) if all((folder / file).is_file() for file in files)), None)
+    folders = _candidate_folders(spec, root)
+    folder = next((folder for folder in folders if all((folder / file).is_file() for file in files)), None)
     if folder is None:
         reasons = []
         folder = _download(name, spec, files, reasons) if root is None else None
@@ -431,7 +432,8 @@ def _load_folder(name, spec, root, split, size):
                 f"{path} {tuple(pixels.shape[:2])}"
             )
         images.append(pixels)
-    images = [pixels if grey else pixels.expand(-1, -1, 3) for pixels in images]  # expand the grey images that come before the first colour image
+    # One colour image makes the data set colour: expand the grey images that come before it.
+    images = [pixels if grey else pixels.expand(-1, -1, 3) for pixels in images]
     return torch.stack(images).numpy(), np.array([label for _, label in paths]), tuple(classes) or ("image",)
 
 

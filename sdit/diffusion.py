@@ -247,7 +247,7 @@ def _variational_bound(tables, x0, error, v, first):
 
 
 def _log_likelihood(x, distance, log_variance):
-    """Return the log probability of the level of x, [x - 1/255, x + 1/255], under a normal distribution with mean x - distance."""
+    """Return the log probability of the level of x, [x - 1/255, x + 1/255], under a normal with mean x - distance."""
     scale = torch.exp(-0.5 * log_variance)
     low, high = (distance - 1 / 255) * scale, (distance + 1 / 255) * scale
     right = distance > 0

@@ -36,8 +36,8 @@ def evaluate(
 
     Both sets are compared with the whole test split of the classifier's data set. The floor consists of N images of the train
     split: the classes in turn, the first images of each class. Real images reach the floor, not 0. Both distances grow as N
-    falls. The classifier was trained on the train split, which raises the label accuracy of the floor. The label accuracy of the
-    test split shows real images that the classifier has not seen.
+    falls. The classifier was trained on the train split, which raises the label accuracy of the floor. The label accuracy of
+    the test split is measured on real images that the classifier has not seen.
 
     Args:
         images: N images, uint8, as :func:`features` takes them.
@@ -147,8 +147,8 @@ def draw(
     Args:
         checkpoint: a file, or the folder of a run, to load its newest checkpoint.
         n: number of images, at least 1.
-        folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a hash
-            of all settings that change them. You may delete it at any time.
+        folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
+            hash of all settings that change them. You may delete it at any time.
         ema, bf16, device: as in ``sdit sample``.
         sampler, steps, guidance, threshold, clip, seed, batch_size: as in :func:`sdit.sample.sample`.
 
@@ -220,12 +220,13 @@ def draw(
                 parts.append(part)
     except KeyboardInterrupt:
         done = sum(map(len, parts))
-        raise KeyboardInterrupt(f"stopped after {done} of {n} images, which {folder} keeps: the same command continues") from None
+        message = f"stopped after {done} of {n} images, which {folder} keeps: the same command continues"
+        raise KeyboardInterrupt(message) from None
     return torch.cat(parts), labels, facts
 
 
 def _read_kept_images(path, labels):
-    """Return the images for these labels from a file of :func:`draw`; None if the file is missing, damaged or does not match."""
+    """Return the images for these labels from a file of :func:`draw`; None if it is missing, damaged or different."""
     try:
         with np.load(path) as file:
             images, found = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
@@ -243,7 +244,7 @@ def _read_npz(path):
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        why = str(error).partition(". ")[0]  # numpy's next sentence recommends allow_pickle=True, which executes code in the file
+        why = str(error).partition(". ")[0]  # numpy's next sentence recommends allow_pickle, which executes code
         raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {why}") from None
 
 

@@ -31,8 +31,8 @@ class Info:
         rates: mean firing rate of each layer of neurons on the batch, 0 .. 1; sparsity is 1 - rate.
         silent: number of neurons (channels) of each layer that never fire on the batch; a larger batch has fewer.
         neurons: number of all neurons.
-        synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a spike-driven
-            matrix multiplication are listed; the default model has none.
+        synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a
+            spike-driven matrix multiplication are listed; the default model has none.
         spiking_multiply_adds: multiply-adds of these layers.
     """
 
@@ -97,9 +97,9 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
 
     Hooks count the multiply-adds of the matrix multiplications with weights while they run. The energy is an estimate: these
     counts times the energy per operation. It leaves out memory, scans and neurons, so it compares forms of one network and does
-    not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over T, adds them to real
-    numbers and normalises them before the next matrix multiplication. So an estimate from additions alone does not apply to it.
-    ``spiking="wkv"`` has spike-driven matrix multiplications.
+    not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over T, adds them to
+    real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone does not apply
+    to it. ``spiking="wkv"`` has spike-driven matrix multiplications.
 
     Args:
         model: any :class:`SDiT`.

@@ -19,7 +19,7 @@ _LOCKED_OFFSET = 1 << 30  # Windows refuses reads of a locked byte, so the locke
 
 
 def _close_in_child():
-    """Close inherited lock files. A forked child shares its parent's locks, so a worker that outlives the parent would keep them."""
+    """Close inherited lock files. A forked child shares them, so a worker that outlives its parent would keep the locks."""
     for descriptor in _held_descriptors:
         os.close(descriptor)
     _held_descriptors.clear()
@@ -52,7 +52,8 @@ def _open_locked(path, subject, advice):
                 holder = path.read_text() or "another process"
                 raise BlockingIOError(f"{subject} is in use by {holder}: {advice}") from None
         except OSError as error:
-            warnings.warn(f"{path}: this file system has no locks ({error.strerror}): do not start another process on {subject}", stacklevel=4)
+            problem = f"{path}: this file system has no locks ({error.strerror})"
+            warnings.warn(f"{problem}: do not start another process on {subject}", stacklevel=4)
             return descriptor
         else:
             with suppress(FileNotFoundError):
@@ -70,7 +71,8 @@ def lock(path: str | Path, subject: str, advice: str):
     """Hold the lock file ``path`` during a with block. The text of the file names this process.
 
     The operating system ties the lock to the open file. The lock ends with the process, also after ``kill -9``, and a lock file
-    that a dead process left does not block others. If the file system has no locks, the block runs without one, after a warning.
+    that a dead process left does not block others. If the file system has no locks, the block runs without one, after a
+    warning.
 
     Args:
         path: the lock file, which exists only while the lock is held.

@@ -67,8 +67,8 @@ def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, se
         - \frac{2}{m n} \sum_{i, j} k(x_i, y_j)
 
     This estimator is unbiased for any m and n. It can be negative by chance if the distributions are equal. Both sets are
-    shuffled and cut into ``subsets`` parts, and part i of one is compared with part i of the other. No image is in two parts, so
-    the values are independent, and their standard deviation over the root of their number is a standard error.
+    shuffled and cut into ``subsets`` parts, and part i of one is compared with part i of the other. No image is in two parts,
+    so the values are independent, and their standard deviation over the root of their number is a standard error.
 
     Args:
         a, b: (N, D) and (M, D), from :func:`sdit.classifier.features`.

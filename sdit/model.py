@@ -1,5 +1,5 @@
-"""SDiT, the Spiking Diffusion Transformer (Yang et al., arXiv 2402.11588): a U-shaped stack of RWKV blocks over the patches of a
-noisy image. Each mixing layer outputs firing rates.
+"""SDiT, the Spiking Diffusion Transformer (Yang et al., arXiv 2402.11588): a U-shaped stack of RWKV blocks over the patches of
+a noisy image. Each mixing layer outputs firing rates.
 
 Letters: B batch, T time steps, L tokens, C channels, N patches.
 
@@ -153,7 +153,7 @@ class Block(nn.Module):
         return self.tokens_out(self.tokens_in(r).transpose(1, 2))  # (B, L, C) -> (B, L of r, L) -> (B, L, C)
 
     def _apply_skip(self, x, skipped):
-        """Apply ``skip`` to [x, skipped] without concatenating: one matmul per half of its weight, the second adds to the first."""
+        """Apply ``skip`` to [x, skipped] without concatenating: one matmul per half of its weight."""
         C = x.shape[-1]
         weight = self.skip.weight
         first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)  # (B L, C)

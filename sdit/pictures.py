@@ -97,8 +97,8 @@ def save_grid(
 ) -> None:
     """Write images (N, C, S, S) in [-1, 1] as a grid, a PNG, with the class name above each image if ``labels`` (N,) are given.
 
-    Pixels are magnified without smoothing. ``columns`` defaults to a square grid. The write is atomic. An OSError names the file
-    and ends with the text ``lost``.
+    Pixels are magnified without smoothing. ``columns`` defaults to a square grid. The write is atomic. An OSError names the
+    file and ends with the text ``lost``.
     """
     _save_picture(path, _render(images, labels, names, columns), lost, format="PNG")
 

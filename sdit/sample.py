@@ -54,7 +54,8 @@ def sample(
     Args:
         model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.
         labels: N ints in 0 .. num_classes; num_classes is the null label, which draws an image of any class.
-        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "ddpm", or "euler" with prediction "flow".
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "ddpm", or "euler" with prediction
+            "flow".
         guidance: see :func:`sdit.diffusion.predict`.
         seed: at least 0.
         first: number of the first image, at least 0.
@@ -184,8 +185,9 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
     r"""Parse the labels that a user types.
 
     Args:
-        wanted: "all" for the classes in turn; "random" for uniform labels from ``seed``; or a comma-separated list of numbers and
-            names of classes (upper or lower case), with "none" for the null label. The list is repeated until it has n labels.
+        wanted: "all" for the classes in turn; "random" for uniform labels from ``seed``; or a comma-separated list of numbers
+            and names of classes (upper or lower case), with "none" for the null label. The list is repeated until it has n
+            labels.
         n: number of images; None takes 40, or the length of the list.
         names: names of the classes.
         seed: at least 0.
@@ -276,7 +278,8 @@ def run(
 
     Args:
         checkpoint: a file, the folder of a run, or "pretrained"; see :func:`sdit.checkpoint.load_model`.
-        out: the grid, a .png; the .gif and the .npz get the same name. Grid and GIF show the first 100 images, the .npz has all.
+        out: the grid, a .png; the .gif and the .npz get the same name. Grid and GIF show the first 100 images, the .npz has
+            all.
         labels, n: see :func:`choose_labels`.
         names: names of the classes; None takes the names of the training data.
         gif: write a GIF of the denoising.

@@ -13,8 +13,9 @@ __all__ = ["RECIPES", "TrainSettings"]
 class TrainSettings:
     """The settings of a training run. ``TrainSettings.of(config)`` returns settings that suit a configuration.
 
-    The defaults are the values of the research code. For the variant "improved", ``of`` uses other values: lr 1e-3, weight decay
-    0.01, warm-up, cosine decay, clipping at 1, averaging with decay 0.999, flips; for the small presets it adds ``RECIPES``.
+    The defaults are the values of the research code. For the variant "improved", ``of`` uses other values: lr 1e-3, weight
+    decay 0.01, warm-up, cosine decay, clipping at 1, averaging with decay 0.999, flips; for the small presets it adds
+    ``RECIPES``.
 
     Args:
         steps: total number of optimiser steps.

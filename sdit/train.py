@@ -37,7 +37,8 @@ from .settings import RECIPES, TrainSettings
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
 _MAX_BATCH = 4096  # limit of batch_size; a larger data set raises it to its number of images
-_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # settings that a resumed run may change
+# Settings that a resumed run may change
+_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")
 
 
 def train(
@@ -85,8 +86,9 @@ def train(
     Raises:
         ValueError, TypeError: an argument is wrong. FileExistsError: out_dir holds a run and resume is False. BlockingIOError:
             another process trains in out_dir; the message names it. FileNotFoundError: there is nothing to resume, or the data
-            is missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite; the message says
-            where, and the last checkpoint is kept. KeyboardInterrupt: a signal ended the run, after the checkpoint was saved.
+            is missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite; the message
+            says where, and the last checkpoint is kept. KeyboardInterrupt: a signal ended the run, after the checkpoint was
+            saved.
 
     Example:
         >>> import tempfile
@@ -206,8 +208,8 @@ def _load_images(config, settings, world, data, root, before=None):
     for key in ("name", "images", "classes"):
         if before and before[key] != now[key]:
             raise ValueError(
-                f"data must be the data set that the run began with: {key} was {before[key]!r} and is {now[key]!r} now. Give the "
-                f"first data set (--data), or start a new run"
+                f"data must be the data set that the run began with: {key} was {before[key]!r} and is {now[key]!r} now. "
+                f"Give the first data set (--data), or start a new run"
             )
     return data, now
 
@@ -225,9 +227,7 @@ def _check_resumed(path, meta, config, settings):
         changed = [key for key in before if before[key] != after[key] and key not in free]
         if changed:
             key = changed[0]
-            raise ValueError(
-                f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}"
-            )
+            raise ValueError(f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}")
     settings = settings or stored
     if settings.steps < step:
         raise ValueError(f"steps must be at least the {step} steps that {path} has done, got {settings.steps}")

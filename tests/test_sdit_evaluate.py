@@ -575,7 +575,8 @@ def test_a_full_disk(tiny, judge_file, tmp_path, capsys, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     found = capsys.readouterr()
-    said = f"{tmp_path}/a.json: File too large; free some space, then the same command writes it, without drawing the images again"
+    said = f"{tmp_path}/a.json: File too large; free some space, then the same command writes it, "
+    said += "without drawing the images again"
     assert found.err.splitlines()[-1] == f"sdit evaluate: error: {said}" and "60 drawn images" in found.out
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
