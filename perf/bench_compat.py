@@ -1,12 +1,12 @@
-"""Models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
+"""Time models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
     python perf/bench_compat.py --quick
 
-A section is one function, one table and one correctness gate; each needs its library alone and is skipped with a reason where
-that is not installed. Goals at the end, PASS or FAIL, which is also the exit status (except with --quick, whose times mean
-nothing).
+Each section is one function with one table and one correctness gate. It needs only its own library, and is skipped with a
+reason if that is not installed. The goals at the end say PASS or FAIL, and a FAIL sets the exit status (except with --quick,
+whose times mean nothing).
 """
 
 import copy
@@ -25,17 +25,17 @@ from perf.peers import snntorch_loop
 
 
 def skipped(title, library):
-    """The result of a section whose library is not installed; its goals are then SKIP."""
+    """Return the result of a section whose library is not installed; its goals are then SKIP."""
     return title, [{"name": library, "note": f"skipped: {missing(library)}"}]
 
 
 def kept(f, x, parameters=()):
-    """Bytes that autograd saves in f(x): x is included, parameters are not."""
+    """Return the bytes that autograd saves in f(x): x is included, parameters are not."""
     return harness.saved_bytes(lambda: f(x), exclude=tuple(parameters))[0]
 
 
 def pairs(found, least, what):
-    """A goal for each contestant that is followed by its original, "NAME, SpikingJelly's own": how many times as fast."""
+    """Record a goal for each fused contestant and the original after it ("NAME, SpikingJelly's own"): times as fast."""
     for fused, own in zip(found[::2], found[1::2]):
         ratios = [b / a for a, b in zip(fused["samples_s"], own["samples_s"])]
         own["times_fused"] = sorted(ratios)[len(ratios) // 2]
@@ -85,7 +85,7 @@ def jelly_neurons(args, settings):
 
 
 def spiking_cnn():
-    """A spiking CNN for images of 28 x 28, of SpikingJelly's layers, as in its tutorials."""
+    """Make the spiking CNN of SpikingJelly's tutorials for images of 28 x 28, and its input."""
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
     def node():
@@ -125,7 +125,7 @@ def spikformer_block():
 
 
 def jelly_models(args, settings):
-    """Training step: forward, backward, SGD, reset_net. The layers: each neuron of the model on its own input"""
+    """Training step: forward, backward, SGD, reset_net. Layers: each neuron of the model with its own input"""
     title = f"Models of SpikingJelly, T={T}, fp32"
     if missing("spikingjelly"):
         return skipped(title, "spikingjelly")
@@ -156,7 +156,7 @@ def jelly_models(args, settings):
         return run
 
     def inputs(net, x):
-        """The input of each neuron, by its name."""
+        """Return {name of a neuron: its input} for one forward pass."""
         found = {}
         for key, module in net.named_modules():
             if isinstance(module, neuron.BaseNode):
@@ -165,7 +165,7 @@ def jelly_models(args, settings):
         return {key: t.requires_grad_() for key, t in found.items()}
 
     def alone(net, key):
-        """A neuron of the net, without its past."""
+        """Return a copy of a neuron of the net, with its state reset."""
         functional.reset_net(net)
         return copy.deepcopy(net.get_submodule(key))
 
@@ -176,7 +176,7 @@ def jelly_models(args, settings):
         net, x = net.to(args.device).train(), x.to(args.device)
         fused = copy.deepcopy(net)
         replaced = accelerate(fused).replaced
-        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # batch norm counts: copies
+        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # in copies, because batch norm updates its statistics
         error = check_gradients(f"{name}: gradient", *of_both, 1e-4, 1e-3)
         functional.reset_net(fused), functional.reset_net(net)
         nets = {"fused": fused, "SpikingJelly's own": net}
@@ -212,7 +212,7 @@ STEPS, BATCH, HIDDEN = 25, 128, 1000  # as in snnTorch's tutorials
 
 
 def snn_neurons(args, settings):
-    """snnTorch's Leaky, forward and backward; leaky alone returns no membranes. saved: by autograd, inputs included"""
+    """snnTorch's Leaky, forward and backward; leaky alone returns only spikes. saved: by autograd, inputs included"""
     title = f"snnTorch's Leaky, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
     if missing("snntorch"):
         return skipped(title, "snntorch")
@@ -260,7 +260,7 @@ def snn_neurons(args, settings):
 
 
 def snn_model(args, settings):
-    """Training step of the tutorials' network (784, 1000, 10), cross entropy of every membrane: forward, backward, Adam"""
+    """Training step of the network of the tutorials (784, 1000, 10), cross entropy at every step: forward, backward, Adam"""
     title = f"A network of snnTorch, T={STEPS}, batch {BATCH}, fp32"
     if missing("snntorch"):
         return skipped(title, "snntorch")
@@ -323,14 +323,14 @@ def snn_model(args, settings):
 
 
 def rwkv_pair(device, **config):
-    """transformers' model with random weights, and the accelerated one on a copy of them."""
+    """Make a transformers model with random weights, and an accelerated copy."""
     from transformers import RwkvConfig, RwkvForCausalLM
 
     from sdit_kernels.compat import rwkv
 
     torch.manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(context_length=1024, bos_token_id=0, eos_token_id=None, **config))
-    for p in theirs.parameters():  # some initial values are zero, which would hide errors
+    for p in theirs.parameters():  # some initial values are zero, and zeros would hide errors
         p.data += 0.02 * torch.randn_like(p)
     theirs = theirs.to(device)
     ours = copy.deepcopy(theirs)
@@ -339,20 +339,20 @@ def rwkv_pair(device, **config):
 
 
 def rwkv_contest(contestants, args, settings):
-    """Few rounds: a call of theirs takes most of a second."""
+    """Compare with few rounds, because a call of transformers takes most of a second."""
     settings = settings | {"rounds": 3 if args.quick else 7, "min_time": settings["min_time"] / 5}
     return compare(contestants, **settings, baseline="accelerated")
 
 
 def rwkv_gradients(model, *inputs, **arguments):
-    """Forward and backward; returns the result and the gradients of the parameters."""
+    """Run forward and backward pass; return the loss and the gradients of the parameters."""
     out = model(*inputs, **arguments)
     loss = out.loss if hasattr(out, "loss") else out[0].square().mean()
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
 def against_theirs(name, theirs, ours, run, args, settings, products=None):
-    """Check, then time both models and count the bytes they keep; ``products`` runs their matrix multiplications alone."""
+    """Check and time both models, and count the bytes they keep; ``products`` runs only their matrix multiplications."""
     error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
     forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
     kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
@@ -366,7 +366,7 @@ def against_theirs(name, theirs, ours, run, args, settings, products=None):
 
 
 def rwkv_step(args, settings):
-    """A whole model, L = 512: loss, forward and backward; the bytes that a forward pass keeps"""
+    """A whole model, L = 512: loss, forward and backward pass; bytes that the forward pass keeps"""
     what = "rwkv model (2, 512), 4 layers of 256 channels, forward+backward"
     if missing("transformers"):
         goal(f"{what}, times transformers", None, 5)
@@ -383,7 +383,7 @@ def rwkv_step(args, settings):
 
 
 def rwkv_layer(args, settings):
-    """One time mix as large as in the 169M model, L = 512, forward and backward"""
+    """One time mix of the size of the 169M model, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
     if missing("transformers"):
         return skipped(what, "transformers")
@@ -403,7 +403,7 @@ def rwkv_layer(args, settings):
 
 
 def rwkv_decode(args, settings):
-    """Inference: a prompt of 512 tokens with its state, and 16 tokens one by one from there, batch of one"""
+    """Inference with batch size 1: a prompt of 512 tokens, then 16 tokens one by one from its state"""
     title = "rwkv, 4 layers of 256 channels, batch 1"
     if missing("transformers"):
         goal("rwkv token by token, times transformers", None, 0.9)

@@ -1,10 +1,10 @@
-"""lif and lif_rate against SpikingJelly, snnTorch, the plain PyTorch loop and torch.compile of it.
+"""Time lif and lif_rate against SpikingJelly, snnTorch, a plain PyTorch loop and torch.compile of that loop.
 
     python perf/bench_lif.py --json perf/results/lif.json --plot
     python perf/bench_lif.py --only peers,memory --quick
 
-A section below is one function, one table and one correctness gate. Ratios are formed within the run; the goals at the end
-of the output say PASS or FAIL, and a FAIL is also the exit status (except with --quick, whose times mean nothing).
+Each section below is one function with one table and one correctness gate. Ratios are computed within the run. The goals at
+the end of the output say PASS or FAIL, and a FAIL sets the exit status (except with --quick, whose times mean nothing).
 """
 
 import functools
@@ -27,7 +27,7 @@ MODES = "inference", "forward+backward"
 
 
 def agree(name, f, want, x, g, rtol=1e-5, atol=1e-6):
-    """The gate: equal outputs, close gradients. Returns the errors as further columns."""
+    """Check that outputs are equal and gradients close; return the errors as further columns."""
     check(f"{name}: output", f(x), want(x), 0, 0)
     return check(f"{name}: gradient", forward_backward(f, [x], g)(), forward_backward(want, [x], g)(), rtol, atol)
 
@@ -67,7 +67,7 @@ def others(args, settings):
 
 
 def rate(args, settings):
-    """lif_rate against repeat -> LIFNode -> mean, and both with a matrix multiplication after them"""
+    """lif_rate against repeat -> LIFNode -> mean, alone and followed by a matrix multiplication"""
     (x,) = OPS["lif_rate"].data(*args.shape, device=args.device)
     g = torch.randn_like(x)
     linear = torch.nn.Linear(x.shape[-1], x.shape[-1], device=args.device)
@@ -101,7 +101,7 @@ def rate(args, settings):
 
 
 def bandwidth(args, settings):
-    """Inference out of cache against copies. copy_ owns its output; ours comes from a pool, clone's from the system"""
+    """Inference on data larger than the caches, against copies. Only copy_ reuses its output"""
     elements = 1 << (22 if args.quick else 26)
     x = current(T, elements // T, device=args.device, requires_grad=False)
     flat = x.view(-1)
@@ -123,7 +123,7 @@ def bandwidth(args, settings):
 
 
 class Bare(torch.autograd.Function):
-    """The least that an op written in Python can do."""
+    """The smallest op that Python code can define: its time is the lower limit of the overhead."""
 
     @staticmethod
     def forward(ctx, x):
@@ -136,7 +136,7 @@ class Bare(torch.autograd.Function):
 
 
 def overhead(args, settings):
-    """Time of a call whose arithmetic costs nothing (host time, on a GPU too)"""
+    """Time of a call on tiny tensors, where arithmetic costs nothing (CPU time, also with a GPU)"""
     x = current(T, 8, device=args.device)
     g = torch.randn_like(x)
     agree("lif", lif, reference.lif, x, g)
@@ -162,7 +162,7 @@ def overhead(args, settings):
 
 
 def scaling(args, settings):
-    """Cost against work: T at fixed N, and N at fixed T"""
+    """Time against work: growing T at fixed N, and growing N at fixed T"""
     last = 18 if args.quick else 24
     cases = [(f"T = {T}, N = 512 to {'256k' if args.quick else '16M'}", T, 1 << k) for k in range(9, last + 1, 3)]
     cases += [("N = 64k, T = 1 to 64", t, 1 << 16) for t in (1, 2, 4, 8, 16, 32, 64)]
@@ -180,9 +180,9 @@ def scaling(args, settings):
 
 
 def memory(args, settings):
-    """saved: by autograd, with the inputs; new: allocated by the call and alive after it, without the result"""
+    """saved: bytes that autograd saves, inputs included; new: bytes that the call allocates and keeps, without the result"""
     rows = []
-    limit, pool.limit = pool.limit, 0  # torch's profiler does not see memory from the pool
+    limit, pool.limit = pool.limit, 0  # switch the pool off: torch's profiler does not see its memory
 
     def measure(name, f, inputs, checkpoints=0):
         given = sum(t.nbytes for t in inputs)
@@ -202,18 +202,18 @@ def memory(args, settings):
     agree("lif_rate", lif_rate, reference.lif_rate, flat, torch.randn_like(flat))
     measure("lif, T=4", lif, [x])
     measure("lif, T=4, with v", lif, [x, v])
-    measure("lif, T=64", lif, [long], checkpoints=3 * long[0].nbytes)  # the membrane before steps 16, 32 and 48
+    measure("lif, T=64", lif, [long], checkpoints=3 * long[0].nbytes)  # the membrane potential before steps 16, 32 and 48
     measure("lif_rate, T=4", lif_rate, [flat])
     exact = max(row["saved_over_ideal"] for row in rows)
     hidden = max(row["new_bytes"] - (row["ideal_bytes"] - row["inputs_bytes"]) for row in rows)
-    goal("bytes saved, over those of x (+ v; + every 16th membrane for T=64)", exact, 1, at_least=False)
-    goal("bytes allocated beyond those and the result", hidden, 0, " B", at_least=False)
+    goal("bytes saved, over the bytes of x (+ v; + every 16th membrane for T=64)", exact, 1, at_least=False)
+    goal("bytes allocated beyond these and the result", hidden, 0, " B", at_least=False)
     measure("plain loop, T=4", reference.lif, [x])
     measure("plain loop, T=64", reference.lif, [long])
     measure("plain loop of lif_rate, T=4", reference.lif_rate, [flat])
     if not missing("spikingjelly"):
 
-        def node(x):  # a new one per call: it would keep the graph of the call before
+        def node(x):  # a new node per call: a node keeps the graph of its last call
             return peers.spikingjelly_lif()(x)
 
         def repeated(x):

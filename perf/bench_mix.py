@@ -1,10 +1,10 @@
-"""token_shift and relu_squared against plain PyTorch (layer_norm, pad, lerps; relu, square) and torch.compile of it.
+"""Time token_shift and relu_squared against plain PyTorch (layer_norm, pad, lerps; relu, square) and torch.compile of it.
 
     python perf/bench_mix.py --json perf/results/mix.json
     python perf/bench_mix.py --quick
 
-One table per op and pass, each behind a correctness gate; goals at the end, PASS or FAIL, which is also the exit status (except
-with --quick, whose times mean nothing). The shapes are SDiT's tokens, and the hidden layer of its channel mix.
+Each op has a correctness gate and a table. The goals at the end say PASS or FAIL, and a FAIL sets the exit status (except with
+--quick, whose times mean nothing). The shapes are SDiT's tokens and the hidden layer of its channel mix.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ MODES = "forward", "backward"
 
 
 def measured(mode, f, leaves, gs):
-    """The forward pass, or the backward pass alone of a graph that is kept."""
+    """Return a function that runs the forward pass, or only the backward pass of a graph that is kept."""
     if mode == "forward":
         return inference(f, leaves)
     out = f(*leaves)
@@ -30,7 +30,7 @@ def measured(mode, f, leaves, gs):
 
 
 def _section(op, title, plain, leaves, args, settings):
-    """Rows of forward and backward; both gates come first."""
+    """Check forward and backward pass, then time them; return (title, rows)."""
     call = OPS[op].call
     outputs = several(call(*leaves))
     gs = [torch.randn_like(y) for y in outputs]
@@ -51,7 +51,7 @@ def _section(op, title, plain, leaves, args, settings):
 
         others = [row(p.name, p.call, p.skip) for p in peers.of_mix(plain, leaves)]
         new = compare([row("ours", call), *others, harness.copy_contestant(nbytes, args.device)], **settings)
-        # relu and square, one after the other, move four tensors where two must: more than twice is luck of the caches
+        # relu, then square, move four tensors where the op moves two, so a factor of two is the most to expect
         least = 2 if mode == "forward" and len(leaves) == 1 else 3
         goal(f"{op} {mode}, times plain PyTorch", new[1]["ratio"], least)
         goal(f"{op} {mode}, share of copy bandwidth", new[0]["percent_of_copy"], 40, " %")
@@ -61,20 +61,20 @@ def _section(op, title, plain, leaves, args, settings):
 
 
 def shifts(args, settings):
-    """LayerNorm, the shift by one token and three lerps, in one pass"""
+    """LayerNorm, shift by one token and three lerps in one pass over the data"""
     leaves, title = OPS["token_shift"].data(*args.shape, device=args.device), f"token_shift, norm, 3 mixes, {args.shape}"
     return _section("token_shift", title, peers.plain_token_shift, leaves, args, settings)
 
 
 def squares(args, settings):
-    """The square of ReLU, of the hidden layer"""
+    """The squared ReLU of the hidden layer"""
     B, L, C = args.shape
     leaves = [normal(B, L, 4 * C, device=args.device)]
     return _section("relu_squared", f"relu_squared, {(B, L, 4 * C)}", peers.plain_relu_squared, leaves, args, settings)
 
 
 def narrow(args, settings):
-    """token_shift of fp32 data for bf16 matrix multiplications, as under autocast: its own bf16 results, or fp32 and a cast"""
+    """token_shift of fp32 data under bf16 autocast: direct bf16 results against fp32 results and a cast"""
     op = OPS["token_shift"]
     leaves = op.data(*args.shape, device=args.device)
 

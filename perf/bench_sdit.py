@@ -1,11 +1,12 @@
-"""SDiT against its plain form: repeat, SpikingJelly's LIFNode, the eager loop over tokens, concatenations.
+"""Time SDiT against its plain form: repeat, SpikingJelly's LIFNode, an eager loop over tokens, concatenations.
 
     python perf/bench_sdit.py --json perf/results/sdit.json --plot perf/results/sdit_profile.png
     python perf/bench_sdit.py --only training --quick
 
-The plain form computes as the research code does, with the ops its users have, and stays as it is: it appends B copies of the
-reconstruction tokens to the tokens of the image, makes four copies of every current, and scans the tokens one by one. It uses
-the weights of the model it is compared with, and must agree with the model in float64 before any time counts.
+The plain form computes as the research code does, with public ops of PyTorch and SpikingJelly. It appends B copies of the
+reconstruction tokens to the tokens of the image, copies every current four times, and scans the tokens one by one. It uses the
+weights of the model that it is compared with, and must agree with that model in float64 before it is timed. It is the fixed
+baseline: do not optimise it.
 """
 
 import contextlib
@@ -78,7 +79,7 @@ class Plain(torch.nn.Module):
 
 
 def case(device, batch, preset=PRESET):
-    """The model and its inputs: weights with which neurons fire and every layer has a gradient, as after some training."""
+    """Make a model and its inputs. With its weights, neurons fire and every layer has a gradient, as after some training."""
     torch.manual_seed(0)
     model = SDiT(PRESETS[preset], variant="improved").to(device)
     for block in model.blocks:
@@ -92,7 +93,7 @@ def case(device, batch, preset=PRESET):
 
 
 def step(model, inputs, target, optimizer=None, dtype=None):
-    """One training step: forward, loss, backward, AdamW."""
+    """Run one training step: forward pass, loss, backward pass, AdamW."""
     with torch.autocast(inputs[0].device.type, dtype=dtype, enabled=dtype is not None):
         loss = (model(*inputs) - target).square().mean()
     loss.backward()
@@ -103,7 +104,7 @@ def step(model, inputs, target, optimizer=None, dtype=None):
 
 
 def agree(device, preset=PRESET):
-    """The gate: outputs and every gradient, in float64."""
+    """Check that both forms agree in float64: outputs and every gradient."""
     model, inputs = case(device, 1, preset)
     model = model.double()
     inputs = inputs[0].double(), *inputs[1:]
@@ -118,7 +119,7 @@ def agree(device, preset=PRESET):
 
 
 def forms(model):
-    """(name, model, dtype of autocast) of each contestant, on weights of its own."""
+    """Yield (name, model, dtype of autocast) of each contestant; each has its own copy of the weights."""
     for name in FORMS:
         own = Plain(model) if name.startswith("plain") else copy.deepcopy(model)
         yield name, own, torch.bfloat16 if "bf16" in name else None
@@ -129,14 +130,14 @@ def autocast(args, dtype):
 
 
 def training_steps(args, batch, extra, known=None):
-    """``known``: {name: bytes kept per sample} of a smaller batch, to skip what would not fit into this machine's memory."""
+    """Make the contestants; skip those that do not fit in memory by ``known``: {name: bytes kept per sample}."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     model, inputs = case(args.device, batch)
     target = torch.randn(model.config.out_channels, *inputs[0].shape[2:], device=args.device)
 
     def contestant(name, model, dtype):
         needed = batch * (known or {}).get(name, 0)
-        if args.device == "cpu" and needed > memory / 5:  # at its peak a plain step holds more than twice that
+        if args.device == "cpu" and needed > memory / 5:  # at its peak a plain step holds more than twice as much
             return Contestant(
                 name, skip=f"keeps {needed / 2**30:.0f} GiB for the backward pass", extra={"batch": batch, **extra}
             )
@@ -157,7 +158,7 @@ def training_steps(args, batch, extra, known=None):
 
 
 def sampling_steps(args, batch, stack, extra):
-    """Inside ``stack`` the tensors that only depend on the weights are computed once."""
+    """Make the contestants of sampling. Until ``stack`` closes, tensors that only depend on the weights are computed once."""
     model, inputs = case(args.device, batch)
 
     def contestant(name, model, dtype):
@@ -187,7 +188,7 @@ def training(args, settings):
 
 
 def sampling(args, settings):
-    """A sampling step: a forward pass without gradients, the weights frozen"""
+    """A sampling step: a forward pass without gradients inside model.frozen()"""
     with contextlib.ExitStack() as stack:
         rows = compare(sampling_steps(args, args.batch, stack, {}), **settings)
     goal("sampling step fp32, times plain fp32", ratio(rows, "plain"), 1.6)
@@ -196,7 +197,7 @@ def sampling(args, settings):
 
 
 def image(args, settings):
-    """One whole image: noise to pixels in 50 steps of DPM-Solver++, batch 1"""
+    """One whole image with batch size 1: from noise to pixels in 50 steps of DPM-Solver++"""
     model, _ = case(args.device, 1)
     draw = functools.partial(sample, labels=[3], sampler="dpm++")
     double = copy.deepcopy(model).double()
@@ -217,7 +218,7 @@ def image(args, settings):
 
 
 def batches(args, settings):
-    """The same steps at other batch sizes; images a second"""
+    """Training and sampling steps at several batch sizes; images per second"""
     rows, sizes, known = [], BATCHES[:2] if args.quick else BATCHES, {}
     for batch in sizes:
         few = settings | {"rounds": min(settings["rounds"], 2 if batch > 16 else 3)}
@@ -235,7 +236,7 @@ def batches(args, settings):
 
 # ---- where the time goes ---------------------------------------------------------------------------------------------
 
-GROUPS = {  # of torch.profiler's names; the first that fits
+GROUPS = {  # {group: pattern of torch.profiler's op names}; the first match counts
     "matrix products": r"aten::(addmm_?|b?mm|baddbmm|\w*linear\w*|\w*conv(olution|[123]d)\w*|mkldnn\w*)",
     "sdit_kernels: neurons": r"sdit_kernels::lif.*",
     "sdit_kernels: scan": r"sdit_kernels::wkv.*",
@@ -251,19 +252,19 @@ VIEWS = r"aten::(\w*view\w*|t|transpose|permute|expand\w*|slice\w*|select\w*|nar
 
 
 def group(name):
-    """The row of GROUPS that an op of the profiler belongs to; views and allocations are the host's work."""
+    """Return the group of an op of the profiler. Views and allocations belong to "autograd and Python"."""
     if re.fullmatch(VIEWS, name):
         return "autograd and Python"
     return next(title for title, pattern in GROUPS.items() if re.fullmatch(pattern, name))
 
 
 def profile(args, settings):
-    """Where a training step spends its time, by torch.profiler: plain (before) and ours (after)"""
+    """Time of a training step per group of ops, from torch.profiler: plain form and ours"""
     from torch.profiler import ProfilerActivity, profile
 
     rows = []
     for c in training_steps(args, args.batch, {}):
-        steps = 1 if args.quick or c.name.startswith("plain") else 3  # events of a plain step fill gigabytes
+        steps = 1 if args.quick or c.name.startswith("plain") else 3  # the profiler's events of a plain step take gigabytes
         c.fn()
         with profile(activities=[ProfilerActivity.CPU]) as found:
             for _ in range(steps):
@@ -285,7 +286,7 @@ def profile(args, settings):
 
 
 def plot_profile(path, rows):
-    """A bar for each form, as long as its step, in the colours of the groups."""
+    """Draw one bar per form: its length is the time of a step, its colours are the groups."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -320,7 +321,7 @@ def main():
     sections = {"training": training, "sampling": sampling, "image": image, "batches": batches, "profile": profile}
 
     def with_rounds(section):
-        def run(args, settings):  # a step takes seconds
+        def run(args, settings):  # few rounds, because a step takes seconds
             return section(args, settings | {"rounds": args.rounds or (2 if args.quick else 5)})
 
         run.__doc__ = section.__doc__

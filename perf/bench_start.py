@@ -1,4 +1,4 @@
-"""From `import sdit_kernels` to the first result: what a fresh process waits for, with nothing compiled and after.
+"""Time a fresh process from `import sdit_kernels` to the first result, without and with cached kernels.
 
 python perf/bench_start.py --json perf/results/start.json
 python perf/bench_start.py --only wkv --device cuda
@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from perf import harness
 from perf.ops import T
 
-# The call of each op, with x (T, B, L, C) and vectors w and u of the channels
+# The call of each op, with x (T, B, L, C), and w and u vectors of the channels
 CALLS = {
     "lif": "lif(x)",
     "lif_rate": "lif_rate(x[0])",
@@ -51,7 +51,7 @@ print("[%.6f, %.6f, %.6f]" % (imported - start, forward - start, time.perf_count
 
 
 def first_result(name, args, settings):
-    """A fresh process: seconds from `import torch` done to the results, import of sdit_kernels included"""
+    """Seconds of a fresh process, from the end of `import torch` to the results, including the import of sdit_kernels"""
     samples = {}
     for _ in range(1 if args.quick or name.startswith("torch.compile") else 3):
         with tempfile.TemporaryDirectory() as folder:

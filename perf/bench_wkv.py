@@ -1,12 +1,12 @@
-"""wkv and spiking_wkv against the eager loop over tokens and Heinsen's form with cumulative log-sum-exps.
+"""Time wkv and spiking_wkv against the eager loop over tokens and Heinsen's form with cumulative log-sum-exps.
 
     python perf/bench_wkv.py                                    forward, accuracy, threads, spiking: under a minute
     python perf/bench_wkv.py --backward --sweep --json perf/results/wkv.json --plot
     python perf/bench_wkv.py --only peers --dtype bfloat16
 
-Ideal bytes: every input read and every output written once. The error is the relative rms error against the definition in
-float64. Ratios are formed within the run; the goals at the end of the output say PASS or FAIL, and a FAIL is also the exit
-status (except with --quick, whose times mean nothing).
+Ideal bytes count every input once (read) and every output once (written). The error is the relative rms error against the
+definition in float64. Ratios are computed within the run. The goals at the end of the output say PASS or FAIL, and a FAIL sets
+the exit status (except with --quick, whose times mean nothing).
 """
 
 import os
@@ -69,17 +69,17 @@ def _compared(args, settings, mode):
 
 
 def forward(args, settings):
-    """One pass over the tokens against other ways to compute it"""
+    """The forward pass over the tokens, against other implementations"""
     return _compared(args, settings, "forward")
 
 
 def backward(args, settings):
-    """The same with the gradients of every input"""
+    """Forward and backward pass, with the gradients of every input"""
     return _compared(args, settings, "forward+backward")
 
 
 def accuracy(args, settings):
-    """Slow decay over 4,096 tokens, and keys that are large: relative rms error of the fp32 output against float64"""
+    """Relative rms error of the fp32 output against float64, for slow decay over 4,096 tokens and for large keys"""
     rows = []
     time_decay, time_first = torch.full((64,), -5.0, device=args.device), torch.zeros(64, device=args.device)
     for mean, deviation in ((0, 8), (50, 4)):
@@ -97,7 +97,7 @@ def accuracy(args, settings):
 
 
 def decoding(args, settings):
-    """One token a call, as in generation, against RWKV's eager step"""
+    """One token per call, as in text generation, against RWKV's eager step"""
     rows = []
     for B, C in ((1, 768), (8, 4096)):
         time_decay, time_first, k, v = OPS["wkv"].data(B, C, device=args.device, dtype=args.dtype, requires_grad=False)
@@ -136,7 +136,7 @@ for _ in range(int(sys.argv[4])):
 
 
 def threads(args, settings):
-    """One long sequence, B = 1, on one core and on two. Processes take turns, so that both see the same machine"""
+    """One long sequence, B = 1, on one core and on two. The processes take turns, so the machine is the same for both"""
     if args.device != "cpu":
         return "Threads", [{"name": "wkv", "note": "skipped: it is about CPU threads"}]
     L, rounds, calls = (4096, 2, 5) if args.quick else (65536, 5, 9)
@@ -154,7 +154,7 @@ def threads(args, settings):
 
 
 def spiking(args, settings):
-    """spiking_wkv against the chain of wkv and lif, T = 4. Ideal bytes of each: every tensor it must read or write"""
+    """spiking_wkv against wkv followed by lif, T = 4. Ideal bytes: every tensor that each must read or write"""
     op, (_, L, C) = OPS["spiking_wkv"], args.shape
     data = op.data(2, L, C, device=args.device, dtype=args.dtype)
     g, rows = torch.randn_like(data[2]), []
@@ -166,7 +166,7 @@ def spiking(args, settings):
             moved = op.bytes(mode, data) + more * g.nbytes
             return contestant(name, mode, f, data, g, bytes=moved, passes=moved // g.nbytes)
 
-        more = 2 if mode == "forward" else 5  # the chain writes y and reads it; backward it reads y, writes dy and reads that
+        more = 2 if mode == "forward" else 5  # y written and read; backward: y read, dy written and read
         rows += compare(
             [
                 row("spiking_wkv", spiking_wkv, 0),
@@ -181,7 +181,7 @@ def spiking(args, settings):
 
 
 def sweep(args, settings):
-    """Cost against work: tokens at a fixed batch, and batch at a fixed number of tokens"""
+    """Time against work: growing number of tokens at a fixed batch, and growing batch at a fixed number of tokens"""
     last = 12 if args.quick else 16
     cases = [("B = 1, L = 64 to 65,536", 1, 1 << n) for n in range(6, last + 1, 2)]
     cases += [("L = 394, B = 1 to 64", B, 394) for B in ((1, 4) if args.quick else (1, 4, 16, 64))]
@@ -202,8 +202,8 @@ SECTIONS = {"peers": forward} | {f.__name__: f for f in (backward, accuracy, dec
 def add_arguments(parser):
     dtypes = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
     parser.add_argument("--dtype", type=dtypes.__getitem__, default=torch.float32, metavar="NAME", help=", ".join(dtypes))
-    parser.add_argument("--backward", action="store_true", help="time forward + backward too (the eager loop's takes a while)")
-    parser.add_argument("--sweep", action="store_true", help="cost against L and against B; drawn with --plot")
+    parser.add_argument("--backward", action="store_true", help="also time forward + backward (slow for the eager loop)")
+    parser.add_argument("--sweep", action="store_true", help="time against L and against B; --plot draws it")
 
 
 def choose(args):

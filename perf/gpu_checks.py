@@ -1,7 +1,7 @@
-"""Checks on a device: is each op right on tensors that live there, at sizes of real models?
+"""Check each op on tensors of a device, at the sizes of real models.
 
-Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of
-its own; on the CPU, and small, so that they cannot rot.
+Each check takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs each in its own process.
+The tests run them on the CPU with small sizes, so that they keep working.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def values_wkv_states(device, small):
 
 
 def steep_decays(device, small):
-    """A token sees itself and the nearest key that is not masked. Exponents of 1e20 must not leave their rounding behind."""
+    """With a very steep decay, a token only sees itself and the nearest key that is not masked, without rounding errors of 1e20."""
     C = 48
     k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
     k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
@@ -115,14 +115,14 @@ def accuracy(device, small):
 
 
 def values_spiking_wkv(device, small):
-    """Spikes within rounding of the threshold may differ, and their gradients with them."""
+    """Check spiking_wkv against wkv followed by lif. Spikes within rounding of the threshold may differ, so also gradients."""
     L, C = (21, 48) if small else (131, 384)
 
     def chain(d, u, *data):
         return wkv_then_lif(d, u, *(t.float() for t in data)).to(data[0].dtype)
 
     found = {}
-    for B in (2, 3) if small else (4, 96):  # the kernels of wkv and lif; one walk
+    for B in (2, 3) if small else (4, 96):  # the first size uses the kernels of wkv and lif, the second the fused kernel
         for dtype in (torch.float32, torch.bfloat16):
             leaves = OPS["spiking_wkv"].data(B, L, C, device=device, dtype=dtype)
             s, t = spiking_wkv(*leaves), chain(*leaves)
@@ -164,7 +164,7 @@ def run(f, leaves):
 
 
 def repeatable(device, small):
-    """Bit for bit, also under the load of other work on the device."""
+    """Check that repeated calls agree bit for bit, also while other work loads the device."""
     for name, (f, leaves) in calls(device, small).items():
         first = run(f, leaves)
         for _ in range(3):
@@ -194,7 +194,7 @@ def no_host_sync(device, small):
 
 
 def side_stream(device, small):
-    """Work queued on another stream sees the inputs that this stream makes, and no others."""
+    """Check that an op called on another stream waits for inputs that this stream makes late."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     for name, (f, leaves) in calls(device, small).items():
@@ -213,14 +213,14 @@ def side_stream(device, small):
 
 
 def on_its_stream(device, small):
-    """The checks that make the same calls, in one process, so that these compile once."""
+    """Run the checks that make the same calls in one process, so that the kernels compile once."""
     for check in (repeatable, no_host_sync, side_stream, cuda_graph):
         check(device, small)
     return {"ops": len(calls(device, True))}
 
 
 def cuda_graph(device, small):
-    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ too."""
+    """Capture forward and backward pass in a CUDA graph and replay it on other inputs; also decoding with wkv_step_."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     found = {}
@@ -257,7 +257,7 @@ def cuda_graph(device, small):
 
 
 def compiled(device, small):
-    """torch.compile(fullgraph=True) of a block over the ops, forward and backward, for two batch sizes."""
+    """Check torch.compile(fullgraph=True) of a block that uses the ops, forward and backward, for two batch sizes."""
     torch.manual_seed(0)
     C = 32 if small else 384
 
@@ -280,12 +280,12 @@ def compiled(device, small):
         a = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
         b = torch.autograd.grad(fast(x).square().sum(), [x, *block.parameters()])
         worst = max(worst, *(rms_error(p, q.double()) for p, q in zip(b, a)))
-    assert worst < 0.05, f"relative rms {worst:.2e} between a compiled block and the block"  # spikes flip within rounding
+    assert worst < 0.05, f"relative rms {worst:.2e} between a compiled block and the block"  # rounding flips some spikes
     return {"gradients_rms": worst}
 
 
 def autocast(device, small):
-    """A training step of SDiT in bf16: its loss is near the loss in fp32."""
+    """Check that the loss of a training step of SDiT in bf16 is close to the loss in fp32."""
     model, inputs = bench_sdit.case(device, *((1, "digits") if small else (16,)))
     target = torch.zeros((), device=device)
     losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
@@ -294,12 +294,12 @@ def autocast(device, small):
 
 
 def network(device, small):
-    """The whole network in float64, outputs and every gradient, against its plain form."""
+    """Check the whole network in float64, outputs and every gradient, against its plain form."""
     return bench_sdit.agree(device, "digits" if small else bench_sdit.PRESET)
 
 
 def big_offsets(device, small):
-    """More than 2^31 elements a tensor: the last rows equal a call on them alone, forward and backward."""
+    """Check tensors of more than 2^31 elements: the last rows equal a call on these rows alone, forward and backward."""
     rows, L, C = (3, 40, 8) if small else (350, 16384, 384)  # 2.2e9 elements
     dtype = torch.bfloat16
     x = torch.empty(rows, L, C, device=device, dtype=dtype)
@@ -308,14 +308,14 @@ def big_offsets(device, small):
     found = {"elements": x.numel()}
 
     def far(name, f, x, last, g_last):
-        """``last``: the part that a small call gets; the backward pass is compared too."""
+        """Compare a call on x with a call on ``last(x)``, the last part of x; also compare the backward pass."""
         x.requires_grad_()
         y = f(x)
         dx = torch.autograd.grad(y, x, torch.ones((), device=device, dtype=y.dtype).expand(y.shape))[0]
         part = last(x).detach().clone().requires_grad_()
         z = f(part)
         dz = torch.autograd.grad(z, part, torch.ones_like(z))[0]
-        assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong behind 2^31 elements"
+        assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong beyond 2^31 elements"
         found[name] = "equal"
 
     d, u = decay_and_bonus(C, device, False)
@@ -327,7 +327,7 @@ def big_offsets(device, small):
     four = x.detach().view(-1)[: x.numel() // 4 * 4].view(4, -1, 4 if small else 64)
     far("lif", lif, four, time_, time_)
     five = x.detach()[: rows // 2 * 2].view(2, rows // 2, L, C)
-    with tuned(spiking_min_channels_fused=0):  # in one walk, which few sequences alone would not take
+    with tuned(spiking_min_channels_fused=0):  # select the fused kernel, which so few sequences would not use
         far("spiking_wkv", lambda k: spiking_wkv(d, u, k, k), five, time_, time_)
     return found
 
