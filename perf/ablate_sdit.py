@@ -191,9 +191,7 @@ def main():
     p.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="write all rows; arms whose row is in the file do not run again"
     )
-    p.add_argument(
-        "--keep", type=pathlib.Path, metavar="FOLDER", help="save the models and grids of the generated images here"
-    )
+    p.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="save the models and grids of the generated images here")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
     torch.set_num_threads(1)  # the CPU time of several threads would include their waiting

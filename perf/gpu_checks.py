@@ -88,7 +88,7 @@ def values_wkv_states(device, small):
 
 
 def steep_decays(device, small):
-    """With a very steep decay, a token only sees itself and the nearest key that is not masked, without rounding errors of 1e20."""
+    """Check a decay of 1e20: a token only sees itself and the nearest unmasked key, and 1e20 causes no rounding error."""
     C = 48
     k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
     k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
@@ -194,7 +194,7 @@ def no_host_sync(device, small):
 
 
 def side_stream(device, small):
-    """Check that an op called on another stream waits for inputs that this stream makes late."""
+    """Check that an op on a side stream reads the inputs that the same stream writes just before."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     for name, (f, leaves) in calls(device, small).items():

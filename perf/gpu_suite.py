@@ -174,7 +174,7 @@ def sizes(args, settings):
 
 
 def steps(args, settings):
-    """Training steps of SDiT. The plain form, which scans the tokens one by one, is timed for one step after one warm-up step"""
+    """Training steps of SDiT. The plain form, which scans the tokens one by one, is timed for one step after a warm-up"""
     rows = []
     cases = ("digits", 2, True), ("digits", 4, False)
     if not args.quick:
@@ -343,7 +343,7 @@ def main(argv=None):
     p.add_argument("--json", metavar="PATH", help="write the results to this file after every part")
     p.add_argument("--only", metavar="NAME[,NAME]", help=f"parts to run: tests, checks, {', '.join([*CHECKS, *TIMINGS])}")
     p.add_argument("--minutes", type=float, default=9, help="skip parts that would start later (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=8, help="processes for the tests, and as many for the checks (default: %(default)s)")
+    p.add_argument("--workers", type=int, default=8, help="processes for tests and for checks (default: %(default)s each)")
     options = p.parse_args(argv)
     names = options.only.split(",") if options.only is not None else ["tests", "checks", *TIMINGS]
     if unknown := set(names) - {"tests", "checks", *CHECKS, *COMPILE, *TIMINGS}:

@@ -68,7 +68,7 @@ def capture(step, steps, device="cuda"):
 
 
 def table(step, steps, device, trace=None):
-    """Return (seconds of a step, its percentage in matrix multiplications, at most ROWS rows: per op, on a GPU per kernel)."""
+    """Return (seconds of a step, percentage in matrix multiplications, rows per op, or per kernel on a GPU)."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at every start and stop
@@ -86,7 +86,7 @@ def table(step, steps, device, trace=None):
 
     shown = ops if on_cpu else kernels
     total = sum(map(seconds, shown)) or 1e-9
-    products = sum(seconds(event) for event in ops if PRODUCT.fullmatch(event.key))  # on a GPU: time of the kernels that the ops launched
+    products = sum(seconds(event) for event in ops if PRODUCT.fullmatch(event.key))  # on a GPU: their kernels' time
     rows = [
         {"name": e.key[:90], "calls": e.count / steps, "self_s": seconds(e), "percent_of_step": 100 * seconds(e) / total}
         for e in sorted(shown, key=seconds, reverse=True)[:ROWS]
@@ -105,7 +105,7 @@ def main(argv=None):
     p.add_argument("--bf16", action="store_true", help="run under bf16 autocast")
     p.add_argument("--steps", type=int, metavar="N", help="steps to measure (default: 3, 1 with --quick)")
     p.add_argument("--sampling", action="store_true", help="measure sampling steps instead of training steps")
-    p.add_argument("--table", action="store_true", help="on a GPU: print torch.profiler's table by kernel; not under nsys or ncu")
+    p.add_argument("--table", action="store_true", help="on a GPU: print a table by kernel; not under nsys or ncu")
     p.add_argument("--trace", metavar="PATH", help="write a Chrome trace as well; implies --table")
     args = p.parse_args(argv)
     for name in ("batch", "steps"):

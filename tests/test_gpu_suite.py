@@ -26,4 +26,4 @@ def test_dry_run(tmp_path):
 
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "perf/gpu_suite.py", "--only", "host"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "torch sees no GPU; --dry-run goes through it on the CPU" in done.stderr
+    assert done.returncode == 1 and "torch sees no GPU; --dry-run runs on the CPU" in done.stderr

@@ -1,4 +1,4 @@
-"""token_shift and relu_squared."""
+"""The calls of token_shift and relu_squared."""
 
 from typing import NamedTuple
 
@@ -11,13 +11,13 @@ from sdit_kernels.tuning import current
 
 
 class MixCase(NamedTuple):
-    """A call of the launchers of token_shift, whose mixes are learnt; without mixes of the launchers of relu_squared."""
+    """A call of the launchers of token_shift with learnt mixes; with mixes=0, of the launchers of relu_squared."""
 
     variant: str
     mixes: int = 1
     norm: bool = False
     C: int = SHAPE[-1]
-    autocast: bool = False  # results in bf16, whatever x is
+    autocast: bool = False  # results in bf16 for any dtype of x
 
     op = "mix"
     load = None
@@ -37,17 +37,20 @@ class MixCase(NamedTuple):
         return last["floor"]
 
     def figures(self, it: Launched) -> Figures:
-        """Per element of x, in a program with one run of tokens. What a cache has does not count as bytes: the token and the
-        gradients that the next run reads too, a token's channels again in the same program, mixes, sums of a norm. Nor do the
-        sums over tokens that a program writes behind all its runs."""
+        """Count per element of x, in a program with one run of tokens.
+
+        Reads from a cache do not count as bytes: the token and the gradients that the next run also reads, repeated reads of a
+        token in the same program, mixes, sums of a norm. The sums over tokens, which a program writes after its runs, do not
+        count either.
+        """
         name, size, values, M = it.name, it.size, int(it.neurons), self.mixes
-        mixed = 2 if self.autocast else size  # of a result, or of its gradient
+        mixed = 2 if self.autocast else size  # bytes of an element of a result or its gradient
         if name.startswith("relu"):
             return Figures(name, it.found, values, passes(it.direction, 1) * size)
         if name.endswith("stats"):
             M = it.arguments["M"]
             count = {"instructions": 0, "bytes": 0, "special": {}}
-            # The sum, the sum of squares, products with the gradients: loops that the compiler may have unrolled
+            # Loops for the sum, the sum of squares and products with the gradients; the compiler may unroll them.
             for i, loop in enumerate(it.found["loops"]):
                 read = size if i < 2 else size + 2 * M * mixed + 4 * M
                 count = more_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
@@ -57,7 +60,7 @@ class MixCase(NamedTuple):
             return Figures(name, count, values, size + M * mixed, widths=set(it.found["loads"]))
         run, normed, backward = it.arguments["RUN"], it.arguments["NORM"] == 2, it.direction == "backward"
         count, again = dict(it.found), size + backward * M * mixed + (run + backward) * 4 * M
-        if backward:  # a loop over a run's tokens, of which the compiler may have taken some out, or put several in one turn
+        if backward:  # a loop over the tokens of a run; the compiler may move tokens out of it, or put several in one turn
             body = max(it.found["loops"], key=lambda loop: loop["instructions"])
             stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (it.found, body))
             count = more_turns(it.found, body, (run * values * size + 4 * M * values - stored) / in_loop)

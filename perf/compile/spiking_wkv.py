@@ -1,4 +1,4 @@
-"""spiking_wkv."""
+"""The calls of spiking_wkv."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from sdit_kernels.tuning import current
 
 
 class SpikingCase(NamedTuple):
-    """A call of the spiking_wkv launchers, checkpoint kept, in one walk over the tokens."""
+    """A call of the spiking_wkv launchers with the fused kernel, which keeps a checkpoint."""
 
     variant: str
     gate: bool = False
@@ -42,9 +42,9 @@ class SpikingCase(NamedTuple):
         )  # fmt: skip
 
     def figures(self, it: Launched) -> Figures:
-        """Per element of k. The gradient of a rate, which all steps read, counts once."""
+        """Count per element of k. The gradient of a rate, which all time steps read, counts once."""
         if it.name == "wkv_sums":
-            return Figures(it.name, widths=set(it.found["loads"]))  # it stores one number for many that it reads
+            return Figures(it.name, widths=set(it.found["loads"]))  # its stores are narrow: it sums many numbers into one
         tile, backward = it.arguments["TOKENS"], it.direction == "backward"
         tokens = it.arguments["HELD"] if backward else tile
         parts = tile // tokens

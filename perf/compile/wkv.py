@@ -1,4 +1,4 @@
-"""wkv, and flash-linear-attention's RWKV-4."""
+"""The calls of wkv, and of flash-linear-attention's RWKV-4."""
 
 from typing import NamedTuple
 
@@ -13,12 +13,12 @@ from sdit_kernels.tuning import current
 
 
 class WkvCase(NamedTuple):
-    """A call of the WKV launchers, checkpoint kept: launchers, so that the code is the same whoever calls."""
+    """A call of the WKV launchers that keeps a checkpoint."""
 
     variant: str
     algorithm: str = "serial"
     gate: bool = False
-    state: bool = False  # given, and its gradient wanted
+    state: bool = False  # with a state as input, and its gradient
     bidirectional: bool = False
     packed: bool = False
 
@@ -44,14 +44,14 @@ class WkvCase(NamedTuple):
         )  # fmt: skip
 
     def floor_of_call(self, direction: str, last: dict) -> float:
-        """Bytes per element of the whole call: one pass over the data, one state of 12 bytes per tile of 16 tokens."""
+        """Return the bytes per element of the whole call: one pass over the data, and 12 bytes of state per 16 tokens."""
         return passes(direction, 2 + self.gate) * (4 if last["data"] == "fp32" else 2) + 12 / 16
 
     def figures(self, it: Launched) -> Figures:
-        """Counts of one turn of its loop over tokens. The backward pass reads the checkpoint once per part, from a cache for
-        all parts of a tile except one: that does not count as bytes."""
+        """Count one turn of the loop over tokens. The backward pass reads the checkpoint once per part of a tile. All reads
+        except the first come from a cache and do not count as bytes."""
         if it.name == "wkv_sums":
-            return Figures(it.name, widths=set(it.found["loads"]))  # it stores one number for many that it reads
+            return Figures(it.name, widths=set(it.found["loads"]))  # its stores are narrow: it sums many numbers into one
         if it.name == "wkv_combine":
             return Figures(f"{it.name} ({'carries' if it.arguments['CARRY'] else 'states'})")
         tile, backward = it.arguments["TILE"], it.direction == "backward"
@@ -72,7 +72,7 @@ class WkvCase(NamedTuple):
 
 
 class Fla(NamedTuple):
-    """A call of flash-linear-attention's fused_recurrent_rwkv4: its launchers, which take and return a state."""
+    """A call of the launchers of flash-linear-attention's fused_recurrent_rwkv4, with a state in and out."""
 
     variant: str = "serial"
     op: str = "fla"
@@ -84,8 +84,8 @@ class Fla(NamedTuple):
         peers.launch_fla(self.load(), *torch.empty(2, SHAPE[-1]), k, v)
 
     def figures(self, it: Launched) -> Figures:
-        """Its loop takes one token a turn, or several where the compiler has unrolled it. Its floor is the floor of our serial
-        call. It writes the state after every token and reads it in the backward pass, in fp32."""
+        """Count one turn of its loop, which covers one token, or several if the compiler unrolled it. The floor is the floor of
+        our serial call. The kernel writes the fp32 state after every token and reads it in the backward pass."""
         loop = max(it.found["loops"], key=lambda loop: loop["instructions"])
         tokens = round(loop["bytes"] / (5 * it.size + 12 if it.direction == "backward" else 6 * it.size))
         return Figures(f"fla {it.name}", loop, tokens, passes(it.direction, 2) * it.size + 12 / 16)
