@@ -66,7 +66,7 @@ ARMS += [f"old={part}" for part in PARTS]
 ARMS += ["lr=1e-4", "warmup=0", "cosine=false", "clip=0", "ema=0"]
 
 
-def parse(words, preset):
+def parse_arm(words, preset):
     """Parse an arm: (config, settings, parts with the values of "faithful", {parameter: standard deviation})."""
     given = dict(word.split("=", 1) for word in words.split())
     old = [part for part in given.pop("old", "").split(",") if part]
@@ -88,7 +88,7 @@ def parse(words, preset):
     return config, settings, old, deviations
 
 
-def build(config, old, deviations):
+def build_model(config, old, deviations):
     model = SDiT(config)
     faithful = SDiT(config, variant="faithful").state_dict()
     with torch.no_grad():
@@ -100,10 +100,10 @@ def build(config, old, deviations):
     return model
 
 
-def trained(config, settings, old, deviations):
+def train_arm(config, settings, old, deviations):
     """Train a model; return (model, CPU seconds, wall seconds)."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(
-        sdit.train, "SDiT", functools.partial(build, old=old, deviations=deviations)
+        sdit.train, "SDiT", functools.partial(build_model, old=old, deviations=deviations)
     ):  # fmt: skip
         cpu, wall = time.process_time(), time.perf_counter()
         model = train(config, settings, folder, progress=False)
@@ -111,10 +111,10 @@ def trained(config, settings, old, deviations):
     return model, cpu, wall
 
 
-def steps_in(seconds, *arm):
+def count_steps(seconds, *arm):
     """Return the number of steps of an arm that take ``seconds`` of CPU time."""
     config, settings, *rest = arm
-    _, short, long = (trained(config, dataclasses.replace(settings, steps=n), *rest)[1] for n in (2, 4, 20))
+    _, short, long = (train_arm(config, dataclasses.replace(settings, steps=n), *rest)[1] for n in (2, 4, 20))
     return max(1, round(seconds / ((long - short) / 16)))
 
 
@@ -148,7 +148,7 @@ def generate(model, n, guidance, bf16):
     return images, labels
 
 
-def judge(data, test, n):
+def make_measure(data, test, n):
     """Return (a function from images and labels to measures, the measures of real images).
 
     The real images are the test split, n images of the train split, and these n with every other one mirrored.
@@ -198,17 +198,19 @@ def main():
 
     name = PRESETS[args.preset].dataset
     data, test = load(name), load(name, split="test")
-    measure, real = judge(data, test, args.images) if args.images else (None, {})
+    measure, real = make_measure(data, test, args.images) if args.images else (None, {})
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
     for words in ARMS if args.arm is None else args.arm:
         words = " ".join(f"{args.set} {words}".split())
-        config, settings, *initial = parse(words, args.preset)
-        told = {"arm": words, "asked": asked, "config": config.to_dict()}
-        if any(told == {key: row[key] for key in told} for row in rows) or ("gate" in initial[0] and not config.reconstruction):
+        config, settings, *initial = parse_arm(words, args.preset)
+        identity = {"arm": words, "asked": asked, "config": config.to_dict()}
+        if any(identity == {key: row[key] for key in identity} for row in rows) or (
+            "gate" in initial[0] and not config.reconstruction
+        ):
             continue
-        settings = dataclasses.replace(settings, steps=args.steps or steps_in(args.cpu_seconds, config, settings, *initial))
-        model, cpu, wall = trained(config, settings, *initial)
+        settings = dataclasses.replace(settings, steps=args.steps or count_steps(args.cpu_seconds, config, settings, *initial))
+        model, cpu, wall = train_arm(config, settings, *initial)
         row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
         row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
         row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)

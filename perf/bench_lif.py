@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness, peers
-from perf.harness import Contestant, check, compare, forward_backward, goal, inference, missing, ratio
+from perf.harness import Contestant, check, compare, forward_backward, inference, ratio, reason_if_missing, record_goal
 from perf.ops import OPS, T, contestant, current
 from sdit_kernels import lif, lif_rate, reference
 from sdit_kernels.memory import pool
@@ -26,7 +26,7 @@ FIGURE = harness.ROOT / "perf" / "results" / "lif_scaling.png"
 MODES = "inference", "forward+backward"
 
 
-def agree(name, f, want, x, g, rtol=1e-5, atol=1e-6):
+def check_agreement(name, f, want, x, g, rtol=1e-5, atol=1e-6):
     """Check that outputs are equal and gradients close; return the errors as further columns."""
     check(f"{name}: output", f(x), want(x), 0, 0)
     return check(f"{name}: gradient", forward_backward(f, [x], g)(), forward_backward(want, [x], g)(), rtol, atol)
@@ -35,15 +35,15 @@ def agree(name, f, want, x, g, rtol=1e-5, atol=1e-6):
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def others(args, settings):
+def compare_peers(args, settings):
     """One multi-step call against other libraries"""
     op = OPS["lif"]
     (x,) = op.data(*args.shape, device=args.device)
     g = torch.randn_like(x)
     x16, g16 = x.detach().bfloat16().requires_grad_(), g.bfloat16()
     found = peers.of_lif(x)
-    errors = {p.name: agree(p.name, p.call, p.same_as or lif, x, g) for p in found if not p.skip}
-    errors["lif bf16"] = agree("lif bf16", lif, reference.lif, x16, g16, rtol=2**-7)
+    errors = {p.name: check_agreement(p.name, p.call, p.same_as or lif, x, g) for p in found if not p.skip}
+    errors["lif bf16"] = check_agreement("lif bf16", lif, reference.lif, x16, g16, rtol=2**-7)
     rows = []
     for mode in MODES:
 
@@ -60,8 +60,8 @@ def others(args, settings):
             ],
             **settings,
         )
-        goal(f"lif {mode}, times SpikingJelly", ratio(new, "SpikingJelly LIFNode"), 10 if mode == "inference" else 8)
-        goal(f"lif {mode}, bf16 over fp32", ratio(new, "lif bf16"), 1, at_least=False)
+        record_goal(f"lif {mode}, times SpikingJelly", ratio(new, "SpikingJelly LIFNode"), 10 if mode == "inference" else 8)
+        record_goal(f"lif {mode}, bf16 over fp32", ratio(new, "lif bf16"), 1, at_least=False)
         rows += new
     return f"lif, T={T}, {args.shape}, fp32", rows
 
@@ -72,8 +72,8 @@ def rate(args, settings):
     g = torch.randn_like(x)
     linear = torch.nn.Linear(x.shape[-1], x.shape[-1], device=args.device)
     repeated, loop = peers.of_lif_rate()
-    error = {} if repeated.skip else agree("lif_rate", lif_rate, repeated.call, x, g)
-    agree("lif_rate", lif_rate, loop.call, x, g)
+    error = {} if repeated.skip else check_agreement("lif_rate", lif_rate, repeated.call, x, g)
+    check_agreement("lif_rate", lif_rate, loop.call, x, g)
     weights = tuple(linear.parameters())
     rows = []
     for mode in MODES:
@@ -95,7 +95,7 @@ def rate(args, settings):
         alone = [sum(pair) for pair in zip(found[0]["samples_s"], found[3]["samples_s"])]
         found[4]["over_sum_of_parts"] = statistics.median(a / b for a, b in zip(found[4]["samples_s"], alone))
         if mode == "forward+backward":
-            goal(f"lif_rate {mode}, times repeat -> LIFNode -> mean", ratio(found, repeated.name), 15)
+            record_goal(f"lif_rate {mode}, times repeat -> LIFNode -> mean", ratio(found, repeated.name), 15)
         rows += found
     return f"lif_rate, T={T}, {args.shape}, fp32, beside a {x.shape[-1]} x {x.shape[-1]} matrix multiplication", rows
 
@@ -118,7 +118,7 @@ def bandwidth(args, settings):
         **settings,
     )
     for row in rows[2:]:
-        goal(f"{row['name']} out of cache, share of copy_ bandwidth", row["percent_of_copy"], 50, " %")
+        record_goal(f"{row['name']} out of cache, share of copy_ bandwidth", row["percent_of_copy"], 50, " %")
     return f"{elements >> 20} M elements, fp32, inference; bytes: one read and one write of each", rows
 
 
@@ -139,8 +139,8 @@ def overhead(args, settings):
     """Time of a call on tiny tensors, where arithmetic costs nothing (CPU time, also with a GPU)"""
     x = current(T, 8, device=args.device)
     g = torch.randn_like(x)
-    agree("lif", lif, reference.lif, x, g)
-    agree("lif_rate", lif_rate, reference.lif_rate, x, g)
+    check_agreement("lif", lif, reference.lif, x, g)
+    check_agreement("lif_rate", lif_rate, reference.lif_rate, x, g)
     functions = {"autograd.Function": Bare.apply, "lif": lif, "lif_rate": lif_rate}
     node = peers.spikingjelly_lif()
     if node:
@@ -153,11 +153,11 @@ def overhead(args, settings):
             Contestant(f"{name}, forward+backward", forward_backward(f, [x], g)),
         ]
     if not node:
-        contestants.append(Contestant("SpikingJelly LIFNode", skip=missing("spikingjelly")))
+        contestants.append(Contestant("SpikingJelly LIFNode", skip=reason_if_missing("spikingjelly")))
     rows = compare(contestants, **(settings | {"device": "cpu", "min_time": settings["min_time"] / 5}))
     for row in rows:
         if row["name"] in ("lif, forward with grad", "lif_rate, forward with grad"):
-            goal(f"overhead of {row['name']}", 1e6 * row["median_s"], 40, " us", at_least=False)
+            record_goal(f"overhead of {row['name']}", 1e6 * row["median_s"], 40, " us", at_least=False)
     return "Overhead of a call, (4, 8) fp32", rows
 
 
@@ -171,7 +171,7 @@ def scaling(args, settings):
         x = current(t, n, device=args.device)
         g = torch.randn_like(x)
         part = x.detach()[:, : 1 << 12].clone().requires_grad_()
-        agree("lif", lif, reference.lif, part, g[:, : 1 << 12], atol=1e-5)
+        check_agreement("lif", lif, reference.lif, part, g[:, : 1 << 12], atol=1e-5)
         for mode in ("forward", "forward+backward"):
             work = {"sweep": sweep, "T": t, "N": n, "T_times_N": t * n}
             contestants.append(contestant(f"{mode}, T={t}, N={n}, {sweep[0]}", mode, lif, [x], g, **work))
@@ -198,20 +198,20 @@ def memory(args, settings):
     flat = current(*args.shape, device=args.device)
     v = torch.zeros(args.shape, device=args.device, requires_grad=True)
     for a in (x, long):
-        agree("lif", lif, reference.lif, a, torch.randn_like(a), atol=1e-5)
-    agree("lif_rate", lif_rate, reference.lif_rate, flat, torch.randn_like(flat))
+        check_agreement("lif", lif, reference.lif, a, torch.randn_like(a), atol=1e-5)
+    check_agreement("lif_rate", lif_rate, reference.lif_rate, flat, torch.randn_like(flat))
     measure("lif, T=4", lif, [x])
     measure("lif, T=4, with v", lif, [x, v])
     measure("lif, T=64", lif, [long], checkpoints=3 * long[0].nbytes)  # the membrane potential before steps 16, 32 and 48
     measure("lif_rate, T=4", lif_rate, [flat])
     exact = max(row["saved_over_ideal"] for row in rows)
     hidden = max(row["new_bytes"] - (row["ideal_bytes"] - row["inputs_bytes"]) for row in rows)
-    goal("bytes saved, over the bytes of x (+ v; + every 16th membrane for T=64)", exact, 1, at_least=False)
-    goal("bytes allocated beyond these and the result", hidden, 0, " B", at_least=False)
+    record_goal("bytes saved, over the bytes of x (+ v; + every 16th membrane for T=64)", exact, 1, at_least=False)
+    record_goal("bytes allocated beyond these and the result", hidden, 0, " B", at_least=False)
     measure("plain loop, T=4", reference.lif, [x])
     measure("plain loop, T=64", reference.lif, [long])
     measure("plain loop of lif_rate, T=4", reference.lif_rate, [flat])
-    if not missing("spikingjelly"):
+    if not reason_if_missing("spikingjelly"):
 
         def node(x):  # a new node per call: a node keeps the graph of its last call
             return peers.spikingjelly_lif()(x)
@@ -223,12 +223,12 @@ def memory(args, settings):
         measure("SpikingJelly LIFNode, T=64", node, [long])
         measure("repeat, LIFNode, mean, T=4", repeated, [flat])
     else:
-        rows.append({"name": "SpikingJelly LIFNode", "note": f"skipped: {missing('spikingjelly')}"})
+        rows.append({"name": "SpikingJelly LIFNode", "note": f"skipped: {reason_if_missing('spikingjelly')}"})
     pool.limit = limit
     return "Bytes kept for the backward pass, fp32", rows
 
 
-SECTIONS = {"peers": others} | {f.__name__: f for f in (rate, bandwidth, overhead, scaling, memory)}
+SECTIONS = {"peers": compare_peers} | {f.__name__: f for f in (rate, bandwidth, overhead, scaling, memory)}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness
-from perf.harness import Contestant, check, compare, goal, ratio
+from perf.harness import Contestant, check, compare, ratio, record_goal
 from perf.peers import eager_loop, plain_token_shift, spikingjelly_lif
 from sdit import PRESETS, SDiT
 from sdit.sample import sample
@@ -37,7 +37,7 @@ FORMS = ("ours", "ours, bf16 autocast", "plain", "plain, bf16 autocast")
 # ---- the plain form --------------------------------------------------------------------------------------------------
 
 
-class Plain(torch.nn.Module):
+class PlainSDiT(torch.nn.Module):
     """The plain form, on a copy of the weights of ``model``."""
 
     def __init__(self, model):
@@ -53,10 +53,10 @@ class Plain(torch.nn.Module):
     def rate(self, x):
         return self.lif(x.unsqueeze(0).repeat(self.model.config.T, 1, 1, 1)).mean(0)
 
-    def block(self, block, x, kept):
+    def block(self, block, x, skipped):
         a, m, R = block.attention, block.mlp, block.reconstruction
-        if kept is not None:
-            x = block.skip(torch.cat([x, kept], -1))
+        if skipped is not None:
+            x = block.skip(torch.cat([x, skipped], -1))
         x = torch.cat([x, R.repeat(len(x), 1, 1)], 1)
         xk, xv, xr = plain_token_shift(x, a.time_mix_k, a.time_mix_v, a.time_mix_r)
         y = torch.sigmoid(a.receptance(xr)) * eager_loop(a.time_decay, a.time_first, a.key(xk), a.value(xv), unbind=True)
@@ -67,18 +67,18 @@ class Plain(torch.nn.Module):
         return x + x * block.tokens_out(block.tokens_in(r).transpose(1, 2))
 
     def forward(self, x, t, y):
-        x, half, kept = self.model.embed_inputs(x, t, y), len(self.model.blocks) // 2, []
+        x, half, skips = self.model.embed_inputs(x, t, y), len(self.model.blocks) // 2, []
         for i, block in enumerate(self.model.blocks):
-            x = self.block(block, x, kept.pop() if i > half else None)
+            x = self.block(block, x, skips.pop() if i > half else None)
             if i < half:
-                kept.append(x)
+                skips.append(x)
         return self.model.decode_tokens(x)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def case(device, batch, preset=PRESET):
+def make_case(device, batch, preset=PRESET):
     """Make a model and its inputs. With its weights, neurons fire and every layer has a gradient, as after some training."""
     torch.manual_seed(0)
     model = SDiT(PRESETS[preset], variant="improved").to(device)
@@ -92,7 +92,7 @@ def case(device, batch, preset=PRESET):
     return model, (x, t, torch.arange(batch, device=device) % config.num_classes)
 
 
-def step(model, inputs, target, optimizer=None, dtype=None):
+def run_training_step(model, inputs, target, optimizer=None, dtype=None):
     """Run one training step: forward pass, loss, backward pass, AdamW."""
     with torch.autocast(inputs[0].device.type, dtype=dtype, enabled=dtype is not None):
         loss = (model(*inputs) - target).square().mean()
@@ -103,16 +103,16 @@ def step(model, inputs, target, optimizer=None, dtype=None):
     return loss
 
 
-def agree(device, preset=PRESET):
+def check_forms_agree(device, preset=PRESET):
     """Check that both forms agree in float64: outputs and every gradient."""
-    model, inputs = case(device, 1, preset)
+    model, inputs = make_case(device, 1, preset)
     model = model.double()
     inputs = inputs[0].double(), *inputs[1:]
-    plain = Plain(model)
+    plain = PlainSDiT(model)
     target = torch.zeros((), dtype=torch.float64, device=device)
     error = check("output", model(*inputs), plain(*inputs), 1e-10, 1e-10)
-    step(model, inputs, target)
-    step(plain, inputs, target)
+    run_training_step(model, inputs, target)
+    run_training_step(plain, inputs, target)
     for (name, p), q in zip(model.named_parameters(), plain.parameters()):
         check(f"gradient of {name}", p.grad, q.grad, 1e-8, 1e-10 * q.grad.abs().max().item())
     return {"fp64_max_abs_error": error["max_abs_error"]}
@@ -121,7 +121,7 @@ def agree(device, preset=PRESET):
 def forms(model):
     """Yield (name, model, dtype of autocast) of each contestant; each has its own copy of the weights."""
     for name in FORMS:
-        own = Plain(model) if name.startswith("plain") else copy.deepcopy(model)
+        own = PlainSDiT(model) if name.startswith("plain") else copy.deepcopy(model)
         yield name, own, torch.bfloat16 if "bf16" in name else None
 
 
@@ -132,7 +132,7 @@ def autocast(args, dtype):
 def training_steps(args, batch, extra, known=None):
     """Make the contestants; skip those that do not fit in memory by ``known``: {name: bytes kept per sample}."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    model, inputs = case(args.device, batch)
+    model, inputs = make_case(args.device, batch)
     target = torch.randn(model.config.out_channels, *inputs[0].shape[2:], device=args.device)
 
     def contestant(name, model, dtype):
@@ -150,7 +150,7 @@ def training_steps(args, batch, extra, known=None):
         kept = harness.saved_bytes(forward, exclude=[*model.parameters(), *inputs])[0] // batch
         return Contestant(
             name,
-            lambda: step(model, inputs, target, optimizer, dtype),
+            lambda: run_training_step(model, inputs, target, optimizer, dtype),
             extra={"batch": batch, "saved_per_sample_bytes": kept, **extra},
         )
 
@@ -159,7 +159,7 @@ def training_steps(args, batch, extra, known=None):
 
 def sampling_steps(args, batch, stack, extra):
     """Make the contestants of sampling. Until ``stack`` closes, tensors that only depend on the weights are computed once."""
-    model, inputs = case(args.device, batch)
+    model, inputs = make_case(args.device, batch)
 
     def contestant(name, model, dtype):
         model.eval()
@@ -176,14 +176,14 @@ def sampling_steps(args, batch, stack, extra):
 
 def training(args, settings):
     """A training step: forward, mean squared error, backward, AdamW"""
-    rows = compare(training_steps(args, args.batch, agree(args.device)), **settings)
+    rows = compare(training_steps(args, args.batch, check_forms_agree(args.device)), **settings)
     ours, bf16, plain, plain_bf16 = rows
-    goal("training step fp32, times plain fp32", plain["ratio"], 1.8)
-    goal("training step bf16, times plain fp32", plain["median_s"] / bf16["median_s"], 4)
-    goal("training step bf16, times plain bf16", plain_bf16["median_s"] / bf16["median_s"], 1)
+    record_goal("training step fp32, times plain fp32", plain["ratio"], 1.8)
+    record_goal("training step bf16, times plain fp32", plain["median_s"] / bf16["median_s"], 4)
+    record_goal("training step bf16, times plain bf16", plain_bf16["median_s"] / bf16["median_s"], 1)
     for name, other in (("fp32", ours), ("bf16", bf16)):
         share = other["saved_per_sample_bytes"] / plain["saved_per_sample_bytes"]
-        goal(f"bytes kept for backward, {name} over plain fp32", share, 0.5, at_least=False)
+        record_goal(f"bytes kept for backward, {name} over plain fp32", share, 0.5, at_least=False)
     return f"{PRESET}, batch {args.batch}", rows
 
 
@@ -191,17 +191,17 @@ def sampling(args, settings):
     """A sampling step: a forward pass without gradients inside model.frozen()"""
     with contextlib.ExitStack() as stack:
         rows = compare(sampling_steps(args, args.batch, stack, {}), **settings)
-    goal("sampling step fp32, times plain fp32", ratio(rows, "plain"), 1.6)
-    goal("sampling step bf16, times plain fp32", rows[2]["median_s"] / rows[1]["median_s"], 4)
+    record_goal("sampling step fp32, times plain fp32", ratio(rows, "plain"), 1.6)
+    record_goal("sampling step bf16, times plain fp32", rows[2]["median_s"] / rows[1]["median_s"], 4)
     return f"{PRESET}, batch {args.batch}", rows
 
 
 def image(args, settings):
     """One whole image with batch size 1: from noise to pixels in 50 steps of DPM-Solver++"""
-    model, _ = case(args.device, 1)
+    model, _ = make_case(args.device, 1)
     draw = functools.partial(sample, labels=[3], sampler="dpm++")
     double = copy.deepcopy(model).double()
-    error = check("image", draw(double, steps=2), draw(Plain(double), steps=2), 0, 1e-6)
+    error = check("image", draw(double, steps=2), draw(PlainSDiT(double), steps=2), 0, 1e-6)
     del double
     steps = 3 if args.quick else 50
 
@@ -213,7 +213,7 @@ def image(args, settings):
         return Contestant(name, run, extra={"steps": steps, "fp64_max_abs_error": error["max_abs_error"]})
 
     rows = compare([contestant(*form) for form in forms(model)], **settings | {"rounds": min(settings["rounds"], 3)})
-    goal("one image fp32, times plain fp32", ratio(rows, "plain"), 1.6)
+    record_goal("one image fp32, times plain fp32", ratio(rows, "plain"), 1.6)
     return f"{PRESET}, 50 steps", rows
 
 
@@ -230,7 +230,7 @@ def batches(args, settings):
         if "median_s" in row:
             row["images_per_second"] = row["batch"] / row["median_s"]
     slowest = min(plain["ratio"] for plain in rows[2::4] if "ratio" in plain)
-    goal("fp32, the least of all batches, times plain fp32", slowest, 1)
+    record_goal("fp32, the least of all batches, times plain fp32", slowest, 1)
     return f"{PRESET}, batch {sizes[0]} to {sizes[-1]}", rows
 
 
@@ -279,7 +279,7 @@ def profile(args, settings):
             if took
         ]
     share = next(r["percent_of_step"] for r in rows if (r["name"], r["group"]) == ("ours", "matrix products"))
-    goal("matrix products, share of the fp32 step", share, 80, " %")
+    record_goal("matrix products, share of the fp32 step", share, 80, " %")
     if args.plot:
         plot_profile(args.plot, rows)
     return f"{PRESET}, batch {args.batch}", rows

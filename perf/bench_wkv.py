@@ -20,8 +20,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness, peers
-from perf.harness import Contestant, check, compare, goal, ratio
-from perf.ops import OPS, T, contestant, exact, normal, rms_error
+from perf.harness import Contestant, check, compare, ratio, record_goal
+from perf.ops import OPS, T, compute_exact, contestant, normal, rms_error
 from sdit_kernels import spiking_wkv, wkv, wkv_step, wkv_step_
 
 FIGURE = harness.ROOT / "perf" / "results" / "wkv_scaling.png"
@@ -38,7 +38,7 @@ def _compared(args, settings, mode):
     op = OPS["wkv"]
     data = op.data(*args.shape, device=args.device, dtype=args.dtype)
     k, g, back = data[2], torch.randn_like(data[2]), mode != "forward"
-    outputs, gradients = exact(wkv, data, [g] if back else None)
+    outputs, gradients = compute_exact(wkv, data, [g] if back else None)
     want = gradients if back else outputs
 
     def row(name, f, skip=None):
@@ -62,9 +62,9 @@ def _compared(args, settings, mode):
     )
     title = mode.replace("+", " + ")
     if args.device == "cpu" and args.dtype == torch.float32:
-        goal(f"{title}, times the eager loop", ratio(rows, "eager loop"), 100 if back else 25)
+        record_goal(f"{title}, times the eager loop", ratio(rows, "eager loop"), 100 if back else 25)
         if not back:
-            goal("forward, share of copy bandwidth", rows[0]["percent_of_copy"], 30, " %")
+            record_goal("forward, share of copy bandwidth", rows[0]["percent_of_copy"], 30, " %")
     return f"wkv {title}, {args.shape}, {args.dtype}", rows
 
 
@@ -86,12 +86,12 @@ def accuracy(args, settings):
         how = {"device": args.device, "requires_grad": False}
         k = normal(1, 4096, 64, mean=mean, scale=deviation, seed=1, **how)
         data = (time_decay, time_first, k, normal(1, 4096, 64, seed=2, **how))
-        want, _ = exact(wkv, data)
+        want, _ = compute_exact(wkv, data)
         row = {"name": f"k ~ N({mean}, {deviation})"}
         functions = {"serial": ours("serial"), "chunked": ours("chunked")}
         functions |= {"running_max_loop": peers.eager_loop, "heinsen": peers.heinsen}
         row |= {f"{name}_error": rms_error(f(*data), want) for name, f in functions.items()}
-        goal(f"rms error, {row['name']}", max(row["serial_error"], row["chunked_error"]), 1e-6, at_least=False)
+        record_goal(f"rms error, {row['name']}", max(row["serial_error"], row["chunked_error"]), 1e-6, at_least=False)
         rows.append(row)
     return "Accuracy, L = 4,096, C = 64, time_decay -5", rows
 
@@ -149,7 +149,7 @@ def threads(args, settings):
     rows = [{"name": f"{n} thread{'s' if n > 1 else ''}", "median_s": statistics.median(s)} for n, s in found.items()]
     gain = statistics.median(a / b for a, b in zip(found[1], found[2]))
     rows[1]["times_one"] = gain
-    goal(f"B=1, C=384, L={L:,}: times one thread", gain if os.cpu_count() > 1 else None, 1.7)
+    record_goal(f"B=1, C=384, L={L:,}: times one thread", gain if os.cpu_count() > 1 else None, 1.7)
     return f"wkv forward, (1, {L}, 384), fp32", rows
 
 
@@ -176,7 +176,7 @@ def spiking(args, settings):
             **settings | {"rounds": 3 if args.quick else 9},
         )
         if args.device == "cpu" and args.dtype == torch.float32:
-            goal(f"spiking_wkv {mode}, times the chain", rows[-2]["ratio"], 1.2)
+            record_goal(f"spiking_wkv {mode}, times the chain", rows[-2]["ratio"], 1.2)
     return f"spiking_wkv with gate, (T, B, L, C) = {(T, 2, L, C)}, {args.dtype}", rows
 
 

@@ -20,7 +20,7 @@ from perf import harness
 def main(arguments=None) -> int:
     if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "yes", "on", "true"):
         raise SystemExit("TRITON_INTERPRET is set: kernels that are interpreted cannot be compiled")
-    if reason := harness.missing("triton"):
+    if reason := harness.reason_if_missing("triton"):
         raise SystemExit(reason.split(" (")[0])
     from perf.compile import report
 

@@ -11,7 +11,7 @@ import functools
 import torch
 
 from perf import bench_sdit, bench_wkv, harness, ops
-from perf.ops import HALF, OPS, agree, current, decay_and_bonus, normal, rms_error
+from perf.ops import HALF, OPS, check_against_definition, current, decay_and_bonus, normal, rms_error
 from perf.peers import wkv_then_lif
 from sdit_kernels import leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
 from sdit_kernels.tuning import tuned
@@ -22,22 +22,26 @@ def values_lif(device, small):
     found = {}
     for dtype in (torch.float32, *HALF):
         x = current(4, *shape, device=device, dtype=dtype)
-        found |= agree(f"lif {dtype}", lif, [x], exact_output=True)
+        found |= check_against_definition(f"lif {dtype}", lif, [x], exact_output=True)
         gate, residual = normal(*shape, device=device, dtype=dtype), normal(*shape, device=device, dtype=dtype, seed=1)
-        found |= agree(
+        found |= check_against_definition(
             f"lif_rate {dtype}", lambda x, r, g: lif_rate(x, 4, r, g, tau=4.0), [x[0].detach().requires_grad_(), residual, gate]
         )
     x = current(4, *shape, device=device)
     long = current(37, *shape[:2], 64, device=device)
-    found |= agree("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
+    found |= check_against_definition("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
     v = normal(*shape, device=device, scale=0.1)
     tau = (torch.rand(shape[-1], device=device) + 1.5).requires_grad_()
-    found |= agree(
+    found |= check_against_definition(
         "lif, learnt tau, states", lambda x, v, tau: lif(x, v, tau=tau, return_v=True, detach_reset=True), [x, v, tau]
     )
     beta = torch.rand(shape[-1], device=device).requires_grad_()
-    found |= agree("leaky, learnt beta, states", lambda x, v, b: leaky(x, v, beta=b, return_v_seq=True), [x, v, beta])
-    found |= agree("leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long])
+    found |= check_against_definition(
+        "leaky, learnt beta, states", lambda x, v, b: leaky(x, v, beta=b, return_v_seq=True), [x, v, beta]
+    )
+    found |= check_against_definition(
+        "leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long]
+    )
     return found
 
 
@@ -54,7 +58,7 @@ def values_wkv(device, small, dtypes=(torch.float32,)):
                 def f(d, u, k, v, r=None, algorithm=algorithm):
                     return wkv(d, u, k, v, r=r, algorithm=algorithm)
 
-                found |= agree(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
+                found |= check_against_definition(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
     return found
 
 
@@ -83,7 +87,7 @@ def values_wkv_states(device, small):
     found = {}
     for f, leaves in ((with_states, [*p, k, v, *state]), (both_ways, [*p, k, v]), (in_pieces, [*p, *packed])):
         for algorithm in ("serial", "chunked"):
-            found |= agree(f"wkv {algorithm} {f.__name__}", functools.partial(f, algorithm), leaves)
+            found |= check_against_definition(f"wkv {algorithm} {f.__name__}", functools.partial(f, algorithm), leaves)
     return found
 
 
@@ -100,7 +104,7 @@ def steep_decays(device, small):
             def f(k, v, a=algorithm, b=both):
                 return wkv(None, u.to(k.dtype), k, v, log_decay=w.to(k.dtype), bidirectional=b, algorithm=a)
 
-            found |= agree(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
+            found |= check_against_definition(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
     return found
 
 
@@ -143,14 +147,14 @@ def values_mix(device, small):
             mixes = [torch.rand(C, device=device).requires_grad_() for _ in range(3)]
             for eps in (None, 1e-6):
                 f = functools.partial(token_shift, norm_eps=eps)
-                found |= agree(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
+                found |= check_against_definition(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
             if dtype == torch.float32:
 
                 def f(x, *mixes):
                     return token_shift(x, *mixes, norm_eps=1e-6, dtype=torch.bfloat16 if x.dtype == torch.float32 else None)
 
-                found |= agree(f"token_shift, norm, C={C}, bfloat16 of {dtype}", f, [x, *mixes])
-            found |= agree(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
+                found |= check_against_definition(f"token_shift, norm, C={C}, bfloat16 of {dtype}", f, [x, *mixes])
+            found |= check_against_definition(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
     return found
 
 
@@ -286,16 +290,19 @@ def compiled(device, small):
 
 def autocast(device, small):
     """Check that the loss of a training step of SDiT in bf16 is close to the loss in fp32."""
-    model, inputs = bench_sdit.case(device, *((1, "digits") if small else (16,)))
+    model, inputs = bench_sdit.make_case(device, *((1, "digits") if small else (16,)))
     target = torch.zeros((), device=device)
-    losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
+    losses = [
+        bench_sdit.run_training_step(copy.deepcopy(model), inputs, target, dtype=dtype).item()
+        for dtype in (None, torch.bfloat16)
+    ]
     assert abs(losses[1] / losses[0] - 1) < 0.1, f"loss {losses[0]:.4g} in fp32, {losses[1]:.4g} in bf16"
     return {"loss_fp32": losses[0], "loss_bf16": losses[1]}
 
 
 def network(device, small):
     """Check the whole network in float64, outputs and every gradient, against its plain form."""
-    return bench_sdit.agree(device, "digits" if small else bench_sdit.PRESET)
+    return bench_sdit.check_forms_agree(device, "digits" if small else bench_sdit.PRESET)
 
 
 def big_offsets(device, small):

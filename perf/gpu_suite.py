@@ -67,7 +67,7 @@ class Case(NamedTuple):
     arguments: dict = {}
 
 
-def launch_cases(device, small):
+def make_launch_cases(device, small):
     L, C = (33, 48) if small else (394, 384)
     n = 1 << (12 if small else 24)
     many, few, one = (2, 1, 1) if small else (128, 32, 1)
@@ -96,32 +96,32 @@ def launch_cases(device, small):
     yield Case("spiking_wkv", "spiking_wkv", (2 * few, L, C), tries("spiking_min_channels_fused", 0, 1 << 30))
 
 
-def prepared(case, device):
+def prepare_case(case, device):
     """Return the call of a case, its leaves, and gradients of its outputs."""
     op = OPS[case.op]
     f, leaves = functools.partial(op.call, **case.arguments), op.data(*case.shape, device=device)
     with torch.no_grad():
-        return f, leaves, [torch.randn_like(y) for y in ops.several(f(*leaves))]
+        return f, leaves, [torch.randn_like(y) for y in ops.as_tuple(f(*leaves))]
 
 
 def compile_case(i, device, small):
     """Compile the kernels of case i of `rules` in its own process, while the checks run."""
-    case = list(launch_cases(device, small))[i]
-    f, leaves, gs = prepared(case, device)
+    case = list(make_launch_cases(device, small))[i]
+    f, leaves, gs = prepare_case(case, device)
     for value in case.values:
         with tuned(**value):
             forward_backward(f, leaves, gs)()
     return {}
 
 
-COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(len(list(launch_cases("cpu", True))))}
+COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(len(list(make_launch_cases("cpu", True))))}
 
 
 def rules(args, settings):
     """Launch parameters side by side; "percent of copy" counts the bytes that an ideal kernel moves"""
     rows = []
-    for case in launch_cases(args.device, args.quick):
-        f, leaves, gs = prepared(case, args.device)
+    for case in make_launch_cases(args.device, args.quick):
+        f, leaves, gs = prepare_case(case, args.device)
         for mode in MODES:
             moved = OPS[case.op].bytes(mode, leaves)
             contestants = [harness.copy_contestant(moved, args.device)]
@@ -180,11 +180,13 @@ def steps(args, settings):
     if not args.quick:
         cases = ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False), ("fashion_mnist", 32, True)
     for preset, batch, plain in cases:
-        model, inputs = bench_sdit.case(args.device, batch, preset)
+        model, inputs = bench_sdit.make_case(args.device, batch, preset)
         for form, dtype in (("ours", torch.bfloat16), ("ours", None), *[("plain", None)] * plain):
-            network = bench_sdit.Plain(model) if form == "plain" else model
+            network = bench_sdit.PlainSDiT(model) if form == "plain" else model
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-            step = functools.partial(bench_sdit.step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype)
+            step = functools.partial(
+                bench_sdit.run_training_step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype
+            )
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             row = {"name": f"{preset}, batch {batch}, {form}, {'bf16' if dtype else 'fp32'}"}
@@ -207,7 +209,7 @@ def profile(args, settings):
     """Kernels of a training step of SDiT in bf16, sorted by time on the device"""
     batch = 2 if args.quick else 128
     case = {"preset": "digits" if args.quick else bench_sdit.PRESET, "bf16": True}
-    step = profile_sdit.step_of(args.device, batch, **case)
+    step = profile_sdit.make_step(args.device, batch, **case)
     profile_sdit.run(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
     seconds, products, rows = profile_sdit.table(step, 1, args.device)
     return f"{profile_sdit.describe(batch, **case)}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
@@ -236,8 +238,8 @@ def snn(args, settings):
     """leaky, and unroll of compat.snntorch, against snnTorch's Leaky in the loop that its users write"""
     steps, *shape = (3, 2, 33) if args.quick else (bench_compat.STEPS, bench_compat.BATCH, bench_compat.HIDDEN)
     title = f"leaky, T={steps}, {tuple(shape)}, fp32"
-    if harness.missing("snntorch"):
-        return bench_compat.skipped(title, "snntorch")
+    if harness.reason_if_missing("snntorch"):
+        return bench_compat.skip_section(title, "snntorch")
     import snntorch
 
     neuron = snntorch.Leaky(beta=0.9).to(args.device)
@@ -358,7 +360,7 @@ def main(argv=None):
     settings = harness.setup(args) | {"rounds": 2 if options.dry_run else 9}
     began, parts, failed = time.monotonic(), {}, []
 
-    def left():
+    def seconds_left():
         return 60 * options.minutes - (time.monotonic() - began)
 
     def save():
@@ -369,7 +371,7 @@ def main(argv=None):
     with tempfile.TemporaryFile("w+") as log:
         tests = None
         if "tests" in names and not options.dry_run:
-            tests = start_tests(log, left() / 2, options.workers)
+            tests = start_tests(log, seconds_left() / 2, options.workers)
         wanted = [
             n for n in CHECKS | COMPILE if n in names or n in CHECKS and "checks" in names or n in COMPILE and "rules" in names
         ]
@@ -386,7 +388,7 @@ def main(argv=None):
             print(parts["tests"]["summary"], *parts["tests"]["failed"], sep="\n", flush=True)
             save()
     for name in (n for n in TIMINGS if n in names):
-        if left() < 15:
+        if seconds_left() < 15:
             parts[name] = {"note": "skipped: the time was up"}
             print(f"skipped, the time was up: {name}")
             continue
@@ -405,7 +407,9 @@ def main(argv=None):
         if device == "cuda":
             torch.cuda.empty_cache()
         save()
-    print(f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {options.minutes - left() / 60:.1f} minutes")
+    print(
+        f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {options.minutes - seconds_left() / 60:.1f} minutes"
+    )
     return bool(failed)
 
 

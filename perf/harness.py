@@ -160,7 +160,7 @@ class Contestant(NamedTuple):
     extra: dict | None = None  # further columns, for example the measured error
 
 
-def missing(module: str) -> str | None:
+def reason_if_missing(module: str) -> str | None:
     """Return the reason for `Contestant(skip=)` if ``module`` is not installed, else None."""
     return None if importlib.util.find_spec(module) else f"{module} is not installed (make peers)"
 
@@ -309,12 +309,12 @@ def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str,
 goals = []
 
 
-def goal(what, value, limit, unit="", at_least=True):
+def record_goal(name, value, limit, unit="", at_least=True):
     """Record a goal and whether ``value`` reaches it; ``value`` is None if it could not be measured."""
     reached = value is not None and (value >= limit if at_least else value <= limit)
     verdict = "SKIP" if value is None else "PASS" if reached else "FAIL"
     measured = "not measured, a contestant is missing" if value is None else f"{value:.4g}{unit}"
-    goals.append(f"{verdict}  {what}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
+    goals.append(f"{verdict}  {name}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
 
 
 def ratio(rows, name):
@@ -443,7 +443,7 @@ def _without_folder(script: str) -> str:
 def _git(*command: str) -> str | None:
     try:
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # git is missing, or there is no repository or commit
+    except (OSError, subprocess.CalledProcessError):  # git, a repository or a commit is missing
         return None
 
 

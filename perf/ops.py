@@ -137,32 +137,32 @@ def contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=No
 # ---- definition ------------------------------------------------------------------------------------------------------
 
 
-def exact(f, leaves, gs=None):
+def compute_exact(f, leaves, gs=None):
     """Compute (outputs, gradients) of f(*leaves) with the definition in float64; without ``gs`` no gradients."""
     leaves = [t.detach().double().requires_grad_(gs is not None) for t in leaves]
     with backend("reference"):
-        outputs = several(f(*leaves))
+        outputs = as_tuple(f(*leaves))
         return outputs, None if gs is None else torch.autograd.grad(outputs, leaves, [g.double() for g in gs])
 
 
-def several(outputs) -> tuple:
+def as_tuple(outputs) -> tuple:
     """Return one output or several as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def rms_error(got, want) -> float:
     """Return the relative rms error against float64, the largest over several tensors."""
-    pairs = zip(several(got), several(want), strict=True)
+    pairs = zip(as_tuple(got), as_tuple(want), strict=True)
     return max(((a.double() - b).square().mean() / b.square().mean()).sqrt().item() for a, b in pairs)
 
 
-def agree(what, f, leaves, exact_output=False) -> dict:
+def check_against_definition(what, f, leaves, exact_output=False) -> dict:
     """Raise AssertionError unless outputs and gradients of f(*leaves) are close to the definition; return the errors."""
-    outputs = several(f(*leaves))
+    outputs = as_tuple(f(*leaves))
     dtype = outputs[0].dtype
     gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i, requires_grad=False) for i, o in enumerate(outputs)]
     found = torch.autograd.grad(outputs, leaves, gs)
-    wanted, want = exact(f, leaves, gs)
+    wanted, want = compute_exact(f, leaves, gs)
     if exact_output:
         assert torch.equal(outputs[0].double(), wanted[0]), f"{what}: outputs differ"
     assert all(t.isfinite().all() for t in (*outputs, *found)), f"{what}: not finite"

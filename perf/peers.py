@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from perf.harness import missing
+from perf.harness import reason_if_missing
 from perf.ops import EPS, T
 from sdit_kernels import lif, reference, wkv
 
@@ -45,7 +45,7 @@ def spikingjelly_lif(v_threshold=1.0):
 
     Every call first resets the state, as users of SpikingJelly must do.
     """
-    if missing("spikingjelly"):
+    if reason_if_missing("spikingjelly"):
         return None
     from spikingjelly.activation_based import neuron, surrogate
 
@@ -62,13 +62,13 @@ def snntorch_loop(neuron, membranes=True):
     """Return the loop over time steps that snnTorch's users write, from currents (T, ...) to spikes (and ``membranes``)."""
 
     def run(x):
-        membrane, spikes, kept = torch.zeros_like(x[0]), [], []
+        membrane, spikes, history = torch.zeros_like(x[0]), [], []
         for x_t in x:
             s, membrane = neuron(x_t, membrane)
             spikes.append(s)
             if membranes:
-                kept.append(membrane)
-        return (torch.stack(spikes), torch.stack(kept)) if membranes else torch.stack(spikes)
+                history.append(membrane)
+        return (torch.stack(spikes), torch.stack(history)) if membranes else torch.stack(spikes)
 
     return run
 
@@ -79,7 +79,7 @@ def snntorch_leaky(device):
     With beta = 1 - 1/tau and a reset to zero, its spikes equal lif(decay_input=False). It detaches the reset, as
     detach_reset=True does.
     """
-    if missing("snntorch"):
+    if reason_if_missing("snntorch"):
         return None
     import snntorch
     from snntorch import surrogate
@@ -107,10 +107,10 @@ def launch_spikingjelly(peer, x):
 def of_lif(x) -> list[Peer]:
     theirs = functools.partial(lif, decay_input=False, detach_reset=True)
     return [
-        Peer("SpikingJelly LIFNode", spikingjelly_lif(), missing("spikingjelly")),
+        Peer("SpikingJelly LIFNode", spikingjelly_lif(), reason_if_missing("spikingjelly")),
         Peer("plain loop", reference.lif),
         Peer("torch.compile(plain loop)", *compiled(reference.lif, [x])),
-        Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), missing("snntorch"), theirs),
+        Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), reason_if_missing("snntorch"), theirs),
     ]
 
 
@@ -121,7 +121,7 @@ def of_lif_rate() -> list[Peer]:
         return node(x.repeat(T, *[1] * x.dim())).mean(0)
 
     return [
-        Peer("repeat, LIFNode, mean", repeated, missing("spikingjelly")),
+        Peer("repeat, LIFNode, mean", repeated, reason_if_missing("spikingjelly")),
         Peer("plain loop", reference.lif_rate),
     ]
 
@@ -203,7 +203,7 @@ def of_wkv(device) -> list[Peer]:
         Peer("eager loop", eager_loop),
         Peer("eager loop, unbound", functools.partial(eager_loop, unbind=True)),
         Peer("Heinsen's form", heinsen),
-        Peer("flash-linear-attention", flash_linear_attention, no_gpu or missing("fla")),
+        Peer("flash-linear-attention", flash_linear_attention, no_gpu or reason_if_missing("fla")),
     ]
 
 

@@ -30,13 +30,13 @@ PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
 
-def step_of(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
+def make_step(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
     """Return a training step, or a sampling step: no gradients, inside model.frozen()."""
-    model, inputs = bench_sdit.case(device, batch, preset)
+    model, inputs = bench_sdit.make_case(device, batch, preset)
     dtype = torch.bfloat16 if bf16 else None
     if not sampling:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        return functools.partial(bench_sdit.step, model, inputs, torch.zeros((), device=device), optimizer, dtype)
+        return functools.partial(bench_sdit.run_training_step, model, inputs, torch.zeros((), device=device), optimizer, dtype)
     model.eval()
 
     def step():
@@ -116,7 +116,7 @@ def main(argv=None):
     steps = args.steps or (1 if args.quick else 3)
     preset = args.preset or ("digits" if args.quick else bench_sdit.PRESET)
     case = {"preset": preset, "bf16": args.bf16, "sampling": args.sampling}
-    step, title = step_of(args.device, batch, **case), describe(batch, **case)
+    step, title = make_step(args.device, batch, **case), describe(batch, **case)
     run(step, 1 if args.quick else WARM_UP, args.device)
     if args.device == "cuda" and not (args.table or args.trace):
         harness.report(title, [{"name": "step", "calls": steps, "wall_s": capture(step, steps)}], args)

@@ -80,7 +80,7 @@ def _verify_checksum(path):
 def _damage_error(path, why):
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     older = [other for other in checkpoints(run) if other < path]
-    instead = f"; remove it to go on from the one before, {older[-1].name}" if older else ""
+    instead = f"; remove it to continue from the earlier checkpoint {older[-1].name}" if older else ""
     return ValueError(f"{path} is not a checkpoint of sdit, or damaged: {why}{instead}")
 
 

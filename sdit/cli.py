@@ -159,7 +159,7 @@ def _parser():
     part.add_argument("--out", default="samples.png", help="the grid, a .png; the .gif and .npz get its name (%(default)s)")
     part.add_argument(
         "--labels", default="all",
-        help="all (the classes in turn), random, or a comma-separated list of numbers and names of classes; none is no class "
+        help="all (the classes in turn), random, or a comma-separated list of numbers and names of classes; none: no class "
              "(%(default)s)",
     )  # fmt: skip
     part.add_argument("-n", type=int, help="number of images (40, or one for each label in the list)")

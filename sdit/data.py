@@ -411,7 +411,7 @@ def _load_folder(name, spec, root, split, size):
     ]
     if not paths:
         raise FileNotFoundError(
-            f"no image in {top}: looked for {' '.join(_SUFFIXES)}" + (" in its sub-folders" if classes else "")
+            f"no image in {top}: searched for {' '.join(_SUFFIXES)}" + (" in its sub-folders" if classes else "")
         )
 
     images, grey = [], True

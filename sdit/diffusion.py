@@ -70,7 +70,7 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
 
     Returns:
         t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, True with probability
-        dropout_label: the label of such an image becomes the null label. All are on the generator's device.
+        dropout_label, where the label becomes the null label. All are on the generator's device.
 
     Raises:
         TypeError: generator is not a torch.Generator.
@@ -132,7 +132,7 @@ def training_loss(
         model: called as model(x_t, t, y); has a ``config``; DistributedDataParallel may wrap it.
         x0: images (B, C, S, S) in [-1, 1], as :func:`sdit.data.to_batch` makes them.
         y: labels (B,), ints in 0 .. num_classes.
-        generator: draws those of t, noise and drop that are None, see :func:`draw`.
+        generator: draws t, noise and drop where they are None, see :func:`draw`.
         t: times (B,), ints in 0 .. 999.
         noise: the shape of x0.
         drop: (B,) bool, True where the label becomes the null label.
@@ -184,8 +184,8 @@ def training_loss(
     xt, model_t, tables = add_noise(config, x0, noise, t)
     out = model(xt, model_t, torch.where(drop, config.num_classes, y)).to(x0.dtype)
     if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
-        what = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
-        raise ValueError(f"model must give {what}, got {out.shape[1]} channels")
+        outputs = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
+        raise ValueError(f"model must output {outputs}, got {out.shape[1]} channels")
     error = out[:, : config.channels] - _target(config.prediction, x0, noise, *tables[:2])
     square = error.square()
     mse = square.mean()
@@ -401,7 +401,7 @@ def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> T
     r"""Perform one step of a scheduler of :func:`make_scheduler`: from x at time t to x at its next timestep.
 
     Args:
-        scheduler: a scheduler that this run alone uses, because it may keep earlier predictions.
+        scheduler: a scheduler that no other run uses, because it may keep earlier predictions.
         out: the result of :func:`predict`, (B, C or 2C, S, S).
         t: one of the scheduler's timesteps, a Python number.
         x: x_t, (B, C, S, S).

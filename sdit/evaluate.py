@@ -329,15 +329,15 @@ def _check_classifier_fits(classifier, config):
     if config.dataset is None:
         raise ValueError("the model does not say which data set it is for (sdit convert --dataset NAME)")
     if config.dataset != classifier.dataset:
-        what = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
+        images = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
     elif config.image_size != classifier.image_size:
-        what = f"images of {config.image_size} pixels a side, the classifier is for {classifier.image_size}"
+        images = f"images of {config.image_size} pixels a side, the classifier is for {classifier.image_size}"
     elif config.num_classes != len(classifier.names):
         raise ValueError(f"the model has {config.num_classes} classes, the classifier {len(classifier.names)}")
     else:
         return
     raise ValueError(
-        f"the model draws {what}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
+        f"the model draws {images}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
         f"--size {config.image_size} --out FILE trains (in this package's repository)"
     )
 
@@ -349,10 +349,10 @@ def _format_table(found):
         return "" if x is None else f"{100 * x:.1f} %"
 
     rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
-    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
+    for name, row_title in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
         measures = found[name]
         error = f"{1000 * measures['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * measures['kid_standard_error']:.3f}"
-        rows.append((what, f"{measures['frechet_distance']:.4f}", error, percent(measures["label_accuracy"])))
+        rows.append((row_title, f"{measures['frechet_distance']:.4f}", error, percent(measures["label_accuracy"])))
     rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
     lines = [f"{a:<26}{b:>18}{c:>18}{d:>18}" for a, b, c, d in rows]
     by_class = found["drawn"]["label_accuracy_by_class"]

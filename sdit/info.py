@@ -71,7 +71,7 @@ class Info:
             f"  {'in all':28s}{self.total / 1e6:12,.1f}",
             f"  {'computed, sharing in the batch':28s}{self.computed_multiply_adds / 1e6:10,.1f}",
             "",
-            f"kept for backward, of one image: {self.saved_bytes / 2**20:.1f} MiB "
+            f"kept for the backward pass of one image: {self.saved_bytes / 2**20:.1f} MiB "
             f"(plain form: {self.plain_saved_bytes / 2**20:.1f})",
             "",
             f"{'neurons':30s}{'rate':>12s}{'sparsity':>12s}{'silent':>12s}{'synaptic operations, million':>32s}",

@@ -233,7 +233,7 @@ class SDiT(nn.Module):
             raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
         unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(Config)})
         if unknown:
-            raise TypeError(f"no such fields of a Config: {', '.join(unknown)}")
+            raise TypeError(f"a Config does not have the fields {', '.join(unknown)}")
         self.config = config = dataclasses.replace(config, **overrides)
         self.trained_on = {}
         self.checkpointing = False

@@ -326,6 +326,6 @@ def run(
                 save_gif(written[1], film.frames, chosen[:shown], names, columns)
         except OSError as error:
             raise _save_after_error(error, images, chosen, written_npz) from None
-    what = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
-    print(f"{what} in {seconds:.1f} s, {len(images) / seconds:.3g} images/s: {', '.join(map(str, written))}")
+    summary = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
+    print(f"{summary} in {seconds:.1f} s, {len(images) / seconds:.3g} images/s: {', '.join(map(str, written))}")
     return written

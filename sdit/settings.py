@@ -91,7 +91,7 @@ class TrainSettings:
             own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise TypeError(f"no such fields of TrainSettings: {', '.join(unknown)}")
+            raise TypeError(f"TrainSettings does not have the fields {', '.join(unknown)}")
         return cls(**(own | changes))
 
     def learning_rate(self, step: int) -> float:

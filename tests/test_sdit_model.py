@@ -730,7 +730,7 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"weighting": "snr"}, ValueError, "weighting must be 'uniform' or 'min_snr', got 'snr'"),
         ({"prediction": "flow"}, ValueError, "learn_sigma must be false with prediction='flow'"),
         ({"dataset": 3}, TypeError, "dataset must be a name or None"),
-        ({"width": 3}, TypeError, "no such fields of a Config: width"),
+        ({"width": 3}, TypeError, "a Config does not have the fields width"),
     ],
 )
 def test_wrong_fields(fields, error, message):

@@ -6,7 +6,7 @@ import torch
 
 import sdit_kernels
 from perf import peers
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, add_turns
 from perf.ops import passes
 
 STRETCH = 16  # time steps that a LIF kernel holds in registers; for a longer T, it loops over stretches
@@ -59,19 +59,19 @@ class Case(NamedTuple):
         tensors = passes(direction, 2) + (not backward) if self.extras else passes(direction, 1)  # residual
         return tensors * size + per_neuron / (1 if self.op == "lif_rate" else min(self.T, STRETCH))
 
-    def figures(self, it: Launched) -> Figures:
-        count, widths, steps = it.found, it.widths, min(self.T, STRETCH)  # the code of one stretch represents all
+    def figures(self, launched: Launched) -> Figures:
+        count, widths, steps = launched.found, launched.widths, min(self.T, STRETCH)  # the code of one stretch represents all
         if self.op == "lif_rate" and self.T > STRETCH:
             steps = self.T
-            count = more_turns(count, *count["loops"], self.T - 1)
+            count = add_turns(count, *count["loops"], self.T - 1)
         # The scalars, which all threads load, and the partial sums, one number per program, do not count.
         if self.parameters == "scalar":
-            small = it.found["loads"].get(32, 0) + it.found["stores"].get(32, 0)
+            small = launched.found["loads"].get(32, 0) + launched.found["stores"].get(32, 0)
             count, widths = count | {"bytes": count["bytes"] - 4 * small}, widths - {32}
-        floor = self.floor(it.direction, it.size, it.arguments.get("BR", 1))
+        floor = self.floor(launched.direction, launched.size, launched.arguments.get("BR", 1))
         if self.op == "lif_rate":
-            return Figures(it.name, count, it.neurons, floor, steps, widths)
-        return Figures(it.name, count, it.neurons * steps, floor, widths=widths)
+            return Figures(launched.name, count, launched.neurons, floor, steps, widths)
+        return Figures(launched.name, count, launched.neurons * steps, floor, widths=widths)
 
 
 class SpikingJelly(NamedTuple):
@@ -86,13 +86,22 @@ class SpikingJelly(NamedTuple):
     def launch(self, dtype):
         peers.launch_spikingjelly(self.load(), torch.empty(self.T, *SHAPE, dtype=dtype))
 
-    def figures(self, it: Launched) -> Figures:
-        if not it.found["loops"]:  # the compiler unrolled the loop over time
-            return Figures(f"spikingjelly{it.name}", it.found, it.neurons * self.T, passes(it.direction, 1) * it.size)
-        (loop,) = it.found["loops"]
-        turns = self.T * it.neurons * (2 * it.size + 4) / loop["bytes"]  # bytes of a step: x, or h and g, and a membrane
-        count = more_turns(it.found, loop, turns - 1)
-        return Figures(f"spikingjelly{it.name}", count, it.neurons * self.T, passes(it.direction, 1) * it.size)
+    def figures(self, launched: Launched) -> Figures:
+        if not launched.found["loops"]:  # the compiler unrolled the loop over time
+            return Figures(
+                f"spikingjelly{launched.name}",
+                launched.found,
+                launched.neurons * self.T,
+                passes(launched.direction, 1) * launched.size,
+            )
+        (loop,) = launched.found["loops"]
+        turns = (
+            self.T * launched.neurons * (2 * launched.size + 4) / loop["bytes"]
+        )  # bytes of a step: x, or h and g, and a membrane
+        count = add_turns(launched.found, loop, turns - 1)
+        return Figures(
+            f"spikingjelly{launched.name}", count, launched.neurons * self.T, passes(launched.direction, 1) * launched.size
+        )
 
 
 CASES = (

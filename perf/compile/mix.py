@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, add_turns
 from perf.ops import EPS, passes
 from sdit_kernels.triton import mix
 from sdit_kernels.tuning import current
@@ -36,39 +36,39 @@ class MixCase(NamedTuple):
     def floor_of_call(self, direction: str, last: dict) -> float:
         return last["floor"]
 
-    def figures(self, it: Launched) -> Figures:
+    def figures(self, launched: Launched) -> Figures:
         """Count per element of x, in a program with one run of tokens.
 
         Reads from a cache do not count as bytes: the token and the gradients that the next run also reads, repeated reads of a
         token in the same program, mixes, sums of a norm. The sums over tokens, which a program writes after its runs, do not
         count either.
         """
-        name, size, values, M = it.name, it.size, int(it.neurons), self.mixes
+        name, size, values, M = launched.name, launched.size, int(launched.neurons), self.mixes
         mixed = 2 if self.autocast else size  # bytes of an element of a result or its gradient
         if name.startswith("relu"):
-            return Figures(name, it.found, values, passes(it.direction, 1) * size)
+            return Figures(name, launched.found, values, passes(launched.direction, 1) * size)
         if name.endswith("stats"):
-            M = it.arguments["M"]
+            M = launched.arguments["M"]
             count = {"instructions": 0, "bytes": 0, "special": {}}
             # Loops for the sum, the sum of squares and products with the gradients; the compiler may unroll them.
-            for i, loop in enumerate(it.found["loops"]):
+            for i, loop in enumerate(launched.found["loops"]):
                 read = size if i < 2 else size + 2 * M * mixed + 4 * M
-                count = more_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
-            again = (size + M * mixed + 4 * M if M else 0) + size
-            count["bytes"] -= values * again
+                count = add_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
+            cached_bytes = (size + M * mixed + 4 * M if M else 0) + size
+            count["bytes"] -= values * cached_bytes
             name = f"{name} ({'backward' if M else 'forward'})"
-            return Figures(name, count, values, size + M * mixed, widths=set(it.found["loads"]))
-        run, normed, backward = it.arguments["RUN"], it.arguments["NORM"] == 2, it.direction == "backward"
-        count, again = dict(it.found), size + backward * M * mixed + (run + backward) * 4 * M
+            return Figures(name, count, values, size + M * mixed, widths=set(launched.found["loads"]))
+        run, normed, backward = launched.arguments["RUN"], launched.arguments["NORM"] == 2, launched.direction == "backward"
+        count, cached_bytes = dict(launched.found), size + backward * M * mixed + (run + backward) * 4 * M
         if backward:  # a loop over the tokens of a run; the compiler may move tokens out of it, or put several in one turn
-            body = max(it.found["loops"], key=lambda loop: loop["instructions"])
-            stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (it.found, body))
-            count = more_turns(it.found, body, (run * values * size + 4 * M * values - stored) / in_loop)
-            again += 4 * M
+            body = max(launched.found["loops"], key=lambda loop: loop["instructions"])
+            stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (launched.found, body))
+            count = add_turns(launched.found, body, (run * values * size + 4 * M * values - stored) / in_loop)
+            cached_bytes += 4 * M
         scalars = normed * 4 * ((4 if backward else 2) * run + 2)
-        count["bytes"] -= values * again + scalars
-        widths = it.widths - ({32} if normed else set())
-        return Figures(name, count, run * values, passes(it.direction, size, M * mixed), widths=widths)
+        count["bytes"] -= values * cached_bytes + scalars
+        widths = launched.widths - ({32} if normed else set())
+        return Figures(name, count, run * values, passes(launched.direction, size, M * mixed), widths=widths)
 
 
 CASES = (

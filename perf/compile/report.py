@@ -57,7 +57,7 @@ def is_above_floor(row: dict) -> bool:
     return moved is not None and moved > STEMS[stem_of(row)].spare * row["floor"]
 
 
-def faults(rows: list[dict], committed: dict | None = None) -> list[str]:
+def find_faults(rows: list[dict], committed: dict | None = None) -> list[str]:
     """List the faults of rows, one line each. ``committed``: the committed file, from the same Triton version."""
     found, before = [], {}
     if committed:
@@ -181,9 +181,7 @@ def main(arguments=None) -> int:
     p.add_argument("--target", action="append", help="a GPU, for example cuda:90; repeatable (default: all)")
     p.add_argument("--json", metavar="PATH", help="write the rows; needs --stem")
     p.add_argument("--markdown", metavar="PATH", help="write the tables; needs --stem")
-    p.add_argument(
-        "--check", action="store_true", help="fail on spills, narrow accesses, bytes above the floor, more instructions"
-    )
+    p.add_argument("--check", action="store_true", help="fail on spills, narrow accesses, excess bytes, more instructions")
     p.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args(arguments)
@@ -207,6 +205,6 @@ def main(arguments=None) -> int:
     found = []
     for stem in STEMS:
         ours = [row for row in rows if stem_of(row) == stem]
-        found += faults(ours, _committed(stem, facts["versions"]["triton"])) if ours else []
+        found += find_faults(ours, _committed(stem, facts["versions"]["triton"])) if ours else []
     print("\n".join(["check: " + line for line in found] or ["check: passed"]))
     return 1 if found else 0

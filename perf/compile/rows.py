@@ -73,14 +73,14 @@ class Launched(NamedTuple):
         return functools.reduce(operator.getitem, places, self.arguments[name]) is not None
 
 
-def more_turns(whole: dict, loop: dict, turns: float) -> dict:
+def add_turns(whole: dict, loop: dict, turns: float) -> dict:
     """Add ``turns`` further turns of a loop to the counts of a whole kernel."""
     count = {key: whole[key] + turns * loop[key] for key in ("instructions", "bytes")}
     special = whole["special"].keys() | loop["special"].keys()
     return count | {"special": {k: whole["special"].get(k, 0) + turns * loop["special"].get(k, 0) for k in special}}
 
 
-def one_turn(found: dict, parts: int) -> dict:
+def count_one_turn(found: dict, parts: int) -> dict:
     """Return the counts of one turn of the outermost loop.
 
     In the backward pass, inner loops recompute the states of one part of a tile from the earlier parts, in (parts - 1) / 2
@@ -145,7 +145,7 @@ def rows_of(target: str, cases) -> list[dict]:
         for name, dtype in TYPES.items():
             try:
                 if case.load:  # before the stub driver is active, because a peer looks for its device at import
-                    if reason := harness.missing(case.op):
+                    if reason := harness.reason_if_missing(case.op):
                         raise ModuleNotFoundError(reason)
                     case.load()
                 with launch.launches(target) as found:
