@@ -119,7 +119,7 @@ def count_steps(seconds, *arm):
 
 
 @torch.no_grad()
-def objective(model, test):
+def measure_objective(model, test):
     """Measure the objective, firing rates and dead neurons on test images; batch i of 8 has times in the i-th eighth."""
     config, each = model.config, min(250, len(test) // 8)
     losses, without, fired = [], [], {}
@@ -213,7 +213,7 @@ def main():
         model, cpu, wall = train_arm(config, settings, *initial)
         row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
         row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
-        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)
+        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | measure_objective(model, test)
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
             meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), "step": settings.steps}

@@ -24,10 +24,10 @@ from perf.harness import (
     check,
     check_gradients,
     compare,
-    forward_backward,
+    make_forward_backward,
     reason_if_missing,
     record_goal,
-    without_ratios,
+    remove_ratios,
 )
 from perf.ops import OPS, T, current
 from perf.peers import snntorch_loop
@@ -49,7 +49,7 @@ def record_speedups(found, least, what):
         ratios = [b / a for a, b in zip(fused["samples_s"], own["samples_s"])]
         own["times_fused"] = sorted(ratios)[len(ratios) // 2]
         record_goal(f"{what}, {fused['name'].removesuffix(', fused')}: times as fast", own["times_fused"], least)
-    return without_ratios(found)
+    return remove_ratios(found)
 
 
 # ---- SpikingJelly ----------------------------------------------------------------------------------------------------
@@ -85,11 +85,11 @@ def jelly_neurons(args, settings):
 
         calls = [lambda x, node=node: run(x, node) for node in (fused, node)]
         check(f"{name}: spikes", calls[0](x), calls[1](x), 0, 0)
-        gradients = (forward_backward(f, [x], g, n.parameters())() for f, n in zip(calls, (fused, node)))
+        gradients = (make_forward_backward(f, [x], g, n.parameters())() for f, n in zip(calls, (fused, node)))
         error = check_gradients(f"{name}: gradient", *gradients, 1e-4, 1e-3)
         for label, f, n in ((f"{name}, fused", calls[0], fused), (f"{name}, SpikingJelly's own", calls[1], node)):
             row = {"saved_bytes": count_saved_bytes(f, x, n.parameters()), **(error if f is calls[0] else {})}
-            contestants.append(Contestant(label, forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
+            contestants.append(Contestant(label, make_forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
     return title, record_speedups(compare(contestants, **settings), 3, "SpikingJelly layer")
 
 
@@ -197,7 +197,7 @@ def jelly_models(args, settings):
             for label, n in nets.items():
                 f = forward(copy_neuron(n, key))
                 extra = {"saved_bytes": count_saved_bytes(f, given)}
-                layers.append(Contestant(f"{name}, {key}, {label}", forward_backward(f, [given], g), extra=extra))
+                layers.append(Contestant(f"{name}, {key}, {label}", make_forward_backward(f, [given], g), extra=extra))
         both = []
         for label, n in nets.items():
             extra = {"saved_bytes": count_saved_bytes(forward(n), x, n.parameters())} | (error if n is fused else {})
@@ -211,7 +211,7 @@ def jelly_models(args, settings):
         found = record_speedups(compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer")
         for i, row in enumerate(whole):
             row["neurons_s"] = sum(layer["median_s"] for layer in found[i::2])
-        rows += without_ratios(whole) + found
+        rows += remove_ratios(whole) + found
     return title, rows
 
 
@@ -249,18 +249,18 @@ def snn_neurons(args, settings):
         fused_loop, loop = snntorch_loop(fused), snntorch_loop(neuron)
         calls = {"unroll": (whole, fused), "accelerated, in the loop": (fused_loop, fused), "the loop": (loop, neuron)}
         want, contestants = loop(x), []
-        wanted = forward_backward(loop, [x], g, tuple(neuron.parameters()))()
+        wanted = make_forward_backward(loop, [x], g, tuple(neuron.parameters()))()
         for label, (f, n) in calls.items():
             check(f"{name}, {label}: spikes and membranes", f(x), want, 0, 0)
             parameters = tuple(n.parameters())
-            run = forward_backward(f, [x], g, parameters)
+            run = make_forward_backward(f, [x], g, parameters)
             error = check_gradients(f"{name}, {label}: gradient", run(), wanted, 1e-4, 1e-3)
             extra = {"saved_bytes": count_saved_bytes(f, x, parameters)} | (error if n is fused else {})
             contestants.append(Contestant(f"{name}, {label}", run, extra=extra))
         if not options:
             check("leaky: spikes", call_leaky(x), want[0], 0, 0)
             extra = {"saved_bytes": count_saved_bytes(call_leaky, x)}
-            contestants.append(Contestant("leaky alone", forward_backward(call_leaky, [x], g), extra=extra))
+            contestants.append(Contestant("leaky alone", make_forward_backward(call_leaky, [x], g), extra=extra))
         found = compare(contestants, **settings)
         record_goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
         record_goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
@@ -453,4 +453,4 @@ SECTIONS = {f.__name__: f for f in (jelly_neurons, jelly_models, snn_neurons, sn
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS))
+    sys.exit(harness.run_sections(__doc__, SECTIONS))

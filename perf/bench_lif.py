@@ -17,8 +17,17 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness, peers
-from perf.harness import Contestant, check, compare, forward_backward, inference, ratio, reason_if_missing, record_goal
-from perf.ops import OPS, T, contestant, current
+from perf.harness import (
+    Contestant,
+    check,
+    compare,
+    make_forward_backward,
+    make_inference,
+    ratio,
+    reason_if_missing,
+    record_goal,
+)
+from perf.ops import OPS, T, current, make_contestant
 from sdit_kernels import lif, lif_rate, reference
 from sdit_kernels.memory import pool
 
@@ -29,7 +38,7 @@ MODES = "inference", "forward+backward"
 def check_agreement(name, f, want, x, g, rtol=1e-5, atol=1e-6):
     """Check that outputs are equal and gradients close; return the errors as further columns."""
     check(f"{name}: output", f(x), want(x), 0, 0)
-    return check(f"{name}: gradient", forward_backward(f, [x], g)(), forward_backward(want, [x], g)(), rtol, atol)
+    return check(f"{name}: gradient", make_forward_backward(f, [x], g)(), make_forward_backward(want, [x], g)(), rtol, atol)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -41,7 +50,7 @@ def compare_peers(args, settings):
     (x,) = op.data(*args.shape, device=args.device)
     g = torch.randn_like(x)
     x16, g16 = x.detach().bfloat16().requires_grad_(), g.bfloat16()
-    found = peers.of_lif(x)
+    found = peers.list_lif_peers(x)
     errors = {p.name: check_agreement(p.name, p.call, p.same_as or lif, x, g) for p in found if not p.skip}
     errors["lif bf16"] = check_agreement("lif bf16", lif, reference.lif, x16, g16, rtol=2**-7)
     rows = []
@@ -49,14 +58,14 @@ def compare_peers(args, settings):
 
         def row(name, f, x=x, g=g, skip=None, mode=mode):
             error = errors.get(name, {}).get("rel_rms_error")
-            return contestant(name, mode, f, [x], g, bytes=op.bytes(mode, [x]), skip=skip, grad_rel_rms_error=error)
+            return make_contestant(name, mode, f, [x], g, bytes=op.bytes(mode, [x]), skip=skip, grad_rel_rms_error=error)
 
         new = compare(
             [
                 row("lif", lif),
                 row("lif bf16", lif, x16, g16),
                 *(row(p.name, p.call, skip=p.skip) for p in found),
-                harness.copy_contestant(2 * x.nbytes, args.device),
+                harness.make_copy_contestant(2 * x.nbytes, args.device),
             ],
             **settings,
         )
@@ -71,7 +80,7 @@ def rate(args, settings):
     (x,) = OPS["lif_rate"].data(*args.shape, device=args.device)
     g = torch.randn_like(x)
     linear = torch.nn.Linear(x.shape[-1], x.shape[-1], device=args.device)
-    repeated, loop = peers.of_lif_rate()
+    repeated, loop = peers.list_lif_rate_peers()
     error = {} if repeated.skip else check_agreement("lif_rate", lif_rate, repeated.call, x, g)
     check_agreement("lif_rate", lif_rate, loop.call, x, g)
     weights = tuple(linear.parameters())
@@ -79,7 +88,7 @@ def rate(args, settings):
     for mode in MODES:
 
         def row(name, f, parameters=(), skip=None, mode=mode, **extra):
-            return contestant(name, mode, f, [x], g, parameters, skip=skip, **extra)
+            return make_contestant(name, mode, f, [x], g, parameters, skip=skip, **extra)
 
         found = compare(
             [
@@ -110,10 +119,10 @@ def bandwidth(args, settings):
     check("lif_rate", lif_rate(flat[: 1 << 16]), reference.lif_rate(flat[: 1 << 16]), 0, 0)
     rows = compare(
         [
-            harness.copy_contestant(moved, args.device),
+            harness.make_copy_contestant(moved, args.device),
             Contestant("clone", lambda: flat.clone(), bytes=moved),
-            Contestant("lif_rate, T=4", inference(lif_rate, [flat]), bytes=moved),
-            Contestant("lif, T=4", inference(lif, [x]), bytes=moved),
+            Contestant("lif_rate, T=4", make_inference(lif_rate, [flat]), bytes=moved),
+            Contestant("lif, T=4", make_inference(lif, [x]), bytes=moved),
         ],
         **settings,
     )
@@ -149,8 +158,8 @@ def overhead(args, settings):
     for name, f in functions.items():
         contestants += [
             Contestant(f"{name}, forward with grad", functools.partial(f, x)),
-            Contestant(f"{name}, no_grad", inference(f, [x])),
-            Contestant(f"{name}, forward+backward", forward_backward(f, [x], g)),
+            Contestant(f"{name}, no_grad", make_inference(f, [x])),
+            Contestant(f"{name}, forward+backward", make_forward_backward(f, [x], g)),
         ]
     if not node:
         contestants.append(Contestant("SpikingJelly LIFNode", skip=reason_if_missing("spikingjelly")))
@@ -174,9 +183,9 @@ def scaling(args, settings):
         check_agreement("lif", lif, reference.lif, part, g[:, : 1 << 12], atol=1e-5)
         for mode in ("forward", "forward+backward"):
             work = {"sweep": sweep, "T": t, "N": n, "T_times_N": t * n}
-            contestants.append(contestant(f"{mode}, T={t}, N={n}, {sweep[0]}", mode, lif, [x], g, **work))
+            contestants.append(make_contestant(f"{mode}, T={t}, N={n}, {sweep[0]}", mode, lif, [x], g, **work))
     work = "T_times_N", "ns_per_neuron_step", "neurons × time steps"
-    return "Cost of lif against work, fp32", harness.scaling(contestants, args, settings, 11, *work)
+    return "Cost of lif against work, fp32", harness.measure_scaling(contestants, args, settings, 11, *work)
 
 
 def memory(args, settings):
@@ -217,7 +226,7 @@ def memory(args, settings):
             return peers.spikingjelly_lif()(x)
 
         def repeated(x):
-            return peers.of_lif_rate()[0].call(x)
+            return peers.list_lif_rate_peers()[0].call(x)
 
         measure("SpikingJelly LIFNode, T=4", node, [x])
         measure("SpikingJelly LIFNode, T=64", node, [long])
@@ -232,4 +241,4 @@ SECTIONS = {"peers": compare_peers} | {f.__name__: f for f in (rate, bandwidth, 
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS, FIGURE))
+    sys.exit(harness.run_sections(__doc__, SECTIONS, FIGURE))

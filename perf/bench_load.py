@@ -86,4 +86,4 @@ def load(args, settings):
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, {"load": load}))
+    sys.exit(harness.run_sections(__doc__, {"load": load}))

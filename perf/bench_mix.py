@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import harness, peers
-from perf.harness import Contestant, check, check_gradients, compare, inference, record_goal
+from perf.harness import Contestant, check, check_gradients, compare, make_inference, record_goal
 from perf.ops import OPS, as_tuple, normal
 
 MODES = "forward", "backward"
@@ -24,7 +24,7 @@ MODES = "forward", "backward"
 def make_call(mode, f, leaves, gs):
     """Return a function that runs the forward pass, or only the backward pass of a graph that is kept."""
     if mode == "forward":
-        return inference(f, leaves)
+        return make_inference(f, leaves)
     out = f(*leaves)
     return lambda: torch.autograd.grad(out, leaves, gs, retain_graph=True)
 
@@ -49,8 +49,8 @@ def _measure_op(op, title, plain, leaves, args, settings):
             run = make_call(mode, f, leaves, gs)
             return Contestant(name, run, extra={"pass": mode, "saved_bytes": saved[name]}, bytes=nbytes)
 
-        others = [row(p.name, p.call, p.skip) for p in peers.of_mix(plain, leaves)]
-        new = compare([row("ours", call), *others, harness.copy_contestant(nbytes, args.device)], **settings)
+        others = [row(p.name, p.call, p.skip) for p in peers.list_mix_peers(plain, leaves)]
+        new = compare([row("ours", call), *others, harness.make_copy_contestant(nbytes, args.device)], **settings)
         # relu, then square, move four tensors where the op moves two, so a factor of two is the most to expect
         least = 2 if mode == "forward" and len(leaves) == 1 else 3
         record_goal(f"{op} {mode}, times plain PyTorch", new[1]["ratio"], least)
@@ -99,4 +99,4 @@ SECTIONS = {"token_shift": shifts, "relu_squared": squares, "narrow": narrow}
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS))
+    sys.exit(harness.run_sections(__doc__, SECTIONS))

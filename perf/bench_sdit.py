@@ -118,7 +118,7 @@ def check_forms_agree(device, preset=PRESET):
     return {"fp64_max_abs_error": error["max_abs_error"]}
 
 
-def forms(model):
+def make_forms(model):
     """Yield (name, model, dtype of autocast) of each contestant; each has its own copy of the weights."""
     for name in FORMS:
         own = PlainSDiT(model) if name.startswith("plain") else copy.deepcopy(model)
@@ -154,7 +154,7 @@ def training_steps(args, batch, extra, known=None):
             extra={"batch": batch, "saved_per_sample_bytes": kept, **extra},
         )
 
-    return [contestant(*form) for form in forms(model)]
+    return [contestant(*form) for form in make_forms(model)]
 
 
 def sampling_steps(args, batch, stack, extra):
@@ -171,7 +171,7 @@ def sampling_steps(args, batch, stack, extra):
 
         return Contestant(name, run, extra={"batch": batch, **extra})
 
-    return [contestant(*form) for form in forms(model)]
+    return [contestant(*form) for form in make_forms(model)]
 
 
 def training(args, settings):
@@ -212,7 +212,7 @@ def image(args, settings):
 
         return Contestant(name, run, extra={"steps": steps, "fp64_max_abs_error": error["max_abs_error"]})
 
-    rows = compare([contestant(*form) for form in forms(model)], **settings | {"rounds": min(settings["rounds"], 3)})
+    rows = compare([contestant(*form) for form in make_forms(model)], **settings | {"rounds": min(settings["rounds"], 3)})
     record_goal("one image fp32, times plain fp32", ratio(rows, "plain"), 1.6)
     return f"{PRESET}, 50 steps", rows
 
@@ -251,7 +251,7 @@ VIEWS = r"aten::(\w*view\w*|t|transpose|permute|expand\w*|slice\w*|select\w*|nar
     r"as_strided\w*|empty\w*|to|detach|resize_|result_type|reshape|is_\w+|item|lift_fresh|contiguous)"  # fmt: skip
 
 
-def group(name):
+def find_group(name):
     """Return the group of an op of the profiler. Views and allocations belong to "autograd and Python"."""
     if re.fullmatch(VIEWS, name):
         return "autograd and Python"
@@ -271,7 +271,7 @@ def profile(args, settings):
                 c.fn()
         seconds = dict.fromkeys(GROUPS, 0.0)
         for event in found.key_averages():
-            seconds[group(event.key)] += event.self_cpu_time_total / 1e6 / steps
+            seconds[find_group(event.key)] += event.self_cpu_time_total / 1e6 / steps
         total = sum(seconds.values())
         rows += [
             {"name": c.name, "group": title, "self_s": took, "percent_of_step": 100 * took / total}
@@ -308,7 +308,7 @@ def plot_profile(path, rows):
     axes.set(xlabel="seconds of a training step, by torch.profiler")
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=8, loc="outside right center")
-    figure.savefig(harness.make_folder_of(path), dpi=150)
+    figure.savefig(harness.make_parent_folder(path), dpi=150)
     pyplot.close(figure)
 
 
@@ -327,7 +327,9 @@ def main():
         run.__doc__ = section.__doc__
         return run
 
-    return harness.run(__doc__, {k: with_rounds(v) for k, v in sections.items()}, figure=FIGURE, add_arguments=add_arguments)
+    return harness.run_sections(
+        __doc__, {k: with_rounds(v) for k, v in sections.items()}, figure=FIGURE, add_arguments=add_arguments
+    )
 
 
 if __name__ == "__main__":

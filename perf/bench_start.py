@@ -83,4 +83,4 @@ SECTIONS = {name: section(name) for name in CALLS}
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS))
+    sys.exit(harness.run_sections(__doc__, SECTIONS))

@@ -21,20 +21,20 @@ import torch
 
 from perf import harness, peers
 from perf.harness import Contestant, check, compare, ratio, record_goal
-from perf.ops import OPS, T, compute_exact, contestant, normal, rms_error
+from perf.ops import OPS, T, compute_exact, make_contestant, normal, rms_error
 from sdit_kernels import spiking_wkv, wkv, wkv_step, wkv_step_
 
 FIGURE = harness.ROOT / "perf" / "results" / "wkv_scaling.png"
 
 
-def ours(algorithm):
+def bind_algorithm(algorithm):
     return lambda *args: wkv(*args, algorithm=algorithm)
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def _compared(args, settings, mode):
+def _compare_with_peers(args, settings, mode):
     op = OPS["wkv"]
     data = op.data(*args.shape, device=args.device, dtype=args.dtype)
     k, g, back = data[2], torch.randn_like(data[2]), mode != "forward"
@@ -42,7 +42,7 @@ def _compared(args, settings, mode):
     want = gradients if back else outputs
 
     def row(name, f, skip=None):
-        found = contestant(name, mode, f, data, g, bytes=op.bytes(mode, data), skip=skip)
+        found = make_contestant(name, mode, f, data, g, bytes=op.bytes(mode, data), skip=skip)
         if skip:
             return found._replace(extra={})
         error = rms_error(found.fn(), want)
@@ -53,10 +53,10 @@ def _compared(args, settings, mode):
 
     rows = compare(
         [
-            row("wkv, serial", ours("serial")),
-            row("wkv, chunked", ours("chunked")),
-            *(row(p.name, p.call, p.skip) for p in peers.of_wkv(args.device)),
-            harness.copy_contestant(3 * k.nbytes, args.device),
+            row("wkv, serial", bind_algorithm("serial")),
+            row("wkv, chunked", bind_algorithm("chunked")),
+            *(row(p.name, p.call, p.skip) for p in peers.list_wkv_peers(args.device)),
+            harness.make_copy_contestant(3 * k.nbytes, args.device),
         ],
         **settings | {"rounds": 5 if back or args.quick else 11},
     )
@@ -70,12 +70,12 @@ def _compared(args, settings, mode):
 
 def forward(args, settings):
     """The forward pass over the tokens, against other implementations"""
-    return _compared(args, settings, "forward")
+    return _compare_with_peers(args, settings, "forward")
 
 
 def backward(args, settings):
     """Forward and backward pass, with the gradients of every input"""
-    return _compared(args, settings, "forward+backward")
+    return _compare_with_peers(args, settings, "forward+backward")
 
 
 def accuracy(args, settings):
@@ -88,7 +88,7 @@ def accuracy(args, settings):
         data = (time_decay, time_first, k, normal(1, 4096, 64, seed=2, **how))
         want, _ = compute_exact(wkv, data)
         row = {"name": f"k ~ N({mean}, {deviation})"}
-        functions = {"serial": ours("serial"), "chunked": ours("chunked")}
+        functions = {"serial": bind_algorithm("serial"), "chunked": bind_algorithm("chunked")}
         functions |= {"running_max_loop": peers.eager_loop, "heinsen": peers.heinsen}
         row |= {f"{name}_error": rms_error(f(*data), want) for name, f in functions.items()}
         record_goal(f"rms error, {row['name']}", max(row["serial_error"], row["chunked_error"]), 1e-6, at_least=False)
@@ -164,14 +164,14 @@ def spiking(args, settings):
 
         def row(name, f, more, mode=mode):
             moved = op.bytes(mode, data) + more * g.nbytes
-            return contestant(name, mode, f, data, g, bytes=moved, passes=moved // g.nbytes)
+            return make_contestant(name, mode, f, data, g, bytes=moved, passes=moved // g.nbytes)
 
         more = 2 if mode == "forward" else 5  # y written and read; backward: y read, dy written and read
         rows += compare(
             [
                 row("spiking_wkv", spiking_wkv, 0),
                 row("wkv, then lif", peers.wkv_then_lif, more),
-                harness.copy_contestant(2 * g.nbytes, args.device),
+                harness.make_copy_contestant(2 * g.nbytes, args.device),
             ],
             **settings | {"rounds": 3 if args.quick else 9},
         )
@@ -191,8 +191,8 @@ def sweep(args, settings):
         g = torch.randn_like(data[2])
         for mode in ("forward", "forward+backward"):
             work = {"sweep": name, "B": B, "L": L, "tokens": B * L}
-            contestants.append(contestant(f"{mode}, B={B}, L={L}, {name[0]}", mode, wkv, data, g, **work))
-    rows = harness.scaling(contestants, args, settings, 7, "tokens", "ns_per_token", "tokens × batch")
+            contestants.append(make_contestant(f"{mode}, B={B}, L={L}, {name[0]}", mode, wkv, data, g, **work))
+    rows = harness.measure_scaling(contestants, args, settings, 7, "tokens", "ns_per_token", "tokens × batch")
     return f"wkv, C = 384, {args.dtype}", rows
 
 
@@ -212,4 +212,4 @@ def choose(args):
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS, FIGURE, add_arguments, choose))
+    sys.exit(harness.run_sections(__doc__, SECTIONS, FIGURE, add_arguments, choose))

@@ -35,7 +35,7 @@ import torch
 
 from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
 from perf.gpu_checks import CHECKS, calls
-from perf.harness import Contestant, compare, forward_backward
+from perf.harness import Contestant, compare, make_forward_backward
 from perf.ops import OPS
 from perf.peers import snntorch_loop, wkv_then_lif
 from sdit_kernels.compat import snntorch as compat_snntorch
@@ -110,7 +110,7 @@ def compile_case(i, device, small):
     f, leaves, gs = prepare_case(case, device)
     for value in case.values:
         with tuned(**value):
-            forward_backward(f, leaves, gs)()
+            make_forward_backward(f, leaves, gs)()
     return {}
 
 
@@ -124,10 +124,10 @@ def rules(args, settings):
         f, leaves, gs = prepare_case(case, args.device)
         for mode in MODES:
             moved = OPS[case.op].bytes(mode, leaves)
-            contestants = [harness.copy_contestant(moved, args.device)]
+            contestants = [harness.make_copy_contestant(moved, args.device)]
             for value in case.values:
                 label = ", ".join(f"{k}={v}" for k, v in value.items())
-                c = ops.contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
+                c = ops.make_contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
                 contestants.append(with_parameters(c, value))
             rows += compare(contestants, **settings)
     return "launch parameters, fp32", rows
@@ -146,7 +146,9 @@ def algorithms(args, settings):
                 for mode in MODES:
                     how = {"bytes": op.bytes(mode, leaves), "B": B, "L": L}
                     names = ("serial", "chunked", "auto")
-                    found = [ops.contestant(name, mode, bench_wkv.ours(name), leaves, g, **how) for name in names]
+                    found = [
+                        ops.make_contestant(name, mode, bench_wkv.bind_algorithm(name), leaves, g, **how) for name in names
+                    ]
                     rows += compare(found, **settings)
     return "wkv, C = 384, fp32", rows
 
@@ -164,7 +166,7 @@ def sizes(args, settings):
             found, moved = [], ops.passes(mode, 2) * g.nbytes
             for name, value in forms.items():
                 f = wkv_then_lif if name == "wkv, then lif" else op.call
-                c = ops.contestant(name, mode, f, leaves, g, bytes=moved, B=B)
+                c = ops.make_contestant(name, mode, f, leaves, g, bytes=moved, B=B)
                 found.append(with_parameters(c, value))
             rows += compare(found, **settings)
     return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
@@ -221,7 +223,7 @@ def host(args, settings):
     relu = torch.relu, [ops.normal(8, 8, device=args.device)]  # for comparison: an op of PyTorch
     for name, (f, leaves) in ({"torch.relu": relu} | calls(args.device, True)).items():
         g = torch.ones_like(f(*leaves))
-        found = [ops.contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
+        found = [ops.make_contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
         rows += compare(found, **settings | {"device": "cpu", "min_time": 0.002})
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -254,8 +256,8 @@ def snn(args, settings):
     forms, rows = {"leaky": OPS["leaky"].call, "unroll": unrolled, "loop": snntorch_loop(neuron)}, []
     for mode in MODES:
         moved = OPS["leaky"].bytes(mode, [x])
-        found = [ops.contestant(name, mode, f, [x], g, bytes=moved) for name, f in forms.items()]
-        rows += compare([*found, harness.copy_contestant(moved, args.device)], **settings)
+        found = [ops.make_contestant(name, mode, f, [x], g, bytes=moved) for name, f in forms.items()]
+        rows += compare([*found, harness.make_copy_contestant(moved, args.device)], **settings)
     return title, rows
 
 
@@ -366,7 +368,9 @@ def main(argv=None):
     def save():
         if options.json:
             facts = {"title": __doc__.splitlines()[0], "provenance": harness.provenance(device), "goals": harness.goals}
-            harness.make_folder_of(options.json).write_text(json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n")
+            harness.make_parent_folder(options.json).write_text(
+                json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n"
+            )
 
     with tempfile.TemporaryFile("w+") as log:
         tests = None

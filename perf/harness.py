@@ -8,13 +8,13 @@ A script begins with these two lines, so that `python perf/bench_x.py` imports f
 and continues, for example:
 
     from perf import harness
-    args = harness.parser("LIF against its peers").parse_args()
+    args = harness.make_parser("LIF against its peers").parse_args()
     settings = harness.setup(args)                      # sets the threads; how long to measure
     error = harness.check("lif", fused(), reference(), rtol=1e-5, atol=1e-6)
     rows = harness.compare([harness.Contestant("fused", fused, bytes=moved, extra=error),
                             harness.Contestant("eager", reference, bytes=moved),
-                            harness.Contestant("peer", peer, skip=harness.missing("spikingjelly")),
-                            harness.copy_contestant(moved, args.device)], baseline="eager", **settings)
+                            harness.Contestant("peer", peer, skip=harness.reason_if_missing("spikingjelly")),
+                            harness.make_copy_contestant(moved, args.device)], baseline="eager", **settings)
     harness.report("LIF, T=4", rows, args)
 """
 
@@ -47,7 +47,7 @@ PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fl
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def parser(description: str, figure=None) -> argparse.ArgumentParser:
+def make_parser(description: str, figure=None) -> argparse.ArgumentParser:
     """Make a parser with the arguments of all scripts. ``figure``: default path of --plot."""
     p = argparse.ArgumentParser(description=description)
     p.add_argument("--quick", action="store_true", help="few short rounds, to test that it runs; the times mean nothing")
@@ -120,7 +120,7 @@ def check_gradients(name: str, got, want, tolerance: float, least: float = 0.0) 
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def inference(f, leaves):
+def make_inference(f, leaves):
     """Return a function without arguments that calls f(*leaves) without gradients."""
 
     def run():
@@ -130,7 +130,7 @@ def inference(f, leaves):
     return run
 
 
-def forward_backward(f, leaves, g, parameters=()):
+def make_forward_backward(f, leaves, g, parameters=()):
     """Return a function without arguments that runs forward and backward pass; it returns the gradients.
 
     The gradients belong to leaves and parameters. ``g`` is the gradient of the output, dense as from a next layer. If f has
@@ -176,21 +176,21 @@ def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None
     the time between two events. The device is kept busy until all calls of a sample are queued, so it does not wait for Python
     (unless one call takes Python more than 50 ms). The L2 cache is overwritten before every call, unless flush_l2=False.
     """
-    run = [c for c in contestants if not c.skip]
-    if baseline is None and run:
-        baseline = run[0].name
+    running = [c for c in contestants if not c.skip]
+    if baseline is None and running:
+        baseline = running[0].name
     sample = _cuda_sampler(flush_l2) if torch.device(device).type == "cuda" else _sample_cpu
-    repeats = {c.name: _calibrate(c, sample, min_time) for c in run}
-    if len(repeats) < len(run):
-        raise ValueError(f"names must differ: {[c.name for c in run]}")
-    times = {c.name: [] for c in run}
+    repeats = {c.name: _calibrate(c, sample, min_time) for c in running}
+    if len(repeats) < len(running):
+        raise ValueError(f"names must differ: {[c.name for c in running]}")
+    times = {c.name: [] for c in running}
     for _ in range(rounds):
-        for c in run:
+        for c in running:
             if c.prepare:
                 c.prepare()
             times[c.name].append(sample(c.fn, repeats[c.name]))
     times = {name: numpy.array(t) for name, t in times.items()}
-    speeds = {c.name: c.bytes / times[c.name] / 1e9 for c in run if c.bytes}
+    speeds = {c.name: c.bytes / times[c.name] / 1e9 for c in running if c.bytes}
 
     rows = []
     for c in contestants:
@@ -213,7 +213,7 @@ def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None
     return rows
 
 
-def copy_contestant(nbytes: int, device="cpu") -> Contestant:
+def make_copy_contestant(nbytes: int, device="cpu") -> Contestant:
     """Return a contestant that copies nbytes/2 with torch's copy_: the limit for an op that moves `nbytes`.
 
     On the CPU a large copy_ may bypass the caches, while an ordinary store first reads the cache line that it overwrites.
@@ -272,7 +272,7 @@ def _iqr(x) -> float:
     return float(numpy.subtract(*numpy.percentile(x, (75, 25))))
 
 
-def without_ratios(rows: list[dict]) -> list[dict]:
+def remove_ratios(rows: list[dict]) -> list[dict]:
     """Remove the ratios from rows that are not alternatives to the first row."""
     for row in rows:
         for key in ("ratio", "ratio_iqr", "baseline"):
@@ -280,14 +280,14 @@ def without_ratios(rows: list[dict]) -> list[dict]:
     return rows
 
 
-def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str, xlabel: str) -> list[dict]:
+def measure_scaling(contestants, args, settings: dict, rounds: int, work: str, per: str, xlabel: str) -> list[dict]:
     """Measure time against work: return rows with the nanoseconds per unit of work in column ``per``; draw them with --plot.
 
     `extra` of a contestant holds its `mode`, its `sweep` and, under the key ``work``, its amount of work. One comparison times
     all sizes, so a disturbance of the machine affects all points of the curve equally.
     """
     settings = settings | {"rounds": 3 if args.quick else rounds, "min_time": settings["min_time"] / 5}
-    rows = [row | {"name": row["mode"]} for row in without_ratios(compare(contestants, **settings))]
+    rows = [row | {"name": row["mode"]} for row in remove_ratios(compare(contestants, **settings))]
     series = {}
     for row in rows:
         del row["mode"]
@@ -322,13 +322,13 @@ def ratio(rows, name):
     return next(r for r in rows if r["name"] == name).get("ratio")
 
 
-def run(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) -> bool:
+def run_sections(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) -> bool:
     """Run a script of several sections, ``{name: function(args, settings) -> (title, rows)}``. Return True if a goal failed.
 
     ``add_arguments(parser)`` adds arguments of the script. ``choose(args)`` returns the names of the sections to run without
     --only (default: all).
     """
-    p = parser(doc.splitlines()[0], figure=figure)
+    p = make_parser(doc.splitlines()[0], figure=figure)
     p.add_argument("--only", metavar="NAME[,NAME]", help=f"sections to run: {', '.join(sections)}")
     if add_arguments:
         add_arguments(p)
@@ -456,7 +456,7 @@ def _cpu_name() -> str:
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict], columns=None) -> str:
+def format_table(rows: list[dict], columns=None) -> str:
     """Format rows as text. The key gives the unit: ..._s, ...bytes, gb_per_s, percent_...; lists and dicts are skipped."""
     if columns is None:
         hidden = {"baseline", "repeats", "note"}
@@ -465,7 +465,7 @@ def table(rows: list[dict], columns=None) -> str:
     bases = {row["baseline"] for row in rows if "baseline" in row}
     heads = {"gb_per_s": "bandwidth", "ratio": f"time / {bases.pop()}" if len(bases) == 1 else "ratio"}
     heads = [heads.get(k) or k.removesuffix("_s").replace("_", " ") for k in columns]
-    cells = [[_cell(k, row.get(k)) for k in columns] for row in rows]
+    cells = [[_format_cell(k, row.get(k)) for k in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     text = [any(isinstance(row.get(k), str) for row in rows) for k in columns]
     lines = [[c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text, strict=True)] for line in [heads, *cells]]
@@ -473,7 +473,7 @@ def table(rows: list[dict], columns=None) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _cell(key: str, value) -> str:
+def _format_cell(key: str, value) -> str:
     if value is None:
         return ""
     if isinstance(value, bool | str):
@@ -501,7 +501,7 @@ def show(title: str, rows: list[dict], args, columns=None) -> None:
     """Print the table without saving it: a script of several sections saves all rows at its end."""
     facts = provenance(args.device)
     print(f"\n{title}\n{facts.get('gpu') or facts['cpu']}, threads: {facts['threads']}, torch {torch.__version__}\n")
-    print(table(rows, columns), flush=True)
+    print(format_table(rows, columns), flush=True)
 
 
 def save(title: str, rows: list[dict], args, **facts) -> None:
@@ -510,16 +510,16 @@ def save(title: str, rows: list[dict], args, **facts) -> None:
         head = {"title": title, "provenance": provenance(args.device), **facts}
         head = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row, default=str) for row in rows)
-        make_folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
+        make_parent_folder(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.csv:
         keys = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict))
-        with open(make_folder_of(args.csv), "w", newline="") as file:
+        with open(make_parent_folder(args.csv), "w", newline="") as file:
             writer = csv.DictWriter(file, keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
 
-def make_folder_of(path) -> pathlib.Path:
+def make_parent_folder(path) -> pathlib.Path:
     """Make the folder of a path and return the path."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -557,5 +557,5 @@ def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", gu
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(make_folder_of(path), dpi=150)
+    figure.savefig(make_parent_folder(path), dpi=150)
     pyplot.close(figure)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from perf.harness import Contestant, forward_backward, inference
+from perf.harness import Contestant, make_forward_backward, make_inference
 from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
 
 T = 4  # time steps
@@ -128,9 +128,9 @@ def calls(shape, device="cpu") -> dict:
     return found
 
 
-def contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=None, **extra) -> Contestant:
+def make_contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=None, **extra) -> Contestant:
     """Return the contestant f(*leaves) in a mode: "forward", "inference" or "forward+backward". ``extra``: more columns."""
-    run = forward_backward(f, leaves, g, parameters) if mode == "forward+backward" else inference(f, leaves)
+    run = make_forward_backward(f, leaves, g, parameters) if mode == "forward+backward" else make_inference(f, leaves)
     return Contestant(name, run, skip=skip, extra={"mode": mode, **extra}, bytes=bytes)
 
 

@@ -27,7 +27,7 @@ class Peer(NamedTuple):
     same_as: Callable | None = None  # our call with the same outputs and gradients, if that is not the op's default
 
 
-def compiled(f, leaves):
+def try_compile(f, leaves):
     """Return (torch.compile of f, None), or (None, the reason why it fails)."""
     found = torch.compile(f)
     try:
@@ -104,17 +104,17 @@ def launch_spikingjelly(peer, x):
         peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
 
 
-def of_lif(x) -> list[Peer]:
+def list_lif_peers(x) -> list[Peer]:
     theirs = functools.partial(lif, decay_input=False, detach_reset=True)
     return [
         Peer("SpikingJelly LIFNode", spikingjelly_lif(), reason_if_missing("spikingjelly")),
         Peer("plain loop", reference.lif),
-        Peer("torch.compile(plain loop)", *compiled(reference.lif, [x])),
+        Peer("torch.compile(plain loop)", *try_compile(reference.lif, [x])),
         Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), reason_if_missing("snntorch"), theirs),
     ]
 
 
-def of_lif_rate() -> list[Peer]:
+def list_lif_rate_peers() -> list[Peer]:
     node = spikingjelly_lif()
 
     def repeated(x):
@@ -197,7 +197,7 @@ def launch_fla(peer, time_decay, time_first, k, v):
     peer.fused_recurrent_rwkv4_backward(time_decay, time_first, k, v, states, out, states[:, :, -1:])
 
 
-def of_wkv(device) -> list[Peer]:
+def list_wkv_peers(device) -> list[Peer]:
     no_gpu = None if torch.device(device).type == "cuda" else "needs a GPU"
     return [
         Peer("eager loop", eager_loop),
@@ -228,5 +228,5 @@ def plain_relu_squared(x):
     return torch.relu(x).square()
 
 
-def of_mix(plain, leaves) -> list[Peer]:
-    return [Peer("plain PyTorch", plain), Peer("torch.compile(plain)", *compiled(plain, leaves))]
+def list_mix_peers(plain, leaves) -> list[Peer]:
+    return [Peer("plain PyTorch", plain), Peer("torch.compile(plain)", *try_compile(plain, leaves))]

@@ -76,7 +76,7 @@ def table(step, steps, device, trace=None):
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as found:
         run(step, steps, device)
     if trace:
-        found.export_chrome_trace(str(harness.make_folder_of(trace)))
+        found.export_chrome_trace(str(harness.make_parent_folder(trace)))
     ops, kernels = [], []
     for event in found.key_averages():
         (ops if event.device_type == torch.autograd.DeviceType.CPU else kernels).append(event)
@@ -99,7 +99,7 @@ def describe(batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
+    p = harness.make_parser(__doc__.splitlines()[0])
     p.add_argument("--preset", choices=sorted(PRESETS), help=f"default: {bench_sdit.PRESET}, digits with --quick")
     p.add_argument("--batch", type=int, metavar="B", help="batch size (default: 8, 128 on a GPU, 2 with --quick)")
     p.add_argument("--bf16", action="store_true", help="run under bf16 autocast")

@@ -311,7 +311,7 @@ def check_guidance(config, guidance: float) -> None:
         raise ValueError(f"guidance must be finite, got {guidance}")
     if guidance != 1 and not config.dropout_label > 0:
         raise ValueError(
-            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this one knows guidance 1"
+            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this model only allows guidance 1"
         )
 
 

@@ -279,7 +279,7 @@ def run(
     if images is not None and (settings or npz is not None):
         wrong = [*settings, *(["npz"] if npz is not None else [])]
         given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise ValueError(f"--images are there already: {given} cannot be given with it")
+        raise ValueError(f"--images measures existing images: {given} cannot be combined with it")
     with ExitStack() as stack:
         for name, path in (("npz", npz), ("json", report)):
             if path is not None:

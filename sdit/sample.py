@@ -112,7 +112,7 @@ def sample(
                 if callback is not None:
                     callback(start, step, len(times), x)
             if not x.isfinite().all():
-                raise ValueError(f"the model gives values that are not finite: images {start}..{start + len(y) - 1} are lost")
+                raise ValueError(f"the model outputs values that are not finite: images {start}..{start + len(y) - 1} are lost")
             done.append(x.float().clamp(-1, 1).cpu())
     return torch.cat(done)
 

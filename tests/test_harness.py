@@ -69,7 +69,7 @@ def test_unsteady_rows_say_so(monkeypatch):
 
 
 def test_copy_is_the_ceiling():
-    contestant = harness.copy_contestant(1 << 16)
+    contestant = harness.make_copy_contestant(1 << 16)
     assert contestant.bytes == 1 << 16
     rows = compare([Contestant("same", contestant.fn, bytes=1 << 16), contestant], rounds=5, min_time=0.002)
     assert rows[1]["percent_of_copy"] == 100 and rows[0]["percent_of_copy"] > 0  # how much is the machine's affair
@@ -147,7 +147,7 @@ def test_report_prints_and_writes(tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["bench"])
     paths = ["--json", str(tmp_path / "new" / "r.json"), "--csv", str(tmp_path / "r.csv"), "--quick"]
-    args = harness.parser("test").parse_args([*paths, "--threads", str(threads)])
+    args = harness.make_parser("test").parse_args([*paths, "--threads", str(threads)])
     assert harness.setup(args)["device"] == "cpu"
     rows = [
         {"name": "fused", "median_s": 1.5e-3, "ratio": 0.25, "baseline": "eager", "bytes": 3 << 20, "samples_s": [1.0]},

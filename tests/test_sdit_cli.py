@@ -146,7 +146,10 @@ def test_convert(tmp_path, capsys):
         ("sample {run} --labels 3,1,4 -n 2", ": -n must be at least 3, the number of labels, got 2"),
         ("evaluate {run} --npz {tmp}/images.txt", ": --npz must end in .npz"),
         ("evaluate --images {tmp}/text", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
-        ("evaluate --images {tmp}/text --seed 1 --batch-size 3", ": --images are there already: --seed, --batch-size cannot"),
+        (
+            "evaluate --images {tmp}/text --seed 1 --batch-size 3",
+            ": --images measures existing images: --seed, --batch-size cannot",
+        ),
         ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
         ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
         ("train --preset mnist --data {tmp}", "not found in folders named .*Leave --data out to have them downloaded"),

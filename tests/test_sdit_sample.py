@@ -175,7 +175,7 @@ def test_what_is_not_finite_is_said():
             return torch.cat([x, x], 1) * float("nan")
 
     model = Broken().train()
-    with pytest.raises(ValueError, match=r"the model gives values that are not finite: images 0\.\.1 are lost"):
+    with pytest.raises(ValueError, match=r"the model outputs values that are not finite: images 0\.\.1 are lost"):
         sample(model, [0, 1], steps=3)
     assert model.training
 
