@@ -56,7 +56,7 @@ def test_a_run_leaves_rows_and_is_not_repeated(tmp_path, monkeypatch):
         assert row["neurons"] == 2 * 3 * 32 and 0 <= row["dead_neurons"] <= row["neurons"] and len(row["rates"]) == 6
         assert 0 < row["mse"] < 2 and math.isclose(row["mse"], sum(row["mse_by_time"]) / 8, abs_tol=1e-4)
         assert row["images"] == 10 and 0 <= row["label_found_guidance_1.5"] <= 1
-        monkeypatch.setattr(ablate_sdit, "trained", None)
+        monkeypatch.setattr(ablate_sdit, "train_arm", None)
         ablate_sdit.main()
     finally:
         torch.set_num_threads(threads)
