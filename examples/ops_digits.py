@@ -1,4 +1,4 @@
-"""Classify scikit-learn's handwritten digits with the ops alone: WKV attention over the rows of a digit, then LIF neurons."""
+"""Classify scikit-learn's handwritten digits with only the ops: WKV attention over the rows of a digit, then LIF neurons."""
 
 import argparse
 
@@ -17,12 +17,12 @@ class Net(torch.nn.Module):
         super().__init__()
         self.kvr, self.hidden, self.out = torch.nn.Linear(8, 3 * C), torch.nn.Linear(8 * C, C), torch.nn.Linear(C, 10)
         self.time_decay, self.time_first = torch.nn.Parameter(torch.zeros(C)), torch.nn.Parameter(torch.zeros(C))
-        self.tau = torch.nn.Parameter(torch.full((C,), 2.0))  # a time constant for each channel, learned
+        self.tau = torch.nn.Parameter(torch.full((C,), 2.0))  # one learned time constant per channel
 
     def forward(self, x):  # (B, 8 rows, 8 pixels)
-        k, v, r = self.kvr(x).chunk(3, dim=-1)  # (B, L, C) each: slices, read in place
+        k, v, r = self.kvr(x).chunk(3, dim=-1)  # (B, L, C) each; wkv reads the slices without a copy
         y = wkv(self.time_decay, self.time_first, k, v, r=r, bidirectional=True)
-        y = lif_rate(4 * y, T=T, residual=y).flatten(1)  # rate neurons: (B, L * C)
+        y = lif_rate(4 * y, T=T, residual=y).flatten(1)  # y + firing rates: (B, L * C)
         spikes = lif(self.hidden(y).expand(T, -1, -1), tau=self.tau.clamp(min=1.0))  # (T, B, C)
         return self.out(spikes.mean(0))
 

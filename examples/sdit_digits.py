@@ -11,7 +11,7 @@ p = argparse.ArgumentParser(description=__doc__)
 p.add_argument("--steps", type=int, default=2000, help="training steps; minutes on two cores (default: %(default)s)")
 p.add_argument("--dim", type=int, default=PRESETS["digits"].dim, help="channels of a token (default: %(default)s)")
 p.add_argument("--run", default="runs/example", help="folder of the run, for checkpoints and curves (default: %(default)s)")
-p.add_argument("--out", default="samples.png", help="the picture (default: %(default)s)")
+p.add_argument("--out", default="samples.png", help="file of the picture (default: %(default)s)")
 args = p.parse_args()
 
 config = dataclasses.replace(PRESETS["digits"], dim=args.dim)

@@ -1,4 +1,4 @@
-"""Classify scikit-learn's handwritten digits with SpikingJelly, before and after the one line that makes it faster."""
+"""Classify scikit-learn's handwritten digits with SpikingJelly, without and with the one line that accelerates it."""
 
 import argparse
 import copy
@@ -23,7 +23,7 @@ net = torch.nn.Sequential(
 )  # fmt: skip
 functional.set_step_mode(net, "m")
 fused = copy.deepcopy(net)
-print(accelerate(fused))  # the one line
+print(accelerate(fused))  # the line that accelerates the network
 for name, model in (("SpikingJelly", net), ("accelerated", fused)):
     optimiser, order, times = torch.optim.Adam(model.parameters(), lr=2e-3), torch.Generator().manual_seed(1), []
     for batch in torch.cat([torch.randperm(len(y), generator=order) for _ in range(epochs)]).split(50):

@@ -1,1 +1,1 @@
-"""Measurements; every figure quoted anywhere comes from a script here and its file in perf/results/."""
+"""Measurements. Every figure in README and docs comes from a script in this folder and its file in perf/results/."""

@@ -1,4 +1,4 @@
-"""SDiT trained from several initial values, settings and sizes: what each is worth after equal steps, or equal CPU time.
+"""Train SDiT with different initial values, settings and sizes, and compare them after equal steps or equal CPU time.
 
     python perf/ablate_sdit.py --preset fashion_tiny --steps 600 --set bf16=true --json perf/results/sdit_fashion_ablation.json
     python perf/ablate_sdit.py --preset digits --steps 1000
@@ -6,18 +6,18 @@
 
 An arm is a list of changes to the preset and its recipe: fields of ``Config`` and ``TrainSettings`` as NAME=VALUE, and
 
-    settings=faithful       the settings of that variant; ``variant`` still decides the initial values
-    old=gate,condition      these parts of the initial values as in "faithful": mixing, place, gate, condition, smooth
+    settings=faithful       use the settings of that variant; ``variant`` still selects the initial values
+    old=gate,condition      these parts have the initial values of "faithful": mixing, place, gate, condition, smooth
     std.labels.weight=1     standard deviation of the initial values of a parameter
 
-Without --arm these arms run: the two variants, the initial values of each with the settings of the other, and "improved"
-without one of its changes at a time. All arms have the batch size of the preset's recipe unless they change it.
+The default arms are the two variants, the initial values of each with the settings of the other, and "improved" without one of
+its changes at a time. All arms use the batch size of the preset's recipe unless they change it.
 
-What is measured, of the averaged weights where there are such: the objective on 2,000 test images, with the same noise and
-times for all arms, and its mean squared error when no label is given; firing rates, and how many neurons (channels of a layer)
-never fire on those images. Of generated images: Frechet distance from the test images and label accuracy in the features of the
-package's classifier where it knows the data; else the share that a support vector machine trained on real ones takes for the
-label it was given (``label_found``). An objective is only comparable among arms of one ``prediction``.
+The script measures the averaged weights if the settings keep an average. On 2,000 test images, with the same noise and times
+for all arms, it measures the objective, the mean squared error without labels, the firing rates, and the number of neurons
+(channels of a layer) that never fire. On generated images it measures Frechet distance and label accuracy, if the classifier of
+the package knows the data set. Otherwise ``label_found`` is the share of generated images that a support vector machine,
+trained on real images, assigns to their label. Objectives are only comparable between arms with the same ``prediction``.
 """
 
 import argparse
@@ -52,7 +52,7 @@ from sdit.sample import sample
 from sdit.settings import TrainSettings
 from sdit.train import train
 
-PARTS = {  # of the initial values: names of parameters
+PARTS = {  # {part of the initial values: pattern of parameter names}
     "mixing": r"\.(key|value|receptance|output)\.weight$",
     "place": r"\.(time_decay|time_first|time_mix_\w)$",
     "gate": r"\.tokens_out\.weight$",
@@ -66,8 +66,8 @@ ARMS += [f"old={part}" for part in PARTS]
 ARMS += ["lr=1e-4", "warmup=0", "cosine=false", "clip=0", "ema=0"]
 
 
-def parse(words, preset):
-    """(config, settings, parts to leave as in "faithful", {parameter: standard deviation}) of an arm."""
+def parse_arm(words, preset):
+    """Parse an arm: (config, settings, parts with the values of "faithful", {parameter: standard deviation})."""
     given = dict(word.split("=", 1) for word in words.split())
     old = [part for part in given.pop("old", "").split(",") if part]
     if set(old) - set(PARTS):
@@ -88,7 +88,7 @@ def parse(words, preset):
     return config, settings, old, deviations
 
 
-def build(config, old, deviations):
+def build_model(config, old, deviations):
     model = SDiT(config)
     faithful = SDiT(config, variant="faithful").state_dict()
     with torch.no_grad():
@@ -100,10 +100,10 @@ def build(config, old, deviations):
     return model
 
 
-def trained(config, settings, old, deviations):
-    """(model, CPU seconds, wall seconds)"""
+def train_arm(config, settings, old, deviations):
+    """Train a model; return (model, CPU seconds, wall seconds)."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(
-        sdit.train, "SDiT", functools.partial(build, old=old, deviations=deviations)
+        sdit.train, "SDiT", functools.partial(build_model, old=old, deviations=deviations)
     ):  # fmt: skip
         cpu, wall = time.process_time(), time.perf_counter()
         model = train(config, settings, folder, progress=False)
@@ -111,16 +111,16 @@ def trained(config, settings, old, deviations):
     return model, cpu, wall
 
 
-def steps_in(seconds, *arm):
-    """How many steps of an arm take ``seconds`` of CPU time."""
+def count_steps(seconds, *arm):
+    """Return the number of steps of an arm that take ``seconds`` of CPU time."""
     config, settings, *rest = arm
-    _, short, long = (trained(config, dataclasses.replace(settings, steps=n), *rest)[1] for n in (2, 4, 20))
+    _, short, long = (train_arm(config, dataclasses.replace(settings, steps=n), *rest)[1] for n in (2, 4, 20))
     return max(1, round(seconds / ((long - short) / 16)))
 
 
 @torch.no_grad()
-def objective(model, test):
-    """The objective on test images, batch i of eight at times of the i-th eighth; firing rates; neurons that never fire."""
+def measure_objective(model, test):
+    """Measure the objective, firing rates and dead neurons on test images; batch i of 8 has times in the i-th eighth."""
     config, each = model.config, min(250, len(test) // 8)
     losses, without, fired = [], [], {}
     with model.record(fired) as rates:
@@ -148,9 +148,11 @@ def generate(model, n, guidance, bf16):
     return images, labels
 
 
-def judge(data, test, n):
-    """(a function from images and labels to measures, {measure of real images}), the latter of the test split, of n images of
-    the train split, and of those n with every other one mirrored."""
+def make_measure(data, test, n):
+    """Return (a function from images and labels to measures, the measures of real images).
+
+    The real images are the test split, n images of the train split, and these n with every other one mirrored.
+    """
     if data.name == load_classifier().dataset:
         classifier = load_classifier()
         real = features(classifier, test.images)
@@ -180,38 +182,38 @@ def judge(data, test, n):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", choices=PRESETS, required=True)
-    p.add_argument("--arm", action="append", metavar="CHANGES", help="an arm (may be repeated); left out: see above")
-    p.add_argument("--set", default="", metavar="CHANGES", help="changes in every arm, as bf16=true")
+    p.add_argument("--arm", action="append", metavar="CHANGES", help="an arm; repeatable (default: see above)")
+    p.add_argument("--set", default="", metavar="CHANGES", help="changes in every arm, for example bf16=true")
     length = p.add_mutually_exclusive_group(required=True)
-    length.add_argument("--steps", type=int, help="of every arm")
-    length.add_argument("--cpu-seconds", type=float, help="as many steps as take so long")
-    p.add_argument("--images", type=int, default=200, help="to generate per arm (%(default)s)")
+    length.add_argument("--steps", type=int, help="training steps of every arm")
+    length.add_argument("--cpu-seconds", type=float, help="train every arm for about this CPU time")
+    p.add_argument("--images", type=int, default=200, help="images to generate per arm (%(default)s)")
     p.add_argument(
-        "--json", type=pathlib.Path, metavar="PATH", help="write all rows; those that it has are kept, and not run again"
+        "--json", type=pathlib.Path, metavar="PATH", help="write all rows; arms whose row is in the file do not run again"
     )
-    p.add_argument(
-        "--keep", type=pathlib.Path, metavar="FOLDER", help="save the models, and grids of the generated images, here"
-    )
+    p.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="save the models and grids of the generated images here")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
-    torch.set_num_threads(1)  # CPU time of several threads counts their waiting
+    torch.set_num_threads(1)  # the CPU time of several threads would include their waiting
 
     name = PRESETS[args.preset].dataset
     data, test = load(name), load(name, split="test")
-    measure, real = judge(data, test, args.images) if args.images else (None, {})
+    measure, real = make_measure(data, test, args.images) if args.images else (None, {})
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     asked = {"steps": args.steps} if args.steps else {"cpu_seconds": args.cpu_seconds}
     for words in ARMS if args.arm is None else args.arm:
         words = " ".join(f"{args.set} {words}".split())
-        config, settings, *initial = parse(words, args.preset)
-        told = {"arm": words, "asked": asked, "config": config.to_dict()}
-        if any(told == {key: row[key] for key in told} for row in rows) or ("gate" in initial[0] and not config.reconstruction):
+        config, settings, *initial = parse_arm(words, args.preset)
+        identity = {"arm": words, "asked": asked, "config": config.to_dict()}
+        if any(identity == {key: row[key] for key in identity} for row in rows) or (
+            "gate" in initial[0] and not config.reconstruction
+        ):
             continue
-        settings = dataclasses.replace(settings, steps=args.steps or steps_in(args.cpu_seconds, config, settings, *initial))
-        model, cpu, wall = trained(config, settings, *initial)
+        settings = dataclasses.replace(settings, steps=args.steps or count_steps(args.cpu_seconds, config, settings, *initial))
+        model, cpu, wall = train_arm(config, settings, *initial)
         row = {"arm": words, "asked": asked, "steps": settings.steps, "batch_size": settings.batch_size}
         row |= {"cpu_seconds": round(cpu, 1), "wall_seconds": round(wall, 1)}
-        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | objective(model, test)
+        row |= {"parameters": sum(parameter.numel() for parameter in model.parameters())} | measure_objective(model, test)
         if args.keep:
             args.keep.mkdir(parents=True, exist_ok=True)
             meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), "step": settings.steps}

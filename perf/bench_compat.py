@@ -1,12 +1,12 @@
-"""Models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
+"""Time models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
     python perf/bench_compat.py --quick
 
-A section is one function, one table and one correctness gate; each needs its library alone and is skipped with a reason where
-that is not installed. Goals at the end, PASS or FAIL, which is also the exit status (except with --quick, whose times mean
-nothing).
+Each section is one function with one table and one correctness gate. It needs only its own library, and is skipped with a
+reason if that is not installed. The goals at the end say PASS or FAIL, and a FAIL sets the exit status (except with --quick,
+whose times mean nothing).
 """
 
 import copy
@@ -19,28 +19,37 @@ import torch
 from torch import nn
 
 from perf import harness
-from perf.harness import Contestant, check, check_gradients, compare, forward_backward, goal, missing, without_ratios
+from perf.harness import (
+    Contestant,
+    check,
+    check_gradients,
+    compare,
+    make_forward_backward,
+    reason_if_missing,
+    record_goal,
+    remove_ratios,
+)
 from perf.ops import OPS, T, current
 from perf.peers import snntorch_loop
 
 
-def skipped(title, library):
-    """The result of a section whose library is not installed; its goals are then SKIP."""
-    return title, [{"name": library, "note": f"skipped: {missing(library)}"}]
+def skip_section(title, library):
+    """Return the result of a section whose library is not installed; its goals are then SKIP."""
+    return title, [{"name": library, "note": f"skipped: {reason_if_missing(library)}"}]
 
 
-def kept(f, x, parameters=()):
-    """Bytes that autograd saves in f(x): x is included, parameters are not."""
+def count_saved_bytes(f, x, parameters=()):
+    """Return the bytes that autograd saves in f(x): x is included, parameters are not."""
     return harness.saved_bytes(lambda: f(x), exclude=tuple(parameters))[0]
 
 
-def pairs(found, least, what):
-    """A goal for each contestant that is followed by its original, "NAME, SpikingJelly's own": how many times as fast."""
+def record_speedups(found, least, what):
+    """Record a goal for each fused contestant and the original after it ("NAME, SpikingJelly's own"): times as fast."""
     for fused, own in zip(found[::2], found[1::2]):
         ratios = [b / a for a, b in zip(fused["samples_s"], own["samples_s"])]
         own["times_fused"] = sorted(ratios)[len(ratios) // 2]
-        goal(f"{what}, {fused['name'].removesuffix(', fused')}: times as fast", own["times_fused"], least)
-    return without_ratios(found)
+        record_goal(f"{what}, {fused['name'].removesuffix(', fused')}: times as fast", own["times_fused"], least)
+    return remove_ratios(found)
 
 
 # ---- SpikingJelly ----------------------------------------------------------------------------------------------------
@@ -49,8 +58,8 @@ def pairs(found, least, what):
 def jelly_neurons(args, settings):
     """SpikingJelly's neurons, forward and backward in training; saved: by autograd, inputs included"""
     title = f"SpikingJelly's neurons, T={T}, {args.shape}, fp32"
-    if missing("spikingjelly"):
-        return skipped(title, "spikingjelly")
+    if reason_if_missing("spikingjelly"):
+        return skip_section(title, "spikingjelly")
     from spikingjelly.activation_based import neuron, surrogate
 
     from sdit_kernels.compat.spikingjelly import accelerate
@@ -76,16 +85,16 @@ def jelly_neurons(args, settings):
 
         calls = [lambda x, node=node: run(x, node) for node in (fused, node)]
         check(f"{name}: spikes", calls[0](x), calls[1](x), 0, 0)
-        gradients = (forward_backward(f, [x], g, n.parameters())() for f, n in zip(calls, (fused, node)))
+        gradients = (make_forward_backward(f, [x], g, n.parameters())() for f, n in zip(calls, (fused, node)))
         error = check_gradients(f"{name}: gradient", *gradients, 1e-4, 1e-3)
         for label, f, n in ((f"{name}, fused", calls[0], fused), (f"{name}, SpikingJelly's own", calls[1], node)):
-            row = {"saved_bytes": kept(f, x, n.parameters()), **(error if f is calls[0] else {})}
-            contestants.append(Contestant(label, forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
-    return title, pairs(compare(contestants, **settings), 3, "SpikingJelly layer")
+            row = {"saved_bytes": count_saved_bytes(f, x, n.parameters()), **(error if f is calls[0] else {})}
+            contestants.append(Contestant(label, make_forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
+    return title, record_speedups(compare(contestants, **settings), 3, "SpikingJelly layer")
 
 
 def spiking_cnn():
-    """A spiking CNN for images of 28 x 28, of SpikingJelly's layers, as in its tutorials."""
+    """Make the spiking CNN of SpikingJelly's tutorials for images of 28 x 28, and its input."""
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
     def node():
@@ -125,10 +134,10 @@ def spikformer_block():
 
 
 def jelly_models(args, settings):
-    """Training step: forward, backward, SGD, reset_net. The layers: each neuron of the model on its own input"""
+    """Training step: forward, backward, SGD, reset_net. Layers: each neuron of the model with its own input"""
     title = f"Models of SpikingJelly, T={T}, fp32"
-    if missing("spikingjelly"):
-        return skipped(title, "spikingjelly")
+    if reason_if_missing("spikingjelly"):
+        return skip_section(title, "spikingjelly")
     from spikingjelly.activation_based import functional, neuron
 
     from sdit_kernels.compat.spikingjelly import accelerate
@@ -156,7 +165,7 @@ def jelly_models(args, settings):
         return run
 
     def inputs(net, x):
-        """The input of each neuron, by its name."""
+        """Return {name of a neuron: its input} for one forward pass."""
         found = {}
         for key, module in net.named_modules():
             if isinstance(module, neuron.BaseNode):
@@ -164,8 +173,8 @@ def jelly_models(args, settings):
         forward(net)(x)
         return {key: t.requires_grad_() for key, t in found.items()}
 
-    def alone(net, key):
-        """A neuron of the net, without its past."""
+    def copy_neuron(net, key):
+        """Return a copy of a neuron of the net, with its state reset."""
         functional.reset_net(net)
         return copy.deepcopy(net.get_submodule(key))
 
@@ -176,7 +185,7 @@ def jelly_models(args, settings):
         net, x = net.to(args.device).train(), x.to(args.device)
         fused = copy.deepcopy(net)
         replaced = accelerate(fused).replaced
-        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # batch norm counts: copies
+        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # in copies, because batch norm updates its statistics
         error = check_gradients(f"{name}: gradient", *of_both, 1e-4, 1e-3)
         functional.reset_net(fused), functional.reset_net(net)
         nets = {"fused": fused, "SpikingJelly's own": net}
@@ -186,23 +195,23 @@ def jelly_models(args, settings):
         for key, given in currents.items():
             g = torch.randn_like(given)
             for label, n in nets.items():
-                f = forward(alone(n, key))
-                extra = {"saved_bytes": kept(f, given)}
-                layers.append(Contestant(f"{name}, {key}, {label}", forward_backward(f, [given], g), extra=extra))
+                f = forward(copy_neuron(n, key))
+                extra = {"saved_bytes": count_saved_bytes(f, given)}
+                layers.append(Contestant(f"{name}, {key}, {label}", make_forward_backward(f, [given], g), extra=extra))
         both = []
         for label, n in nets.items():
-            extra = {"saved_bytes": kept(forward(n), x, n.parameters())} | (error if n is fused else {})
+            extra = {"saved_bytes": count_saved_bytes(forward(n), x, n.parameters())} | (error if n is fused else {})
             functional.reset_net(n)
             both.append(Contestant(f"{name}, training step, {label}", train(n, x), extra=extra))
         whole = compare(both, **settings)
-        goal(f"{name}, training step: times as fast", whole[1]["ratio"], 1)
+        record_goal(f"{name}, training step: times as fast", whole[1]["ratio"], 1)
         ratio = whole[1]["saved_bytes"] / whole[0]["saved_bytes"]
-        goal(f"{name}, bytes saved in a training step: times as few", ratio, 1)
+        record_goal(f"{name}, bytes saved in a training step: times as few", ratio, 1)
         whole[1]["times_fused"] = whole[1]["ratio"]
-        found = pairs(compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer")
+        found = record_speedups(compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer")
         for i, row in enumerate(whole):
             row["neurons_s"] = sum(layer["median_s"] for layer in found[i::2])
-        rows += without_ratios(whole) + found
+        rows += remove_ratios(whole) + found
     return title, rows
 
 
@@ -212,15 +221,15 @@ STEPS, BATCH, HIDDEN = 25, 128, 1000  # as in snnTorch's tutorials
 
 
 def snn_neurons(args, settings):
-    """snnTorch's Leaky, forward and backward; leaky alone returns no membranes. saved: by autograd, inputs included"""
+    """snnTorch's Leaky, forward and backward; leaky alone returns only spikes. saved: by autograd, inputs included"""
     title = f"snnTorch's Leaky, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
-    if missing("snntorch"):
-        return skipped(title, "snntorch")
+    if reason_if_missing("snntorch"):
+        return skip_section(title, "snntorch")
     import snntorch
 
     from sdit_kernels.compat.snntorch import accelerate, unroll
 
-    alone = OPS["leaky"].call
+    call_leaky = OPS["leaky"].call
     x = current(STEPS, BATCH, HIDDEN, device=args.device)
     g = torch.randn_like(x)
     rows = []
@@ -240,30 +249,30 @@ def snn_neurons(args, settings):
         fused_loop, loop = snntorch_loop(fused), snntorch_loop(neuron)
         calls = {"unroll": (whole, fused), "accelerated, in the loop": (fused_loop, fused), "the loop": (loop, neuron)}
         want, contestants = loop(x), []
-        wanted = forward_backward(loop, [x], g, tuple(neuron.parameters()))()
+        wanted = make_forward_backward(loop, [x], g, tuple(neuron.parameters()))()
         for label, (f, n) in calls.items():
             check(f"{name}, {label}: spikes and membranes", f(x), want, 0, 0)
             parameters = tuple(n.parameters())
-            run = forward_backward(f, [x], g, parameters)
+            run = make_forward_backward(f, [x], g, parameters)
             error = check_gradients(f"{name}, {label}: gradient", run(), wanted, 1e-4, 1e-3)
-            extra = {"saved_bytes": kept(f, x, parameters)} | (error if n is fused else {})
+            extra = {"saved_bytes": count_saved_bytes(f, x, parameters)} | (error if n is fused else {})
             contestants.append(Contestant(f"{name}, {label}", run, extra=extra))
         if not options:
-            check("leaky: spikes", alone(x), want[0], 0, 0)
-            extra = {"saved_bytes": kept(alone, x)}
-            contestants.append(Contestant("leaky alone", forward_backward(alone, [x], g), extra=extra))
+            check("leaky: spikes", call_leaky(x), want[0], 0, 0)
+            extra = {"saved_bytes": count_saved_bytes(call_leaky, x)}
+            contestants.append(Contestant("leaky alone", make_forward_backward(call_leaky, [x], g), extra=extra))
         found = compare(contestants, **settings)
-        goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
-        goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
+        record_goal(f"snnTorch layer, {name}: the loop over unroll", found[2]["ratio"], 5)
+        record_goal(f"snnTorch layer, {name}: the loop over the accelerated loop", found[2]["ratio"] / found[1]["ratio"], 1)
         rows += found
     return title, rows
 
 
 def snn_model(args, settings):
-    """Training step of the tutorials' network (784, 1000, 10), cross entropy of every membrane: forward, backward, Adam"""
+    """Training step of the network of the tutorials (784, 1000, 10), cross entropy at every step: forward, backward, Adam"""
     title = f"A network of snnTorch, T={STEPS}, batch {BATCH}, fp32"
-    if missing("snntorch"):
-        return skipped(title, "snntorch")
+    if reason_if_missing("snntorch"):
+        return skip_section(title, "snntorch")
     import snntorch
 
     from sdit_kernels.compat.snntorch import accelerate, unroll
@@ -314,8 +323,8 @@ def snn_model(args, settings):
         extra = {"saved_bytes": harness.saved_bytes(lambda f=f, n=n: f(n), exclude=tuple(n.parameters()))[0], **error}
         contestants.append(Contestant(label, train(f, copy.deepcopy(twins[id(n)])), extra=extra))
     found = compare(contestants, **settings)
-    goal("snnTorch, training step: times as fast, unrolled", found[2]["ratio"], 1)
-    goal("snnTorch, bytes saved in a training step: times as few", found[2]["saved_bytes"] / found[0]["saved_bytes"], 1)
+    record_goal("snnTorch, training step: times as fast, unrolled", found[2]["ratio"], 1)
+    record_goal("snnTorch, bytes saved in a training step: times as few", found[2]["saved_bytes"] / found[0]["saved_bytes"], 1)
     return title, found
 
 
@@ -323,14 +332,14 @@ def snn_model(args, settings):
 
 
 def rwkv_pair(device, **config):
-    """transformers' model with random weights, and the accelerated one on a copy of them."""
+    """Make a transformers model with random weights, and an accelerated copy."""
     from transformers import RwkvConfig, RwkvForCausalLM
 
     from sdit_kernels.compat import rwkv
 
     torch.manual_seed(0)
     theirs = RwkvForCausalLM(RwkvConfig(context_length=1024, bos_token_id=0, eos_token_id=None, **config))
-    for p in theirs.parameters():  # some initial values are zero, which would hide errors
+    for p in theirs.parameters():  # some initial values are zero, and zeros would hide errors
         p.data += 0.02 * torch.randn_like(p)
     theirs = theirs.to(device)
     ours = copy.deepcopy(theirs)
@@ -339,26 +348,26 @@ def rwkv_pair(device, **config):
 
 
 def rwkv_contest(contestants, args, settings):
-    """Few rounds: a call of theirs takes most of a second."""
+    """Compare with few rounds, because a call of transformers takes most of a second."""
     settings = settings | {"rounds": 3 if args.quick else 7, "min_time": settings["min_time"] / 5}
     return compare(contestants, **settings, baseline="accelerated")
 
 
 def rwkv_gradients(model, *inputs, **arguments):
-    """Forward and backward; returns the result and the gradients of the parameters."""
+    """Run forward and backward pass; return the loss and the gradients of the parameters."""
     out = model(*inputs, **arguments)
     loss = out.loss if hasattr(out, "loss") else out[0].square().mean()
     return [loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
 
 
-def against_theirs(name, theirs, ours, run, args, settings, products=None):
-    """Check, then time both models and count the bytes they keep; ``products`` runs their matrix multiplications alone."""
+def compare_with_transformers(name, theirs, ours, run, args, settings, products=None):
+    """Check and time both models, and count the bytes they keep; ``products`` runs only their matrix multiplications."""
     error = check(name, run(ours), run(theirs), rtol=1e-3, atol=1e-5)
     forward = [lambda model=model: run(model, backward=False) for model in (theirs, ours)]
-    kept = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
+    saved = [harness.saved_bytes(f, [*m.parameters()])[0] for f, m in zip(forward, (theirs, ours), strict=True)]
     contestants = [
-        Contestant("accelerated", lambda: run(ours), extra={"saved_bytes": kept[1]} | error),
-        Contestant("transformers", lambda: run(theirs), extra={"saved_bytes": kept[0]}),
+        Contestant("accelerated", lambda: run(ours), extra={"saved_bytes": saved[1]} | error),
+        Contestant("transformers", lambda: run(theirs), extra={"saved_bytes": saved[0]}),
     ]
     if products:
         contestants.append(Contestant("the matrix products of both", products))
@@ -366,27 +375,27 @@ def against_theirs(name, theirs, ours, run, args, settings, products=None):
 
 
 def rwkv_step(args, settings):
-    """A whole model, L = 512: loss, forward and backward; the bytes that a forward pass keeps"""
+    """A whole model, L = 512: loss, forward and backward pass; bytes that the forward pass keeps"""
     what = "rwkv model (2, 512), 4 layers of 256 channels, forward+backward"
-    if missing("transformers"):
-        goal(f"{what}, times transformers", None, 5)
-        return skipped(what, "transformers")
+    if reason_if_missing("transformers"):
+        record_goal(f"{what}, times transformers", None, 5)
+        return skip_section(what, "transformers")
     theirs, ours = rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4)
     ids = torch.randint(256, (2, 512), device=args.device)
 
     def run(model, backward=True):
         return rwkv_gradients(model, ids, labels=ids) if backward else model(ids, labels=ids).loss
 
-    rows = against_theirs("model", theirs.train(), ours.train(), run, args, settings)
-    goal(f"{what}, times transformers", harness.ratio(rows, "transformers"), 5)
+    rows = compare_with_transformers("model", theirs.train(), ours.train(), run, args, settings)
+    record_goal(f"{what}, times transformers", harness.ratio(rows, "transformers"), 5)
     return what, rows
 
 
 def rwkv_layer(args, settings):
-    """One time mix as large as in the 169M model, L = 512, forward and backward"""
+    """One time mix of the size of the 169M model, L = 512, forward and backward"""
     what = "rwkv time mix (2, 512, 768), forward+backward"
-    if missing("transformers"):
-        return skipped(what, "transformers")
+    if reason_if_missing("transformers"):
+        return skip_section(what, "transformers")
     theirs, ours = (
         m.rwkv.blocks[0].attention for m in rwkv_pair(args.device, vocab_size=8, hidden_size=768, num_hidden_layers=2)
     )
@@ -399,15 +408,15 @@ def rwkv_layer(args, settings):
         y = ours.output(ours.key(x) + ours.value(x) + ours.receptance(x))
         return torch.autograd.grad(y, [p for p in ours.parameters() if p.dim() == 2], y)
 
-    return what, against_theirs("time mix", theirs, ours, run, args, settings, products)
+    return what, compare_with_transformers("time mix", theirs, ours, run, args, settings, products)
 
 
 def rwkv_decode(args, settings):
-    """Inference: a prompt of 512 tokens with its state, and 16 tokens one by one from there, batch of one"""
+    """Inference with batch size 1: a prompt of 512 tokens, then 16 tokens one by one from its state"""
     title = "rwkv, 4 layers of 256 channels, batch 1"
-    if missing("transformers"):
-        goal("rwkv token by token, times transformers", None, 0.9)
-        return skipped(title, "transformers")
+    if reason_if_missing("transformers"):
+        record_goal("rwkv token by token, times transformers", None, 0.9)
+        return skip_section(title, "transformers")
     theirs, ours = (m.eval() for m in rwkv_pair(args.device, vocab_size=256, hidden_size=256, num_hidden_layers=4))
     ids = torch.randint(256, (1, 528), device=args.device)
 
@@ -436,7 +445,7 @@ def rwkv_decode(args, settings):
          Contestant("transformers", lambda: decode(theirs, second.state), extra={"what": "16 tokens"})],
         args, settings,
     )  # fmt: skip
-    goal("rwkv token by token, times transformers", harness.ratio(rows[2:], "transformers"), 0.9)
+    record_goal("rwkv token by token, times transformers", harness.ratio(rows[2:], "transformers"), 0.9)
     return title, rows
 
 
@@ -444,4 +453,4 @@ SECTIONS = {f.__name__: f for f in (jelly_neurons, jelly_models, snn_neurons, sn
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS))
+    sys.exit(harness.run_sections(__doc__, SECTIONS))

@@ -1,9 +1,9 @@
-"""How OpenMP's threads should wait: torch, our kernels and a small training, on a quiet machine and on a busy one.
+"""Compare ways in which OpenMP's threads wait: torch, our kernels and a small training run, on a quiet and on a busy machine.
 
 python perf/bench_load.py --json perf/results/load.json
 
-Threads that wait for work spin for a while. Where other processes want the cores, a spinning thread takes the time of the one
-it waits for. The busy machine runs one endless loop a core besides. Each row is one process with its own environment.
+Threads that wait for work spin for a while. If other processes use the cores, a spinning thread takes CPU time from the thread
+that it waits for. The busy machine also runs one endless loop per core. Each row is one process with its own environment.
 """
 
 import json
@@ -52,7 +52,7 @@ print(json.dumps({name: statistics.mean(times) for name, times in found.items()}
 
 
 def measure(environment, args):
-    """Mean seconds of each op in one process, and of a step of `sdit train --preset digits` in another."""
+    """Measure the mean seconds of each op in one process, and images/s of `sdit train --preset digits` in another."""
     environment = os.environ | environment | {"PYTHONPATH": str(harness.ROOT)}
     calls, steps = (3, 2) if args.quick else (10, 12)
     done = subprocess.run([sys.executable, "-c", OPS, str(calls)], env=environment, capture_output=True, text=True, check=True)
@@ -68,7 +68,7 @@ def measure(environment, args):
 
 
 def load(args, settings):
-    """Time of each op and images a second of a training, by how threads wait"""
+    """Time of each op, and images/s of a training run, for each way in which threads wait"""
     rows = []
     for busy in (0, os.cpu_count()):
         others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
@@ -86,4 +86,4 @@ def load(args, settings):
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, {"load": load}))
+    sys.exit(harness.run_sections(__doc__, {"load": load}))

@@ -1,4 +1,4 @@
-"""From `import sdit_kernels` to the first result: what a fresh process waits for, with nothing compiled and after.
+"""Time a fresh process from `import sdit_kernels` to the first result, without and with cached kernels.
 
 python perf/bench_start.py --json perf/results/start.json
 python perf/bench_start.py --only wkv --device cuda
@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from perf import harness
 from perf.ops import T
 
-# The call of each op, with x (T, B, L, C) and vectors w and u of the channels
+# The call of each op, with x (T, B, L, C), and w and u vectors of the channels
 CALLS = {
     "lif": "lif(x)",
     "lif_rate": "lif_rate(x[0])",
@@ -51,7 +51,7 @@ print("[%.6f, %.6f, %.6f]" % (imported - start, forward - start, time.perf_count
 
 
 def first_result(name, args, settings):
-    """A fresh process: seconds from `import torch` done to the results, import of sdit_kernels included"""
+    """Seconds of a fresh process, from the end of `import torch` to the results, including the import of sdit_kernels"""
     samples = {}
     for _ in range(1 if args.quick or name.startswith("torch.compile") else 3):
         with tempfile.TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def first_result(name, args, settings):
         row = {"name": name, "state": state, **{key: statistics.median(values) for key, values in columns}}
         rows.append(row | {"processes": len(runs), "runs_s": runs})
     if args.device == "cpu" and not name.startswith("torch.compile"):
-        harness.goal(f"{name}, compiled before", rows[1]["forward_and_backward_s"], 2, " s", at_least=False)
+        harness.record_goal(f"{name}, compiled before", rows[1]["forward_and_backward_s"], 2, " s", at_least=False)
     return f"{CALLS[name]}, x {(T, *args.shape)} fp32", rows
 
 
@@ -83,4 +83,4 @@ SECTIONS = {name: section(name) for name in CALLS}
 
 
 if __name__ == "__main__":
-    sys.exit(harness.run(__doc__, SECTIONS))
+    sys.exit(harness.run_sections(__doc__, SECTIONS))

@@ -1,7 +1,7 @@
-"""Checks on a device: is each op right on tensors that live there, at sizes of real models?
+"""Check each op on tensors of a device, at the sizes of real models.
 
-Each takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs them, every one in a process of
-its own; on the CPU, and small, so that they cannot rot.
+Each check takes (device, small) and returns figures, or raises AssertionError. perf/gpu_suite.py runs each in its own process.
+The tests run them on the CPU with small sizes, so that they keep working.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import functools
 import torch
 
 from perf import bench_sdit, bench_wkv, harness, ops
-from perf.ops import HALF, OPS, agree, current, decay_and_bonus, normal, rms_error
+from perf.ops import HALF, OPS, check_against_definition, current, decay_and_bonus, normal, rms_error
 from perf.peers import wkv_then_lif
 from sdit_kernels import leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
 from sdit_kernels.tuning import tuned
@@ -22,22 +22,26 @@ def values_lif(device, small):
     found = {}
     for dtype in (torch.float32, *HALF):
         x = current(4, *shape, device=device, dtype=dtype)
-        found |= agree(f"lif {dtype}", lif, [x], exact_output=True)
+        found |= check_against_definition(f"lif {dtype}", lif, [x], exact_output=True)
         gate, residual = normal(*shape, device=device, dtype=dtype), normal(*shape, device=device, dtype=dtype, seed=1)
-        found |= agree(
+        found |= check_against_definition(
             f"lif_rate {dtype}", lambda x, r, g: lif_rate(x, 4, r, g, tau=4.0), [x[0].detach().requires_grad_(), residual, gate]
         )
     x = current(4, *shape, device=device)
     long = current(37, *shape[:2], 64, device=device)
-    found |= agree("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
+    found |= check_against_definition("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
     v = normal(*shape, device=device, scale=0.1)
     tau = (torch.rand(shape[-1], device=device) + 1.5).requires_grad_()
-    found |= agree(
+    found |= check_against_definition(
         "lif, learnt tau, states", lambda x, v, tau: lif(x, v, tau=tau, return_v=True, detach_reset=True), [x, v, tau]
     )
     beta = torch.rand(shape[-1], device=device).requires_grad_()
-    found |= agree("leaky, learnt beta, states", lambda x, v, b: leaky(x, v, beta=b, return_v_seq=True), [x, v, beta])
-    found |= agree("leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long])
+    found |= check_against_definition(
+        "leaky, learnt beta, states", lambda x, v, b: leaky(x, v, beta=b, return_v_seq=True), [x, v, beta]
+    )
+    found |= check_against_definition(
+        "leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long]
+    )
     return found
 
 
@@ -54,7 +58,7 @@ def values_wkv(device, small, dtypes=(torch.float32,)):
                 def f(d, u, k, v, r=None, algorithm=algorithm):
                     return wkv(d, u, k, v, r=r, algorithm=algorithm)
 
-                found |= agree(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
+                found |= check_against_definition(f"wkv {algorithm}{', gate' * gate} {dtype}", f, leaves)
     return found
 
 
@@ -83,12 +87,12 @@ def values_wkv_states(device, small):
     found = {}
     for f, leaves in ((with_states, [*p, k, v, *state]), (both_ways, [*p, k, v]), (in_pieces, [*p, *packed])):
         for algorithm in ("serial", "chunked"):
-            found |= agree(f"wkv {algorithm} {f.__name__}", functools.partial(f, algorithm), leaves)
+            found |= check_against_definition(f"wkv {algorithm} {f.__name__}", functools.partial(f, algorithm), leaves)
     return found
 
 
 def steep_decays(device, small):
-    """A token sees itself and the nearest key that is not masked. Exponents of 1e20 must not leave their rounding behind."""
+    """Check a decay of 1e20: a token only sees itself and the nearest unmasked key, and 1e20 causes no rounding error."""
     C = 48
     k, v = (normal(2, 21, C, device=device, seed=i) for i in range(2))
     k.data[:, 3:5], k.data[1, 15:] = -torch.inf, -torch.inf
@@ -100,7 +104,7 @@ def steep_decays(device, small):
             def f(k, v, a=algorithm, b=both):
                 return wkv(None, u.to(k.dtype), k, v, log_decay=w.to(k.dtype), bidirectional=b, algorithm=a)
 
-            found |= agree(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
+            found |= check_against_definition(f"wkv {algorithm}{', bidirectional' * both}", f, [k, v])
     return found
 
 
@@ -115,14 +119,14 @@ def accuracy(device, small):
 
 
 def values_spiking_wkv(device, small):
-    """Spikes within rounding of the threshold may differ, and their gradients with them."""
+    """Check spiking_wkv against wkv followed by lif. Spikes within rounding of the threshold may differ, so also gradients."""
     L, C = (21, 48) if small else (131, 384)
 
     def chain(d, u, *data):
         return wkv_then_lif(d, u, *(t.float() for t in data)).to(data[0].dtype)
 
     found = {}
-    for B in (2, 3) if small else (4, 96):  # the kernels of wkv and lif; one walk
+    for B in (2, 3) if small else (4, 96):  # the first size uses the kernels of wkv and lif, the second the fused kernel
         for dtype in (torch.float32, torch.bfloat16):
             leaves = OPS["spiking_wkv"].data(B, L, C, device=device, dtype=dtype)
             s, t = spiking_wkv(*leaves), chain(*leaves)
@@ -143,14 +147,14 @@ def values_mix(device, small):
             mixes = [torch.rand(C, device=device).requires_grad_() for _ in range(3)]
             for eps in (None, 1e-6):
                 f = functools.partial(token_shift, norm_eps=eps)
-                found |= agree(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
+                found |= check_against_definition(f"token_shift{', norm' * bool(eps)}, C={C}, {dtype}", f, [x, *mixes])
             if dtype == torch.float32:
 
                 def f(x, *mixes):
                     return token_shift(x, *mixes, norm_eps=1e-6, dtype=torch.bfloat16 if x.dtype == torch.float32 else None)
 
-                found |= agree(f"token_shift, norm, C={C}, bfloat16 of {dtype}", f, [x, *mixes])
-            found |= agree(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
+                found |= check_against_definition(f"token_shift, norm, C={C}, bfloat16 of {dtype}", f, [x, *mixes])
+            found |= check_against_definition(f"relu_squared, C={C}, {dtype}", relu_squared, [x])
     return found
 
 
@@ -164,7 +168,7 @@ def run(f, leaves):
 
 
 def repeatable(device, small):
-    """Bit for bit, also under the load of other work on the device."""
+    """Check that repeated calls agree bit for bit, also while other work loads the device."""
     for name, (f, leaves) in calls(device, small).items():
         first = run(f, leaves)
         for _ in range(3):
@@ -194,7 +198,7 @@ def no_host_sync(device, small):
 
 
 def side_stream(device, small):
-    """Work queued on another stream sees the inputs that this stream makes, and no others."""
+    """Check that an op on a side stream reads the inputs that the same stream writes just before."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     for name, (f, leaves) in calls(device, small).items():
@@ -213,14 +217,14 @@ def side_stream(device, small):
 
 
 def on_its_stream(device, small):
-    """The checks that make the same calls, in one process, so that these compile once."""
+    """Run the checks that make the same calls in one process, so that the kernels compile once."""
     for check in (repeatable, no_host_sync, side_stream, cuda_graph):
         check(device, small)
     return {"ops": len(calls(device, True))}
 
 
 def cuda_graph(device, small):
-    """Forward and backward captured once, replayed on other inputs; decoding with wkv_step_ too."""
+    """Capture forward and backward pass in a CUDA graph and replay it on other inputs; also decoding with wkv_step_."""
     if device == "cpu":
         return {"note": "needs a GPU"}
     found = {}
@@ -257,7 +261,7 @@ def cuda_graph(device, small):
 
 
 def compiled(device, small):
-    """torch.compile(fullgraph=True) of a block over the ops, forward and backward, for two batch sizes."""
+    """Check torch.compile(fullgraph=True) of a block that uses the ops, forward and backward, for two batch sizes."""
     torch.manual_seed(0)
     C = 32 if small else 384
 
@@ -280,26 +284,29 @@ def compiled(device, small):
         a = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
         b = torch.autograd.grad(fast(x).square().sum(), [x, *block.parameters()])
         worst = max(worst, *(rms_error(p, q.double()) for p, q in zip(b, a)))
-    assert worst < 0.05, f"relative rms {worst:.2e} between a compiled block and the block"  # spikes flip within rounding
+    assert worst < 0.05, f"relative rms {worst:.2e} between a compiled block and the block"  # rounding flips some spikes
     return {"gradients_rms": worst}
 
 
 def autocast(device, small):
-    """A training step of SDiT in bf16: its loss is near the loss in fp32."""
-    model, inputs = bench_sdit.case(device, *((1, "digits") if small else (16,)))
+    """Check that the loss of a training step of SDiT in bf16 is close to the loss in fp32."""
+    model, inputs = bench_sdit.make_case(device, *((1, "digits") if small else (16,)))
     target = torch.zeros((), device=device)
-    losses = [bench_sdit.step(copy.deepcopy(model), inputs, target, dtype=dtype).item() for dtype in (None, torch.bfloat16)]
+    losses = [
+        bench_sdit.run_training_step(copy.deepcopy(model), inputs, target, dtype=dtype).item()
+        for dtype in (None, torch.bfloat16)
+    ]
     assert abs(losses[1] / losses[0] - 1) < 0.1, f"loss {losses[0]:.4g} in fp32, {losses[1]:.4g} in bf16"
     return {"loss_fp32": losses[0], "loss_bf16": losses[1]}
 
 
 def network(device, small):
-    """The whole network in float64, outputs and every gradient, against its plain form."""
-    return bench_sdit.agree(device, "digits" if small else bench_sdit.PRESET)
+    """Check the whole network in float64, outputs and every gradient, against its plain form."""
+    return bench_sdit.check_forms_agree(device, "digits" if small else bench_sdit.PRESET)
 
 
 def big_offsets(device, small):
-    """More than 2^31 elements a tensor: the last rows equal a call on them alone, forward and backward."""
+    """Check tensors of more than 2^31 elements: the last rows equal a call on these rows alone, forward and backward."""
     rows, L, C = (3, 40, 8) if small else (350, 16384, 384)  # 2.2e9 elements
     dtype = torch.bfloat16
     x = torch.empty(rows, L, C, device=device, dtype=dtype)
@@ -308,14 +315,14 @@ def big_offsets(device, small):
     found = {"elements": x.numel()}
 
     def far(name, f, x, last, g_last):
-        """``last``: the part that a small call gets; the backward pass is compared too."""
+        """Compare a call on x with a call on ``last(x)``, the last part of x; also compare the backward pass."""
         x.requires_grad_()
         y = f(x)
         dx = torch.autograd.grad(y, x, torch.ones((), device=device, dtype=y.dtype).expand(y.shape))[0]
         part = last(x).detach().clone().requires_grad_()
         z = f(part)
         dz = torch.autograd.grad(z, part, torch.ones_like(z))[0]
-        assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong behind 2^31 elements"
+        assert torch.equal(g_last(y), z) and torch.equal(last(dx), dz), f"{name}: wrong beyond 2^31 elements"
         found[name] = "equal"
 
     d, u = decay_and_bonus(C, device, False)
@@ -327,7 +334,7 @@ def big_offsets(device, small):
     four = x.detach().view(-1)[: x.numel() // 4 * 4].view(4, -1, 4 if small else 64)
     far("lif", lif, four, time_, time_)
     five = x.detach()[: rows // 2 * 2].view(2, rows // 2, L, C)
-    with tuned(spiking_min_channels_fused=0):  # in one walk, which few sequences alone would not take
+    with tuned(spiking_min_channels_fused=0):  # select the fused kernel, which so few sequences would not use
         far("spiking_wkv", lambda k: spiking_wkv(d, u, k, k), five, time_, time_)
     return found
 

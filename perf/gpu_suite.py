@@ -1,17 +1,17 @@
-"""Everything that needs a GPU in one command of under nine minutes: are the values right there, and how fast is it?
+"""Run all tests, checks and timings that need a GPU in one command, in under nine minutes.
 
     python perf/gpu_suite.py --json gpu.json
     python perf/gpu_suite.py --only checks,rules
-    python perf/gpu_suite.py --dry-run          the same on the CPU, small, so that it cannot rot; its times mean nothing
+    python perf/gpu_suite.py --dry-run          a small run on the CPU, to test this script; its times mean nothing
 
-tests     the project's tests of the Triton kernels, whose CPU tensors are carried to the device and back at every launch
-checks    gpu_checks.py: tensors that live on the device, at sizes of real models: values and gradients against float64,
+tests     the project's tests of the Triton kernels; every launch copies CPU tensors to the device and back
+checks    gpu_checks.py: tensors on the device, at the sizes of real models: values and gradients against float64,
           repeatability, more than 2^31 elements, host syncs, side streams, CUDA graphs, torch.compile, autocast, SDiT
-timings   steps: training steps of SDiT; host: time of a call; algorithms, sizes, rules: for the launchers' rules; and the
-          sections of bench_lif.py, bench_wkv.py and bench_mix.py
+timings   steps: training steps of SDiT; host: CPU time of a call; algorithms, sizes, rules: figures for choosing launch
+          parameters; and the sections of bench_lif.py, bench_wkv.py and bench_mix.py
 
-Results are written after every part, so that a part that fails or runs out of time does not lose earlier ones. The exit status
-says whether a test, a check or a section failed.
+Results are written after every part, so a part that fails or runs out of time does not lose earlier results. The exit status
+is 1 if a test, a check or a section failed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ import torch
 
 from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
 from perf.gpu_checks import CHECKS, calls
-from perf.harness import Contestant, compare, forward_backward
+from perf.harness import Contestant, compare, make_forward_backward
 from perf.ops import OPS
 from perf.peers import snntorch_loop, wkv_then_lif
 from sdit_kernels.compat import snntorch as compat_snntorch
@@ -48,7 +48,7 @@ MODES = "forward", "forward+backward"
 
 
 def with_parameters(contestant, values):
-    """The contestant, its backward pass too, launched with these."""
+    """Return the contestant with these launch parameters, in forward and backward pass."""
 
     def call():
         with tuned(**values):
@@ -58,7 +58,7 @@ def with_parameters(contestant, values):
 
 
 class Case(NamedTuple):
-    """An op on data of one shape, and launch parameters to try."""
+    """An op, the shape of its data, and the launch parameters to try."""
 
     name: str
     op: str
@@ -67,7 +67,7 @@ class Case(NamedTuple):
     arguments: dict = {}
 
 
-def launch_cases(device, small):
+def make_launch_cases(device, small):
     L, C = (33, 48) if small else (394, 384)
     n = 1 << (12 if small else 24)
     many, few, one = (2, 1, 1) if small else (128, 32, 1)
@@ -80,7 +80,7 @@ def launch_cases(device, small):
     yield Case("lif_rate", "lif_rate", (n,), threads)
     yield Case("token_shift", "token_shift", (few, L, C), threads)
     yield Case("relu_squared", "relu_squared", (n,), threads)
-    # For each of them the CPU's kernels would be compiled anew.
+    # Only on a GPU: on the CPU every value would compile new kernels.
     tiles = tries("wkv_checkpoint_tokens", 8, 16, 32) if device == "cuda" else []
     for B in (few, many):
         for name, values in (
@@ -96,45 +96,45 @@ def launch_cases(device, small):
     yield Case("spiking_wkv", "spiking_wkv", (2 * few, L, C), tries("spiking_min_channels_fused", 0, 1 << 30))
 
 
-def prepared(case, device):
-    """The call of a case, its leaves, and gradients of its outputs."""
+def prepare_case(case, device):
+    """Return the call of a case, its leaves, and gradients of its outputs."""
     op = OPS[case.op]
     f, leaves = functools.partial(op.call, **case.arguments), op.data(*case.shape, device=device)
     with torch.no_grad():
-        return f, leaves, [torch.randn_like(y) for y in ops.several(f(*leaves))]
+        return f, leaves, [torch.randn_like(y) for y in ops.as_tuple(f(*leaves))]
 
 
 def compile_case(i, device, small):
-    """Compile what case i of `rules` times: beside the checks, in a process of its own."""
-    case = list(launch_cases(device, small))[i]
-    f, leaves, gs = prepared(case, device)
+    """Compile the kernels of case i of `rules` in its own process, while the checks run."""
+    case = list(make_launch_cases(device, small))[i]
+    f, leaves, gs = prepare_case(case, device)
     for value in case.values:
         with tuned(**value):
-            forward_backward(f, leaves, gs)()
+            make_forward_backward(f, leaves, gs)()
     return {}
 
 
-COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(len(list(launch_cases("cpu", True))))}
+COMPILE = {f"compile_{i}": functools.partial(compile_case, i) for i in range(len(list(make_launch_cases("cpu", True))))}
 
 
 def rules(args, settings):
-    """Launch parameters side by side; "percent of copy" is of the bytes that an ideal kernel moves"""
+    """Launch parameters side by side; "percent of copy" counts the bytes that an ideal kernel moves"""
     rows = []
-    for case in launch_cases(args.device, args.quick):
-        f, leaves, gs = prepared(case, args.device)
+    for case in make_launch_cases(args.device, args.quick):
+        f, leaves, gs = prepare_case(case, args.device)
         for mode in MODES:
             moved = OPS[case.op].bytes(mode, leaves)
-            contestants = [harness.copy_contestant(moved, args.device)]
+            contestants = [harness.make_copy_contestant(moved, args.device)]
             for value in case.values:
                 label = ", ".join(f"{k}={v}" for k, v in value.items())
-                c = ops.contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
+                c = ops.make_contestant(label, mode, f, leaves, gs, bytes=moved, op=case.name)
                 contestants.append(with_parameters(c, value))
             rows += compare(contestants, **settings)
     return "launch parameters, fp32", rows
 
 
 def algorithms(args, settings):
-    """wkv "serial" against "chunked", C = 384: what "auto" should choose"""
+    """wkv, C = 384, to choose the rule of "auto": "serial" against "chunked" by batch and length"""
     rows, C = [], 384
     batches, lengths = ((1, 2), (64,)) if args.quick else ((1, 4, 16, 32, 48, 64, 128, 256), (64, 394, 1024, 4096, 16384))
     op = OPS["wkv"]
@@ -146,13 +146,15 @@ def algorithms(args, settings):
                 for mode in MODES:
                     how = {"bytes": op.bytes(mode, leaves), "B": B, "L": L}
                     names = ("serial", "chunked", "auto")
-                    found = [ops.contestant(name, mode, bench_wkv.ours(name), leaves, g, **how) for name in names]
+                    found = [
+                        ops.make_contestant(name, mode, bench_wkv.bind_algorithm(name), leaves, g, **how) for name in names
+                    ]
                     rows += compare(found, **settings)
     return "wkv, C = 384, fp32", rows
 
 
 def sizes(args, settings):
-    """spiking_wkv in one walk, by the kernels of wkv and lif, and as users would chain these, by batch; T = 4"""
+    """spiking_wkv by batch, T = 4: the fused kernel, the kernels of wkv and lif, and the chain of the two ops"""
     rows, op = [], OPS["spiking_wkv"]
     L, C = (33, 48) if args.quick else (394, 384)
     fused, parts = ({"spiking_min_channels_fused": n} for n in (0, 1 << 40))
@@ -164,7 +166,7 @@ def sizes(args, settings):
             found, moved = [], ops.passes(mode, 2) * g.nbytes
             for name, value in forms.items():
                 f = wkv_then_lif if name == "wkv, then lif" else op.call
-                c = ops.contestant(name, mode, f, leaves, g, bytes=moved, B=B)
+                c = ops.make_contestant(name, mode, f, leaves, g, bytes=moved, B=B)
                 found.append(with_parameters(c, value))
             rows += compare(found, **settings)
     return f"spiking_wkv, (4, B, {L}, {C}), fp32; bytes of the fused form", rows
@@ -174,17 +176,19 @@ def sizes(args, settings):
 
 
 def steps(args, settings):
-    """Training steps of SDiT. The plain form, which walks the tokens one by one, is timed once, after one step before it"""
+    """Training steps of SDiT. The plain form, which scans the tokens one by one, is timed for one step after a warm-up"""
     rows = []
     cases = ("digits", 2, True), ("digits", 4, False)
     if not args.quick:
         cases = ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False), ("fashion_mnist", 32, True)
     for preset, batch, plain in cases:
-        model, inputs = bench_sdit.case(args.device, batch, preset)
+        model, inputs = bench_sdit.make_case(args.device, batch, preset)
         for form, dtype in (("ours", torch.bfloat16), ("ours", None), *[("plain", None)] * plain):
-            network = bench_sdit.Plain(model) if form == "plain" else model
+            network = bench_sdit.PlainSDiT(model) if form == "plain" else model
             optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-            step = functools.partial(bench_sdit.step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype)
+            step = functools.partial(
+                bench_sdit.run_training_step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype
+            )
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             row = {"name": f"{preset}, batch {batch}, {form}, {'bf16' if dtype else 'fp32'}"}
@@ -204,22 +208,22 @@ def steps(args, settings):
 
 
 def profile(args, settings):
-    """Kernels of a training step of SDiT in bf16, by time on the device"""
+    """Kernels of a training step of SDiT in bf16, sorted by time on the device"""
     batch = 2 if args.quick else 128
     case = {"preset": "digits" if args.quick else bench_sdit.PRESET, "bf16": True}
-    step = profile_sdit.step_of(args.device, batch, **case)
+    step = profile_sdit.make_step(args.device, batch, **case)
     profile_sdit.run(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
     seconds, products, rows = profile_sdit.table(step, 1, args.device)
     return f"{profile_sdit.describe(batch, **case)}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
 
 
 def host(args, settings):
-    """Time of Python and of the launch for a call on small tensors, without waiting for the device"""
+    """CPU time of a call on small tensors: Python and launch, without waiting for the device"""
     rows = []
-    relu = torch.relu, [ops.normal(8, 8, device=args.device)]  # what PyTorch itself takes
+    relu = torch.relu, [ops.normal(8, 8, device=args.device)]  # for comparison: an op of PyTorch
     for name, (f, leaves) in ({"torch.relu": relu} | calls(args.device, True)).items():
         g = torch.ones_like(f(*leaves))
-        found = [ops.contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
+        found = [ops.make_contestant(mode, mode, f, leaves, g, op=name) for mode in MODES]
         rows += compare(found, **settings | {"device": "cpu", "min_time": 0.002})
         if args.device == "cuda":
             torch.cuda.synchronize()
@@ -233,11 +237,11 @@ def mix(args, settings):
 
 
 def snn(args, settings):
-    """leaky, by itself and as compat.snntorch unrolls a neuron, against snnTorch's Leaky in the loop that its users write"""
+    """leaky, and unroll of compat.snntorch, against snnTorch's Leaky in the loop that its users write"""
     steps, *shape = (3, 2, 33) if args.quick else (bench_compat.STEPS, bench_compat.BATCH, bench_compat.HIDDEN)
     title = f"leaky, T={steps}, {tuple(shape)}, fp32"
-    if harness.missing("snntorch"):
-        return bench_compat.skipped(title, "snntorch")
+    if harness.reason_if_missing("snntorch"):
+        return bench_compat.skip_section(title, "snntorch")
     import snntorch
 
     neuron = snntorch.Leaky(beta=0.9).to(args.device)
@@ -252,13 +256,13 @@ def snn(args, settings):
     forms, rows = {"leaky": OPS["leaky"].call, "unroll": unrolled, "loop": snntorch_loop(neuron)}, []
     for mode in MODES:
         moved = OPS["leaky"].bytes(mode, [x])
-        found = [ops.contestant(name, mode, f, [x], g, bytes=moved) for name, f in forms.items()]
-        rows += compare([*found, harness.copy_contestant(moved, args.device)], **settings)
+        found = [ops.make_contestant(name, mode, f, [x], g, bytes=moved) for name, f in forms.items()]
+        rows += compare([*found, harness.make_copy_contestant(moved, args.device)], **settings)
     return title, rows
 
 
 def section(module, name, **changes):
-    """A section of a bench, with other arguments."""
+    """Return a section of another script, with changed arguments."""
     measure = module.SECTIONS[name]
 
     def run(args, settings):
@@ -295,18 +299,18 @@ TIMINGS = {
 # ---- the parts -------------------------------------------------------------------------------------------------------------
 
 
-def where():
-    """The end of the traceback of what is being handled, without this machine's paths."""
+def _traceback_tail():
+    """Return the end of the current traceback, without paths of this machine."""
     return traceback.format_exc().replace(f"{harness.ROOT}/", "")[-3000:]
 
 
 def run_check(name, device, small):
-    """(name, result) of one check, in a process of its own."""
+    """Run one check in its own process; return (name, result)."""
     began = time.perf_counter()
     try:
         result = {"passed": True, "figures": (CHECKS | COMPILE)[name](device, small)}
-    except Exception as e:  # a check that breaks is one that fails, and the others go on
-        result = {"passed": False, "error": f"{type(e).__name__}: {e}"[:2000], "where": where()}
+    except Exception as e:  # an error counts as a failure, and the other checks run
+        result = {"passed": False, "error": f"{type(e).__name__}: {e}"[:2000], "where": _traceback_tail()}
     return name, result | {"seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -321,7 +325,7 @@ def run_checks(names, device, small, workers):
 
 
 def start_tests(log, seconds, workers):
-    """pytest of what runs Triton kernels, in the background."""
+    """Start pytest for the tests of Triton kernels in the background."""
     chosen = "(triton or chain) and not interpreter"
     command = ["timeout", "--signal=INT", str(int(seconds)), sys.executable, "-m", "pytest", "-q", "-k", chosen]
     command += ["-n", str(workers), "--dist", "worksteal", "-p", "no:cacheprovider", "-rfE", "--tb=short", "--color=no"]
@@ -339,17 +343,17 @@ def tests_result(process, log):
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--dry-run", action="store_true", help="on the CPU, small: does everything run?")
-    p.add_argument("--json", metavar="PATH", help="where the results go, after every part")
-    p.add_argument("--only", metavar="NAME[,NAME]", help=f"of tests, checks, {', '.join([*CHECKS, *TIMINGS])}")
-    p.add_argument("--minutes", type=float, default=9, help="parts that would begin later are left out (default: %(default)s)")
-    p.add_argument("--workers", type=int, default=8, help="processes for tests and for checks, each (default: %(default)s)")
+    p.add_argument("--dry-run", action="store_true", help="a small run on the CPU, to test this script")
+    p.add_argument("--json", metavar="PATH", help="write the results to this file after every part")
+    p.add_argument("--only", metavar="NAME[,NAME]", help=f"parts to run: tests, checks, {', '.join([*CHECKS, *TIMINGS])}")
+    p.add_argument("--minutes", type=float, default=9, help="skip parts that would start later (default: %(default)s)")
+    p.add_argument("--workers", type=int, default=8, help="processes for tests and for checks (default: %(default)s each)")
     options = p.parse_args(argv)
     names = options.only.split(",") if options.only is not None else ["tests", "checks", *TIMINGS]
     if unknown := set(names) - {"tests", "checks", *CHECKS, *COMPILE, *TIMINGS}:
         p.error(f"--only knows tests, checks, {', '.join([*CHECKS, *TIMINGS])}; got {', '.join(sorted(unknown))}")
     if not options.dry_run and not torch.cuda.is_available():
-        raise SystemExit("gpu_suite.py: torch sees no GPU; --dry-run goes through it on the CPU")
+        raise SystemExit("gpu_suite.py: torch sees no GPU; --dry-run runs on the CPU")
     device = "cpu" if options.dry_run else "cuda"
     args = argparse.Namespace(
         device=device, quick=options.dry_run, threads=None, plot=None, json=options.json, csv=None, dtype=torch.float32,
@@ -358,18 +362,20 @@ def main(argv=None):
     settings = harness.setup(args) | {"rounds": 2 if options.dry_run else 9}
     began, parts, failed = time.monotonic(), {}, []
 
-    def left():
+    def seconds_left():
         return 60 * options.minutes - (time.monotonic() - began)
 
     def save():
         if options.json:
             facts = {"title": __doc__.splitlines()[0], "provenance": harness.provenance(device), "goals": harness.goals}
-            harness.make_folder_of(options.json).write_text(json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n")
+            harness.make_parent_folder(options.json).write_text(
+                json.dumps(facts | {"parts": parts}, indent=1, default=str) + "\n"
+            )
 
     with tempfile.TemporaryFile("w+") as log:
         tests = None
         if "tests" in names and not options.dry_run:
-            tests = start_tests(log, left() / 2, options.workers)
+            tests = start_tests(log, seconds_left() / 2, options.workers)
         wanted = [
             n for n in CHECKS | COMPILE if n in names or n in CHECKS and "checks" in names or n in COMPILE and "rules" in names
         ]
@@ -386,15 +392,15 @@ def main(argv=None):
             print(parts["tests"]["summary"], *parts["tests"]["failed"], sep="\n", flush=True)
             save()
     for name in (n for n in TIMINGS if n in names):
-        if left() < 15:
-            parts[name] = {"note": "left out: the time was up"}
-            print(f"left out, the time was up: {name}")
+        if seconds_left() < 15:
+            parts[name] = {"note": "skipped: the time was up"}
+            print(f"skipped, the time was up: {name}")
             continue
         start = time.perf_counter()
         try:
             title, rows = TIMINGS[name](args, settings)
-        except Exception as e:  # the parts after it are worth having
-            parts[name] = {"error": f"{type(e).__name__}: {e}"[:2000], "where": where()}
+        except Exception as e:  # the later parts still run
+            parts[name] = {"error": f"{type(e).__name__}: {e}"[:2000], "where": _traceback_tail()}
             failed.append(name)
             print(f"\n[{name}] {parts[name]['where']}", flush=True)
         else:
@@ -405,7 +411,9 @@ def main(argv=None):
         if device == "cuda":
             torch.cuda.empty_cache()
         save()
-    print(f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {options.minutes - left() / 60:.1f} minutes")
+    print(
+        f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {options.minutes - seconds_left() / 60:.1f} minutes"
+    )
     return bool(failed)
 
 

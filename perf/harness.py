@@ -1,20 +1,20 @@
-"""Shared by every script in perf/: timing side by side, the correctness gate, memory, provenance, tables and figures.
+"""Shared code of the scripts in perf/: side-by-side timing, the correctness gate, memory, provenance, tables and figures.
 
-A script begins with these two lines, so that `python perf/bench_x.py` finds the checkout as `python -m perf.bench_x`:
+A script begins with these two lines, so that `python perf/bench_x.py` imports from the checkout like `python -m perf.bench_x`:
 
     import pathlib, sys
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-and then reads, from top to bottom:
+and continues, for example:
 
     from perf import harness
-    args = harness.parser("LIF against its peers").parse_args()
-    settings = harness.setup(args)                      # threads, and how long to measure
+    args = harness.make_parser("LIF against its peers").parse_args()
+    settings = harness.setup(args)                      # sets the threads; how long to measure
     error = harness.check("lif", fused(), reference(), rtol=1e-5, atol=1e-6)
     rows = harness.compare([harness.Contestant("fused", fused, bytes=moved, extra=error),
                             harness.Contestant("eager", reference, bytes=moved),
-                            harness.Contestant("peer", peer, skip=harness.missing("spikingjelly")),
-                            harness.copy_contestant(moved, args.device)], baseline="eager", **settings)
+                            harness.Contestant("peer", peer, skip=harness.reason_if_missing("spikingjelly")),
+                            harness.make_copy_contestant(moved, args.device)], baseline="eager", **settings)
     harness.report("LIF, T=4", rows, args)
 """
 
@@ -39,39 +39,39 @@ import numpy
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHAPE = (8, 394, 384)  # `args.shape`: batch, tokens and channels of a small diffusion transformer
-COPY = "copy"  # the contestant of this name is the bandwidth ceiling that `percent_of_copy` refers to
+SHAPE = (8, 394, 384)  # default of `args.shape`: batch, tokens and channels of a small diffusion transformer
+COPY = "copy"  # name of the contestant whose bandwidth is 100 % in `percent_of_copy`
 PACKAGES = ("torch", "triton", "numba", "numpy", "spikingjelly", "snntorch", "fla-core", "transformers")
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 
-def parser(description: str, figure=None) -> argparse.ArgumentParser:
-    """The arguments common to all scripts; a script may add its own. ``figure``: the path of a --plot without one."""
+def make_parser(description: str, figure=None) -> argparse.ArgumentParser:
+    """Make a parser with the arguments of all scripts. ``figure``: default path of --plot."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--quick", action="store_true", help="few short rounds: does it run, not how fast")
-    p.add_argument("--json", metavar="PATH", help="write rows, samples and provenance")
-    p.add_argument("--csv", metavar="PATH", help="write the rows")
+    p.add_argument("--quick", action="store_true", help="few short rounds, to test that it runs; the times mean nothing")
+    p.add_argument("--json", metavar="PATH", help="write rows, samples and provenance to this file")
+    p.add_argument("--csv", metavar="PATH", help="write the rows to this file")
     optional = {"nargs": "?", "const": figure} if figure else {}
     p.add_argument("--plot", metavar="PATH", help="draw the figure (needs matplotlib)", **optional)
-    # Where other processes take the cores, ask for one thread: threads that wait for each other measure the scheduler
-    # (seen: a copy, a matrix multiplication and an exponential of 4 MiB, 0.1 to 1 ms on one thread, all took 8 ms on two).
-    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's own, every core)")
+    # If other processes use the cores, use one thread: threads that wait for each other measure the scheduler. A copy, a
+    # matrix multiplication and an exponential of 4 MiB took 0.1 to 1 ms on one thread, but 8 ms each on two threads.
+    p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: the default of torch, every core)")
     p.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="default: %(default)s")
     p.set_defaults(shape=SHAPE)
     return p
 
 
 def setup(args) -> dict:
-    """Set the threads, refuse a device that is not there, and return the keyword arguments for `compare`."""
+    """Set the number of threads, check the device, and return the keyword arguments of `compare`."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no GPU")
     min_time = 0.02 if args.quick else 0.1
     if args.device == "cuda":
-        min_time /= 100  # of GPU time: between the calls the L2 cache is overwritten, and calls of a sample wait in a queue
+        min_time /= 100  # GPU time only: it excludes overwriting the L2 cache between the calls, and the wait in the queue
     return {"device": args.device, "rounds": 3 if args.quick else 21, "min_time": min_time}
 
 
@@ -79,9 +79,10 @@ def setup(args) -> dict:
 
 
 def check(name: str, got, want, rtol: float, atol: float) -> dict:
-    """Raise AssertionError unless |got - want| <= atol + rtol |want| everywhere (NaN equals NaN); return the errors.
+    """Raise AssertionError unless |got - want| <= atol + rtol |want| for every element (NaN equals NaN); return the errors.
 
-    Takes tensors, or sequences of tensors and None, of which the largest errors are returned: for `Contestant(extra=)`.
+    ``got`` and ``want`` are tensors, or sequences of tensors and None; for sequences the largest errors are returned. The
+    returned dict fits `Contestant(extra=)`.
     """
     if isinstance(want, tuple | list):
         if len(got) != len(want):
@@ -110,7 +111,7 @@ def check(name: str, got, want, rtol: float, atol: float) -> dict:
 
 
 def check_gradients(name: str, got, want, tolerance: float, least: float = 0.0) -> dict:
-    """`check` of each pair, relative to the element and to the largest of its tensor (at least ``least``): sums round so."""
+    """`check` each pair with a tolerance relative to the largest element (at least ``least``), as the rounding of sums is."""
     pairs = enumerate(zip(got, want, strict=True))
     errors = [check(f"{name} {i}", g, w, tolerance, tolerance * max(w.abs().max().item(), least)) for i, (g, w) in pairs]
     return {"grad_rel_rms_error": max((e["rel_rms_error"] for e in errors), default=0.0)}
@@ -119,8 +120,8 @@ def check_gradients(name: str, got, want, tolerance: float, least: float = 0.0) 
 # ---- calls -----------------------------------------------------------------------------------------------------------
 
 
-def inference(f, leaves):
-    """A function without arguments that calls f without gradients."""
+def make_inference(f, leaves):
+    """Return a function without arguments that calls f(*leaves) without gradients."""
 
     def run():
         with torch.no_grad():
@@ -129,11 +130,11 @@ def inference(f, leaves):
     return run
 
 
-def forward_backward(f, leaves, g, parameters=()):
-    """A function without arguments that returns the gradients of leaves and parameters.
+def make_forward_backward(f, leaves, g, parameters=()):
+    """Return a function without arguments that runs forward and backward pass; it returns the gradients.
 
-    ``g`` is the gradient of the output, dense as it comes from a layer above. Of several outputs it is the gradient of the
-    first, or a sequence with one gradient each.
+    The gradients belong to leaves and parameters. ``g`` is the gradient of the output, dense as from a next layer. If f has
+    several outputs, ``g`` is the gradient of the first, or a sequence with one gradient per output.
     """
 
     def run():
@@ -153,42 +154,43 @@ class Contestant(NamedTuple):
 
     name: str
     fn: Callable[[], object] | None = None
-    prepare: Callable[[], object] | None = None  # before every sample, not timed
-    skip: str | None = None  # why it does not run; shown in the table
-    bytes: int | None = None  # read + written by one call, for GB/s and the share of the copy bandwidth
-    extra: dict | None = None  # further columns: the error measured, the case, ...
+    prepare: Callable[[], object] | None = None  # called before every sample, not timed
+    skip: str | None = None  # the reason why it does not run; shown in the table
+    bytes: int | None = None  # bytes that one call reads and writes, for GB/s and the share of the copy bandwidth
+    extra: dict | None = None  # further columns, for example the measured error
 
 
-def missing(module: str) -> str | None:
-    """Reason for `Contestant(skip=)` when a peer is not installed, else None."""
+def reason_if_missing(module: str) -> str | None:
+    """Return the reason for `Contestant(skip=)` if ``module`` is not installed, else None."""
     return None if importlib.util.find_spec(module) else f"{module} is not installed (make peers)"
 
 
 def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None, flush_l2=True) -> list[dict]:
-    """Time the contestants in turn (A B C, A B C, ...) and return one row each.
+    """Time the contestants in turn (A B C, A B C, ...) and return one row per contestant.
 
-    A sample repeats the call for `min_time` seconds. Machines drift and stall, but the samples of one round share that:
-    so the ratio to the `baseline` (default: the first that runs) is formed within each round, and the median of those
-    is reported; below 1 is faster than the baseline. `iqr` is the distance between the quartiles. On the CPU the calls
-    of a sample follow each other, so what fits in a cache stays there. On a GPU the time is between two events around a
-    call: the device is kept busy until all calls of a sample are queued, so that it does not wait for Python (unless one
-    call takes Python more than 50 ms), and the L2 cache is overwritten before every call, unless flush_l2=False.
+    A sample repeats the call for `min_time` seconds. A machine drifts and stalls, but the samples of one round share these
+    effects. So the ratio to the `baseline` (default: the first contestant that runs) is computed within each round, and the
+    median of these ratios is reported; below 1 is faster than the baseline. `iqr` is the distance between the quartiles.
+
+    On the CPU the calls of a sample follow each other, so data that fits in a cache stays there. On a GPU the time of a call is
+    the time between two events. The device is kept busy until all calls of a sample are queued, so it does not wait for Python
+    (unless one call takes Python more than 50 ms). The L2 cache is overwritten before every call, unless flush_l2=False.
     """
-    run = [c for c in contestants if not c.skip]
-    if baseline is None and run:
-        baseline = run[0].name
+    running = [c for c in contestants if not c.skip]
+    if baseline is None and running:
+        baseline = running[0].name
     sample = _cuda_sampler(flush_l2) if torch.device(device).type == "cuda" else _sample_cpu
-    repeats = {c.name: _calibrate(c, sample, min_time) for c in run}
-    if len(repeats) < len(run):
-        raise ValueError(f"names must differ: {[c.name for c in run]}")
-    times = {c.name: [] for c in run}
+    repeats = {c.name: _calibrate(c, sample, min_time) for c in running}
+    if len(repeats) < len(running):
+        raise ValueError(f"names must differ: {[c.name for c in running]}")
+    times = {c.name: [] for c in running}
     for _ in range(rounds):
-        for c in run:
+        for c in running:
             if c.prepare:
                 c.prepare()
             times[c.name].append(sample(c.fn, repeats[c.name]))
     times = {name: numpy.array(t) for name, t in times.items()}
-    speeds = {c.name: c.bytes / times[c.name] / 1e9 for c in run if c.bytes}
+    speeds = {c.name: c.bytes / times[c.name] / 1e9 for c in running if c.bytes}
 
     rows = []
     for c in contestants:
@@ -211,10 +213,10 @@ def compare(contestants, *, rounds=21, min_time=0.1, device="cpu", baseline=None
     return rows
 
 
-def copy_contestant(nbytes: int, device="cpu") -> Contestant:
-    """torch's copy_ reading nbytes/2 and writing nbytes/2: the ceiling for an op that moves `nbytes`.
+def make_copy_contestant(nbytes: int, device="cpu") -> Contestant:
+    """Return a contestant that copies nbytes/2 with torch's copy_: the limit for an op that moves `nbytes`.
 
-    On the CPU a large copy_ may store around the caches; an ordinary store first reads the line that it overwrites.
+    On the CPU a large copy_ may bypass the caches, while an ordinary store first reads the cache line that it overwrites.
     """
     source = torch.ones(max(nbytes // 8, 1), dtype=torch.float32, device=device)
     target = torch.empty_like(source)
@@ -230,11 +232,11 @@ def _sample_cpu(fn, n: int) -> float:
 
 def _cuda_sampler(flush_l2: bool):
     flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
-    host = {}  # seconds in which a call is queued
+    host = {}  # seconds of Python time to queue a call
 
     def sample(fn, n: int) -> float:
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
-        torch.cuda._sleep(int(2e9 * min(0.05, 1.5 * n * host.get(fn, 0.0))))  # cycles of some 2 GHz
+        torch.cuda._sleep(int(2e9 * min(0.05, 1.5 * n * host.get(fn, 0.0))))  # cycles at about 2 GHz
         began = time.perf_counter()
         for start, end in events:
             if flush_l2:
@@ -250,7 +252,7 @@ def _cuda_sampler(flush_l2: bool):
 
 
 def _calibrate(c: Contestant, sample, min_time: float) -> int:
-    """Warm up (compilation, caches, clocks) and find how many calls last `min_time`."""
+    """Warm up (compilation, caches, clocks) and return the number of calls that take `min_time`."""
     if c.prepare:
         c.prepare()
     sample(c.fn, 2)
@@ -270,22 +272,22 @@ def _iqr(x) -> float:
     return float(numpy.subtract(*numpy.percentile(x, (75, 25))))
 
 
-def without_ratios(rows: list[dict]) -> list[dict]:
-    """Where the rows of a table are not alternatives to its first one, their ratio to it means nothing."""
+def remove_ratios(rows: list[dict]) -> list[dict]:
+    """Remove the ratios from rows that are not alternatives to the first row."""
     for row in rows:
         for key in ("ratio", "ratio_iqr", "baseline"):
             row.pop(key, None)
     return rows
 
 
-def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str, xlabel: str) -> list[dict]:
-    """Cost against work: rows with the nanoseconds per unit of work in column ``per``; drawn with --plot.
+def measure_scaling(contestants, args, settings: dict, rounds: int, work: str, per: str, xlabel: str) -> list[dict]:
+    """Measure time against work: return rows with the nanoseconds per unit of work in column ``per``; draw them with --plot.
 
-    `extra` of a contestant has its `mode`, its `sweep` and, under the key ``work``, how much it does. All sizes are in one
-    comparison: then what disturbs the machine disturbs every point of the curve alike.
+    `extra` of a contestant holds its `mode`, its `sweep` and, under the key ``work``, its amount of work. One comparison times
+    all sizes, so a disturbance of the machine affects all points of the curve equally.
     """
     settings = settings | {"rounds": 3 if args.quick else rounds, "min_time": settings["min_time"] / 5}
-    rows = [row | {"name": row["mode"]} for row in without_ratios(compare(contestants, **settings))]
+    rows = [row | {"name": row["mode"]} for row in remove_ratios(compare(contestants, **settings))]
     series = {}
     for row in rows:
         del row["mode"]
@@ -293,7 +295,7 @@ def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str,
         point = row[work], 1e3 * row["median_s"], 1e3 * row["iqr_s"]
         series.setdefault(f"{row['name']}, {row['sweep']}", []).append(point)
     if args.plot:
-        guides = []  # linear cost: each ends in the largest point of the first sweep, and begins where the fixed cost rules
+        guides = []  # lines of linear cost, from the largest point of a sweep down to where the fixed cost dominates
         for points in list(series.values())[:2]:
             (x, y, _), least = points[-1], points[0][1] / 2
             guides.append(((x * least / y, x), (least, y)))
@@ -307,25 +309,26 @@ def scaling(contestants, args, settings: dict, rounds: int, work: str, per: str,
 goals = []
 
 
-def goal(what, value, limit, unit="", at_least=True):
-    """Record a goal; ``value`` is None where it could not be measured."""
+def record_goal(name, value, limit, unit="", at_least=True):
+    """Record a goal and whether ``value`` reaches it; ``value`` is None if it could not be measured."""
     reached = value is not None and (value >= limit if at_least else value <= limit)
     verdict = "SKIP" if value is None else "PASS" if reached else "FAIL"
     measured = "not measured, a contestant is missing" if value is None else f"{value:.4g}{unit}"
-    goals.append(f"{verdict}  {what}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
+    goals.append(f"{verdict}  {name}: {measured} (goal: {'at least' if at_least else 'at most'} {limit:g}{unit})")
 
 
 def ratio(rows, name):
-    """Time of the contestant over the baseline's, None where it did not run."""
+    """Return the time of a contestant divided by the time of the baseline, None if the contestant did not run."""
     return next(r for r in rows if r["name"] == name).get("ratio")
 
 
-def run(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) -> bool:
-    """A script of several sections: ``name: function(args, settings) -> (title, rows)``. Returns whether a goal was missed.
+def run_sections(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) -> bool:
+    """Run a script of several sections, ``{name: function(args, settings) -> (title, rows)}``. Return True if a goal failed.
 
-    ``add_arguments(parser)`` adds a script's own; ``choose(args)`` names the sections that run without --only (default: all).
+    ``add_arguments(parser)`` adds arguments of the script. ``choose(args)`` returns the names of the sections to run without
+    --only (default: all).
     """
-    p = parser(doc.splitlines()[0], figure=figure)
+    p = make_parser(doc.splitlines()[0], figure=figure)
     p.add_argument("--only", metavar="NAME[,NAME]", help=f"sections to run: {', '.join(sections)}")
     if add_arguments:
         add_arguments(p)
@@ -351,10 +354,10 @@ def run(doc: str, sections: dict, figure=None, add_arguments=None, choose=None) 
 
 
 def saved_bytes(fn, exclude=()) -> tuple[int, list[tuple]]:
-    """(bytes, [(shape, dtype, bytes), ...]) that autograd saves for backward in `fn`, every storage counted once.
+    """Measure what autograd saves for the backward pass in `fn`: (bytes, [(shape, dtype, bytes), ...]).
 
-    `exclude`: tensors that live anyway (inputs, parameters). A saved view counts its whole storage.
-    Tensors hung on `ctx` as attributes escape autograd's hooks: `allocated_bytes` sees those.
+    Every storage counts once; a saved view counts its whole storage. `exclude`: tensors that exist anyway (inputs, parameters).
+    Tensors that are attributes of `ctx` are not counted, because autograd's hooks do not see them; `allocated_bytes` does.
     """
     seen = {t.untyped_storage()._cdata for t in exclude}
     kept, tensors = [], []
@@ -363,9 +366,9 @@ def saved_bytes(fn, exclude=()) -> tuple[int, list[tuple]]:
         storage = t.untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
-            kept.append(storage)  # alive until we return, so that its identity cannot be used again
+            kept.append(storage)  # keep it alive until we return, so that its identity is not reused
             tensors.append((tuple(t.shape), str(t.dtype).removeprefix("torch."), storage.nbytes()))
-        return t.detach()  # the same memory; saving an output itself would tie a reference cycle
+        return t.detach()  # shares the memory; saving an output itself would make a reference cycle
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = fn()
@@ -374,10 +377,11 @@ def saved_bytes(fn, exclude=()) -> tuple[int, list[tuple]]:
 
 
 def allocated_bytes(fn, device="cpu") -> dict:
-    """{"kept_bytes", "peak_bytes"}: growth of torch's allocations once `fn` returned (result alive), and at most.
+    """Measure torch's allocations in `fn`: {"kept_bytes": growth after the call, "peak_bytes": largest growth during it}.
 
-    Counts the result and all that the graph holds. One call of `fn` goes before, for what is allocated only once. On
-    the CPU these are the profiler's allocation events: memory that numpy or numba takes for itself is not seen.
+    kept_bytes counts the result and everything that its graph holds. A first call of `fn`, before the measurement, makes the
+    allocations that happen only once. On the CPU the profiler reports the allocations; it does not see memory that numpy or
+    numba allocates.
     """
     fn()
     if torch.device(device).type == "cuda":
@@ -389,7 +393,7 @@ def allocated_bytes(fn, device="cpu") -> dict:
         kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
         del result
         return {"kept_bytes": kept, "peak_bytes": peak}
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at every start and stop
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = fn()
     del result
@@ -406,7 +410,7 @@ def allocated_bytes(fn, device="cpu") -> dict:
 
 
 def provenance(device="cpu") -> dict:
-    """The facts a reader needs to repeat a measurement; no paths and no host names."""
+    """Return the facts that a reader needs to repeat a measurement, without paths and host names."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -439,7 +443,7 @@ def _without_folder(script: str) -> str:
 def _git(*command: str) -> str | None:
     try:
         return subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, no repository, no commit yet
+    except (OSError, subprocess.CalledProcessError):  # git, a repository or a commit is missing
         return None
 
 
@@ -452,8 +456,8 @@ def _cpu_name() -> str:
 # ---- output ----------------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[dict], columns=None) -> str:
-    """Aligned text. The key tells the unit: ..._s, ...bytes, gb_per_s, percent_...; lists and dicts are left out."""
+def format_table(rows: list[dict], columns=None) -> str:
+    """Format rows as text. The key gives the unit: ..._s, ...bytes, gb_per_s, percent_...; lists and dicts are skipped."""
     if columns is None:
         hidden = {"baseline", "repeats", "note"}
         columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in hidden] + ["note"]
@@ -461,7 +465,7 @@ def table(rows: list[dict], columns=None) -> str:
     bases = {row["baseline"] for row in rows if "baseline" in row}
     heads = {"gb_per_s": "bandwidth", "ratio": f"time / {bases.pop()}" if len(bases) == 1 else "ratio"}
     heads = [heads.get(k) or k.removesuffix("_s").replace("_", " ") for k in columns]
-    cells = [[_cell(k, row.get(k)) for k in columns] for row in rows]
+    cells = [[_format_cell(k, row.get(k)) for k in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     text = [any(isinstance(row.get(k), str) for row in rows) for k in columns]
     lines = [[c.ljust(w) if t else c.rjust(w) for c, w, t in zip(line, widths, text, strict=True)] for line in [heads, *cells]]
@@ -469,7 +473,7 @@ def table(rows: list[dict], columns=None) -> str:
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
-def _cell(key: str, value) -> str:
+def _format_cell(key: str, value) -> str:
     if value is None:
         return ""
     if isinstance(value, bool | str):
@@ -488,44 +492,44 @@ def _cell(key: str, value) -> str:
 
 
 def report(title: str, rows: list[dict], args, columns=None) -> None:
-    """Print the table; write --json (provenance, and one row a line with every sample) and --csv (the rows)."""
+    """Print the table; write --json (provenance, and one row per line with all samples) and --csv (the rows)."""
     show(title, rows, args, columns)
     save(title, rows, args)
 
 
 def show(title: str, rows: list[dict], args, columns=None) -> None:
-    """Print the table alone: for a script of several sections, which saves the rows of all of them at its end."""
+    """Print the table without saving it: a script of several sections saves all rows at its end."""
     facts = provenance(args.device)
     print(f"\n{title}\n{facts.get('gpu') or facts['cpu']}, threads: {facts['threads']}, torch {torch.__version__}\n")
-    print(table(rows, columns), flush=True)
+    print(format_table(rows, columns), flush=True)
 
 
 def save(title: str, rows: list[dict], args, **facts) -> None:
-    """Write --json and --csv alone; ``facts`` go to the head of the JSON."""
+    """Write --json and --csv without printing; ``facts`` are further keys of the JSON."""
     if args.json:
         head = {"title": title, "provenance": provenance(args.device), **facts}
         head = json.dumps(head, indent=1, default=str).removesuffix("\n}")
         body = ",\n  ".join(json.dumps(row, default=str) for row in rows)
-        make_folder_of(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
+        make_parent_folder(args.json).write_text(f'{head},\n "rows": [\n  {body}\n ]\n}}\n')
     if args.csv:
         keys = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list | dict))
-        with open(make_folder_of(args.csv), "w", newline="") as file:
+        with open(make_parent_folder(args.csv), "w", newline="") as file:
             writer = csv.DictWriter(file, keys, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
 
 
-def make_folder_of(path) -> pathlib.Path:
-    """The path, after its folder has been made."""
+def make_parent_folder(path) -> pathlib.Path:
+    """Make the folder of a path and return the path."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", guides=None) -> None:
-    """Log-log figure of {label: (x, y) or (x, y, spread)}; the band is as high as the spread, y in the middle.
+    """Draw {label: (x, y) or (x, y, spread)} on logarithmic axes; a band around y shows the spread.
 
-    ``guides``: {label: [(x, y), ...]}, drawn dashed in grey, such as a slope to compare with.
+    ``guides``: {label: [(x, y), ...]}, dashed grey lines, for example a slope to compare with.
     """
     import matplotlib
 
@@ -533,19 +537,19 @@ def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", gu
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.4), layout="constrained")
-    # Okabe and Ito's colours, told apart by colour-blind readers too; the marker says the same once more
+    # Okabe and Ito's colours, which colour-blind readers can distinguish; each line also has its own marker
     styles = zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"), "osD^vPX", strict=True)
     for (label, (x, y, *spread)), (color, marker) in zip(series.items(), styles, strict=False):
         axes.plot(x, y, color=color, marker=marker, markersize=5, linewidth=1.6, label=label)
         if spread:
-            factor = 1 + numpy.asarray(spread[0]) / 2 / numpy.asarray(y)  # as far down as up, on a logarithmic axis
+            factor = 1 + numpy.asarray(spread[0]) / 2 / numpy.asarray(y)  # the band is symmetric on a logarithmic axis
             axes.fill_between(x, y / factor, y * factor, color=color, alpha=0.2, linewidth=0)
     for label, lines in (guides or {}).items():
         for i, (x, y) in enumerate(lines):
             axes.plot(x, y, "--", color="0.45", linewidth=1, zorder=1, label=None if i else label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    if max(max(x) for x, *_ in series.values()) < 1e5:  # else the ticks read 2^k
+    if max(max(x) for x, *_ in series.values()) < 1e5:  # for larger values the ticks read 2^k
         axes.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
@@ -553,5 +557,5 @@ def plot_lines(path, series: dict, xlabel: str, ylabel: str, title: str = "", gu
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(make_folder_of(path), dpi=150)
+    figure.savefig(make_parent_folder(path), dpi=150)
     pyplot.close(figure)

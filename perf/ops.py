@@ -1,4 +1,4 @@
-"""Per op, told once for all measurements: its call, its data, its definition in float64, and the bytes that it must move."""
+"""The ops for all measurements: call, data, result of the definition in float64, and the bytes that an op must move."""
 
 import functools
 from collections.abc import Callable
@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import torch
 
-from perf.harness import Contestant, forward_backward, inference
+from perf.harness import Contestant, make_forward_backward, make_inference
 from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
 
 T = 4  # time steps
-EPS = 1e-6  # of the norm in token_shift
+EPS = 1e-6  # eps of the norm in token_shift
 HALF = (torch.bfloat16, torch.float16)
-# Relative rms error allowed against float64, of outputs and of gradients
+# Allowed relative rms error against float64, for outputs and for gradients
 OUTPUT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -21,8 +21,11 @@ GRADIENT_ERROR = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3
 
 
 def current(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
-    """Input of which a sixth of the neurons fire. Odd multiples of 1/32 make every membrane exact and none equal to the
-    threshold, so that spikes must agree bit for bit whatever the order of operations, in bfloat16 too."""
+    """Make input currents for which a sixth of the neurons fire.
+
+    The values are odd multiples of 1/32, so every membrane potential is exact and none equals the threshold. So spikes must
+    agree bit for bit for any order of operations, also in bfloat16.
+    """
     generator = torch.Generator().manual_seed(0)
     x = (0.5 + 1.5 * torch.randn(shape, generator=generator)).clamp(-7, 7)
     x = ((x * 16).floor() + 0.5) / 16
@@ -30,27 +33,27 @@ def current(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
 
 
 def normal(*shape, device="cpu", dtype=torch.float32, scale=1.0, mean=0.0, seed=0, requires_grad=True):
-    """Values from a normal distribution, the same for a device and a seed."""
+    """Draw values from a normal distribution; the same device and seed give the same values."""
     generator = torch.Generator(device).manual_seed(seed)
     x = mean + scale * torch.randn(shape, generator=generator, device=device)
     return x.to(dtype).requires_grad_(requires_grad)
 
 
 def decay_and_bonus(channels, device="cpu", requires_grad=True):
-    """time_decay and time_first: RWKV-4's initial values for a layer in the middle of a network."""
+    """Make time_decay and time_first: RWKV-4's initial values for a layer in the middle of a network."""
     c = torch.arange(channels, device=device, dtype=torch.float32)
     vectors = -5 + 8 * (c / max(channels - 1, 1)) ** 0.9, -1.2 + 0.5 * ((c + 1) % 3 - 1)
     return [t.requires_grad_(requires_grad) for t in vectors]
 
 
 def mixes(channels, number=3, device="cpu", requires_grad=True):
-    """Mix vectors of token_shift, between 0 and 1."""
+    """Make mix vectors of token_shift, between 0 and 1."""
     vectors = torch.rand(number, channels, generator=torch.Generator().manual_seed(0)).to(device)
     return [t.requires_grad_(requires_grad) for t in vectors.unbind()]
 
 
 def _scan(tensors, *shape, scale_of_v=1.0, device="cpu", dtype=torch.float32, requires_grad=True):
-    """time_decay and time_first in float32; k, v and perhaps r."""
+    """Make time_decay and time_first in float32, then k, v and, with tensors=3, r."""
     how = {"device": device, "dtype": dtype, "requires_grad": requires_grad}
     data = [normal(*shape, scale=scale_of_v if i == 1 else 1.0, seed=i, **how) for i in range(tensors)]
     return [*decay_and_bonus(shape[-1], device, requires_grad), *data]
@@ -69,9 +72,10 @@ def _shift(*shape, device="cpu", dtype=torch.float32, requires_grad=True):
 
 
 def passes(mode: str, inputs: float, outputs: float = 1) -> float:
-    """Tensors that an ideal implementation reads or writes, each once.
+    """Return the number of tensors that an ideal implementation reads or writes, each once.
 
-    Forward these are the inputs and the outputs; backward the inputs, their gradients and the gradients of the outputs.
+    The forward pass moves the inputs and the outputs. The backward pass moves the inputs, their gradients and the gradients of
+    the outputs.
     """
     forward, backward = inputs + outputs, 2 * inputs + outputs
     return {"forward": forward, "inference": forward, "backward": backward, "forward+backward": forward + backward}[mode]
@@ -82,11 +86,11 @@ class Op(NamedTuple):
 
     call: Callable
     data: Callable  # (*shape of one time step, device=, dtype=, requires_grad=) -> the arguments
-    inputs: int = 1  # arguments as large as the data; the others are vectors of channels
+    inputs: int = 1  # number of arguments that are as large as the data; the others are vectors of channels
     outputs: int = 1
 
     def bytes(self, mode: str, leaves) -> int:
-        """Bytes that an ideal implementation moves: see `passes`."""
+        """Return the bytes that an ideal implementation moves, see `passes`."""
         return passes(mode, self.inputs, self.outputs) * max(t.nbytes for t in leaves)
 
 
@@ -95,7 +99,7 @@ OPS = {
     "lif_rate": Op(lif_rate, lambda *shape, **how: [current(*shape, **how)]),
     "leaky": Op(functools.partial(leaky, beta=0.9), _steps),
     "wkv": Op(wkv, functools.partial(_scan, 2), 2),
-    # v is large, so that a part of the neurons fires
+    # v is large, so that some neurons fire
     "spiking_wkv": Op(spiking_wkv, lambda *shape, **how: _scan(3, T, *shape, scale_of_v=3.0, **how), 3),
     "token_shift": Op(functools.partial(token_shift, norm_eps=EPS), _shift, 1, 3),
     "relu_squared": Op(relu_squared, lambda *shape, **how: [normal(*shape, **how)]),
@@ -103,7 +107,7 @@ OPS = {
 
 
 def calls(shape, device="cpu") -> dict:
-    """{name: (function, leaves)}: the ops, and further ways to call them that reach other kernels; one output each."""
+    """Return {name: (function with one output, leaves)} of all ops, and of calls that use other kernels of them."""
     B, L, C = shape
     found = {name: (op.call, op.data(*shape, device=device)) for name, op in OPS.items()}
 
@@ -124,41 +128,41 @@ def calls(shape, device="cpu") -> dict:
     return found
 
 
-def contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=None, **extra) -> Contestant:
-    """A row of a table: f(*leaves) in one mode, "forward", "inference" or "forward+backward". ``extra``: more columns."""
-    run = forward_backward(f, leaves, g, parameters) if mode == "forward+backward" else inference(f, leaves)
+def make_contestant(name, mode, f, leaves, g=None, parameters=(), bytes=None, skip=None, **extra) -> Contestant:
+    """Return the contestant f(*leaves) in a mode: "forward", "inference" or "forward+backward". ``extra``: more columns."""
+    run = make_forward_backward(f, leaves, g, parameters) if mode == "forward+backward" else make_inference(f, leaves)
     return Contestant(name, run, skip=skip, extra={"mode": mode, **extra}, bytes=bytes)
 
 
 # ---- definition ------------------------------------------------------------------------------------------------------
 
 
-def exact(f, leaves, gs=None):
-    """(outputs, gradients) of f(*leaves) by the definition in float64 on the same device; without ``gs`` no gradients."""
+def compute_exact(f, leaves, gs=None):
+    """Compute (outputs, gradients) of f(*leaves) with the definition in float64; without ``gs`` no gradients."""
     leaves = [t.detach().double().requires_grad_(gs is not None) for t in leaves]
     with backend("reference"):
-        outputs = several(f(*leaves))
+        outputs = as_tuple(f(*leaves))
         return outputs, None if gs is None else torch.autograd.grad(outputs, leaves, [g.double() for g in gs])
 
 
-def several(outputs) -> tuple:
-    """The outputs as a tuple, where there may be one or more."""
+def as_tuple(outputs) -> tuple:
+    """Return one output or several as a tuple."""
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def rms_error(got, want) -> float:
-    """Relative rms error against float64; the largest of several tensors'."""
-    pairs = zip(several(got), several(want), strict=True)
+    """Return the relative rms error against float64, the largest over several tensors."""
+    pairs = zip(as_tuple(got), as_tuple(want), strict=True)
     return max(((a.double() - b).square().mean() / b.square().mean()).sqrt().item() for a, b in pairs)
 
 
-def agree(what, f, leaves, exact_output=False) -> dict:
-    """Raise AssertionError unless outputs and gradients of f(*leaves) are near the definition; return the errors."""
-    outputs = several(f(*leaves))
+def check_against_definition(what, f, leaves, exact_output=False) -> dict:
+    """Raise AssertionError unless outputs and gradients of f(*leaves) are close to the definition; return the errors."""
+    outputs = as_tuple(f(*leaves))
     dtype = outputs[0].dtype
     gs = [normal(*o.shape, device=o.device, dtype=o.dtype, seed=9 + i, requires_grad=False) for i, o in enumerate(outputs)]
     found = torch.autograd.grad(outputs, leaves, gs)
-    wanted, want = exact(f, leaves, gs)
+    wanted, want = compute_exact(f, leaves, gs)
     if exact_output:
         assert torch.equal(outputs[0].double(), wanted[0]), f"{what}: outputs differ"
     assert all(t.isfinite().all() for t in (*outputs, *found)), f"{what}: not finite"

@@ -1,6 +1,6 @@
-"""What the ops are compared with: other libraries, plain PyTorch, and torch.compile of it.
+"""The implementations that the ops are compared with: other libraries, plain PyTorch, and torch.compile of plain PyTorch.
 
-A `Peer` says how it is called, or why it cannot be called here. Libraries are imported when they are needed.
+A `Peer` holds its call, or the reason why it does not run here. Libraries are imported when they are needed.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from perf.harness import missing
+from perf.harness import reason_if_missing
 from perf.ops import EPS, T
 from sdit_kernels import lif, reference, wkv
 
@@ -23,16 +23,16 @@ class Peer(NamedTuple):
 
     name: str
     call: Callable | None
-    skip: str | None = None  # why it does not run here
-    same_as: Callable | None = None  # the call of ours that has its outputs and gradients, where that is not the op's default
+    skip: str | None = None  # the reason why it does not run here
+    same_as: Callable | None = None  # our call with the same outputs and gradients, if that is not the op's default
 
 
-def compiled(f, leaves):
-    """(torch.compile of f, None), or (None, why it fails)."""
+def try_compile(f, leaves):
+    """Return (torch.compile of f, None), or (None, the reason why it fails)."""
     found = torch.compile(f)
     try:
         found(*leaves)
-    except Exception as e:  # it needs a C++ compiler on the CPU, Triton on a GPU; each fails with types of its own
+    except Exception as e:  # a missing C++ compiler (CPU) or Triton (GPU) raises errors of several types
         return None, f"torch.compile: {str(e).splitlines()[0][:60]}"
     return found, None
 
@@ -41,11 +41,11 @@ def compiled(f, leaves):
 
 
 def spikingjelly_lif(v_threshold=1.0):
-    """SpikingJelly's LIFNode, currents (T, ...) -> spikes; None where it is not installed.
+    """Return SpikingJelly's LIFNode as a function from currents (T, ...) to spikes; None if it is not installed.
 
-    The state is reset before every call, as its users must.
+    Every call first resets the state, as users of SpikingJelly must do.
     """
-    if missing("spikingjelly"):
+    if reason_if_missing("spikingjelly"):
         return None
     from spikingjelly.activation_based import neuron, surrogate
 
@@ -59,27 +59,27 @@ def spikingjelly_lif(v_threshold=1.0):
 
 
 def snntorch_loop(neuron, membranes=True):
-    """The loop over time steps that snnTorch's users write: currents (T, ...) -> spikes and ``membranes``, or spikes alone."""
+    """Return the loop over time steps that snnTorch's users write, from currents (T, ...) to spikes (and ``membranes``)."""
 
     def run(x):
-        membrane, spikes, kept = torch.zeros_like(x[0]), [], []
+        membrane, spikes, history = torch.zeros_like(x[0]), [], []
         for x_t in x:
             s, membrane = neuron(x_t, membrane)
             spikes.append(s)
             if membranes:
-                kept.append(membrane)
-        return (torch.stack(spikes), torch.stack(kept)) if membranes else torch.stack(spikes)
+                history.append(membrane)
+        return (torch.stack(spikes), torch.stack(history)) if membranes else torch.stack(spikes)
 
     return run
 
 
 def snntorch_leaky(device):
-    """snnTorch's Leaky, currents (T, ...) -> spikes; None where it is not installed.
+    """Return snnTorch's Leaky as a function from currents (T, ...) to spikes; None if it is not installed.
 
-    With beta = 1 - 1/tau and a reset to zero its spikes equal lif(decay_input=False). It lets no gradient through the
-    reset, which is detach_reset=True.
+    With beta = 1 - 1/tau and a reset to zero, its spikes equal lif(decay_input=False). It detaches the reset, as
+    detach_reset=True does.
     """
-    if missing("snntorch"):
+    if reason_if_missing("snntorch"):
         return None
     import snntorch
     from snntorch import surrogate
@@ -89,14 +89,14 @@ def snntorch_leaky(device):
 
 
 def load_spikingjelly_kernels():
-    """The module of SpikingJelly's launchers."""
+    """Import the module of SpikingJelly's launchers."""
     import spikingjelly._ops.lif.triton
 
     return spikingjelly._ops.lif.triton
 
 
 def launch_spikingjelly(peer, x):
-    """SpikingJelly's Triton kernels of LIF, forward and backward, without its check of the device: for compile/."""
+    """Launch SpikingJelly's Triton kernels of LIF, forward and backward, without its device check (for perf/compile)."""
     neuron = (2.0, True, 1.0, 0.0, False, 2.0, False, 1)  # tau, decay_input, threshold, reset, detach, alpha, v_seq, ATan
     no_check, no_device = mock.patch.object(torch, "_check"), mock.patch.object(torch.cuda, "device", contextlib.nullcontext)
     with no_check, no_device:
@@ -104,24 +104,24 @@ def launch_spikingjelly(peer, x):
         peer._backward_impl(torch.empty_like(s), torch.empty_like(v), h, *neuron)
 
 
-def of_lif(x) -> list[Peer]:
+def list_lif_peers(x) -> list[Peer]:
     theirs = functools.partial(lif, decay_input=False, detach_reset=True)
     return [
-        Peer("SpikingJelly LIFNode", spikingjelly_lif(), missing("spikingjelly")),
+        Peer("SpikingJelly LIFNode", spikingjelly_lif(), reason_if_missing("spikingjelly")),
         Peer("plain loop", reference.lif),
-        Peer("torch.compile(plain loop)", *compiled(reference.lif, [x])),
-        Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), missing("snntorch"), theirs),
+        Peer("torch.compile(plain loop)", *try_compile(reference.lif, [x])),
+        Peer("snnTorch Leaky (detached reset)", snntorch_leaky(x.device), reason_if_missing("snntorch"), theirs),
     ]
 
 
-def of_lif_rate() -> list[Peer]:
+def list_lif_rate_peers() -> list[Peer]:
     node = spikingjelly_lif()
 
     def repeated(x):
         return node(x.repeat(T, *[1] * x.dim())).mean(0)
 
     return [
-        Peer("repeat, LIFNode, mean", repeated, missing("spikingjelly")),
+        Peer("repeat, LIFNode, mean", repeated, reason_if_missing("spikingjelly")),
         Peer("plain loop", reference.lif_rate),
     ]
 
@@ -130,7 +130,7 @@ def of_lif_rate() -> list[Peer]:
 
 
 def eager_step(w, time_first, k, v, state):
-    """RWKV's recurrence with a running maximum, one token of it: the output and the next (numerator, denominator, maximum)."""
+    """Compute one token of RWKV's recurrence with a running maximum: return (output, (numerator, denominator, maximum))."""
     a, b, o = state
     top = torch.maximum(o, time_first + k)
     old, new = torch.exp(o - top), torch.exp(time_first + k - top)
@@ -141,12 +141,15 @@ def eager_step(w, time_first, k, v, state):
 
 
 def eager_loop(time_decay, time_first, k, v, unbind=False):
-    """`eager_step` in a loop over tokens, as its users write it in PyTorch: with k[:, t], whose gradient is a tensor of zeros
-    per token. ``unbind`` takes the tokens apart once instead."""
+    """Run `eager_step` in a loop over tokens, as users write it in PyTorch.
+
+    The loop reads k[:, t], whose gradient is a whole tensor, mostly zeros, for each token. ``unbind=True`` splits k and v into
+    tokens once instead.
+    """
     w, dtype = -torch.exp(time_decay), k.dtype
     k, v = (t.to(torch.promote_types(dtype, torch.float32)) for t in (k, v))
-    nought = torch.zeros_like(k[:, 0])
-    state, out = (nought, nought, torch.full_like(nought, -1e38)), []
+    zeros = torch.zeros_like(k[:, 0])
+    state, out = (zeros, zeros, torch.full_like(zeros, -1e38)), []
     for kt, vt in zip(k.unbind(1), v.unbind(1)) if unbind else ((k[:, t], v[:, t]) for t in range(k.shape[1])):
         y, state = eager_step(w, time_first, kt, vt, state)
         out.append(y)
@@ -154,8 +157,10 @@ def eager_loop(time_decay, time_first, k, v, unbind=False):
 
 
 def heinsen(time_decay, time_first, k, v):
-    """The recurrence by two cumulative log-sum-exps (Heinsen, arXiv 2311.06281). Values are shifted to be positive: an average
-    of shifted values is the shifted average."""
+    """Compute the recurrence with two cumulative log-sum-exps (Heinsen, arXiv 2311.06281).
+
+    The values are shifted to be positive. The output is an average, so the shift is subtracted from it.
+    """
     w, dtype = -torch.exp(time_decay), k.dtype
     k, v = k.float(), v.float()
     low = v.detach().amin() - 1
@@ -163,7 +168,7 @@ def heinsen(time_decay, time_first, k, v):
     weight = k - steps * w
     value = torch.log(v - low)
     n, d = torch.logcumsumexp(weight + value, 1), torch.logcumsumexp(weight, 1)
-    past = (steps[1:] - 1) * w  # of the state before token t
+    past = (steps[1:] - 1) * w  # decay exponent of the state before token t
     n = torch.logaddexp(n[:, :-1] + past, time_first + k[:, 1:] + value[:, 1:])
     d = torch.logaddexp(d[:, :-1] + past, time_first + k[:, 1:])
     return torch.cat([v[:, :1], torch.exp(n - d) + low], 1).to(dtype)
@@ -178,32 +183,32 @@ def flash_linear_attention(time_decay, time_first, k, v):
 
 
 def load_fla_kernels():
-    """The module of its launchers."""
+    """Import the module of flash-linear-attention's launchers."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that it sees no GPU
+        warnings.simplefilter("ignore")  # it warns that it sees no GPU
         import fla.ops.rwkv4.fused_recurrent as peer
     return peer
 
 
 def launch_fla(peer, time_decay, time_first, k, v):
-    """Its Triton kernels, forward and backward, from launchers that take and return a state: for compile/."""
+    """Launch flash-linear-attention's Triton kernels, forward and backward, with a state in and out (for perf/compile)."""
     B, _, C = k.shape
     out, states = peer.fused_recurrent_rwkv4_forward(time_decay, time_first, k, v, torch.empty(B, 3, 1, C))
     peer.fused_recurrent_rwkv4_backward(time_decay, time_first, k, v, states, out, states[:, :, -1:])
 
 
-def of_wkv(device) -> list[Peer]:
+def list_wkv_peers(device) -> list[Peer]:
     no_gpu = None if torch.device(device).type == "cuda" else "needs a GPU"
     return [
         Peer("eager loop", eager_loop),
         Peer("eager loop, unbound", functools.partial(eager_loop, unbind=True)),
         Peer("Heinsen's form", heinsen),
-        Peer("flash-linear-attention", flash_linear_attention, no_gpu or missing("fla")),
+        Peer("flash-linear-attention", flash_linear_attention, no_gpu or reason_if_missing("fla")),
     ]
 
 
 def wkv_then_lif(time_decay, time_first, k, v, r=None):
-    """spiking_wkv as a chain of two ops."""
+    """Compute spiking_wkv as a chain of two ops, wkv and lif."""
     steps = k.shape[:2]
     k, v, r = (t if t is None else t.flatten(0, 1) for t in (k, v, r))
     return lif(wkv(time_decay, time_first, k, v, r=r).unflatten(0, steps))
@@ -213,7 +218,7 @@ def wkv_then_lif(time_decay, time_first, k, v, r=None):
 
 
 def plain_token_shift(x, *mixes):
-    """The norm, the shift by one token and a lerp per mix vector."""
+    """Apply layer norm, shift by one token, and interpolate with each mix vector."""
     x = F.layer_norm(x, x.shape[-1:], eps=EPS)
     before = F.pad(x, (0, 0, 1, -1))
     return tuple(x * m + before * (1 - m) for m in mixes)
@@ -223,5 +228,5 @@ def plain_relu_squared(x):
     return torch.relu(x).square()
 
 
-def of_mix(plain, leaves) -> list[Peer]:
-    return [Peer("plain PyTorch", plain), Peer("torch.compile(plain)", *compiled(plain, leaves))]
+def list_mix_peers(plain, leaves) -> list[Peer]:
+    return [Peer("plain PyTorch", plain), Peer("torch.compile(plain)", *try_compile(plain, leaves))]

@@ -1,8 +1,8 @@
-"""Draw the picture of README: step time and kept bytes of whole models, another library's code beside ours.
+"""Draw the chart of README: step time and kept bytes of whole models, with another library's code and with ours.
 
     python perf/plot_models.py        # reads perf/results/*.json, writes models_light.png and models_dark.png there
 
-Bars are relative to the other library's code: its bar is 1. Times are ratios within a round of one run.
+The bars of the other library's code are 1, and ours are relative to them. Times are ratios within a round of one run.
 """
 
 import argparse
@@ -10,14 +10,14 @@ import json
 import pathlib
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-BARS = (  # label, file, section, name of its rows
+BARS = (  # label, result file, section, name of the rows
     ("spiking CNN\nSpikingJelly", "compat_snn", "jelly_models", "spiking CNN, training step, {}"),
     ("Spikformer block\nSpikingJelly", "compat_snn", "jelly_models", "Spikformer block, training step, {}"),
     ("784-1000-10, 25 steps\nsnnTorch", "compat_snn", "snn_model", None),
     ("RWKV-4, 4 layers\ntransformers", "compat_rwkv", "rwkv_step", None),
     ("SDiT, batch 8\nPyTorch + SpikingJelly", "sdit", "training", None),
 )
-NAMES = {  # section: the rows of the other library's code and of ours
+NAMES = {  # {section: (row of the other library's code, our row)}
     "jelly_models": ("SpikingJelly's own", "fused"),
     "snn_model": ("snnTorch's own", "unrolled"),
     "rwkv_step": ("transformers", "accelerated"),
@@ -27,7 +27,7 @@ THEMES = {"light": ("#24292f", "#b4bac1", "#0072b2", "white"), "dark": ("#e6edf3
 
 
 def models(results=RESULTS):
-    """[(label, their time over ours, their kept bytes over ours)]"""
+    """Return [(label, time of theirs / time of ours, kept bytes of theirs / kept bytes of ours)]."""
     found = []
     for label, file, section, name in BARS:
         rows = {r["name"]: r for r in json.loads((results / f"{file}.json").read_text())["rows"] if r["section"] == section}

@@ -1,4 +1,4 @@
-"""Where a step of SDiT spends its time.
+"""Profile a step of SDiT: time per op or per kernel.
 
     python perf/profile_sdit.py                             table by op, on the CPU
     python perf/profile_sdit.py --bf16 --trace trace.json   and a trace for ui.perfetto.dev
@@ -6,8 +6,8 @@
     SDIT_NVTX=1 nsys profile -c cudaProfilerApi -o sdit python perf/profile_sdit.py --device cuda
     SDIT_NVTX=1 ncu --profile-from-start off -o sdit python perf/profile_sdit.py --device cuda --steps 1
 
-The first steps are not measured: they compile kernels and allocate memory. On a GPU the default is to mark the steps for nsys
-and ncu; --table and --trace ask torch.profiler instead, which cannot run beside them.
+The first steps are not measured, because they compile kernels and allocate memory. On a GPU, the script marks the steps for
+nsys and ncu. With --table or --trace it uses torch.profiler, which cannot run together with nsys or ncu.
 """
 
 import functools
@@ -25,18 +25,18 @@ from perf import bench_sdit, harness
 from sdit import PRESETS
 from sdit_kernels import nvtx
 
-WARM_UP = 3  # the allocator and cuBLAS settle in the second
+WARM_UP = 3  # the allocator and cuBLAS still change in the second step
 PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
 
-def step_of(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
-    """A training step, or a sampling step: without gradients, and tensors that only depend on the weights computed before."""
-    model, inputs = bench_sdit.case(device, batch, preset)
+def make_step(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
+    """Return a training step, or a sampling step: no gradients, inside model.frozen()."""
+    model, inputs = bench_sdit.make_case(device, batch, preset)
     dtype = torch.bfloat16 if bf16 else None
     if not sampling:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-        return functools.partial(bench_sdit.step, model, inputs, torch.zeros((), device=device), optimizer, dtype)
+        return functools.partial(bench_sdit.run_training_step, model, inputs, torch.zeros((), device=device), optimizer, dtype)
     model.eval()
 
     def step():
@@ -44,7 +44,7 @@ def step_of(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=False)
             return model(*inputs)
 
     frozen = model.frozen()
-    frozen.__enter__()  # for good: the model is this step's alone
+    frozen.__enter__()  # never left: only this step uses the model
     return step
 
 
@@ -57,7 +57,7 @@ def run(step, steps, device):
 
 
 def capture(step, steps, device="cuda"):
-    """Steps that nsys -c cudaProfilerApi and ncu --profile-from-start off see; seconds of one."""
+    """Run steps that nsys -c cudaProfilerApi and ncu --profile-from-start off record; return the seconds of one."""
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     began = time.perf_counter()
@@ -68,15 +68,15 @@ def capture(step, steps, device="cuda"):
 
 
 def table(step, steps, device, trace=None):
-    """(seconds of a step, per cent of it in matrix multiplications, rows by op or, on a GPU, by kernel); at most ROWS rows."""
+    """Return (seconds of a step, percentage in matrix multiplications, rows per op, or per kernel on a GPU)."""
     from torch.profiler import ProfilerActivity, profile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports every start and stop
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at every start and stop
     on_cpu = device == "cpu"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as found:
         run(step, steps, device)
     if trace:
-        found.export_chrome_trace(str(harness.make_folder_of(trace)))
+        found.export_chrome_trace(str(harness.make_parent_folder(trace)))
     ops, kernels = [], []
     for event in found.key_averages():
         (ops if event.device_type == torch.autograd.DeviceType.CPU else kernels).append(event)
@@ -86,7 +86,7 @@ def table(step, steps, device, trace=None):
 
     shown = ops if on_cpu else kernels
     total = sum(map(seconds, shown)) or 1e-9
-    products = sum(seconds(event) for event in ops if PRODUCT.fullmatch(event.key))  # on a GPU: of what they launched
+    products = sum(seconds(event) for event in ops if PRODUCT.fullmatch(event.key))  # on a GPU: their kernels' time
     rows = [
         {"name": e.key[:90], "calls": e.count / steps, "self_s": seconds(e), "percent_of_step": 100 * seconds(e) / total}
         for e in sorted(shown, key=seconds, reverse=True)[:ROWS]
@@ -99,13 +99,13 @@ def describe(batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
 
 
 def main(argv=None):
-    p = harness.parser(__doc__.splitlines()[0])
+    p = harness.make_parser(__doc__.splitlines()[0])
     p.add_argument("--preset", choices=sorted(PRESETS), help=f"default: {bench_sdit.PRESET}, digits with --quick")
-    p.add_argument("--batch", type=int, metavar="B", help="images (default: 8, 128 on a GPU, 2 with --quick)")
-    p.add_argument("--bf16", action="store_true", help="under autocast")
-    p.add_argument("--steps", type=int, metavar="N", help="steps looked at (default: 3, 1 with --quick)")
-    p.add_argument("--sampling", action="store_true", help="sampling steps instead of training steps")
-    p.add_argument("--table", action="store_true", help="on a GPU: torch.profiler's table by kernel, not under nsys or ncu")
+    p.add_argument("--batch", type=int, metavar="B", help="batch size (default: 8, 128 on a GPU, 2 with --quick)")
+    p.add_argument("--bf16", action="store_true", help="run under bf16 autocast")
+    p.add_argument("--steps", type=int, metavar="N", help="steps to measure (default: 3, 1 with --quick)")
+    p.add_argument("--sampling", action="store_true", help="measure sampling steps instead of training steps")
+    p.add_argument("--table", action="store_true", help="on a GPU: print a table by kernel; not under nsys or ncu")
     p.add_argument("--trace", metavar="PATH", help="write a Chrome trace as well; implies --table")
     args = p.parse_args(argv)
     for name in ("batch", "steps"):
@@ -116,7 +116,7 @@ def main(argv=None):
     steps = args.steps or (1 if args.quick else 3)
     preset = args.preset or ("digits" if args.quick else bench_sdit.PRESET)
     case = {"preset": preset, "bf16": args.bf16, "sampling": args.sampling}
-    step, title = step_of(args.device, batch, **case), describe(batch, **case)
+    step, title = make_step(args.device, batch, **case), describe(batch, **case)
     run(step, 1 if args.quick else WARM_UP, args.device)
     if args.device == "cuda" and not (args.table or args.trace):
         harness.report(title, [{"name": "step", "calls": steps, "wall_s": capture(step, steps)}], args)

@@ -1,11 +1,11 @@
-"""Train the small classifier in whose features ``sdit evaluate`` measures images; about ten minutes of one core.
+"""Train the small classifier whose features ``sdit evaluate`` uses; this takes about ten minutes on one core.
 
     python perf/train_classifier.py --dataset fashion_mnist --out sdit/fashion_mnist_classifier.safetensors
     python perf/train_classifier.py --dataset cifar10 --size 28 --out cifar10_28.safetensors
 
-With one thread everything is a function of the arguments: the same machine and versions write the same bytes. AdamW under one
-cycle of the learning rate, batches of 128, matrix products in bfloat16; images are mirrored where the data set allows it and
-moved by up to --shift pixels.
+The script uses one thread, so the result only depends on the arguments: the same machine and versions write the same bytes. It
+trains with AdamW, one cycle of the learning rate, batches of 128, and matrix multiplications in bfloat16. Images are mirrored
+if the data set allows it, and shifted by up to --shift pixels.
 """
 
 import argparse
@@ -50,21 +50,21 @@ def train(classifier, data, *, epochs, shift, lr, batch_size=128, seed=0, progre
 
 
 def save_classifier(path, classifier):
-    what = ("channels", "image_size", "names", "dataset", "widths")
-    save(path, {"classifier": classifier.state_dict()}, {"classifier": {name: getattr(classifier, name) for name in what}})
+    fields = ("channels", "image_size", "names", "dataset", "widths")
+    save(path, {"classifier": classifier.state_dict()}, {"classifier": {name: getattr(classifier, name) for name in fields}})
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--dataset", choices=DATASETS, required=True)
-    p.add_argument("--data", metavar="FOLDER", help="where the data set's files are, if not in a usual place")
-    p.add_argument("--size", type=int, help="make the images that many pixels square, for a model that draws such")
-    p.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="the classifier, a .safetensors")
-    p.add_argument("--epochs", type=int, default=16, help="(%(default)s)")
-    p.add_argument("--shift", type=int, default=0, help="pixels (%(default)s)")
-    p.add_argument("--lr", type=float, default=1e-2, help="the highest (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    p.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the figures")
+    p.add_argument("--data", metavar="FOLDER", help="folder of the data set, if it is not in a usual place")
+    p.add_argument("--size", type=int, help="resize the images to SIZE x SIZE pixels, the image size of the model to evaluate")
+    p.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="file to write, a .safetensors")
+    p.add_argument("--epochs", type=int, default=16, help="passes over the data (%(default)s)")
+    p.add_argument("--shift", type=int, default=0, help="largest random shift in pixels (%(default)s)")
+    p.add_argument("--lr", type=float, default=1e-2, help="highest learning rate (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, order and shifts (%(default)s)")
+    p.add_argument("--json", type=pathlib.Path, metavar="PATH", help="write the accuracies to this file")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""SDiT, the Spiking Diffusion Transformer (arXiv 2402.11588), over sdit_kernels."""
+"""SDiT, the Spiking Diffusion Transformer (arXiv 2402.11588), built on sdit_kernels."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ __all__ = ["PRESETS", "Config", "SDiT"]
 
 
 def __getattr__(name):
-    """The model when it is asked for: it imports torch, during which the command line already has to answer Ctrl-C."""
+    """Import the model at its first use: importing torch takes seconds, and Ctrl-C must stop the command line during them."""
     if name == "SDiT":
         from .model import SDiT
 

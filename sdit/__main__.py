@@ -5,6 +5,6 @@ if __name__ == "__main__":
         from .cli import main
 
         sys.exit(main())
-    except KeyboardInterrupt:  # before or after main, which has its own answer
+    except KeyboardInterrupt:  # raised before or after main, which handles its own
         print("sdit: stopped", file=sys.stderr)
         sys.exit(130)

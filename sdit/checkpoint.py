@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file each, whose header holds, as JSON, what is not a tensor."""
+"""Read and write checkpoints: one safetensors file each. Its header holds all other data as JSON."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from .research import from_research, load_research
 __all__ = ["about", "checkpoints", "from_research", "load", "load_model", "load_research", "newest", "save", "save_model"]
 
 
-def _safetensors():
+def _import_safetensors():
     try:
         import safetensors.torch
     except ImportError:
@@ -26,15 +26,15 @@ def _safetensors():
 
 
 def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
-    """Write a checkpoint, whole or not at all: a file beside it takes its place once it is on the disk. It has a checksum.
+    """Write a checkpoint with a checksum. The write is atomic: it either completes or leaves the earlier file unchanged.
 
     Args:
-        path: of the file, which an earlier one gives way to.
-        groups: {group: {name: tensor}}, as {"model": model.state_dict()}; stored under "group.name".
-        meta: what JSON can hold; {"config": config.to_dict()} is what :func:`load_model` needs.
+        path: file to write; an existing file is replaced.
+        groups: {group: {name: tensor}}, for example {"model": model.state_dict()}; stored under "group.name".
+        meta: values that JSON can hold; :func:`load_model` needs {"config": config.to_dict()}.
 
     Raises:
-        OSError: naming path; nothing that was there before has changed.
+        OSError: path cannot be written; the error names it, and an earlier file is unchanged.
         ImportError: safetensors is missing.
 
     Example:
@@ -47,50 +47,51 @@ def save(path, groups: dict[str, dict[str, Tensor]], meta: dict) -> None:
     """
     path = Path(path)
     flat = {f"{group}.{name}": t.detach().cpu().contiguous() for group, named in groups.items() for name, t in named.items()}
-    # One entry, with the checksum in it first: of several, safetensors writes now one first and now another.
-    content = _safetensors().torch.save(flat, {"sdit": json.dumps({"crc32": _UNKNOWN.decode(), **meta})})
+    # One entry that begins with the checksum: safetensors writes several entries in an order that changes between calls.
+    content = _import_safetensors().torch.save(flat, {"sdit": json.dumps({"crc32": _CHECKSUM_PLACEHOLDER.decode(), **meta})})
     size = 8 + int.from_bytes(content[:8], "little")
-    header = _CHECKSUM.sub(rb"\g<1>%08x" % zlib.crc32(content), content[:size], count=1)
+    header = _CHECKSUM_PATTERN.sub(rb"\g<1>%08x" % zlib.crc32(content), content[:size], count=1)
     with atomic_write(path, "this checkpoint is not saved, earlier ones are intact") as file:
         file.write(header)
         file.write(memoryview(content)[size:])
 
 
-# The checksum is of the whole file, with _UNKNOWN in its own place. CRC-32 finds all damage that lies within 32 bits and misses
-# one in 4e9 of other damage. It is the cheapest: zlib's CRC-32 runs at 1.4 GB/s, hashlib's SHA-256 at 0.6 and blake2b at 0.3.
-_UNKNOWN = b"--------"
-_CHECKSUM = re.compile(rb'("sdit": ?"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})')  # inside strings, quotes have a backslash
+# The checksum covers the whole file, with the placeholder where the checksum stands. CRC-32 finds all damage within 32 bits and
+# misses one in 4e9 of other damage. It is the fastest: CRC-32 runs at 1.4 GB/s, SHA-256 at 0.6 and blake2b at 0.3.
+_CHECKSUM_PLACEHOLDER = b"--------"
+_CHECKSUM_PATTERN = re.compile(rb'("sdit": ?"{\\"crc32\\": \\")([0-9a-f]{8}|-{8})')  # inside strings, quotes have a backslash
 
 
-def _verify(path):
-    """Raise if the checksum in the file does not fit its content. Files of earlier versions have none."""
+def _verify_checksum(path):
+    """Raise ValueError if the checksum in the file does not match its content. Files of earlier versions have no checksum."""
     with path.open("rb") as file:
         start = file.read(8)
         header = start + file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
-        found = _CHECKSUM.search(header)
+        found = _CHECKSUM_PATTERN.search(header)
         if found is None:
             return
-        actual = zlib.crc32(_CHECKSUM.sub(rb"\1" + _UNKNOWN, header, count=1))
+        actual = zlib.crc32(_CHECKSUM_PATTERN.sub(rb"\1" + _CHECKSUM_PLACEHOLDER, header, count=1))
         while part := file.read(1 << 20):
             actual = zlib.crc32(part, actual)
     if b"%08x" % actual != found[2]:
-        raise _damaged(path, f"its checksum is {actual:08x}, it should be {found[2].decode()}")
+        raise _damage_error(path, f"its checksum is {actual:08x}, it should be {found[2].decode()}")
 
 
-def _damaged(path, why):
+def _damage_error(path, why):
     run = path.parent.parent if path.parent.name == "checkpoints" else path
     older = [other for other in checkpoints(run) if other < path]
-    instead = f"; remove it to go on from the one before, {older[-1].name}" if older else ""
+    instead = f"; remove it to continue from the earlier checkpoint {older[-1].name}" if older else ""
     return ValueError(f"{path} is not a checkpoint of sdit, or damaged: {why}{instead}")
 
 
 @contextmanager
-def _opened(path, verify=True):
-    safetensors = _safetensors()
+def _open_checkpoint(path, verify=True):
+    """Open a checkpoint, yield (file, meta), and turn errors of safetensors into errors that name the file."""
+    safetensors = _import_safetensors()
     path = Path(path)
-    path.open("rb").close()  # an OSError says more than safetensors' own
+    path.open("rb").close()  # Python's OSError is clearer than the error of safetensors
     if verify:
-        _verify(path)
+        _verify_checksum(path)
     try:
         with safetensors.safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get("sdit", "null"))
@@ -99,51 +100,51 @@ def _opened(path, verify=True):
             meta.pop("crc32", None)
             yield file, meta
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise _damaged(path, error) from None
+        raise _damage_error(path, error) from None
 
 
 def load(path) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """What :func:`save` was given, on the CPU.
+    """Load a checkpoint: (groups, meta) as they were given to :func:`save`, with the tensors on the CPU.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is not such a file, or is damaged. ImportError: safetensors is missing.
+        OSError: path cannot be read. ValueError: path is not a checkpoint, or is damaged. ImportError: safetensors is missing.
     """
-    with _opened(path) as (file, meta):
+    with _open_checkpoint(path) as (file, meta):
         groups = {}
-        for group, name, key in _tensors(file):
+        for group, name, key in _tensor_entries(file):
             groups.setdefault(group, {})[name] = file.get_tensor(key)
         return groups, meta
 
 
-def _tensors(file):
-    """(group, name, key in the file) of each tensor, by the name that it has in today's models."""
-    for key in file.keys():  # noqa: SIM118 - it is not a dict
+def _tensor_entries(file):
+    """Yield (group, name, key in the file) for each tensor, with names of earlier versions replaced by today's names."""
+    for key in file.keys():  # noqa: SIM118 - file is not a dict
         group, name = key.split(".", 1)
         yield group, re.sub(r"^spread\.", "condition_to_patches.", name), key
 
 
 def about(path) -> dict:
-    """The meta that :func:`save` was given; errors as :func:`load`. It reads the header alone and verifies no checksum."""
-    with _opened(path, verify=False) as (_, meta):
+    """Read only the header of a checkpoint and return its meta. The checksum is not verified. Errors are as in :func:`load`."""
+    with _open_checkpoint(path, verify=False) as (_, meta):
         return meta
 
 
 def save_model(path, model: SDiT) -> None:
-    """Write a model alone, for :func:`load_model`; errors as :func:`save`."""
+    """Write a model without optimizer state, for :func:`load_model`. Errors are as in :func:`save`."""
     save(path, {"model": model.state_dict()}, {"config": model.config.to_dict(), "data": model.trained_on})
 
 
 def load_model(path, ema: bool = True) -> SDiT:
-    """The model of a checkpoint, on the CPU, in eval mode.
+    """Load the model of a checkpoint onto the CPU, in eval mode.
 
     Args:
-        path: a checkpoint, or the folder of a run, whose newest one is taken; or "pretrained", the package's, which draws
-            Fashion-MNIST.
-        ema: take the averaged weights, where the checkpoint has some.
+        path: a checkpoint; or the folder of a run, to load its newest checkpoint; or "pretrained", to load the model in this
+            package, which draws Fashion-MNIST.
+        ema: load the averaged weights if the checkpoint has them.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is none, damaged, or of another network than its configuration says.
-        ImportError: safetensors is missing.
+        OSError: path cannot be read. ValueError: path is not a checkpoint, is damaged, or its tensors do not fit its
+            configuration. ImportError: safetensors is missing.
 
     Example:
         >>> import tempfile
@@ -155,8 +156,8 @@ def load_model(path, ema: bool = True) -> SDiT:
         32
     """
     path = newest(path)
-    with _opened(path) as (file, meta):
-        tensors = list(_tensors(file))
+    with _open_checkpoint(path) as (file, meta):
+        tensors = list(_tensor_entries(file))
         wanted = "ema" if ema and any(group == "ema" for group, *_ in tensors) else "model"
         weights = {name: file.get_tensor(key) for group, name, key in tensors if group == wanted}
     try:
@@ -173,19 +174,20 @@ def load_model(path, ema: bool = True) -> SDiT:
 
 
 def checkpoints(run) -> list[Path]:
-    """The checkpoints in the folder of a run, the newest last."""
+    """List the checkpoints in the folder of a run, the newest last."""
     return sorted(Path(run).glob("checkpoints/step_*.safetensors"))
 
 
-PRETRAINED = Path(__file__).with_name("fashion_mnist.safetensors")  # averaged weights of a run of fashion_tiny
+PRETRAINED = Path(__file__).with_name("fashion_mnist.safetensors")  # averaged weights, trained with the preset fashion_tiny
 
 
 def newest(path) -> Path:
-    """path itself, or the newest checkpoint where it is the folder of a run; "pretrained" is the model of the package, unless
-    something here has that name.
+    """Return path if it is a file, or the newest checkpoint if it is the folder of a run.
+
+    "pretrained" is the model in this package, unless the current folder has a file or folder with that name.
 
     Raises:
-        FileNotFoundError: the folder holds none, or there is no such path.
+        FileNotFoundError: path does not exist, or the folder holds no checkpoint. ValueError: path is neither file nor folder.
     """
     path = Path(path)
     if str(path) == "pretrained" and not path.exists():
@@ -203,7 +205,7 @@ def newest(path) -> Path:
 
 
 def prune_checkpoints(run, keep: int) -> None:
-    """Remove all checkpoints of a run but the newest ``keep``, and what a killed process left half written."""
+    """Remove all checkpoints of a run except the newest ``keep``, and the unfinished files of a killed process."""
     for path in (*checkpoints(run)[:-keep], *Path(run).glob("checkpoints/.step_*.part")):
         with suppress(OSError):
             path.unlink()

@@ -1,4 +1,4 @@
-"""The small frozen classifier in whose features drawn images are measured."""
+"""The small frozen classifier whose features measure the quality of generated images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,16 +18,20 @@ SHA256 = "66c07dc7394cb4da263e4f7611fd6cc0de2b31961b9d2c36a6ff763c47d6aa7a"
 
 
 class Classifier(nn.Module):
-    r"""Four 3x3 convolutions, each normalised and rectified, the mean over positions, one Linear: logits of the classes.
+    r"""A small image classifier: four 3x3 convolutions, the mean over positions, and one Linear that gives class logits.
 
-    The image is halved after the first and after the third convolution. 98,682 parameters for grey images and ten classes.
+    Batch norm and ReLU follow each convolution. Max pooling halves the image after the first and the third convolution. The
+    network has 98,682 parameters for grey images and ten classes.
 
     Args:
-        channels: of the images: 1, or 3.
-        image_size: their side, at least 4.
-        names: of the classes.
-        dataset: name of the data that it was trained on.
+        channels: channels of the images, 1 or 3.
+        image_size: side of the images, at least 4.
+        names: names of the classes.
+        dataset: name of the data set that it was trained on.
         widths: channels of the convolutions; the last is D, the number of features.
+
+    Shape:
+        x: (B, channels, image_size, image_size), in [-1, 1]. Output: (B, classes).
 
     Example:
         >>> import torch
@@ -48,20 +52,20 @@ class Classifier(nn.Module):
         self.head = nn.Linear(widths[-1], len(self.names))
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, D) of (B, channels, S, S) in [-1, 1]."""
+        """Return the features (B, D) of images (B, channels, S, S) in [-1, 1]."""
         return self.body(x).mean((2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, classes) logits of (B, channels, S, S) in [-1, 1]."""
+        """Return the logits (B, classes) of images (B, channels, S, S) in [-1, 1]."""
         return self.head(self.features(x))
 
 
 def load_classifier(path=None) -> Classifier:
-    """The classifier in a file of ``perf/train_classifier.py``, in eval mode; without path the package's, for Fashion-MNIST.
+    """Load a classifier that ``perf/train_classifier.py`` saved, in eval mode. None loads the one in this package.
 
     Raises:
-        OSError: it cannot be read. ValueError: it is none, or damaged; the package's, that its sha256 is not the one that
-        figures were taken with. ImportError: safetensors is missing.
+        OSError: path cannot be read. ValueError: path is not a classifier, or is damaged; or the SHA-256 of the classifier in
+            this package is not the one that the published figures were measured with. ImportError: safetensors is missing.
 
     Example:
         >>> from sdit.classifier import load_classifier
@@ -82,18 +86,18 @@ def load_classifier(path=None) -> Classifier:
 
 @torch.no_grad()
 def features(classifier: Classifier, images: Tensor | np.ndarray) -> Tensor:
-    """What the classifier's last layer sees of each image.
+    """Compute the classifier's features of each image: the input of its last layer.
 
     Args:
-        images: (N, S, S, C) uint8, as ``Images.images`` and the .npz of ``sdit sample``; drawn ones are
-            ``to_uint8(x).permute(0, 2, 3, 1)``. S is the classifier's; grey is repeated where it wants colour, colour is
-            averaged where it wants grey.
+        images: (N, S, S, C) uint8, as in ``Images.images`` and the .npz of ``sdit sample``. Convert the output x of a model
+            with ``to_uint8(x).permute(0, 2, 3, 1)``. S must be the classifier's image_size. A grey image is repeated for a
+            colour classifier; a colour image is averaged for a grey classifier.
 
     Returns:
         (N, D) float64.
 
     Raises:
-        TypeError, ValueError: images.
+        TypeError, ValueError: images has a wrong dtype or shape.
 
     Example:
         >>> import torch
@@ -116,12 +120,16 @@ def features(classifier: Classifier, images: Tensor | np.ndarray) -> Tensor:
 
 
 def label_accuracy(classifier: Classifier, features: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier takes for their label, of (N, D) ``features`` and (N,) int ``labels``.
+    """Return the share of images whose predicted class equals their label.
+
+    Args:
+        features: (N, D), from :func:`features`.
+        labels: (N,) ints.
 
     Example:
         >>> import torch
         >>> from sdit.classifier import label_accuracy, load_classifier
-        >>> label_accuracy(load_classifier(), torch.zeros(2, 128), torch.tensor([10, 10]))  # there is no class 10
+        >>> label_accuracy(load_classifier(), torch.zeros(2, 128), torch.tensor([10, 10]))  # class 10 does not exist
         0.0
     """
     return (classifier.head(features.float()).argmax(1) == labels).double().mean().item()

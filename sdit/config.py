@@ -1,4 +1,4 @@
-"""What defines a network and its objective, as one frozen record, and the sizes that have a name."""
+"""The configuration of a network and its objective, and the named presets."""
 
 import dataclasses
 import math
@@ -16,38 +16,39 @@ WEIGHTINGS = ("uniform", "min_snr")
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that defines an SDiT and its diffusion objective; what a checkpoint stores beside the weights.
+    """The configuration of an SDiT and its diffusion objective. A checkpoint stores it beside the weights.
 
     Args:
         image_size: side of the square images, in pixels; a multiple of patch_size.
-        channels: of the images; grey ones are repeated to it.
-        patch_size: side of a patch, in pixels; N = (image_size / patch_size)^2 patches are the tokens, beside one for the
+        channels: channels of the images; grey images are repeated to this number.
+        patch_size: side of a patch, in pixels. The tokens are N = (image_size / patch_size)^2 patches, and one token for the
             condition.
         dim: C, channels of a token.
-        depth: depth // 2 encoder blocks, one in the middle, depth // 2 decoder blocks: depth 2 is three blocks, depth 4 five.
+        depth: the network has depth // 2 encoder blocks, one middle block and depth // 2 decoder blocks: 3 blocks for depth 2,
+            5 for depth 4.
         num_classes: labels are 0 .. num_classes - 1; num_classes itself is the null label.
-        T: simulation steps of the neurons.
-        tau: their time constant, in steps, at least 1.
-        v_threshold: the membrane at which they fire.
-        alpha: sharpness of the ATan surrogate derivative.
-        learn_sigma: the network also gives logits of the variance: twice the output channels. Not with prediction "flow".
-        reconstruction: blocks with learned reconstruction tokens, from which a gate is made.
-        bidirectional: the scan over tokens goes both ways.
+        T: time steps of the neurons.
+        tau: membrane time constant of the neurons, in time steps, at least 1.
+        v_threshold: membrane potential at which a neuron fires.
+        alpha: width parameter of the ATan surrogate gradient; a larger value makes it narrower.
+        learn_sigma: the network also predicts logits of the variance, in twice the output channels. Not with prediction "flow".
+        reconstruction: each block has learned reconstruction tokens, from which it computes a gate.
+        bidirectional: the scan over tokens runs in both directions.
         spiking: "rate" (the firing rate after each mixing layer) or "wkv" (spikes inside the attention, see ``sdit.model``).
-        variant: "improved" or "faithful" (to the research code): initial values, see ``sdit.model``; and what a trainer
-            takes as its defaults.
+        variant: "improved" or "faithful" (to the research code). It selects the initial values, see ``sdit.model``, and the
+            defaults of ``sdit.settings.TrainSettings``.
         dropout_label: probability with which a label becomes the null label in training.
-        dataset: name of the data, a key of ``sdit.data.DATASETS``, or None.
-        prediction: what the network says of a noisy image, see ``sdit.diffusion.training_loss``: "epsilon", the noise in it;
-            "v", the velocity of the diffusion; "flow", the velocity of a straight line from image to noise (rectified flow).
-        weighting: of the squared error over time: "uniform", or "min_snr" (Min-SNR-5).
-        condition: the tokens that carry the condition, time and label: "first", one of its own alone, from which the scan takes
-            it to the others; or "every", where a learned projection of it is also added to each patch.
-        scan: order of the patches in a block: "rows", or "four", which one block after the other takes in turn: by rows, by
-            rows from the last to the first, by columns, by columns from the last to the first.
+        dataset: name of the data set, a key of ``sdit.data.DATASETS``, or None.
+        prediction: the network's target, see ``sdit.diffusion.training_loss``: "epsilon", the noise in the image; "v", the
+            velocity of the diffusion; "flow", the velocity of a straight line from image to noise (rectified flow).
+        weighting: weight of the squared error over time: "uniform", or "min_snr" (Min-SNR-5).
+        condition: the tokens that receive the condition (time and label): "first", one condition token, from which the scan
+            carries it to the others; or "every", which also adds a learned projection of the condition to each patch.
+        scan: order of the patches in a block: "rows"; or "four", where successive blocks use four orders in turn: rows, rows
+            reversed, columns, columns reversed.
 
     Raises:
-        TypeError, ValueError: naming the field, what it was given and what is allowed.
+        TypeError, ValueError: a field is wrong; the message names the field, its value and the allowed values.
 
     Example:
         >>> from sdit.config import PRESETS, Config
@@ -118,7 +119,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """N + 1: one per patch and one for the condition."""
+        """The number of tokens, N + 1: one per patch and one for the condition."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
     @property
@@ -130,7 +131,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Config":
-        """The inverse of ``to_dict``; fields that have a default may be missing."""
+        """Make a Config from the dict of ``to_dict``. Fields that have a default may be missing."""
         if not isinstance(values, dict):
             raise TypeError(f"values must be a dict, got {type(values).__name__}")
         fields = dataclasses.fields(cls)
@@ -143,20 +144,20 @@ class Config:
         return cls(**values)
 
 
-_28 = Config(28, 3, 2, dim=384, depth=4, num_classes=10, variant="faithful", dataset="mnist")
+_MNIST = Config(28, 3, 2, dim=384, depth=4, num_classes=10, variant="faithful", dataset="mnist")
 _CIFAR = Config(28, 3, 2, dim=512, depth=8, num_classes=10, variant="faithful", dataset="cifar10")
 PRESETS: dict[str, Config] = {
-    "mnist": _28,
-    "fashion_mnist": dataclasses.replace(_28, dataset="fashion_mnist"),
-    "cifar10_28": _CIFAR,  # as published: CIFAR-10 made smaller
+    "mnist": _MNIST,
+    "fashion_mnist": dataclasses.replace(_MNIST, dataset="fashion_mnist"),
+    "cifar10_28": _CIFAR,  # the published size: CIFAR-10 resized to 28 pixels
     "cifar10": dataclasses.replace(_CIFAR, image_size=32),
     "digits": Config(
         8, 1, 2, dim=64, depth=2, num_classes=10, v_threshold=0.3, dataset="digits"
-    ),  # the last two: for two cores
+    ),  # this preset and the next are sized for training on two CPU cores
     "fashion_tiny": Config(
-        # What was worth most in equal time (perf/results/sdit_fashion_trials.json): no reconstruction tokens, into which half
-        # of a step went (objective .0614 without, .0649 with, after 150 s of one core); scans in four orders (.0651 against
-        # .0701 after 500 steps); and v (label accuracy .55 against .24, at the same Frechet distance).
+        # The choices that gained most in equal time (perf/results/sdit_fashion_trials.json): no reconstruction tokens, which
+        # took half of a step (objective .0614 without, .0649 with, after 150 s of one core); scans in four orders (.0651
+        # against .0701 after 500 steps); and prediction v (label accuracy .55 against .24, at the same Frechet distance).
         28,
         1,
         4,

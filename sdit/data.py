@@ -1,6 +1,6 @@
-"""Data sets as uint8 arrays in memory, their conversion to network input, and an order of them that is a pure function.
+"""Load data sets into memory as uint8 arrays, convert them to network input, and choose the images of each training step.
 
-``load`` finds a data set, ``to_batch`` makes network input of its images, ``Order`` says which images each step takes.
+``load`` finds a data set, ``to_batch`` converts its images to network input, ``Order`` chooses the images of each step.
 """
 
 import gzip
@@ -26,9 +26,9 @@ __all__ = ["DATASETS", "Images", "Order", "from_uint8", "load", "to_batch", "to_
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """A data set in memory: ``images`` (N, H, W, C) uint8 with C 1 or 3, ``labels`` (N,) int64, ``names`` of the classes.
+    """A data set in memory: ``images`` (N, H, W, C) uint8 with C 1 or 3, ``labels`` (N,) int64, the class ``names``.
 
-    ``mirror`` says whether an image flipped left to right is still one of its class.
+    ``mirror`` is True if an image that is flipped left to right keeps its class.
 
     Example:
         >>> from sdit.data import load
@@ -55,12 +55,12 @@ class Images:
 
 
 def from_uint8(images: Tensor) -> Tensor:
-    """x / 127.5 - 1: 0..255 to float32 in [-1, 1]; any shape."""
+    """Convert uint8 levels 0..255 of any shape to float32 in [-1, 1]: x / 127.5 - 1."""
     return images.float().div_(127.5).sub_(1)
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """The nearest of the 256 levels x / 127.5 - 1, clipped to 0..255: the exact inverse of ``from_uint8``.
+    """Round x to the nearest of the 256 levels and clip to 0..255: the exact inverse of ``from_uint8``. NaN becomes 0.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
-    """(N, H, W, C) uint8 to (N, size, size, C) uint8: the central square, then bilinear, antialiased, rounded to a level."""
+    """Crop (N, H, W, C) uint8 to the central square and resize to (N, size, size, C): bilinear, antialiased, rounded."""
     height, width = images.shape[1:3]
     if height != width:
         side = min(height, width)
@@ -82,7 +82,7 @@ def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[1] == size:
         return images
     pieces = []
-    for piece in images.split(4096):  # float copies of a whole data set would take four times its memory
+    for piece in images.split(4096):  # in pieces: a float copy of a whole data set takes four times its memory
         x = piece.permute(0, 3, 1, 2).float()
         x = torch.nn.functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
         pieces.append(x.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
@@ -90,22 +90,22 @@ def _resize(images: Tensor, size: int) -> Tensor:
 
 
 def to_batch(images: Tensor | np.ndarray, config, flip: Tensor | None = None) -> Tensor:
-    r"""Images as the network takes them: x / 127.5 - 1, channels first.
+    r"""Convert images to network input: x / 127.5 - 1, channels first.
 
-    Images of another size are cropped to the central square and resized: bilinear, antialiased, rounded to one of the 256
-    levels, which the likelihood in the objective assumes. Grey is repeated to all channels.
+    Images of another size are cropped to the central square and resized (bilinear, antialiased). The result is rounded to one
+    of the 256 levels, because the likelihood in the objective assumes these levels. Grey images are repeated to all channels.
 
     Args:
         images: (B, H, W, 1 or 3) uint8, on any device.
-        config: of the model; channels and image_size (S) are used.
-        flip: (B,) bool, which images to mirror left to right.
+        config: configuration of the model; channels and image_size (S) are used.
+        flip: (B,) bool, True for images to mirror left to right.
 
     Returns:
         (B, channels, S, S) float32 in [-1, 1], contiguous, on the device of images.
 
     Raises:
         TypeError: images are not uint8.
-        ValueError: a shape, or config.channels is neither 3 nor what the images have.
+        ValueError: a shape is wrong, or config.channels is neither 3 nor the number of channels of the images.
 
     Example:
         >>> from sdit import PRESETS
@@ -140,19 +140,19 @@ def _permutation(n, seed, epoch):
 
 
 class Order:
-    r"""Which of n images step 0, 1, 2, ... take: every image once per epoch, each epoch in an order of its own.
+    r"""Choose which of n images each training step uses: every image once per epoch, in a new order each epoch.
 
-    A pure function of (n, seed, step): the step is the only position to save. Epoch e is the permutation that numpy's
-    generator draws from (seed, e); batches are cut from the epochs one after the other, across their borders, so that none is
-    short and no image is dropped. ``batch_size`` counts the images of the whole step; of ``world`` processes, which must divide
-    it, the one of ``rank`` takes its slice, so that together they take what one alone would.
+    The choice is a pure function of (n, seed, step), so a checkpoint only needs the step. Epoch e is the permutation that
+    numpy's generator draws from (seed, e). Batches continue across the end of an epoch, so every batch is full and every image
+    is used. ``batch_size`` counts the images of the whole step. With several processes, ``world`` must divide it, and process
+    ``rank`` takes its slice; together the processes use the same images as one process.
 
     Args:
-        n: images, at least 1.
+        n: number of images, at least 1.
         seed: at least 0.
 
     Raises:
-        TypeError, ValueError: an argument, here or of the methods, that is not an int or is out of range.
+        TypeError, ValueError: an argument, here or in a method, is not an int or is out of range.
 
     Example:
         >>> import torch
@@ -174,7 +174,7 @@ class Order:
         self.n, self.seed = n, seed
 
     def indices(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """(batch_size / world,) int64 indices of this rank's part of step ``step`` (0, 1, ...)."""
+        """Return the indices of the images that this rank uses in step ``step`` (0, 1, ...): (batch_size / world,) int64."""
         first, count = self._slice(step, batch_size, rank, world)
         first += step * batch_size
         parts = []
@@ -186,7 +186,7 @@ class Order:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     def flips(self, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Tensor:
-        """(batch_size / world,) bool: which images of ``indices`` to mirror, each with probability 1/2."""
+        """Return which images of ``indices`` to mirror, each with probability 1/2: (batch_size / world,) bool."""
         first, count = self._slice(step, batch_size, rank, world)
         bits = np.random.default_rng((self.seed, 1, step)).random(batch_size) < 0.5
         return torch.from_numpy(bits[first : first + count])
@@ -205,26 +205,26 @@ class Order:
 # Finding files
 
 
-def _bases(root) -> list[Path]:
+def _base_folders(root) -> list[Path]:
     if root is not None:
         return [Path(root).expanduser()]
     own = [Path(os.environ["SDIT_DATA"]).expanduser()] if os.environ.get("SDIT_DATA") else []
     return [*own, Path("data"), cache_folder(), Path("/usr/share/datasets")]
 
 
-def _folders(spec, root) -> list[Path]:
-    """Where to look. A base itself counts if it was given for this data set or is named after it: MNIST's files and
-    Fashion-MNIST's have the same names."""
+def _candidate_folders(spec, root) -> list[Path]:
+    """List the folders to search. A base folder is searched itself only if the caller gave it or its name is the data set's:
+    the files of MNIST and Fashion-MNIST have the same names."""
     found = []
-    for base in _bases(root):
+    for base in _base_folders(root):
         found += [base / folder for folder in spec.folders]
         if root is not None or any(base.name == Path(folder).name for folder in spec.folders):
             found.append(base)
     return found
 
 
-def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
-    failed = f", nor downloaded ({'; '.join(reasons)})" if reasons else ""
+def _missing_files_error(name, spec, files, root, reasons) -> FileNotFoundError:
+    not_downloaded = f", nor downloaded ({'; '.join(reasons)})" if reasons else ""
     if root is not None:
         advice = "Leave root (--data) out to have them downloaded, "
     elif reasons:
@@ -233,19 +233,19 @@ def _missing(name, spec, files, root, reasons) -> FileNotFoundError:
         advice = f"""python -c "from sdit.data import load; load('{name}')" downloads them; else """
     return FileNotFoundError(
         f"{name}: {', '.join(files)} not found in folders named {', '.join(spec.folders)} below "
-        f"{', '.join(map(str, _bases(root)))}{failed}. {advice}{spec.advice}put the files into {cache_folder() / name}, "
-        "or say where they are with the environment variable SDIT_DATA or root (--data)"
+        f"{', '.join(map(str, _base_folders(root)))}{not_downloaded}. {advice}{spec.advice}put the files into "
+        f"{cache_folder() / name}, or say where they are with the environment variable SDIT_DATA or root (--data)"
     )
 
 
 def _download(name, spec, files, reasons: list[str]) -> Path | None:
-    """Fetch ``files`` of a data set into the cache, from the first mirror that has them as they should be, or None."""
+    """Download ``files`` into the cache from the first mirror with correct checksums. Return the folder or None."""
     folder = cache_folder() / name
     for mirror in spec.mirrors:
         try:
             for file, content in spec.fetch(mirror, files):
                 if not has_checksum(content, spec.checksums[file]):
-                    raise OSError(f"{file} has another checksum than it should")
+                    raise OSError(f"{file} has the wrong checksum")
                 with atomic_write(folder / file) as target:
                     target.write(content)
             return folder
@@ -257,8 +257,8 @@ def _download(name, spec, files, reasons: list[str]) -> Path | None:
 # MNIST and Fashion-MNIST: idx files
 
 
-def _read(path: Path) -> bytes:
-    """The bytes of a file, decompressed where its name ends in .gz."""
+def _read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file, decompressed if its name ends in .gz."""
     content = path.read_bytes()
     if path.suffix != ".gz":
         return content
@@ -269,8 +269,8 @@ def _read(path: Path) -> bytes:
 
 
 def _read_idx(path: Path, ndim: int) -> np.ndarray:
-    """An idx file of unsigned bytes: two zero bytes, type 8, number of dimensions; their sizes, big-endian; the values."""
-    content = _read(path)
+    """Read an idx file: two zero bytes, type 8 (unsigned byte), number of dimensions, their sizes (big-endian), values."""
+    content = _read_bytes(path)
     start = 4 + 4 * ndim
     if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < start:
         raise ValueError(
@@ -292,7 +292,7 @@ def _load_idx(name, spec, root, split):
     prefix = {"train": "train", "test": "t10k"}[split]
     files = [f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"]
     paths = None
-    for folder in _folders(spec, root):
+    for folder in _candidate_folders(spec, root):
         found = [next((p for p in (folder / file, folder / f"{file}.gz") if p.is_file()), None) for file in files]
         if all(found):
             paths = found
@@ -301,7 +301,7 @@ def _load_idx(name, spec, root, split):
         reasons = []
         folder = _download(name, spec, files, reasons) if root is None else None
         if folder is None:
-            raise _missing(name, spec, [f"{file}[.gz]" for file in files], root, reasons)
+            raise _missing_files_error(name, spec, [f"{file}[.gz]" for file in files], root, reasons)
         paths = [folder / file for file in files]
     images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
     if len(images) != len(labels):
@@ -317,7 +317,7 @@ def _load_idx(name, spec, root, split):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Unpickles numbers, strings, lists, dicts and numpy arrays; refuses whatever else a pickle can name and call."""
+    """Unpickle numbers, strings, lists, dicts and numpy arrays; refuse all other objects, because they could run code."""
 
     def find_class(self, module, name):
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -358,12 +358,13 @@ def _fetch_cifar(mirror, files):
 
 def _load_cifar(name, spec, root, split):
     files = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    folder = next((folder for folder in _folders(spec, root) if all((folder / file).is_file() for file in files)), None)
+    folders = _candidate_folders(spec, root)
+    folder = next((folder for folder in folders if all((folder / file).is_file() for file in files)), None)
     if folder is None:
         reasons = []
         folder = _download(name, spec, files, reasons) if root is None else None
         if folder is None:
-            raise _missing(name, spec, files, root, reasons)
+            raise _missing_files_error(name, spec, files, root, reasons)
     images, labels = zip(*(_read_cifar(folder / file) for file in files))
     return np.concatenate(images), np.concatenate(labels), spec.names
 
@@ -379,7 +380,7 @@ def _load_digits(name, spec, root, split):
     except ImportError:
         raise ImportError("the digits come with scikit-learn: pip install scikit-learn") from None
     digits = load_digits()
-    part = slice(None, 1500) if split == "train" else slice(1500, None)  # by writer: the last 297 are by others than the first
+    part = slice(None, 1500) if split == "train" else slice(1500, None)  # other people wrote the last 297
     images = np.rint(digits.images[part] * (255 / 16)).astype(np.uint8)  # levels 0..16
     return images[..., None], digits.target[part], spec.names
 
@@ -396,7 +397,7 @@ def _load_folder(name, spec, root, split, size):
         raise ImportError("reading image files needs pillow: pip install pillow") from None
     top = Path(root).expanduser()
     if not top.is_dir():
-        raise FileNotFoundError(f"there is no folder {top}")
+        raise FileNotFoundError(f"the folder {top} does not exist")
     if (top / "train").is_dir() and (top / "test").is_dir():
         top = top / split
     elif split != "train":
@@ -410,7 +411,7 @@ def _load_folder(name, spec, root, split, size):
     ]
     if not paths:
         raise FileNotFoundError(
-            f"no image in {top}: looked for {' '.join(_SUFFIXES)}" + (" in its sub-folders" if classes else "")
+            f"no image in {top}: searched for {' '.join(_SUFFIXES)}" + (" in its sub-folders" if classes else "")
         )
 
     images, grey = [], True
@@ -431,21 +432,22 @@ def _load_folder(name, spec, root, split, size):
                 f"{path} {tuple(pixels.shape[:2])}"
             )
         images.append(pixels)
-    images = [pixels if grey else pixels.expand(-1, -1, 3) for pixels in images]  # grey ones before the first colour one
+    # One colour image makes the data set colour: expand the grey images that come before it.
+    images = [pixels if grey else pixels.expand(-1, -1, 3) for pixels in images]
     return torch.stack(images).numpy(), np.array([label for _, label in paths]), tuple(classes) or ("image",)
 
 
 @dataclass(frozen=True)
 class _Spec:
-    """What ``load`` knows of a data set."""
+    """How to find, load and download one data set."""
 
     load: Callable
     names: tuple[str, ...] = ()
     mirror: bool = False
-    folders: tuple[str, ...] = ()  # where its files lie below a base: ours, Debian's, torchvision's
-    mirrors: tuple[str, ...] = ()  # where they can be had
+    folders: tuple[str, ...] = ()  # subfolders of a base that may hold its files: ours, Debian's, torchvision's
+    mirrors: tuple[str, ...] = ()  # addresses to download from
     fetch: Callable | None = None
-    checksums: dict[str, str] | None = None  # of the decompressed files: SHA-256, or MD5 where no other was published
+    checksums: dict[str, str] | None = None  # of the decompressed files: SHA-256, or MD5 if only that is published
     advice: str = ""
 
 
@@ -508,34 +510,34 @@ DATASETS: dict[str, _Spec] = {
 def load(
     name: str, root: str | Path | None = None, split: str = "train", size: int | None = None, download: bool = True
 ) -> Images:
-    r"""A data set, whole, in memory.
+    r"""Load a whole data set into memory.
 
     ======================  =================================================================================================
-    ``digits``              1797 of 8x8, which scikit-learn ships: the first 1500 to train, the others to test
+    ``digits``              1797 images of 8x8 from scikit-learn: the first 1500 to train, the others to test
     ``mnist``               28x28: idx files, compressed or not
-    ``fashion_mnist``       the same; Debian's package dataset-fashion-mnist has them
+    ``fashion_mnist``       28x28: idx files; Debian's package dataset-fashion-mnist has them
     ``cifar10``             32x32 in colour: the official python batches, unpacked
-    ``folder``              image files in ``root``, whose sub-folders are the classes; where ``root`` has folders train and
-                            test, in the sub-folders of these
+    ``folder``              image files in ``root``, with one sub-folder per class; if ``root`` has folders train and test,
+                            these hold the class folders
     ======================  =================================================================================================
 
-    Files are looked for in root and below it, under the names that torchvision and Debian use; without root in $SDIT_DATA,
-    ./data, ~/.cache/sdit and /usr/share/datasets. What is found nowhere is downloaded into ~/.cache/sdit, unless root is given,
-    and checked against the checksum of what it decompresses to.
+    ``load`` searches root and its sub-folders, under the names that torchvision and Debian use. Without root it searches
+    $SDIT_DATA, ./data, ~/.cache/sdit and /usr/share/datasets. If it finds no files there, it downloads them into ~/.cache/sdit
+    and checks the checksums of the decompressed files. It never downloads if root is given.
 
     Args:
         name: one of ``DATASETS``.
-        root: where the files are; for ``folder`` it must be given, for ``digits`` it must not.
+        root: folder of the files; required for ``folder``, not allowed for ``digits``.
         split: "train" or "test".
-        size: make all images that many pixels square (the central square, resized); None leaves them as they are.
-        download: False to look for files on this machine only.
+        size: crop all images to the central square and resize them to size x size pixels; None keeps their size.
+        download: False searches only this machine.
 
     Returns:
         :class:`Images`.
 
     Raises:
-        ValueError: an argument, or a damaged file.
-        FileNotFoundError: files are missing; it says what to install or where to put them.
+        ValueError: an argument is wrong, or a file is damaged.
+        FileNotFoundError: files are missing; the message says what to install or where to put them.
         ImportError: scikit-learn or pillow is needed and missing.
 
     Source: digits: Alpaydin and Kaynak, UCI 1998; MNIST: LeCun et al. 1998; Fashion-MNIST: arXiv 1708.07747; CIFAR-10:
@@ -559,7 +561,7 @@ def load(
         images, labels, names = spec.load(name, spec, root, split, size)
     else:
         images, labels, names = spec.load(name, spec, root, split)
-    images = torch.from_numpy(np.array(images, order="C"))  # a copy: the bytes of a file cannot be written to
+    images = torch.from_numpy(np.array(images, order="C"))  # a copy, because the bytes of a file are read-only
     if size is not None:
         images = _resize(images, size)
     return Images(name, images, torch.from_numpy(labels.astype(np.int64)), names, spec.mirror)

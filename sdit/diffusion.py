@@ -1,9 +1,10 @@
-"""The diffusion that SDiT is trained on, and the samplers that undo it.
+"""The diffusion process, the training objective and the samplers.
 
 q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I), abar_t = prod_{s <= t} (1 - beta_s), t = 0 .. 999, beta linear from 1e-4 to
-2e-2. The network predicts the noise eps, or v, and, with ``learn_sigma``, where between its two extremes the logarithm of the
-variance of p(x_{t-1} | x_t) lies (Nichol and Dhariwal, arXiv 2102.09672). With ``prediction="flow"`` the way from an image to
-noise is a straight line instead, x_t = (1 - s) x_0 + s eps, s = t / 1000, and what undoes it an ordinary differential equation.
+2e-2. The network predicts the noise eps, or v. With ``learn_sigma`` it also predicts the log variance of p(x_{t-1} | x_t), as a
+position between its lower and upper limit (Nichol and Dhariwal, arXiv 2102.09672). With ``prediction="flow"`` the path from an
+image to noise is a straight line, x_t = (1 - s) x_0 + s eps, s = t / 1000; a sampler then solves an ordinary differential
+equation from noise to image.
 """
 
 import math
@@ -17,24 +18,24 @@ __all__ = ["SAMPLERS", "STEPS", "add_noise", "draw", "make_scheduler", "predict"
 
 STEPS = 1000
 _BETAS = (1e-4, 2e-2)
-_MOST_SNR = 5  # gamma of Min-SNR, as its paper has it
+_MAX_SNR = 5  # gamma of Min-SNR, the value of its paper
 
 
 @lru_cache(maxsize=16)
-def _line(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Of flow: (1 - s, s) for the times 1 .. 1000, (1000,) each."""
+def _flow_tables(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return (1 - s, s) of flow for the times 1 .. 1000, (1000,) each."""
     s = torch.arange(1, STEPS + 1, dtype=torch.float64, device="cpu") / STEPS
     return (1 - s).to(device, dtype), s.to(device, dtype)
 
 
 class _Tables(NamedTuple):
-    """Functions of t, (1000,) each, computed in float64."""
+    """Coefficients of the diffusion for every time t, (1000,) each, computed in float64."""
 
     signal: Tensor  # sqrt(abar): x_t = signal x_0 + sigma eps
     sigma: Tensor  # sqrt(1 - abar)
     shift: Tensor  # beta / (sqrt(alpha) sigma): the mean of q(x_{t-1} | x_t, x_0) is x_t / sqrt(alpha) - shift eps
-    log_beta: Tensor  # the largest log variance of a reverse step
-    log_posterior: Tensor  # the smallest: of q(x_{t-1} | x_t, x_0); at t = 0, where that is 0, its value at t = 1
+    log_beta: Tensor  # upper limit of the log variance of a reverse step
+    log_posterior: Tensor  # its lower limit, from q(x_{t-1} | x_t, x_0); that variance is 0 at t = 0, so t = 1 stands for it
 
 
 @lru_cache(maxsize=16)
@@ -49,8 +50,8 @@ def _tables(device: torch.device, dtype: torch.dtype) -> _Tables:
     return _Tables(*(table.to(device, dtype) for table in tables))
 
 
-def _config(model):
-    """The configuration of a model, also of one inside DistributedDataParallel."""
+def _config_of(model):
+    """Return the configuration of a model, also if DistributedDataParallel wraps it."""
     return model.config if hasattr(model, "config") else model.module.config
 
 
@@ -58,18 +59,18 @@ def _config(model):
 
 
 def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    r"""All that :func:`training_loss` leaves to chance, always drawn in this order.
+    r"""Draw the random inputs of :func:`training_loss`, always in the same order: times, noise, dropped labels.
 
-    Several processes that draw for the whole batch and take their slices train as one process would.
+    If each of several processes draws for the whole batch and takes its slice, they train as one process does.
 
     Args:
-        config: of the model; channels, image_size and dropout_label are used.
-        n: images.
+        config: configuration of the model; channels, image_size and dropout_label are used.
+        n: number of images.
         generator: the only source of randomness.
 
     Returns:
-        t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, true with probability
-        dropout_label: whose label becomes the null label. On the generator's device.
+        t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, True with probability
+        dropout_label, where the label becomes the null label. All are on the generator's device.
 
     Raises:
         TypeError: generator is not a torch.Generator.
@@ -101,7 +102,7 @@ def training_loss(
     noise: Tensor | None = None,
     drop: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    r"""The objective: mean squared error of what the model predicts and the variational bound of the variance.
+    r"""Compute the training objective: the mean squared error of the prediction plus the variational bound of the variance.
 
     ::
 
@@ -119,30 +120,30 @@ def training_loss(
         P(x0)     = integral of p over x0's level of 256, [x0 - 1/255, x0 + 1/255]; the outermost two reach to infinity
         loss      = mean weight (prediction - target)^2 + vb
 
-    signal and sigma are sqrt(abar_t) and sqrt(1 - abar_t); for "flow" 1 - s and s, s = (t + 1) / 1000, and the model is told
-    the time 1000 s. eps_hat (of "v": signal v_hat + sigma x_t) is detached in vb, which trains the logits alone. P is exact
-    (the usual approximation by tanh is not made) and its logarithm finite however unlikely x0 is. Without config.learn_sigma
-    the model gives its prediction alone, and vb is 0.
+    signal and sigma are sqrt(abar_t) and sqrt(1 - abar_t). For "flow" they are 1 - s and s, with s = (t + 1) / 1000, and the
+    model receives the time 1000 s. vb detaches eps_hat (for "v": signal v_hat + sigma x_t), so vb trains only the logits. P is
+    exact (it does not use the common tanh approximation), and its logarithm is finite for any x0. Without config.learn_sigma
+    the model outputs only its prediction, and vb is 0.
 
-    The network runs under whatever autocast the caller has set; x_t and the loss are float32 (float64 for float64 x0) all the
-    same. Nothing waits for a GPU if t, noise and drop are on it or drawn on it.
+    The network runs under the caller's autocast. x_t and the loss stay in float32 (float64 for float64 x0). The CPU does not
+    wait for the GPU if t, noise and drop are on the GPU or drawn on it.
 
     Args:
-        model: called as model(x_t, t, y), with a ``config``; may be inside DistributedDataParallel.
+        model: called as model(x_t, t, y); has a ``config``; DistributedDataParallel may wrap it.
         x0: images (B, C, S, S) in [-1, 1], as :func:`sdit.data.to_batch` makes them.
         y: labels (B,), ints in 0 .. num_classes.
-        generator: draws what is not given, see :func:`draw`.
-        t: steps (B,), ints in 0 .. 999.
-        noise: x0's shape.
-        drop: (B,) bool, whose label becomes the null label.
+        generator: draws t, noise and drop where they are None, see :func:`draw`.
+        t: times (B,), ints in 0 .. 999.
+        noise: the shape of x0.
+        drop: (B,) bool, True where the label becomes the null label.
 
     Returns:
         ``{"loss", "mse", "vb"}``, scalars; only loss has a gradient.
 
     Raises:
-        TypeError: a dtype, or neither a generator nor all of t, noise, drop.
-        ValueError: a shape, a value out of range (tensors on the CPU), or as many channels of the model's output as the config
-            does not say.
+        TypeError: a dtype is wrong, or t, noise or drop is missing without a generator.
+        ValueError: a shape is wrong, a value is out of range (checked for tensors on the CPU), or the number of output channels
+            of the model does not fit its config.
 
     Source: Nichol and Dhariwal, Improved DDPM, arXiv 2102.09672; Ho et al., DDPM, arXiv 2006.11239. v: Salimans and Ho,
     Progressive distillation, arXiv 2202.00512. Flow: Liu et al., Rectified flow, arXiv 2209.03003. Weights: Hang et al.,
@@ -159,7 +160,7 @@ def training_loss(
         >>> list(losses)
         ['loss', 'mse', 'vb']
     """
-    config = _config(model)
+    config = _config_of(model)
     expected = (config.channels, config.image_size, config.image_size)
     if not isinstance(x0, Tensor) or not x0.is_floating_point():
         raise TypeError(
@@ -180,11 +181,11 @@ def training_loss(
 
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     t, noise, y, drop = t.to(x0.device), noise.to(x0), y.to(x0.device), drop.to(x0.device)
-    xt, told, tables = add_noise(config, x0, noise, t)
-    out = model(xt, told, torch.where(drop, config.num_classes, y)).to(x0.dtype)
+    xt, model_t, tables = add_noise(config, x0, noise, t)
+    out = model(xt, model_t, torch.where(drop, config.num_classes, y)).to(x0.dtype)
     if out.shape[1] != (2 if config.learn_sigma else 1) * config.channels:
-        what = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
-        raise ValueError(f"model must give {what}, got {out.shape[1]} channels")
+        outputs = f"{config.prediction} and variance" if config.learn_sigma else config.prediction
+        raise ValueError(f"model must output {outputs}, got {out.shape[1]} channels")
     error = out[:, : config.channels] - _target(config.prediction, x0, noise, *tables[:2])
     square = error.square()
     mse = square.mean()
@@ -197,9 +198,9 @@ def training_loss(
 
 
 def add_noise(config, x0, noise, t):
-    """(x_t, the time that the model is told, the tables at t, of which flow has but the first two)."""
+    """Return (x_t, the time that the model receives, the tables at t). Flow has only the first two tables."""
     flow = config.prediction == "flow"
-    every = _line(x0.device, x0.dtype) if flow else _tables(x0.device, x0.dtype)
+    every = _flow_tables(x0.device, x0.dtype) if flow else _tables(x0.device, x0.dtype)
     tables = tuple(table[t].view(-1, 1, 1, 1) for table in every)
     xt = tables[0] * x0 + tables[1] * noise  # autocast leaves elementwise arithmetic in float32, here and above
     return (xt, t + 1, tables) if flow else (xt, t, _Tables(*tables))
@@ -213,7 +214,7 @@ def _target(prediction, x0, noise, signal, sigma):
 
 def _min_snr(prediction, signal, sigma):
     snr = (signal / sigma).square()
-    return snr.clamp(max=_MOST_SNR) * (1 / snr if prediction == "epsilon" else sigma.square())
+    return snr.clamp(max=_MAX_SNR) * (1 / snr if prediction == "epsilon" else sigma.square())
 
 
 def _check_ints(name, value, n, largest):
@@ -226,24 +227,27 @@ def _check_ints(name, value, n, largest):
 
 
 def _variational_bound(tables, x0, error, v, first):
-    """Bits per dimension, elementwise. The means of q and p differ by shift times the error of eps_hat: said so, no large
-    numbers cancel where abar is small."""
+    """Return the variational bound in bits per dimension, elementwise.
+
+    The means of q and p differ by shift times the error of eps_hat. This form avoids the cancellation of large numbers where
+    abar is small.
+    """
     f = (v + 1) / 2
     log_variance = f * tables.log_beta + (1 - f) * tables.log_posterior
     distance = tables.shift * error  # mean of q - mean of p; the mean of q is x0 itself at t = 0
     d = tables.log_posterior - log_variance
     kl = 0.5 * (torch.expm1(d) - d + distance.square() * torch.exp(-log_variance))
-    if first.device.type != "cpu":  # there, asking which they are would wait
+    if first.device.type != "cpu":  # indexing with nonzero would make the CPU wait for the device
         first = first.view(-1, 1, 1, 1)
         return torch.where(first, -_log_likelihood(x0, distance, log_variance), kl) / math.log(2)
-    i = first.nonzero().flatten()  # one image in a thousand: the likelihood of all took a twelfth of a training step
+    i = first.nonzero().flatten()  # one image in a thousand; the likelihood of all images took a twelfth of a training step
     if len(i):
         kl = kl.index_put((i,), -_log_likelihood(x0[i], distance[i], log_variance[i]))
     return kl / math.log(2)
 
 
 def _log_likelihood(x, distance, log_variance):
-    """log of the normal mass of x's level, [x - 1/255, x + 1/255], around a mean that is x - distance."""
+    """Return the log probability of the level of x, [x - 1/255, x + 1/255], under a normal with mean x - distance."""
     scale = torch.exp(-0.5 * log_variance)
     low, high = (distance - 1 / 255) * scale, (distance + 1 / 255) * scale
     right = distance > 0
@@ -259,25 +263,26 @@ def _log_likelihood(x, distance, log_variance):
 
 
 def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Tensor:
-    r"""model(x, t, y) with classifier-free guidance.
+    r"""Call model(x, t, y) with classifier-free guidance.
 
     ::
 
         prediction = prediction(null) + guidance (prediction(y) - prediction(null))
 
-    (of eps, v and flow it means the same); the variance, where the model learns one, is the one for y.
-
-    Guidance 1 is one call of the model, any other one call with twice the batch.
+    The formula gives the same images for eps, v and flow. A learned variance is taken from the call with y. Guidance 1 takes
+    one call of the model; any other value takes one call with twice the batch.
 
     Args:
         model, x, t, y: as in :func:`training_loss`.
-        guidance: 1 none, 0 no condition, above 1 away from the unconditional.
+        guidance: 1 gives the conditional prediction, 0 the unconditional one; above 1 moves further away from the unconditional
+            one.
 
     Returns:
-        What the model returns.
+        A tensor of the same shape as the model's output.
 
     Raises:
-        ValueError: the model was trained without the null label (config.dropout_label is 0), or guidance is not finite.
+        ValueError: guidance is not 1 and the model was trained without the null label (config.dropout_label is 0), or guidance
+            is not finite.
 
     Source: Ho and Salimans, Classifier-free diffusion guidance, arXiv 2207.12598.
 
@@ -290,58 +295,56 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
         >>> predict(model, x, t, y, guidance=2.0).shape
         torch.Size([2, 2, 8, 8])
     """
-    config = _config(model)
+    config = _config_of(model)
     check_guidance(config, guidance)
     if guidance == 1:
         return model(x, t, y)
     null = torch.full_like(y, config.num_classes)
-    given, free = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
-    eps = torch.lerp(free[:, : config.channels], given[:, : config.channels], guidance)
-    return torch.cat([eps, given[:, config.channels :]], dim=1)
+    conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
+    eps = torch.lerp(unconditional[:, : config.channels], conditional[:, : config.channels], guidance)
+    return torch.cat([eps, conditional[:, config.channels :]], dim=1)
 
 
 def check_guidance(config, guidance: float) -> None:
-    """ValueError where a model of this ``config`` cannot be guided so."""
+    """Raise ValueError if a model with this ``config`` cannot use this guidance."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be finite, got {guidance}")
     if guidance != 1 and not config.dropout_label > 0:
         raise ValueError(
-            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this one knows guidance 1"
+            f"guidance {guidance} needs a model that was trained with dropout_label > 0; this model only allows guidance 1"
         )
 
 
-SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20, "euler": 50, "heun": 25}  # name: its usual number of steps
+SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20, "euler": 50, "heun": 25}  # name: default number of steps
 
 
 def samplers(config) -> dict[str, int]:
-    """Those of SAMPLERS that undo what a model of this ``config`` was trained on, the usual one first."""
+    """Return the entries of SAMPLERS that fit a model with this ``config``, the default sampler first."""
     return {name: n for name, n in SAMPLERS.items() if (name in ("euler", "heun")) == (config.prediction == "flow")}
 
 
 def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
-    r"""diffusers' scheduler, configured for this diffusion.
+    r"""Make the diffusers scheduler of a sampler, configured for this diffusion. :func:`reverse_step` performs its steps.
 
-    - ``ddpm``: ancestral sampling, respaced to equal parts of 0 .. 999 (rounded), with the variance that the model predicts, or
-      the posterior's where it predicts none;
-    - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps;
-    - ``dpm++``: DPM-Solver++ (2M), deterministic;
-    - ``euler``, ``heun``: for prediction "flow" and no other: the methods of these names for dx/ds = prediction, over equal
-      steps of s from 1 to 1/1000, and from there to 0. heun asks the model twice in every step but the last.
-
-    :func:`reverse_step` takes its steps.
+    - ``ddpm``: ancestral sampling at equally spaced times in 0 .. 999 (rounded). It uses the variance that the model predicts,
+      or the variance of the posterior if the model predicts none.
+    - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps.
+    - ``dpm++``: DPM-Solver++ (2M), deterministic.
+    - ``euler``, ``heun``: only for prediction "flow". They solve dx/ds = prediction over equal steps of s from 1 to 1/1000,
+      then one step to 0. heun calls the model twice in every step except the last.
 
     Args:
         name: one of ``samplers(config)``.
-        steps: ddpm, euler, heun 2 .. 1000; ddim a divisor of 1000 from 2 on; dpm++ 1 .. 999; None for the usual number,
-            ``SAMPLERS[name]``.
-        config: of the model; prediction and learn_sigma are used.
-        clip: limit the prediction of x_0 to [-1, 1] in every step.
+        steps: 2 .. 1000 for ddpm, euler and heun; a divisor of 1000 that is at least 2 for ddim; 1 .. 999 for dpm++; None for
+            the default, ``SAMPLERS[name]``.
+        config: configuration of the model; prediction and learn_sigma are used.
+        clip: limit the predicted x_0 to [-1, 1] in every step.
 
     Returns:
-        The scheduler, its timesteps set.
+        The scheduler, with its timesteps set.
 
     Raises:
-        ValueError, TypeError: a name or number of steps that is not allowed.
+        ValueError, TypeError: the name or the number of steps is not allowed.
         ImportError: diffusers is missing.
 
     Source: DDPM, arXiv 2006.11239; DDIM, arXiv 2010.02502; DPM-Solver++, arXiv 2211.01095; Rectified flow, arXiv 2209.03003.
@@ -374,7 +377,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     if config.prediction == "flow":
         kind = {"euler": diffusers.FlowMatchEulerDiscreteScheduler, "heun": diffusers.FlowMatchHeunDiscreteScheduler}[name]
         scheduler = kind(num_train_timesteps=STEPS)
-        scheduler.clip = clip  # they have no such setting
+        scheduler.clip = clip  # these schedulers do not clip; reverse_step does
         scheduler.set_timesteps(steps)
         return scheduler
     betas = {"num_train_timesteps": STEPS, "beta_start": _BETAS[0], "beta_end": _BETAS[1], "beta_schedule": "linear"}
@@ -387,7 +390,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
             **betas, clip_sample=clip, timestep_spacing="leading", steps_offset=0, set_alpha_to_one=True
         )
     else:
-        # It has no plain clipping, but thresholding at a quantile that is limited to [1, 1] is just that.
+        # This scheduler cannot clip. Dynamic thresholding with its threshold limited to [1, 1] does the same.
         limits = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clip else {}
         scheduler = diffusers.DPMSolverMultistepScheduler(**betas, timestep_spacing="linspace", **limits)
     scheduler.set_timesteps(steps)
@@ -395,14 +398,14 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
 
 
 def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> Tensor:
-    r"""One step of a scheduler of :func:`make_scheduler`: from x_t to the x of the next of its timesteps.
+    r"""Perform one step of a scheduler of :func:`make_scheduler`: from x at time t to x at its next timestep.
 
     Args:
-        scheduler: it may keep earlier steps: one for each run.
-        out: what :func:`predict` returned, (B, C or 2C, S, S).
-        t: the step, one of the scheduler's timesteps, a Python number.
+        scheduler: a scheduler that no other run uses, because it may keep earlier predictions.
+        out: the result of :func:`predict`, (B, C or 2C, S, S).
+        t: one of the scheduler's timesteps, a Python number.
         x: x_t, (B, C, S, S).
-        generator: draws the noise of ddpm, one or one for each image; the other samplers draw none.
+        generator: draws the noise of ddpm: one generator, or one per image. The other samplers draw no noise.
 
     Returns:
         (B, C, S, S).
@@ -411,8 +414,8 @@ def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> T
     if kind == "DDPMScheduler":
         return scheduler.step(out, t, x, generator=generator).prev_sample
     out = out[:, : x.shape[1]]
-    if kind == "DDIMScheduler":  # where x_0 is clipped, the eps that leads to it
+    if kind == "DDIMScheduler":  # recompute eps from the clipped x_0
         return scheduler.step(out, t, x, use_clipped_model_output=bool(scheduler.config.clip_sample)).prev_sample
-    if getattr(scheduler, "clip", False):  # of flow: x_0 = x - s out
+    if getattr(scheduler, "clip", False):  # flow: x_0 = x - s out
         out = (x - (x - t / STEPS * out).clamp(-1, 1)) / (t / STEPS)
     return scheduler.step(out, t, x).prev_sample

@@ -1,4 +1,4 @@
-"""Downloads: the whole file or an error."""
+"""Download a whole file, or raise an error."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ __all__ = ["download", "has_checksum"]
 
 
 def download(url: str) -> bytes:
-    """The whole answer or an OSError; in memory, so that whatever interrupts it leaves no file behind."""
+    """Return the content at ``url``, or raise OSError. It stays in memory, so an interrupted download leaves no file behind."""
     import http.client
     import urllib.request
 
@@ -28,7 +28,7 @@ def download(url: str) -> bytes:
 
 
 def _progress(total, name):
-    """tqdm's bar for what is long enough to be worth one; without tqdm, none."""
+    """Return a tqdm bar that appears after one second, or a silent one if tqdm is not installed."""
     from types import SimpleNamespace
 
     with suppress(ImportError):
@@ -44,6 +44,6 @@ def _progress(total, name):
 
 
 def has_checksum(content: bytes, digest: str) -> bool:
-    """Whether the SHA-256 of ``content`` is ``digest``, or its MD5 where ``digest`` has the length of one."""
+    """Return True if ``digest`` is the SHA-256 of ``content``, or its MD5 if ``digest`` is not 64 digits long."""
     found = hashlib.sha256(content) if len(digest) == 64 else hashlib.md5(content, usedforsecurity=False)
     return found.hexdigest() == digest

@@ -1,6 +1,6 @@
-"""How good drawn images are: Frechet distance, KID and label accuracy, in the features of a small frozen classifier.
+"""Measure generated images: Frechet distance, KID and label accuracy, in the features of a small frozen classifier.
 
-``evaluate`` measures images, ``run`` is the body of ``sdit evaluate``, from a checkpoint or a file to a report.
+``evaluate`` measures images, ``draw`` generates them, and ``run`` is the body of ``sdit evaluate``.
 """
 
 import hashlib
@@ -32,27 +32,27 @@ def evaluate(
     classifier: Classifier | None = None,
     root: str | Path | None = None,
 ) -> dict:
-    """All measures of some images, beside the same measures of real ones.
+    """Measure images and, for comparison, the same number of real images (the *floor*).
 
-    The images are set against the whole test split of the classifier's data set. So is the *floor*, as many images of the train
-    split, the classes in turn: of each class the first. The floor, not 0, is what real images reach; both grow as N falls. The
-    classifier was trained on the train split, which shows in the floor's label accuracy; the test split's label accuracy is of
-    real images that it has not seen.
+    Both sets are compared with the whole test split of the classifier's data set. The floor consists of N images of the train
+    split: the classes in turn, the first images of each class. Real images reach the floor, not 0. Both distances grow as N
+    falls. The classifier was trained on the train split, which raises the label accuracy of the floor. The label accuracy of
+    the test split is measured on real images that the classifier has not seen.
 
     Args:
-        images: N of them, uint8, as :func:`features` takes them.
+        images: N images, uint8, as :func:`features` takes them.
         labels: (N,) ints; the number of classes stands for no label.
-        classifier: of :func:`load_classifier`; None for the package's, for Fashion-MNIST.
-        root: where the data set's files are, as :func:`sdit.data.load` takes it.
+        classifier: from :func:`load_classifier`; None for the classifier in this package (Fashion-MNIST).
+        root: folder of the data set, as in :func:`sdit.data.load`.
 
     Returns:
-        {"n", "dataset", "drawn", "floor", "test"}: "drawn" and "floor" hold "frechet_distance" (:func:`frechet_distance`),
-        "kid" and "kid_standard_error" (:func:`kid`), "label_accuracy" of the images that have a label, or None where none has,
-        and "label_accuracy_by_class"; "test" the last two, of the images of the test split, and their number "n".
+        {"n", "dataset", "drawn", "floor", "test"}. "drawn" and "floor" hold "frechet_distance" (:func:`frechet_distance`),
+        "kid" and "kid_standard_error" (:func:`kid`), "label_accuracy" over the images with a label (None without labels), and
+        "label_accuracy_by_class". "test" holds the last two for the test split, and its number of images "n".
 
     Raises:
-        TypeError, ValueError: images or labels; they are too few for a covariance of the features, or so many that
-        the train split has no floor. OSError, ImportError: the data set cannot be had.
+        TypeError, ValueError: images or labels are wrong; there are too few images for a covariance of the features, or more
+            than the train split has for the floor. OSError, ImportError: the data set cannot be loaded.
 
     Example:
         >>> from sdit.data import load
@@ -64,12 +64,12 @@ def evaluate(
     classifier = load_classifier() if classifier is None else classifier
     if len(images) != len(labels):
         raise ValueError(f"labels must be one for each of {len(images)} images, got {len(labels)}")
-    labels = _check(labels, classifier)
-    test, floor, floor_labels = _real(len(labels), classifier, root)
+    labels = _check_labels(labels, classifier)
+    test, floor, floor_labels = _load_real_images(len(labels), classifier, root)
     drawn = features(classifier, images)
     reference = features(classifier, test.images)
 
-    def against(found, labels):
+    def measure(found, labels):
         mean, error = kid(found, reference)
         measures = {"frechet_distance": frechet_distance(found, reference), "kid": mean, "kid_standard_error": error}
         return measures | _accuracies(classifier, found, labels)
@@ -77,21 +77,21 @@ def evaluate(
     return {
         "n": len(labels),
         "dataset": classifier.dataset,
-        "drawn": against(drawn, labels),
-        "floor": against(features(classifier, floor), floor_labels),
+        "drawn": measure(drawn, labels),
+        "floor": measure(features(classifier, floor), floor_labels),
         "test": {"n": len(test)} | _accuracies(classifier, reference, test.labels),
     }
 
 
 def _accuracies(classifier, found, labels):
-    def of(chosen):
+    def accuracy_of(chosen):
         return label_accuracy(classifier, found[chosen], labels[chosen]) if chosen.any() else None
 
-    by_class = {name: of(labels == i) for i, name in enumerate(classifier.names)}
-    return {"label_accuracy": of(labels < len(by_class)), "label_accuracy_by_class": by_class}
+    by_class = {name: accuracy_of(labels == i) for i, name in enumerate(classifier.names)}
+    return {"label_accuracy": accuracy_of(labels < len(by_class)), "label_accuracy_by_class": by_class}
 
 
-def _check(labels, classifier):
+def _check_labels(labels, classifier):
     labels, classes, least = torch.as_tensor(labels), len(classifier.names), classifier.widths[-1] + 1
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
         raise TypeError(f"labels must be ints in one dimension, got {labels.dtype} of shape {tuple(labels.shape)}")
@@ -103,8 +103,8 @@ def _check(labels, classifier):
     return labels
 
 
-def _real(n, classifier, root):
-    """The test split; n images of the train split, the classes in turn, and their labels."""
+def _load_real_images(n, classifier, root):
+    """Load (the test split, n images of the train split with the classes in turn, their labels)."""
     test, train = (load(classifier.dataset, root, split=split, size=classifier.image_size) for split in ("test", "train"))
     if train.names != classifier.names:
         raise ValueError(f"the classes of {classifier.dataset} must be the classifier's, {classifier.names}, got {train.names}")
@@ -140,23 +140,24 @@ def draw(
     seed: int = 0,
     batch_size: int = 64,
 ) -> tuple[Tensor, Tensor, dict]:
-    """n images of a checkpoint, the classes in turn, batch after batch kept on the disk: the same call goes on where one was
-    killed, and a larger n goes on where a smaller one ended.
+    """Generate n images with a checkpoint, the classes in turn, and keep each batch on the disk.
+
+    The same call continues after a kill, and a call with a larger n reuses the images of a smaller one.
 
     Args:
-        checkpoint: a file, or the folder of a run, whose newest checkpoint is taken.
-        n: at least 1.
-        folder: where images are kept, in a folder named after all that they depend on; None for ``~/.cache/sdit/evaluate``. It
-            may be deleted at any time.
-        ema, bf16, device: as ``sdit sample``.
-        sampler, steps, guidance, threshold, clip, seed, batch_size: as :func:`sdit.sample.sample`.
+        checkpoint: a file, or the folder of a run, to load its newest checkpoint.
+        n: number of images, at least 1.
+        folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
+            hash of all settings that change them. You may delete it at any time.
+        ema, bf16, device: as in ``sdit sample``.
+        sampler, steps, guidance, threshold, clip, seed, batch_size: as in :func:`sdit.sample.sample`.
 
     Returns:
-        (n, S, S, C) uint8, (n,) int64 labels, and what they depend on, for JSON.
+        Images (n, S, S, C) uint8, labels (n,) int64, and a dict of the settings that determine the images, for JSON.
 
     Raises:
-        As :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
-        BlockingIOError: another process draws these images.
+        The errors of :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
+        BlockingIOError: another process generates these images.
 
     Example:
         >>> import tempfile
@@ -202,7 +203,7 @@ def draw(
         ):
             for start in range(0, n, batch_size):
                 wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
-                part = _kept(path, wanted)
+                part = _read_kept_images(path, wanted)
                 if part is None:
                     if not checked:
                         ensure_writable(path, "folder (XDG_CACHE_HOME moves it)", (1 << 20) + (n - start) * size)
@@ -214,17 +215,18 @@ def draw(
                     save_npz(path, drawn, wanted)
                     part = to_uint8(drawn).permute(0, 2, 3, 1)
                 else:
-                    bar.initial += len(part)  # not counted in the images per second
+                    bar.initial += len(part)  # kept images do not count in the images per second
                     bar.update(len(part))
                 parts.append(part)
     except KeyboardInterrupt:
         done = sum(map(len, parts))
-        raise KeyboardInterrupt(f"stopped after {done} of {n} images, which {folder} keeps: the same command goes on") from None
+        message = f"stopped after {done} of {n} images, which {folder} keeps: the same command continues"
+        raise KeyboardInterrupt(message) from None
     return torch.cat(parts), labels, facts
 
 
-def _kept(path, labels):
-    """The first images of a file that :func:`draw` wrote for these labels or more; None where it is none, or damaged."""
+def _read_kept_images(path, labels):
+    """Return the images for these labels from a file of :func:`draw`; None if it is missing, damaged or different."""
     try:
         with np.load(path) as file:
             images, found = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
@@ -234,15 +236,15 @@ def _kept(path, labels):
     return images[:n] if len(images) >= n and torch.equal(found[:n], labels) else None
 
 
-def _arrays(path):
-    """(images, labels) of a file that ``sdit sample --npz`` wrote."""
+def _read_npz(path):
+    """Read (images, labels) from a file that ``sdit sample --npz`` wrote."""
     try:
         if not zipfile.is_zipfile(path):
             raise ValueError(f"it is not an npz file, but {Path(path).stat().st_size} bytes of something else")
         with np.load(path) as file:
             return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        why = str(error).partition(". ")[0]  # numpy goes on to recommend what executes the file
+        why = str(error).partition(". ")[0]  # numpy's next sentence recommends allow_pickle, which executes code
         raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {why}") from None
 
 
@@ -257,9 +259,18 @@ def run(
     report: str | Path | None = None,
     **settings,
 ) -> dict:
-    """``sdit evaluate``: draw ``n`` images (1,000) with a checkpoint, as :func:`draw` with ``settings`` does, or take the first
-    ``n`` (all) of the file ``images``; print :func:`evaluate`'s measures of them; write the images to the file ``npz``, the
-    measures and what they were measured with to the file ``report``, as JSON. Returns what ``report`` holds.
+    """Run ``sdit evaluate``: generate or read images, measure them with :func:`evaluate`, print and save the measures.
+
+    Args:
+        checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``settings``.
+        images: instead of a checkpoint, measure the first ``n`` (default: all) images of this .npz file.
+        classifier: file of a classifier; None for the one in this package.
+        root: folder of the data set.
+        npz: write the generated images to this file.
+        report: write the measures, and the settings and versions behind them, to this JSON file.
+
+    Returns:
+        The dict that ``report`` holds.
     """
     if (checkpoint is None) == (images is None):
         raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
@@ -268,7 +279,7 @@ def run(
     if images is not None and (settings or npz is not None):
         wrong = [*settings, *(["npz"] if npz is not None else [])]
         given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise ValueError(f"--images are there already: {given} cannot be given with it")
+        raise ValueError(f"--images measures existing images: {given} cannot be combined with it")
     with ExitStack() as stack:
         for name, path in (("npz", npz), ("json", report)):
             if path is not None:
@@ -276,17 +287,17 @@ def run(
                 ensure_writable(path, name)
                 advice = f"wait until it ends, or choose another {name} (--{name})"
                 stack.enter_context(lock(path.with_name(f".{path.name}.lock"), str(path), advice))
-        return _run(checkpoint, images, n, classifier, root, npz, report, settings)
+        return _evaluate_and_report(checkpoint, images, n, classifier, root, npz, report, settings)
 
 
-def _run(checkpoint, images, n, classifier, root, npz, report, settings):
+def _evaluate_and_report(checkpoint, images, n, classifier, root, npz, report, settings):
     from sdit_kernels import __version__
 
     from .checkpoint import load_model
 
-    judge, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
+    loaded_classifier, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
     if images is not None:
-        pixels, labels = _arrays(images)
+        pixels, labels = _read_npz(images)
         if n is not None and not 0 < n <= len(labels):
             raise ValueError(f"n must be 1 to {len(labels)}, as many as {images} holds, got {n}")
         pixels, labels = pixels[:n], labels[:n]
@@ -295,16 +306,16 @@ def _run(checkpoint, images, n, classifier, root, npz, report, settings):
         n = 1000 if n is None else n
         model = load_model(checkpoint)
         config, root = model.config, root or model.trained_on.get("root")
-        _fits(judge, config)
-        _check(torch.arange(max(n, 0)) % config.num_classes, judge)
-        _real(n, judge, root)  # says what is wrong before anything is drawn
+        _check_classifier_fits(loaded_classifier, config)
+        _check_labels(torch.arange(max(n, 0)) % config.num_classes, loaded_classifier)
+        _load_real_images(n, loaded_classifier, root)  # raises errors about the data before the images are generated
         pixels, labels, facts = draw(checkpoint, n, **settings)
         facts = {"checkpoint": str(checkpoint)} | facts
-    found = evaluate(pixels, labels, judge, root)
+    found = evaluate(pixels, labels, loaded_classifier, root)
     found |= {"images": facts, "classifier": path.name, "classifier_sha256": sha256(path)}
     found |= {"sdit_kernels": __version__, "torch": torch.__version__, "numpy": np.__version__}
-    print(_table(found))  # first, in case no file can be written
-    lost = "with room for it the same command writes it" + (", without drawing the images again" if images is None else "")
+    print(_format_table(found))  # print before writing the files, because a write may fail
+    lost = "free some space, then the same command writes it" + (", without drawing the images again" if images is None else "")
     if npz is not None:
         with atomic_write(Path(npz), lost) as file:
             np.savez(file, images=pixels.numpy(), labels=labels.numpy())
@@ -314,34 +325,34 @@ def _run(checkpoint, images, n, classifier, root, npz, report, settings):
     return found
 
 
-def _fits(classifier, config):
+def _check_classifier_fits(classifier, config):
     if config.dataset is None:
         raise ValueError("the model does not say which data set it is for (sdit convert --dataset NAME)")
     if config.dataset != classifier.dataset:
-        what = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
+        images = f"images of {config.dataset}, the classifier is for {classifier.dataset}"
     elif config.image_size != classifier.image_size:
-        what = f"images of {config.image_size} pixels a side, the classifier is for {classifier.image_size}"
+        images = f"images of {config.image_size} pixels a side, the classifier is for {classifier.image_size}"
     elif config.num_classes != len(classifier.names):
         raise ValueError(f"the model has {config.num_classes} classes, the classifier {len(classifier.names)}")
     else:
         return
     raise ValueError(
-        f"the model draws {what}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
+        f"the model draws {images}: give --classifier FILE, which perf/train_classifier.py --dataset {config.dataset} "
         f"--size {config.image_size} --out FILE trains (in this package's repository)"
     )
 
 
-def _table(found):
+def _format_table(found):
     n, test = found["n"], found["test"]
 
     def percent(x):
         return "" if x is None else f"{100 * x:.1f} %"
 
     rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
-    for name, what in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
-        of = found[name]
-        error = f"{1000 * of['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * of['kid_standard_error']:.3f}"
-        rows.append((what, f"{of['frechet_distance']:.4f}", error, percent(of["label_accuracy"])))
+    for name, row_title in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
+        measures = found[name]
+        error = f"{1000 * measures['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * measures['kid_standard_error']:.3f}"
+        rows.append((row_title, f"{measures['frechet_distance']:.4f}", error, percent(measures["label_accuracy"])))
     rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
     lines = [f"{a:<26}{b:>18}{c:>18}{d:>18}" for a, b, c, d in rows]
     by_class = found["drawn"]["label_accuracy_by_class"]

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that name them."""
+"""Write files atomically, with errors that name the file."""
 
 import hashlib
 import os
@@ -6,14 +6,17 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_write", "cache_folder", "ensure_writable", "explained", "sha256"]
+__all__ = ["atomic_write", "cache_folder", "ensure_writable", "name_in_errors", "sha256"]
 
 
 @contextmanager
 def atomic_write(path: Path, lost: str = ""):
-    """A file beside ``path`` that takes its place once it is complete and on the disk, and is removed otherwise; an OSError of
-    it names ``path``, and says what is ``lost``."""
-    with explained(path, lost):
+    """Open a temporary file beside ``path`` for writing. It replaces ``path`` once it is complete and on the disk.
+
+    If the with block or the write fails, the temporary file is removed and ``path`` is unchanged. An OSError names ``path`` and
+    ends with the text ``lost``, which says what the user loses.
+    """
+    with name_in_errors(path, lost):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
@@ -30,8 +33,8 @@ def atomic_write(path: Path, lost: str = ""):
 
 
 @contextmanager
-def explained(path: Path, lost: str = ""):
-    """An OSError in this block, which writes ``path``, names it, and says what is ``lost``."""
+def name_in_errors(path: Path, lost: str = ""):
+    """Make an OSError of this with block, which writes ``path``, name ``path`` and end with the text ``lost``."""
     try:
         yield
     except OSError as error:
@@ -40,8 +43,13 @@ def explained(path: Path, lost: str = ""):
 
 
 def ensure_writable(path: Path, name: str, size: int = 1 << 20) -> None:
-    """Make the folder of a file that is to be written, or an OSError or ValueError now, not when its content is there: ``size``
-    bytes are written beside it and removed."""
+    """Check that a file of ``size`` bytes can be written at ``path``, before the work that makes its content.
+
+    This makes the folder, then writes ``size`` bytes beside ``path`` and removes them.
+
+    Raises:
+        OSError: the folder cannot be made or has no room. ValueError: path is a folder.
+    """
     if path.is_dir():
         raise ValueError(f"{name} must be a file, {path} is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +62,11 @@ def ensure_writable(path: Path, name: str, size: int = 1 << 20) -> None:
 
 
 def cache_folder() -> Path:
-    """Where downloads and drawn images are kept: ``$XDG_CACHE_HOME/sdit``, usually ``~/.cache/sdit``."""
+    """Return the folder for downloads and generated images: ``$XDG_CACHE_HOME/sdit``, usually ``~/.cache/sdit``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdit"
 
 
 def sha256(path) -> str:
-    """Of a file, 64 hexadecimal digits."""
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.sha256(file.read()).hexdigest()

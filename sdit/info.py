@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, memory of a training step, firing rates, and what follows for energy."""
+"""Measure the cost of a model: parameters, multiply-adds, memory of a training step, firing rates, estimated energy."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -18,20 +18,22 @@ MAC_PJ, AC_PJ = 4.6, 0.9  # picojoules of a float32 multiply-add and of an addit
 
 @dataclass(frozen=True)
 class Info:
-    """What :func:`info` finds. ``str`` of it is a table.
+    """The result of :func:`info`. ``str(result)`` is a table.
 
     Attributes:
-        parameters: numbers that are learned.
-        blocks: depth // 2 encoder blocks, one in the middle, depth // 2 decoder blocks.
-        multiply_adds: of one image's forward pass by the equations, in products with weights; {group: count}.
-        computed_multiply_adds: of those, how many a forward pass of this batch computes per image, what the batch shares
-            counted once.
-        saved_bytes: what autograd keeps for the backward pass, per image; plain_saved_bytes: for the plain form.
+        parameters: number of learned values.
+        blocks: number of blocks: depth // 2 encoder blocks, one middle block, depth // 2 decoder blocks.
+        multiply_adds: multiply-adds with weights in the forward pass of one image, by the equations; {group: count}.
+        computed_multiply_adds: multiply-adds per image that a forward pass of this batch really computes. Work that the images
+            of the batch share counts once per batch.
+        saved_bytes: bytes per image that autograd keeps for the backward pass.
+        plain_saved_bytes: the same for the plain form.
         rates: mean firing rate of each layer of neurons on the batch, 0 .. 1; sparsity is 1 - rate.
-        silent: of each layer, how many of its neurons (channels) fire nowhere in the batch; the larger the batch, the fewer.
-        neurons: all there are.
-        synaptic_operations: {layer: additions for one image}: a spike that meets a weight. A layer is listed if a product
-            with its weights is of spikes; none is in the default model.
+        silent: number of neurons (channels) of each layer that never fire on the batch; a larger batch has fewer.
+        neurons: number of all neurons.
+        synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a
+            spike-driven matrix multiplication are listed; the default model has none.
+        spiking_multiply_adds: multiply-adds of these layers.
     """
 
     parameters: int
@@ -52,8 +54,8 @@ class Info:
 
     @property
     def energy(self) -> dict[str, float]:
-        """Millijoules for one image's forward pass, estimated: "mac", if every product is a multiply-add; "ac", if each product
-        of spikes is an addition per spike and all others stay what they are."""
+        """Estimated millijoules of the forward pass of one image: "mac" counts every product as a multiply-add; "ac" counts a
+        spike-driven product as one addition per spike, and all others as multiply-adds."""
         spikes = sum(self.synaptic_operations.values())
         return {
             "mac": self.total * MAC_PJ * 1e-9,
@@ -69,7 +71,7 @@ class Info:
             f"  {'in all':28s}{self.total / 1e6:12,.1f}",
             f"  {'computed, sharing in the batch':28s}{self.computed_multiply_adds / 1e6:10,.1f}",
             "",
-            f"kept for backward, of one image: {self.saved_bytes / 2**20:.1f} MiB "
+            f"kept for the backward pass of one image: {self.saved_bytes / 2**20:.1f} MiB "
             f"(plain form: {self.plain_saved_bytes / 2**20:.1f})",
             "",
             f"{'neurons':30s}{'rate':>12s}{'sparsity':>12s}{'silent':>12s}{'synaptic operations, million':>32s}",
@@ -91,21 +93,22 @@ class Info:
 
 
 def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
-    """Count and measure a model on a batch of real data.
+    """Count the operations of a model and measure its memory and firing rates on a batch of real data.
 
-    Multiply-adds are counted in matrix multiplications with weights, as they run. Energy follows by a table of costs that
-    leaves out memory, scans and neurons: it compares forms of one network, it does not predict a chip. In the default model
-    rates are averaged over T, added to real numbers and normalised before any weight meets them, so that its synaptic
-    operations are 0 and an estimate by additions alone does not apply (``spiking="wkv"`` has products of spikes).
+    Hooks count the multiply-adds of the matrix multiplications with weights while they run. The energy is an estimate: these
+    counts times the energy per operation. It leaves out memory, scans and neurons, so it compares forms of one network and does
+    not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over T, adds them to
+    real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone does not apply
+    to it. ``spiking="wkv"`` has spike-driven matrix multiplications.
 
     Args:
         model: any :class:`SDiT`.
-        batch: (x, t, y) as the model is called with; x noisy images of the data.
+        batch: (x, t, y), the arguments of the model; x are noisy images of the data.
 
     Raises:
-        TypeError, ValueError: as the model's.
+        TypeError, ValueError: the model refuses the batch.
 
-    Source: costs: Horowitz, Computing's energy problem, ISSCC 2014.
+    Source: energy per operation: Horowitz, Computing's energy problem, ISSCC 2014.
 
     Example:
         >>> import torch
@@ -117,9 +120,9 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     """
     B = len(batch[0])
     fired = {}
-    with torch.no_grad(), model.record(fired) as rates, _counted(model) as counts, _plain(model):
+    with torch.no_grad(), model.record(fired) as rates, _count_multiply_adds(model) as counts, _plain_form(model):
         model(*batch)
-    with torch.enable_grad(), FlopCounterMode(display=False) as computed:  # it stumbles over views made without gradients
+    with torch.enable_grad(), FlopCounterMode(display=False) as computed:  # it fails on views made without gradients
         model(*batch)
     counts = {name: count // B for name, count in counts.items()}
     groups, rates = {}, {name: rate.item() for name, rate in rates.items()}
@@ -131,7 +134,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         if isinstance(module, SpikingTimeMix)
         for part in ("key", "value", "receptance", "output")
     ]
-    with _plain(model):
+    with _plain_form(model):
         plain = _saved_bytes(model, [part[:1] for part in batch])
     return Info(
         parameters=sum(p.numel() for p in model.parameters()),
@@ -149,8 +152,8 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
 
 
 @contextlib.contextmanager
-def _plain(model):
-    """The plain form with the reference: no work is shared, and autograd keeps what it keeps of PyTorch's own operations."""
+def _plain_form(model):
+    """Switch the model to the plain form with the reference: images share no work, and all operations are PyTorch's own."""
     before, model.plain = model.plain, True
     try:
         with backend("reference"):
@@ -160,8 +163,8 @@ def _plain(model):
 
 
 @contextlib.contextmanager
-def _counted(model):
-    """{layer: multiply-adds} of the calls inside the block."""
+def _count_multiply_adds(model):
+    """Count multiply-adds of the calls inside the with block: yield {layer: count}."""
     counts = {}
 
     def hook(name, module, out):
@@ -184,7 +187,7 @@ def _counted(model):
 
 
 def _saved_bytes(model, batch):
-    """What autograd keeps for the backward pass, every storage once, weights and the batch left out."""
+    """Return the bytes that autograd keeps for the backward pass: every storage once, without weights and the batch."""
     seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *batch)}
     storages = []
 
@@ -192,7 +195,7 @@ def _saved_bytes(model, batch):
         storage = t.untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
-            storages.append(storage)  # alive, so that its address is not used again
+            storages.append(storage)  # keep it alive, so that its address is not reused
         return t.detach()
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -202,6 +205,6 @@ def _saved_bytes(model, batch):
 
 
 def _group(name):
-    """Layers that the table sums up: blocks by the kind of their layer."""
+    """Return the row of the table that counts a layer: layers of blocks are grouped by kind."""
     parts = name.split(".")
     return f"blocks: {parts[2].split('_')[0]}" if parts[0] == "blocks" else parts[0]

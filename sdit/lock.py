@@ -1,4 +1,4 @@
-"""A lock that one process holds for what it writes, and that the operating system takes from it when it dies."""
+"""A lock file that one process holds while it writes. The operating system releases the lock when the process dies."""
 
 import os
 import socket
@@ -14,45 +14,46 @@ except ImportError:  # Windows
 
 __all__ = ["lock"]
 
-_held = set()  # descriptors of the lock files of this process
-_FAR = 1 << 30  # Windows refuses reads of a locked byte, hence one behind the text
+_held_descriptors = set()  # descriptors of the lock files of this process
+_LOCKED_OFFSET = 1 << 30  # Windows refuses reads of a locked byte, so the locked byte lies behind the text
 
 
 def _close_in_child():
-    """A child shares its parent's locks until it closes them, so a worker that outlives its parent would keep the folder."""
-    for descriptor in _held:
+    """Close inherited lock files. A forked child shares them, so a worker that outlives its parent would keep the locks."""
+    for descriptor in _held_descriptors:
         os.close(descriptor)
-    _held.clear()
+    _held_descriptors.clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _try(descriptor):
-    """Take the lock. BlockingIOError or PermissionError: another process has it. Any other OSError: there are no locks here."""
+def _take_lock(descriptor):
+    """Take the lock. BlockingIOError and PermissionError: another process holds it. Other OSErrors: this disk has no locks."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
         import msvcrt
 
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        os.lseek(descriptor, _LOCKED_OFFSET, os.SEEK_SET)
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 
-def _open(path, subject, advice):
-    """The descriptor of the locked file, or None where the holder before removed the file between our open and our lock: such a
-    lock would protect nothing."""
+def _open_locked(path, subject, advice):
+    """Open and lock the file; return its descriptor. Return None if the earlier holder removed the file between our open and
+    our lock, because a lock on a removed file protects nothing."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            _try(descriptor)
+            _take_lock(descriptor)
         except (BlockingIOError, PermissionError):
-            with suppress(FileNotFoundError):  # that process has just ended
+            with suppress(FileNotFoundError):  # the other process has just ended
                 holder = path.read_text() or "another process"
                 raise BlockingIOError(f"{subject} is in use by {holder}: {advice}") from None
         except OSError as error:
-            warnings.warn(f"{path}: no locks here ({error.strerror}); start no other process on {subject}", stacklevel=4)
+            problem = f"{path}: this file system has no locks ({error.strerror})"
+            warnings.warn(f"{problem}: do not start another process on {subject}", stacklevel=4)
             return descriptor
         else:
             with suppress(FileNotFoundError):
@@ -67,18 +68,19 @@ def _open(path, subject, advice):
 
 @contextmanager
 def lock(path: str | Path, subject: str, advice: str):
-    """Hold the lock file ``path`` in this block; its text names this process.
+    """Hold the lock file ``path`` during a with block. The text of the file names this process.
 
-    The lock belongs to the open file: it ends with the process, also after ``kill -9``, and a file that a dead process left is
-    no obstacle. Where the file system has no locks, a warning says so and the block runs without one.
+    The operating system ties the lock to the open file. The lock ends with the process, also after ``kill -9``, and a lock file
+    that a dead process left does not block others. If the file system has no locks, the block runs without one, after a
+    warning.
 
     Args:
-        path: of the lock file, which exists only while the lock is held.
-        subject: what it protects, for the error.
-        advice: what to do if another process holds it, for the error.
+        path: the lock file, which exists only while the lock is held.
+        subject: name of the protected object, for the error message.
+        advice: advice for the user if another process holds the lock, for the error message.
 
     Raises:
-        BlockingIOError: another process holds it; the error names it. OSError: the file cannot be made.
+        BlockingIOError: another process holds the lock; the message names it. OSError: the file cannot be made.
 
     Example:
         >>> import tempfile
@@ -90,19 +92,19 @@ def lock(path: str | Path, subject: str, advice: str):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    while (descriptor := _open(path, subject, advice)) is None:
+    while (descriptor := _open_locked(path, subject, advice)) is None:
         pass
-    _held.add(descriptor)
+    _held_descriptors.add(descriptor)
     try:
-        with suppress(OSError):  # a full disk: the lock holds without its text
+        with suppress(OSError):  # on a full disk the lock still holds, without its text
             os.ftruncate(descriptor, 0)
             os.lseek(descriptor, 0, os.SEEK_SET)
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}".encode())
         yield
     finally:
-        if descriptor in _held:  # not in a forked child
-            with suppress(OSError):  # Windows removes no open file
+        if descriptor in _held_descriptors:  # a forked child has closed it
+            with suppress(OSError):  # Windows cannot remove an open file
                 path.unlink()
-            _held.remove(descriptor)
+            _held_descriptors.remove(descriptor)
             os.close(descriptor)

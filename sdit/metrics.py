@@ -1,4 +1,4 @@
-"""Distances between two sets of features: Frechet distance and KID."""
+"""Distances between two sets of features: Frechet distance and kernel inception distance (KID)."""
 
 import math
 
@@ -9,23 +9,24 @@ __all__ = ["frechet_distance", "kid"]
 
 
 def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
-    r"""Squared Frechet distance between the normal distributions that have the means and covariances of two sets.
+    r"""Compute the squared Frechet distance between normal distributions with the means and covariances of two feature sets.
 
     .. math:: |\mu_a - \mu_b|^2 + \operatorname{tr}(S_a + S_b - 2 (S_a^{1/2} S_b S_a^{1/2})^{1/2})
 
-    with unbiased covariances. It is biased upwards, the more the smaller the sets are: compare only equal numbers. In float64.
-    The trace of the root is the sum of the singular values of :math:`R_a R_b^T`, where :math:`S = R^T R` comes from a QR
-    decomposition of the centred features: roots are never taken of differences, and singular covariances cost no accuracy.
+    The covariances are unbiased. The distance is biased upwards, more so for smaller sets, so only compare sets of equal size.
+    The computation runs in float64. The trace of the root is the sum of the singular values of :math:`R_a R_b^T`, where
+    :math:`S = R^T R` comes from a QR decomposition of the centred features. This form takes no root of a difference and stays
+    accurate for singular covariances.
 
     Args:
-        a, b: (N, D) and (M, D), of :func:`sdit.classifier.features`; N and M above D, below which a covariance has no full
+        a, b: (N, D) and (M, D), from :func:`sdit.classifier.features`; N and M must exceed D, so that the covariances have full
             rank.
 
     Raises:
-        TypeError, ValueError: a or b.
+        TypeError, ValueError: a or b has a wrong dtype, shape or number of images.
 
-    Source: Dowson and Landau, J. Multivariate Anal. 12 (1982); for generated images Heusel et al., arXiv 1706.08500, in the
-    features of another network, whose numbers these are not to be compared with.
+    Source: Dowson and Landau, J. Multivariate Anal. 12 (1982). For generated images: Heusel et al., arXiv 1706.08500, in the
+    features of another network; do not compare their numbers with these.
 
     Example:
         >>> import numpy as np
@@ -34,7 +35,7 @@ def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
         >>> round(frechet_distance(x, x + 0.5), 6)  # 8 * 0.5^2
         2.0
     """
-    a, b = _checked(a, b)
+    a, b = _check_features(a, b)
     for name, x in (("a", a), ("b", b)):
         if len(x) <= x.shape[1]:
             raise ValueError(f"{name} must hold more images than there are features, {x.shape[1]}, got {len(x)}")
@@ -45,7 +46,7 @@ def frechet_distance(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> float:
     return max(0.0, float(squares - 2 * overlap))
 
 
-def _checked(a, b):
+def _check_features(a, b):
     a, b = (np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x) for x in (a, b))
     for name, x in (("a", a), ("b", b)):
         if x.dtype.kind != "f":
@@ -58,27 +59,27 @@ def _checked(a, b):
 
 
 def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, seed: int = 0) -> tuple[float, float]:
-    r"""KID's estimator: squared maximum mean discrepancy of two sets, mean and standard error over disjoint subsets.
+    r"""Compute the KID of two feature sets: squared maximum mean discrepancy, mean and standard error over disjoint subsets.
 
-    Of m features x and n features y, with :math:`k(x, y) = (x \cdot y / D + 1)^3`,
+    For m features x and n features y, with :math:`k(x, y) = (x \cdot y / D + 1)^3`,
 
     .. math:: \frac{\sum_{i \ne j} k(x_i, x_j)}{m (m - 1)} + \frac{\sum_{i \ne j} k(y_i, y_j)}{n (n - 1)}
         - \frac{2}{m n} \sum_{i, j} k(x_i, y_j)
 
-    which is unbiased at any m and n, and negative by chance where the distributions are one. Both sets are shuffled and cut
-    into ``subsets`` parts; the i-th of one is set against the i-th of the other. No image is in two parts: the values are
-    independent, and their standard deviation over the root of their number is a standard error.
+    This estimator is unbiased for any m and n. It can be negative by chance if the distributions are equal. Both sets are
+    shuffled and cut into ``subsets`` parts, and part i of one is compared with part i of the other. No image is in two parts,
+    so the values are independent, and their standard deviation over the root of their number is a standard error.
 
     Args:
-        a, b: (N, D) and (M, D), of :func:`sdit.classifier.features`.
-        subsets: at least 2, at most half of N and of M.
-        seed: of the shuffling.
+        a, b: (N, D) and (M, D), from :func:`sdit.classifier.features`.
+        subsets: number of parts, at least 2, at most half of N and of M.
+        seed: seed of the shuffling.
 
     Returns:
         (mean, standard error)
 
     Raises:
-        TypeError, ValueError: an argument.
+        TypeError, ValueError: an argument has a wrong dtype, shape or value.
 
     Source: Binkowski et al., arXiv 1801.01401, in the features of another network.
 
@@ -90,7 +91,7 @@ def kid(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, subsets: int = 10, se
         >>> abs(mean) < 3 * error, kid(x, y + 0.5)[0] > 0.5
         (True, True)
     """
-    a, b = _checked(a, b)
+    a, b = _check_features(a, b)
     least = min(len(a), len(b))
     if not isinstance(subsets, int) or isinstance(subsets, bool) or not 2 <= subsets <= least // 2:
         raise ValueError(f"subsets must be an int of 2 to half of the smaller set, {least // 2}, got {subsets!r}")

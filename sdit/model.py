@@ -1,14 +1,15 @@
-"""SDiT, the Spiking Diffusion Transformer (Yang et al., arXiv 2402.11588): a U-shaped stack of RWKV blocks whose mixing layers
-speak in firing rates, over the patches of a noisy image.
+"""SDiT, the Spiking Diffusion Transformer (Yang et al., arXiv 2402.11588): a U-shaped stack of RWKV blocks over the patches of
+a noisy image. Each mixing layer outputs firing rates.
 
-Letters: B batch, T simulation steps, L tokens, C channels, N patches.
+Letters: B batch, T time steps, L tokens, C channels, N patches.
 
-The network has one definition and two ways to compute it. The plain form, ``model.plain = True``, is the equations: every block
-appends its reconstruction tokens to the tokens of the image, B copies of them, and runs its layers over all. The other form
-gives the same numbers for less work. The scan over tokens is causal, and the image comes first: its tokens never see the
-reconstruction tokens, which start from the state that the image leaves. The reconstruction tokens are the same for the whole
-batch, so their norm, shift, keys, values and receptances are computed once (except for the first of them, which mixes with the
-last token of the image). ``sdit_kernels.backend`` chooses the kernels, or the reference, of both forms.
+The network has one definition and two forms that compute it. The plain form, ``model.plain = True``, follows the equations:
+every block appends B copies of its reconstruction tokens to the tokens of the image, and runs its layers over all tokens. The
+fast form gives the same numbers for less work. The scan over tokens is causal and the image tokens stand first, so they do not
+depend on the reconstruction tokens. The scan of the reconstruction tokens starts from the state after the last image token. The
+reconstruction tokens are the same for the whole batch, so the fast form computes their norm, shift, keys, values and
+receptances once, except for the first one, which mixes with the last token of the image. ``sdit_kernels.backend`` selects the
+kernels or the reference for both forms.
 """
 
 import contextlib
@@ -32,11 +33,11 @@ except ImportError:
 
 __all__ = ["SDiT"]
 
-EPS = 1e-6  # of every LayerNorm; none has affine parameters
+EPS = 1e-6  # eps of every LayerNorm; no LayerNorm here has affine parameters
 
 
 class RecordedRate(LIFRate):
-    """The neuron of a layer: its firing rate, recorded when asked; in the plain form the current is repeated T times."""
+    """A rate neuron that can record its firing rate (``SDiT.record``). The plain form repeats the current T times."""
 
     recorder = None
     plain = False
@@ -52,7 +53,7 @@ class RecordedRate(LIFRate):
         return rate if residual is None else residual + rate
 
     def spikes(self, x: Tensor, name: str | None = None) -> Tensor:
-        """T steps under the constant current x: (T, ...)."""
+        """Run the neuron for T time steps under the constant current x; return the spikes (T, ...)."""
         T = self.T
         s = lif(x.repeat(T, *[1] * x.dim()) if self.plain else x.expand(T, *x.shape), **self.op_arguments(x))
         if name:
@@ -65,14 +66,16 @@ class RecordedRate(LIFRate):
 
 
 class SpikingTimeMix(TimeMix):
-    """TimeMix in which the scan spikes, at every step t of T by itself, and all matrix products are of spikes::
+    """TimeMix with a spiking scan: each of the T time steps has a scan of its own, and every matrix multiplication is
+    spike-driven::
 
         sk, sv, sr   = T steps of the neuron under the constant currents xk, xv, xr
         k, v, r      = key(sk), value(sv), receptance(sr)                                  (T, B, L, C)
         s            = T steps of the neuron under sigmoid(r[t]) * wkv(k[t], v[t])
         out          = residual + 1/T * sum over t of output(s[t])
 
-    ``output`` is linear: it is given the mean of s, at 1/T of the work; the plain form gives it the spikes.
+    ``output`` is linear, so it receives the mean of s over T, which takes 1/T of the work. In the plain form it receives the
+    spikes.
     """
 
     plain = False
@@ -97,7 +100,7 @@ class SpikingTimeMix(TimeMix):
 
 
 class Block(nn.Module):
-    """One block of SDiT, with R the reconstruction tokens, learned::
+    """One block of SDiT, with learned reconstruction tokens R::
 
         x    = skip(concat[x, skipped])                             (decoder blocks)
         z    = concat[x, R]                                         over tokens
@@ -106,7 +109,7 @@ class Block(nn.Module):
         x, r = split(z)
         x    = x + x * gate,    gate = tokens_out(tokens_in(r)^T)   (B, N+1, C)
 
-    Without reconstruction tokens, x = z. In the shapes below L = N+1.
+    Without reconstruction tokens, the block returns z. In the shapes below L = N+1.
     """
 
     plain = False
@@ -126,11 +129,11 @@ class Block(nn.Module):
             self.tokens_in, self.tokens_out = nn.Linear(C, L), nn.Linear(L, C)
         else:
             self.reconstruction = None
-        self.frozen = None  # or a dict: what was computed once for a sampling run
+        self.frozen = None  # a dict inside SDiT.frozen(): tensors that a sampling run computes once
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
         if self.skip is not None:  # (B, L, C), of a decoder block
-            x = self.skip(torch.cat([x, skipped], -1)) if self.plain else self._join(x, skipped)
+            x = self.skip(torch.cat([x, skipped], -1)) if self.plain else self._apply_skip(x, skipped)
         if self.reconstruction is None:
             return self._mix(self._attend_all(x))  # (B, L, C)
         if self.plain:
@@ -139,7 +142,7 @@ class Block(nn.Module):
             return x + x * self._gate(r)
         x, r = self._attend(x)  # (B, L, C) each
         x, r = self._mix(x), self._mix(r, x[:, -1])
-        return x * (self._gate(r).to(x.dtype) + 1)  # addcmul would go over x and the gate three times more, coming back
+        return x * (self._gate(r).to(x.dtype) + 1)  # addcmul would read x and the gate three times more in the backward pass
 
     @nvtx.range("mlp")
     def _mix(self, x, last=None):
@@ -149,8 +152,8 @@ class Block(nn.Module):
     def _gate(self, r):
         return self.tokens_out(self.tokens_in(r).transpose(1, 2))  # (B, L, C) -> (B, L of r, L) -> (B, L, C)
 
-    def _join(self, x, skipped):
-        """``skip`` of the two side by side: a matmul for each half of its weight, the second added into the first."""
+    def _apply_skip(self, x, skipped):
+        """Apply ``skip`` to [x, skipped] without concatenating: one matmul per half of its weight."""
         C = x.shape[-1]
         weight = self.skip.weight
         first = F.linear(x, weight[:, :C], self.skip.bias).flatten(0, 1)  # (B L, C)
@@ -163,7 +166,7 @@ class Block(nn.Module):
 
     @nvtx.range("attention")
     def _attend(self, x):
-        """The attention of the tokens of the image and of R, both with their residual: (B, L, C) each."""
+        """Run the attention over the image tokens, then over R; return both with their residuals, (B, L, C) each."""
         a, R = self.attention, self.reconstruction.expand(len(x), -1, -1)
         own = a.project(x)
         first = a.project(R[:, :1], x[:, -1])
@@ -178,7 +181,7 @@ class Block(nn.Module):
         return a.finish(y, x), a.finish(y_r, R)
 
     def _shared(self):
-        """Keys, values and receptances of R[1:], which no sample changes: batches of 1."""
+        """Return keys, values and receptances of R[1:] with batch size 1: they do not depend on the images."""
         if self.frozen is None:
             return self._project_shared()
         neuron = self.attention.neuron
@@ -193,25 +196,25 @@ class Block(nn.Module):
 
 
 class SDiT(nn.Module):
-    """The network: noisy images, times and labels to the noise in them.
+    """The SDiT network: predict the noise in noisy images from the images, their times and their labels.
 
     Args:
-        config: a :class:`sdit.config.Config`, as in ``PRESETS``.
-        overrides: fields of it that are to be different.
+        config: a :class:`sdit.config.Config`, for example from ``PRESETS``.
+        overrides: fields of config to change.
 
     Shape:
         x: (B, channels, S, S), in the units of the noise. t: (B,), times 0 .. 999. y: (B,), int labels; num_classes is the null
         label. Output: (B, out, S, S), out = 2 channels (noise, then logits of the variance) with learn_sigma, else channels.
 
     Attributes:
-        config: what it was made of.
-        plain: True computes the equations as they stand, for comparison; see the top of this file.
-        trained_on: a dict of the data set that a trained model learnt from, as its checkpoint has it; empty for a new model.
-            Keys: name, images (their number), classes (their names), root (where the files were, or None).
-        checkpointing: True keeps only the input of each block for the backward pass and computes the rest again.
+        config: the configuration, with the overrides.
+        plain: True computes the equations literally, for comparison; see the top of this file.
+        trained_on: a dict that describes the training data, as the checkpoint stores it; empty for a new model. Keys: name,
+            images (their number), classes (their names), root (where the files were, or None).
+        checkpointing: True keeps only the input of each block for the backward pass, which recomputes the rest.
 
     Raises:
-        TypeError, ValueError: at construction for a wrong field; in a call for a wrong shape, dtype or label.
+        TypeError, ValueError: the constructor raises them for a wrong field, a call for a wrong shape, dtype or label.
 
     Source: Yang et al., SDiT, arXiv 2402.11588.
 
@@ -230,7 +233,7 @@ class SDiT(nn.Module):
             raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
         unknown = sorted(set(overrides) - {f.name for f in dataclasses.fields(Config)})
         if unknown:
-            raise TypeError(f"no such fields of a Config: {', '.join(unknown)}")
+            raise TypeError(f"a Config does not have the fields {', '.join(unknown)}")
         self.config = config = dataclasses.replace(config, **overrides)
         self.trained_on = {}
         self.checkpointing = False
@@ -246,7 +249,7 @@ class SDiT(nn.Module):
         else:
             layers, places = 2 * half + 1, range(2 * half + 1)
         self.blocks = nn.ModuleList(Block(config, place, layers, skip=i > half) for i, place in enumerate(places))
-        for name, order in zip(("_order", "_back"), _orders(config)):
+        for name, order in zip(("_order", "_inverse_order"), _token_orders(config)):
             self.register_buffer(name, order, persistent=False)
         self.final = nn.Linear(C, P * P * config.out_channels)
         self.smooth = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
@@ -254,7 +257,7 @@ class SDiT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial values, by ``config.variant``."""
+        """Set the initial values that ``config.variant`` selects."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
@@ -272,11 +275,11 @@ class SDiT(nn.Module):
             if block.reconstruction is not None:
                 nn.init.ones_(block.reconstruction)
         if self.config.variant == "improved":
-            self._improve()
+            self._set_improved_values()
 
-    def _improve(self):
-        """From "faithful" to "improved", with blocks that already know their place in the sequence of all: gates start shut,
-        neurons fire, the condition depends on time and label, and the last convolution passes on what it is given."""
+    def _set_improved_values(self):
+        """Turn the "faithful" initial values into the "improved" ones: gates start at zero, neurons fire, the condition depends
+        on time and label, and the last convolution is the identity."""
 
         def normal(linear, gain):
             nn.init.normal_(linear.weight, std=gain / math.sqrt(linear.weight.shape[1]))
@@ -286,14 +289,14 @@ class SDiT(nn.Module):
             a, m = block.attention, block.mlp
             for linear in (a.key, a.receptance, m.key, m.receptance):
                 normal(linear, 1)
-            normal(a.value, 30 if spiking else 1)  # a mean over tokens is small, and more so of sparse spikes
+            normal(a.value, 30 if spiking else 1)  # the mean over tokens is small, and smaller still for sparse spikes
             normal(a.output, 0.5 if spiking else 3)
             normal(m.value, 2)
             if block.reconstruction is not None:
                 nn.init.zeros_(block.tokens_out.weight)
         normal(self.time[0], math.sqrt(2))
         normal(self.time[2], 1)
-        nn.init.normal_(self.labels.weight, std=3)  # time, which they are added to, soon grows to about 5
+        nn.init.normal_(self.labels.weight, std=3)  # labels are added to the time embedding, which soon grows to about 5
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
 
@@ -314,7 +317,7 @@ class SDiT(nn.Module):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
         no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
-        with no_autocast:  # both ends of the network are cheap, and the stream of tokens keeps its precision
+        with no_autocast:  # both ends of the network cost little, and the tokens keep their precision
             x = self.embed_inputs(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
         half, skips = len(self.blocks) // 2, []
         checkpointing = self.checkpointing and torch.is_grad_enabled()
@@ -326,7 +329,7 @@ class SDiT(nn.Module):
                 inputs = tuple(a[:, self._order[i % 4]] for a in inputs)
             x = checkpoint(block, *inputs, use_reentrant=False) if checkpointing else block(*inputs)  # (B, N+1, C)
             if permuted:
-                x = x[:, self._back[i % 4]]
+                x = x[:, self._inverse_order[i % 4]]
             if i < half:
                 skips.append(x)
         with no_autocast:
@@ -334,18 +337,18 @@ class SDiT(nn.Module):
 
     @nvtx.range("embedding")
     def embed_inputs(self, x, t, y):
-        """The tokens of an image: the condition, then the patches, row by row; (B, N+1, C)."""
+        """Return the tokens (B, N+1, C) of images: the condition, then the patches row by row."""
         c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)  # (B, C)
         x = F.pixel_unshuffle(x, self.config.patch_size)  # (B, channels P P, S/P, S/P)
         x = self.patches(rearrange(x, "b c h w -> b (h w) c"))  # (B, N, C)
         if self.condition_to_patches is not None:
-            # The condition is large, and would drown the patches: hence this norm, and weights that start at zero.
+            # The condition is much larger than the patches, so it is normalised and its weights start at zero.
             x = x + self.condition_to_patches(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position  # (B, N+1, C)
 
     @nvtx.range("final")
     def decode_tokens(self, x):
-        """The image of the tokens. The token of the condition is dropped."""
+        """Return the images (B, out, S, S) of tokens (B, N+1, C). The condition token is dropped."""
         P = self.config.patch_size
         x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))  # (B, N, P P out)
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.config.image_size // P, p=P, q=P)  # (B, out, S, S)
@@ -372,10 +375,10 @@ class SDiT(nn.Module):
 
     @contextlib.contextmanager
     def record(self, fired=None):
-        """Gather firing rates: a dict from the name of a layer to its mean rate over all calls inside the block, a tensor.
+        """Record firing rates: yield a dict {name of a layer: mean rate over all calls inside the with block, a tensor}.
 
         Args:
-            fired: a dict that gets, for each layer, which of its neurons (channels) fired at all, a bool tensor (C,).
+            fired: a dict to fill with {name of a layer: bool tensor (C,)}, True for each neuron (channel) that fired.
 
         Example:
             >>> import torch
@@ -390,7 +393,7 @@ class SDiT(nn.Module):
         rates = {}
         neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, RecordedRate)]
         for name, neuron in neurons:
-            neuron.recorder = _Mean(rates, fired, name)
+            neuron.recorder = _RateRecorder(rates, fired, name)
         try:
             yield rates
         finally:
@@ -399,12 +402,12 @@ class SDiT(nn.Module):
 
     @contextlib.contextmanager
     def frozen(self):
-        """For a sampling run: what does not depend on the batch is computed at the first call and kept until the block ends.
+        """Speed up a sampling run: the first call computes the tensors that depend only on the weights, later calls reuse them.
 
-        The weights must not change inside it, and no gradient can be asked for.
+        Inside the with block the weights must not change and gradients must be disabled.
 
         Raises:
-            RuntimeError: from a call inside it, with gradients enabled.
+            RuntimeError: the model was called inside the with block with gradients enabled.
 
         Example:
             >>> import torch
@@ -425,8 +428,8 @@ class SDiT(nn.Module):
                 block.frozen = old
 
 
-class _Mean:
-    """Keeps rates[name + part] the mean of all it was called with, and fired[name + part] where it was ever above 0."""
+class _RateRecorder:
+    """Recorder of one neuron: keeps the mean of all its inputs in rates[name + part], and where they exceed 0 in fired."""
 
     def __init__(self, rates, fired, name):
         self.rates, self.fired, self.name, self.seen = rates, fired, name, {}
@@ -441,18 +444,18 @@ class _Mean:
             self.fired[self.name + part] = some | self.fired.get(self.name + part, False)
 
 
-def _orders(config):
-    """Of scan "four": the tokens, the condition's always first, by rows, by rows backwards, by columns, by columns backwards;
-    and the ways back. Both (4, N+1)."""
-    rows = torch.arange(1, config.tokens, device="cpu")  # also where parameters are to be on "meta"
+def _token_orders(config):
+    """Return the four token orders of scan "four" and their inverses, (4, N+1) each: rows, rows reversed, columns, columns
+    reversed. The condition token always stays first."""
+    rows = torch.arange(1, config.tokens, device="cpu")  # numbers, even if the model is made under torch.device("meta")
     columns = rearrange(rows, "(h w) -> (w h)", h=config.image_size // config.patch_size)
     orders = torch.stack([F.pad(order, (1, 0)) for order in (rows, rows.flip(0), columns, columns.flip(0))])
     return orders, orders.argsort(1)
 
 
 def _sinusoid(t, dtype):
-    """256 numbers for a time: cos, then sin, at 128 frequencies from 1 to 1e-4."""
-    wide = torch.promote_types(dtype, torch.float32)
-    frequency = torch.exp(torch.arange(128, dtype=wide, device=t.device) * (-math.log(10000) / 128))
-    angle = t.to(wide).unsqueeze(1) * frequency
+    """Embed times t (B,) in 256 numbers each: cos, then sin, at 128 frequencies from 1 to 1e-4."""
+    dtype_of_angle = torch.promote_types(dtype, torch.float32)
+    frequency = torch.exp(torch.arange(128, dtype=dtype_of_angle, device=t.device) * (-math.log(10000) / 128))
+    angle = t.to(dtype_of_angle).unsqueeze(1) * frequency
     return torch.cat([torch.cos(angle), torch.sin(angle)], 1).to(dtype)

@@ -1,4 +1,4 @@
-"""Files of images: a labelled grid, the denoising as a film, arrays."""
+"""Write images to files: a labelled grid, a GIF of the denoising, arrays."""
 
 import io
 import math
@@ -16,11 +16,11 @@ __all__ = ["Film", "check_pillow", "save_gif", "save_grid", "save_npz"]
 
 
 class Film:
-    """A callback for ``sample`` that keeps some ``frames`` of the denoising of the first ``images`` images.
+    """A callback for ``sample`` that keeps the noise and ``frames`` later states of the denoising.
 
     Args:
-        frames: states to keep beside the noise at the start.
-        images: images to keep of each.
+        frames: number of states to keep after the noise at the start.
+        images: keep only the first so many images of each state.
 
     Example:
         >>> from sdit import PRESETS, SDiT
@@ -41,12 +41,12 @@ class Film:
 
     @property
     def frames(self) -> list[Tensor]:
-        """(images, C, S, S) float32 each: the noise, then ``frames`` states (fewer if there are fewer steps)."""
+        """The noise, then ``frames`` states (fewer if there are fewer steps), (images, C, S, S) float32 each."""
         return [torch.cat(parts) for _, parts in sorted(self._parts.items())]
 
 
 def check_pillow() -> None:
-    """ImportError where there is no pillow, which writes pictures: before there is anything to write."""
+    """Raise ImportError if pillow is missing, before the work whose result it must write."""
     try:
         import PIL  # noqa: F401
     except ImportError:
@@ -54,7 +54,7 @@ def check_pillow() -> None:
 
 
 def _render(images, labels, names, columns):
-    """A PIL image of (N, C, S, S) in [-1, 1], every one with its class above it, pixels magnified to at least 64 a side."""
+    """Draw images (N, C, S, S) in [-1, 1] as one PIL image: a grid with class names, each image at least 64 pixels wide."""
     check_pillow()
     from PIL import Image, ImageDraw, ImageFont
 
@@ -87,7 +87,7 @@ def _render(images, labels, names, columns):
 
 def _save_picture(path, picture, lost="", **how):
     content = io.BytesIO()
-    picture.save(content, **how)  # not into the file itself: pillow's errors do not say that the disk is full
+    picture.save(content, **how)  # into memory first: pillow's errors do not say that the disk is full
     with atomic_write(Path(path), lost) as file:
         file.write(content.getbuffer())
 
@@ -95,26 +95,26 @@ def _save_picture(path, picture, lost="", **how):
 def save_grid(
     path, images: Tensor, labels=None, names: Sequence[str] | None = None, columns: int | None = None, lost: str = ""
 ) -> None:
-    """A PNG of (N, C, S, S) images in [-1, 1], the name of its class above each where ``labels`` (N,) are given.
+    """Write images (N, C, S, S) in [-1, 1] as a grid, a PNG, with the class name above each image if ``labels`` (N,) are given.
 
-    Whole pixels, magnified without smoothing. ``columns`` defaults to a square grid. Written whole or not at all: the OSError
-    names the file, and says what is ``lost``.
+    Pixels are magnified without smoothing. ``columns`` defaults to a square grid. The write is atomic. An OSError names the
+    file and ends with the text ``lost``.
     """
     _save_picture(path, _render(images, labels, names, columns), lost, format="PNG")
 
 
 def save_gif(path, frames: Sequence[Tensor], labels=None, names=None, columns: int | None = None, seconds: float = 4.0) -> None:
-    """A GIF of ``frames``, (N, C, S, S) each (``Film.frames``), laid out as ``save_grid`` does; the last one stays for 2 s."""
+    """Write ``frames`` (``Film.frames``), (N, C, S, S) each, as a GIF of grids; the last frame stays for 2 s."""
     if not frames:
         raise ValueError("frames must hold at least one frame, got none")
     pictures = [_render(frame, labels, names, columns) for frame in frames]
-    each = max(20, round(1000 * seconds / len(pictures)))  # ms; faster ones are shown slowly by browsers
+    each = max(20, round(1000 * seconds / len(pictures)))  # ms; browsers show faster GIFs slowly
     times = [each] * (len(pictures) - 1) + [2000]
     _save_picture(path, pictures[0], format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
 
 
 def save_npz(path, images: Tensor, labels) -> None:
-    """An npz file with ``images`` (N, S, S, C) uint8 and ``labels`` (N,) int64."""
+    """Write an npz file with ``images`` (N, S, S, C) uint8 and ``labels`` (N,) int64."""
     pixels = to_uint8(images.detach().cpu()).permute(0, 2, 3, 1).contiguous().numpy()
     with atomic_write(Path(path)) as file:
         np.savez(file, images=pixels, labels=np.asarray(labels, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Plot the curves of a run."""
 
 import io
 import json
@@ -12,10 +12,10 @@ _LINES = "-", "--", ":", "-.", (0, (1, 1))
 
 
 def read_metrics(run) -> list[dict]:
-    """The lines of a run's metrics.jsonl, whole ones.
+    """Read the complete lines of a run's metrics.jsonl.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged, or has no line yet.
+        FileNotFoundError: the file is missing. ValueError: the file is damaged, or has no line yet.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
@@ -31,17 +31,18 @@ def read_metrics(run) -> list[dict]:
 
 
 def plot(run: str | Path, out: str | Path | None = None) -> Path:
-    """Loss and its parts, norm of the gradient and learning rate, firing rate of each layer, speed: a PNG.
+    """Plot the loss and its parts, gradient norm, learning rate, firing rates and speed of a run as a PNG.
 
     Args:
-        run: folder of a run; it may still be going on.
-        out: None for curves.png in it.
+        run: folder of a run; the run may still be in progress.
+        out: file to write; None writes curves.png in the folder.
 
     Returns:
-        The path written.
+        The path of the file.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_metrics`; out does not end in .png. ImportError: matplotlib is missing.
+        FileNotFoundError, ValueError: see :func:`read_metrics`; ValueError also if out does not end in .png. ImportError:
+            matplotlib is missing.
 
     Example:
         >>> import json, tempfile
@@ -78,7 +79,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     gradient.set(yscale="log", title="gradient")
     gradient.legend()
     gradient.twinx().plot(steps, [row["lr"] for row in rows], color="C1", **marker)
-    blocks, kinds = {}, {}  # a colour for each block, a line for each kind of its layers
+    blocks, kinds = {}, {}  # one colour per block, one line style per kind of layer
     for name in rows[-1]["rates"]:
         block, _, kind = name.removeprefix("blocks.").partition(".")
         color = blocks.setdefault(block, f"C{len(blocks) % 10}")

@@ -1,4 +1,4 @@
-"""Checkpoints of the research code of arXiv 2402.11588, of which nothing is executed."""
+"""Load checkpoints of the research code of arXiv 2402.11588, without executing code from the file."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ from .model import SDiT
 
 __all__ = ["from_research", "load_research", "research_name"]
 
-_RESEARCH = (  # our prefix, theirs; the blocks' come after block_prefix
+_RESEARCH = (  # our prefix, the prefix of the research code; parameters of a block also have a block prefix
     ("patches.", "x_embedder.proj."),
     ("time.", "t_embedder.mlp."),
     ("labels.", "y_embedder.embedding_table."),
@@ -30,6 +30,7 @@ _RESEARCH = (  # our prefix, theirs; the blocks' come after block_prefix
 
 
 def research_name(name: str, half: int) -> str:
+    """Return the research code's name of our parameter ``name``; ``half`` is the number of encoder blocks."""
     block = re.match(r"blocks\.(\d+)\.", name)
     prefix = ""
     if block:
@@ -40,7 +41,7 @@ def research_name(name: str, half: int) -> str:
 
 
 def _research_config(state_dict) -> Config:
-    """Sizes, read off the shapes of the tensors."""
+    """Derive the configuration from the shapes of the tensors."""
     problems = []
 
     def shape(name, axes):
@@ -58,7 +59,7 @@ def _research_config(state_dict) -> Config:
     if not problems:
         side = math.isqrt(max(tokens - 1, 0))
         if side * side != tokens - 1:
-            problems.append(f"pos_embed has {tokens} tokens, which are no square number of patches and one more")
+            problems.append(f"pos_embed has {tokens} tokens, not a square number of patches plus one")
         if out not in (channels, 2 * channels):
             problems.append(f"conv.weight gives {out} channels where images have {channels}")
     if problems:
@@ -74,17 +75,17 @@ def _research_config(state_dict) -> Config:
 
 
 def from_research(state_dict: dict[str, Tensor]) -> SDiT:
-    """The model in a state dict of the research code of arXiv 2402.11588, of any size.
+    """Make a model from a state dict of the research code of arXiv 2402.11588, of any size.
 
-    Widths, depth, patch and image size, number of classes and learn_sigma are read off the shapes. What shapes do not say (T,
-    tau, threshold) has the research code's values, which are the defaults of :class:`sdit.config.Config`.
+    The shapes of the tensors determine dim, depth, patch size, image size, number of classes and learn_sigma. The shapes do not
+    determine T, tau and v_threshold; these get the values of the research code, the defaults of :class:`sdit.config.Config`.
 
     Args:
-        state_dict: names and tensors as the research code's ``model.state_dict()`` gives them; for a file see
-            :func:`load_research`. It is copied.
+        state_dict: {name: tensor}, the research code's ``model.state_dict()``; the tensors are copied. To read a file, use
+            :func:`load_research`.
 
     Raises:
-        TypeError: it is not a dict. ValueError: naming every key that is missing, not known or of the wrong shape.
+        TypeError: state_dict is not a dict. ValueError: keys are missing, unknown or of the wrong shape; the message names all.
 
     Example:
         >>> from sdit.research import from_research
@@ -111,7 +112,7 @@ y_embedder.embedding_table.weight; missing conv.weight
         wanted = (*shape[:1], config.channels, config.patch_size, config.patch_size) if ours == "patches.weight" else shape
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             problems.append(
-                f"{name} is {tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__}, no float tensor"
+                f"{name} is {tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__}, not a float tensor"
             )
         elif tensor.shape != wanted:
             problems.append(f"{name} has shape {tuple(tensor.shape)} where {tuple(wanted)} is wanted")
@@ -124,15 +125,16 @@ y_embedder.embedding_table.weight; missing conv.weight
 
 
 def load_research(path) -> SDiT:
-    """The model in a checkpoint file of the research code, ``{"model": state dict, "opt": ..., "args": Namespace}``.
+    """Load a checkpoint file of the research code, ``{"model": state dict, "opt": ..., "args": Namespace}``.
 
-    Nothing in the file is executed: it is read with ``weights_only``.
+    The file is read with ``weights_only``, so none of its code is executed.
 
     Args:
-        path: of the .pt file.
+        path: the .pt file.
 
     Raises:
-        OSError: the file cannot be read. ValueError: it is not such a checkpoint; as :func:`from_research`.
+        OSError: the file cannot be read. ValueError: the file is not a checkpoint of the research code; see also
+            :func:`from_research`.
 
     Example:
         >>> import torch
@@ -144,8 +146,8 @@ def load_research(path) -> SDiT:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # on bytes that are no pickle torch's reader fails in many ways: KeyError, struct.error, ...
-        # torch's own text advises to read the file with weights_only=False, which would execute it.
+    except Exception as error:  # for bytes that are not a pickle, torch raises many types: KeyError, struct.error, ...
+        # torch's own message recommends weights_only=False, which would execute code from the file.
         raise ValueError(f"{path} is not a checkpoint of PyTorch, or holds more than tensors and plain data") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         kind = f"a dict of {', '.join(map(str, content))}" if isinstance(content, dict) else type(content).__name__

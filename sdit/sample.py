@@ -1,6 +1,6 @@
-"""Images from noise.
+"""Draw images with a trained model.
 
-``sample`` draws images with a model; ``run`` is the body of ``sdit sample``, from a checkpoint to files.
+``sample`` draws images with a model; ``run`` is the body of ``sdit sample``: it loads a checkpoint and writes files.
 """
 
 import math
@@ -44,31 +44,32 @@ def sample(
 ) -> Tensor:
     r"""Draw one image per label.
 
-    The noise of image i, all of it, comes from a generator of its own, made from (seed, first + i), on the CPU: an image
-    depends neither on batch_size nor on the other images nor on the device, except for rounding in the network.
+    Image i has a random generator of its own on the CPU, seeded with (seed, first + i). So an image does not depend on
+    batch_size, on the other images or on the device, except for rounding in the network.
 
-    The network runs in its weights' dtype and under whatever autocast the caller has set, the sampler in float32. What does
-    not change during the run is computed once (``model.frozen``). Weights are used as they are: whoever wants averaged ones
-    loads them first.
+    The network runs in the dtype of its weights and under the caller's autocast, the sampler in float32. Tensors that do not
+    change during the run are computed once (``model.frozen``). The model's current weights are used; to use averaged weights,
+    load them first.
 
     Args:
-        model: :class:`sdit.SDiT`; runs in eval mode, and is left in the mode it was in.
-        labels: N ints in 0 .. num_classes; num_classes is the null label, for an image of no class in particular.
-        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; None for "ddpm", or "euler" with prediction "flow".
+        model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.
+        labels: N ints in 0 .. num_classes; num_classes is the null label, which draws an image of any class.
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "ddpm", or "euler" with prediction
+            "flow".
         guidance: see :func:`sdit.diffusion.predict`.
         seed: at least 0.
         first: number of the first image, at least 0.
-        threshold: v_threshold of all neurons for this run; None leaves the trained one.
-        batch_size: images at a time; with guidance the network sees twice as many.
-        progress: show a bar, with images per second.
-        callback: called as callback(start, step, steps, x): x are the images start, start + 1, .. (not limited to [-1, 1], on
-            the model's device), step = 0 before the first step and 1 .. steps after each.
+        threshold: v_threshold of all neurons during this run; None keeps the trained value.
+        batch_size: images at a time; with guidance the network computes twice as many.
+        progress: show a progress bar with images per second.
+        callback: called as callback(start, step, steps, x). x holds the images start, start + 1, .. (not limited to [-1, 1], on
+            the model's device); step is 0 before the first step, and 1 .. steps after each step.
 
     Returns:
         (N, channels, S, S) float32 on the CPU, limited to [-1, 1].
 
     Raises:
-        TypeError, ValueError: an argument; or the network gives NaN or infinite values.
+        TypeError, ValueError: an argument is wrong, or the network outputs NaN or infinite values.
         ImportError: diffusers is missing.
 
     Example:
@@ -91,12 +92,12 @@ def sample(
         stack.callback(model.train, was_training)
         model.eval()
         if threshold is not None:
-            stack.enter_context(_threshold(model, threshold))
+            stack.enter_context(_override_threshold(model, threshold))
         stack.enter_context(model.frozen())
         bar = stack.enter_context(progress_bar(len(labels), progress))
         for start in range(0, len(labels), batch_size):
             y = labels[start : start + batch_size].to(weight.device)
-            generators = [_generator(seed, first + start + i) for i in range(len(y))]
+            generators = [_make_generator(seed, first + start + i) for i in range(len(y))]
             x = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
             x = x.to(weight.device)
             scheduler = make_scheduler(sampler, steps, config, clip)
@@ -104,20 +105,20 @@ def sample(
             if callback is not None:
                 callback(start, 0, len(times), x)
             for step, t in enumerate(times, start=1):
-                asked = torch.full((len(y),), t, device=weight.device)
-                out = predict(model, x.to(weight.dtype), asked, y, guidance).float()
+                model_t = torch.full((len(y),), t, device=weight.device)
+                out = predict(model, x.to(weight.dtype), model_t, y, guidance).float()
                 x = reverse_step(scheduler, out, t, x, generators)
                 bar.update(len(y) / len(times))
                 if callback is not None:
                     callback(start, step, len(times), x)
             if not x.isfinite().all():
-                raise ValueError(f"the model gives values that are not finite: images {start}..{start + len(y) - 1} are lost")
+                raise ValueError(f"the model outputs values that are not finite: images {start}..{start + len(y) - 1} are lost")
             done.append(x.float().clamp(-1, 1).cpu())
     return torch.cat(done)
 
 
 def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first=0) -> None:
-    """TypeError, ValueError or ImportError where :func:`sample` cannot draw with these, before any work."""
+    """Raise TypeError, ValueError or ImportError if :func:`sample` cannot draw with these settings."""
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
@@ -139,14 +140,14 @@ def _check_labels(labels, num_classes):
     return labels.long()
 
 
-def _generator(seed, i):
+def _make_generator(seed, i):
     state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))
 
 
 @contextmanager
-def _threshold(model, value):
-    """Every neuron of ``model`` fires from ``value`` on, until the block is left."""
+def _override_threshold(model, value):
+    """Set v_threshold of every neuron of ``model`` to ``value`` during the with block."""
     before = [(module, module.v_threshold) for module in model.modules() if hasattr(module, "v_threshold")]
     try:
         for module, _ in before:
@@ -158,7 +159,7 @@ def _threshold(model, value):
 
 
 def progress_bar(total, wanted):
-    from tqdm import tqdm  # diffusers brings it
+    from tqdm import tqdm  # installed with diffusers
 
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
     return tqdm(total=total, unit=" images", bar_format=form, disable=not wanted)
@@ -168,7 +169,7 @@ def progress_bar(total, wanted):
 
 
 def class_names(config, names: Sequence[str] = ()) -> tuple[str, ...]:
-    """Names of the classes 0 .. num_classes - 1: ``names``, or else what config.dataset has; numbers if they are not as many.
+    """Return the class names: ``names``, or the names of config.dataset; numbers if there are not num_classes names.
 
     Example:
         >>> from sdit import PRESETS
@@ -181,20 +182,21 @@ def class_names(config, names: Sequence[str] = ()) -> tuple[str, ...]:
 
 
 def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 0) -> Tensor:
-    r"""Labels from what a user types.
+    r"""Parse the labels that a user types.
 
     Args:
-        wanted: "all": the classes in turn; "random": uniform, from ``seed``; or numbers and names of classes, in any case, with
-            commas between, "none" for the null label, repeated until there are n.
-        n: images; None for 40, or the length of the list.
-        names: of the classes.
+        wanted: "all" for the classes in turn; "random" for uniform labels from ``seed``; or a comma-separated list of numbers
+            and names of classes (upper or lower case), with "none" for the null label. The list is repeated until it has n
+            labels.
+        n: number of images; None takes 40, or the length of the list.
+        names: names of the classes.
         seed: at least 0.
 
     Returns:
         (n,) int64.
 
     Raises:
-        ValueError: a class that is none, n below 1 or below the length of the list.
+        ValueError: a class does not exist, or n is below 1 or below the length of the list.
 
     Example:
         >>> from sdit.sample import choose_labels
@@ -229,19 +231,21 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
 
 
 def resolve_device(device) -> torch.device:
-    """The device that a user names, or a ValueError."""
+    """Return the device that a user names. Raise ValueError if it cannot be used."""
     try:
-        found = torch.empty(0, device=device).device
+        resolved = torch.empty(0, device=device).device
     except (AssertionError, RuntimeError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if found.type == "meta":
+    if resolved.type == "meta":
         raise ValueError("device 'meta' cannot be used: it holds no numbers")
-    return found
+    return resolved
 
 
-def _rescued(error, images, labels, npz):
-    """The error of a file that could not be written, with the place where the images are: ``npz`` if it is there, or else a new
-    file in the folder for temporary files."""
+def _save_after_error(error, images, labels, npz):
+    """Save the images after a failed write; return an OSError that says where they are.
+
+    They are in ``npz`` if that file was written. Otherwise they go into a new file in the folder for temporary files.
+    """
     failed = f"{error.filename}: {error.strerror}"
     try:
         if npz is None:
@@ -252,7 +256,7 @@ def _rescued(error, images, labels, npz):
     return OSError(f"{failed}; the images and their labels are in {npz}")
 
 
-_SHOWN = 100  # images that the grid and the film have room for
+_MAX_SHOWN = 100  # images in the grid and in the GIF
 
 
 def run(
@@ -270,11 +274,23 @@ def run(
     seed: int = 0,
     **settings,
 ) -> list[Path]:
-    """``sdit sample``: images from a checkpoint, into ``out`` (a .png), and beside it a .gif and a .npz of the same name.
+    """Run ``sdit sample``: draw images with a checkpoint and write them to files.
 
-    ``labels`` and ``n`` as in ``choose_labels``, with the data set's class ``names``; ``settings`` as in ``sample``. Grid and
-    film show the first 100 images, the .npz has all. ``ema`` takes the averaged weights, ``bf16`` runs the network under
-    autocast; ``device`` defaults to the GPU where there is one. Returns the paths written.
+    Args:
+        checkpoint: a file, the folder of a run, or "pretrained"; see :func:`sdit.checkpoint.load_model`.
+        out: the grid, a .png; the .gif and the .npz get the same name. Grid and GIF show the first 100 images, the .npz has
+            all.
+        labels, n: see :func:`choose_labels`.
+        names: names of the classes; None takes the names of the training data.
+        gif: write a GIF of the denoising.
+        npz: write images and labels as arrays.
+        ema: use the averaged weights.
+        bf16: run the network under bfloat16 autocast.
+        device: None takes a GPU if there is one.
+        seed, settings: see :func:`sample`.
+
+    Returns:
+        The paths of the files.
     """
     from .checkpoint import load_model
 
@@ -287,8 +303,8 @@ def run(
     names = class_names(model.config, model.trained_on.get("classes", ())) if names is None else tuple(names)
     chosen = choose_labels(labels, n, names, seed)
 
-    film = Film(images=_SHOWN) if gif else None
-    shown = min(len(chosen), _SHOWN)
+    film = Film(images=_MAX_SHOWN) if gif else None
+    shown = min(len(chosen), _MAX_SHOWN)
     columns = len(names) if labels == "all" and len(names) <= 20 else None
     written = [out] + [out.with_suffix(".gif")] * gif + [out.with_suffix(".npz")] * npz
     pixels = len(chosen) * model.config.channels * model.config.image_size**2
@@ -300,16 +316,16 @@ def run(
                 images = sample(model, chosen, seed=seed, progress=True, callback=film, **settings)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"stopped, {out} is not written") from None
-        took, kept = time.perf_counter() - began, None
+        seconds, written_npz = time.perf_counter() - began, None
         try:
             if npz:
                 save_npz(written[-1], images, chosen)
-                kept = written[-1]
+                written_npz = written[-1]
             save_grid(out, images[:shown], chosen[:shown], names, columns)
             if gif:
                 save_gif(written[1], film.frames, chosen[:shown], names, columns)
         except OSError as error:
-            raise _rescued(error, images, chosen, kept) from None
-    what = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
-    print(f"{what} in {took:.1f} s, {len(images) / took:.3g} images/s: {', '.join(map(str, written))}")
+            raise _save_after_error(error, images, chosen, written_npz) from None
+    summary = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
+    print(f"{summary} in {seconds:.1f} s, {len(images) / seconds:.3g} images/s: {', '.join(map(str, written))}")
     return written

@@ -1,4 +1,4 @@
-"""How a model is trained, as one frozen record."""
+"""The settings of a training run, and recipes for the small presets."""
 
 import dataclasses
 import math
@@ -11,31 +11,32 @@ __all__ = ["RECIPES", "TrainSettings"]
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a model is trained; ``TrainSettings.of(config)`` has what suits a configuration.
+    """The settings of a training run. ``TrainSettings.of(config)`` returns settings that suit a configuration.
 
-    The research code has the same values as the defaults. ``of`` takes others for the variant "improved": lr 1e-3, weight decay
-    0.01, warm-up, cosine decay, clipping at 1, average with 0.999, flips; and ``RECIPES`` for the small presets.
+    The defaults are the values of the research code. For the variant "improved", ``of`` uses other values: lr 1e-3, weight
+    decay 0.01, warm-up, cosine decay, clipping at 1, averaging with decay 0.999, flips; for the small presets it adds
+    ``RECIPES``.
 
     Args:
-        steps: of the optimiser, in all.
+        steps: total number of optimiser steps.
         batch_size: images of one step, over all processes and accumulated parts.
-        accumulate: parts in which a process computes its share, one after the other, to save memory.
+        accumulate: number of parts into which a process splits its images of a step, to save memory.
         lr: learning rate of AdamW after the warm-up.
-        weight_decay: of AdamW.
+        weight_decay: weight decay of AdamW.
         warmup: steps over which the learning rate rises linearly.
-        cosine: the learning rate falls to 0 at the last step, along a cosine; else it stays.
+        cosine: True lets the learning rate fall to 0 at the last step, along a cosine; False keeps it constant.
         clip: largest norm of the gradient, 0 for no limit.
-        ema: decay of the average of weights, which is (1 + n) / (10 + n) at step n as long as that is less; 0 for no average.
-        flip: mirror half of the images left to right, if that leaves them in their class.
-        bf16: matrix products in bfloat16 (autocast).
-        seed: of the initial weights and all that is drawn.
-        log_every: steps between lines of metrics.jsonl, each of which has the means over its steps.
+        ema: decay of the average of the weights, 0 for no average. At step n the decay is at most (1 + n) / (10 + n).
+        flip: mirror half of the images left to right, if mirrored images of the data set keep their class.
+        bf16: compute matrix multiplications in bfloat16 (autocast).
+        seed: seed of the initial weights and of all random numbers.
+        log_every: steps between lines of metrics.jsonl. A line holds the means over these steps.
         sample_every: steps between pictures in samples/, 0 for none.
         save_every: steps between checkpoints.
-        keep: checkpoints to keep, the newest ones.
+        keep: number of checkpoints to keep, the newest ones.
 
     Raises:
-        TypeError, ValueError: naming the field, what it was given and what is allowed.
+        TypeError, ValueError: a field is wrong; the message names the field, its value and the allowed values.
 
     Example:
         >>> from sdit import PRESETS
@@ -73,36 +74,36 @@ class TrainSettings:
                 raise TypeError(f"{field.name} must be {'a number' if field.type is float else 'an int'}, got {value!r}")
             if field.name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep"):
                 least = 1
-            limit, said = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
+            limit, bound = (math.inf, "finite") if field.type is float else (2**63, "below 2^63")
             if field.name == "lr" and not 0 < value < limit:
                 raise ValueError(f"lr must be positive and finite, got {value}")
             if not least <= value < limit:
-                raise ValueError(f"{field.name} must be at least {least} and {said}, got {value}")
+                raise ValueError(f"{field.name} must be at least {least} and {bound}, got {value}")
         if not self.ema < 1:
             raise ValueError(f"ema must be below 1, got {self.ema}")
 
     @classmethod
     def of(cls, config: Config, **changes) -> "TrainSettings":
-        """The settings that suit ``config``, except for ``changes``."""
+        """Return the settings that suit ``config``, with the fields of ``changes`` replaced."""
         own = {}
         if config.variant == "improved":
             own = dict(lr=1e-3, warmup=200, cosine=True, clip=1.0, ema=0.999, flip=True)
             own |= RECIPES.get(config.dataset, {}) if config.dim < 384 else {}
         unknown = sorted(set(changes) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise TypeError(f"no such fields of TrainSettings: {', '.join(unknown)}")
+            raise TypeError(f"TrainSettings does not have the fields {', '.join(unknown)}")
         return cls(**(own | changes))
 
     def learning_rate(self, step: int) -> float:
-        """Of step 0, 1, .."""
+        """Return the learning rate of step ``step`` (0, 1, ..)."""
         rise = min(1.0, (step + 1) / (self.warmup + 1))
         after = max(0, step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * rise * (0.5 * (1 + math.cos(math.pi * after)) if self.cosine else 1.0)
 
 
-RECIPES = {  # by data set: minutes on two cores
+RECIPES = {  # {data set: settings} that train in minutes on two CPU cores
     "digits": dict(steps=2000, batch_size=64, lr=3e-3, warmup=100, ema=0.995, sample_every=500, save_every=500),
-    # Every sneaker and boot of Fashion-MNIST points to the left. Frechet distance of 500 real images from the test images:
-    # .126, with every other one mirrored .167 (perf/results/sdit_fashion_trials.json).
+    # No flips, because every sneaker and boot of Fashion-MNIST points to the left. The Frechet distance of 500 real images from
+    # the test images is .126, and .167 with every other image mirrored (perf/results/sdit_fashion_trials.json).
     "fashion_mnist": dict(steps=4000, batch_size=64, lr=5e-3, flip=False, sample_every=1000, save_every=500),
 }

@@ -1,8 +1,7 @@
-"""Training: one loop, for one process or many, that can be killed at any moment and goes on where it was.
+"""The training loop, for one process or several. A run can be killed at any moment and resumed.
 
-Nothing is drawn from a state that runs along: which images a step takes, their noise, times and dropped labels are functions
-of (seed, step). A checkpoint at step n therefore holds weights, their average, the optimiser and n, and the run that goes on
-from it is, on a CPU, bit for bit the one that was never interrupted.
+The images of a step, their noise, times and dropped labels are functions of (seed, step). So a checkpoint at step n only holds
+the weights, their average, the state of the optimiser and n. On a CPU, a resumed run equals an uninterrupted run bit for bit.
 """
 
 import copy
@@ -28,7 +27,7 @@ from .config import Config
 from .data import DATASETS, Images, Order, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
-from .files import atomic_write, explained
+from .files import atomic_write, name_in_errors
 from .lock import lock
 from .model import SDiT
 from .pictures import check_pillow, save_grid
@@ -37,8 +36,9 @@ from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
-_MAX_BATCH = 4096  # images of a step, where the data set has fewer
-_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")  # in a run that goes on
+_MAX_BATCH = 4096  # limit of batch_size; a larger data set raises it to its number of images
+# Settings that a resumed run may change
+_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")
 
 
 def train(
@@ -52,42 +52,43 @@ def train(
     device: str | None = None,
     progress: bool = True,
 ) -> SDiT:
-    r"""Train a model; everything goes into ``out_dir``.
+    r"""Train a model and write the run into the folder ``out_dir``.
 
     ======================================  ================================================================================
     run.json                                configuration, settings, versions
     metrics.jsonl                           step, loss, mse, vb, grad_norm, lr, rates per layer, images_per_s, memory_mb
-    samples/step_*.png                      images of every class, by the averaged weights
+    samples/step_*.png                      images of every class, drawn with the averaged weights
     checkpoints/step_*.safetensors          see ``sdit.checkpoint``
-    tensorboard/                            the same numbers, where tensorboard is installed
+    tensorboard/                            the numbers of metrics.jsonl, if tensorboard is installed
     ======================================  ================================================================================
 
-    While it runs, a file ``lock`` names its process, and no other process can train in the folder. A checkpoint also remembers
+    During the run, a file ``lock`` names its process, and no other process can train in the folder. A checkpoint also stores
     root, device and the names of the classes.
 
-    Under ``torchrun`` (or an initialised ``torch.distributed``) every process takes its part of each batch, and the gradient
-    equals the gradient of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the step it is in,
+    Under ``torchrun`` (or an initialised ``torch.distributed``) every process computes its part of each batch, and the gradient
+    equals the gradient of one process with the whole batch. SIGINT (Ctrl-C) and SIGTERM end the run after the current step,
     with a checkpoint.
 
     Args:
-        config: of the model; None with ``resume``, for what the checkpoint says.
-        settings: None for ``TrainSettings.of(config)``, or with ``resume`` for what the checkpoint says.
+        config: configuration of the model; None with ``resume`` takes the configuration of the checkpoint.
+        settings: None takes ``TrainSettings.of(config)``, or with ``resume`` the settings of the checkpoint.
         out_dir: folder of the run.
-        resume: go on from the newest checkpoint in out_dir. steps, accumulate, keep and the four *_every may be other than they
-            were.
-        data: images to train on; None for ``sdit.data.load(config.dataset, root)``.
-        root: where the data set's files are; None with ``resume`` for where they were.
-        device: None for the GPU where there is one, or with ``resume`` for the device that was named at the start.
-        progress: show a bar, with loss and mean firing rate.
+        resume: continue from the newest checkpoint in out_dir. A resumed run may change steps, accumulate, keep, log_every,
+            sample_every and save_every.
+        data: images to train on; None loads ``sdit.data.load(config.dataset, root)``.
+        root: folder of the data set; None with ``resume`` takes the folder that the checkpoint stores.
+        device: None takes a GPU if there is one, or with ``resume`` the device that was named at the start.
+        progress: show a progress bar with loss and mean firing rate.
 
     Returns:
-        The model with the averaged weights (the weights, without an average), in eval mode.
+        The model in eval mode, with the averaged weights (with the trained weights if no average is kept).
 
     Raises:
-        ValueError, TypeError: an argument. FileExistsError: out_dir holds a run and resume is False. BlockingIOError: another
-            process trains in out_dir; it says which. FileNotFoundError: nothing to resume, or data missing. OSError: a file
-            cannot be written. FloatingPointError: a loss or gradient is not finite; it says where, and the last checkpoint is
-            kept. KeyboardInterrupt: after a signal, when all is saved.
+        ValueError, TypeError: an argument is wrong. FileExistsError: out_dir holds a run and resume is False. BlockingIOError:
+            another process trains in out_dir; the message names it. FileNotFoundError: there is nothing to resume, or the data
+            is missing. OSError: a file cannot be written. FloatingPointError: a loss or gradient is not finite; the message
+            says where, and the last checkpoint is kept. KeyboardInterrupt: a signal ended the run, after the checkpoint was
+            saved.
 
     Example:
         >>> import tempfile
@@ -106,23 +107,23 @@ def train(
             try:
                 device = resolve_device(before)
             except ValueError as error:
-                raise ValueError(f"{error}. The run was on it until now: name another device (--device)") from None
+                raise ValueError(f"{error}. The run used it until now: name another device (--device)") from None
     else:
-        _refuse_a_run(out)
-        config, settings = _checked(config, settings)
+        _refuse_existing_run(out)
+        config, settings = _check_arguments(config, settings)
     named = device
     with ExitStack() as stack:
-        rank, world, device = stack.enter_context(_processes(device))
-        if not resume:  # before there is a folder
-            data, remembered = _data(config, settings, world, data, root)
-        stack.enter_context(_alone(out, rank, world))
+        rank, world, device = stack.enter_context(_join_processes(device))
+        if not resume:  # check the data before making the folder
+            data, remembered = _load_images(config, settings, world, data, root)
+        stack.enter_context(_hold_run_lock(out, rank, world))
         if resume:
             state, meta = load(path := newest(out))
-            config, settings, start = _resumed(path, meta, config, settings)
-            _checked(config, settings)
-            data, remembered = _data(config, settings, world, data, root, meta.get("data", {}))
+            config, settings, start = _check_resumed(path, meta, config, settings)
+            _check_arguments(config, settings)
+            data, remembered = _load_images(config, settings, world, data, root, meta.get("data", {}))
         else:
-            _refuse_a_run(out)
+            _refuse_existing_run(out)
         remembered = {"data": remembered, "device": named and str(named)}
         run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
         run.restore(state, start)
@@ -130,26 +131,26 @@ def train(
         return (run.ema or run.model).eval()
 
 
-def _refuse_a_run(out):
+def _refuse_existing_run(out):
     if checkpoints(out):
         raise FileExistsError(f"{out} holds a run already: resume it (--resume {out}), or choose another folder")
 
 
-def _checked(config, settings):
+def _check_arguments(config, settings):
     if not isinstance(config, Config):
         raise TypeError(f"config must be a Config, as in sdit.config.PRESETS, got {type(config).__name__}")
     settings = TrainSettings.of(config) if settings is None else settings
     if not isinstance(settings, TrainSettings):
         raise TypeError(f"settings must be a TrainSettings, got {type(settings).__name__}")
     if settings.sample_every:
-        make_scheduler(_picture(config), None, config)  # says now whether a package is missing
+        make_scheduler(_picture_sampler(config), None, config)  # raises now if a package is missing, not at the first picture
         check_pillow()
     return config, settings
 
 
 @contextmanager
-def _alone(out, rank, world):
-    """The first process holds the lock of the run's folder; if it cannot have it, all raise the same error."""
+def _hold_run_lock(out, rank, world):
+    """Hold the lock of the run's folder in the first process. If it cannot take the lock, all processes raise its error."""
     refused = None
     with ExitStack() as stack:
         if rank == 0:
@@ -158,21 +159,21 @@ def _alone(out, rank, world):
             except OSError as error:
                 refused = error
         if world > 1:
-            told = [refused]
-            dist.broadcast_object_list(told)
-            refused = told[0]
+            shared = [refused]
+            dist.broadcast_object_list(shared)
+            refused = shared[0]
         if refused is not None:
             raise refused
         yield
 
 
-def _picture(config):
-    """The sampler of pictures while a model is trained: one that draws no noise."""
+def _picture_sampler(config):
+    """Return the name of the sampler that draws pictures during training."""
     return "euler" if config.prediction == "flow" else "ddim"
 
 
-def _data(config, settings, world, data, root, before=None):
-    """The images, and what a checkpoint remembers of them; ``before`` is what it does remember."""
+def _load_images(config, settings, world, data, root, before=None):
+    """Return the images and their description for the checkpoint; ``before`` is the description in a resumed checkpoint."""
     if settings.batch_size % (world * settings.accumulate):
         raise ValueError(
             f"batch_size must be a multiple of processes x accumulate, {world} x {settings.accumulate}, "
@@ -189,7 +190,7 @@ def _data(config, settings, world, data, root, before=None):
             if not remembered:
                 raise
             raise FileNotFoundError(
-                f"this run had its data in {root}: {error}; say with root (--data) where they are now"
+                f"this run had its data in {root}: {error}; say with root (--data) where the data is now"
             ) from None
         root = root and str(Path(root).expanduser().absolute())
     else:
@@ -199,45 +200,43 @@ def _data(config, settings, world, data, root, before=None):
             f"config.num_classes must be at least {int(data.labels.max()) + 1}, for the labels of {data.name}, "
             f"got {config.num_classes}"
         )
-    to_batch(data.images[:1], config)  # says now what does not fit
-    most = max(len(data), _MAX_BATCH)
-    if settings.batch_size > most:
-        raise ValueError(f"batch_size must be at most {most} for the {len(data)} images, got {settings.batch_size}")
+    to_batch(data.images[:1], config)  # raises if the images do not fit the network
+    largest = max(len(data), _MAX_BATCH)
+    if settings.batch_size > largest:
+        raise ValueError(f"batch_size must be at most {largest} for the {len(data)} images, got {settings.batch_size}")
     now = {"name": data.name, "images": len(data), "classes": list(data.names), "root": root}
     for key in ("name", "images", "classes"):
         if before and before[key] != now[key]:
             raise ValueError(
-                f"data must be what the run began with: {key} was {before[key]!r} and is {now[key]!r} now. Give that data set "
-                f"(--data), or begin a new run"
+                f"data must be the data set that the run began with: {key} was {before[key]!r} and is {now[key]!r} now. "
+                f"Give the first data set (--data), or start a new run"
             )
     return data, now
 
 
-def _resumed(path, meta, config, settings):
-    """(config, settings, step) of a run that goes on."""
+def _check_resumed(path, meta, config, settings):
+    """Return (config, settings, step) of a resumed run, after checking that the arguments change only what may change."""
     try:
-        kept, stored, step = Config.from_dict(meta["config"]), TrainSettings(**meta["settings"]), int(meta["step"])
+        stored_config, stored, step = Config.from_dict(meta["config"]), TrainSettings(**meta["settings"]), int(meta["step"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be resumed, it holds no state of a trainer: {error}") from None
-    for name, old, new, free in (("config", kept, config, ()), ("settings", stored, settings, _MAY_CHANGE)):
+        raise ValueError(f"{path} cannot be resumed, it holds no training state: {error}") from None
+    for name, old, new, free in (("config", stored_config, config, ()), ("settings", stored, settings, _MAY_CHANGE)):
         if new is None:
             continue
         before, after = dataclasses.asdict(old), dataclasses.asdict(new)
         changed = [key for key in before if before[key] != after[key] and key not in free]
         if changed:
             key = changed[0]
-            raise ValueError(
-                f"{name}.{key} is {before[key]!r} in {path}, a run that goes on cannot change it to {after[key]!r}"
-            )
+            raise ValueError(f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}")
     settings = settings or stored
     if settings.steps < step:
-        raise ValueError(f"steps must be at least the {step} that {path} has done, got {settings.steps}")
-    return kept, settings, step
+        raise ValueError(f"steps must be at least the {step} steps that {path} has done, got {settings.steps}")
+    return stored_config, settings, step
 
 
 @contextmanager
-def _processes(device):
-    """(rank, world, device) of this process; joins those that torchrun started, until the block ends."""
+def _join_processes(device):
+    """Yield (rank, world, device) of this process. Under torchrun, join the process group until the with block ends."""
     ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
     if device is None:
@@ -259,7 +258,7 @@ class _Run:
 
     def __init__(self, config, settings, out, data, remembered, device, rank, world, progress):
         self.config, self.settings, self.out, self.data = config, settings, out, data
-        self.about = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), **remembered}
+        self.meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), **remembered}
         self.device, self.rank, self.world, self.progress = device, rank, world, progress and rank == 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -270,12 +269,12 @@ class _Run:
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
         self.order = Order(len(data), settings.seed)
-        self.pending = []  # (loss, mse, vb, norm of the gradient) of the steps since the last line of metrics
+        self.pending = []  # (loss, mse, vb, gradient norm) of each step since the last line of metrics.jsonl
 
     # State
 
     def restore(self, state, step):
-        """Take over what a checkpoint holds, if any, and leave in metrics.jsonl the lines up to its step."""
+        """Load the state of a checkpoint, if any, and remove the lines after its step from metrics.jsonl."""
         metrics = self.out / "metrics.jsonl"
         if state is not None:
             try:
@@ -284,21 +283,21 @@ class _Run:
                     self.ema.load_state_dict(state["ema"])
                 moments = {}
                 for key, tensor in state["optimizer"].items():
-                    name, what = key.rsplit(".", 1)
-                    moments.setdefault(self.names.index(name), {})[what] = tensor
+                    name, kind = key.rsplit(".", 1)
+                    moments.setdefault(self.names.index(name), {})[kind] = tensor
                 groups = self.optimizer.state_dict()["param_groups"]
                 self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
             except (KeyError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{self.out}: its newest checkpoint is not of this model: {error}") from None
             self.pending = list(state.get("pending", {}).get("steps", torch.empty(0, 4)).to(self.device))
         if self.rank == 0:
-            kept = b""
+            lines = b""
             if state is not None and metrics.exists():
-                kept = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of(line) <= step)
+                lines = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of_line(line) <= step)
             with atomic_write(metrics) as file:
-                file.write(kept)
+                file.write(lines)
             with atomic_write(self.out / "run.json") as file:
-                file.write(json.dumps(self.about | {"torch": torch.__version__}, indent=2).encode())
+                file.write(json.dumps(self.meta | {"torch": torch.__version__}, indent=2).encode())
             (self.out / "checkpoints").mkdir(exist_ok=True)
             prune_checkpoints(self.out, self.settings.keep)
 
@@ -306,16 +305,16 @@ class _Run:
         if self.rank:
             return
         moments = {
-            f"{self.names[i]}.{what}": tensor
-            for i, kept in self.optimizer.state_dict()["state"].items()
-            for what, tensor in kept.items()
+            f"{self.names[i]}.{kind}": tensor
+            for i, moments_of_one in self.optimizer.state_dict()["state"].items()
+            for kind, tensor in moments_of_one.items()
         }
         groups = {"model": self.model.state_dict(), "optimizer": moments}
         if self.ema is not None:
             groups["ema"] = self.ema.state_dict()
         if self.pending:
             groups["pending"] = {"steps": torch.stack(self.pending)}
-        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, self.about | {"step": step})
+        save(self.out / "checkpoints" / f"step_{step:08d}.safetensors", groups, self.meta | {"step": step})
         prune_checkpoints(self.out, self.settings.keep)
 
     # Steps
@@ -324,7 +323,7 @@ class _Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.settings.bf16 else nullcontext()
 
     def batches(self, step):
-        """This process's part of the batch of a step, in ``accumulate`` parts: arguments of ``training_loss``."""
+        """Yield this process's part of the batch in ``accumulate`` parts, each a dict of arguments of ``training_loss``."""
         s, config = self.settings, self.config
         part = (s.batch_size, self.rank, self.world)
         chosen, share = self.order.indices(step, *part), s.batch_size // self.world
@@ -338,8 +337,8 @@ class _Run:
             i = slice(int(piece[0]), int(piece[-1]) + 1)
             yield {"x0": x0[i], "y": y[i], "t": t[i], "noise": noise[i], "drop": drop[i]}
 
-    def gradients(self, network, step):
-        """Backward through all parts; (loss, mse, vb), means over this process's part."""
+    def compute_gradients(self, network, step):
+        """Run forward and backward passes over all parts; return the means of (loss, mse, vb) over this process's part."""
         total = 0
         for i, batch in enumerate(self.batches(step), start=1):
             last = i == self.settings.accumulate
@@ -355,26 +354,26 @@ class _Run:
         network = DistributedDataParallel(model) if self.world > 1 else model
         model.train()
         with ExitStack() as stack:
-            stop = stack.enter_context(_signals())
+            stop = stack.enter_context(_catch_signals())
             log = stack.enter_context(_Log(self, start))
             if start and self.wants_picture(start) and not self.picture_file(start).exists():
-                self.picture(start)  # the process before was stopped between its checkpoint and its picture
+                self.save_picture(start)  # the earlier process stopped between its checkpoint and its picture
                 log.restart_clock()
             for step in range(start, s.steps):
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
                 self.optimizer.zero_grad(set_to_none=True)
                 with model.record() if logs else nullcontext({}) as rates:
-                    losses = self.gradients(network, step)
+                    losses = self.compute_gradients(network, step)
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
                 row = torch.cat([losses, norm.float().view(1)])
                 if self.world > 1:
                     dist.all_reduce(row)
                     row = row / self.world
                 self.pending.append(row)
-                stopping = self.agreed(stop)
-                if self.device.type == "cpu" or logs or saves or stopping:  # elsewhere a look at every step would wait for it
-                    self.check(step)
+                stopping = self.any_process_stops(stop)
+                if self.device.type == "cpu" or logs or saves or stopping:  # on a GPU, checking every step would wait for it
+                    self.check_finite(step)
                 rate = s.learning_rate(step)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
@@ -383,28 +382,28 @@ class _Run:
                     decay = min(s.ema, (1 + step) / (10 + step))
                     get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
                 if logs:
-                    log.line(done, rate, rates)
+                    log.write_line(done, rate, rates)
                 log.advance()
                 if saves or stopping:
-                    log.flush()  # lines first: a checkpoint never knows more steps than they do
+                    log.flush()  # before the checkpoint: metrics.jsonl must hold all its steps
                     self.save(done)
                 if self.wants_picture(done) and not stopping:
-                    self.picture(done)
+                    self.save_picture(done)
                 if saves or s.sample_every and done % s.sample_every == 0:
                     log.restart_clock()
                 if stopping:
                     raise KeyboardInterrupt(f"stopped at step {done}, saved: {self.out}")
 
-    def agreed(self, stop):
-        """Whether a signal came, in any process."""
+    def any_process_stops(self, stop):
+        """Return True if any process has received a signal."""
         if self.world == 1:
             return bool(stop)
         flag = torch.tensor(float(bool(stop)))
         dist.all_reduce(flag)
         return bool(flag)
 
-    def check(self, step):
-        """Stop if one of the last steps had a loss or a gradient that is not finite."""
+    def check_finite(self, step):
+        """Raise FloatingPointError if one of the pending steps has a loss or gradient that is not finite."""
         rows = torch.stack(self.pending)
         bad = (~rows.isfinite()).any(1).nonzero()
         if not len(bad):
@@ -416,7 +415,7 @@ class _Run:
         where = [f"step {step - len(rows) + 1 + i + 1}: {terms or 'loss is not finite'}"]
         layer = self.first_not_finite(step)
         if layer:
-            where.append(f"the first layer that gives values that are not finite is {layer}")
+            where.append(f"the first layer with outputs that are not finite is {layer}")
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             where.append(f"the gradient of {lost[0]}{more} is not finite")
@@ -426,7 +425,7 @@ class _Run:
 
     @torch.no_grad()
     def first_not_finite(self, step):
-        """Name of the first module whose output, for this step's batch, is not finite, or None."""
+        """Return the name of the first module with an output that is not finite for this step's batch, or None."""
         found = []
 
         def hook(name):
@@ -453,20 +452,20 @@ class _Run:
     def picture_file(self, step):
         return self.out / "samples" / f"step_{step:08d}.png"
 
-    def picture(self, step):
+    def save_picture(self, step):
         if self.rank:
             return
         model, names = self.ema or self.model, class_names(self.config, self.data.names)
         n = min(len(names), 10)
         labels = torch.arange(4 * n) % n
         with self.autocast():
-            images = sample(model, labels, sampler=_picture(self.config), seed=self.settings.seed)
-        lost = f"this picture is not written; with room for it, --resume {self.out} goes on from the newest checkpoint"
+            images = sample(model, labels, sampler=_picture_sampler(self.config), seed=self.settings.seed)
+        lost = f"this picture is not written; free some space, then --resume {self.out} continues from the newest checkpoint"
         save_grid(self.picture_file(step), images, labels, names, columns=n, lost=lost)
 
 
-def _step_of(line):
-    """Of a line of metrics; infinite if it is not whole."""
+def _step_of_line(line):
+    """Return the step of a line of metrics.jsonl; infinity if the line is incomplete."""
     try:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
@@ -474,8 +473,8 @@ def _step_of(line):
 
 
 @contextmanager
-def _signals():
-    """A list that is empty until SIGINT or SIGTERM comes; a second one then does what it usually does."""
+def _catch_signals():
+    """Yield a list that collects SIGINT and SIGTERM. After the first signal, the earlier handlers act again."""
     received, before = [], {}
 
     def handle(number, frame):
@@ -494,7 +493,7 @@ def _signals():
 
 
 class _Log:
-    """metrics.jsonl, the bar, TensorBoard."""
+    """Write the metrics to metrics.jsonl, the progress bar and TensorBoard."""
 
     def __init__(self, run, start):
         self.run, self.start, self.file, self.board, self.bar = run, start, None, None, None
@@ -530,8 +529,8 @@ class _Log:
         if self.bar is not None:
             self.bar.update()
 
-    def line(self, step, rate, rates):
-        """The means of the pending steps, which it empties."""
+    def write_line(self, step, rate, rates):
+        """Write the means of the pending steps, and empty the list of pending steps."""
         run = self.run
         loss, mse, vb, norm = torch.stack(run.pending).mean(0).tolist()
         run.pending.clear()
@@ -540,12 +539,13 @@ class _Log:
         rates = {name: round(value.item(), 6) for name, value in rates.items()}
         speed = (self.seen + 1) * run.settings.batch_size / (time.perf_counter() - self.began)
         record = {"step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate, "rates": rates}
-        record |= {"images_per_s": round(speed, 1), "memory_mb": _memory(run.device)}
-        with explained(run.out / "metrics.jsonl", f"with room for it, --resume {run.out} goes on from the newest checkpoint"):
+        record |= {"images_per_s": round(speed, 1), "memory_mb": _peak_memory_mb(run.device)}
+        advice = f"free some space, then --resume {run.out} continues from the newest checkpoint"
+        with name_in_errors(run.out / "metrics.jsonl", advice):
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
         self.restart_clock()
-        self.seen = -1  # advance() counts this step, which is in the past
+        self.seen = -1  # advance() still counts this step, whose time is already measured
         firing = sum(rates.values()) / max(1, len(rates))
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{loss:.4f}", firing=f"{firing:.3f}", refresh=False)
@@ -560,8 +560,8 @@ class _Log:
             os.fsync(self.file.fileno())
 
 
-def _memory(device):
-    """Largest amount in use so far, in MB: of the GPU's memory, else of the process."""
+def _peak_memory_mb(device):
+    """Return the peak memory so far in MB: of the GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     with suppress(ImportError):

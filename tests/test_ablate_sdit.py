@@ -13,18 +13,18 @@ from sdit.settings import TrainSettings
 
 
 def test_an_arm_changes_the_named_settings():
-    config, settings, old, stds = ablate_sdit.parse(
+    config, settings, old, stds = ablate_sdit.parse_arm(
         "dim=32 learn_sigma=false lr=3e-4 clip=0 old=gate,smooth std.labels.weight=2", "digits"
     )
     assert (config.dim, config.learn_sigma, config.T) == (32, False, PRESETS["digits"].T)
     assert (settings.lr, settings.clip, old, stds) == (3e-4, 0, ["gate", "smooth"], {"labels.weight": 2.0})
     for words, variant in (("variant=faithful", "faithful"), ("settings=faithful", "improved")):
-        config, settings, *_ = ablate_sdit.parse(words, "digits")
+        config, settings, *_ = ablate_sdit.parse_arm(words, "digits")
         assert (config.variant, settings.lr, settings.clip, settings.ema) == (variant, 1e-4, 0, 0)
         assert settings.batch_size == TrainSettings.of(PRESETS["digits"]).batch_size
     for words, message in (("nope=1", "'nope'"), ("old=nope", "nope")):
         with pytest.raises(ValueError, match=message):
-            ablate_sdit.parse(words, "digits")
+            ablate_sdit.parse_arm(words, "digits")
 
 
 @pytest.mark.parametrize("part", ablate_sdit.PARTS)
@@ -33,14 +33,14 @@ def test_an_old_part_changes_only_its_own_parameters(part):
     torch.manual_seed(0)
     new = SDiT(config).state_dict()
     torch.manual_seed(0)
-    old = ablate_sdit.build(config, [part], {}).state_dict()
+    old = ablate_sdit.build_model(config, [part], {}).state_dict()
     changed = {name for name in new if not torch.equal(new[name], old[name])}
     assert changed and all(ablate_sdit.re.search(ablate_sdit.PARTS[part], name) for name in changed)
 
 
 def test_a_given_standard_deviation_is_used():
     assert math.isclose(
-        ablate_sdit.build(PRESETS["digits"], [], {"labels.weight": 0.5}).labels.weight.std().item(), 0.5, rel_tol=0.2
+        ablate_sdit.build_model(PRESETS["digits"], [], {"labels.weight": 0.5}).labels.weight.std().item(), 0.5, rel_tol=0.2
     )
 
 
@@ -56,7 +56,7 @@ def test_a_run_writes_a_row_and_is_not_repeated(tmp_path, monkeypatch):
         assert row["neurons"] == 2 * 3 * 32 and 0 <= row["dead_neurons"] <= row["neurons"] and len(row["rates"]) == 6
         assert 0 < row["mse"] < 2 and math.isclose(row["mse"], sum(row["mse_by_time"]) / 8, abs_tol=1e-4)
         assert row["images"] == 10 and 0 <= row["label_found_guidance_1.5"] <= 1
-        monkeypatch.setattr(ablate_sdit, "trained", None)
+        monkeypatch.setattr(ablate_sdit, "train_arm", None)
         ablate_sdit.main()
     finally:
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from perf import compile_report  # noqa: E402
 from perf.compile.launch import launches  # noqa: E402
 from perf.compile.lif import Case, SpikingJelly  # noqa: E402
 from perf.compile.mix import MixCase  # noqa: E402
-from perf.compile.report import faults, markdown, rows_of_all, verdict  # noqa: E402
+from perf.compile.report import find_faults, markdown, rows_of_all, verdict  # noqa: E402
 from perf.compile.rows import TYPES, rows_of  # noqa: E402
 from perf.compile.wkv import Fla, WkvCase  # noqa: E402
 
@@ -41,7 +41,7 @@ def rows(rows_of_both, request):
 
 def test_lif_kernels_have_no_spills_and_move_minimal_bytes(rows):
     assert len(rows) == 12  # 3 cases, forward and backward, 2 dtypes
-    assert faults(rows) == []
+    assert find_faults(rows) == []
     for row in rows:
         assert row["spills"] == row["spill_bytes"] == row["shared"] == 0, row
         size = {"fp32": 4, "bf16": 2}[row["data"]]
@@ -79,7 +79,7 @@ def test_a_peer_is_compiled_or_named_as_missing(case):
     if importlib.util.find_spec(case.op) is None:
         assert [row["note"] for row in rows] == [f"skipped: {case.op} is not installed (make peers)"] * 2
     assert all("note" in row or row["bytes_per_element"] > row["floor"] for row in rows)
-    assert faults(rows) == []  # peers are not checked for faults
+    assert find_faults(rows) == []  # peers are not checked for faults
     assert case.op in markdown(rows, FACTS)
 
 
@@ -96,14 +96,14 @@ def test_faults_name_spills_narrow_accesses_and_extra_bytes():
     good = {"kernel": "lif_forward", "variant": "T=4", "data": "fp32", "target": "cuda:90", "neurons_per_thread": 4.0}
     good |= {"spills": 0, "spill_bytes": 0, "narrowest": 128, "bytes_per_element": 8.0, "floor": 8.0}
     good |= {"instructions_per_step": 10.0}
-    assert faults([good], {"rows": [good]}) == []
+    assert find_faults([good], {"rows": [good]}) == []
     where = "lif_forward T=4 fp32 cuda:90: "
-    assert faults([good | {"spills": 2, "spill_bytes": 8}]) == [where + "spills 2, 8 bytes a thread"]
-    assert faults([good | {"narrowest": 32}]) == [where + "an access of 32 bits, 128 wanted"]
-    assert faults([good | {"bytes_per_element": 9.0}]) == [where + "9.00 bytes per element, the floor is 8.00"]
+    assert find_faults([good | {"spills": 2, "spill_bytes": 8}]) == [where + "spills 2, 8 bytes a thread"]
+    assert find_faults([good | {"narrowest": 32}]) == [where + "an access of 32 bits, 128 wanted"]
+    assert find_faults([good | {"bytes_per_element": 9.0}]) == [where + "9.00 bytes per element, the floor is 8.00"]
     more = good | {"instructions_per_step": 11.1}
-    assert faults([more], {"rows": [good]}) == [where + "instructions per neuron and step 10.0 -> 11.1"]
-    assert faults([more | {"kernel": "spikingjelly_forward"}], {"rows": []}) == []
+    assert find_faults([more], {"rows": [good]}) == [where + "instructions per neuron and step 10.0 -> 11.1"]
+    assert find_faults([more | {"kernel": "spikingjelly_forward"}], {"rows": []}) == []
     assert "1 with spills" in verdict([good | {"spills": 2}])
 
 
@@ -121,7 +121,7 @@ def wkv_rows():
 def test_wkv_kernels_have_no_spills_and_move_minimal_bytes(wkv_rows):
     walks = [row for row in wkv_rows if row["kernel"] != "wkv_sums"]
     assert len(walks) == 8 and len(wkv_rows) == 12  # 2 targets, forward, backward and its sums, 2 dtypes
-    assert faults(wkv_rows) == []
+    assert find_faults(wkv_rows) == []
     for row in walks:
         assert row["spills"] == row["spill_bytes"] == row["shared"] == 0, row
         size, backward = {"fp32": 4, "bf16": 2}[row["data"]], row["kernel"] == "wkv_backward"
@@ -140,7 +140,7 @@ def test_mix_kernels_have_no_spills_and_move_minimal_bytes():
     rows = rows_of_all(TARGETS, cases, jobs=2)
     found = [row for row in rows if "(call)" not in row["kernel"]]
     assert len(found) == 40  # 2 targets, 2 dtypes, forward and backward; C=8192 has two kernels each
-    assert faults(rows) == []
+    assert find_faults(rows) == []
     for row in found:
         assert row["spills"] == row["spill_bytes"] == 0, row
         size, backward = {"fp32": 4, "bf16": 2}[row["data"]], "backward" in row["kernel"]

@@ -26,4 +26,4 @@ def test_the_dry_run_passes_every_part(tmp_path):
 
 def test_a_missing_gpu_is_named_in_the_error():
     done = subprocess.run([sys.executable, "perf/gpu_suite.py", "--only", "host"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "torch sees no GPU; --dry-run goes through it on the CPU" in done.stderr
+    assert done.returncode == 1 and "torch sees no GPU; --dry-run runs on the CPU" in done.stderr

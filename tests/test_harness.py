@@ -69,7 +69,7 @@ def test_unsteady_rows_have_a_note(monkeypatch):
 
 
 def test_copy_is_100_percent_of_the_bandwidth():
-    contestant = harness.copy_contestant(1 << 16)
+    contestant = harness.make_copy_contestant(1 << 16)
     assert contestant.bytes == 1 << 16
     rows = compare([Contestant("same", contestant.fn, bytes=1 << 16), contestant], rounds=5, min_time=0.002)
     assert rows[1]["percent_of_copy"] == 100 and rows[0]["percent_of_copy"] > 0  # the second number depends on the machine
@@ -147,7 +147,7 @@ def test_a_report_is_printed_and_written(tmp_path, capsys, monkeypatch):
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["bench"])
     paths = ["--json", str(tmp_path / "new" / "r.json"), "--csv", str(tmp_path / "r.csv"), "--quick"]
-    args = harness.parser("test").parse_args([*paths, "--threads", str(threads)])
+    args = harness.make_parser("test").parse_args([*paths, "--threads", str(threads)])
     assert harness.setup(args)["device"] == "cpu"
     rows = [
         {"name": "fused", "median_s": 1.5e-3, "ratio": 0.25, "baseline": "eager", "bytes": 3 << 20, "samples_s": [1.0]},

@@ -120,7 +120,7 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("train --preset digits --batch-size 0", ": --batch-size must be at least 1"),
         ("train --preset digits --set dataset=nope", ": --set dataset must be one of digits"),
         ("train --preset digits --set dataset=folder", ": --data must name the folder of images"),
-        ("train --preset digits --set dataset=folder --data {tmp}/none", ": there is no folder .*none"),
+        ("train --preset digits --set dataset=folder --data {tmp}/none", ": the folder .*none does not exist"),
         ("train --preset digits --set num_classes=9", ": --set num_classes must be at least 10, for the labels of digits"),
         ("train --preset mnist --set channels=2 --set dataset=digits", ": --set channels must be 1 or 3"),
         ("train --preset digits --set T=x", "--set T must be an int, got 'x'"),
@@ -146,13 +146,16 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("sample {run} --labels 3,1,4 -n 2", ": -n must be at least 3, the number of labels, got 2"),
         ("evaluate {run} --npz {tmp}/images.txt", ": --npz must end in .npz"),
         ("evaluate --images {tmp}/text", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
-        ("evaluate --images {tmp}/text --seed 1 --batch-size 3", ": --images are there already: --seed, --batch-size cannot"),
+        (
+            "evaluate --images {tmp}/text --seed 1 --batch-size 3",
+            ": --images measures existing images: --seed, --batch-size cannot",
+        ),
         ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
         ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
         ("train --preset mnist --data {tmp}", "not found in folders named .*Leave --data out to have them downloaded"),
         ("train --preset digits --out {run}", "holds a run already: resume it .--resume .*., or choose another folder"),
         ("train --resume {tmp}", "holds no checkpoint"),
-        ("train --resume {run} --set T=3", "--resume takes the model and the folder as they are"),
+        ("train --resume {run} --set T=3", "--resume keeps the model and the folder of the run"),
         ("sample {tmp}/none", "does not exist"),
         ("sample {tmp}/text", "is not a checkpoint of sdit, or damaged"),
         ("sample {tmp}/other", "is not a checkpoint of sdit: its header has no entry"),
@@ -268,7 +271,7 @@ def test_ctrl_c_during_imports_is_one_line(moment, tmp_path):
 
 @pytest.mark.parametrize("command, message", [
     ("sample", r"sdit sample: stopped, samples.png is not written"),
-    ("evaluate", r"sdit evaluate: stopped after 0 of 1000 images, which .* keeps: the same command goes on"),
+    ("evaluate", r"sdit evaluate: stopped after 0 of 1000 images, which .* keeps: the same command continues"),
 ])  # fmt: skip
 def test_ctrl_c_while_drawing_is_one_line(command, message, tmp_path, monkeypatch):
     if command == "evaluate":
@@ -340,7 +343,7 @@ def test_a_folder_of_images_trains_and_samples(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").rename(tmp_path / "gone")
     assert main(["train", "--resume", "../run", "--steps", "4"]) == 2
     err = error_line(capsys)
-    assert f"this run had its data in {tmp_path}/photos: there is no folder" in err and "say with --data where" in err
+    assert f"this run had its data in {tmp_path}/photos: the folder" in err and "say with --data where" in err
 
 
 @pytest.mark.process

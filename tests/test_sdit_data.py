@@ -32,8 +32,8 @@ def no_files_and_no_network(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("SDIT_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    bases = data._bases
-    monkeypatch.setattr(data, "_bases", lambda root: [base for base in bases(root) if not str(base).startswith("/usr/")])
+    bases = data._base_folders
+    monkeypatch.setattr(data, "_base_folders", lambda root: [base for base in bases(root) if not str(base).startswith("/usr/")])
     for name, spec in data.DATASETS.items():
         monkeypatch.setitem(data.DATASETS, name, replace(spec, mirrors=()))
 
@@ -261,7 +261,7 @@ def test_debians_fashion_mnist_is_read(monkeypatch):
     assert test.names[int(test.labels[0])] == "ankle boot" and test.mirror
     spec = data.DATASETS["fashion_mnist"]
     for file in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-        assert has_checksum(data._read(Path(folder, f"{file}.gz")), spec.checksums[file])
+        assert has_checksum(data._read_bytes(Path(folder, f"{file}.gz")), spec.checksums[file])
 
 
 def test_an_error_for_a_missing_data_set_says_what_to_do(tmp_path):
@@ -396,7 +396,7 @@ def close_without_length(handler):
     [
         (send_too_few_bytes, "IncompleteRead|the connection ended after 500 of 100000 bytes"),
         (close_without_length, "end-of-stream|ended before"),
-        (gzip.compress(idx(IMAGES[::-1])), "train-images-idx3-ubyte has another checksum"),
+        (gzip.compress(idx(IMAGES[::-1])), "train-images-idx3-ubyte has the wrong checksum"),
         (b"<html>captive portal</html>", "[Nn]ot a gzipped file"),
         (None, "404"),
     ],
@@ -610,7 +610,7 @@ def test_train_and_test_folders_are_splits(tmp_path, pictures):
 def test_folders_that_cannot_be_read_are_named(tmp_path, pictures):
     with pytest.raises(ValueError, match=r"root \(--data\) must name the folder of images"):
         load("folder")
-    with pytest.raises(FileNotFoundError, match="there is no folder .*missing"):
+    with pytest.raises(FileNotFoundError, match="the folder .*missing does not exist"):
         load("folder", root=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no image in .*empty"):

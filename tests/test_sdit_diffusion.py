@@ -312,7 +312,7 @@ def test_a_wrapped_model_gives_the_same_loss():
         (dict(t=None), TypeError, "generator must be a torch.Generator, got None"),
         (dict(noise=torch.zeros(6, 1, 4, 5)), ValueError, "noise must have the shape of x0"),
         (dict(drop=torch.zeros(6)), ValueError, "drop must be a bool tensor"),
-        (dict(output=torch.zeros(6, 1, 4, 4)), ValueError, "model must give epsilon and variance, got 1 channels"),
+        (dict(output=torch.zeros(6, 1, 4, 4)), ValueError, "model must output epsilon and variance, got 1 channels"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, message):

@@ -577,7 +577,8 @@ def test_a_full_disk_names_the_file_and_keeps_the_images(tiny, judge_file, tmp_p
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     found = capsys.readouterr()
-    said = f"{tmp_path}/a.json: File too large; with room for it the same command writes it, without drawing the images again"
+    said = f"{tmp_path}/a.json: File too large; free some space, then the same command writes it, "
+    said += "without drawing the images again"
     assert found.err.splitlines()[-1] == f"sdit evaluate: error: {said}" and "60 drawn images" in found.out
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
     try:
@@ -636,8 +637,8 @@ def test_wrong_arguments_of_the_command_give_one_error_line(tiny, judge_file, tm
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),
         (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
-        (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "already: --seed, --clip cannot be given"),
-        (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "--npz cannot be given with it"),
+        (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "images: --seed, --clip cannot be combined"),
+        (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "--npz cannot be combined with it"),
         (["--images", tmp_path / "a.npz", *judged, "-n", "151"], ": -n must be 1 to 150, as many as"),
         (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
         (["--images", tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),

@@ -107,7 +107,7 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    said = "no locks here .No locks available.; start no other process on it"
+    said = "this file system has no locks .No locks available.: do not start another process on it"
     with pytest.warns(UserWarning, match=said), lock(tmp_path / "lock", "it", "wait"):
         pass
 

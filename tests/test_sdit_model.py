@@ -87,7 +87,7 @@ def test_parameters_and_multiply_adds_equal_the_golden_numbers(name, parameters,
     if name == "mnist":
         assert len(model.state_dict()) == 111
     if multiply_adds:
-        with sdit.info._counted(model) as counts, sdit.info._plain(model), torch.no_grad():
+        with sdit.info._count_multiply_adds(model) as counts, sdit.info._plain_form(model), torch.no_grad():
             assert model(x, t, y).shape == (1, 6, *x.shape[2:])
         total = sum(counts.values()) / 1e9
         assert f"{total:.{len(multiply_adds.split('.')[1])}f}" == multiply_adds
@@ -258,7 +258,7 @@ def test_wrong_research_weights_are_named_in_one_error():
     with pytest.raises(ValueError, match="missing x_embedder.proj.weight; missing pos_embed"):
         from_research({})
     w = research_weights() | {"pos_embed": torch.zeros(1, 19, 16)}
-    with pytest.raises(ValueError, match="19 tokens, which are no square number"):
+    with pytest.raises(ValueError, match="19 tokens, not a square number"):
         from_research(w)
     with pytest.raises(TypeError, match="must be a dict"):
         from_research([1])
@@ -733,7 +733,7 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"weighting": "snr"}, ValueError, "weighting must be 'uniform' or 'min_snr', got 'snr'"),
         ({"prediction": "flow"}, ValueError, "learn_sigma must be false with prediction='flow'"),
         ({"dataset": 3}, TypeError, "dataset must be a name or None"),
-        ({"width": 3}, TypeError, "no such fields of a Config: width"),
+        ({"width": 3}, TypeError, "a Config does not have the fields width"),
     ],
 )
 def test_wrong_fields_are_refused(fields, error, message):

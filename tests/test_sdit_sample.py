@@ -82,7 +82,7 @@ def test_an_image_depends_only_on_its_seed_number_and_label(sampler, changes):
 def test_images_equal_the_schedulers_chain():
     model = Pointwise()
     images = sample(model, [2], steps=7, seed=1)
-    generator = module._generator(1, 0)
+    generator = module._make_generator(1, 0)
     x = torch.randn(1, 1, 4, 4, generator=generator)
     scheduler = make_scheduler("ddpm", 7, model.config)
     model.eval()
@@ -176,7 +176,7 @@ def test_values_that_are_not_finite_raise_an_error():
             return torch.cat([x, x], 1) * float("nan")
 
     model = Broken().train()
-    with pytest.raises(ValueError, match=r"the model gives values that are not finite: images 0\.\.1 are lost"):
+    with pytest.raises(ValueError, match=r"the model outputs values that are not finite: images 0\.\.1 are lost"):
         sample(model, [0, 1], steps=3)
     assert model.training
 

@@ -1,11 +1,11 @@
-"""Reads registers, spills, memory accesses and instructions out of the machine code of a compiled Triton kernel.
+"""Read registers, spills, memory accesses and instructions from the machine code of a compiled Triton kernel.
 
     row = inspect(compiled, elements_per_thread=8)
     row | limits_h100(row)
 
-Needs Triton (3.6 to 3.8, whose wheel includes NVIDIA's cuobjdump) and neither a GPU nor a driver. The counts are static, per
-thread: how often an instruction stands in the code, not how often it runs. So a kernel with loops is judged by its loop bodies.
-Register counts differ between Triton versions.
+This needs Triton 3.6 to 3.8, whose wheel includes NVIDIA's cuobjdump, but neither a GPU nor a driver. The counts are static and
+per thread: they count instructions in the code, not instructions that run. So the counts of a kernel with loops come from its
+loop bodies. Register counts differ between Triton versions.
 """
 
 import collections
@@ -15,11 +15,11 @@ import tempfile
 
 import triton
 
-# Group of an instruction: the first pattern that matches. Same names for both vendors where the meaning is the same.
+# {group: pattern}; the first pattern that matches an instruction gives its group. Both vendors share names of the same meaning.
 NVIDIA_GROUPS = {
     "load": r"LDG(?!DEPBAR)",
     "store": r"STG",
-    "bulk": r"UTMA|UBLKCP",  # tensor memory accelerator: the width is not in the code
+    "bulk": r"UTMA|UBLKCP",  # tensor memory accelerator: the code does not show the width
     "shared": r"LDS|STS|LDSM|STSM",
     "spill": r"LDL|STL",
     "atomic": r"ATOM|RED\b|RED\.",
@@ -55,23 +55,23 @@ AMD_GROUPS = {
     "move": r"v_(dual_)?(mov|accvgpr|perm|bfi|readlane|writelane|readfirstlane|nop)",
     "sync": r"s_(wait|delay|nop|clause|barrier|sleep)|buffer_(wbl2|inv|gl)",
     "branch": r"s_(c?branch|endpgm|setpc|swappc|set_pc)",
-    "constant": r"s_(buffer_)?load",  # arguments and other uniform values, through the scalar cache
+    "constant": r"s_(buffer_)?load",  # kernel arguments and other uniform values, through the scalar cache
     "scalar": r"s_",
     "integer": r"v_",
 }
 
 
 def inspect(compiled, elements_per_thread=None) -> dict:
-    """Read the machine code of a CompiledKernel. Returns a row with the keys:
+    """Read the machine code of a CompiledKernel. Return a row with the keys:
 
-    kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; 0 wanted),
+    kernel, target, warps, threads; registers (per thread), spills (NVIDIA: instructions, AMD: registers; should be 0),
     spill_bytes (per thread), shared (bytes per program); warps_resident of warps_max (per SM, CU or WGP), limited_by;
     on AMD also scalar_registers and scalar_spills (to lanes of vector registers, not to memory);
     loads, stores {width in bits: count} of global memory, bytes, instructions, special {operation: count},
     histogram {group: count}; loops, outer: the same six for the body of every innermost and of every outermost loop.
-    With elements_per_thread, such as BLOCK / threads: also `per_element` of the whole.
-    A dual instruction of RDNA3 is one in `instructions` and two elsewhere. A histogram with "fp64" in it shows where a
-    double scalar was not cast before it met a tensor.
+    With elements_per_thread, for example BLOCK / threads, the row also has the keys of `per_element`.
+    A dual instruction of RDNA3 counts once in `instructions` and twice elsewhere. "fp64" in a histogram shows that a scalar
+    of type double was not cast before an operation with a tensor.
     """
     read = _read_nvidia if "cubin" in compiled.asm else _read_amd
     head, code, loops = read(compiled)
@@ -84,13 +84,13 @@ def inspect(compiled, elements_per_thread=None) -> dict:
 
 
 def per_element(part: dict, elements: float) -> dict:
-    """{instructions_, bytes_, special_}per_element of a row, or of a loop of it, with so many elements a thread."""
+    """Return {instructions_, bytes_, special_}per_element of a row or loop; ``elements`` is the number per thread."""
     counts = {"instructions": part["instructions"], "bytes": part["bytes"], "special": sum(part["special"].values())}
     return {f"{name}_per_element": n / elements for name, n in counts.items()}
 
 
 def _count(code: list) -> dict:
-    """Counts over [(group, operation, width in bits or None), ...]; a dual instruction is a list of two."""
+    """Count [(group, operation, width in bits or None), ...]; a dual instruction is a list of two."""
     parts = [part for instruction in code for part in (instruction if isinstance(instruction, list) else [instruction])]
 
     def tally(items):
@@ -109,18 +109,18 @@ def _count(code: list) -> dict:
 
 
 def _without_returns(loops: list, ends: list) -> list:
-    """Without the jumps back out of code that the compiler moved behind the end of the program (rare cases): not loops."""
+    """Remove jumps back from code that the compiler moved behind the end of the program; they are not loops."""
     return [(start, end) for start, end in loops if not any(start <= i < end for i in ends)]
 
 
 def _innermost(loops: list) -> list:
-    """Of (start, end) pairs, those that enclose no other."""
+    """Return the (start, end) pairs that do not enclose another pair."""
     loops = set(loops)
     return sorted(a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops))
 
 
 def _outermost(loops: list) -> list:
-    """Of (start, end) pairs, those that no other encloses."""
+    """Return the (start, end) pairs that no other pair encloses."""
     loops = set(loops)
     return sorted(a for a in loops if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in loops))
 
@@ -129,7 +129,7 @@ def _group(groups: dict, operation: str) -> str:
     return next((name for name, pattern in groups.items() if re.match(pattern, operation)), "other")
 
 
-# NVIDIA: per SM the warps, blocks, registers and bytes of shared memory; sm_100 as sm_90
+# NVIDIA: {arch: (warps, blocks, registers, bytes of shared memory) of an SM}; sm_100 is assumed equal to sm_90
 NVIDIA_SM = {80: (64, 32, 65536, 164 << 10), 90: (64, 32, 65536, 228 << 10), 100: (64, 32, 65536, 228 << 10)}
 
 
@@ -160,19 +160,19 @@ def _read_nvidia(compiled):
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", text).groups())
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     max_warps, max_blocks, sm_registers, sm_shared = NVIDIA_SM[compiled.metadata.target.arch]
-    per_warp = -(-registers * 32 // 256) * 256  # allocated by 256, in each of the four partitions of the SM
+    per_warp = -(-registers * 32 // 256) * 256  # allocated in units of 256, in each of the four partitions of the SM
     fits = {
         "warps": max_warps // warps,
         "blocks": max_blocks,
         "registers": sm_registers // 4 // per_warp * 4 // warps,
-        "shared": sm_shared // (-(-(shared + 1024) // 128) * 128),  # the system keeps 1 KiB a block
+        "shared": sm_shared // (-(-(shared + 1024) // 128) * 128),  # the system reserves 1 KiB per block
     }
     head = {"registers": registers, "spills": sum(group == "spill" for group, _, _ in code), "spill_bytes": stack}
     return head | {"shared": shared} | _occupancy(fits, warps, max_warps), code, loops
 
 
 def _is_padding(address: int, _predicate: str, operation: str, operands: str) -> bool:
-    """A NOP or a branch to itself, which fill the code up after its end."""
+    """Return True for a NOP or a branch to itself; they pad the code after its end."""
     return operation == "NOP" or (operation.startswith("BRA") and operands.strip().endswith(f"{address:#x}"))
 
 
@@ -181,7 +181,7 @@ def _nvidia_width(operation: str) -> int:
     return int(found[1]) if found else 32
 
 
-# AMD, per CU (CDNA) or WGP (RDNA): four SIMDs; their waves each, work-groups of several waves, bytes of LDS
+# AMD, per CU (CDNA) or WGP (RDNA), each of four SIMDs: (waves per SIMD, work-groups of several waves, bytes of LDS)
 AMD_CU = {"gfx942": (8, 16, 64 << 10), "gfx1100": (16, 32, 128 << 10)}
 AMD_WIDTHS = {128: "x4|b128", 96: "x3|b96", 64: "x2|b64", 16: "short|[iub]16", 8: "byte|[iub]8", 32: ""}
 
@@ -194,7 +194,7 @@ def _read_amd(compiled):
         if label := re.match(r"(\.?LBB\w+):", line):
             labels[label[1]] = len(code)
         parts = []
-        for half in line.split("::"):  # two operations in one instruction, on RDNA3
+        for half in line.split("::"):  # RDNA3 has dual instructions with two operations
             if operation := re.match(r"\s+((?:v|s|ds|global|flat|buffer|scratch)_\w+)", half):
                 name = re.sub(r"_e(32|64)$", "", operation[1])
                 group = _group(AMD_GROUPS, name)
@@ -208,7 +208,7 @@ def _read_amd(compiled):
             loops.append((labels[jump[1]], len(code)))
     loops = _without_returns(loops, ends)
 
-    def note(key: str) -> int:  # from the metadata behind the code
+    def read_metadata(key: str) -> int:  # the metadata follows the code
         return int(re.findall(rf"{key}:\s*(\d+)", text)[-1])
 
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
@@ -216,12 +216,12 @@ def _read_amd(compiled):
     fits = {
         "warps": 4 * waves // warps,
         "blocks": groups if warps > 1 else 4 * waves,
-        "registers": 4 * note("Occupancy") // warps,
+        "registers": 4 * read_metadata("Occupancy") // warps,
         "shared": lds // shared if shared else 4 * waves,
     }
-    head = {"registers": note(r"\.vgpr_count"), "scalar_registers": note(r"\.sgpr_count")}
-    head |= {"spills": note(r"\.vgpr_spill_count"), "scalar_spills": note(r"\.sgpr_spill_count")}
-    head |= {"spill_bytes": note(r"\.private_segment_fixed_size"), "shared": shared}
+    head = {"registers": read_metadata(r"\.vgpr_count"), "scalar_registers": read_metadata(r"\.sgpr_count")}
+    head |= {"spills": read_metadata(r"\.vgpr_spill_count"), "scalar_spills": read_metadata(r"\.sgpr_spill_count")}
+    head |= {"spill_bytes": read_metadata(r"\.private_segment_fixed_size"), "shared": shared}
     return head | _occupancy(fits, warps, 4 * waves), code, loops
 
 
@@ -230,17 +230,17 @@ def _amd_width(operation: str) -> int:
 
 
 def _occupancy(fits: dict, warps: int, max_warps: int) -> dict:
-    """`fits`: how many programs each resource has room for."""
+    """Return the occupancy from `fits`: {resource: number of programs that fit}."""
     least = min(fits, key=fits.get)
     return {"warps_resident": fits[least] * warps, "warps_max": max_warps, "limited_by": least}
 
 
 def limits_h100(row: dict) -> dict:
-    """Lower limits on paper, in ms per 1e9 elements, of an H100 SXM at its boost clock; never a time measured.
+    """Calculate lower limits of the time on an H100 SXM at its boost clock, in ms per 1e9 elements. Nothing is measured.
 
-    From the counts per element: memory at 3.35 TB/s; special operations at 16, instructions at 128 (four warps of 32) a
-    clock and SM, 132 SMs at 1.755 GHz. `paper_bound_by` names the largest. Takes rows for cuda:90, and `per_element` of
-    their loops.
+    The limits follow from the counts per element: memory at 3.35 TB/s; 16 special operations and 128 instructions (four warps
+    of 32) per clock and SM; 132 SMs at 1.755 GHz. `paper_bound_by` names the largest limit. ``row`` is a row for cuda:90, or
+    `per_element` of one of its loops.
     """
     if row.get("target", "cuda:90") != "cuda:90":
         raise ValueError(f"limits_h100: the code is for {row['target']}")

@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels of a call for a named GPU, without the GPU and without running them.
+"""Compile the Triton kernels of a call for a named GPU, without the GPU and without running them.
 
-with launches("hip:gfx942") as found:  # what a user's call would launch there
+with launches("hip:gfx942") as found:  # compiles the kernels that this call launches on the GPU
     sdit_kernels.lif(x)
 compiled, arguments = found[0]
 """
@@ -24,7 +24,7 @@ def _gpu(target: str) -> GPUTarget:
 
 
 class _NoDriver:
-    """Stands where Triton's driver stands: names the target, takes CPU tensors, runs nothing."""
+    """Replacement for Triton's driver: it names the target, accepts CPU tensors and runs nothing."""
 
     def __init__(self, target):
         self.target = target
@@ -44,11 +44,11 @@ class _NoDriver:
 
 @contextlib.contextmanager
 def launches(target):
-    """While it is open, @triton.jit kernels launched on CPU tensors are compiled for the target and not run.
+    """Compile @triton.jit kernels that are launched on CPU tensors during the with block for the target, without running them.
 
-    Yields the list of (CompiledKernel, {argument: value}) of those launches, a record ``F`` field by field. Triton's own
-    launch path specialises the arguments and parses the options, so the code equals the code of the same call on the GPU;
-    outputs are not written.
+    Yield the list of (CompiledKernel, {argument: value}) of the launches; the fields of a record ``F`` are listed one by one.
+    Triton's own launch path specialises the arguments and parses the options, so the code equals the code of the same call on
+    the GPU. Outputs are not written.
     """
     found = []
     _forget_the_device()
@@ -73,14 +73,14 @@ def launches(target):
 
 
 def _active_driver():
-    """Triton's driver, or None where Triton finds none; it then looks for one again."""
+    """Return Triton's driver, or None if Triton finds no driver; with None as active driver, Triton searches again."""
     try:
         return triton.runtime.driver.active
-    except Exception:  # no driver at all: Triton raises RuntimeErrors and ImportErrors of many kinds here
+    except Exception:  # without a driver, Triton raises RuntimeErrors and ImportErrors of many kinds
         return None
 
 
 def _forget_the_device():
-    """The package remembers what it has found out about its device: let it ask again."""
+    """Clear what the package has cached about its device."""
     tiles.warps_of.cache_clear()
     dispatch.forget_devices()

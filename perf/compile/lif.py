@@ -1,4 +1,4 @@
-"""lif, lif_rate and leaky, and SpikingJelly's LIF."""
+"""The calls of lif, lif_rate and leaky, and of SpikingJelly's LIF."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ import torch
 
 import sdit_kernels
 from perf import peers
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, add_turns
 from perf.ops import passes
 
-STRETCH = 16  # steps that a LIF kernel holds in registers; a longer T is a loop over stretches
+STRETCH = 16  # time steps that a LIF kernel holds in registers; for a longer T, it loops over stretches
 
 
 class Case(NamedTuple):
@@ -18,9 +18,9 @@ class Case(NamedTuple):
     variant: str
     op: str = "lif"
     T: int = 4
-    v: bool = False  # membrane given, and its gradient wanted
-    parameters: str = ""  # tau (leaky: beta) and v_threshold that are learnt: "scalar" or "channel"
-    extras: bool = False  # lif_rate: residual and gate
+    v: bool = False  # with a membrane as input, and its gradient
+    parameters: str = ""  # learnt tau (leaky: beta) and v_threshold: "scalar" or "channel"; "" for constants
+    extras: bool = False  # lif_rate: with residual and gate
 
     load = None
 
@@ -44,9 +44,10 @@ class Case(NamedTuple):
             torch.autograd.grad(out, wanted, torch.empty_like(out))
 
     def floor(self, direction: str, size: int, rows: int = 1) -> float:
-        """Bytes per element of x that must move; ``size`` of an element, ``rows`` that share a channel in a tile.
+        """Return the bytes per element of x that must move.
 
-        States (a given membrane, the checkpoint) count once per neuron and stretch, vectors of parameters once per program.
+        ``size`` is the bytes of an element; ``rows`` is the number of rows of a tile that share the parameters of a channel.
+        States (a membrane input, the checkpoint) count once per neuron and stretch, vectors of parameters once per program.
         """
         backward, per_neuron = direction == "backward", 0
         if self.T > STRETCH and self.op != "lif_rate":
@@ -54,26 +55,27 @@ class Case(NamedTuple):
         if self.v:
             per_neuron += 2 * size if backward else size
         if self.parameters == "channel":
-            per_neuron += (16 if backward else 8) / rows  # tau, threshold; partial sums of their gradients
-        tensors = passes(direction, 2) + (not backward) if self.extras else passes(direction, 1)  # the residual: forward alone
+            per_neuron += (16 if backward else 8) / rows  # tau and threshold; backward: also their partial gradients
+        tensors = passes(direction, 2) + (not backward) if self.extras else passes(direction, 1)  # residual
         return tensors * size + per_neuron / (1 if self.op == "lif_rate" else min(self.T, STRETCH))
 
-    def figures(self, it: Launched) -> Figures:
-        count, widths, steps = it.found, it.widths, min(self.T, STRETCH)  # the code of one stretch stands for all
+    def figures(self, launched: Launched) -> Figures:
+        count, widths, steps = launched.found, launched.widths, min(self.T, STRETCH)  # the code of one stretch represents all
         if self.op == "lif_rate" and self.T > STRETCH:
             steps = self.T
-            count = more_turns(count, *count["loops"], self.T - 1)
-        if self.parameters == "scalar":  # one number that all threads load, and partial sums: one number a program
-            small = it.found["loads"].get(32, 0) + it.found["stores"].get(32, 0)
+            count = add_turns(count, *count["loops"], self.T - 1)
+        # The scalars, which all threads load, and the partial sums, one number per program, do not count.
+        if self.parameters == "scalar":
+            small = launched.found["loads"].get(32, 0) + launched.found["stores"].get(32, 0)
             count, widths = count | {"bytes": count["bytes"] - 4 * small}, widths - {32}
-        floor = self.floor(it.direction, it.size, it.arguments.get("BR", 1))
+        floor = self.floor(launched.direction, launched.size, launched.arguments.get("BR", 1))
         if self.op == "lif_rate":
-            return Figures(it.name, count, it.neurons, floor, steps, widths)
-        return Figures(it.name, count, it.neurons * steps, floor, widths=widths)
+            return Figures(launched.name, count, launched.neurons, floor, steps, widths)
+        return Figures(launched.name, count, launched.neurons * steps, floor, widths=widths)
 
 
 class SpikingJelly(NamedTuple):
-    """SpikingJelly's LIF. Its floor is the floor of lif without a membrane."""
+    """A call of SpikingJelly's LIF. Its floor is the floor of lif without a membrane input."""
 
     variant: str
     T: int = 4
@@ -84,13 +86,22 @@ class SpikingJelly(NamedTuple):
     def launch(self, dtype):
         peers.launch_spikingjelly(self.load(), torch.empty(self.T, *SHAPE, dtype=dtype))
 
-    def figures(self, it: Launched) -> Figures:
-        if not it.found["loops"]:  # the compiler has unrolled the loop over time
-            return Figures(f"spikingjelly{it.name}", it.found, it.neurons * self.T, passes(it.direction, 1) * it.size)
-        (loop,) = it.found["loops"]
-        turns = self.T * it.neurons * (2 * it.size + 4) / loop["bytes"]  # a step reads x, or h and g, and a membrane
-        count = more_turns(it.found, loop, turns - 1)
-        return Figures(f"spikingjelly{it.name}", count, it.neurons * self.T, passes(it.direction, 1) * it.size)
+    def figures(self, launched: Launched) -> Figures:
+        if not launched.found["loops"]:  # the compiler unrolled the loop over time
+            return Figures(
+                f"spikingjelly{launched.name}",
+                launched.found,
+                launched.neurons * self.T,
+                passes(launched.direction, 1) * launched.size,
+            )
+        (loop,) = launched.found["loops"]
+        turns = (
+            self.T * launched.neurons * (2 * launched.size + 4) / loop["bytes"]
+        )  # bytes of a step: x, or h and g, and a membrane
+        count = add_turns(launched.found, loop, turns - 1)
+        return Figures(
+            f"spikingjelly{launched.name}", count, launched.neurons * self.T, passes(launched.direction, 1) * launched.size
+        )
 
 
 CASES = (

@@ -1,23 +1,23 @@
-"""token_shift and relu_squared."""
+"""The calls of token_shift and relu_squared."""
 
 from typing import NamedTuple
 
 import torch
 
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, more_turns
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, add_turns
 from perf.ops import EPS, passes
 from sdit_kernels.triton import mix
 from sdit_kernels.tuning import current
 
 
 class MixCase(NamedTuple):
-    """A call of the launchers of token_shift, whose mixes are learnt; without mixes of the launchers of relu_squared."""
+    """A call of the launchers of token_shift with learnt mixes; with mixes=0, of the launchers of relu_squared."""
 
     variant: str
     mixes: int = 1
     norm: bool = False
     C: int = SHAPE[-1]
-    autocast: bool = False  # results in bf16, whatever x is
+    autocast: bool = False  # results in bf16 for any dtype of x
 
     op = "mix"
     load = None
@@ -36,36 +36,39 @@ class MixCase(NamedTuple):
     def floor_of_call(self, direction: str, last: dict) -> float:
         return last["floor"]
 
-    def figures(self, it: Launched) -> Figures:
-        """Per element of x, in a program with one run of tokens. What a cache has does not count as bytes: the token and the
-        gradients that the next run reads too, a token's channels again in the same program, mixes, sums of a norm. Nor do the
-        sums over tokens that a program writes behind all its runs."""
-        name, size, values, M = it.name, it.size, int(it.neurons), self.mixes
-        mixed = 2 if self.autocast else size  # of a result, or of its gradient
+    def figures(self, launched: Launched) -> Figures:
+        """Count per element of x, in a program with one run of tokens.
+
+        Reads from a cache do not count as bytes: the token and the gradients that the next run also reads, repeated reads of a
+        token in the same program, mixes, sums of a norm. The sums over tokens, which a program writes after its runs, do not
+        count either.
+        """
+        name, size, values, M = launched.name, launched.size, int(launched.neurons), self.mixes
+        mixed = 2 if self.autocast else size  # bytes of an element of a result or its gradient
         if name.startswith("relu"):
-            return Figures(name, it.found, values, passes(it.direction, 1) * size)
+            return Figures(name, launched.found, values, passes(launched.direction, 1) * size)
         if name.endswith("stats"):
-            M = it.arguments["M"]
+            M = launched.arguments["M"]
             count = {"instructions": 0, "bytes": 0, "special": {}}
-            # The sum, the sum of squares, products with the gradients: loops that the compiler may have unrolled
-            for i, loop in enumerate(it.found["loops"]):
+            # Loops for the sum, the sum of squares and products with the gradients; the compiler may unroll them.
+            for i, loop in enumerate(launched.found["loops"]):
                 read = size if i < 2 else size + 2 * M * mixed + 4 * M
-                count = more_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
-            again = (size + M * mixed + 4 * M if M else 0) + size
-            count["bytes"] -= values * again
+                count = add_turns(count, loop, 1 / max(1, loop["bytes"] // (read * values)))
+            cached_bytes = (size + M * mixed + 4 * M if M else 0) + size
+            count["bytes"] -= values * cached_bytes
             name = f"{name} ({'backward' if M else 'forward'})"
-            return Figures(name, count, values, size + M * mixed, widths=set(it.found["loads"]))
-        run, normed, backward = it.arguments["RUN"], it.arguments["NORM"] == 2, it.direction == "backward"
-        count, again = dict(it.found), size + backward * M * mixed + (run + backward) * 4 * M
-        if backward:  # a loop over a run's tokens, of which the compiler may have taken some out, or put several in one turn
-            body = max(it.found["loops"], key=lambda loop: loop["instructions"])
-            stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (it.found, body))
-            count = more_turns(it.found, body, (run * values * size + 4 * M * values - stored) / in_loop)
-            again += 4 * M
+            return Figures(name, count, values, size + M * mixed, widths=set(launched.found["loads"]))
+        run, normed, backward = launched.arguments["RUN"], launched.arguments["NORM"] == 2, launched.direction == "backward"
+        count, cached_bytes = dict(launched.found), size + backward * M * mixed + (run + backward) * 4 * M
+        if backward:  # a loop over the tokens of a run; the compiler may move tokens out of it, or put several in one turn
+            body = max(launched.found["loops"], key=lambda loop: loop["instructions"])
+            stored, in_loop = (sum(width * n for width, n in part["stores"].items()) // 8 for part in (launched.found, body))
+            count = add_turns(launched.found, body, (run * values * size + 4 * M * values - stored) / in_loop)
+            cached_bytes += 4 * M
         scalars = normed * 4 * ((4 if backward else 2) * run + 2)
-        count["bytes"] -= values * again + scalars
-        widths = it.widths - ({32} if normed else set())
-        return Figures(name, count, run * values, passes(it.direction, size, M * mixed), widths=widths)
+        count["bytes"] -= values * cached_bytes + scalars
+        widths = launched.widths - ({32} if normed else set())
+        return Figures(name, count, run * values, passes(launched.direction, size, M * mixed), widths=widths)
 
 
 CASES = (

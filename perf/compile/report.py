@@ -1,4 +1,4 @@
-"""Checks the figures of the compiled kernels against the floor and the committed files, and prints them."""
+"""Check the figures of the compiled kernels against the floor and the committed files, and print them."""
 
 import argparse
 import concurrent.futures
@@ -16,9 +16,10 @@ from perf.compile.spiking_wkv import SPIKING_WKV
 from perf.compile.wkv import WKV
 
 STEMS = {"lif": LIF, "leaky": LEAKY, "wkv": WKV, "spiking_wkv": SPIKING_WKV, "mix": MIX}
-KERNELS = {"token_shift": "mix", "relu_squared": "mix", "fla": "wkv", "spikingjelly": "lif"}  # named otherwise than their stem
+# {prefix of a kernel's name: its stem}, where they differ
+KERNELS = {"token_shift": "mix", "relu_squared": "mix", "fla": "wkv", "spikingjelly": "lif"}
 QUICK_TARGETS = ("cuda:90", "hip:gfx942")
-TOLERANCE = 1.10  # instructions, against the committed figures
+TOLERANCE = 1.10  # allowed growth of instructions over the committed figures
 
 
 def rows_of_all(targets, cases, jobs: int) -> list[dict]:
@@ -33,12 +34,12 @@ def rows_of_all(targets, cases, jobs: int) -> list[dict]:
 
 
 def is_ours(row: dict) -> bool:
-    """True for a kernel of this project: neither a kernel of a peer nor the sum over a call."""
+    """Return True for a kernel of this project, not of a peer, and not the sum over a call."""
     return not row["kernel"].startswith(("fla", "spikingjelly")) and "(call)" not in row["kernel"]
 
 
 def stem_of(row: dict) -> str:
-    """The stem in whose table the row is; the kernels of a peer are in the table of the stem they are compared with."""
+    """Return the stem whose table has the row. A peer's kernel is in the table of the stem that it is compared with."""
     names = {**KERNELS, **{stem: stem for stem in STEMS}}
     return next(stem for name, stem in names.items() if row["kernel"].startswith(name))
 
@@ -52,12 +53,12 @@ def is_spilling(row: dict) -> bool:
 
 
 def is_above_floor(row: dict) -> bool:
-    moved = row["bytes_per_element"]  # None: per chunk, not per token
+    moved = row["bytes_per_element"]  # None for a kernel that works per chunk, not per token
     return moved is not None and moved > STEMS[stem_of(row)].spare * row["floor"]
 
 
-def faults(rows: list[dict], committed: dict | None = None) -> list[str]:
-    """What is wrong, a line each. ``committed``: the file of an earlier run, under the same Triton."""
+def find_faults(rows: list[dict], committed: dict | None = None) -> list[str]:
+    """List the faults of rows, one line each. ``committed``: the committed file, from the same Triton version."""
     found, before = [], {}
     if committed:
         before = {key(row): row for row in committed["rows"] if "note" not in row}
@@ -79,7 +80,7 @@ def faults(rows: list[dict], committed: dict | None = None) -> list[str]:
 
 
 def _committed(stem: str, version: str) -> dict | None:
-    """The committed figures of a stem, if this Triton made them."""
+    """Return the committed figures of a stem, or None if another Triton version made them."""
     path = harness.ROOT / "perf" / "results" / f"compile_{stem}.json"
     committed = json.loads(path.read_text()) if path.exists() else None
     if not committed:
@@ -115,7 +116,7 @@ def _shown(row: dict) -> dict:
 
 
 def markdown_table(rows: list[dict], columns=None) -> str:
-    """A Markdown table of rows from `inspect` or of any other dicts; by default of all keys but histogram, loops and outer."""
+    """Format dicts as a Markdown table. By default all keys except histogram, loops and outer are columns."""
     if columns is None:
         columns = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in ("histogram", "loops", "outer")]
 
@@ -175,12 +176,12 @@ def markdown(rows: list[dict], facts: dict) -> str:
 
 def main(arguments=None) -> int:
     p = argparse.ArgumentParser(description="Triton kernels as compiled for five GPUs (compiler output, no timings)")
-    p.add_argument("--quick", action="store_true", help=f"a few variants, {' and '.join(QUICK_TARGETS)}")
-    p.add_argument("--stem", choices=STEMS, help="the kernels of one stem (default: all)")
-    p.add_argument("--target", action="append", help="such as cuda:90; may be repeated (default: all)")
+    p.add_argument("--quick", action="store_true", help=f"only a few variants and {' and '.join(QUICK_TARGETS)}")
+    p.add_argument("--stem", choices=STEMS, help="only the kernels of one stem (default: all)")
+    p.add_argument("--target", action="append", help="a GPU, for example cuda:90; repeatable (default: all)")
     p.add_argument("--json", metavar="PATH", help="write the rows; needs --stem")
     p.add_argument("--markdown", metavar="PATH", help="write the tables; needs --stem")
-    p.add_argument("--check", action="store_true", help="fail on spills, narrow accesses, bytes, or growth over results/")
+    p.add_argument("--check", action="store_true", help="fail on spills, narrow accesses, excess bytes, more instructions")
     p.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default: %(default)s)")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args(arguments)
@@ -204,6 +205,6 @@ def main(arguments=None) -> int:
     found = []
     for stem in STEMS:
         ours = [row for row in rows if stem_of(row) == stem]
-        found += faults(ours, _committed(stem, facts["versions"]["triton"])) if ours else []
+        found += find_faults(ours, _committed(stem, facts["versions"]["triton"])) if ours else []
     print("\n".join(["check: " + line for line in found] or ["check: passed"]))
     return 1 if found else 0

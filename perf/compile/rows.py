@@ -1,4 +1,4 @@
-"""A row of figures for every kernel that a call launches, per element of its data."""
+"""Make a row of figures per element of the data for every kernel that a call launches."""
 
 import functools
 import operator
@@ -15,31 +15,31 @@ HEAD = ("registers", "spills", "spill_bytes", "shared", "warps_resident", "warps
 
 
 class Stem(NamedTuple):
-    """What the report knows of a stem: its calls, and what its kernels may do."""
+    """The calls of a stem, and the limits of its kernels."""
 
     cases: tuple
     quick: tuple  # the cases of --quick
-    spare: float  # bytes allowed, over the floor
-    wide: bool  # accesses of 128 bits are wanted; else an access is as wide as an element
-    notes: str  # how to read its tables
+    spare: float  # allowed bytes / floor
+    wide: bool  # True: accesses should have 128 bits; False: an access is as wide as an element
+    notes: str  # how to read the tables of the stem
 
 
 class Figures(NamedTuple):
-    """What a case finds in a launch of its own."""
+    """The figures of one launch of a case."""
 
     name: str
-    count: dict | None = None  # instructions, bytes, {special operation: number} of so many elements; None: not per element
-    elements: float = 0
+    count: dict | None = None  # instructions, bytes, {special operation: number}; None if not per element
+    elements: float = 0  # number of elements that count covers
     floor: float = 0  # bytes per element that must move
-    steps: int = 1  # of an element: instructions are given per step
-    widths: set | None = None  # of its accesses in bits, where not all of them count
+    steps: int = 1  # time steps of an element; instructions are reported per step
+    widths: set | None = None  # widths in bits of the accesses that count; None: all
 
 
 class Launched(NamedTuple):
     """A kernel as compiled for one launch."""
 
-    found: dict  # of code.inspect
-    arguments: dict  # of the kernel
+    found: dict  # the row of code.inspect
+    arguments: dict  # arguments of the kernel
 
     @property
     def name(self) -> str:
@@ -51,13 +51,13 @@ class Launched(NamedTuple):
 
     @property
     def neurons(self) -> float:
-        """Neurons, or channels, that a thread holds."""
+        """Number of neurons or channels that a thread holds."""
         tile = next(self.arguments[name] for name in ("BC", "BLOCK", "BLOCK_SIZE_C") if name in self.arguments)
         return tile * self.arguments.get("BR", 1) / self.found["threads"]
 
     @property
     def size(self) -> int:
-        """Bytes of an element of the data; 4 where a kernel reads none."""
+        """Bytes of an element of the data; 4 if a kernel reads no data."""
         data = next((self.arguments[name] for name in ("inputs", "k_ptr", "x_ptr", "gs_ptr") if name in self.arguments), None)
         while isinstance(data, tuple):
             data = data[0]
@@ -65,31 +65,34 @@ class Launched(NamedTuple):
 
     @property
     def widths(self) -> set:
-        """Of its accesses, in bits."""
+        """Widths of its memory accesses, in bits."""
         return {*self.found["loads"], *self.found["stores"]}
 
     def has(self, name: str, *places: int) -> bool:
-        """True if a tensor is given, in the argument of that name or in its tuples at these places."""
+        """Return True if the argument, or the element of its nested tuples at these places, is not None."""
         return functools.reduce(operator.getitem, places, self.arguments[name]) is not None
 
 
-def more_turns(whole: dict, loop: dict, turns: float) -> dict:
-    """Counts of the whole, with a loop that runs so many times more often than it stands in the code."""
+def add_turns(whole: dict, loop: dict, turns: float) -> dict:
+    """Add ``turns`` further turns of a loop to the counts of a whole kernel."""
     count = {key: whole[key] + turns * loop[key] for key in ("instructions", "bytes")}
     special = whole["special"].keys() | loop["special"].keys()
     return count | {"special": {k: whole["special"].get(k, 0) + turns * loop["special"].get(k, 0) for k in special}}
 
 
-def one_turn(found: dict, parts: int) -> dict:
-    """Counts of one turn of the outermost loop. In the backward pass, inner loops recompute the states of a part of a tile over
-    the other parts of the tile, (parts - 1) / 2 turns on average; they read from a cache, which does not count as bytes."""
+def count_one_turn(found: dict, parts: int) -> dict:
+    """Return the counts of one turn of the outermost loop.
+
+    In the backward pass, inner loops recompute the states of one part of a tile from the earlier parts, in (parts - 1) / 2
+    turns on average. They read from a cache, so these reads do not count as bytes.
+    """
     outer = max(found["outer"], key=lambda loop: loop["instructions"])
     count = {"instructions": outer["instructions"], "special": dict(outer["special"]), "bytes": outer["bytes"]}
     apart = outer in found["loops"]  # the compiler has placed the inner loops behind it
     turns = (parts - 1) / 2 - (not apart)
     for loop in found["loops"]:
         if loop == outer or any("rsq" in operation.lower() for operation in loop["special"]):
-            continue  # not an inner loop: the body, with another jump back
+            continue  # not an inner loop, but the body with a second jump back
         count["instructions"] += loop["instructions"] * turns
         count["bytes"] -= 0 if apart else loop["bytes"]
         for k, n in loop["special"].items():
@@ -98,7 +101,7 @@ def one_turn(found: dict, parts: int) -> dict:
 
 
 def row_of(case, compiled, arguments: dict) -> dict:
-    """The row of one launch."""
+    """Return the row of one launch."""
     launched = Launched(code.inspect(compiled), arguments)
     found, figures = launched.found, case.figures(launched)
     data = "fp32" if launched.size == 4 else "bf16"
@@ -116,7 +119,7 @@ def row_of(case, compiled, arguments: dict) -> dict:
 
 
 def _calls(case, rows: list[dict]) -> list[dict]:
-    """What the launches of one call move and do together, where there are several, against the floor of a single pass."""
+    """Sum the rows of the launches of one call, if there are several, and compare the sum with the floor of a single pass."""
     found = []
     counted = [row for row in rows if row["bytes_per_element"] is not None]
     for direction in ("forward", "backward"):
@@ -136,20 +139,20 @@ def _calls(case, rows: list[dict]) -> list[dict]:
 
 
 def rows_of(target: str, cases) -> list[dict]:
-    """A row for every kernel that the cases launch on one target; where a peer is missing or fails, its row has a `note`."""
+    """Return a row per kernel that the cases launch on one target. The row of a missing or failing peer has a `note`."""
     rows = []
     for case in cases:
         for name, dtype in TYPES.items():
             try:
-                if case.load:  # before the stub driver is active: a peer looks for its device when it is imported
-                    if reason := harness.missing(case.op):
+                if case.load:  # before the stub driver is active, because a peer looks for its device at import
+                    if reason := harness.reason_if_missing(case.op):
                         raise ModuleNotFoundError(reason)
                     case.load()
                 with launch.launches(target) as found:
                     case.launch(dtype)
             except Exception as error:
                 if not case.load:
-                    raise  # only another library may fail: it may be of any version
+                    raise  # only another library may fail, because it may have any version
                 reason = str(error) if isinstance(error, ModuleNotFoundError) else f"{type(error).__name__}: {error}"
                 row = {"kernel": case.op, "variant": case.variant, "data": name, "target": target}
                 rows.append(row | {"note": f"skipped: {reason}"})

@@ -1,10 +1,10 @@
-"""spiking_wkv."""
+"""The calls of spiking_wkv."""
 
 from typing import NamedTuple
 
 import torch
 
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, one_turn
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, count_one_turn
 from perf.ops import passes
 from sdit_kernels import layout
 from sdit_kernels.checks import Neuron
@@ -13,7 +13,7 @@ from sdit_kernels.tuning import current
 
 
 class SpikingCase(NamedTuple):
-    """A call of the spiking_wkv launchers, checkpoint kept, in one walk over the tokens."""
+    """A call of the spiking_wkv launchers with the fused kernel, which keeps a checkpoint."""
 
     variant: str
     gate: bool = False
@@ -41,19 +41,21 @@ class SpikingCase(NamedTuple):
             dk, dv, dr, d_w, d_u, None, None, None, tuning,
         )  # fmt: skip
 
-    def figures(self, it: Launched) -> Figures:
-        """Per element of k. The gradient of a rate, which all steps read, counts once."""
-        if it.name == "wkv_sums":
-            return Figures(it.name, widths=set(it.found["loads"]))  # it stores one number for many that it reads
-        tile, backward = it.arguments["TOKENS"], it.direction == "backward"
-        tokens = it.arguments["HELD"] if backward else tile
+    def figures(self, launched: Launched) -> Figures:
+        """Count per element of k. The gradient of a rate, which all time steps read, counts once."""
+        if launched.name == "wkv_sums":
+            return Figures(
+                launched.name, widths=set(launched.found["loads"])
+            )  # its stores are narrow: it sums many numbers into one
+        tile, backward = launched.arguments["TOKENS"], launched.direction == "backward"
+        tokens = launched.arguments["HELD"] if backward else tile
         parts = tile // tokens
-        count = one_turn(it.found, parts)
+        count = count_one_turn(launched.found, parts)
         count["bytes"] -= (1 - 1 / parts) * 12 * self.T
         if backward and self.rate:
-            count["bytes"] -= (self.T - 1) * tokens * it.size
-        tensors = passes(it.direction, 2 + self.gate, 1 / self.T if self.rate else 1)
-        return Figures(it.name, count, self.T * tokens, tensors * it.size + 12 / tile)
+            count["bytes"] -= (self.T - 1) * tokens * launched.size
+        tensors = passes(launched.direction, 2 + self.gate, 1 / self.T if self.rate else 1)
+        return Figures(launched.name, count, self.T * tokens, tensors * launched.size + 12 / tile)
 
 
 CASES = (

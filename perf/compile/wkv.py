@@ -1,11 +1,11 @@
-"""wkv, and flash-linear-attention's RWKV-4."""
+"""The calls of wkv, and of flash-linear-attention's RWKV-4."""
 
 from typing import NamedTuple
 
 import torch
 
 from perf import peers
-from perf.compile.rows import SHAPE, Figures, Launched, Stem, one_turn
+from perf.compile.rows import SHAPE, Figures, Launched, Stem, count_one_turn
 from perf.ops import passes
 from sdit_kernels import layout
 from sdit_kernels.triton import wkv
@@ -13,12 +13,12 @@ from sdit_kernels.tuning import current
 
 
 class WkvCase(NamedTuple):
-    """A call of the WKV launchers, checkpoint kept: launchers, so that the code is the same whoever calls."""
+    """A call of the WKV launchers that keeps a checkpoint."""
 
     variant: str
     algorithm: str = "serial"
     gate: bool = False
-    state: bool = False  # given, and its gradient wanted
+    state: bool = False  # with a state as input, and its gradient
     bidirectional: bool = False
     packed: bool = False
 
@@ -44,35 +44,37 @@ class WkvCase(NamedTuple):
         )  # fmt: skip
 
     def floor_of_call(self, direction: str, last: dict) -> float:
-        """Bytes per element of the whole call: one pass over the data, one state of 12 bytes per tile of 16 tokens."""
+        """Return the bytes per element of the whole call: one pass over the data, and 12 bytes of state per 16 tokens."""
         return passes(direction, 2 + self.gate) * (4 if last["data"] == "fp32" else 2) + 12 / 16
 
-    def figures(self, it: Launched) -> Figures:
-        """Counts of one turn of its loop over tokens. The backward pass reads the checkpoint once per part, from a cache for
-        all parts of a tile except one: that does not count as bytes."""
-        if it.name == "wkv_sums":
-            return Figures(it.name, widths=set(it.found["loads"]))  # it stores one number for many that it reads
-        if it.name == "wkv_combine":
-            return Figures(f"{it.name} ({'carries' if it.arguments['CARRY'] else 'states'})")
-        tile, backward = it.arguments["TILE"], it.direction == "backward"
-        tokens = it.arguments["HELD"] if backward else tile
-        parts, gate, both = tile // tokens, it.has("inputs", 2, 0), it.has("entering", 1)
-        out = it.has("gradients" if backward else "outputs", 0, 0)
-        states = (1 + both if backward or both else 0) + (not backward and it.has("outputs", 1, 2))
-        count = one_turn(it.found, parts)
+    def figures(self, launched: Launched) -> Figures:
+        """Count one turn of the loop over tokens. The backward pass reads the checkpoint once per part of a tile. All reads
+        except the first come from a cache and do not count as bytes."""
+        if launched.name == "wkv_sums":
+            return Figures(
+                launched.name, widths=set(launched.found["loads"])
+            )  # its stores are narrow: it sums many numbers into one
+        if launched.name == "wkv_combine":
+            return Figures(f"{launched.name} ({'carries' if launched.arguments['CARRY'] else 'states'})")
+        tile, backward = launched.arguments["TILE"], launched.direction == "backward"
+        tokens = launched.arguments["HELD"] if backward else tile
+        parts, gate, both = tile // tokens, launched.has("inputs", 2, 0), launched.has("entering", 1)
+        out = launched.has("gradients" if backward else "outputs", 0, 0)
+        states = (1 + both if backward or both else 0) + (not backward and launched.has("outputs", 1, 2))
+        count = count_one_turn(launched.found, parts)
         if backward:
             count["bytes"] -= (1 - 1 / parts) * 12 * states
-        tensors = 2 + (backward and it.has("upstream", 0, 0)) + gate + out * (1 + backward * (1 + gate))
-        floor = tensors * it.size + 12 * states / tile
+        tensors = 2 + (backward and launched.has("upstream", 0, 0)) + gate + out * (1 + backward * (1 + gate))
+        floor = tensors * launched.size + 12 * states / tile
         if backward and both:
             floor += (16 if out else 8) / tokens  # carries
-        role = "" if out else " (summary)" if it.has(*(("carries", 3) if backward else ("outputs", 1, 3))) else " (walk)"
-        role += " leftwards" if it.arguments["LEFTWARDS"] else " rightwards" if it.arguments["RIGHTWARDS"] else ""
-        return Figures(it.name + role, count, tokens, floor)
+        role = "" if out else " (summary)" if launched.has(*(("carries", 3) if backward else ("outputs", 1, 3))) else " (walk)"
+        role += " leftwards" if launched.arguments["LEFTWARDS"] else " rightwards" if launched.arguments["RIGHTWARDS"] else ""
+        return Figures(launched.name + role, count, tokens, floor)
 
 
 class Fla(NamedTuple):
-    """A call of flash-linear-attention's fused_recurrent_rwkv4: its launchers, which take and return a state."""
+    """A call of the launchers of flash-linear-attention's fused_recurrent_rwkv4, with a state in and out."""
 
     variant: str = "serial"
     op: str = "fla"
@@ -83,12 +85,12 @@ class Fla(NamedTuple):
         k, v = (torch.empty(SHAPE, dtype=dtype) for _ in range(2))
         peers.launch_fla(self.load(), *torch.empty(2, SHAPE[-1]), k, v)
 
-    def figures(self, it: Launched) -> Figures:
-        """Its loop takes one token a turn, or several where the compiler has unrolled it. Its floor is the floor of our serial
-        call. It writes the state after every token and reads it in the backward pass, in fp32."""
-        loop = max(it.found["loops"], key=lambda loop: loop["instructions"])
-        tokens = round(loop["bytes"] / (5 * it.size + 12 if it.direction == "backward" else 6 * it.size))
-        return Figures(f"fla {it.name}", loop, tokens, passes(it.direction, 2) * it.size + 12 / 16)
+    def figures(self, launched: Launched) -> Figures:
+        """Count one turn of its loop, which covers one token, or several if the compiler unrolled it. The floor is the floor of
+        our serial call. The kernel writes the fp32 state after every token and reads it in the backward pass."""
+        loop = max(launched.found["loops"], key=lambda loop: loop["instructions"])
+        tokens = round(loop["bytes"] / (5 * launched.size + 12 if launched.direction == "backward" else 6 * launched.size))
+        return Figures(f"fla {launched.name}", loop, tokens, passes(launched.direction, 2) * launched.size + 12 / 16)
 
 
 CASES = (
