@@ -25,7 +25,7 @@ from perf import bench_sdit, harness
 from sdit import PRESETS
 from sdit_kernels import nvtx
 
-WARM_UP = 3  # the allocator and cuBLAS still change in the second step
+WARM_UP = 3  # steps; the second one still allocates memory and selects cuBLAS kernels
 PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
@@ -44,7 +44,8 @@ def make_step(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=Fals
             return model(*inputs)
 
     frozen = model.frozen()
-    frozen.__enter__()  # never left: only this step uses the model
+    frozen.__enter__()  # never left, because no other code uses this model
+    step.frozen = frozen  # a context manager that is freed ends its with block, so the step keeps it
     return step
 
 
@@ -57,7 +58,7 @@ def run(step, steps, device):
 
 
 def capture(step, steps, device="cuda"):
-    """Run steps that nsys -c cudaProfilerApi and ncu --profile-from-start off record; return the seconds of one."""
+    """Run steps that nsys -c cudaProfilerApi and ncu --profile-from-start off record; return the seconds of a step."""
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     began = time.perf_counter()
@@ -68,7 +69,7 @@ def capture(step, steps, device="cuda"):
 
 
 def table(step, steps, device, trace=None):
-    """Return (seconds of a step, percentage in matrix multiplications, rows per op, or per kernel on a GPU)."""
+    """Return (seconds of a step, percentage of it in matrix products, rows): one row per op on the CPU, per kernel on a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at every start and stop

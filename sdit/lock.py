@@ -48,7 +48,7 @@ def _open_locked(path, subject, advice):
         try:
             _take_lock(descriptor)
         except (BlockingIOError, PermissionError):
-            with suppress(FileNotFoundError):  # the other process has just ended
+            with suppress(FileNotFoundError):  # the holder has just removed the file: return None, and the caller tries again
                 holder = path.read_text() or "another process"
                 raise BlockingIOError(f"{subject} is in use by {holder}: {advice}") from None
         except OSError as error:

@@ -8,7 +8,8 @@ from .files import atomic_write
 
 __all__ = ["plot", "read_metrics"]
 
-_LINES = "-", "--", ":", "-.", (0, (1, 1))
+_LINE_STYLES = "-", "--", ":", "-.", (0, (1, 1))
+_FIELDS = "step", "loss", "mse", "vb", "grad_norm", "lr", "images_per_s", "rates"
 
 
 def read_metrics(run) -> list[dict]:
@@ -22,7 +23,8 @@ def read_metrics(run) -> list[dict]:
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no metrics.jsonl")
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")]
-        [(row["step"], row["loss"], row["rates"]) for row in rows]
+        for row in rows:  # raises KeyError if a field is missing
+            [row[name] for name in _FIELDS]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
     if not rows:
@@ -83,7 +85,7 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
     for name in rows[-1]["rates"]:
         block, _, kind = name.removeprefix("blocks.").partition(".")
         color = blocks.setdefault(block, f"C{len(blocks) % 10}")
-        style = kinds.setdefault(kind, _LINES[len(kinds) % len(_LINES)])
+        style = kinds.setdefault(kind, _LINE_STYLES[len(kinds) % len(_LINE_STYLES)])
         rates = [row["rates"].get(name) for row in rows]
         firing.plot(steps, rates, linewidth=1, color=color, linestyle=style, **marker)
     for block, color in blocks.items():

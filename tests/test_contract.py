@@ -409,6 +409,16 @@ def test_a_second_backward_pass_names_the_way_out(name):
         loss.backward()
 
 
+def test_a_step_in_place_refuses_dual_tensors():
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        x = torch.randn(3, 5)
+        state = torch.zeros(3, 5), torch.full((3, 5), -torch.inf)
+        sdit_kernels.wkv_step_(ONE, ONE, x, x, state)
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            sdit_kernels.wkv_step_(ONE, ONE, dual, x, state)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_derivatives_are_refused(name):
     """Also when gradients are disabled, because forward mode does not depend on that."""

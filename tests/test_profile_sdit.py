@@ -1,5 +1,6 @@
 """perf/profile_sdit.py: its table, its trace, and the steps it captures for nsys and ncu."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -29,6 +30,12 @@ def test_the_table_and_the_trace_show_the_ops(form, tmp_path):
         assert "sdit_kernels::wkv_backward" in {e.get("name") for e in json.loads(Path(command[-1]).read_text())["traceEvents"]}
     else:
         assert "sdit_kernels::wkv_backward" not in ops
+
+
+def test_the_model_stays_frozen_between_sampling_steps():
+    step = profile_sdit.make_step("cpu", 1, "digits", sampling=True)
+    model = inspect.getclosurevars(step).nonlocals["model"]
+    assert all(block.frozen is not None for block in model.blocks)
 
 
 def test_only_the_steps_are_captured(monkeypatch):

@@ -1,6 +1,6 @@
 """Define an operator (CPU, CUDA, fake, autograd and vmap) from a schema and two functions, with little overhead per call.
 
-torch.library.register_autograd would cost 60 us more per call, and functorch refuses it.
+torch.library.register_autograd would cost 60 us more per call, and torch.func transforms reject it.
 """
 
 import functools
@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import nvtx
 from .._torch import (
@@ -23,7 +24,7 @@ from .._torch import (
 )
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
 
 # torch.jit.trace warns about every shape that an argument check compares. No check changes the traced computation.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module=r"sdit_kernels\.(checks|ops|nn)\b")
@@ -36,7 +37,7 @@ def _call_per_member(operator, n, dims, tensors, rest):
     return [torch.stack(column) for column in columns]
 
 
-def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates):
+def _make_vmap_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates):
     """Return the vmap rule. If only data are batched, the batch becomes an axis of the data; else the rule loops over it.
 
     batch_axes: the axis that receives the batch, per leading tensor argument; None for a parameter. output_axes: the axis of
@@ -49,10 +50,10 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutat
     def rule(info, in_dims, *args):
         n = info.batch_size
         tensors, dims, rest = args[: len(batch_axes)], in_dims[: len(batch_axes)], args[len(batch_axes) :]
-        parameters = any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None)
+        batched_parameter = any(dim is not None for dim, axis in zip(dims, batch_axes) if axis is None)
         if mutates and any(dims[i] is None for i in mutates):
             raise RuntimeError("vmap over an operator that writes to a tensor needs that tensor batched as well")
-        if parameters or mutates or (sums is not None and args[sums]) or (loop is not None and loop(tensors)):
+        if batched_parameter or mutates or (sums is not None and args[sums]) or (loop is not None and loop(tensors)):
             outputs = _call_per_member(operator, n, dims, tensors, rest)
             axes = [0] * len(outputs)
         else:
@@ -68,6 +69,7 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutat
                 moved.append(t)
             outputs = operator(*moved, *rest)
             outputs = outputs if isinstance(outputs, (tuple, list)) else [outputs]
+            # an output of shape (0,) means "not computed", because an operator cannot return None; it has no batch axis
             axes = [None if out.shape == (0,) else axis for out, axis in zip(outputs, output_axes)]
             if flatten:
                 outputs = [
@@ -78,17 +80,17 @@ def _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutat
     return rule
 
 
-def _nothing(ctx, inputs, output):
+def _save_nothing(ctx, inputs, output):
     pass
 
 
-def _no_second_derivative(ctx, *_):
+def _refuse_second_derivative(ctx, *_):
     raise RuntimeError(
         "the fused kernels have no second derivative; run the forward pass under sdit_kernels.backend('reference')"
     )
 
 
-def _no_forward_mode(ctx, *_):
+def _refuse_forward_mode(ctx, *_):
     raise RuntimeError(
         "the fused kernels have no forward-mode derivative (jvp); call the op under sdit_kernels.backend('reference')"
     )
@@ -111,7 +113,7 @@ def values_are_readable(t: Tensor) -> bool:
     )
 
 
-def _backward(gradient):
+def _make_backward(gradient):
     """Wrap ``gradient`` as a backward pass that returns None for inputs that need no gradient or are not tensors.
 
     If autograd has freed the saved tensors, the error names reset(net), because the usual cause is a membrane that an earlier
@@ -157,12 +159,12 @@ def register(
     """Define ``sdit_kernels::<schema>``. Return the function to call: it skips the dispatcher and autograd if it can.
 
     implementation, fake: functions of the operator's arguments, tensors first. An argument named ``parameters`` requests the
-    gradients of parameters. batch_axes, output_axes, flatten, loop: see _batching_rule. mutates: indices of tensors that the
+    gradients of parameters. batch_axes, output_axes, flatten, loop: see _make_vmap_rule. mutates: indices of tensors that the
     operator writes. save(ctx, inputs, outputs): as in autograd.Function. gradient(ctx, *upstream): returns the gradients of the
     first inputs; None: the operator raises if a derivative is requested.
     """
     name = schema.partition("(")[0]
-    save, gradient = save or _nothing, _backward(gradient) if gradient else _no_second_derivative
+    save, gradient = save or _save_nothing, _make_backward(gradient) if gradient else _refuse_second_derivative
     implementation = nvtx.range(name).untraced(implementation)
 
     def fake_unless_onnx(*args):
@@ -178,7 +180,7 @@ def register(
         _LIBRARY.impl(name, implementation, "CPU")
         _LIBRARY.impl(name, implementation, "CUDA")
         torch.library.register_fake(f"sdit_kernels::{name}", fake_unless_onnx, lib=_LIBRARY)
-        rule = _batching_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
+        rule = _make_vmap_rule(operator, batch_axes, output_axes, flatten, sums, loop, mutates)
         torch.library.register_vmap(f"sdit_kernels::{name}", rule, lib=_LIBRARY)
         return operator
 
@@ -191,7 +193,7 @@ def register(
             with below_autograd():
                 return operator(*args)
 
-    tensors = len(batch_axes)
+    tensor_count = len(batch_axes)
 
     def needs_dispatcher(args):
         """True if PyTorch's dispatcher must see this call: a dispatch mode or the profiler is active, or an argument is a
@@ -199,14 +201,15 @@ def register(
         if dispatch_mode_count() > 0 or profiler_enabled():
             return True
         return any(
-            t is not None and (type(t) not in _PLAIN or t.is_meta or t.is_neg() or is_zerotensor(t)) for t in args[:tensors]
+            t is not None and (type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t))
+            for t in args[:tensor_count]
         )
 
     def may_need_grad(args):
         """True if a derivative may be needed; otherwise the call skips autograd.Function and saves 11 us."""
         if in_forward_mode():
             return True
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors])
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensor_count])
 
     def run(*args):
         if not needs_dispatcher(args):
@@ -221,7 +224,7 @@ def register(
             return output
 
         backward = staticmethod(gradient)
-        jvp = staticmethod(_no_forward_mode)
+        jvp = staticmethod(_refuse_forward_mode)
 
     class Functorch(torch.autograd.Function):  # torch.func needs a separate setup_context, which costs 18 us per call
         generate_vmap_rule = True
@@ -235,21 +238,25 @@ def register(
             save(ctx, inputs, output)
 
         backward = staticmethod(gradient)
-        jvp = staticmethod(_no_forward_mode)
+        jvp = staticmethod(_refuse_forward_mode)
 
     def autograd(*args):  # called by the dispatcher
         return Autograd.apply(*args) if may_need_grad(args) else run(*args)
 
-    def autograd_refused(*args):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensors]):
+    def run_without_gradient(*args):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensor_count]):
             raise RuntimeError(
                 f"sdit_kernels::{name} writes to its arguments and has no gradient: call it under torch.no_grad()"
             )
+        if in_forward_mode() and any(
+            t is not None and forward_ad.unpack_dual(t).tangent is not None for t in args[:tensor_count]
+        ):
+            _refuse_forward_mode(None)
         output = run(*args)
         torch.autograd.graph.increment_version([args[i] for i in mutates])
         return output
 
-    _LIBRARY.impl(name, autograd_refused if mutates else autograd, "Autograd")
+    _LIBRARY.impl(name, run_without_gradient if mutates else autograd, "Autograd")
 
     def entry(*args):
         if torch.compiler.is_compiling():
@@ -262,7 +269,7 @@ def register(
         if needs_dispatcher(args):
             return operator(*args)
         if mutates:
-            return autograd_refused(*args)
+            return run_without_gradient(*args)
         return Autograd.apply(*args) if may_need_grad(args) else implementation(*args)
 
     return entry

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dtypes import state_dtype
 
 
-def _finite(o):
+def _replace_minus_inf(o):
     """Return an exponent that can be subtracted: 0 for an empty state, whose exponent is -inf; -inf - (-inf) is NaN."""
     return torch.where(o == -torch.inf, 0.0, o)
 
@@ -23,21 +23,21 @@ class _State:
 
     def __init__(self, ybar, lse):
         self.o = lse.detach()
-        self.b = torch.exp(lse - _finite(self.o))
+        self.b = torch.exp(lse - _replace_minus_inf(self.o))
         self.a = ybar * self.b
 
-    def decayed_and(self, w, k, v):
+    def decay_and_add(self, w, k, v):
         """N <- e^w N + e^k v, D <- e^w D + e^k."""
         old, self.o = self.o, torch.maximum(w.detach() + self.o, k.detach())
-        o = _finite(self.o)
+        o = _replace_minus_inf(self.o)
         keep, new = torch.exp(w + old - o), torch.exp(k - o)
         self.a, self.b = keep * self.a + new * v, keep * self.b + new
 
     def user(self):
         """Return (ybar, lse) = (N/D, log D); (0, -inf) for an empty state."""
-        seen = self.b != 0  # keeps a NaN
-        b = torch.where(seen, self.b, 1.0)
-        return torch.where(seen, self.a / b, 0.0), torch.where(seen, self.o + torch.log(b), -torch.inf)
+        is_nonempty = self.b != 0  # keeps a NaN
+        b = torch.where(is_nonempty, self.b, 1.0)
+        return torch.where(is_nonempty, self.a / b, 0.0), torch.where(is_nonempty, self.o + torch.log(b), -torch.inf)
 
     def snapshot(self):
         return self.a, self.b, self.o
@@ -48,14 +48,14 @@ def _output(states, k_u, v):
     o = k_u.detach()
     for _, _, other in states:
         o = torch.maximum(o, other)
-    o = _finite(o)
+    o = _replace_minus_inf(o)
     e = torch.exp(k_u - o)
     n, z = e * v, e
     for a, b, other in states:
         scale = torch.exp(other - o)
         n, z = n + a * scale, z + b * scale
-    seen = z != 0  # keeps a NaN
-    return torch.where(seen, n / torch.where(seen, z, 1.0), 0.0)
+    is_nonempty = z != 0  # keeps a NaN
+    return torch.where(is_nonempty, n / torch.where(is_nonempty, z, 1.0), 0.0)
 
 
 def _scan(w, u, k, v, ybar, lse, bidirectional):
@@ -64,12 +64,12 @@ def _scan(w, u, k, v, ybar, lse, bidirectional):
     state, before = _State(ybar, lse), []
     for t in range(L):
         before.append([state.snapshot()])
-        state.decayed_and(w, k[:, t], v[:, t])
+        state.decay_and_add(w, k[:, t], v[:, t])
     if bidirectional:
         right = _State(ybar, lse)
         for t in reversed(range(L)):
             before[t].append(right.snapshot())
-            right.decayed_and(w, k[:, t], v[:, t])
+            right.decay_and_add(w, k[:, t], v[:, t])
     y = [_output(before[t], u + k[:, t], v[:, t]) for t in range(L)]
     return (torch.stack(y, 1) if y else torch.zeros_like(v)), *state.user()
 
@@ -144,12 +144,12 @@ def wkv_step_(time_decay, time_first, k, v, state, *, r=None, log_decay=None):
 
 def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor):
     """See :func:`sdit_kernels.wkv_state_from_rwkv`."""
-    seen = bb > 0
-    b = torch.where(seen, bb, 1.0)
-    return torch.where(seen, aa / b, 0.0), torch.where(seen, pp + torch.log(b), -torch.inf)
+    is_nonempty = bb > 0
+    b = torch.where(is_nonempty, bb, 1.0)
+    return torch.where(is_nonempty, aa / b, 0.0), torch.where(is_nonempty, pp + torch.log(b), -torch.inf)
 
 
 def wkv_state_to_rwkv(ybar: Tensor, lse: Tensor):
     """See :func:`sdit_kernels.wkv_state_to_rwkv`."""
-    seen = lse > -torch.inf
-    return torch.where(seen, ybar, 0.0), seen.to(ybar.dtype), torch.where(seen, lse, -1e38)
+    is_nonempty = lse > -torch.inf
+    return torch.where(is_nonempty, ybar, 0.0), is_nonempty.to(ybar.dtype), torch.where(is_nonempty, lse, -1e38)

@@ -4,14 +4,15 @@ The kernel issues all loads of a tile before it uses the first. A thread holds o
 of float32. With two channels per thread, the backward pass would need twice its 140 registers and fill half as much of the GPU;
 only a fifth of the instructions (addresses and loads) would be shared.
 
-There are three kernels. ``wkv_forward_kernel`` and ``wkv_backward_kernel`` process a chunk of tiles, with or without outputs.
-``wkv_combine_kernel`` scans the summaries of whole chunks. "serial" launches one kernel with one chunk per sequence; it reads
-and writes everything once. "chunked" cuts a sequence into chunks, so that there are enough programs to fill the GPU, in three
-launches: (1) process each chunk from an empty state and store a summary; (2) scan the summaries, which turns each into the
-state at the start of its chunk; (3) process each chunk from that state. The backward pass does the same. Its carry is linear in
-the carry that enters a chunk, so a summary is a factor and an added term. A scan over tokens inside a program
-(tl.associative_scan) would read k and v once instead of twice. But it exchanges two or three values per token between lanes,
-and it cannot split a sequence over more than B*C / BC programs. The second read often hits the L2 cache.
+There are four kernels. ``wkv_forward_kernel`` and ``wkv_backward_kernel`` process a chunk of tiles, with or without outputs.
+``wkv_combine_kernel`` scans the summaries of whole chunks. ``wkv_sums_kernel`` adds up the gradients of the parameters.
+"serial" launches one kernel with one chunk per sequence; it reads and writes everything once. "chunked" cuts a sequence into
+chunks, so that there are enough programs to fill the GPU, in three launches: (1) process each chunk from an empty state and
+store a summary; (2) scan the summaries, which turns each into the state at the start of its chunk; (3) process each chunk from
+that state. The backward pass does the same. Its carry is linear in the carry that enters a chunk, so a summary is a factor and
+an added term. A scan over tokens inside a program (tl.associative_scan) would read k and v once instead of twice. But it
+exchanges two or three values per token between lanes, and it cannot split a sequence over more than B*C / BC programs. The
+second read often hits the L2 cache.
 
 Bidirectional: two launches compute the states at the start of every tile, from the left and from the right. Then each tile
 combines them with its own tokens. The backward pass does the same with its carries.
@@ -21,7 +22,7 @@ a gate, but 95 to 170 registers for 8 tokens. So it holds 8 tokens. For the seco
 state over the first half.
 
 Range: a token far above the state has a weight of up to 2^60. So float32 values must stay below 2^67, and a gate with r < -47
-on such a token may give 0.
+on such a token may give 0, because the denominator overflows.
 
 Exponents: o[t] = ka + n w, where ka is the key that holds the maximum and n is the number of tokens since. The argument of each
 exponential is one rounded difference, (k - ka) - n w by fused multiply-add, so the error does not grow with the length. The
@@ -48,7 +49,8 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _EMPTY_EXPONENT: tl.constexpr = tl.constexpr(-1e38)  # of an empty state; finite after a multiplication by log2(e)
 _MIN_LOG_DECAY: tl.constexpr = tl.constexpr(-1e20)  # as in reference/wkv.py
-# Next to a token of weight 2^60, a state below 2^31 is lost in float32 rounding. Values must then be below 2^67.
+# The denominator of a state is at most the number of tokens, below 2^31. Next to a token of weight 2^60 it is lost in float32
+# rounding. Products of the weight and a value stay finite if the value is below 2^67.
 _MAX_OWN_EXPONENT: tl.constexpr = tl.constexpr(60.0)
 _TINY: tl.constexpr = tl.constexpr(1e-9)  # a denominator is at least 1, or 0 if every key is masked: then y = 0 / _TINY
 
