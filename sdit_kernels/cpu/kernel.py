@@ -47,17 +47,17 @@ _SLOW = 2.0  # seconds of compiling after which a log line tells the user the re
 _LOG = logging.getLogger("sdit_kernels")
 
 
-class _Notice(event.Listener):
+class _SlowCompileNotice(event.Listener):
     """Log one line per process if a kernel compiles for longer than _SLOW. Loading code from disk does not count."""
 
-    said = False
+    has_logged = False
 
     def __init__(self, compiled):
         self._compiled, self._timer = compiled, None
 
     def on_start(self, event):
-        if event.data["dispatcher"] is self._compiled and not _Notice.said:
-            self._timer = threading.Timer(_SLOW, self._say)
+        if event.data["dispatcher"] is self._compiled and not _SlowCompileNotice.has_logged:
+            self._timer = threading.Timer(_SLOW, self._log_once)
             self._timer.daemon = True
             self._timer.start()
 
@@ -65,10 +65,12 @@ class _Notice(event.Listener):
         if event.data["dispatcher"] is self._compiled and self._timer is not None:
             self._timer.cancel()
 
-    def _say(self):
-        if not _Notice.said:
-            _Notice.said = True
-            _LOG.warning("sdit_kernels: compiling CPU kernels, seconds each; later processes load the compiled code from disk")
+    def _log_once(self):
+        if not _SlowCompileNotice.has_logged:
+            _SlowCompileNotice.has_logged = True
+            _LOG.warning(
+                "sdit_kernels: compiling CPU kernels, which takes seconds per kernel; later processes load the code from disk"
+            )
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------------
@@ -180,7 +182,7 @@ class Kernel:
             if not _set_cache_key(compiled, self._key()):
                 _warn_uncached(_NO_CACHE)
                 compiled = numba.njit(entry, **options)
-        with event.install_listener("numba:compile", _Notice(compiled)):
+        with event.install_listener("numba:compile", _SlowCompileNotice(compiled)):
             try:
                 compiled.compile(signature)
             except Exception:  # an incomplete cache file, after a full disk, raises errors of any kind

@@ -13,7 +13,7 @@ from ..layout import layout_of, row_view, step_view
 from .intrinsics import CODES, state_code
 
 FORWARD_COLUMNS = 1024  # the most columns of a forward task of a neuron
-BACKWARD_COLUMNS = 256  # of a backward task, which holds LIF_CHECKPOINT_STEPS rows of so many columns: 16 KiB
+BACKWARD_COLUMNS = 256  # the most columns of a backward task, which keeps LIF_CHECKPOINT_STEPS steps of them: 16 KiB
 _GROUPS = 64  # the most partial sums per channel
 
 
@@ -92,7 +92,7 @@ class Parameters:
         return 0.0, self._alive[-1].data_ptr()
 
     def partial_sums(self, layout, wanted):
-        """Return (rows per group, number of groups, partial sums or None). A task processes one group of rows.
+        """Return (rows per group, number of groups, partial sums or None). A task processes a block of columns of one group.
 
         The partial sums have the shape (2, groups, C) if a parameter has one value per channel, otherwise (2, tasks).
         """

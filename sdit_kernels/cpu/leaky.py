@@ -1,7 +1,8 @@
-"""Leaky on the CPU. As in cpu/lif.py, a task processes a block of columns, and LLVM vectorises over columns.
+"""Leaky on the CPU. A task processes a block of columns, and LLVM vectorises over columns, as in cpu/lif.py.
 
-The backward pass recomputes the membrane before every step, 16 steps at a time, into a tile, an array on the stack. It computes
-the charge, the membrane before the spike, from this tile. The arithmetic follows reference/leaky.py operation by operation.
+A column is one neuron of a row of the input. A segment is a run of 16 steps. The backward pass goes through the segments from
+last to first. It recomputes the membrane before each step of a segment into a tile, an array on the stack. From this
+tile it computes the charge, the membrane before the spike. The arithmetic follows reference/leaky.py operation by operation.
 """
 
 import functools

@@ -1,10 +1,10 @@
 """LIF on the CPU. A task processes a block of columns, whose membranes stay in the L1 cache for all steps.
 
-A column is one neuron of a row of the input; LLVM vectorises over columns. The backward pass needs the charge h of every step,
+A column is one neuron of a row of the input. LLVM vectorises over columns. The backward pass needs the charge h of every step,
 the membrane before the spike. It recomputes h for 16 steps at a time into a tile, an array on the stack. It starts from v or
 from ``checkpoint``, to which the forward pass writes the membrane every 16 steps. The arithmetic follows reference/lif.py
 operation by operation. Parameter gradients are summed per task and then over tasks. The order of this sum does not depend on
-the number of threads.
+the number of threads. The backward kernels call a run of these 16 steps a segment.
 """
 
 import functools
@@ -123,9 +123,8 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
             dv = dv + load_input(gseq, i, S)
         fired = h >= th
         slope = surrogate_derivative(KIND, h - th, alpha, S)
-        through = (
-            load_input(g, i, X) * slope
-        )  # the gradient with respect to h - th through the spike; few operations wait for dv
+        # The gradient with respect to h - th through the spike. This order leaves few operations that wait for dv.
+        through = load_input(g, i, X) * slope
         if not DETACH:
             through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
         through = num(0.0, S) if slope == num(0.0, S) else through  # the reset removes an infinite h
@@ -200,7 +199,7 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                                     gss + t * gseq_t, target, sum_r, sum_th,
                                 )  # fmt: skip
                                 store(carry, i, d, S)
-                        else:  # separate, because LLVM does not vectorise a loop with an exponential and this branch
+                        else:  # a separate loop, because LLVM does not vectorise a loop with exponentials and a branch
                             for i in range(n):
                                 if PER_CHANNEL:
                                     k, th = load(rs, i, S), load(ths, i, S)
@@ -380,7 +379,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 dxt = dx + (row * dx_r + c) * xb
                 for i in range(n):
                     gi = load(gt, i, O) / steps
-                    # The reset removes an infinite current. It fires at every step, where surrogate gradients are 0.
+                    # The reset removes an infinite current: the neuron fires at every step, and its surrogate gradients
+                    # are 0 there.
                     si = zero if not SOFT and load(current, i, S) == infinity else load(s_x, i, S)
                     di = zero if si == zero else gi * si
                     if GATE:

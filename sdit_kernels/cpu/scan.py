@@ -34,7 +34,8 @@ from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset,
 
 # Limits of a shared-maximum tile. No value overflows, because 36 + 8 + 26 < 88 - ln 2^24.
 _MAX_TILE_DECAY, _MAX_BONUS, _MAX_RISE, _MAX_FALL = 36.0, 8.0, 26.0, 30.0
-# Added to a denominator so that 0 / 0 gives 0. A token that sees a key has at least e^-38, so rounding drops the 1e-30.
+# Added to a denominator, so that y is 0 instead of 0 / 0. If a token sees a key, its denominator is at least e^-38, and the sum
+# does not change in float32.
 LEAST = 1e-30
 # After so many tokens, the exponent becomes one rounded number and m restarts at 0, because float32 counts only to 2^24.
 FAR = 4.0e6

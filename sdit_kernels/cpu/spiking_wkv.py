@@ -37,7 +37,7 @@ def _fields(gate):
 
 
 @scan.inline
-def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
+def _enter_tile(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
     """Return (shared_max, exponent, factor, U, D) of a tile. factor converts a and b to the exponent; see cpu/scan.py."""
     one = vset(1.0, W)
     if scan.allows_shared_max(w, u, W):
@@ -59,7 +59,7 @@ def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
         return y, z, vset(1.0, W), bonus * E, ka, m, fma(decay, a, Ev), fma(decay, b, E), decay, E
     old, new = scan.pair_weights(fma(m, w, k - ka) + u, W)
     half, y, z = vset(0.5, W), fma(new, v, old * a), fma(old, b, new)
-    z = where_less(z, half, half, z)  # z is 0 if the scan has seen nothing, and otherwise about 1 or more
+    z = where_less(z, half, half, z)  # avoids 0 / 0: z is 0 if the scan has seen nothing, otherwise about 1 or more
     ka, m, a, b, A, E = scan.include_token(ka, m, a, b, k, v, w, W)
     return y, z, old, new, ka, m, a, b, A, E
 
@@ -149,12 +149,14 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                                 vstore(entry, 2 * field + c, ka, W)
                         else:
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                        m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                        shared_max, ka, entered, bonus, decay = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                        m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
+                        shared_max, ka, entered, bonus, decay = _enter_tile(
+                            own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
+                        )
                         a, b = a * entered, b * entered
                         if shared_max:
                             for l in range(size):
-                                growth = vload(mine, (l + 2) * lanes, W)
+                                growth = vload(own_constants, (l + 2) * lanes, W)
                                 ka, m, a, b = token(
                                     True, growth, bonus, decay, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l,
                                     r_l, C, c, slot, w, u, leak, th, vr,
@@ -272,9 +274,9 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
                                 th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                            m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                            shared_max, ka, entered, bonus, decay = _enter(
-                                mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
+                            m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
+                            shared_max, ka, entered, bonus, decay = _enter_tile(
+                                own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
                             )
                             vstore(entries, t * ROW + j * lanes, entered, W)
                             a, b = a * entered, b * entered
@@ -285,7 +287,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 if m0 != 0 and t == 0:
                                     before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV)
                                 if shared_max:
-                                    growth = vload(mine, (l + 2) * lanes, W)
+                                    growth = vload(own_constants, (l + 2) * lanes, W)
                                     ka, m, a, b = recompute_token(
                                         True, growth, bonus, decay, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l,
                                         r_l, c, w, u, leak, th, vr,
@@ -335,7 +337,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
                                 seen, self = vload(here, _SEEN * lanes, W), vload(here, _SELF * lanes, W)
                                 y = fma(self, value, seen * a)
-                                # the neuron
+                                # the backward pass of the neuron
                                 ds = vload(gt, l * g_l + c, V)
                                 if RATE:
                                     ds = ds / steps
@@ -373,7 +375,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 if GATE:
                                     vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
                                     dy = dy * vload(here, _OPEN * lanes, W)
-                                # the scan
+                                # the backward pass of the scan
                                 A, E = vload(here, _KEEP * lanes, W), vload(here, _NEW * lanes, W)
                                 gs, gp = dy * self, dy * seen
                                 own = gs * (value - y)

@@ -9,7 +9,7 @@ does the same with the adjoint state, the gradient with respect to the scan stat
 If C is not a multiple of the lanes of a vector, the last vector overlaps the vector before it. Both belong to the same task and
 compute the same values. If C is less than a vector, a vector has one lane.
 
-The checkpoint ``keep`` holds the scan state at the entry of each tile, as (a, b, o) in float. cpu/scan.py defines the state
+The checkpoint ``keep`` holds the scan state at the entry of each tile, as (a, b, o). cpu/scan.py defines the state
 (ka, m, a, b), its arithmetic and shared-maximum tiles.
 """
 
@@ -109,11 +109,11 @@ def _scan_kernel(S, lanes, BOTH, TILE):
                 segment = i if side == 0 else count - 1 - i
                 at = segment * _FIELDS
                 n, row = load_int(segments, at + _TOKENS), load_int(segments, at + _TILE_ROW)
-                opens = load_int(segments, at + _IS_FIRST if side == 0 else at + _IS_LAST) == 1
-                closes = load_int(segments, at + _IS_LAST if side == 0 else at + _IS_FIRST) == 1
+                is_start = load_int(segments, at + _IS_FIRST if side == 0 else at + _IS_LAST) == 1
+                is_end = load_int(segments, at + _IS_LAST if side == 0 else at + _IS_FIRST) == 1
                 step = count * C
                 source = summary + ((side * 4 * count + segment) * C + c) * sb
-                if not opens:
+                if not is_start:
                     if side == 1:
                         row = row + (n + TILE - 1) // TILE - 1
                     target = keep + ((side * 3 * rows + row) * C + c) * sb
@@ -121,10 +121,10 @@ def _scan_kernel(S, lanes, BOTH, TILE):
                     vstore(target, 0, a1, W)
                     vstore(target, rows * C, b1, W)
                     vstore(target, 2 * rows * C, o, W)
-                if not closes:
+                if not is_end:
                     a2, b2 = vload(source, 0, W), vload(source, step, W)
                     ka2, m2 = vload(source, 2 * step, W), vload(source, 3 * step, W)
-                    if opens:
+                    if is_start:
                         ka, m, a, b = ka2, m2, a2, b2
                     else:
                         m = m - vset(float(n), W)
@@ -246,16 +246,16 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                         shared_max, top, since, entry = scan.enter_shared_max_tile(
                             vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W
                         )
-                        if end < n:  # compute these for the next tile now, so that it does not wait for them
+                        if end < n:  # compute the extreme keys of the next tile now, so that it does not wait
                             high, low = scan.extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
                             vstore(highs, j * lanes, high, W)
                             vstore(lows, j * lanes, low, W)
                     if shared_max:
-                        mine = constants + j * (TILE + 2) * lanes * sb
+                        own_constants = constants + j * (TILE + 2) * lanes * sb
                         ka, m, a, b = top, since, a * entry, b * entry
-                        bonus, decay = vload(mine, 0, W), vload(mine, lanes, W)
+                        bonus, decay = vload(own_constants, 0, W), vload(own_constants, lanes, W)
                         for t in range(end - start):
-                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(mine, (t + 2) * lanes, W)
+                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(own_constants, (t + 2) * lanes, W)
                             Ev = E * vload(vt0, t * v_l, V)
                             write(ot0, t * out_l, fma(bonus, Ev, a), fma(bonus, E, b), rt0, t * r_l)
                             a, b = fma(decay, a, Ev), fma(decay, b, E)
@@ -301,9 +301,9 @@ _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM
 def _recompute_tile(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb, TILE):
     """Recompute a tile of n tokens from its entry states and fill ``h``. Return (ka, m, a, b, rka, rm, factor, mean).
 
-    The function subtracts ``mean`` from all values v; it is the mean of the values that the entry state has seen. (ka, m, a, b)
-    is the last state from the left, (rka, rm) is the exponent of the last state from the right. factor is the number by which
-    a shared-maximum tile multiplies a and b at its entry.
+    The function subtracts ``mean`` from all values v; it is their weighted mean in the entry state. (ka, m, a, b) is the last
+    state from the left, (rka, rm) is the exponent of the last state from the right. factor is the number by which a
+    shared-maximum tile multiplies a and b at its entry.
     """
     zero, one, size = vset(0.0, W), vset(1.0, W), TILE * lanes
     rka, rm = zero, zero
