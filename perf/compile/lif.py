@@ -130,18 +130,18 @@ How to read it:
 - *registers*, *spills* and *shared* (bytes per program) are the compiler's own figures. *(+n scalar)*: on AMD, scalar registers
   moved to lanes of a vector register; that costs an instruction, not memory. *resident*: warps (AMD: waves) that an SM, CU or
   WGP holds at once, and how many it could hold.
-- *loads*, *stores*: width in bits x how often it stands in the code of a thread.
+- *loads*, *stores*: width in bits x number of accesses of this width in the code of a thread.
 - *bytes* per element of x (`lif`: T x neurons; `lif_rate`: neurons), beside the *floor*: each tensor is read or written once.
   With b bytes an element, `lif` moves 2 b in the forward pass and 3 b in the backward pass. A given membrane, a checkpoint per
   16 steps (T > 16), gate and residual add to that; so do, once per program, the parameters of its channels and their gradients
   (counted for a small input, where a program has one tile; on large inputs it has several).
 - *instructions* and *special* (reciprocals, exponentials) per neuron and step include everything: addresses, loads, stores,
-  and the work that a program does once. On gfx1100 the scheduler's hints (`s_delay_alu`) count as instructions.
+  and the work that a program does only once. On gfx1100 the scheduler's hints (`s_delay_alu`) count as instructions.
 - *paper*: lower limits for an H100 SXM from these counts and its data sheet, in ms per 1e9 elements of x. *bound by* names the
   largest. This is arithmetic on paper, not a prediction.
-- learnt: tau and v_threshold are tensors whose gradients are wanted. T=32 is a loop over stretches of 16 steps. Backward
-  kernels that keep much per neuron take narrower tiles, so that nothing spills: their accesses have 64 or 32 bits, contiguous
-  across the warp.
+- learnt: tau and v_threshold are tensors that require gradients. T=32 is a loop over stretches of 16 steps. Backward kernels
+  that keep many values per neuron use narrower tiles, so that no register spills. Their accesses have 64 or 32 bits and are
+  contiguous across the warp.
 - `spikingjelly`: its Triton kernels for LIF with its own launch settings. They take a membrane and return one. The forward
   kernel writes the charge of every step in fp32 for the backward kernel. Their floor is the floor of `lif` without a membrane.
 """

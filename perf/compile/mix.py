@@ -88,15 +88,15 @@ NOTES = """
 How to read it:
 
 - Columns as in compile_lif.md; *bytes*, *instructions* and *special* per element of x, in a program with one run of tokens (4
-  forward, 8 backward), for whole tiles: C = 384 fills three quarters of one.
+  forward, 8 backward), for whole tiles. C = 384 fills three quarters of a tile.
 - *floor*: in the forward pass x and an output per mix, in the backward pass x, a gradient per mix and dx, once each. Repeated
   reads from a cache do not count as bytes: the token (and the gradients) that a run shares with its neighbour, the mixes, the
   channels of a token that `token_shift_stats` reads two or three times, and the four numbers that it writes per token. The sums
   for the gradients of the mixes, one row a program, do not count either.
 - A norm over more channels than registers hold (forward 4096, backward fewer) takes its sums from `token_shift_stats`. So x,
   and in the backward pass the gradients, are read twice: see *(call)*, beside the floor of one pass.
-- In the backward pass, the loop over the tokens of a run is counted by its stores: compilers take tokens out of it, or put two
-  in a turn.
+- In the backward pass, the loop over the tokens of a run is counted by its stores: compilers move tokens out of it, or
+  process two in one turn.
 """
 
 MIX = Stem(CASES, CASES[6:7], 1.001, True, NOTES)

@@ -159,7 +159,7 @@ def verdict(rows: list[dict]) -> str:
         text = text.replace("above", "more than 10 % (lif, leaky, mix: 0.1 %) above")
     if not wide:
         return text + "bytes; accesses as wide as an element, the accesses of a warp side by side."
-    return text + f"bytes; accesses of 128 bits {'in all but ' + '; '.join(narrow) if narrow else 'throughout'}."
+    return text + f"bytes; accesses of 128 bits {'in all except ' + '; '.join(narrow) if narrow else 'throughout'}."
 
 
 def markdown(rows: list[dict], facts: dict) -> str:

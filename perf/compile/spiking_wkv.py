@@ -71,7 +71,7 @@ How to read it:
   token. The *floor* is k, v, r, the spikes (with rate: one value for all steps), the gradients and the scan states, once each.
 - With a gate and without states, this moves 4 tensors in the forward pass where wkv followed by lif moves 6, and 7 in the
   backward pass where they move 10.
-- On gfx942 a wave of 64 lanes serves 32 channels: half of the lanes idle.
+- On gfx942 a wave of 64 lanes processes 32 channels, so half of the lanes idle.
 """
 
 SPIKING_WKV = Stem(CASES, CASES[1:2], 1.10, False, NOTES)

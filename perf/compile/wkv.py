@@ -112,7 +112,7 @@ How to read it:
   directions), once each. *instructions* and *special* (exponentials, reciprocals) per token and channel, in the loop over
   tokens. The backward pass holds 8 tokens and recomputes their states from the states of the tile. So it takes half of the
   tokens twice, which counts as instructions; it has read their k and v just before, which does not count as bytes.
-  The loop of the forward pass stands in the code twice: for full tiles, which are counted, and with masks for the last tile;
+  The code contains the loop of the forward pass twice: for full tiles, which are counted, and with masks for the last tile.
   *loads* and *stores* show both.
 - "chunked" launches the kernel of "serial", and kernels that make summaries and scan them (`wkv_combine`, per chunk).
   "bidirectional" also launches kernels that make the states (forward) and carries (backward) that enter each tile. *(call)* is

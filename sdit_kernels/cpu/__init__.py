@@ -1,1 +1,1 @@
-"""CPU kernels: numba functions over raw addresses. Imported, with numba, when the first CPU tensor arrives."""
+"""CPU kernels: numba functions over raw addresses. The package imports them and numba for the first CPU tensor."""

@@ -1,8 +1,8 @@
-"""What the code of every CPU kernel stands on: typed loads and stores at an address, stack tiles, exponentials.
+"""Basic operations of all CPU kernels: typed loads and stores at an address, stack arrays ("tiles"), exponentials.
 
-A kernel takes addresses and sizes (integers) and constants (floats), never arrays: a call costs half a microsecond, LLVM sees
-plain pointers whose stack tiles cannot alias them, and bf16 needs no array type that numpy lacks. Storage types are small
-integer codes; the state type of a code is float64 for F64, else float32.
+A kernel takes addresses and sizes (integers) and constants (floats), never arrays. So a call costs half a microsecond, LLVM
+knows that the stack arrays do not alias the pointers, and bf16 does not need an array type, which numpy lacks. A storage code
+is a small integer that stands for a dtype in memory. The state type of a code is float64 for F64, otherwise float32.
 """
 
 import math
@@ -42,7 +42,7 @@ def _element(builder, address, index, code):
 
 
 def _mark(builder, instruction, kind):
-    """Name the set "inputs" in the metadata by which LLVM knows two accesses apart."""
+    """Add alias metadata with the scope "inputs", so that LLVM knows that two accesses do not overlap."""
     scope = builder.module.add_metadata(["inputs", builder.module.add_metadata(["sdit_kernels"])])
     instruction.set_metadata(kind, builder.module.add_metadata([scope]))
 
@@ -60,7 +60,7 @@ def _load(context, builder, args, code, kind=None):
 
 @intrinsic(prefer_literal=True)
 def load(typingctx, address, index, code):
-    """Element ``index`` of the array at ``address``, in the state type."""
+    """Load element ``index`` of the array at ``address``, in the state type."""
     code_ = code.literal_value
 
     def codegen(context, builder, signature, args):
@@ -71,9 +71,9 @@ def load(typingctx, address, index, code):
 
 @intrinsic(prefer_literal=True)
 def load_input(typingctx, address, index, code):
-    """The same from an array that no ``store_output`` of the kernel writes.
+    """Load from an array that no ``store_output`` of the kernel writes, as ``load`` does.
 
-    With many arrays in one loop the vectoriser would otherwise have too many pairs to compare, and give up.
+    Without this promise, LLVM's vectoriser compares all pairs of arrays. It gives up on loops with many arrays.
     """
     code_ = code.literal_value
 
@@ -90,7 +90,8 @@ def _store(context, builder, args, code, kind=None):
         high = builder.lshr(bits, ir.Constant(I32, 16))
         bias = builder.add(ir.Constant(I32, 0x7FFF), builder.and_(high, ir.Constant(I32, 1)))
         even = builder.lshr(builder.add(bits, bias), ir.Constant(I32, 16))
-        # A NaN stays one unless its upper 17 mantissa bits are ones, as arithmetic makes none; to test for it costs a tenth.
+        # A NaN becomes another value only if its upper 17 mantissa bits are ones. Arithmetic never creates this NaN, and a
+        # test for it would cost a tenth of the time.
         x = builder.trunc(even, ir.IntType(16))
     elif code == F16:
         x = builder.fptrunc(x, ir.HalfType())
@@ -104,7 +105,7 @@ def _store(context, builder, args, code, kind=None):
 
 @intrinsic(prefer_literal=True)
 def store_output(typingctx, address, index, value, code):
-    """``store`` to an array that no ``load_input`` of the kernel reads."""
+    """Store to an array that no ``load_input`` of the kernel reads, as ``store`` does."""
     code_ = code.literal_value
     value_type = value if code_ == U8 else _state_type(code_)
 
@@ -116,7 +117,7 @@ def store_output(typingctx, address, index, value, code):
 
 @intrinsic
 def load_int(typingctx, address, index):
-    """Element ``index`` of an array of int64."""
+    """Load element ``index`` of an array of int64."""
 
     def codegen(context, builder, signature, args):
         return builder.load(builder.gep(builder.inttoptr(args[0], I64.as_pointer()), [args[1]]))
@@ -126,7 +127,7 @@ def load_int(typingctx, address, index):
 
 @intrinsic(prefer_literal=True)
 def store(typingctx, address, index, value, code):
-    """Round ``value`` (state type) to the nearest even of the storage type and write it."""
+    """Round ``value`` (state type) to the storage type, to nearest with ties to even, and write it."""
     code_ = code.literal_value
     value_type = value if code_ == U8 else _state_type(code_)
 
@@ -141,7 +142,7 @@ _ONE_BITS = (0x3F800000, 0x3FF0000000000000, 0x3F80, 0x3C00, 1)
 
 @intrinsic(prefer_literal=True)
 def store_spike(typingctx, address, index, fired, code):
-    """Write one or zero: an integer select, with no rounding to vectorise around."""
+    """Write one or zero. It selects an integer, so the vectoriser does not see a rounding."""
     code_ = code.literal_value
 
     def codegen(context, builder, signature, args):
@@ -156,7 +157,7 @@ def store_spike(typingctx, address, index, fired, code):
 
 @intrinsic(prefer_literal=True)
 def tile(typingctx, elements, code):
-    """Address of an uninitialised stack array of the state type."""
+    """Return the address of an uninitialised stack array of the state type, a tile."""
     count, state = elements.literal_value, _state_type(code.literal_value)
 
     def codegen(context, builder, signature, args):
@@ -170,7 +171,7 @@ def tile(typingctx, elements, code):
 
 @intrinsic(prefer_literal=True)
 def num(typingctx, value, code):
-    """A float64 constant, rounded once to the state type."""
+    """Round a float64 constant once to the state type."""
     state = _state_type(code.literal_value)
 
     def codegen(context, builder, signature, args):
@@ -196,14 +197,14 @@ def _prefetch(typingctx, address, write):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def prefetch(address, size, write):
-    """Ask for ``size`` bytes from ``address``, which need not exist: short runs escape the hardware's guess."""
+    """Prefetch ``size`` bytes from ``address``, which may be invalid. The hardware does not predict short runs by itself."""
     for offset in range(0, size, 64):
         _prefetch(address + offset, write)
 
 
 @intrinsic(prefer_literal=True)
 def _copy(typingctx, target, source, offset, size, nontemporal):
-    """``size`` bytes, which both sides align to where nontemporal."""
+    """Copy ``size`` bytes. If ``nontemporal``, both addresses must be multiples of ``size``."""
     size_, nontemporal_ = size.literal_value, nontemporal.literal_value
 
     def codegen(context, builder, signature, args):
@@ -219,9 +220,10 @@ def _copy(typingctx, target, source, offset, size, nontemporal):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def stream(target, source, size):
-    """Copy ``size`` bytes from a tile around the caches: an ordinary store first reads the line that it overwrites.
+    """Copy ``size`` bytes from a tile to memory and bypass the caches.
 
-    Such stores are weakly ordered; the atomic operations that end a parallel loop or pass on the GIL complete them.
+    An ordinary store first reads the cache line that it overwrites. These stores do not. They are weakly
+    ordered. The atomic operations at the end of a parallel loop, or at a change of the GIL, complete them.
     """
     whole = size // 32 * 32
     if target % 32 == 0:
@@ -236,7 +238,7 @@ def stream(target, source, size):
 
 @intrinsic
 def mul_add(typingctx, a, b, c):
-    """a * b + c, in one rounding where the machine has an instruction for it; for what no spike depends on."""
+    """Return a * b + c, rounded once if the machine has an instruction for it. Spikes must not depend on the result."""
 
     def codegen(context, builder, signature, args):
         kind = args[0].type
@@ -265,14 +267,14 @@ def _truncate(typingctx, x):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def exp_negative(x, code):
-    """exp(x) for x <= 0, within 1.5 ulp; float32 by a polynomial, because a call into libm would stop the vectoriser."""
+    """Return exp(x) for x <= 0, within 1.5 ulp. float32 uses a polynomial, because LLVM cannot vectorise a call into libm."""
     if code == F64:
         return num(math.exp(x), code)
-    least = num(-87.0, code)  # below it the result is 0; a NaN stays
+    least = num(-87.0, code)  # below this, the result is 0; a NaN stays NaN
     tiny = x < least
     x = least if tiny else x
     n = np.floor(x * num(1.4426950408889634, code) + num(0.5, code))
-    f = (x - n * num(0.693359375, code)) - n * num(-2.12194440054690583e-4, code)  # ln 2 in two parts
+    f = (x - n * num(0.693359375, code)) - n * num(-2.12194440054690583e-4, code)  # ln 2 as the sum of two constants
     p = num(1.0 / 5040.0, code)
     p = p * f + num(1.0 / 720.0, code)
     p = p * f + num(1.0 / 120.0, code)
@@ -294,8 +296,10 @@ def sigmoid(x, S):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def fill(target, n, source, offset, value, code, S):
-    """A tile of n elements from the array at ``source``, or of one value where there is no array. A NaN becomes the usual one:
-    see ``store``."""
+    """Fill a tile with n elements of the array at ``source``, or with ``value`` if source is 0.
+
+    Each NaN is replaced by the standard NaN, because a bf16 store can change other NaNs.
+    """
     if source != 0:
         for i in range(n):
             x = load(source, offset + i, code)
@@ -307,7 +311,11 @@ def fill(target, n, source, offset, value, code, S):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def sum_tile(target, n, size, S):
-    """Sum of n elements by halving: vectorises, and errs less than one running sum. ``size`` is the power of two above n."""
+    """Return the sum of n elements. ``size`` is a power of two and at least n.
+
+    The function adds the upper half to the lower half until one element is left. This vectorises, and its rounding error is
+    smaller than the error of a running sum.
+    """
     for i in range(n, size):
         store(target, i, num(0.0, S), S)
     width = size >> 1

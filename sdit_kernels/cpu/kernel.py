@@ -1,4 +1,4 @@
-"""How a CPU kernel is compiled, cached and run on torch's threads."""
+"""Compile a CPU kernel, cache its code on disk, and run it on the threads of torch."""
 
 import ctypes
 import functools
@@ -24,40 +24,40 @@ from .intrinsics import I32, I64
 
 
 def _source_stamp() -> str:
-    """Changes when any file that a kernel reads does: numba itself watches only the file that holds the kernel."""
+    """Return a checksum of all files that a kernel depends on. numba itself checks only the file that defines the kernel."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "surrogate.py"]
     return f"{zlib.crc32(b''.join(f.read_bytes() for f in files)):08x}"
 
 
 _STAMP = _source_stamp()
-STREAM = 8 << 20  # bytes of an output from which on it is written around the caches, which it would not fit
-_SERIAL_BELOW = 1 << 15  # neuron-steps: less work than this does not repay waking a second thread (about 3 us)
-_lock = threading.Lock()  # held to compile
+STREAM = 8 << 20  # an output of at least so many bytes bypasses the caches, because it does not fit into them
+_SERIAL_BELOW = 1 << 15  # neuron-steps; with less work, waking a second thread (about 3 us) does not pay
+_lock = threading.Lock()  # held while a kernel compiles
 
 
 def _after_fork():
     global _lock
-    _lock = threading.Lock()  # another thread of the parent may have held the old one
+    _lock = threading.Lock()  # another thread of the parent process may have held the old lock
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
-_SLOW = 2.0  # seconds of compiling after which a line says what the user waits for
+_SLOW = 2.0  # seconds of compiling after which a log line tells the user the reason for the delay
 _LOG = logging.getLogger("sdit_kernels")
 
 
-class _Notice(event.Listener):
-    """Logs one line per process when a kernel compiles for longer than _SLOW. Loading code from disk starts no clock."""
+class _SlowCompileNotice(event.Listener):
+    """Log one line per process if a kernel compiles for longer than _SLOW. Loading code from disk does not count."""
 
-    said = False
+    has_logged = False
 
     def __init__(self, compiled):
         self._compiled, self._timer = compiled, None
 
     def on_start(self, event):
-        if event.data["dispatcher"] is self._compiled and not _Notice.said:
-            self._timer = threading.Timer(_SLOW, self._say)
+        if event.data["dispatcher"] is self._compiled and not _SlowCompileNotice.has_logged:
+            self._timer = threading.Timer(_SLOW, self._log_once)
             self._timer.daemon = True
             self._timer.start()
 
@@ -65,25 +65,28 @@ class _Notice(event.Listener):
         if event.data["dispatcher"] is self._compiled and self._timer is not None:
             self._timer.cancel()
 
-    def _say(self):
-        if not _Notice.said:
-            _Notice.said = True
-            _LOG.warning("sdit_kernels: compiling CPU kernels, seconds each; later processes load the compiled code from disk")
+    def _log_once(self):
+        if not _SlowCompileNotice.has_logged:
+            _SlowCompileNotice.has_logged = True
+            _LOG.warning(
+                "sdit_kernels: compiling CPU kernels, which takes seconds per kernel; later processes load the code from disk"
+            )
 
 
 # --- threads ----------------------------------------------------------------------------------------------------------------
 
 
 def _find_openmp() -> bool:
-    """Tell compiled code where the OpenMP library of torch is, so that one pool of threads serves torch and these kernels.
+    """Give compiled code the functions of torch's OpenMP library, so that torch and these kernels share one pool of threads.
 
-    numba's own threads would be a second pool: each spins for a while when it has nothing to do, in the other's way.
+    Return False if this fails. numba's own threads would be a second pool. Idle threads of a pool spin for a while, so each
+    pool would slow the other down.
     """
     library = Path(torch.__file__).parent / "lib" / ("libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so")
     try:
         openmp = ctypes.CDLL(str(library))
         found = {name: getattr(openmp, name) for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")}
-    except (OSError, AttributeError):  # Windows, or a torch that runs on other threads
+    except (OSError, AttributeError):  # Windows, or a torch without OpenMP
         return False
     for name, function in found.items():
         llvmlite.binding.add_symbol(f"sdit_kernels_{name}", ctypes.cast(function, ctypes.c_void_p).value)
@@ -95,14 +98,14 @@ _OPENMP = _find_openmp()
 
 @numba.njit(forceinline=True, error_model="numpy")
 def share(tasks, part):
-    """The tasks of one thread: ``part`` is (its number, the number of threads)."""
+    """Return the range of tasks of one thread. ``part`` is (number of this thread, number of threads)."""
     i, n = part
     return range(tasks * i // n, tasks * (i + 1) // n)
 
 
 @intrinsic
 def _run_team(typingctx, body, threads, args):
-    """Call body((i, n), *args) on every thread i of a team of OpenMP's, n threads in all."""
+    """Call body((i, n), *args) on every thread i of an OpenMP team of n threads."""
     pair = types.UniTuple(types.int64, 2)
     kinds = (pair, *args.types)
     signature = body.get_call_type(typingctx, kinds, {})
@@ -141,9 +144,9 @@ def _threads() -> ThreadPoolExecutor:
 class Kernel:
     """A numba function whose first argument is ``part`` and whose outermost loop is over ``share(tasks, part)``.
 
-    One thread runs it alone, or as many as torch has run their parts of it. It is compiled at first use and cached on disk in a
-    file of its own (``name`` holds the variant's flags), so that processes that compile different variants at the same time
-    cannot take each other's code.
+    One thread runs all tasks, or each of torch's threads runs its part. The kernel is compiled at first use and cached on disk.
+    Each variant has its own file, because ``name`` contains the flags of the variant. So processes that compile different
+    variants at the same time cannot overwrite each other's code.
     """
 
     def __init__(self, function, name: str):
@@ -151,7 +154,7 @@ class Kernel:
         self._compiled = None
 
     def _compile(self, args):
-        # Python's error model tests every divisor for zero, which stops the vectoriser.
+        # Python's error model tests every divisor for zero, and LLVM does not vectorise this test.
         options = dict(nogil=True, error_model="numpy")
         self._function.__name__ = self._function.__qualname__ = self._name
         body = numba.njit(self._function, **options)
@@ -172,34 +175,35 @@ class Kernel:
         signature = numba.typeof((0, 1)), numba.typeof(args)
         try:
             compiled = numba.njit(entry, cache=True, **options)
-        except RuntimeError:  # numba found no folder it may write to
+        except RuntimeError:  # numba did not find a writable folder
             _warn_uncached(_NO_FOLDER)
             compiled = numba.njit(entry, **options)
         else:
             if not _set_cache_key(compiled, self._key()):
                 _warn_uncached(_NO_CACHE)
                 compiled = numba.njit(entry, **options)
-        with event.install_listener("numba:compile", _Notice(compiled)):
+        with event.install_listener("numba:compile", _SlowCompileNotice(compiled)):
             try:
                 compiled.compile(signature)
-            except Exception:  # a cached file that a full disk left incomplete raises errors of any kind
+            except Exception:  # an incomplete cache file, after a full disk, raises errors of any kind
                 if not _empty_cache(compiled):
                     compiled = numba.njit(entry, **options)
                 compiled.compile(signature)
         return compiled
 
     def _key(self):
-        """The function that computes the key of cached code, so that another process finds it.
+        """Return a function that computes the cache key of the code. The key must be the same in every process.
 
-        Numba's own key holds a pickle of all closed-over variables. The pickle of a jitted function is new in every process.
-        Name and stamp say what those variables are, except numbers that someone has changed.
+        numba's own key contains a pickle of all closed-over variables, and the pickle of a jitted function differs between
+        processes. The name and the stamp determine these variables, except numbers that someone has patched. So the key also
+        contains the closed-over numbers.
         """
         cells = (cell.cell_contents for cell in self._function.__closure__ or ())
         numbers = tuple(value for value in cells if isinstance(value, (int, float)))
         return lambda signature, codegen: (signature, codegen.magic_tuple(), self._name, numbers)
 
     def __call__(self, work: int, *args):
-        """``work`` in elementary steps decides whether one thread does it alone."""
+        """Run the kernel. ``work`` is a number of elementary steps; if it is small, one thread runs all tasks."""
         if self._compiled is None:
             with _lock:
                 self._compiled = self._compiled or self._compile(args)
@@ -237,8 +241,11 @@ def _warn_uncached(message):
 
 
 def _set_cache_key(compiled, key) -> bool:
-    """Let numba look for code on disk under key(signature, codegen). False where this numba lacks the private names: its own
-    key would be new in every process, and the cache would grow without end."""
+    """Make numba use key(signature, codegen) as the key of cached code.
+
+    Return False if this version of numba lacks the private names. Its own key differs in every process, so the cache would
+    grow without limit.
+    """
     cache = getattr(compiled, "_cache", None)
     if not hasattr(cache, "_index_key"):
         return False
@@ -247,7 +254,7 @@ def _set_cache_key(compiled, key) -> bool:
 
 
 def _empty_cache(compiled) -> bool:
-    """Forget the code of this function on disk. False where this numba lacks the private names."""
+    """Delete the cached code of this function from disk. Return False if this version of numba lacks the private names."""
     flush = getattr(getattr(compiled, "_cache", None), "flush", None)
     if flush is None:
         return False

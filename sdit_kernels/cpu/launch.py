@@ -1,8 +1,9 @@
-"""What the launchers of CPU kernels share: addresses and strides, parameters of neurons, the launch over T steps.
+"""Code that the launchers of CPU kernels share: addresses and strides, neuron parameters, the launch over T steps.
 
-A kernel takes a tensor as one tuple (address, *strides), and tensors with the same role as a tuple of these. A contiguous
-tensor is its address alone. The ``placed`` functions return (tensor, this tuple): the tensor may be a copy, so the launcher
-must hold it until the kernel returns. All of this runs in front of every kernel, where a Python call more costs 0.1 us.
+A kernel takes a tensor as one tuple (address, *strides), and a group of tensors with the same role as a tuple of these. A
+contiguous tensor is only its address. The ``placed`` functions return (tensor, this tuple). The tensor may be a copy, so the
+launcher must hold it until the kernel returns. R is the number of rows and C the number of columns of a step (see
+../layout.py). All of this runs before every kernel, and each Python call costs 0.1 us.
 """
 
 import torch
@@ -11,9 +12,9 @@ from ..dtypes import state_dtype
 from ..layout import layout_of, row_view, step_view
 from .intrinsics import CODES, state_code
 
-FORWARD_COLUMNS = 1024  # that a forward task of a neuron holds
-BACKWARD_COLUMNS = 256  # that a backward task holds: LIF_CHECKPOINT_STEPS tiles of them are 16 KiB
-_GROUPS = 64  # at most so many partial sums per channel
+FORWARD_COLUMNS = 1024  # the most columns of a forward task of a neuron
+BACKWARD_COLUMNS = 256  # the most columns of a backward task, which keeps LIF_CHECKPOINT_STEPS steps of them: 16 KiB
+_GROUPS = 64  # the most partial sums per channel
 
 
 def address(t):
@@ -21,12 +22,12 @@ def address(t):
 
 
 def addresses(tensors):
-    """Of contiguous tensors; (0, 0) where there are none."""
+    """Return the addresses of contiguous tensors, or (0, 0) if there are no tensors."""
     return (0, 0) if tensors is None else tuple(map(address, tensors))
 
 
 def placed(layout, t):
-    """(t, (address, stride of T, stride of R))"""
+    """Return (t, (address, stride of T, stride of R))."""
     if t is None:
         return None, (0, 0, 0)
     t, step, row = row_view(layout, t)
@@ -34,7 +35,7 @@ def placed(layout, t):
 
 
 def placed_state(layout, t):
-    """The same for a tensor without the T axis: (t, (address, stride of R))."""
+    """Return (t, (address, stride of R)) of a tensor without the T axis."""
     if t is None:
         return None, (0, 0)
     t, row = step_view(layout, t)
@@ -42,7 +43,10 @@ def placed_state(layout, t):
 
 
 def placed_gradient(layout, g, like):
-    """The same for an upstream gradient: strides of T and R, factor of the column offset. One repeated value stays one tile."""
+    """Return (g, (address, stride of T, stride of R, factor of the column offset)) of an upstream gradient.
+
+    If g repeats one value, the result holds this value for the columns of one task, not for all elements.
+    """
     if g is None or (g.numel() > BACKWARD_COLUMNS and not any(g.stride())):
         value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
         value = value.repeat(BACKWARD_COLUMNS)
@@ -52,8 +56,10 @@ def placed_gradient(layout, g, like):
 
 
 def placed_rows(t, axes=2):
-    """The same for a tensor whose last axis holds the channels: strides of all other axes. It is copied where channels are not
-    contiguous, one row where all rows are alike."""
+    """Return (t, (address, strides of all axes except the last)) of a tensor whose last axis holds the channels.
+
+    The function copies t if its channels are not contiguous. If all rows are the same memory, it copies only one row.
+    """
     if t is None:
         return None, (0,) * (1 + axes)
     *strides, c = t.stride()
@@ -66,8 +72,10 @@ def placed_rows(t, axes=2):
 
 
 class Parameters:
-    """tau and v_threshold as a kernel takes them, r = 1/tau and theta: their ``values``, or the ``addresses`` of one value per
-    channel."""
+    """The parameters r = 1/tau and theta = v_threshold for a kernel.
+
+    ``values`` holds the two numbers. ``addresses`` holds the addresses of one value per channel, or 0.
+    """
 
     def __init__(self, tau, v_threshold, neuron, dtype):
         self._dtype, self._alive = dtype, []
@@ -84,7 +92,10 @@ class Parameters:
         return 0.0, self._alive[-1].data_ptr()
 
     def partial_sums(self, layout, wanted):
-        """Rows per task, number of such groups, and where wanted their sums: (2, groups, C) per channel, else (2, tasks)."""
+        """Return (rows per group, number of groups, partial sums or None). A task processes a block of columns of one group.
+
+        The partial sums have the shape (2, groups, C) if a parameter has one value per channel, otherwise (2, tasks).
+        """
         group = -(-layout.R // _GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
@@ -94,7 +105,7 @@ class Parameters:
 
 
 def launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
-    """Run a forward kernel over T steps of a neuron whose parameters are p."""
+    """Run a forward kernel over T steps of a neuron with the parameters p."""
     layout = layout_of(x, s, p.per_channel)
     x, x_ = placed(layout, x)
     v, v_ = placed_state(layout, v)
@@ -109,7 +120,7 @@ def launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
 
 
 def launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers):
-    """Run a backward kernel; the sums of the parameters' gradients, if ``parameters``."""
+    """Run a backward kernel. If ``parameters``, return partial sums of the parameter gradients."""
     state = state_dtype(x.dtype)
     layout = layout_of(x, dx, p.per_channel)
     g, g_ = placed_gradient(layout, g, x)
@@ -129,6 +140,6 @@ def launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, paramete
 
 
 def codes(x, v):
-    """Of x and of the membrane that enters, which, where there is none, is of the state type."""
+    """Return the storage codes of x and of the initial membrane v. Without v, the second is the code of the state type."""
     code = CODES[x.dtype]
     return code, state_code(code) if v is None else CODES[v.dtype]

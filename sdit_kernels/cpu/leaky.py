@@ -1,7 +1,8 @@
-"""Leaky on the CPU, as cpu/lif.py: a task is a block of columns; LLVM vectorises over columns.
+"""Leaky on the CPU. A task processes a block of columns, and LLVM vectorises over columns, as in cpu/lif.py.
 
-The walk back holds the membrane before every step in a stack tile, 16 steps at a time, and computes the charge from it once
-more. Arithmetic follows reference/leaky.py operation by operation.
+A column is one neuron of a row of the input. A segment is a run of 16 steps. The backward pass goes through the segments from
+last to first. It recomputes the membrane before each step of a segment into a tile, an array on the stack. From this
+tile it computes the charge, the membrane before the spike. The arithmetic follows reference/leaky.py operation by operation.
 """
 
 import functools
@@ -36,7 +37,7 @@ _RESETS = {"subtract": _SUBTRACT, "zero": _ZERO, "none": 2}
 
 @numba.njit(forceinline=True, error_model="numpy")
 def _charge(x, v, k, th, RESET, S):
-    """h, and what the membrane before the step has left to decay."""
+    """Return the charge h, and the part of the membrane that decays: 0 if it resets to zero, otherwise v."""
     left = num(0.0, S) if RESET == _ZERO and v > th else v
     h = k * left + x
     return (h - th if RESET == _SUBTRACT and v > th else h), left
@@ -44,7 +45,7 @@ def _charge(x, v, k, th, RESET, S):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def _after(h, v, th, RESET, DELAY, S):
-    """The membrane after the step; ``v`` is that before it."""
+    """Return the membrane after the step. ``v`` is the membrane before it."""
     if DELAY:
         return h
     if RESET == _SUBTRACT:
@@ -98,7 +99,7 @@ def _forward_kernel(X, V, RESET, DELAY, PER_CHANNEL):
 
 @functools.cache
 def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE, STREAMED):
-    """SEQUENCE: there is a gradient of the membrane after every step."""
+    """SEQUENCE: the gradient with respect to the membrane after every step is given. STREAMED: dx bypasses the caches."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
@@ -106,8 +107,8 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
-    def back(i, dv, vs, k, th, alpha, x, g, gseq, dx, sum_k, sum_th):
-        """From the gradient of the membrane after a step to that of the membrane before it."""
+    def backward_step(i, dv, vs, k, th, alpha, x, g, gseq, dx, sum_k, sum_th):
+        """Return the gradient with respect to the membrane before a step. dv is the gradient after the step."""
         zero, one = num(0.0, S), num(1.0, S)
         if SEQUENCE:
             dv = dv + load_input(gseq, i, S)
@@ -120,7 +121,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
             if RESET == _ZERO:
                 dh = (dv if v > th else zero) if h > th else (dv + dv if v > th else dv)
         slope = surrogate_derivative(KIND, h - th, alpha, S)
-        through = zero if slope == zero else through * slope  # an infinite h is hidden by the reset
+        through = zero if slope == zero else through * slope  # the reset removes an infinite h
         dh = dh + through
         if PARAMETERS:
             store(sum_k, i, load(sum_k, i, S) + dh * left, S)
@@ -185,7 +186,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
                         for i in range(n):
                             if PER_CHANNEL:
                                 k, th = load(ks, i, S), load(ths, i, S)
-                            d = back(
+                            d = backward_step(
                                 i, load(carry, i, S), vs + t * ROW, k, th, alpha, xs + t * x_t, gs + t * g_t,
                                 gss + t * gseq_t, target, sum_k, sum_th,
                             )  # fmt: skip
@@ -208,7 +209,7 @@ def _backward_kernel(X, V, RESET, DELAY, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE
 
 
 class _BetaAndThreshold(Parameters):
-    """beta in the place of 1/tau."""
+    """The parameters beta and v_threshold; beta replaces 1/tau."""
 
     def __init__(self, beta, v_threshold, neuron, dtype):
         self._dtype, self._alive = dtype, []
@@ -224,14 +225,14 @@ def _flags(neuron):
 
 
 def leaky_forward(x, v, beta, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    """Fill s, and v_final, v_seq and checkpoint if they are given. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _forward_kernel(*codes(x, v), *_flags(neuron), p.per_channel)
     launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint)
 
 
 def leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d beta and d theta. x is not empty."""
+    """Fill dx, and dv if given. If ``parameters``, return sums of d beta and d theta per task. x is not empty."""
     p = _BetaAndThreshold(beta, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
         *codes(x, v), *_flags(neuron), SURROGATES[neuron.surrogate].id, p.per_channel, parameters, g_seq is not None,

@@ -1,8 +1,10 @@
-"""LIF on the CPU. A task is a block of columns, whose membrane stays in L1 while the steps go by; LLVM vectorises over columns.
+"""LIF on the CPU. A task processes a block of columns, whose membranes stay in the L1 cache for all steps.
 
-The walk back needs the charge h of every step: it is rebuilt into a stack tile, 16 steps at a time, from v, or from the
-membrane that the forward pass left in ``checkpoint`` every 16 steps. Arithmetic follows reference/lif.py operation by
-operation. Parameter gradients are summed per task and then over tasks, in an order that no number of threads changes.
+A column is one neuron of a row of the input. LLVM vectorises over columns. The backward pass needs the charge h of every step,
+the membrane before the spike. It recomputes h for 16 steps at a time into a tile, an array on the stack. It starts from v or
+from ``checkpoint``, to which the forward pass writes the membrane every 16 steps. The arithmetic follows reference/lif.py
+operation by operation. Parameter gradients are summed per task and then over tasks. The order of this sum does not depend on
+the number of threads. The backward kernels call a run of these 16 steps a segment.
 """
 
 import functools
@@ -52,7 +54,7 @@ from .surrogate import surrogate_derivative
 
 @numba.njit(forceinline=True, error_model="numpy")
 def charge(x, v, r, v_reset, soft, decay):
-    """h, and the membrane's distance from rest."""
+    """Return the charge h, and the distance of the membrane from rest."""
     rest = v if soft else v - v_reset
     return (v + (x - rest) * r if decay else v - rest * r + x), rest
 
@@ -106,7 +108,7 @@ def _forward_kernel(X, O, V, SOFT, ZERO, DECAY, PER_CHANNEL):
 
 @functools.cache
 def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, SEQUENCE, STREAMED):
-    """SEQUENCE: there is a gradient of the membrane after every step."""
+    """SEQUENCE: the gradient with respect to the membrane after every step is given. STREAMED: dx bypasses the caches."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
@@ -114,17 +116,18 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
     ROW = BLOCK * sb
 
     @numba.njit(forceinline=True, error_model="numpy")
-    def back(i, t, first, dv, hs, start, k, th, vr, alpha, x, g, gseq, dx, sum_r, sum_th):
-        """From the gradient of the membrane after step t of a segment to that of the membrane before it."""
+    def backward_step(i, t, first, dv, hs, start, k, th, vr, alpha, x, g, gseq, dx, sum_r, sum_th):
+        """Return the gradient with respect to the membrane before step t of a segment. dv is the gradient after the step."""
         h = load(hs + t * ROW, i, S)
         if SEQUENCE:
             dv = dv + load_input(gseq, i, S)
         fired = h >= th
         slope = surrogate_derivative(KIND, h - th, alpha, S)
-        through = load_input(g, i, X) * slope  # what reaches h - th by way of the spike; few products wait for dv
+        # The gradient with respect to h - th through the spike. This order leaves few operations that wait for dv.
+        through = load_input(g, i, X) * slope
         if not DETACH:
             through = mul_add(dv, (-th if SOFT else vr - h) * slope, through)
-        through = num(0.0, S) if slope == num(0.0, S) else through  # an infinite h is hidden by the reset
+        through = num(0.0, S) if slope == num(0.0, S) else through  # the reset removes an infinite h
         dh = through + (dv if SOFT or not fired else num(0.0, S))
         if PARAMETERS:
             v = load(start, i, S) if first else _reset(load(hs + (t - 1) * ROW, i, S), th, vr, SOFT)
@@ -191,16 +194,16 @@ def _backward_kernel(X, V, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMET
                             for i in range(n):
                                 if PER_CHANNEL:
                                     k, th = load(rs, i, S), load(ths, i, S)
-                                d = back(
+                                d = backward_step(
                                     i, t, False, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
                                     gss + t * gseq_t, target, sum_r, sum_th,
                                 )  # fmt: skip
                                 store(carry, i, d, S)
-                        else:  # a loop of its own: with the choice inside, those with an exponential would not vectorise
+                        else:  # a separate loop, because LLVM does not vectorise a loop with exponentials and a branch
                             for i in range(n):
                                 if PER_CHANNEL:
                                     k, th = load(rs, i, S), load(ths, i, S)
-                                d = back(
+                                d = backward_step(
                                     i, t, True, load(carry, i, S), hs, start, k, th, vr, alpha, xs + t * x_t, gs + t * g_t,
                                     gss + t * gseq_t, target, sum_r, sum_th,
                                 )  # fmt: skip
@@ -275,7 +278,10 @@ def _rate_forward_kernel(X, O, GATE, SOFT, ZERO, DECAY, PER_CHANNEL):
 
 @functools.cache
 def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS):
-    """One input and one output per neuron: tangents d/dx, d/dr, d/dtheta run along with the state, so nothing is kept."""
+    """Differentiate in forward mode, because a neuron has one input and one output.
+
+    The tangents d/dx, d/dr and d/dtheta are updated together with the state, so the forward pass saves nothing.
+    """
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK = BACKWARD_COLUMNS
@@ -348,7 +354,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                             q = -th
                         else:
                             q = vr - h
-                            q = q if q < greatest else greatest  # times a slope of 0 where h is -inf
+                            q = q if q < greatest else greatest  # keeps q finite if h is -inf, because slope = 0 multiplies q
                         leak = one - k
                         h_x = load(v_x, i, S) * leak + (k if DECAY else one)
                         ds = slope * h_x
@@ -373,7 +379,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 dxt = dx + (row * dx_r + c) * xb
                 for i in range(n):
                     gi = load(gt, i, O) / steps
-                    # the reset hides an infinite current: it fires at every step, where no surrogate has a gradient
+                    # The reset removes an infinite current: the neuron fires at every step, and its surrogate gradients
+                    # are 0 there.
                     si = zero if not SOFT and load(current, i, S) == infinity else load(s_x, i, S)
                     di = zero if si == zero else gi * si
                     if GATE:
@@ -403,7 +410,7 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
 
 
 def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint, tuning):
-    """Fill s, and v_final, v_seq, checkpoint where they are given. x is not empty."""
+    """Fill s, and v_final, v_seq and checkpoint if they are given. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     X, V = codes(x, v)
     soft, zero = neuron.v_reset is None, not neuron.v_reset
@@ -412,7 +419,7 @@ def lif_forward(x, v, tau, v_threshold, neuron, s, v_final, v_seq, checkpoint, t
 
 
 def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, dv, parameters, tuning):
-    """Fill dx and, where given, dv; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    """Fill dx, and dv if given. If ``parameters``, return sums of d r and d theta per task. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     kernel = _backward_kernel(
         *codes(x, v), neuron.v_reset is None, not neuron.v_reset, neuron.decay_input, neuron.detach_reset,
@@ -423,7 +430,7 @@ def lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, 
 
 
 def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning):
-    """Fill out with residual + rate, or, where out is uint8, with the counts. x is not empty."""
+    """Fill out with residual + rate, or, if out is uint8, with the spike counts. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, out, p.per_channel)
     x, x_ = placed_state(layout, x)
@@ -453,7 +460,7 @@ def lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning
 
 
 def lif_rate_backward(g, x, gate, tau, v_threshold, T, neuron, dx, dgate, parameters, tuning):
-    """Fill dx and, where given, dgate; return, if ``parameters``, sums of d r and d theta. x is not empty."""
+    """Fill dx, and dgate if given. If ``parameters``, return sums of d r and d theta per task. x is not empty."""
     p = Parameters(tau, v_threshold, neuron, state_dtype(x.dtype))
     layout = layout_of_step(x, dx, p.per_channel)
     g, g_ = placed_gradient(layout, g.unsqueeze(0), g)

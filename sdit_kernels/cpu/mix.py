@@ -1,8 +1,8 @@
-"""Token shift and squared ReLU on the CPU. A task is a run of tokens, one row of channels after the other.
+"""Token shift and squared ReLU on the CPU. A task processes a run of tokens, one row of channels after the other.
 
-The normalised row of the token before stays in L1 until its successor has been mixed with it. Where all mixes are served at
-once, vectors are written out, for LLVM would have to prove that no output overlaps another. Gradients of the mixes are summed
-per task and then over tasks, in an order that no number of threads changes.
+The normalised row of a token stays in the L1 cache until the next token is mixed with it. The code uses explicit vectors to
+compute all mixes of a token at once, because LLVM cannot prove that the outputs do not overlap. The gradients of the mixes are
+summed per task and then over tasks. The order of this sum does not depend on the number of threads.
 """
 
 import functools
@@ -16,16 +16,16 @@ from ..layout import layout_of_step, same_strides, sequences
 from .intrinsics import CODES, SIZES, load, load_int, num, state_code, store
 from .kernel import Kernel, share
 from .launch import address, placed_state
-from .vector import LANES, fma, kind, vload, vset, vstore
+from .vector import LANES, fma, vec, vload, vset, vstore
 
-_LANES = 2 * LANES  # channels mixed at once
+_LANES = 2 * LANES  # channels that are mixed at once
 _RUN = 32  # tokens of a forward task
 _BLOCK = 8192  # elements of a task of relu_squared
-_GROUPS = 64  # at most so many partial sums per mix and channel
+_GROUPS = 64  # the most partial sums per mix and channel
 
 
-# Fused multiply-adds everywhere, for nothing here has to be repeated bit for bit by another backend; sums of a row may also be
-# reordered, so that they vectorise: in an order that depends on C, not on threads.
+# These loops may use fused multiply-adds, because no other backend must repeat them bit for bit. LLVM may also reorder the sums
+# over a row, so that they vectorise. Their order depends on C, but not on the number of threads.
 _row_loop = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract"})
 _row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
@@ -40,7 +40,7 @@ def _sum(row, C, X, S):
 
 @_row_sum
 def _centre(row, out, C, mean, X, S):
-    """Write row - mean; return the sum of its squares."""
+    """Write row - mean, and return the sum of its squares."""
     total = num(0.0, S)
     for i in range(C):
         centred = load(row, i, X) - mean
@@ -59,7 +59,7 @@ def _sum_products(a, b, C, S):
 
 @_row_loop
 def _normalise(row, out, C, eps, NORM, X, S):
-    """Write the row, normal if so wanted, in the state type; return what it was scaled by."""
+    """Write the row in the state type, normalised if NORM. Return the factor that scaled it."""
     if not NORM:
         for i in range(C):
             store(out, i, load(row, i, X), S)
@@ -74,7 +74,7 @@ def _normalise(row, out, C, eps, NORM, X, S):
 
 @_row_loop
 def _normalise_backward(d, normal, scale, out, C, NORM, X, S):
-    """From the gradient of a normal row to that of the row."""
+    """Write the gradient with respect to a row. ``d`` is the gradient with respect to the normalised row."""
     if not NORM:
         for i in range(C):
             store(out, i, load(d, i, S), X)
@@ -95,7 +95,10 @@ def _mix_at(i, now, before, mixes, outs, offset, M, C, V, W):
 
 @_row_loop
 def _mix(now, before, mixes, outs, offset, M, C, V, W, V1, W1):
-    """All outputs of a token; ``offset`` bytes into each of them. V, W: vectors of data and state; V1, W1: of one element."""
+    """Write all outputs of a token, ``offset`` bytes after the start of each output.
+
+    V and W are the vector types of data and state. V1 and W1 have one lane, for the last channels.
+    """
     whole = C // _LANES * _LANES
     for i in range(0, whole, _LANES):
         _mix_at(i, now, before, mixes, outs, offset, M, C, V, W)
@@ -120,8 +123,11 @@ def _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, O
 
 @_row_loop
 def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V, W, V1, W1):
-    """The gradient d of a normalised token from its own upstream gradients, ``offset`` bytes into gs, if OWN, and from those of
-    the token that follows, unless ``after`` is negative."""
+    """Write d, the gradient with respect to a normalised token.
+
+    If OWN, add the upstream gradients of this token, ``offset`` bytes after the start of each of gs. Unless ``after`` is
+    negative, add the upstream gradients of the next token, ``after`` bytes after it.
+    """
     whole = C // _LANES * _LANES
     for i in range(0, whole, _LANES):
         _mix_backward_at(i, now, before, mixes, gs, offset, after, d, total, M, C, OWN, PARAMETERS, V, W)
@@ -131,10 +137,10 @@ def _mix_backward(now, before, mixes, gs, offset, after, d, total, M, C, OWN, PA
 
 @functools.cache
 def _forward_kernel(X, O, NORM):
-    """X, O: dtypes of x and of the outputs; so below, where O is that of the upstream gradients."""
+    """X, O: the storage codes of x and of the outputs. In the backward kernel, O is the code of the upstream gradients."""
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
-    V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
+    V, W, V1, W1 = vec(O, _LANES), vec(S, _LANES), vec(O, 1), vec(S, 1)
 
     def token_shift(part, rows, L, C, M, inputs, mixes, outs, work, eps_):
         (x, x_b, x_l), (last, last_b) = inputs
@@ -161,7 +167,7 @@ def _forward_kernel(X, O, NORM):
 def _backward_kernel(X, O, NORM, PARAMETERS):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
-    V, W, V1, W1 = kind(O, _LANES), kind(S, _LANES), kind(O, 1), kind(S, 1)
+    V, W, V1, W1 = vec(O, _LANES), vec(S, _LANES), vec(O, 1), vec(S, 1)
 
     def token_shift_backward(part, rows, L, C, M, run, inputs, mixes, upstream, gradients, sums, work, eps_):
         (x, x_b, x_l), (last, last_b) = inputs
@@ -243,13 +249,13 @@ def _relu_squared_backward_kernel(X):
 
 
 def _inputs(x, last):
-    """(last, x and last as a kernel takes them); the token before a sequence that begins is 0, and so is its norm."""
+    """Return (last, the kernel arguments for x and last). If last is None, it is 0; its normalised row is 0 too."""
     last = x.new_zeros(x.shape[2]).expand(x.shape[0], -1) if last is None else sequences(last.unsqueeze(-2)).squeeze(1)
     return last, ((x.data_ptr(), x.stride(0), x.stride(1)), (last.data_ptr(), last.stride(0)))
 
 
 def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
-    """Fill outs, which are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
+    """Fill outs. All outs are contiguous; mixes is (M, C), contiguous, in the state type. x is not empty."""
     x = sequences(x)
     B, L, C = x.shape
     last, inputs = _inputs(x, last)
@@ -263,7 +269,10 @@ def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
 
 
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tuning):
-    """Fill dx and, where given, dlast, both contiguous; return, if ``parameters``, sums of d mixes, (groups, M, C)."""
+    """Fill dx, and dlast if it is given; both are contiguous.
+
+    If ``parameters``, return partial sums of d mixes with the shape (groups, M, C).
+    """
     x, gs = sequences(x), same_strides([sequences(g) for g in gs])
     B, L, C = x.shape
     M = len(gs)

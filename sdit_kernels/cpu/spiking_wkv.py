@@ -1,11 +1,12 @@
-"""WKV scans that drive LIF neurons, on the CPU. A task is a block of channels of one sequence, walked tile of tokens by tile.
+"""WKV scans that drive LIF neurons, on the CPU.
 
-Within a tile the simulation steps come one after the other: the scan of step t takes its state up where the tile before left it
-and leaves a tile of currents, which goes at once into the tokens' membranes. The scans are those of cpu/wkv.py, with vectors of
-channels in registers; the neurons are loops over channels, which LLVM vectorises, as in cpu/lif.py.
+A task processes a block of channels of one sequence, tile by tile. A tile is a run of tokens. Within a tile, a loop goes over
+the time steps. The scan of time step t continues from its state after the previous tile, and its output at each token drives
+the membrane of that token. The state of a vector of channels stays in registers during a tile, as in cpu/wkv.py.
 
-A state enters a tile with its exponent rounded to one number, in the forward pass as in the backward pass, which rebuilds tile
-by tile from the entry states in ``checkpoint``: both do the same operations in the same order, so every spike comes out again.
+The checkpoint holds the scan state at the entry of each tile, with its exponent rounded to one number (see cpu/scan.py). The
+forward pass uses these rounded states too. The backward pass recomputes each tile from them, with the same operations in the
+same order, so it gets the same spikes.
 """
 
 import functools
@@ -21,12 +22,13 @@ from .kernel import Kernel, share
 from .launch import Parameters, address, addresses, placed_rows
 from .lif import charge
 from .surrogate import surrogate_derivative
-from .vector import LANES, fma, kind, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
+from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
 
-_WIDTH = 8  # vectors of channels that a forward task holds, and one more for the last channels
-_BACK = 4  # the same of a backward task
-# What a tile leaves for the walk back, per step and token: the state before it, the weights that include it, the weights of the
-# token and of the state in y, the charge; sigmoid(r) and its derivative.
+_WIDTH = 8  # the most vectors that a forward task holds; the last task of a sequence holds one more for the last channels
+_BACK = 4  # the same limit for a backward task
+# Values that the backward pass recomputes per time step and token, indexed by: (a, b) before the token (_A, _B); the weights
+# that include it (_KEEP, _NEW); the weights of the token and of the state in y (_SELF, _SEEN); the charge h (_H); and, with a
+# gate, sigmoid(r) and its derivative (_OPEN, _SLOPE). The charge h is the membrane before the spike.
 _A, _B, _KEEP, _NEW, _SELF, _SEEN, _H, _OPEN, _SLOPE = range(9)
 
 
@@ -35,54 +37,55 @@ def _fields(gate):
 
 
 @scan.inline
-def _enter(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
-    """(whether the tile is calm, its exponent, the factor that takes the state there, U, D): see cpu/scan.py."""
+def _enter_tile(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
+    """Return (shared_max, exponent, factor, U, D) of a tile. factor converts a and b to the exponent; see cpu/scan.py."""
     one = vset(1.0, W)
-    if scan.gentle(w, u, W):
+    if scan.allows_shared_max(w, u, W):
         high, low = scan.extremes(k, k_l, n, V)
-        calm, top, _, entry = scan.settle(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
-        if calm:
+        shared_max, top, _, entry = scan.enter_shared_max_tile(vload(k, 0, V), high, low, tokens, ka, vset(0.0, W), b, w, W)
+        if shared_max:
             return True, top, entry, vload(constants, 0, W), vload(constants, W // 8, W)
     return False, ka, one, one, one
 
 
 @scan.inline
-def _step(calm, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
-    """Numerator and denominator of y, the weights of the state and of the token in them, the state one token later, and the
-    weights that made it."""
-    if calm:
+def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
+    """Include one token. Return the numerator and denominator of y, the weights of the state and of the token in both, the
+    state (ka, m, a, b) after the token, and the weights (A, E) of the update."""
+    if shared_max:
         E = vexp(k - ka, W) * growth
         Ev = E * v
         y, z = fma(bonus, Ev, a), fma(bonus, E, b)
         return y, z, vset(1.0, W), bonus * E, ka, m, fma(decay, a, Ev), fma(decay, b, E), decay, E
-    old, new = scan.weights(fma(m, w, k - ka) + u, W)
+    old, new = scan.pair_weights(fma(m, w, k - ka) + u, W)
     half, y, z = vset(0.5, W), fma(new, v, old * a), fma(old, b, new)
-    z = where_less(z, half, half, z)  # 0 where nothing is seen, else about 1 or more
-    ka, m, a, b, A, E = scan.include(ka, m, a, b, k, v, w, W)
+    z = where_less(z, half, half, z)  # avoids 0 / 0: z is 0 if the scan has seen nothing, otherwise about 1 or more
+    ka, m, a, b, A, E = scan.include_token(ka, m, a, b, k, v, w, W)
     return y, z, old, new, ka, m, a, b, A, E
 
 
 @scan.inline
 def _neuron(x, v, leak, th, vr, zero, one, soft, decay):
-    """(h, spike, v after it) of one step."""
+    """Return (h, spike, membrane after the spike) of one time step."""
     h, _ = charge(x, v, leak, vr, soft, decay)
     return h, where_at_least(h, th, one, zero), where_at_least(h, th, h - th if soft else vr, h)
 
 
 @functools.cache
 def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
-    V, S = kind(X, lanes), state_code(X)
-    W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
+    V, S = vec(X, lanes), state_code(X)
+    W, MV, xb, sb = vec(S, lanes), vec(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
     AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 2) * ROW
 
     @scan.inline
     def token(
-        calm, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak, th, vr
+        shared_max, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak,
+        th, vr,
     ):  # fmt: skip
         zero, one = vset(0.0, W), vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
-        y, z, _, _, ka, m, a, b, _, _ = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
+        y, z, _, _, ka, m, a, b, _, _ = _step(shared_max, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
             over, _ = scan.gate(vload(r, l * r_l + c, V), W)
             z = z * over
@@ -113,15 +116,15 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if scan.gentle(w, u, W):
-                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
+                if scan.allows_shared_max(w, u, W):
+                    scan.store_tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
             for i in range((L + tokens - 1) // tokens):
                 first = i * tokens
                 size = min(tokens, L - first)
                 for t in range(T):
                     user = (t * B + batch) * C
                     entry = states + ((t * B + batch) * rows + (i if keep else i & 1)) * C * sb
-                    leave = states + ((t * B + batch) * rows + (i + 1 if keep else (i + 1) & 1)) * C * sb
+                    exit_ = states + ((t * B + batch) * rows + (i + 1 if keep else (i + 1) & 1)) * C * sb
                     kt = k + (t * k_t + batch * k_b + first * k_l) * xb
                     vt = v + (t * v_t + batch * v_b + first * v_l) * xb
                     rt = r + (t * r_t + batch * r_b + first * r_l) * xb
@@ -146,17 +149,21 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                                 vstore(entry, 2 * field + c, ka, W)
                         else:
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                        m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                        calm, ka, entered, bonus, decay = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                        m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
+                        shared_max, ka, entered, bonus, decay = _enter_tile(
+                            own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
+                        )
                         a, b = a * entered, b * entered
-                        if calm:
+                        if shared_max:
                             for l in range(size):
-                                growth = vload(mine, (l + 2) * lanes, W)
+                                growth = vload(own_constants, (l + 2) * lanes, W)
                                 ka, m, a, b = token(
                                     True, growth, bonus, decay, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l,
                                     r_l, C, c, slot, w, u, leak, th, vr,
                                 )  # fmt: skip
-                            ka, m, a, b = scan.leave(vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W)
+                            ka, m, a, b = scan.exit_shared_max_tile(
+                                vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W
+                            )
                         else:
                             for l in range(size):
                                 ka, m, a, b = token(
@@ -164,10 +171,10 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                                     slot, w, u, leak, th, vr,
                                 )  # fmt: skip
                         if first + size < L:
-                            a, b, ka = scan.rounded(ka, m, a, b, w, W)
-                            vstore(leave, c, a, W)
-                            vstore(leave, field + c, b, W)
-                            vstore(leave, 2 * field + c, ka, W)
+                            a, b, ka = scan.with_rounded_exponent(ka, m, a, b, w, W)
+                            vstore(exit_, c, a, W)
+                            vstore(exit_, field + c, b, W)
+                            vstore(exit_, 2 * field + c, ka, W)
                         elif ybar1 != 0:
                             o = fma(zero - m, w, ka) + vlog(b)
                             vstore(ybar1, user + c, where_equal(b, zero, zero, a / b), W)
@@ -188,20 +195,20 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
 
 @functools.cache
 def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, TILE):
-    V, S = kind(X, lanes), state_code(X)
-    W, MV, xb, sb = kind(S, lanes), kind(M, lanes), SIZES[X], SIZES[S]
+    V, S = vec(X, lanes), state_code(X)
+    W, MV, xb, sb = vec(S, lanes), vec(M, lanes), SIZES[X], SIZES[S]
     ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
     CONSTANTS = (TILE + 2) * ROW
 
     @scan.inline
-    def rebuild(
-        calm, growth, bonus, decay, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
+    def recompute_token(
+        shared_max, growth, bonus, decay, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
     ):  # fmt: skip
         one = vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
         vstore(here, _A * lanes, a, W)
         vstore(here, _B * lanes, b, W)
-        y, z, old, new, ka, m, a, b, A, E = _step(calm, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
+        y, z, old, new, ka, m, a, b, A, E = _step(shared_max, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
             over, e = scan.gate(vload(r, l * r_l + c, V), W)
             both = one / (z * over)
@@ -234,8 +241,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         area = tokens * ROW
         for worker in share(workers, part):
             history = work + worker * (T * (FIELDS * area + 3 * ROW) + area) * sb
-            carries = history + T * FIELDS * area * sb  # gradients of the tile's membranes
-            adjoint = carries + area * sb  # P and Q of every step
+            carries = history + T * FIELDS * area * sb  # gradients with respect to the membranes of the tile
+            adjoint = carries + area * sb  # the adjoint (P, Q) of every time step: the gradient with respect to (a, b)
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
             constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
             leak, th, vr, alpha = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(alpha_, W)
@@ -248,12 +255,12 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                         vstore(total, j * lanes, zero, W)
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
-                    if scan.gentle(w, u, W):
-                        scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
+                    if scan.allows_shared_max(w, u, W):
+                        scan.store_tile_constants(constants + j * (TILE + 2) * lanes * sb, tokens, w, u, lanes, W)
                 for i in range((L - 1) // tokens, -1, -1):
                     first = i * tokens
                     size = min(tokens, L - first)
-                    for t in range(T):  # rebuild
+                    for t in range(T):  # recompute the tile
                         user = (t * B + batch) * C
                         entry = states + ((t * B + batch) * rows + i) * C * sb
                         kt = k + (t * k_t + batch * k_b + first * k_l) * xb
@@ -267,8 +274,10 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
                                 th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
-                            m, mine = zero, constants + j * (TILE + 2) * lanes * sb
-                            calm, ka, entered, bonus, decay = _enter(mine, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W)
+                            m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
+                            shared_max, ka, entered, bonus, decay = _enter_tile(
+                                own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
+                            )
                             vstore(entries, t * ROW + j * lanes, entered, W)
                             a, b = a * entered, b * entered
                             step = FIELDS * area * sb if t > 0 else 0
@@ -277,33 +286,33 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 before = vr
                                 if m0 != 0 and t == 0:
                                     before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV)
-                                if calm:
-                                    growth = vload(mine, (l + 2) * lanes, W)
-                                    ka, m, a, b = rebuild(
+                                if shared_max:
+                                    growth = vload(own_constants, (l + 2) * lanes, W)
+                                    ka, m, a, b = recompute_token(
                                         True, growth, bonus, decay, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l,
                                         r_l, c, w, u, leak, th, vr,
                                     )  # fmt: skip
                                 else:
-                                    ka, m, a, b = rebuild(
+                                    ka, m, a, b = recompute_token(
                                         False, one, one, one, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c,
                                         w, u, leak, th, vr,
                                     )  # fmt: skip
-                            if calm:
-                                m = scan.by_slope(w, tokens, vset(-float(size), W), zero, W)
+                            if shared_max:
+                                m = scan.by_decay(w, tokens, vset(-float(size), W), zero, W)
                             slot = j * lanes
-                            if first + size < L:  # the tile that follows counts from its exponent rounded
-                                gap = scan.unrounding(ka, m, vload(entry, 2 * field + C + c, W), w, W)
+                            if first + size < L:  # the next tile uses the rounded exponent
+                                gap = scan.rounding_factor(ka, m, vload(entry, 2 * field + C + c, W), w, W)
                                 P, Q = vload(Pt, slot, W) * gap, vload(Pt, ROW + slot, W) * gap
                             elif g_ybar != 0 or g_lse != 0:
                                 gy = vload(g_ybar, user + c, W) if g_ybar != 0 else zero
                                 gl = vload(g_lse, user + c, W) if g_lse != 0 else zero
                                 z = where_equal(b, zero, zero, one / b)
                                 P, Q = gy * z, (gl - gy * (a * z)) * z
-                            else:  # not 0 times a state that may be infinite
+                            else:  # do not multiply 0 by a state, which may be infinite
                                 P, Q = zero, zero
                             vstore(Pt, slot, P, W)
                             vstore(Pt, ROW + slot, Q, W)
-                    for t in range(T - 1, -1, -1):  # walk back
+                    for t in range(T - 1, -1, -1):  # compute the gradients
                         user = (t * B + batch) * C
                         past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
                         vt = v + (t * v_t + batch * v_b + first * v_l) * xb
@@ -328,7 +337,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
                                 seen, self = vload(here, _SEEN * lanes, W), vload(here, _SELF * lanes, W)
                                 y = fma(self, value, seen * a)
-                                # the neuron
+                                # the backward pass of the neuron
                                 ds = vload(gt, l * g_l + c, V)
                                 if RATE:
                                     ds = ds / steps
@@ -337,10 +346,10 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 else:
                                     carry = vload(g_m, (batch * L + first + l) * C + c, W) if g_m != 0 else zero
                                 slope = surrogate_derivative(KIND, h - th, alpha, W)
-                                through = ds  # what reaches the step function
+                                through = ds  # the gradient with respect to the spike
                                 if not DETACH:
                                     through = ds + carry * (zero - th if SOFT else vr - h)
-                                through = where_equal(slope, zero, zero, through * slope)  # the reset hides an infinite h
+                                through = where_equal(slope, zero, zero, through * slope)  # the reset removes an infinite h
                                 dh = through + (carry if SOFT else where_at_least(h, th, zero, carry))
                                 if PARAMETERS:
                                     if t > 0:
@@ -366,7 +375,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                 if GATE:
                                     vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
                                     dy = dy * vload(here, _OPEN * lanes, W)
-                                # the scan
+                                # the backward pass of the scan
                                 A, E = vload(here, _KEEP * lanes, W), vload(here, _NEW * lanes, W)
                                 gs, gp = dy * self, dy * seen
                                 own = gs * (value - y)
@@ -403,8 +412,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
 # --- launchers: the same signatures as in triton/spiking_wkv.py -------------------------------------------------------------
 
 
-def _spread(B, C, lanes, width):
-    """Blocks of channels per sequence: wide ones read whole cache lines, but every thread wants some."""
+def _count_blocks(B, C, lanes, width):
+    """Return the number of channel blocks per sequence. Wide blocks read whole cache lines, but every thread needs several."""
     whole = C // lanes
     width = max(2, min(width, B * whole // (4 * torch.get_num_threads())))
     return max(1, -(-whole // width))
@@ -414,7 +423,7 @@ def spiking_wkv_forward(
     k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out,
     membrane_out, checkpoint, tuning,
 ):  # fmt: skip
-    """Fill out, and the final states and the checkpoint where they are given. k is not empty."""
+    """Fill out, and the final states and the checkpoint if they are given. k is not empty."""
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
     lanes = LANES if C >= LANES else 1
@@ -427,7 +436,7 @@ def spiking_wkv_forward(
         CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
         neuron.v_reset is None, neuron.decay_input, p.per_channel, tuning.wkv_checkpoint_tokens,
     )(
-        2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _spread(B, C, lanes, _WIDTH)),
+        2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _count_blocks(B, C, lanes, _WIDTH)),
         (k_, v_, r_, membrane_), (states.data_ptr(), states.shape[1] // (T * B), states.stride(0)), checkpoint is not None,
         (w.data_ptr(), u.data_ptr(), *p.addresses), (address(ybar), address(lse)),
         (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), *p.values, neuron.v_reset or 0.0,
@@ -438,9 +447,9 @@ def spiking_wkv_backward(
     g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
     checkpoint, neuron, rate, parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
-    """Fill the gradients that are given; return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
+    """Fill the gradients that are given. Return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
 
-    ybar and lse are in the checkpoint too, and read there.
+    The kernel reads the initial state from the checkpoint, not from ybar and lse.
     """
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
@@ -448,7 +457,7 @@ def spiking_wkv_backward(
     p = Parameters(tau, v_threshold, neuron, w.dtype)
     dw, du = w.new_empty(2, B, C)
     sums = w.new_empty(2, B, C) if parameters else None
-    blocks = _spread(B, C, lanes, _BACK)
+    blocks = _count_blocks(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
     work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)

@@ -1,4 +1,8 @@
-"""lif_rate without its time loop: under a constant current and a hard reset the rate is a step function of the current."""
+"""lif_rate without a loop over time steps.
+
+Under a constant current and a hard reset, the rate is a step function of the current. So the kernel compares the current with a
+table of edges.
+"""
 
 import functools
 
@@ -55,14 +59,16 @@ def kernel(X, O, GATE):
 
 
 @functools.lru_cache(maxsize=256)
-@np.errstate(all="ignore")  # extreme numbers give infinities and NaN, which no comparison below lets pass
+@np.errstate(all="ignore")  # extreme numbers give infinities and NaN; the comparisons below reject them
 def table(T, neuron, state, counts):
-    """(levels, edges, values): lif_rate as a step function of its current, or None where it is not known to be one.
+    """Return (levels, edges, values), which state lif_rate as a step function of its current, or None.
 
-    From v_reset and back to it at every spike, a constant current fires each n steps, n being its first passage: T // n
-    spikes. So the rate rises by steps as the current passes one edge for each distinct T // n. The edges are where the
-    recurrence itself, in its own arithmetic, changes: every float near the exact edge is tried, out to several times the
-    greatest rounding error, and unless the recurrence has one clean step there, it is left to run.
+    The membrane starts at v_reset and returns to it at every spike. So a constant current causes a spike every n steps, T // n
+    in all, where n is the number of steps to the first spike. The rate has one edge for each distinct T // n.
+
+    An edge must be exact in floating point. So this function runs the recurrence for every float near the calculated edge,
+    within several times the largest rounding error. It returns None if the recurrence does not have one clean step there; then
+    lif_rate runs the loop over time steps.
     """
     if neuron.v_reset is None or not neuron.v_reset < neuron.v_threshold:
         return None
@@ -73,7 +79,7 @@ def table(T, neuron, state, counts):
         if edges and T // n == values[-1]:
             continue
         grown = 1 - (1 - float(r)) ** n if r else float(n)  # h after n steps is reset + grown * (x - reset)
-        if grown == 0:  # 1 - r rounds to 1
+        if grown == 0:  # 1 - r has rounded to 1
             return None
         rise = float(theta) - float(reset)
         edge = float(reset) + rise / grown if neuron.decay_input else rise * (float(r) or 1.0) / grown
@@ -97,6 +103,6 @@ def table(T, neuron, state, counts):
     if any(b < a for a, b in zip(edges, edges[1:])):
         return None
     pad = -len(edges) % 4
-    edges = np.asarray(edges + [np.nan] * pad, float_)  # no current reaches a NaN, not even an infinite one
+    edges = np.asarray(edges + [np.nan] * pad, float_)  # no current reaches NaN, not even infinity
     values = np.asarray(values + [0] * pad, float_)
     return len(edges), edges, values if counts else values / float_(T)

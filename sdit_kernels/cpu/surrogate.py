@@ -1,4 +1,4 @@
-"""Surrogate gradients for numba code; ../surrogate.py has their table."""
+"""Surrogate gradients for numba code. ../surrogate.py has the table of all kinds."""
 
 import math
 
@@ -9,7 +9,7 @@ from .vector import absolute, exp_below, negative_abs, vset, where_less
 
 @numba.njit(forceinline=True, error_model="numpy")
 def surrogate_derivative(kind, z, a, V):
-    """ds/dz of numbers (V: their code) or of vectors."""
+    """Return ds/dz of a vector of type V, or of a number if V is a storage code."""
     zero, half, one = vset(0.0, V), vset(0.5, V), vset(1.0, V)
     m = absolute(z)
     if kind == 0:

@@ -1,8 +1,11 @@
-"""Vectors as values of numba code: what a scan needs, whose state stays in registers from token to token.
+"""Vectors as values in numba code. A scan needs them, because its state stays in registers from token to token.
 
-The vectoriser works on innermost loops and would carry such a state through memory. A vector has ``lanes`` elements of the
-state type of a storage code; every function here acts on each lane alone and rounds alike in every lane, so that results
-depend neither on the number of lanes nor on how channels are dealt out. ``V`` stands for a kind of vector: kind(code, lanes).
+LLVM's vectoriser works on innermost loops, so it would move the state of a scan through memory. A vector has ``lanes`` elements
+of the state type of a storage code (see cpu/intrinsics.py). Every function here acts on each lane alone and rounds the same way
+in every lane. So results depend neither on the number of lanes nor on the distribution of the channels over tasks.
+
+``V`` and ``W`` stand for a vector type as one integer literal, ``vec(code, lanes)``. In numba code, ``V % 8`` is the code and
+``V // 8`` is the number of lanes.
 """
 
 import operator
@@ -16,19 +19,27 @@ from numba.extending import intrinsic, lower_builtin, overload, register_model, 
 
 from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, state_code
 
-LANES = 16  # a cache line of float32; two AVX2 registers hide each other's latency
+LANES = 16  # a cache line of float32; the work on one AVX2 register hides the latency of the other
 
 
-def kind(code: int, lanes: int) -> int:
+def vec(code: int, lanes: int) -> int:
     return lanes * 8 + code
 
 
+def code_of(V: int) -> int:
+    return V % 8
+
+
+def lanes_of(V: int) -> int:
+    return V // 8
+
+
 class Vector(types.Type):
-    """``lanes`` floats of the state type."""
+    """The numba type of a vector."""
 
     def __init__(self, V):
-        self.V, self.element = V, LLVM_TYPES[state_code(V % 8)]
-        super().__init__(f"Vector({'f64' if self.element == LLVM_TYPES[F64] else 'f32'}, {V // 8})")
+        self.V, self.element = V, LLVM_TYPES[state_code(code_of(V))]
+        super().__init__(f"Vector({'f64' if self.element == LLVM_TYPES[F64] else 'f32'}, {lanes_of(V)})")
 
     @property
     def key(self):
@@ -42,11 +53,11 @@ class _VectorModel(models.PrimitiveModel):
 
 
 def _llvm(vector):
-    return ir.VectorType(vector.element, vector.V // 8)
+    return ir.VectorType(vector.element, lanes_of(vector.V))
 
 
 def _constant(vector, value, element=None):
-    return ir.Constant(ir.VectorType(element or vector.element, vector.V // 8), [value] * (vector.V // 8))
+    return ir.Constant(ir.VectorType(element or vector.element, lanes_of(vector.V)), [value] * (lanes_of(vector.V)))
 
 
 def _pointer(builder, address, index, element, lanes):
@@ -56,8 +67,8 @@ def _pointer(builder, address, index, element, lanes):
 
 @intrinsic(prefer_literal=True)
 def vload(typingctx, address, index, V):
-    """Elements ``index`` and up of the array at ``address``, in the state type."""
-    code, lanes = V.literal_value % 8, V.literal_value // 8
+    """Load the elements from ``index`` on of the array at ``address``, in the state type."""
+    code, lanes = code_of(V.literal_value), lanes_of(V.literal_value)
     vector = Vector(V.literal_value)
 
     def codegen(context, builder, signature, args):
@@ -75,8 +86,8 @@ _BYTES = (4, 8, 2, 2)
 
 @intrinsic(prefer_literal=True)
 def vstore(typingctx, address, index, value, V):
-    """Round to the nearest even of the storage type and write."""
-    code, lanes = V.literal_value % 8, V.literal_value // 8
+    """Round to the storage type, to nearest with ties to even, and write."""
+    code, lanes = code_of(V.literal_value), lanes_of(V.literal_value)
 
     def codegen(context, builder, signature, args):
         x = args[2]
@@ -102,7 +113,7 @@ def vstore(typingctx, address, index, value, V):
 
 @intrinsic(prefer_literal=True)
 def vset(typingctx, value, V):
-    """The float64 ``value``, rounded once, in every lane; a number where V is a mere storage code."""
+    """Return the float64 ``value``, rounded once, in every lane. If V is only a storage code, return a number."""
     vector = _of(V.literal_value)
 
     def codegen(context, builder, signature, args):
@@ -145,7 +156,7 @@ for _function, _instruction in (
 
 
 def _call(builder, name, x, args):
-    """LLVM's own function ``name`` on vectors, or on numbers."""
+    """Call LLVM's own function ``name`` on vectors or numbers."""
     llvm = args[0].type
     lanes, element = (f"v{llvm.count}", llvm.element) if isinstance(llvm, ir.VectorType) else ("", llvm)
     suffix = f"{lanes}f{64 if element == LLVM_TYPES[F64] else 32}"
@@ -157,7 +168,7 @@ def _call(builder, name, x, args):
 
 @intrinsic
 def fma(typingctx, x, y, z):
-    """x * y + z, rounded once where the processor can."""
+    """Return x * y + z, rounded once if the processor has an instruction for it."""
 
     def codegen(context, builder, signature, args):
         return _call(builder, "fmuladd", x, args)
@@ -167,7 +178,7 @@ def fma(typingctx, x, y, z):
 
 @intrinsic
 def negative_abs(typingctx, x):
-    """-|x|"""
+    """Return -|x|."""
 
     def codegen(context, builder, signature, args):
         return builder.fneg(_call(builder, "fabs", x, args))
@@ -185,7 +196,7 @@ def absolute(typingctx, x):
 
 @intrinsic
 def vlog(typingctx, x):
-    """Natural logarithm, a call into libm per lane."""
+    """Return the natural logarithm. It calls libm once per lane."""
 
     def codegen(context, builder, signature, args):
         return _call(builder, "log", x, args)
@@ -195,7 +206,7 @@ def vlog(typingctx, x):
 
 @intrinsic
 def where_less(typingctx, x, y, then, otherwise):
-    """``then`` where x < y; ``otherwise`` elsewhere, so where one is NaN."""
+    """Return ``then`` where x < y, and ``otherwise`` elsewhere, also where x or y is NaN."""
 
     def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered("<", args[0], args[1]), args[2], args[3])
@@ -205,7 +216,7 @@ def where_less(typingctx, x, y, then, otherwise):
 
 @intrinsic
 def where_at_least(typingctx, x, y, then, otherwise):
-    """``then`` where x >= y; ``otherwise`` elsewhere, so where one is NaN."""
+    """Return ``then`` where x >= y, and ``otherwise`` elsewhere, also where x or y is NaN."""
 
     def codegen(context, builder, signature, args):
         return builder.select(builder.fcmp_ordered(">=", args[0], args[1]), args[2], args[3])
@@ -223,10 +234,10 @@ def where_equal(typingctx, x, y, then, otherwise):
 
 @intrinsic
 def all_at_most(typingctx, x, y):
-    """Whether x <= y in every lane; a NaN is not."""
+    """Return True if x <= y in every lane. The result is False if any lane of x or y is NaN."""
 
     def codegen(context, builder, signature, args):
-        lanes = ir.IntType(x.V // 8)
+        lanes = ir.IntType(lanes_of(x.V))
         return builder.icmp_unsigned(
             "==", builder.bitcast(builder.fcmp_ordered("<=", args[0], args[1]), lanes), ir.Constant(lanes, -1)
         )
@@ -236,12 +247,12 @@ def all_at_most(typingctx, x, y):
 
 @intrinsic
 def _exponent(typingctx, x):
-    """The float whose exponent bits are the lowest bits of x."""
+    """Return the float whose exponent bits are the lowest bits of x."""
 
     def codegen(context, builder, signature, args):
         bits, mantissa = (64, 52) if x.element == LLVM_TYPES[F64] else (32, 23)
         integer = ir.IntType(bits)
-        wide = builder.bitcast(args[0], ir.VectorType(integer, x.V // 8))
+        wide = builder.bitcast(args[0], ir.VectorType(integer, lanes_of(x.V)))
         return builder.bitcast(builder.shl(wide, _constant(x, mantissa, integer)), _llvm(x))
 
     return x(x), codegen
@@ -249,10 +260,13 @@ def _exponent(typingctx, x):
 
 @numba.njit(forceinline=True, error_model="numpy")
 def vexp(x, V):
-    """exp(x) for x <= 80: float32 within 1 ulp above -20 and 3 ulp above -87, exactly 0 below -88; a NaN stays.
+    """Return exp(x) for x <= 80. A NaN stays NaN.
 
-    x = n ln 2 + f. Adding 1.5 * 2^23 + 127 rounds x / ln 2 to the integer n and leaves n + 127, the exponent of 2^n, in the
-    lowest bits; n = -127 gives 0. ln 2 in one part errs by 2e-9 n, and n is large only where the result is tiny.
+    The float32 error is within 1 ulp above x = -20 and within 3 ulp above -87. Below -88 the result is exactly 0.
+
+    The function writes x = n ln 2 + f. Adding 1.5 * 2^23 + 127 rounds x / ln 2 to the integer n and puts n + 127, the exponent
+    bits of 2^n, into the lowest bits. n = -127 gives 0. float32 uses ln 2 as one constant, with an error of 2e-9 n. n is large
+    only if the result is tiny, so this error does not matter.
     """
     double = V % 8 == F64
     if double:
@@ -265,7 +279,7 @@ def vexp(x, V):
     f = fma(n, vset(-0.6931471805599453, V), x)
     if double:
         f = fma(n, vset(-2.3190468138462996e-17, V), f)
-        p = vset(1.0 / 6227020800.0, V)  # Taylor
+        p = vset(1.0 / 6227020800.0, V)  # Taylor series
         p = fma(p, f, vset(1.0 / 479001600.0, V))
         p = fma(p, f, vset(1.0 / 39916800.0, V))
         p = fma(p, f, vset(1.0 / 3628800.0, V))
@@ -279,7 +293,7 @@ def vexp(x, V):
         p = fma(p, f, vset(0.5, V))
         p = fma(fma(p, f, vset(1.0, V)), f, vset(1.0, V))
     else:
-        # minimax of the relative error, 3e-9; in pairs, because the next token waits for it
+        # Minimax polynomial with a relative error of 3e-9, evaluated in pairs, because the next token waits for the result.
         f2 = f * f
         low = fma(vset(0.16666520398167214, V), f, vset(0.49999993432066775, V))
         p = fma(vset(0.00836874521281697, V), f, vset(0.041668390792950996, V))
@@ -289,7 +303,7 @@ def vexp(x, V):
 
 
 def exp_below(x, V):
-    """exp(x) for x <= 0 of vectors and of numbers."""
+    """Return exp(x) of a vector or number x <= 0."""
 
 
 @overload(exp_below, prefer_literal=True, jit_options=dict(forceinline=True, error_model="numpy"))

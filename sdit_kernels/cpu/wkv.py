@@ -1,12 +1,16 @@
-"""WKV on the CPU. A vector of channels keeps its scan state in registers while a tile of tokens goes by.
+"""WKV on the CPU. A vector of channels keeps its scan state in registers during a tile of tokens.
 
-A task is a segment, a run of tokens of one sequence, and a block of channels, a few cache lines wide; it walks the segment tile
-by tile. Serially a segment is a whole sequence. Chunked it is some tiles: a first pass sums up each segment as if nothing
-preceded it, a scan over segments gives each its entry state, the last pass applies. The walk back does the same with the
-adjoint state. Where C is no multiple of a vector's lanes the last vector overlaps the one before it, in the same task, and both
-compute the same; where C is smaller a vector has one lane.
+A segment is a run of tokens of one sequence. A tile is a run of TILE tokens of a segment. A task processes one segment and one
+block of channels, which is a few cache lines wide, tile by tile. "serial": a segment is a whole sequence. "chunked": a segment
+is some tiles, and the forward pass has three kernels. The first computes a summary of each segment as if the sequence began
+there. The second scans the summaries and gives each segment its entry state. The third computes the outputs. The backward pass
+does the same with the adjoint state, the gradient with respect to the scan state.
 
-The state and its arithmetic are those of cpu/scan.py.
+If C is not a multiple of the lanes of a vector, the last vector overlaps the vector before it. Both belong to the same task and
+compute the same values. If C is less than a vector, a vector has one lane.
+
+The checkpoint ``keep`` holds the scan state at the entry of each tile, as (a, b, o). cpu/scan.py defines the state
+(ka, m, a, b), its arithmetic and shared-maximum tiles.
 """
 
 import functools
@@ -22,7 +26,7 @@ from .launch import address, placed_rows
 from .vector import (
     LANES,
     fma,
-    kind,
+    vec,
     vexp,
     vload,
     vlog,
@@ -32,8 +36,11 @@ from .vector import (
     where_less,
 )
 
-_BLOCK = 8  # vectors a task holds, at most, and one more for the last channels
-_FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, sequence, whether first in it, whether last
+_BLOCK = 8  # the most vectors that a task holds; the last task of a segment holds one more for the last channels
+# A segment is a row of int64 with these fields. _TILE_ROW: the row of its first tile in the checkpoint. _IS_FIRST, _IS_LAST: 1
+# for the first and for the last segment of a sequence.
+_FIELDS = 7
+_BATCH, _FIRST_TOKEN, _TOKENS, _TILE_ROW, _SEQUENCE, _IS_FIRST, _IS_LAST = range(_FIELDS)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------
@@ -41,9 +48,13 @@ _FIELDS = 7  # of a segment: batch row, first token, tokens, row of first tile, 
 
 @functools.cache
 def _summary_kernel(X, lanes, BOTH):
-    """Each segment's state (a, b, ka, m) from its own tokens and, of a sequence's first, the user's state: (D, 4, S, C)."""
-    V, S = kind(X, lanes), state_code(X)
-    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+    """Compute the summary of each segment: the state (a, b, ka, m) after its own tokens, with the shape (D, 4, S, C).
+
+    The first segment of a sequence begins with the user's state, all others begin with an empty state. D is the number of
+    directions, S is the number of segments.
+    """
+    V, S = vec(X, lanes), state_code(X)
+    W, xb, sb = vec(S, lanes), SIZES[X], SIZES[S]
 
     def wkv_summary(part, segments, count, C, blocks, inputs, w_, state, summary):
         (k, k_b, k_l), (v, v_b, v_l) = inputs
@@ -51,8 +62,9 @@ def _summary_kernel(X, lanes, BOTH):
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
-            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
-            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            batch, t0 = load_int(segments, at + _BATCH), load_int(segments, at + _FIRST_TOKEN)
+            n = load_int(segments, at + _TOKENS)
+            first, last = load_int(segments, at + _IS_FIRST), load_int(segments, at + _IS_LAST)
             begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             ktile, vtile = k + (batch * k_b + t0 * k_l) * xb, v + (batch * v_b + t0 * v_l) * xb
             for side in range(2 if BOTH else 1):
@@ -62,12 +74,12 @@ def _summary_kernel(X, lanes, BOTH):
                     c = min((begin + j) * lanes, C - lanes)
                     w = vload(w_, c, W)
                     user = first == 1 and side == 0
-                    ka, a, b = scan.user_state(ybar if user else 0, lse, load_int(segments, at + 4) * C + c, W)
+                    ka, a, b = scan.user_state(ybar if user else 0, lse, load_int(segments, at + _SEQUENCE) * C + c, W)
                     m = vset(0.0, W)
                     for i in range(n):
                         t = i if side == 0 else n - 1 - i
                         kt, vt = vload(ktile, t * k_l + c, V), vload(vtile, t * v_l + c, V)
-                        ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
+                        ka, m, a, b, _, _ = scan.include_token(ka, m, a, b, kt, vt, w, W)
                     target = summary + ((side * 4 * count + segment) * C + c) * sb
                     step = count * C
                     vstore(target, 0, a, W)
@@ -80,9 +92,11 @@ def _summary_kernel(X, lanes, BOTH):
 
 @functools.cache
 def _scan_kernel(S, lanes, BOTH, TILE):
-    """From the segments' own states to the state at the entry of each but the first, in the checkpoint's rows. Serial: it is
-    some 1/500 of the work."""
-    W, sb = kind(S, lanes), SIZES[S]
+    """Scan the summaries and write the entry states of the segments to the checkpoint, except at the start of a sequence.
+
+    The scan is serial over segments, because it is about 1/500 of the work.
+    """
+    W, sb = vec(S, lanes), SIZES[S]
 
     def wkv_scan(part, segments, count, C, w_, summary, keep, rows):
         vectors = (C + lanes - 1) // lanes
@@ -94,43 +108,43 @@ def _scan_kernel(S, lanes, BOTH, TILE):
             for i in range(count):
                 segment = i if side == 0 else count - 1 - i
                 at = segment * _FIELDS
-                n, row = load_int(segments, at + 2), load_int(segments, at + 3)
-                opens = load_int(segments, at + 5 if side == 0 else at + 6) == 1
-                closes = load_int(segments, at + 6 if side == 0 else at + 5) == 1
+                n, row = load_int(segments, at + _TOKENS), load_int(segments, at + _TILE_ROW)
+                is_start = load_int(segments, at + _IS_FIRST if side == 0 else at + _IS_LAST) == 1
+                is_end = load_int(segments, at + _IS_LAST if side == 0 else at + _IS_FIRST) == 1
                 step = count * C
                 source = summary + ((side * 4 * count + segment) * C + c) * sb
-                if not opens:
+                if not is_start:
                     if side == 1:
                         row = row + (n + TILE - 1) // TILE - 1
                     target = keep + ((side * 3 * rows + row) * C + c) * sb
-                    a1, b1, o = scan.rounded(ka, m, a, b, w, W)
+                    a1, b1, o = scan.with_rounded_exponent(ka, m, a, b, w, W)
                     vstore(target, 0, a1, W)
                     vstore(target, rows * C, b1, W)
                     vstore(target, 2 * rows * C, o, W)
-                if not closes:
+                if not is_end:
                     a2, b2 = vload(source, 0, W), vload(source, step, W)
                     ka2, m2 = vload(source, 2 * step, W), vload(source, 3 * step, W)
-                    if opens:
+                    if is_start:
                         ka, m, a, b = ka2, m2, a2, b2
                     else:
                         m = m - vset(float(n), W)
                         ka, m, a, b, _, _ = scan.join(ka, m, a, b, ka2, m2, a2, b2, w, W)
-                        ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
+                        ka, m, a, b = scan.rebase_exponent(ka, m, a, b, w, W)
 
     return Kernel(wkv_scan, f"wkv_scan_{TILE}_{S}_{lanes}{BOTH:d}")
 
 
 @functools.cache
 def _forward_kernel(X, lanes, GATE, BOTH, TILE):
-    """Outputs; the state after the last token; the state at the entry of each tile, where ``keep`` is given."""
-    V, S = kind(X, lanes), state_code(X)
-    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+    """Compute the outputs, the state after the last token, and, if ``keep`` is given, the checkpoint."""
+    V, S = vec(X, lanes), state_code(X)
+    W, xb, sb = vec(S, lanes), SIZES[X], SIZES[S]
     STATE = (_BLOCK + 1) * lanes
     RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 2) * STATE)
 
     @scan.inline
     def write(out, at, y, z, r, r_at):
-        z = z + vset(scan.LEAST, W)  # where nothing is seen both are 0
+        z = z + vset(scan.LEAST, W)  # so that y is 0 if the scan has seen nothing: then y and z are 0
         if GATE:
             over, _ = scan.gate(vload(r, r_at, V), W)
             z = z * over
@@ -145,9 +159,10 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
-            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
-            row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
-            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            batch, t0 = load_int(segments, at + _BATCH), load_int(segments, at + _FIRST_TOKEN)
+            n = load_int(segments, at + _TOKENS)
+            row, sequence = load_int(segments, at + _TILE_ROW), load_int(segments, at + _SEQUENCE)
+            first, last = load_int(segments, at + _IS_FIRST), load_int(segments, at + _IS_LAST)
             begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             kas, ms, as_, bs = tile(STATE, S), tile(STATE, S), tile(STATE, S), tile(STATE, S)
@@ -157,7 +172,7 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
             r0, out0 = r + (batch * r_b + t0 * r_l) * xb, out + (batch * out_b + t0 * out_l) * xb
             zero = vset(0.0, W)
             side = 3 * rows * C * sb
-            if BOTH:  # the states that enter the tiles from the right
+            if BOTH:  # compute the states that enter the tiles from the right
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
                     w = vload(w_, c, W)
@@ -168,15 +183,15 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                         if i == 0 and last == 0:
                             a, b, ka = vload(kept, 0, W), vload(kept, rows * C, W), vload(kept, 2 * rows * C, W)
                         else:
-                            ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
-                            a1, b1, o = scan.rounded(ka, m, a, b, w, W)
+                            ka, m, a, b = scan.rebase_exponent(ka, m, a, b, w, W)
+                            a1, b1, o = scan.with_rounded_exponent(ka, m, a, b, w, W)
                             vstore(kept, 0, a1, W)
                             vstore(kept, rows * C, b1, W)
                             vstore(kept, 2 * rows * C, o, W)
                         start = (tiles - 1 - i) * TILE
                         for t in range(min(n, start + TILE) - 1, start - 1, -1):
                             kt, vt = vload(k0, t * k_l + c, V), vload(v0, t * v_l + c, V)
-                            ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
+                            ka, m, a, b, _, _ = scan.include_token(ka, m, a, b, kt, vt, w, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
                 if first == 1:
@@ -189,8 +204,8 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                 vstore(as_, j * lanes, a, W)
                 vstore(bs, j * lanes, b, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and n > 0 and scan.gentle(w, u, W):
-                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
+                if not BOTH and n > 0 and scan.allows_shared_max(w, u, W):
+                    scan.store_tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
                     high, low = scan.extremes(k0 + c * xb, k_l, min(n, TILE), V)
                     vstore(highs, j * lanes, high, W)
                     vstore(lows, j * lanes, low, W)
@@ -212,38 +227,40 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                             vstore(rm, slot, m, W)
                             vstore(ra, slot, a, W)
                             vstore(rb, slot, b, W)
-                            ka, m, a, b, _, _ = scan.include(
+                            ka, m, a, b, _, _ = scan.include_token(
                                 ka, m, a, b, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V), w, W
                             )  # fmt: skip
                     ka, m = vload(kas, j * lanes, W), vload(ms, j * lanes, W)
                     a, b = vload(as_, j * lanes, W), vload(bs, j * lanes, W)
                     if n > scan.FAR:
-                        ka, m, a, b = scan.nearby(ka, m, a, b, w, W)
+                        ka, m, a, b = scan.rebase_exponent(ka, m, a, b, w, W)
                     if keep != 0 and (i > 0 or first == 1):
                         kept = keep + ((row + i) * C + c) * sb
-                        a1, b1, o = scan.rounded(ka, m, a, b, w, W)
+                        a1, b1, o = scan.with_rounded_exponent(ka, m, a, b, w, W)
                         vstore(kept, 0, a1, W)
                         vstore(kept, rows * C, b1, W)
                         vstore(kept, 2 * rows * C, o, W)
-                    calm, top, since, entry = False, zero, zero, zero
-                    if not BOTH and scan.gentle(w, u, W):
+                    shared_max, top, since, entry = False, zero, zero, zero
+                    if not BOTH and scan.allows_shared_max(w, u, W):
                         high, low = vload(highs, j * lanes, W), vload(lows, j * lanes, W)
-                        calm, top, since, entry = scan.settle(vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W)
-                        if end < n:  # those of the tile to come, so that nothing waits for them there
+                        shared_max, top, since, entry = scan.enter_shared_max_tile(
+                            vload(kt0, 0, V), high, low, TILE, ka, m, b, w, W
+                        )
+                        if end < n:  # compute the extreme keys of the next tile now, so that it does not wait
                             high, low = scan.extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
                             vstore(highs, j * lanes, high, W)
                             vstore(lows, j * lanes, low, W)
-                    if calm:
-                        mine = constants + j * (TILE + 2) * lanes * sb
+                    if shared_max:
+                        own_constants = constants + j * (TILE + 2) * lanes * sb
                         ka, m, a, b = top, since, a * entry, b * entry
-                        bonus, decay = vload(mine, 0, W), vload(mine, lanes, W)
+                        bonus, decay = vload(own_constants, 0, W), vload(own_constants, lanes, W)
                         for t in range(end - start):
-                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(mine, (t + 2) * lanes, W)
+                            E = vexp(fma(m, w, vload(kt0, t * k_l, V) - ka), W) * vload(own_constants, (t + 2) * lanes, W)
                             Ev = E * vload(vt0, t * v_l, V)
                             write(ot0, t * out_l, fma(bonus, Ev, a), fma(bonus, E, b), rt0, t * r_l)
                             a, b = fma(decay, a, Ev), fma(decay, b, E)
                         last_key = vload(kt0, (end - start - 1) * k_l, V)
-                        ka, m, a, b = scan.leave(last_key, end - start, TILE, ka, m, a, b, w, W)
+                        ka, m, a, b = scan.exit_shared_max_tile(last_key, end - start, TILE, ka, m, a, b, w, W)
                     else:
                         for t in range(end - start):
                             kt, vt = vload(kt0, t * k_l, V), vload(vt0, t * v_l, V)
@@ -255,9 +272,9 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                                 )  # fmt: skip
                             else:
                                 ka1, m1, a1, b1 = ka, m, a, b
-                            old, new = scan.weights(fma(m1, w, kt - ka1) + u, W)
+                            old, new = scan.pair_weights(fma(m1, w, kt - ka1) + u, W)
                             write(ot0, t * out_l, fma(new, vt, old * a1), fma(old, b1, new), rt0, t * r_l)
-                            ka, m, a, b, _, _ = scan.include(ka, m, a, b, kt, vt, w, W)
+                            ka, m, a, b, _, _ = scan.include_token(ka, m, a, b, kt, vt, w, W)
                     vstore(kas, j * lanes, ka, W)
                     vstore(ms, j * lanes, m, W)
                     vstore(as_, j * lanes, a, W)
@@ -274,15 +291,20 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
     return Kernel(wkv_forward, f"wkv_forward_{TILE}_{X}_{lanes}{GATE:d}{BOTH:d}")
 
 
-# What a tile leaves for the walk back, per token: (a, b) before it and the weights (A, E) that include it, the weights of the
-# token and of each side in the output, the output; then the same for the right side, and its exponents.
+# Values that the backward pass recomputes per token, indexed by: (a, b) before the token (_A, _B); the weights that include it
+# (_KEEP, _NEW: A, E); the weights of the token and of the state in the output (_SELF, _SEEN); the output (_Y). The names with R
+# are the same values of the state from the right, and _RK, _RM are (ka, m) of this state.
 _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM = range(14)
 
 
 @scan.inline
-def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb, TILE):
-    """Fill ``h`` for a tile of n tokens from its entry states, with values less the tile's ``mean``. Returns its last states,
-    left (ka, m, a, b) and right (ka, m), the factor that the left one's scale took on at its entry, and the mean."""
+def _recompute_tile(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb, TILE):
+    """Recompute a tile of n tokens from its entry states and fill ``h``. Return (ka, m, a, b, rka, rm, factor, mean).
+
+    The function subtracts ``mean`` from all values v; it is their weighted mean in the entry state. (ka, m, a, b) is the last
+    state from the left, (rka, rm) is the exponent of the last state from the right. factor is the number by which a
+    shared-maximum tile multiplies a and b at its entry.
+    """
     zero, one, size = vset(0.0, W), vset(1.0, W), TILE * lanes
     rka, rm = zero, zero
     a, b, ka = vload(left, 0, W), vload(left, rows * C, W), vload(left, 2 * rows * C, W)
@@ -298,19 +320,21 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _RB * size + at, rb, W)
             vstore(h, _RK * size + at, rka, W)
             vstore(h, _RM * size + at, rm, W)
-            rka, rm, ra, rb, A, E = scan.include(rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, w, W)
+            rka, rm, ra, rb, A, E = scan.include_token(
+                rka, rm, ra, rb, vload(kt0, t * k_l, V), vload(vt0, t * v_l, V) - mean, w, W
+            )
             vstore(h, _RKEEP * size + at, A, W)
             vstore(h, _RNEW * size + at, E, W)
     a = fma(zero - mean, b, a)
-    m, calm, top, entry = zero, False, zero, one
-    if not BOTH and scan.gentle(w, u, W):
+    m, shared_max, top, entry = zero, False, zero, one
+    if not BOTH and scan.allows_shared_max(w, u, W):
         high, low = scan.extremes(kt0, k_l, n, V)
-        calm, top, _, entry = scan.settle(vload(kt0, 0, V), high, low, TILE, ka, zero, b, w, W)
-    if calm:
+        shared_max, top, _, entry = scan.enter_shared_max_tile(vload(kt0, 0, V), high, low, TILE, ka, zero, b, w, W)
+    if shared_max:
         bonus, decay, m = (
             vload(constants, 0, W),
             vload(constants, lanes, W),
-            scan.by_slope(w, TILE, vset(-float(n), W), zero, W),
+            scan.by_decay(w, TILE, vset(-float(n), W), zero, W),
         )
         ka, a, b = top, a * entry, b * entry
         for t in range(n):
@@ -318,7 +342,7 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             E = vexp(vload(kt0, t * k_l, V) - ka, W) * vload(constants, (t + 2) * lanes, W)
             new = bonus * E
             z = b + new
-            z = where_equal(z, zero, zero, one / z)  # where nothing is seen, no weight and no gradient
+            z = where_equal(z, zero, zero, one / z)  # weight and gradient are 0 if the scan has seen nothing
             new = new * z
             vstore(h, _SEEN * size + at, z, W)
             vstore(h, _SELF * size + at, new, W)
@@ -339,7 +363,7 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
                 )  # fmt: skip
             else:
                 ka1, m1, a1, b1 = ka, m, a, b
-            old, new = scan.weights(fma(m1, w, k - ka1) + u, W)
+            old, new = scan.pair_weights(fma(m1, w, k - ka1) + u, W)
             z = fma(old, b1, new)
             z = where_equal(z, zero, zero, one / z)
             old, new = old * z, new * z
@@ -352,7 +376,7 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
             vstore(h, _Y * size + at, fma(new, v, old * a1), W)
             vstore(h, _A * size + at, a, W)
             vstore(h, _B * size + at, b, W)
-            ka, m, a, b, A, E = scan.include(ka, m, a, b, k, v, w, W)
+            ka, m, a, b, A, E = scan.include_token(ka, m, a, b, k, v, w, W)
             vstore(h, _KEEP * size + at, A, W)
             vstore(h, _NEW * size + at, E, W)
     return ka, m, a, b, rka, rm, entry, mean
@@ -360,7 +384,7 @@ def _rebuild(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, la
 
 @scan.inline
 def _upstream(g, index, r, r_index, V, W, GATE):
-    """The gradient of y."""
+    """Return the gradient with respect to y, the output before the gate."""
     x = vload(g, index, V)
     if GATE:
         over, _ = scan.gate(vload(r, r_index, V), W)
@@ -370,17 +394,21 @@ def _upstream(g, index, r, r_index, V, W, GATE):
 
 @functools.cache
 def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
-    """dk, dv, dr, d ybar, d lse and sums of dw, du; or, SUMMARY, each segment's own adjoint state (D, 2, S, C).
+    """Compute dk, dv, dr, d ybar, d lse and sums of dw and du. With SUMMARY, compute only the adjoint state of each segment.
 
-    The adjoint (P, Q) of a state (a, b) belongs to its exponent: at the edge of a tile to the o of the checkpoint there. That
-    of the right side enters from the left and walks first; it leaves its state at each tile in ``right_keep`` (2, rows, C),
-    and a second walk, from the right, computes it again along with everything else.
+    The adjoint (P, Q) is the gradient with respect to the state (a, b) at a fixed exponent. At the edge of a tile, this is the
+    exponent o in the checkpoint. SUMMARY writes (P, Q) of each segment as (D, 2, S, C), with D directions and S segments.
 
-    dk and dw hold differences, P v + Q and P a + Q b, which values far from 0 would drown in rounding. So within a tile all
-    values are less the mean at its entry, and Q is more by P times that.
+    The adjoint of the state from the right enters a segment from the left. BOTH computes it in a loop of its own, which stores
+    it per tile in ``right_keep`` (2, rows, C). The second loop goes from right to left, recomputes it from there, and computes
+    all other gradients.
+
+    dk and dw contain the differences P v + Q and P a + Q b. If values are far from 0, their rounding errors exceed these
+    differences. So the kernel subtracts the mean at the entry of a tile from all values of the tile, and adds P times the mean
+    to Q.
     """
-    V, S = kind(X, lanes), state_code(X)
-    W, xb, sb = kind(S, lanes), SIZES[X], SIZES[S]
+    V, S = vec(X, lanes), state_code(X)
+    W, xb, sb = vec(S, lanes), SIZES[X], SIZES[S]
     HISTORY = TILE * lanes * (14 if BOTH else 7)
     SUMS = (_BLOCK + 1) * lanes
     SIZE = TILE * lanes
@@ -398,9 +426,10 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
         for task in share(count * blocks, part):
             segment = task // blocks
             at = segment * _FIELDS
-            batch, t0, n = load_int(segments, at), load_int(segments, at + 1), load_int(segments, at + 2)
-            row, sequence = load_int(segments, at + 3), load_int(segments, at + 4)
-            first, last = load_int(segments, at + 5), load_int(segments, at + 6)
+            batch, t0 = load_int(segments, at + _BATCH), load_int(segments, at + _FIRST_TOKEN)
+            n = load_int(segments, at + _TOKENS)
+            row, sequence = load_int(segments, at + _TILE_ROW), load_int(segments, at + _SEQUENCE)
+            first, last = load_int(segments, at + _IS_FIRST), load_int(segments, at + _IS_LAST)
             begin, vectors = scan.channels(C, lanes, task - segment * blocks, blocks)
             tiles = (n + TILE - 1) // TILE
             h, constants = tile(HISTORY, S), tile(CONSTANTS, S)
@@ -410,7 +439,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
             d0 = (batch * d_b + t0 * d_l) * xb
             zero = vset(0.0, W)
             side = 3 * rows * C * sb
-            if BOTH:
+            if BOTH:  # the adjoint of the state from the right
                 for j in range(vectors):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
@@ -422,7 +451,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                         start = i * TILE
                         size = min(TILE, n - start)
                         left = keep + ((row + i) * C + c) * sb
-                        _, _, _, _, rka, rm, _, mean = _rebuild(
+                        _, _, _, _, rka, rm, _, mean = _recompute_tile(
                             size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows,
                             C, w, u, 0, h, lanes, V, W, BOTH, sb, TILE,
                         )  # fmt: skip
@@ -431,7 +460,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                             vstore(right_keep, (row + i) * C + c, P, W)
                             vstore(right_keep, (rows + row + i) * C + c, Q, W)
                         if i > 0 or first == 0:
-                            gap = scan.unrounding(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            gap = scan.rounding_factor(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
                             P, Q = P * gap, Q * gap
                         for t in range(size):
                             gt = _upstream(
@@ -453,8 +482,8 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                 vstore(dws, j * lanes, zero, W)
                 vstore(dus, j * lanes, zero, W)
                 w, u = vload(w_, c, W), vload(u_, c, W)
-                if not BOTH and scan.gentle(w, u, W):
-                    scan.tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
+                if not BOTH and scan.allows_shared_max(w, u, W):
+                    scan.store_tile_constants(constants + j * (TILE + 2) * lanes * sb, TILE, w, u, lanes, W)
             for i_ in range(tiles):
                 i = tiles - 1 - i_
                 start = i * TILE
@@ -463,15 +492,15 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
                     left = keep + ((row + i) * C + c) * sb
-                    ka, m, a, b, rka, rm, entry, mean = _rebuild(
+                    ka, m, a, b, rka, rm, entry, mean = _recompute_tile(
                         size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
                         w, u, constants + j * (TILE + 2) * lanes * sb, h, lanes, V, W, BOTH, sb, TILE,
                     )  # fmt: skip
                     sum_w, sum_u = zero, zero
-                    if BOTH and not SUMMARY:  # what the right side adds to dk and dv takes the place of (A, E)
+                    if BOTH and not SUMMARY:  # overwrite (A, E) with the terms of dk and dv from the right state
                         P, Q = vload(right_keep, (row + i) * C + c, W), vload(right_keep, (rows + row + i) * C + c, W)
                         if i > 0 or first == 0:
-                            gap = scan.unrounding(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
+                            gap = scan.rounding_factor(rka, rm, vload(left + side, (2 * rows - 1) * C, W), w, W)
                             P, Q = P * gap, Q * gap
                         for t in range(size):
                             slot = t * lanes
@@ -488,7 +517,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                     Q = fma(mean - vload(means, j * lanes, W), P, Q)
                     vstore(means, j * lanes, mean, W)
                     if i < tiles - 1 or last == 0:
-                        gap = scan.unrounding(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
+                        gap = scan.rounding_factor(ka, m, vload(left, (2 * rows + 1) * C, W), w, W)
                         P, Q = P * gap, Q * gap
                     elif g_ybar != 0:
                         gy, gl = vload(g_ybar, sequence * C + c, W), vload(g_lse, sequence * C + c, W)
@@ -539,7 +568,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                     if d_ybar != 0 and first == 1:
                         spot = sequence * C + c
                         Q = fma(P, vload(ybar, spot, W) - mean, Q)
-                        if n == 0:  # no token between the state that came and the one that went
+                        if n == 0:  # without tokens, the final state is the initial state
                             P = vload(g_ybar, spot, W) if g_ybar != 0 else zero
                             Q = vload(g_lse, spot, W) if g_ybar != 0 else zero
                         o, empty = vload(lse, spot, W), vset(-np.inf, W)
@@ -551,8 +580,11 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
 
 @functools.cache
 def _adjoint_kernel(S, lanes, BOTH, TILE):
-    """From the segments' own adjoints to the adjoint that enters each but the last (the right side's: but the first)."""
-    W, sb = kind(S, lanes), SIZES[S]
+    """Scan the adjoint states of the segments and write the adjoint that enters each segment.
+
+    Segments at the end of a sequence get none (the right side: segments at its beginning).
+    """
+    W, sb = vec(S, lanes), SIZES[S]
 
     def wkv_adjoint(part, segments, count, C, w_, keep, rows, own, entering):
         vectors = (C + lanes - 1) // lanes
@@ -564,10 +596,10 @@ def _adjoint_kernel(S, lanes, BOTH, TILE):
             for i in range(count):
                 segment = count - 1 - i if side == 0 else i
                 at = segment * _FIELDS
-                n, row = load_int(segments, at + 2), load_int(segments, at + 3)
+                n, row = load_int(segments, at + _TOKENS), load_int(segments, at + _TILE_ROW)
                 tiles = (n + TILE - 1) // TILE
                 spot = (side * 2 * count + segment) * C + c
-                if load_int(segments, at + 6 if side == 0 else at + 5) == 1:
+                if load_int(segments, at + _IS_LAST if side == 0 else at + _IS_FIRST) == 1:
                     P, Q = vload(own, spot, W), vload(own, spot + count * C, W)
                     continue
                 vstore(entering, spot, P, W)
@@ -575,9 +607,9 @@ def _adjoint_kernel(S, lanes, BOTH, TILE):
                 exponents = keep + (side * 3 + 2) * rows * C * sb
                 before = vload(exponents, (row if side == 0 else row + tiles - 1) * C + c, W)
                 after = vload(exponents, (row + tiles if side == 0 else row - 1) * C + c, W)
-                d = scan.excess(before, vset(-float(n), W), after, w, W)
+                d = scan.exponent_error(before, vset(-float(n), W), after, w, W)
                 decay = vexp(where_less(zero, d, zero, d), W)
-                decay = fma(decay, where_less(zero, d, d, zero), decay)  # above 0 by rounding alone: 1 + d
+                decay = fma(decay, where_less(zero, d, d, zero), decay)  # d > 0 is a rounding error: e^d = 1 + d
                 P = fma(decay, P, vload(own, spot, W))
                 Q = fma(decay, Q, vload(own, spot + count * C, W))
 
@@ -588,7 +620,7 @@ def _adjoint_kernel(S, lanes, BOTH, TILE):
 
 
 def _segments_of(batch, begin, tokens, row, sequence, step, tile_tokens):
-    """The segments of one sequence; one without tokens where there are none, to hand its state on."""
+    """Yield the segments of one sequence. An empty sequence has one segment without tokens, which passes its state on."""
     last = max(0, -(-tokens // step) - 1)
     for i in range(last + 1):
         size = min(step, tokens - i * step)
@@ -602,7 +634,7 @@ def _dense_segments(B, L, step, tile_tokens):
 
 
 def _table(segments):
-    """(address, number of segments, the array that must live as long)"""
+    """Return (address, number of segments, array). The caller must keep the array until the kernel returns."""
     table = np.array(list(segments), dtype=np.int64)
     return table.ctypes.data, len(table), table
 
@@ -618,13 +650,13 @@ def _segments(k, cu_seqlens, chunked, tuning):
 
 
 def _chunked(algorithm, k):
-    """The rule behind "auto": serial is parallel over channels and wins unless there are hardly any."""
+    """Return True to cut sequences into chunks. "auto": serial is parallel over channels and wins unless they are few."""
     B, L, C = k.shape
     return algorithm == "chunked" or (algorithm == "auto" and B * C <= 32 and L >= 4096)
 
 
-def _spread(count, C, lanes):
-    """Blocks of channels per segment: wide ones read whole cache lines, but every thread wants some."""
+def _count_blocks(count, C, lanes):
+    """Return the number of channel blocks per segment. Wide blocks read whole cache lines, but every thread needs several."""
     whole = C // lanes
     width = max(2, min(_BLOCK, count * whole // (4 * torch.get_num_threads())))
     return max(1, -(-whole // width))
@@ -634,7 +666,7 @@ def wkv_forward(
     k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out,
     lse_out, checkpoint, tuning,
 ):  # fmt: skip
-    """Fill out and, where they are given, ybar_out, lse_out and checkpoint. k is not empty. The state may be its own output."""
+    """Fill out, and ybar_out, lse_out and checkpoint if they are given. k is not empty. ybar_out may be ybar, lse_out lse."""
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
@@ -647,7 +679,7 @@ def wkv_forward(
     (k, k_), (v, v_), (r, r_), (_, out_) = map(placed_rows, (k, v, r, out))
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     state = address(ybar), address(lse)
-    blocks = _spread(count, C, lanes)
+    blocks = _count_blocks(count, C, lanes)
     work = out.numel()
     if chunked:
         summary = torch.empty((2 if bidirectional else 1, 4, count, C), dtype=dtype, device=w.device)
@@ -667,7 +699,7 @@ def wkv_backward(
     g, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint, cu_seqlens, max_seqlen,
     bidirectional, algorithm, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, tuning,
 ):  # fmt: skip
-    """Fill dk, dv and, where they are given, dr, d_decay with d_bonus, and d_ybar with d_lse. k is not empty."""
+    """Fill dk and dv, and, if they are given, dr, d_decay with d_bonus, and d_ybar with d_lse. k is not empty."""
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     C, dtype, tokens = k.shape[2], w.dtype, tuning.wkv_checkpoint_tokens
     X, lanes = CODES[k.dtype], LANES if k.shape[2] >= LANES else 1
@@ -681,7 +713,7 @@ def wkv_backward(
         present = g_lse if g_ybar is None else g_ybar
         g_ybar, g_lse = (present.new_zeros(present.shape) if s is None else s.contiguous() for s in (g_ybar, g_lse))
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
-    blocks = _spread(count, C, lanes)
+    blocks = _count_blocks(count, C, lanes)
     work = 4 * dk.numel()
     dw, du = torch.empty((2, count, C), dtype=dtype, device=w.device)
     right_keep = torch.empty((2, rows, C), dtype=dtype, device=w.device) if bidirectional else None
