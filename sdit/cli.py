@@ -230,7 +230,8 @@ def _train(args):
     from .train import train
 
     if bool(args.preset) == bool(args.resume):
-        raise ValueError("give --preset to start a run, or --resume to continue one")
+        given = "both" if args.preset else "neither"
+        raise ValueError(f"give either --preset to start a run, or --resume to continue one; got {given}")
     given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     if args.resume:
         if args.changes or args.out:

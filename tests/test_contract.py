@@ -420,6 +420,14 @@ def test_a_step_in_place_refuses_dual_tensors():
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_batched_gradients_are_refused_with_the_alternative(name):
+    x = torch.randn(3, 4, 5, requires_grad=True)
+    out = CALLS[name](x)
+    with pytest.raises(RuntimeError, match="use torch.func.jacrev or torch.func.vmap"):
+        torch.autograd.grad(out, x, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_forward_mode_derivatives_are_refused(name):
     """Also when gradients are disabled, because forward mode does not depend on that."""
     with torch.autograd.forward_ad.dual_level():

@@ -113,7 +113,8 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("train", "give --preset to start a run, or --resume"),
+        ("train", "give either --preset to start a run, or --resume to continue one; got neither"),
+        ("train --preset digits --resume nonsense", "give either --preset .*; got both"),
         ("train --preset nope", "--preset must be one of mnist, fashion_mnist, .*, got 'nope'"),
         ("train --preset digits --lr -1", ": --lr must be positive and finite, got -1.0"),
         ("train --preset digits --lr 0", ": --lr must be positive and finite, got 0.0"),

@@ -392,7 +392,8 @@ def _rate_backward_kernel(X, O, GATE, SOFT, ZERO, DECAY, DETACH, KIND, PER_CHANN
                 if PARAMETERS:
                     for i in range(n):
                         gi = load(gt, i, O) / steps
-                        store(sum_r, i, load(sum_r, i, S) + gi * load(s_r, i, S), S)
+                        si = load(s_r, i, S)
+                        store(sum_r, i, load(sum_r, i, S) + (zero if si == zero else gi * si), S)
                         si = zero if not SOFT and load(current, i, S) == infinity else load(s_th, i, S)
                         store(sum_th, i, load(sum_th, i, S) + (zero if si == zero else gi * si), S)
             if PARAMETERS:

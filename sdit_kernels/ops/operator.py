@@ -125,13 +125,19 @@ def _make_backward(gradient):
         try:
             found = gradient(ctx, *upstream)
         except RuntimeError as error:
+            if "Cannot access data pointer of Tensor" in str(error) or "Batching rule not implemented" in str(error):
+                raise RuntimeError(
+                    "the fused kernels cannot run under the vmap of is_grads_batched=True (torch.autograd.grad, or "
+                    "torch.autograd.functional with vectorize=True): use torch.func.jacrev or torch.func.vmap"
+                ) from error
             if "backward through the graph a second time" not in str(error):
                 raise
             raise RuntimeError(
                 "Trying to backward through the graph a second time: the backward pass reached an earlier call of an op of "
                 "sdit_kernels, whose saved tensors are freed. If a neuron's membrane led there, call "
                 "sdit_kernels.nn.reset(net) before each new batch, or sdit_kernels.nn.detach(net) after each backward pass "
-                "to keep the membrane; if not, call the first backward pass with retain_graph=True"
+                "to keep the membrane (for neurons of SpikingJelly functional.reset_net or detach_net, for neurons of snnTorch "
+                "snntorch.utils.reset); if not, call the first backward pass with retain_graph=True"
             ) from error
         return *(d if need else None for d, need in zip(found, needs)), *[None] * (len(needs) - len(found))
 

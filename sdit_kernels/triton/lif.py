@@ -322,6 +322,8 @@ def _rate_step(state, current, bounded, r_, th, reset, a, PARAMETERS: tl.constex
     fired = h >= th
     slope = surrogate_derivative(h - th, a, F.KIND)
     q = tl.zeros_like(h) if F.DETACH else (tl.zeros_like(h) - th if F.SOFT else reset - h)
+    if F.KIND == 7 and not (F.DETACH or F.SOFT):  # the derivative of rect is 0 even where h is NaN, and 0 * q must be 0 there
+        q = tl.minimum(q, 1e38)  # the lesser, and 1e38 for a NaN
     leak = 1.0 - r_
     h_x = v_x * leak + (r_ if F.DECAY else 1.0)
     ds, v_x = _tangent(h_x, h_x, slope, fired, q, F.SOFT)
@@ -385,7 +387,7 @@ def lif_rate_backward_kernel(
             d = d * p
         tl.store(dx_ptr + first + rows * dx_r + cols, d.to(dx_ptr.dtype.element_ty), mask=mask)
         if PARAMETERS:
-            sum_r += tl.where(mask, g * state[4], 0.0)
+            sum_r += tl.where(mask & (state[4] != 0.0), g * state[4], 0.0)  # not an infinite g times 0
             sum_theta += tl.where(mask & (state[6] != 0.0), g * state[6], 0.0)
     store_sums(dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c, F.TAU_CHANNELS, F.THETA_CHANNELS)
 
