@@ -99,7 +99,7 @@ def test_incomplete_cache_files_are_compiled_again(tmp_path, can_empty):
     if not can_empty:  # a numba without the private names
         code = "import sdit_kernels.cpu.kernel as kernel; kernel._empty_cache = lambda compiled: False; " + code
     for ending in ("*.nbc", "*.nbi"):
-        for keep in (0, 20, 2000):
+        for keep in (0, 20, 2000) if can_empty else (20,):
             assert python(code, NUMBA_CACHE_DIR=str(tmp_path)).stdout.strip() == "12.0"
             cut = list(tmp_path.rglob(ending))
             assert cut
