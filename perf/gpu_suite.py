@@ -212,9 +212,9 @@ def profile(args, settings):
     batch = 2 if args.quick else 128
     case = {"preset": "digits" if args.quick else bench_sdit.PRESET, "bf16": True}
     step = profile_sdit.make_step(args.device, batch, **case)
-    profile_sdit.run(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
-    seconds, products, rows = profile_sdit.table(step, 1, args.device)
-    return f"{profile_sdit.describe(batch, **case)}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
+    profile_sdit.run_steps(step, 1 if args.quick else profile_sdit.WARM_UP, args.device)
+    seconds, products, rows = profile_sdit.profile_steps(step, 1, args.device)
+    return f"{profile_sdit.describe_case(batch, **case)}: {1e3 * seconds:.1f} ms, {products:.0f} % in matrix products", rows
 
 
 def host(args, settings):

@@ -26,7 +26,7 @@ from sdit import PRESETS
 from sdit_kernels import nvtx
 
 WARM_UP = 3  # steps; the second one still allocates memory and selects cuBLAS kernels
-PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
+MATRIX_PRODUCT = re.compile(bench_sdit.GROUPS["matrix products"])
 ROWS = 40
 
 
@@ -49,7 +49,7 @@ def make_step(device, batch, preset=bench_sdit.PRESET, bf16=False, sampling=Fals
     return step
 
 
-def run(step, steps, device):
+def run_steps(step, steps, device):
     for i in range(steps):
         with nvtx.range(f"step {i}"):
             step()
@@ -57,25 +57,25 @@ def run(step, steps, device):
         torch.cuda.synchronize()
 
 
-def capture(step, steps, device="cuda"):
+def capture_steps(step, steps, device="cuda"):
     """Run steps that nsys -c cudaProfilerApi and ncu --profile-from-start off record; return the seconds of a step."""
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
     began = time.perf_counter()
-    run(step, steps, device)
+    run_steps(step, steps, device)
     seconds = time.perf_counter() - began
     torch.cuda.profiler.stop()
     return seconds / steps
 
 
-def table(step, steps, device, trace=None):
+def profile_steps(step, steps, device, trace=None):
     """Return (seconds of a step, percentage of it in matrix products, rows): one row per op on the CPU, per kernel on a GPU."""
     from torch.profiler import ProfilerActivity, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints a line at every start and stop
     on_cpu = device == "cpu"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as found:
-        run(step, steps, device)
+        run_steps(step, steps, device)
     if trace:
         found.export_chrome_trace(str(harness.make_parent_folder(trace)))
     ops, kernels = [], []
@@ -87,7 +87,7 @@ def table(step, steps, device, trace=None):
 
     shown = ops if on_cpu else kernels
     total = sum(map(seconds, shown)) or 1e-9
-    products = sum(seconds(event) for event in ops if PRODUCT.fullmatch(event.key))  # on a GPU: their kernels' time
+    products = sum(seconds(event) for event in ops if MATRIX_PRODUCT.fullmatch(event.key))  # on a GPU, the self time of an op is the time of its kernels
     rows = [
         {"name": e.key[:90], "calls": e.count / steps, "self_s": seconds(e), "percent_of_step": 100 * seconds(e) / total}
         for e in sorted(shown, key=seconds, reverse=True)[:ROWS]
@@ -95,7 +95,7 @@ def table(step, steps, device, trace=None):
     return total, 100 * products / total, rows
 
 
-def describe(batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
+def describe_case(batch, preset=bench_sdit.PRESET, bf16=False, sampling=False):
     return f"{preset}, batch {batch}, {'bf16' if bf16 else 'fp32'}, {'sampling' if sampling else 'training'}"
 
 
@@ -117,12 +117,12 @@ def main(argv=None):
     steps = args.steps or (1 if args.quick else 3)
     preset = args.preset or ("digits" if args.quick else bench_sdit.PRESET)
     case = {"preset": preset, "bf16": args.bf16, "sampling": args.sampling}
-    step, title = make_step(args.device, batch, **case), describe(batch, **case)
-    run(step, 1 if args.quick else WARM_UP, args.device)
+    step, title = make_step(args.device, batch, **case), describe_case(batch, **case)
+    run_steps(step, 1 if args.quick else WARM_UP, args.device)
     if args.device == "cuda" and not (args.table or args.trace):
-        harness.report(title, [{"name": "step", "calls": steps, "wall_s": capture(step, steps)}], args)
+        harness.report(title, [{"name": "step", "calls": steps, "wall_s": capture_steps(step, steps)}], args)
         return
-    seconds, products, rows = table(step, steps, args.device, args.trace)
+    seconds, products, rows = profile_steps(step, steps, args.device, args.trace)
     title = f"{title}: {1e3 * seconds:.1f} ms a step, {products:.0f} % in matrix products"
     harness.show(title, rows, args)
     harness.save(title, rows, args, step_s=seconds, percent_in_matrix_products=products)

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from contextlib import contextmanager, suppress
+from contextlib import nullcontext
 
 __all__ = ["download", "has_checksum"]
 
@@ -13,37 +13,32 @@ def download(url: str) -> bytes:
     import urllib.request
 
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            total = int(answer.headers.get("Content-Length") or 0)
+        with urllib.request.urlopen(url, timeout=30) as response:
+            total = int(response.headers.get("Content-Length") or 0)
             body = io.BytesIO()
-            with _progress(total, url.rsplit("/", 1)[-1]) as bar:
-                while block := answer.read(1 << 18):
+            with _make_progress_bar(total, url.rsplit("/", 1)[-1]) as bar:
+                while block := response.read(1 << 18):
                     body.write(block)
                     bar.update(len(block))
-    except (http.client.HTTPException, ValueError) as error:
+    except (http.client.HTTPException, ValueError) as error:  # ValueError: the URL or Content-Length is malformed
         raise OSError(f"{type(error).__name__}: {error}") from error
     if total and body.tell() != total:
         raise OSError(f"the connection ended after {body.tell()} of {total} bytes")
     return body.getvalue()
 
 
-def _progress(total, name):
+def _make_progress_bar(total, name):
     """Return a tqdm bar that appears after one second, or a silent one if tqdm is not installed."""
     from types import SimpleNamespace
 
-    with suppress(ImportError):
+    try:
         from tqdm import tqdm
-
-        return tqdm(total=total or None, desc=name, unit="B", unit_scale=True, leave=False, delay=1)
-
-    @contextmanager
-    def silent():
-        yield SimpleNamespace(update=lambda n: None)
-
-    return silent()
+    except ImportError:
+        return nullcontext(SimpleNamespace(update=lambda n: None))
+    return tqdm(total=total or None, desc=name, unit="B", unit_scale=True, leave=False, delay=1)
 
 
 def has_checksum(content: bytes, digest: str) -> bool:
-    """Return True if ``digest`` is the SHA-256 of ``content``, or its MD5 if ``digest`` is not 64 digits long."""
-    found = hashlib.sha256(content) if len(digest) == 64 else hashlib.md5(content, usedforsecurity=False)
-    return found.hexdigest() == digest
+    """Return True if ``digest`` is the SHA-256 of ``content``, or its MD5 if ``digest`` has another length."""
+    computed = hashlib.sha256(content) if len(digest) == 64 else hashlib.md5(content, usedforsecurity=False)
+    return computed.hexdigest() == digest

@@ -1,4 +1,4 @@
-"""Write files atomically, with errors that name the file."""
+"""Write files atomically, check beforehand that a file can be written, hash files, and locate the cache."""
 
 import hashlib
 import os
@@ -14,17 +14,17 @@ def atomic_write(path: Path, lost: str = ""):
     """Open a temporary file beside ``path`` for writing. It replaces ``path`` once it is complete and on the disk.
 
     If the with block or the write fails, the temporary file is removed and ``path`` is unchanged. An OSError names ``path`` and
-    ends with the text ``lost``, which says what the user loses.
+    ends with the text ``lost``, which says what the user loses, for example "this checkpoint is not saved".
     """
     with name_in_errors(path, lost):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        descriptor, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(part, 0o644)
+            os.chmod(part, 0o644)  # mkstemp makes files that other users cannot read
             os.replace(part, path)
         except BaseException:
             with suppress(OSError):
@@ -43,9 +43,10 @@ def name_in_errors(path: Path, lost: str = ""):
 
 
 def ensure_writable(path: Path, name: str, size: int = 1 << 20) -> None:
-    """Check that a file of ``size`` bytes can be written at ``path``, before the work that makes its content.
+    """Check that a file of ``size`` bytes can be written at ``path``, so that a long computation does not fail at its end.
 
-    This makes the folder, then writes ``size`` bytes beside ``path`` and removes them.
+    This makes the folder, then writes ``size`` bytes beside ``path`` and removes them. ``name`` is the argument that an error
+    message names, for example "out".
 
     Raises:
         OSError: the folder cannot be made or has no room. ValueError: path is a folder.

@@ -13,7 +13,10 @@ from .model import SDiT, SpikingTimeMix
 
 __all__ = ["Info", "info"]
 
-MAC_PJ, AC_PJ = 4.6, 0.9  # picojoules of a float32 multiply-add and of an addition, 45 nm: Horowitz, ISSCC 2014
+MAC_PJ, AC_PJ = (
+    4.6,
+    0.9,
+)  # picojoules of a float32 multiply-and-accumulate (MAC) and of an accumulate (AC), 45 nm: Horowitz, ISSCC 2014
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,14 @@ class Info:
     Attributes:
         parameters: number of learned values.
         blocks: number of blocks: depth // 2 encoder blocks, one middle block, depth // 2 decoder blocks.
-        multiply_adds: multiply-adds with weights in the forward pass of one image, by the equations; {group: count}.
+        multiply_adds: {group: multiply-adds with weights for one image}, as the plain form computes them, where images share no
+            work.
         computed_multiply_adds: multiply-adds per image that a forward pass of this batch really computes. Work that the images
             of the batch share counts once per batch.
         saved_bytes: bytes per image that autograd keeps for the backward pass.
         plain_saved_bytes: the same for the plain form.
-        rates: mean firing rate of each layer of neurons on the batch, 0 .. 1; sparsity is 1 - rate.
-        silent: number of neurons (channels) of each layer that never fire on the batch; a larger batch has fewer.
+        rates: {layer: mean firing rate of its neurons on the batch}, from 0 to 1; sparsity is 1 - rate.
+        silent: {layer: number of neurons (channels) that never fire on the batch}; a larger batch has fewer.
         neurons: number of all neurons.
         synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a
             spike-driven matrix multiplication are listed; the default model has none.
@@ -122,13 +126,16 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     fired = {}
     with torch.no_grad(), model.record(fired) as rates, _count_multiply_adds(model) as counts, _plain_form(model):
         model(*batch)
-    with torch.enable_grad(), FlopCounterMode(display=False) as computed:  # it fails on views made without gradients
+    with (
+        torch.enable_grad(),
+        FlopCounterMode(display=False) as computed,
+    ):  # once more, in the fast form; it fails on views made without gradients
         model(*batch)
     counts = {name: count // B for name, count in counts.items()}
     groups, rates = {}, {name: rate.item() for name, rate in rates.items()}
     for name, count in counts.items():
         groups[_group(name)] = groups.get(_group(name), 0) + count
-    of_spikes = [
+    spike_driven = [
         f"{name}.{part}"
         for name, module in model.named_modules()
         if isinstance(module, SpikingTimeMix)
@@ -146,8 +153,9 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
         rates=rates,
         silent={name: int((~some).sum()) for name, some in fired.items()},
         neurons=sum(some.numel() for some in fired.values()),
-        synaptic_operations={name: rates[name] * counts[name] for name in of_spikes},
-        spiking_multiply_adds=sum(counts[name] for name in of_spikes),
+        # a spike-driven Linear and the neuron before it have the same name
+        synaptic_operations={name: rates[name] * counts[name] for name in spike_driven},
+        spiking_multiply_adds=sum(counts[name] for name in spike_driven),
     )
 
 

@@ -15,7 +15,7 @@ except ImportError:  # Windows
 __all__ = ["lock"]
 
 _held_descriptors = set()  # descriptors of the lock files of this process
-_LOCKED_OFFSET = 1 << 30  # Windows refuses reads of a locked byte, so the locked byte lies behind the text
+_LOCKED_OFFSET = 1 << 30  # Windows refuses reads of a locked byte, so the locked byte lies far beyond the end of the text
 
 
 def _close_in_child():
@@ -30,7 +30,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def _take_lock(descriptor):
-    """Take the lock. BlockingIOError and PermissionError: another process holds it. Other OSErrors: this disk has no locks."""
+    """Take the lock. It raises BlockingIOError or PermissionError if another process holds it, another OSError if this disk has
+    no locks."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
@@ -42,7 +43,8 @@ def _take_lock(descriptor):
 
 def _open_locked(path, subject, advice):
     """Open and lock the file; return its descriptor. Return None if the earlier holder removed the file between our open and
-    our lock, because a lock on a removed file protects nothing."""
+    our lock, because a lock on a removed file protects nothing. On a disk without locks, warn and return the
+    descriptor unlocked."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
@@ -53,7 +55,9 @@ def _open_locked(path, subject, advice):
                 raise BlockingIOError(f"{subject} is in use by {holder}: {advice}") from None
         except OSError as error:
             problem = f"{path}: this file system has no locks ({error.strerror})"
-            warnings.warn(f"{problem}: do not start another process on {subject}", stacklevel=4)
+            warnings.warn(
+                f"{problem}: do not start another process on {subject}", stacklevel=4
+            )  # the line of the with statement
             return descriptor
         else:
             with suppress(FileNotFoundError):
@@ -75,7 +79,7 @@ def lock(path: str | Path, subject: str, advice: str):
     warning.
 
     Args:
-        path: the lock file, which exists only while the lock is held.
+        path: the lock file. It is removed at the end if possible; a file that is left behind locks nothing.
         subject: name of the protected object, for the error message.
         advice: advice for the user if another process holds the lock, for the error message.
 
@@ -103,7 +107,7 @@ def lock(path: str | Path, subject: str, advice: str):
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}, started {started}".encode())
         yield
     finally:
-        if descriptor in _held_descriptors:  # a forked child has closed it
+        if descriptor in _held_descriptors:  # not in a forked child, where _close_in_child has closed it
             with suppress(OSError):  # Windows cannot remove an open file
                 path.unlink()
             _held_descriptors.remove(descriptor)

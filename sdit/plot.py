@@ -67,17 +67,17 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         raise ImportError("plots need matplotlib: pip install matplotlib") from None
     steps = [row["step"] for row in rows]
     figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # attaches itself to the figure; without pyplot, no display is needed
     (loss, gradient), (firing, speed) = figure.subplots(2, 2, sharex=True)
     marker = {"marker": "." if len(rows) < 40 else None}
     for name in ("loss", "mse", "vb"):
         values = [row[name] for row in rows]
-        if any(values):
+        if any(values):  # vb is 0 without learn_sigma, and a logarithmic axis cannot show it
             loss.plot(steps, values, label=name, **marker)
     loss.set(yscale="log", title="loss = mse + vb")
     loss.legend()
     gradient.plot(steps, [row["grad_norm"] for row in rows], label="norm of the gradient, before clipping", **marker)
-    gradient.plot([], [], color="C1", label="learning rate (right)")
+    gradient.plot([], [], color="C1", label="learning rate (right axis)")
     gradient.set(yscale="log", title="gradient")
     gradient.legend()
     gradient.twinx().plot(steps, [row["lr"] for row in rows], color="C1", **marker)

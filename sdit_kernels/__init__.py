@@ -30,6 +30,6 @@ __all__ = [
     "wkv_step_",
 ]
 
-for _name in __all__:
+for _name in __all__:  # torch.jit.script calls this hook, which raises an error that names the alternatives
     if _name not in ("SURROGATES", "backend"):
         globals()[_name].__prepare_scriptable__ = _refuse_script

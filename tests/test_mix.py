@@ -4,7 +4,6 @@ properties."""
 import math
 import sys
 import warnings
-from pathlib import Path
 
 import hypothesis.strategies as st
 import native_triton
@@ -16,7 +15,6 @@ from hypothesis import given, settings
 from sdit_kernels import backend, relu_squared, token_shift
 from sdit_kernels.tuning import Tuning, tuned
 
-ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton"]
 KERNELS = {
     "token_shift_forward_kernel",

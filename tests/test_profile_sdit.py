@@ -43,18 +43,18 @@ def test_only_the_steps_are_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("synchronize"))
     for name in ("start", "stop"):
         monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: seen.append(name))
-    assert profile_sdit.capture(lambda: seen.append("step"), 2) >= 0
+    assert profile_sdit.capture_steps(lambda: seen.append("step"), 2) >= 0
     assert seen == ["synchronize", "start", "step", "step", "synchronize", "stop"]
 
 
 @pytest.mark.parametrize("name", ["mm", "addmm", "bmm", "baddbmm", "convolution_backward", "mkldnn_convolution", "convolution"])
 def test_matrix_multiplications_are_recognised(name):
-    assert profile_sdit.PRODUCT.fullmatch(f"aten::{name}")
+    assert profile_sdit.MATRIX_PRODUCT.fullmatch(f"aten::{name}")
 
 
 @pytest.mark.parametrize("name", ["mul", "addcmul", "add", "sum", "add_", "copy_", "native_layer_norm"])
 def test_other_operators_are_not_matrix_multiplications(name):
-    assert not profile_sdit.PRODUCT.fullmatch(f"aten::{name}")
+    assert not profile_sdit.MATRIX_PRODUCT.fullmatch(f"aten::{name}")
 
 
 def test_wrong_arguments_are_refused(capsys):

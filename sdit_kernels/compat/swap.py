@@ -4,6 +4,8 @@ A module stays the same object, so names, hooks, parameters, buffers, containers
 two ways to replace its methods. A neuron of a library keeps its class, because programs look neurons up by it
 (``table[type(module)]``, ``type(module) is LIFNode``): the methods of the library's class check for each neuron if it is fused.
 A layer from a user's file gets a class derived from its own (``Swapped``), and the classes of that file do not change.
+
+``swap`` and ``swap_back`` do the work of ``accelerate`` and ``restore``. A module is fused while its methods are replaced.
 """
 
 import functools
@@ -53,7 +55,9 @@ class Methods:
     @staticmethod
     def extra_repr(own, module):
         text, mark = own(module), "fused by sdit_kernels"
-        return text if mark in text else ", ".join(filter(None, (text, mark)))  # own may have called this for its base class
+        return (
+            text if mark in text else ", ".join(filter(None, (text, mark)))
+        )  # if own calls super().extra_repr(), the text has the mark already
 
 
 class Fused:
@@ -170,12 +174,12 @@ def swap(library: str, model, choose, suspect=lambda module: None) -> Report:
             known.add(module)
     replaced, left = [], []
     for name, module in modules:
-        found, name, kind = chosen.get(module), name or "(the model)", type(module).__name__
-        if isinstance(found, type):
-            replace_methods(module, found)
+        choice, name, kind = chosen.get(module), name or "(the model)", type(module).__name__
+        if isinstance(choice, type):
+            replace_methods(module, choice)
             replaced.append((name, kind))
-        elif found is not None:
-            left.append(Left(name, kind, found))
+        elif choice is not None:
+            left.append(Left(name, kind, choice))
     outcome = "fused"
     if not replaced and not left:
         outcome = f"{len(already)} run fused already" if already else f"nothing of {library} was found in the model"
@@ -202,7 +206,7 @@ def swap_back(library: str, model, bases) -> Report:
 
 
 def class_names(module) -> list[tuple[str, str]]:
-    """Return (Python module, name) of the classes of a module; nothing for classes of PyTorch and of this package.
+    """Return (Python module, name) of the classes of a module except PyTorch's. Return nothing if one is from this package.
 
     TorchScript hides the name, so it comes from ``original_name``.
     """
@@ -246,7 +250,8 @@ def refuse_symbols(module, x):
 
 
 def counted() -> str | None:
-    """Return the reason why the library's own code must run now, or None: SpikingJelly is counting operations."""
+    """Return why the library's own code must run now: SpikingJelly is counting operations, and a fused kernel would count as
+    nothing. None: no counter is active."""
     if torch.compiler.is_compiling() or not (dispatch_mode_count() or function_mode_count()):
         return None
     modes = active_modes()

@@ -116,8 +116,8 @@ def values_are_readable(t: Tensor) -> bool:
 def _make_backward(gradient):
     """Wrap ``gradient`` as a backward pass that returns None for inputs that need no gradient or are not tensors.
 
-    If autograd has freed the saved tensors, the error names reset(net), because the usual cause is a membrane that an earlier
-    call left.
+    If autograd has freed the saved tensors, the error names reset(net), because the usual cause is a neuron's membrane that
+    still belongs to the graph of an earlier call.
     """
 
     def backward(ctx, *upstream):
@@ -164,10 +164,11 @@ def register(
 ):  # fmt: skip
     """Define ``sdit_kernels::<schema>``. Return the function to call: it skips the dispatcher and autograd if it can.
 
-    implementation, fake: functions of the operator's arguments, tensors first. An argument named ``parameters`` requests the
-    gradients of parameters. batch_axes, output_axes, flatten, loop: see _make_vmap_rule. mutates: indices of tensors that the
-    operator writes. save(ctx, inputs, outputs): as in autograd.Function. gradient(ctx, *upstream): returns the gradients of the
-    first inputs; None: the operator raises if a derivative is requested.
+    implementation, fake: functions of the operator's arguments, tensors first. An argument named ``parameters`` in the schema
+    is a flag that requests the gradients of parameters; the vmap rule loops while it is true. batch_axes, output_axes, flatten,
+    loop: see _make_vmap_rule. mutates: indices of tensors that the operator writes. save(ctx, inputs, outputs): as in
+    autograd.Function. gradient(ctx, *upstream): returns the gradients of the first inputs. None: for a backward operator, whose
+    derivative would be a second derivative, and with ``mutates``.
     """
     name = schema.partition("(")[0]
     save, gradient = save or _save_nothing, _make_backward(gradient) if gradient else _refuse_second_derivative

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..dtypes import state_dtype
 
+# A smaller log decay, also -inf, is raised to this: its product with 0 or with many tokens must be finite.
+MIN_LOG_DECAY = -1e20
+
 
 def _replace_minus_inf(o):
     """Return an exponent that can be subtracted: 0 for an empty state, whose exponent is -inf; -inf - (-inf) is NaN."""
@@ -23,7 +26,7 @@ class _State:
 
     def __init__(self, ybar, lse):
         self.o = lse.detach()
-        self.b = torch.exp(lse - _replace_minus_inf(self.o))
+        self.b = torch.exp(lse - _replace_minus_inf(self.o))  # 1, or 0 if empty; written so that the gradient of lse flows
         self.a = ybar * self.b
 
     def decay_and_add(self, w, k, v):
@@ -46,13 +49,13 @@ class _State:
 def _output(states, k_u, v):
     """Return (sum of the states' N + e^(u+k) v) / (sum of D + e^(u+k)); 0 if every key is masked."""
     o = k_u.detach()
-    for _, _, other in states:
-        o = torch.maximum(o, other)
+    for _, _, exponent in states:
+        o = torch.maximum(o, exponent)
     o = _replace_minus_inf(o)
     e = torch.exp(k_u - o)
     n, z = e * v, e
-    for a, b, other in states:
-        scale = torch.exp(other - o)
+    for a, b, exponent in states:
+        scale = torch.exp(exponent - o)
         n, z = n + a * scale, z + b * scale
     is_nonempty = z != 0  # keeps a NaN
     return torch.where(is_nonempty, n / torch.where(is_nonempty, z, 1.0), 0.0)
@@ -74,9 +77,6 @@ def _scan(w, u, k, v, ybar, lse, bidirectional):
     return (torch.stack(y, 1) if y else torch.zeros_like(v)), *state.user()
 
 
-MIN_LOG_DECAY = -1e20  # smaller log decays count as this, so that their product with a number of tokens, 0 too, is finite
-
-
 def _log_decay(time_decay, log_decay, dtype):
     if log_decay is None:
         return -torch.exp(time_decay.to(dtype).clamp_max(math.log(-MIN_LOG_DECAY)))
@@ -95,7 +95,7 @@ def wkv(
     bidirectional=False,
     log_decay=None,
     cu_seqlens=None,
-    max_seqlen=None,
+    max_seqlen=None,  # this and algorithm are unused; they make the signature equal to sdit_kernels.wkv
     algorithm="auto",
 ):
     """See :func:`sdit_kernels.wkv`."""
@@ -110,10 +110,10 @@ def wkv(
     if cu_seqlens is None:
         y, ybar, lse = _scan(w, u, k_, v_, ybar, lse, bidirectional)
     else:
-        ends = cu_seqlens.tolist()
+        bounds = cu_seqlens.tolist()
         parts = [
             _scan(w, u, k_[:, a:b], v_[:, a:b], ybar[i : i + 1], lse[i : i + 1], bidirectional)
-            for i, (a, b) in enumerate(zip(ends, ends[1:]))
+            for i, (a, b) in enumerate(zip(bounds, bounds[1:]))
         ]
         y, ybar, lse = (
             torch.cat([p[i] for p in parts], axis) if parts else empty
@@ -152,4 +152,8 @@ def wkv_state_from_rwkv(aa: Tensor, bb: Tensor, pp: Tensor):
 def wkv_state_to_rwkv(ybar: Tensor, lse: Tensor):
     """See :func:`sdit_kernels.wkv_state_to_rwkv`."""
     is_nonempty = lse > -torch.inf
-    return torch.where(is_nonempty, ybar, 0.0), is_nonempty.to(ybar.dtype), torch.where(is_nonempty, lse, -1e38)
+    return (
+        torch.where(is_nonempty, ybar, 0.0),
+        is_nonempty.to(ybar.dtype),
+        torch.where(is_nonempty, lse, -1e38),
+    )  # RWKV's value for an empty state

@@ -34,7 +34,7 @@ def power_of_2(n: int) -> int:
 
 
 def launch(kernel, programs, device, *args, **flags):
-    """Launch on the device of the tensors: Triton launches on the current device."""
+    """Launch with the tensors' device as the current one, because Triton uses the current device."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(programs,)](*args, **flags)
@@ -52,10 +52,13 @@ def warps_of(threads: int) -> int:
 
 
 class Grid:
-    """Tile sizes and the number of programs: one 16-byte access per thread, and groups of rows, so that partial sums are few.
+    """Tile sizes, BR rows times BC columns, and the number of programs.
+
+    A thread makes one access of 16 bytes. Rows are grouped, so that partial sums are few.
 
     Tile sizes depend only on the variant of the kernel and, if there are rows, on C. So a new batch size does not compile a new
-    kernel. ``held``: values per neuron that a thread holds; if they exceed its registers, its accesses are of 8 or 4 bytes.
+    kernel. ``held``: values per neuron that a thread holds; if they exceed its registers, the tile
+    shrinks and a thread reads 8 or 4 bytes at a time. ``parameters``: whether gradients of parameters are wanted.
     ``per_channel``: the columns are channels, even if there is a single row.
     """
 
@@ -67,10 +70,10 @@ class Grid:
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
         self.BR = 1 if flat else elements // self.BC
-        chunks, blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
-        self.group = cdiv(chunks * blocks, tuning.sum_programs) if parameters else 1
-        self.groups = cdiv(blocks, self.group)
-        self.programs = chunks * self.groups
+        column_blocks, row_blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
+        self.group = cdiv(column_blocks * row_blocks, tuning.sum_programs) if parameters else 1
+        self.groups = cdiv(row_blocks, self.group)
+        self.programs = column_blocks * self.groups
 
     def partial_sums(self, layout, per_channel, like):
         shape = (self.groups, layout.C) if per_channel else (self.programs,)

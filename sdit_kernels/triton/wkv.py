@@ -46,6 +46,7 @@ from .tiles import STATES, cdiv, launch, warps_of
 
 _PREFETCHED: tl.constexpr = tl.constexpr(8)  # summaries that are loaded before the first is used
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_LOG2E_REST: tl.constexpr = tl.constexpr(1.925963033500212e-8)  # log2(e) minus its float32 value
 _LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 _EMPTY_EXPONENT: tl.constexpr = tl.constexpr(-1e38)  # of an empty state; finite after a multiplication by log2(e)
 _MIN_LOG_DECAY: tl.constexpr = tl.constexpr(-1e20)  # as in reference/wkv.py
@@ -95,7 +96,7 @@ def include_token(k, v, state, w):
 def own_weight(gap, u2):
     """Return e^(u + k - o), the weight of the token in its own output; u2 = u log2(e).
 
-    The weight is limited to 2^60 in float32, where the weight of the state is lost in rounding.
+    The weight is limited to 2^60 in float32; there the state is lost in rounding anyway.
     """
     x = tl.fma(gap, tl.full(gap.shape, LOG2E, gap.dtype), u2)
     highest: tl.constexpr = _MAX_OWN_EXPONENT if x.dtype == tl.float32 else 2 * _MAX_OWN_EXPONENT
@@ -109,14 +110,16 @@ def _three_weights(k, left, right, w, u2):
     The code subtracts before it multiplies. If the compiler fused a product near 1e20 into a difference with its own rounded
     value, the result would be the rounding error, which is a large number.
     """
-    a, b, ka, n = left
-    a_, b_, ka_, n_ = right
+    _, _, ka, n = left
+    _, _, ka_, n_ = right  # names that end in _ belong to the state from the right
     masked = k == -float("inf")
     origin = tl.where(masked, 0.0, k)
-    x = tl.fma(-n, w, origin - ka)  # distance below the key of the token
+    x = tl.fma(-n, w, origin - ka)  # how far the exponent of the state lies below the key of the token
     x_ = tl.fma(-n_, w, origin - ka_)
     own = tl.where(masked, -_EMPTY_EXPONENT, u2 * -_LN2)
-    m = tl.minimum(tl.minimum(x, x_), tl.minimum(own, 1e30))  # without any visible token, far above all three
+    m = tl.minimum(
+        tl.minimum(x, x_), tl.minimum(own, 1e30)
+    )  # 1e30 limits m if no token is visible: all three weights are then 0
     return tl.exp2((m - x) * LOG2E), tl.exp2((m - x_) * LOG2E), tl.exp2((m - own) * LOG2E)
 
 
@@ -274,7 +277,7 @@ def _exp(x):
     x = tl.maximum(x, -1000.0, propagate_nan=tl.PropagateNan.ALL)
     if x.dtype == tl.float32:  # 2^y, corrected by the rounding error of y = x log2(e)
         y = x * LOG2E
-        lost = tl.fma(x, tl.full(x.shape, LOG2E, x.dtype), -y) + x * 1.925963033500212e-8
+        lost = tl.fma(x, tl.full(x.shape, LOG2E, x.dtype), -y) + x * _LOG2E_REST
         power = tl.exp2(y)
         return tl.fma(power, lost * _LN2, power)
     else:
