@@ -87,7 +87,8 @@ def profile_steps(step, steps, device, trace=None):
 
     shown = ops if on_cpu else kernels
     total = sum(map(seconds, shown)) or 1e-9
-    products = sum(seconds(event) for event in ops if MATRIX_PRODUCT.fullmatch(event.key))  # on a GPU, the self time of an op is the time of its kernels
+    # on a GPU, the self time of an op is the time of its kernels
+    products = sum(seconds(event) for event in ops if MATRIX_PRODUCT.fullmatch(event.key))
     rows = [
         {"name": e.key[:90], "calls": e.count / steps, "self_s": seconds(e), "percent_of_step": 100 * seconds(e) / total}
         for e in sorted(shown, key=seconds, reverse=True)[:ROWS]
