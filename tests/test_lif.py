@@ -595,7 +595,7 @@ def test_vmap_and_grad_equal_a_loop(name):
         return (lif(x, tau=tau) * x).sum()
 
     with backend(name), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # Triton warns of deprecations on Python 3.13
         assert torch.equal(vmap(lif)(x, v), each(lif, x, v))
         assert torch.equal(vmap(lif, in_dims=(None, 0))(x[0], v), each(lambda v: lif(x[0], v), v))
         assert torch.equal(vmap(lif, in_dims=2, out_dims=2)(x), each(lif, x.unbind(2)).movedim(0, 2))
