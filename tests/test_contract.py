@@ -4,22 +4,18 @@ import ast
 import importlib
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from helpers import ROOT, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdit_kernels
 import sdit_kernels.nn
 from sdit_kernels import reference
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "sdit_kernels"
 OPS = [name for name in sdit_kernels.__all__ if inspect.isfunction(getattr(sdit_kernels, name)) and name != "backend"]
 STEMS = sorted(p.stem for p in (PACKAGE / "reference").glob("*.py") if p.stem != "__init__")
@@ -275,17 +271,22 @@ print(json.dumps([sorted(loaded), spikes, message, torch.cuda.is_initialized()])
 """
 
 
-def python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment}, timeout=1800
-    )
+def output_of(code, **environment):
+    done = python(code, **environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.process
+def test_importing_a_drop_in_does_not_import_the_compiler():
+    """torch._dynamo takes a second to import."""
+    code = "import sys, torch, sdit_kernels.compat.spikingjelly, sdit_kernels.compat.snntorch, sdit_kernels.compat.rwkv\n"
+    assert output_of(code + "print('torch._dynamo' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.process
 def test_import_is_light_and_needs_no_optional_package():
-    loaded, spikes, message, initialised = json.loads(python(BARE, TRITON_INTERPRET=""))
+    loaded, spikes, message, initialised = json.loads(output_of(BARE, TRITON_INTERPRET=""))
     assert loaded == ["sdit_kernels"]  # no part of torch that torch does not load itself, such as its compiler
     assert spikes == 6.0 and not initialised
     assert "pip install numba" in message
@@ -296,7 +297,7 @@ def test_the_report_shows_versions_machine_and_settings():
     """A bug report needs versions, builds, the machine, the settings that matter and no others, caches and devices."""
     settings = {"NUMBA_CACHE_DIR": "/some/folder", "TRITON_CACHE_DIR": "/another", "OMP_NUM_THREADS": "1", "MY_TOKEN": "hidden"}
     code = "import runpy; runpy.run_module('sdit_kernels', run_name='__main__')"
-    text = python(code, TRITON_INTERPRET="", SDIT_KERNELS_BACKEND="", **settings)
+    text = output_of(code, TRITON_INTERPRET="", SDIT_KERNELS_BACKEND="", **settings)
     assert "cpu: numba kernels serve CPU tensors" in text and "hidden" not in text
     build = "ROCm" if torch.version.hip else "CUDA" if torch.version.cuda else "CPU"
     assert f"sdit_kernels {sdit_kernels.__version__}" in text and f"torch {torch.__version__}, build for {build}" in text
@@ -332,18 +333,18 @@ def test_an_unknown_backend_is_refused(name):
 @pytest.mark.process
 def test_an_environment_variable_chooses_the_backend():
     code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
-    assert python(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
+    assert output_of(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
     code = "\ntry: import sdit_kernels\nexcept ValueError as e: print(e)"
-    assert "SDIT_KERNELS_BACKEND must be one of" in python(code, SDIT_KERNELS_BACKEND="gpu")
+    assert "SDIT_KERNELS_BACKEND must be one of" in output_of(code, SDIT_KERNELS_BACKEND="gpu")
     code = "import torch, sdit_kernels\ntry: sdit_kernels.lif(torch.ones(2, 3))\nexcept RuntimeError as e: print(e)"
-    message = python(code, SDIT_KERNELS_BACKEND="triton", TRITON_INTERPRET="")
+    message = output_of(code, SDIT_KERNELS_BACKEND="triton", TRITON_INTERPRET="")
     assert "TRITON_INTERPRET=1" in message and "move them to a GPU" in message
     # setup() makes Triton 3.6 work with numpy 2.4
     mended = "import sys; sys.path.insert(0, 'tests'); import native_triton; native_triton.setup()"
     code = (
         f"{mended}; import torch, sdit_kernels as k; print(k.dispatch.choose('cpu'), k.lif(torch.ones(2, 3) * 2).sum().item())"
     )
-    assert python(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
+    assert output_of(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
 
 
 def test_a_backend_is_restored_and_set_per_thread():

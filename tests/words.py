@@ -12,7 +12,7 @@ BUDGETS = {
     r"\b(that|those) of\b": 0,
     r"\bis no\b": 0,
     r"\bbut for\b": 0,
-    r"\bwalks? back\b|\bwalk back\b": 0,
+    r"\bwalks?\sback\b": 0,
     r"\bcomes? along\b": 0,
     r"\blikewise\b": 0,
 }

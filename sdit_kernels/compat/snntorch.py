@@ -42,7 +42,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from .._torch import has_hooks
+from .._torch import assume_constant_result, has_hooks
 from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.leaky import leaky
 from ..ops.operator import values_are_readable
@@ -66,7 +66,7 @@ _NO_KERNEL = "this kind of neuron has no fused kernel here"
 _RESETS = {"_base_sub": "subtract", "_base_zero": "zero", "_base_int": "none"}
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot read a function's name, but guards its code
+@assume_constant_result  # torch.compile cannot read a function's name, but guards its code
 def _formula(function):
     """Return (name in our table, name of its constant, index of the constant in the closure), or the reason why it has none."""
     made_by, _, inner = getattr(function, "__qualname__", "").partition(".<locals>")

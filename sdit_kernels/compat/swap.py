@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._torch import active_modes, dispatch_mode_count, function_mode_count
+from .._torch import active_modes, assume_constant_result, dispatch_mode_count, function_mode_count
 
 
 class Left(NamedTuple):
@@ -263,7 +263,7 @@ def counted() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it once per graph, while it traces
+@assume_constant_result  # torch.compile calls it once per graph, while it traces
 def warn(message: str, frames: int):
     """Warn at the user's line. ``frames``: number of frames from the caller of this function to the user's code."""
     warnings.warn(message, stacklevel=2 + frames)
@@ -274,7 +274,7 @@ _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__dict__", "_
              "__orig_bases__", "__parameters__", "__abstractmethods__", "_abc_impl", "__repr__", "_sdit_kernels"}  # fmt: skip
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the attributes it reads; the graph is for this module only
+@assume_constant_result  # torch.compile cannot trace the attributes it reads; the graph is for this module only
 def changed_behaviour(module, base) -> str | None:
     """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None."""
     if torch.nn.utils.parametrize.is_parametrized(module):
