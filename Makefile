@@ -36,11 +36,13 @@ docs: .venv/installed
 bench: peers
 	$(BIN)/python perf/bench_lif.py
 
-# SpikingJelly 2.0.0 is for Python 3.11 and later.
+# SpikingJelly 2.0.0 is for Python 3.11 and later. 0.0.0.0.12 is the last version with clock_driven; it has a folder of its own.
+JELLY12 := spikingjelly-0.0.0.0.12
 peers: .venv/installed
 	$(BIN)/pip install --quiet loguru scipy tqdm matplotlib transformers
 	$(BIN)/pip install --quiet --no-deps snntorch==1.0.0 fla-core==0.6.0 nir nirtorch h5py
 	$(BIN)/pip install --quiet --no-deps spikingjelly==2.0.0 || $(BIN)/pip install --quiet --no-deps spikingjelly==0.0.0.0.14
+	test -d build/peers/$(JELLY12) || $(BIN)/pip install --quiet --no-deps --target build/peers/$(JELLY12) $(subst -,==,$(JELLY12))
 
 # dist/: a wheel and an sdist as they would be uploaded, and whether an index would show README.md.
 package:

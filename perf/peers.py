@@ -5,6 +5,9 @@ A `Peer` holds its call, or the reason why it does not run here. Libraries are i
 
 import contextlib
 import functools
+import importlib.util
+import pathlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -38,6 +41,26 @@ def try_compile(f, leaves):
 
 
 # ---- neurons ---------------------------------------------------------------------------------------------------------
+
+CLOCK_DRIVEN = pathlib.Path(__file__).resolve().parents[1] / "build" / "peers" / "spikingjelly-0.0.0.0.12" / "spikingjelly"
+
+
+def clock_driven():
+    """Return SpikingJelly 0.0.0.0.12's clock_driven, which `make peers` puts into build/peers; None if it is not there.
+
+    It is imported under another name than spikingjelly, because a newer SpikingJelly has that name.
+    """
+    if not CLOCK_DRIVEN.is_dir():
+        return None
+    if "spikingjelly12" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(
+            "spikingjelly12", CLOCK_DRIVEN / "__init__.py", submodule_search_locations=[str(CLOCK_DRIVEN)]
+        )
+        sys.modules["spikingjelly12"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["spikingjelly12"])
+    for name in ("base", "encoding", "functional", "layer", "neuron", "surrogate"):
+        importlib.import_module(f"spikingjelly12.clock_driven.{name}")
+    return sys.modules["spikingjelly12.clock_driven"]
 
 
 def spikingjelly_lif(v_threshold=1.0):

@@ -241,7 +241,7 @@ def make_class(name, module, base=nn.Module):
 
 
 @pytest.mark.parametrize("drop_in, known", [
-    (compat_jelly, "LIFNode, IFNode or ParametricLIFNode of spikingjelly.activation_based.neuron"),
+    (compat_jelly, "LIFNode, IFNode or ParametricLIFNode of SpikingJelly, activation_based or clock_driven"),
     (compat_snn, "snntorch.Leaky"),
 ])  # fmt: skip
 def test_neurons_of_unknown_libraries_are_left_with_a_reason(drop_in, known):
@@ -431,7 +431,7 @@ def test_a_pickle_is_fused_in_another_process(jelly, tmp_path):
         "import pickle, sys, torch\n"
         "from unittest import mock\n"
         "node = pickle.loads(open(sys.argv[1], 'rb').read())\n"
-        "import sdit_kernels.compat.spikingjelly as compat\n"
+        "import sdit_kernels.compat.lif_nodes as compat\n"
         "with mock.patch.object(compat, 'lif', side_effect=compat.lif) as lif:\n"
         "    node(torch.ones(3)), type(node)()(torch.ones(3))\n"
         "print(lif.call_count, 'fused' in repr(node))\n"

@@ -25,237 +25,73 @@ The page "SpikingJelly" of the documentation lists the differences. The most imp
   with a warning in each call.
 """
 
-import math
 import sys
 
 import torch
 
-from .._torch import has_hooks
-from ..checks import check_neuron, check_neuron_values
 from ..dispatch import backend
-from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.lif import lif
-from ..ops.operator import values_are_readable
-from .swap import (
-    Methods,
-    Report,
-    changed_behaviour,
-    counted,
-    fused_methods,
-    refuse_symbols,
-    suspected_neuron,
-    swap,
-    swap_back,
-    warn,
-)
+from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, neuron_settings, obstacle
+from .swap import Report, changed_behaviour, fuse_class, suspected_neuron, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
 
-_SURROGATES = {
-    "ATan": "atan",
-    "Sigmoid": "sigmoid",
-    "PiecewiseQuadratic": "piecewise_quadratic",
-    "PiecewiseExp": "piecewise_exp",
-    "SoftSign": "soft_sign",
-    "SuperSpike": "super_spike",
-    "Erf": "erf",
-    "Rect": "rect",
-    "QPseudoSpike": "fast_sigmoid",  # (1 + 2|z| / (alpha - 1))^-alpha at alpha = 2
-}
-_LIBRARY = "spikingjelly.activation_based"
-
-
-def _surrogate(function):
-    """Return (name, alpha) in our table of surrogates, or the reason why the surrogate is not in it."""
-    kind = type(function)
-    name = _SURROGATES.get(kind.__name__) if kind.__module__ == f"{_LIBRARY}.surrogate" else None
-    if name is None:
-        return f"surrogate {getattr(function, '__name__', kind.__name__)} has no formula here"
-    if not function.spiking:
-        return f"surrogate {kind.__name__} has spiking=False: its output is not a spike"
-    alpha = function.alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        return f"surrogate {kind.__name__} has an alpha that is not a number but a {type(alpha).__name__}"
-    if kind.__name__ == "QPseudoSpike" and alpha != 2:
-        return f"surrogate QPseudoSpike has a formula here for alpha = 2 only, not {alpha}"
-    if has_hooks(function):
-        return f"surrogate {kind.__name__} has hooks, which the kernels would not call"
-    return name, alpha
-
-
-def _check(x, shape, **settings):
-    """Run the checks of lif for data x; ``shape``: the shape of a step of x."""
-    _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **settings)
-    if v_threshold is not None and values_are_readable(v_threshold):
-        check_neuron_values(None, v_threshold, settings["decay_input"])
-
-
-def _obstacle(neuron):
-    """Return the reason why the kernels cannot serve this neuron now, or None."""
-    if getattr(neuron, "_neuron_precision", None) is not None:
-        return "it has a neuron precision, which the fused kernels do not have"
-    found = _surrogate(neuron.surrogate_function)
-    return found if isinstance(found, str) else None
-
-
-def _ready(neuron, x, axes=0):
-    """Return the arguments of lif for data x. If SpikingJelly's code must run, warn and return None.
-
-    ``axes``: number of axes of x before the axes of a step.
-    """
-    refuse_symbols(neuron, x)
-    reason = counted() or _obstacle(neuron) or _not_taken(neuron, x, axes)
-    if reason is None:
-        try:
-            found = _settings(neuron) | fused_methods(neuron)._leak(neuron, x)
-            _check(x, x.shape[axes:], **found)
-            return found
-        except (TypeError, ValueError) as error:
-            reason = f"the kernels refuse its settings: {error}"
-    warn(f"{type(neuron).__name__} runs SpikingJelly's own code: {reason}", 6)
-    return None
-
-
-def _not_taken(neuron, x, axes):
-    """Return the reason why the kernels cannot take this tau or this data, or None."""
-    if not isinstance(x, torch.Tensor) or x.dtype not in DATA_DTYPES or x.dim() < axes:
-        found = f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
-        return f"the kernels do not take its data, {found}"
-    tau = getattr(neuron, "tau", 1)
-    if not isinstance(tau, (int, float)):
-        return f"tau is a {type(tau).__name__}, and the kernels need a number"
-    return None if tau >= 1 else f"tau is {tau}, and the kernels need at least 1"
-
-
-def _settings(neuron):
-    """Return the arguments of lif that all three neurons share."""
-    surrogate, alpha = _surrogate(neuron.surrogate_function)
-    return dict(
-        v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
-        surrogate=surrogate, alpha=alpha,
-    )  # fmt: skip
-
-
-def _start(neuron, x):
-    """Return the membrane before a step x; None if it is at rest."""
-    v, rest = neuron.v, 0.0 if neuron.v_reset is None else neuron.v_reset
-    if isinstance(v, (int, float)):
-        return None if v == rest else torch.full_like(x, v, requires_grad=False)
-    if v.shape != x.shape:
-        if hasattr(neuron, "materialize_states"):
-            return None  # SpikingJelly 2 starts from rest
-        v = v.expand(x.shape)
-    return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
-
-
-def _run_steps(x_seq, v, store, settings):
-    """Run T steps from v. Return (spikes, v, v_seq or None), in the dtype of the data."""
-    if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
-        v = v.clone()  # autograd saves v, and refuses a tensor that was made in inference_mode
-    found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
-    spikes, *states = found
-    v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
-    return spikes, v, v_seq
-
-
-class _Node(Methods):
-    """Methods of SpikingJelly's neurons that run charge, fire and reset of all steps in one kernel."""
-
-    @staticmethod
-    def single_step_forward(own, neuron, x, *args, **kwargs):
-        settings = _ready(neuron, x)
-        if settings is None:
-            return own(neuron, x, *args, **kwargs)
-        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, x), False, settings)
-        if neuron.store_v_seq and hasattr(neuron, "_append_v_seq"):  # SpikingJelly 2 collects the steps
-            neuron._append_v_seq(neuron.v)
-        return spikes.squeeze(0)
-
-    @staticmethod
-    def multi_step_forward(own, neuron, x_seq, *args, **kwargs):
-        settings = _ready(neuron, x_seq, 1)
-        if settings is None:
-            return own(neuron, x_seq, *args, **kwargs)
-        start = _start(neuron, x_seq[0]) if x_seq.shape[0] else None
-        spikes, neuron.v, v_seq = _run_steps(x_seq, start, neuron.store_v_seq, settings)
-        if neuron.store_v_seq or "v_seq" in neuron.__dict__:
-            neuron.v_seq = v_seq
-        return spikes
-
-    @staticmethod
-    def single_step_functional_forward(own, neuron, inputs, states, **kwargs):
-        settings = _ready(neuron, inputs[0])
-        if settings is None:
-            return own(neuron, inputs, states, **kwargs)
-        spikes, v, _ = _run_steps(inputs[0].unsqueeze(0), states[0], False, settings)
-        return (spikes.squeeze(0),), (v, *states[1:])
-
-    @staticmethod
-    def multi_step_functional_forward(own, neuron, inputs, states, **kwargs):
-        settings = _ready(neuron, inputs[0], 1)
-        if settings is None:
-            return own(neuron, inputs, states, **kwargs)
-        spikes, v, _ = _run_steps(inputs[0], states[0], False, settings)
-        return (spikes,), (v, *states[1:])
-
-
-class _LIFNode(_Node):
-    @staticmethod
-    def _leak(neuron, x):
-        return {"tau": neuron.tau, "decay_input": neuron.decay_input}
-
-
-class _IFNode(_Node):
-    @staticmethod
-    def _leak(neuron, x):
-        return {"tau": math.inf, "decay_input": False}
-
-
-class _ParametricLIFNode(_Node):
-    @staticmethod
-    def _leak(neuron, x):
-        if values_are_readable(neuron.w) and math.isnan(neuron.w.detach().sum().item()):
-            raise ValueError("w is NaN")
-        wide = torch.promote_types(neuron.w.dtype, state_dtype(x.dtype))
-        limit = 700 if wide == torch.float64 else 80  # the gradient of an infinite tau would be NaN
-        exponent = (-neuron.w.to(wide)).clamp(max=limit)
-        return {"tau": 1 + torch.exp(exponent), "decay_input": neuron.decay_input}
-
-
-_MIXINS = {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _ParametricLIFNode}
-
 
 def _is_neuron(module):
-    """True if the class of the module, or a base class, comes from a neuron module of SpikingJelly."""
+    """True if the class of the module, or a base class, comes from a neuron module of SpikingJelly or of this package."""
     parts = (cls.__module__.split(".") for cls in type(module).__mro__)
-    return any(names[0] == "spikingjelly" and "neuron" in names for names in parts)
+    return any(names[0] in ("spikingjelly", "sdit_kernels") and "neuron" in names for names in parts)
 
 
-_suspect = suspected_neuron(f"LIFNode, IFNode or ParametricLIFNode of {_LIBRARY}.neuron")
+_suspect = suspected_neuron("LIFNode, IFNode or ParametricLIFNode of SpikingJelly, activation_based or clock_driven")
 
 
-def _choose(neurons):
-    """Return a function: module -> its methods, the reason to leave it, or None for other modules."""
-    bases = {getattr(neurons, name): mixin for name, mixin in _MIXINS.items() if neurons is not None}
+def neuron_classes(neurons) -> dict[type, type | str]:
+    """Return the methods for each class that a neuron module of SpikingJelly, or of a copy of it, defines.
 
-    def choose(module):
-        base = next((cls for cls in type(module).__mro__ if cls in bases), None)
-        if base is None:
-            return "this kind of neuron has no fused kernel here" if _is_neuron(module) else None
-        mixin = bases[base]
-        reason = changed_behaviour(module, base) or _obstacle(module)
-        if reason is not None:
-            return reason
-        device = next((p.device for p in module.parameters(recurse=False)), "cpu")
-        try:
-            x = torch.empty(0, device=device, dtype=torch.float32)
-            with backend("reference"):
-                lif(x, **_settings(module), **mixin._leak(module, x))
-        except (TypeError, ValueError) as error:
-            return f"the kernels refuse its settings: {error}"
-        return mixin
+    A copy may be edited. A class of a copy that computes something else has the reason in place of the methods.
+    """
+    table = NODES[neurons.__name__.split(".")[-2]]
+    found = {getattr(neurons, name): methods for name, methods in table.items() if hasattr(neurons, name)}
+    return {cls: difference_of_copy(cls, methods) or methods for cls, methods in found.items()}
 
-    return choose
+
+def fuse_classes(neurons):
+    """Run all neurons of a neuron module of SpikingJelly on the kernels, also neurons that are made later."""
+    for cls, methods in neuron_classes(neurons).items():
+        if not isinstance(methods, str):
+            fuse_class(cls, methods)
+
+
+def _all_classes():
+    """Return ``neuron_classes`` of every neuron module that is imported. A model cannot contain other neurons."""
+    endings = tuple(f".{interface}.neuron" for interface in NODES)
+    found: dict[type, type | str] = {}
+    for name, module in list(sys.modules.items()):
+        if name.endswith(endings) and module is not None:
+            found |= neuron_classes(module)
+    return found
+
+
+def _choose(module, bases):
+    """Return the methods for a module, the reason to leave it, or None for other modules."""
+    base = next((cls for cls in type(module).__mro__ if cls in bases), None)
+    if base is None:
+        return "this kind of neuron has no fused kernel here" if _is_neuron(module) else None
+    methods = bases[base]
+    if isinstance(methods, str):
+        return methods
+    reason = changed_behaviour(module, base) or obstacle(module)
+    if reason is not None:
+        return reason
+    device = next((p.device for p in module.parameters(recurse=False)), "cpu")
+    try:
+        x = torch.empty(0, device=device, dtype=torch.float32)
+        with backend("reference"):
+            lif(x, **neuron_settings(module), **methods.leak(module, x))
+    except (TypeError, ValueError) as error:
+        return f"the kernels refuse its settings: {error}"
+    return methods
 
 
 def accelerate(model: torch.nn.Module) -> Report:
@@ -281,8 +117,8 @@ def accelerate(model: torch.nn.Module) -> Report:
         >>> accelerate(model).replaced
         ()
     """
-    neurons = sys.modules.get(f"{_LIBRARY}.neuron")  # if it is not imported, the model cannot contain its neurons
-    return swap("SpikingJelly", model, _choose(neurons), _suspect)
+    bases = _all_classes()
+    return swap("SpikingJelly", model, lambda module: _choose(module, bases), _suspect)
 
 
 def restore(model: torch.nn.Module) -> Report:
@@ -297,4 +133,4 @@ def restore(model: torch.nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return swap_back("SpikingJelly", model, _Node)
+    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep))

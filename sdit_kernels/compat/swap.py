@@ -66,29 +66,70 @@ class Fused:
     def __init__(self, methods: type[Methods], cls: type):
         self.methods = methods
         self.cls = cls
-        for name in dir(methods):
-            if not name.startswith("_") and hasattr(cls, name):  # SpikingJelly 0.0.0.0.14 has fewer methods
-                _dispatch_if_fused(cls, name)
+        public = {name: getattr(methods, name) for name in dir(methods) if not name.startswith("_")}
+        properties = {name: value for name, value in public.items() if isinstance(value, property)}
+        # SpikingJelly 0.0.0.0.14 has fewer methods
+        names = [name for name in public if name not in properties and hasattr(cls, name)]
+        self.homes = {name: _dispatch_if_fused(cls, name) for name in names}
+        for name, value in properties.items():
+            setattr(self.homes["forward"], name, value)
+
+    def serves(self, module) -> bool:
+        return True
 
     def __reduce__(self):  # unpickling in another process must patch the library's class there too
-        return Fused, (self.methods, self.cls)
+        return type(self), (self.methods, self.cls)
+
+
+class FusedClass(Fused):
+    """Marks a class: all its instances are fused; of its subclasses only those that keep the code that the kernels replace."""
+
+    def __init__(self, methods, cls):
+        super().__init__(methods, cls)
+        self.homes.pop("extra_repr", None)  # repr stays the library's
+        self.reasons = {cls: None}  # of subclasses too: the reason why not, or None
+
+    def serves(self, module):
+        return self.reasons[type(module)] is None if type(module) in self.reasons else _serves_subclass(self, module)
+
+
+@assume_constant_result  # torch.compile calls it once per graph
+def _serves_subclass(fused, module):
+    reason = changed_behaviour(module, fused.cls, harmless=("forward",))
+    fused.reasons[type(module)] = reason
+    if reason is not None:
+        warn(f"{type(module).__name__} runs its own code: {reason}", 5)
+    return reason is None
+
+
+def fuse_class(cls: type, methods: type[Methods]):
+    """Replace the methods of a class, for all its instances, also instances that are made later."""
+    setattr(cls, "_sdit_kernels", FusedClass(methods, cls))  # noqa: B010, because mypy knows no attribute of that name
 
 
 def _dispatch_if_fused(cls, name):
-    """Patch the method in the library's class that defines it, so that it calls our method if the module is fused."""
+    """Patch the method in the library's class that defines it, so that it calls our method if the module is fused.
+
+    Return this class, the method's home. A method of the library may call the base class's method of the same name. This call
+    must stay the library's, so only the method in a module's own home calls ours.
+    """
     home = next((c for c in cls.__mro__ if name in vars(c) and not c.__module__.startswith("torch.")), cls)
     own = getattr(home, name)
     if hasattr(own, "asks_if_fused"):
-        return
+        return home
 
     @functools.wraps(own)
     def method(self, *args, **kwargs):
         fused = self._sdit_kernels
-        return own(self, *args, **kwargs) if fused is None else getattr(fused.methods, name)(own, self, *args, **kwargs)
+        if fused is None or fused.homes.get(name) is not home or not fused.serves(self):
+            return own(self, *args, **kwargs)
+        return getattr(fused.methods, name)(own, self, *args, **kwargs)
 
     method.asks_if_fused = True
-    home._sdit_kernels = None  # the default: the module is not fused
+    if "_sdit_kernels" not in vars(home):
+        home._sdit_kernels = None  # the default: the module is not fused
     setattr(home, name, method)
+    return home
 
 
 class Swapped(torch.nn.Module):
@@ -137,8 +178,13 @@ def methods_of(module) -> type | None:
     """Return the ``Methods`` or ``Swapped`` of a module, or None."""
     if isinstance(module, Swapped):
         return type(module)._mixin
-    fused = vars(module).get("_sdit_kernels")
+    fused = getattr(module, "_sdit_kernels", None)
     return None if fused is None else fused.methods
+
+
+def _is_fused_itself(module):
+    """True if the module was replaced, and not only its class."""
+    return isinstance(module, Swapped) or vars(module).get("_sdit_kernels") is not None
 
 
 def replace_methods(module, methods: type[Methods] | type[Swapped]):
@@ -163,7 +209,7 @@ def swap(library: str, model, choose, suspect=lambda module: None) -> Report:
     """
     check_model(model)
     modules = list(model.named_modules())
-    already = {module for _, module in modules if methods_of(module) is not None}
+    already = {module for _, module in modules if _is_fused_itself(module)}
     chosen = {module: choose(module) for _, module in modules if module not in already}
     known = already | {module for module, found in chosen.items() if found is not None}
     parts = {part for module in known for part in module.modules()}
@@ -195,11 +241,15 @@ def swap_back(library: str, model, bases) -> Report:
         if methods is None or not issubclass(methods, bases):
             continue
         name, kind = name or "(the model)", type(module).__name__
-        if vars(module).pop("_sdit_kernels", None) is None:
-            if "_original" not in vars(type(module)):
-                left.append(Left(name, kind, "its class was changed again after accelerate"))
-                continue
+        if not isinstance(module, Swapped):
+            vars(module).pop("_sdit_kernels", None)
+            if module._sdit_kernels is not None:  # its class is fused
+                vars(module)["_sdit_kernels"] = None
+        elif "_original" in vars(type(module)):
             module.__class__ = type(module)._original
+        else:
+            left.append(Left(name, kind, "its class was changed again after accelerate"))
+            continue
         replaced.append((name, kind))
     outcome = f"{library}'s own code" if replaced or left else "nothing in the model was accelerated"
     return Report(library, outcome, tuple(replaced), tuple(left))
@@ -275,14 +325,17 @@ _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__dict__", "_
 
 
 @assume_constant_result  # torch.compile cannot trace the attributes it reads; the graph is for this module only
-def changed_behaviour(module, base) -> str | None:
-    """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None."""
+def changed_behaviour(module, base, harmless=()) -> str | None:
+    """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None.
+
+    harmless: names that a subclass may override.
+    """
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
     for cls in type(module).__mro__:
         if cls is base:
             break
-        changed = sorted(name for name in vars(cls) if name not in _HARMLESS and hasattr(base, name))
+        changed = sorted(name for name in vars(cls) if name not in _HARMLESS and name not in harmless and hasattr(base, name))
         if changed:
             return f"{cls.__name__} overrides {', '.join(changed)} of {base.__name__}"
     patched = sorted(name for name in vars(module) if callable(vars(module)[name]) and callable(getattr(base, name, None)))
