@@ -100,6 +100,10 @@ class Swapped(torch.nn.Module):
     _mixin: type
     _original: type
 
+    @classmethod
+    def made_from(cls, original: type):
+        """Prepare a class that ``swapped_class`` has just made from ``original``."""
+
     def __reduce_ex__(self, protocol):
         """Pickle the two classes that this class was made from, because pickle cannot find this class by its name."""
         rest = super().__reduce_ex__(max(protocol, 2))[2:]
@@ -114,7 +118,8 @@ def swapped_class(mixin: type, original: type) -> type:
     if (mixin, original) not in _classes:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         body = names | {"_mixin": mixin, "_original": original}
-        _classes[mixin, original] = type(original.__name__, (mixin, original), body)
+        cls = _classes[mixin, original] = type(original.__name__, (mixin, original), body)
+        cls.made_from(original)
     return _classes[mixin, original]
 
 
