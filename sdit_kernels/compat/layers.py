@@ -1,8 +1,8 @@
 """What compat.rwkv and compat.vision_rwkv share: recognise a layer by what it computes, and replace its forward or a call.
 
 A ``Form`` says which parameters and children a layer of a library has, and which ``Layer`` computes the same with the ops of
-this package. ``why_unlike`` runs both on random values. A layer that differs but calls ``RUN_CUDA`` gets a ``Call``: it runs its
-own code with another RUN_CUDA.
+this package. ``why_unlike`` runs both on random values. A layer that differs but calls ``RUN_CUDA`` gets a ``Call``: it runs
+its own code with another RUN_CUDA.
 """
 
 import copy
@@ -34,6 +34,14 @@ from .swap import (
 def as_wide(parameter: Tensor, data: Tensor) -> Tensor:
     """Cast a parameter that is narrower than the data, as an operation on both would. It may stay wider than the data."""
     return parameter.to(torch.promote_types(parameter.dtype, data.dtype))
+
+
+def check_floating(**tensors: Any):
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {t.dtype}")
 
 
 # --- RUN_CUDA inside a layer's own code ---------------------------------------------------------------------------------------
@@ -136,9 +144,14 @@ class Form(NamedTuple):
     def family(self) -> str:
         return self.fused.own_code.family
 
+    @property
+    def arguments(self) -> list[str]:
+        """Return the arguments of forward, without self."""
+        return argument_names(self.fused.forward)[1:]
+
     def accepts(self, arguments: list[str]) -> bool:
         """Return True if a forward with these arguments takes the same as the fused forward."""
-        return arguments == argument_names(self.fused.forward)[1:]
+        return arguments == self.arguments
 
     def widths(self, layer: Any, parameters: dict[str, Tensor]) -> tuple[int, int]:
         """Return the number of channels of the scan, and of the tokens."""
@@ -253,8 +266,7 @@ def why_unlike(module: nn.Module, form: Form) -> str | None:
         return f"it has more parts than {family}: {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
     theirs = argument_names(type(module).forward)[1:]
     if not form.accepts(theirs):
-        ours = argument_names(form.fused.forward)[1:]
-        return f"its forward takes ({', '.join(theirs)}), {family}'s ({', '.join(ours)})"
+        return f"its forward takes ({', '.join(theirs)}), {family}'s ({', '.join(form.arguments)})"
     return difference(module, form)
 
 

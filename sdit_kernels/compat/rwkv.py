@@ -21,6 +21,7 @@ from .layers import (
     OwnCode,
     accelerate_layers,
     as_wide,
+    check_floating,
     choose_call,
     unless_counted,
     why_forward_is_fixed,
@@ -87,11 +88,7 @@ def RUN_CUDA(
         >>> RUN_CUDA(1, 3, 2, w, u, k, torch.tensor([1.0, 2.0, 6.0]).reshape(1, 3, 1).repeat(1, 1, 2))[0, :, 0]
         tensor([1.0000, 1.5000, 3.0000])
     """
-    for name, t in (("w", w), ("u", u), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {t.dtype}")
+    check_floating(w=w, u=u, k=k, v=v)
     if k.shape != (B, T, C):
         raise ValueError(f"k must have the shape (B, T, C) = ({B}, {T}, {C}), got {tuple(k.shape)}")
     dtype = torch.promote_types(k.dtype, v.dtype)

@@ -12,7 +12,7 @@ import functools
 import re
 import sys
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,8 +118,9 @@ def swapped_class(mixin: type, original: type) -> type:
     if (mixin, original) not in _classes:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         body = names | {"_mixin": mixin, "_original": original}
-        cls = _classes[mixin, original] = type(original.__name__, (mixin, original), body)
+        cls: Any = type(original.__name__, (mixin, original), body)
         cls.made_from(original)
+        _classes[mixin, original] = cls
     return _classes[mixin, original]
 
 
