@@ -78,7 +78,7 @@ class OwnCode(Swapped):
     run_cuda: Callable
 
     @classmethod
-    def made_from(cls, original):
+    def made_from(cls, mixin, original):
         for name, changed in methods_with_run_cuda(original, cls.run_cuda).items():
             setattr(cls, name, changed)
 
@@ -90,7 +90,7 @@ class Call(OwnCode):
     """
 
     @classmethod
-    def made_from(cls, original):
+    def made_from(cls, mixin, original):
         reason = "of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model"
         for name, changed in methods_with_run_cuda(original, cls.run_cuda).items():
             setattr(cls, name, torch.compiler.disable(changed, reason=reason))
@@ -105,9 +105,9 @@ class Layer(Swapped):
     own_code: type[OwnCode]  # runs the layer's own forward, also where the CUDA extension is not installed
 
     @classmethod
-    def made_from(cls, original):
+    def made_from(cls, mixin, original):
         for name, changed in methods_with_run_cuda(original, cls.own_code.run_cuda).items():
-            if name not in dir(cls._mixin):
+            if name not in dir(mixin):
                 setattr(cls, name, changed)
 
     def run_own_code(self, *args, **kwargs):

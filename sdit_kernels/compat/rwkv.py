@@ -58,8 +58,9 @@ def RUN_CUDA(
 
     Unlike RWKV-LM's function, this one takes any device that the package serves, any T (no ``T_MAX``), any C and any strides. y
     has the dtype of k; in RWKV-LM, ``RWKV_FLOAT_MODE`` sets it. A gradient has the dtype of its tensor. Two other functions are
-    different: ``wkv_cuda.forward``, whose w is -exp(time_decay), and ``RUN_CUDA`` of Vision-RWKV, which is bidirectional. The
-    latter equals ``wkv(None, u, k, v, log_decay=-w, bidirectional=True)``, except for the 1e-6 in its denominator.
+    different: ``wkv_cuda.forward``, whose w is -exp(time_decay), and ``RUN_CUDA`` of Vision-RWKV, which is bidirectional. For
+    the latter there is :func:`sdit_kernels.compat.vision_rwkv.RUN_CUDA`.
+
     Args:
         B: batch size, the first axis of k.
         T: number of tokens, the second axis of k.

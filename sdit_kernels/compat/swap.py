@@ -101,8 +101,8 @@ class Swapped(torch.nn.Module):
     _original: type
 
     @classmethod
-    def made_from(cls, original: type):
-        """Prepare a class that ``swapped_class`` has just made from ``original``."""
+    def made_from(cls, mixin: type, original: type):
+        """Prepare a class that ``swapped_class`` has just made from ``mixin`` and ``original``."""
 
     def __reduce_ex__(self, protocol):
         """Pickle the two classes that this class was made from, because pickle cannot find this class by its name."""
@@ -119,7 +119,7 @@ def swapped_class(mixin: type, original: type) -> type:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         body = names | {"_mixin": mixin, "_original": original}
         cls: Any = type(original.__name__, (mixin, original), body)
-        cls.made_from(original)
+        cls.made_from(mixin, original)
         _classes[mixin, original] = cls
     return _classes[mixin, original]
 

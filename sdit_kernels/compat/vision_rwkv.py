@@ -329,7 +329,7 @@ def accelerate(model: nn.Module) -> Report:
     Example:
         >>> import torch
         >>> from sdit_kernels.compat import vision_rwkv
-        >>> class ChannelMix(torch.nn.Module):  # with shift_pixel=0 there is no shift
+        >>> class ChannelMix(torch.nn.Module):  # here without a shift
         ...     def __init__(self, C):
         ...         super().__init__()
         ...         for name in ("spatial_mix_k", "spatial_mix_r"):
