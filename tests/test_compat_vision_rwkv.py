@@ -362,6 +362,8 @@ def test_copies_with_other_names_and_shifts_are_fused(own_shift):
     for y in (layer(x, (3, 4)), layer(x, resolution=(3, 4))):
         torch.testing.assert_close(y, wanted, rtol=1e-11, atol=1e-12)
     assert len(calls) == (2 if own_shift else 0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'size'"):
+        layer(x, size=(3, 4))
 
 
 def test_without_a_resolution_a_layer_runs_its_own_code():

@@ -23,6 +23,7 @@ from .layers import (
     Layer,
     OwnCode,
     accelerate_layers,
+    argument_names,
     as_wide,
     calls_run_cuda,
     check_floating,
@@ -147,6 +148,7 @@ class _Mix(Layer):
 
     own_code = _OwnCode
     fused_shift: Callable
+    resolution_name: str
     key: nn.Module
     value: nn.Module
     receptance: nn.Module
@@ -154,11 +156,18 @@ class _Mix(Layer):
     spatial_decay: Tensor
     spatial_first: Tensor
 
+    @classmethod
+    def made_from(cls, mixin, original):
+        super().made_from(mixin, original)
+        cls.resolution_name = argument_names(original.forward)[2]  # patch_resolution, or resolution in many copies
+
     @unless_counted
-    def forward(self, x, *patch_resolution, **by_name):
-        (resolution,) = (*patch_resolution, *by_name.values()) or (None,)
-        if resolution is None and type(self).fused_shift is _q_shift:
-            return self.run_own_code(x, *patch_resolution, **by_name)  # some layers find a resolution themselves
+    def forward(self, x, *args, **kwargs):
+        given = (*args, *kwargs.values())
+        resolution = given[0] if given else None
+        needs_resolution = type(self).fused_shift is _q_shift
+        if (resolution is None and needs_resolution) or len(given) > 1 or not kwargs.keys() <= {self.resolution_name}:
+            return self.run_own_code(x, *args, **kwargs)  # the layer finds a resolution itself, or raises its own error
         if getattr(self, "with_cp", False) and x.requires_grad:
             return checkpoint(self.fused_forward, x, resolution, use_reentrant=False)
         return self.fused_forward(x, resolution)
@@ -224,7 +233,7 @@ class _Form(Form):
     arguments = ["x", "patch_resolution"]
 
     def accepts(self, arguments):
-        """The second argument is ``patch_resolution``, or ``resolution`` in many copies."""
+        """Return True for any name of the second argument."""
         return len(arguments) == 2
 
     def widths(self, layer, parameters):
@@ -255,8 +264,8 @@ _NAME = re.compile(r"(?i:rwkv|spatial_?mix|channel_?mix)")
 
 def _suspect(module: nn.Module) -> str | None:
     """Return the reason why a layer with the name or call of an RWKV layer, but other parameters, is left; else None."""
-    calls = any(calls_run_cuda(method) for cls in type(module).__mro__ for method in vars(cls).values())
-    if calls:
+    classes = [cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.")]
+    if any(calls_run_cuda(method) for cls in classes for method in vars(cls).values()):
         return (
             "it calls RUN_CUDA, but has no parameters spatial_decay and spatial_first: for RWKV-4 there is compat.rwkv, and "
             "for a Bi-WKV with other names import RUN_CUDA of sdit_kernels.compat.vision_rwkv in its file"
