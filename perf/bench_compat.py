@@ -2,6 +2,7 @@
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
+    python perf/bench_compat.py --only vision_rwkv_step,vision_rwkv_layer --json perf/results/compat_vision_rwkv.json
     python perf/bench_compat.py --quick
 
 Each section is one function with one table and one correctness gate. It needs only its own library, and is skipped with a
@@ -10,6 +11,7 @@ whose times mean nothing).
 """
 
 import copy
+import functools
 import pathlib
 import sys
 
@@ -31,6 +33,7 @@ from perf.harness import (
 )
 from perf.ops import OPS, T, current
 from perf.peers import snntorch_loop
+from perf.vision_rwkv import FORMS, VisionRWKV, VRWKV_SpatialMix, chosen
 
 
 def skip_section(title, library):
@@ -449,7 +452,65 @@ def rwkv_decode(args, settings):
     return title, rows
 
 
-SECTIONS = {f.__name__: f for f in (jelly_neurons, jelly_models, snn_neurons, snn_model, rwkv_step, rwkv_layer, rwkv_decode)}
+# ---- Vision-RWKV -------------------------------------------------------------------------------------------------------
+
+
+def compare_with_plain(name, plain, ours, x, forms, args, settings):
+    """Check and time an accelerated module, and the plain one with each of these forms of its scan (perf/vision_rwkv.py)."""
+
+    def run(module, form=None, backward=True):
+        chosen["form"] = form
+        loss = module(*x).square().mean()
+        return [loss, *torch.autograd.grad(loss, list(module.parameters()))] if backward else loss
+
+    contestants = []
+    for label, module, form in (("accelerated", ours, None), *((f"plain, {form}", plain, form) for form in forms)):
+        error = check(label, run(module, form), run(plain, "loop"), rtol=1e-3, atol=1e-5)
+        forward = functools.partial(run, module, form, backward=False)
+        extra = {"saved_bytes": harness.saved_bytes(forward, [*module.parameters()])[0]} | error
+        contestants.append(Contestant(label, functools.partial(run, module, form), extra=extra))
+    settings = settings | {"rounds": 3 if args.quick else 7, "min_time": settings["min_time"] / 5}
+    rows = compare(contestants, **settings, baseline="accelerated")
+    fastest = min(rows[1:], key=lambda row: row["ratio"])
+    record_goal(f"{name}: times as fast as the fastest plain form", fastest["ratio"], 1)
+    record_goal(f"{name}: bytes kept, times as few as in that form", fastest["saved_bytes"] / rows[0]["saved_bytes"], 1)
+    return name, rows
+
+
+def accelerated_copy(module):
+    from sdit_kernels.compat import vision_rwkv
+
+    ours = copy.deepcopy(module)
+    report = vision_rwkv.accelerate(ours)
+    assert report.replaced and not report.left
+    return ours
+
+
+def vision_rwkv_step(args, settings):
+    """A small Vision-RWKV, images of 224 x 224 (T = 196 tokens): forward and backward pass, and bytes that the forward keeps"""
+    torch.manual_seed(0)
+    plain = VisionRWKV(C=192, layers=4, key_norm=True).to(args.device)
+    images = torch.randn(8, 3, 224, 224, device=args.device)
+    name = "Vision-RWKV (8, 196), 4 layers of 192 channels, forward+backward"
+    return compare_with_plain(name, plain, accelerated_copy(plain), (images,), FORMS, args, settings)
+
+
+def vision_rwkv_layer(args, settings):
+    """One spatial mix with 1024 tokens (512 x 512 pixels), forward and backward; the matrix form would take seconds a call"""
+    torch.manual_seed(0)
+    plain = VRWKV_SpatialMix(192).to(args.device)
+    x = torch.randn(2, 1024, 192, device=args.device)
+    name = "Vision-RWKV's spatial mix (2, 1024, 192), forward+backward"
+    return compare_with_plain(name, plain, accelerated_copy(plain), (x, (32, 32)), ("cumulative sums", "loop"), args, settings)
+
+
+SECTIONS = {
+    f.__name__: f
+    for f in (
+        jelly_neurons, jelly_models, snn_neurons, snn_model, rwkv_step, rwkv_layer, rwkv_decode, vision_rwkv_step,
+        vision_rwkv_layer,
+    )
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -391,7 +391,7 @@ class Vision(nn.Module):
         (NoReceptance, "it lacks receptance"),
         (Options, r"its forward takes (x, mask), RWKV-4's (x)"),
         (Five, "it belongs to another version of RWKV, or to another form of RWKV-4"),
-        (Vision, "it belongs to another version of RWKV, or to another form of RWKV-4"),
+        (Vision, "it is a layer of Vision-RWKV: use sdit_kernels.compat.vision_rwkv"),
     ],
 )
 def test_other_layers_are_left_with_a_reason(layer, why):

@@ -280,7 +280,8 @@ def output_of(code, **environment):
 @pytest.mark.process
 def test_importing_a_drop_in_does_not_import_the_compiler():
     """torch._dynamo takes a second to import."""
-    code = "import sys, torch, sdit_kernels.compat.spikingjelly, sdit_kernels.compat.snntorch, sdit_kernels.compat.rwkv\n"
+    names = ", ".join(f"sdit_kernels.compat.{name}" for name in ("spikingjelly", "snntorch", "rwkv", "vision_rwkv"))
+    code = f"import sys, torch, {names}\n"
     assert output_of(code + "print('torch._dynamo' in sys.modules)").strip() == "False"
 
 

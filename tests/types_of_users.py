@@ -19,7 +19,7 @@ from sdit_kernels import (
     wkv_step,
     wkv_step_,
 )
-from sdit_kernels.compat import rwkv
+from sdit_kernels.compat import rwkv, vision_rwkv
 
 x, w = torch.ones(4, 2, 3), torch.zeros(3)
 state = (w, w)
@@ -47,4 +47,6 @@ with backend("reference"):
 assert_type(nn.LIF().forward(x), Tensor)
 assert_type(rwkv.RUN_CUDA(4, 2, 3, w, w, x, x), Tensor)
 assert_type(rwkv.RUN_CUDA(4, 2, 3, w, w, x, x, x), tuple[Tensor, Tensor])
+assert_type(vision_rwkv.RUN_CUDA(4, 2, 3, w, w, x, x), Tensor)
+assert_type(vision_rwkv.RUN_CUDA(w, w, x, x), Tensor)
 assert_type(rwkv.accelerate(nn.LIF()).replaced, tuple[tuple[str, str], ...])

@@ -4,37 +4,30 @@ This module does not import the libraries. It recognises a layer by the names of
 computes the same as RWKV-4. The page "RWKV-4" of the documentation lists the fused parts and the differences.
 """
 
-import copy
-import functools
-import inspect
-import random
 import re
-import sys
-import types
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, overload
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import backend
 from ..dtypes import autocast_dtype, state_dtype
 from ..nn import ChannelMix, TimeMix
 from ..ops.mix import relu_squared, token_shift
 from ..ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv
-from .swap import (
-    Left,
-    Report,
-    Swapped,
-    class_names,
-    counted,
-    original_class,
-    refuse_symbols,
-    swap,
-    swap_back,
-    swapped_class,
-    warn,
+from .layers import (
+    Call,
+    Form,
+    Layer,
+    OwnCode,
+    accelerate_layers,
+    as_wide,
+    check_floating,
+    choose_call,
+    unless_counted,
+    why_forward_is_fixed,
+    why_unlike,
 )
+from .swap import Report, Swapped, class_names, swap_back
 
 __all__ = ["RUN_CUDA", "accelerate", "restore"]
 
@@ -65,8 +58,9 @@ def RUN_CUDA(
 
     Unlike RWKV-LM's function, this one takes any device that the package serves, any T (no ``T_MAX``), any C and any strides. y
     has the dtype of k; in RWKV-LM, ``RWKV_FLOAT_MODE`` sets it. A gradient has the dtype of its tensor. Two other functions are
-    different: ``wkv_cuda.forward``, whose w is -exp(time_decay), and ``RUN_CUDA`` of Vision-RWKV, which is bidirectional. The
-    latter equals ``wkv(None, u, k, v, log_decay=-w, bidirectional=True)``, except for the 1e-6 in its denominator.
+    different: ``wkv_cuda.forward``, whose w is -exp(time_decay), and ``RUN_CUDA`` of Vision-RWKV, which is bidirectional. For
+    the latter there is :func:`sdit_kernels.compat.vision_rwkv.RUN_CUDA`.
+
     Args:
         B: batch size, the first axis of k.
         T: number of tokens, the second axis of k.
@@ -95,16 +89,12 @@ def RUN_CUDA(
         >>> RUN_CUDA(1, 3, 2, w, u, k, torch.tensor([1.0, 2.0, 6.0]).reshape(1, 3, 1).repeat(1, 1, 2))[0, :, 0]
         tensor([1.0000, 1.5000, 3.0000])
     """
-    for name, t in (("w", w), ("u", u), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name} must be of a floating dtype, got {t.dtype}")
+    check_floating(w=w, u=u, k=k, v=v)
     if k.shape != (B, T, C):
         raise ValueError(f"k must have the shape (B, T, C) = ({B}, {T}, {C}), got {tuple(k.shape)}")
     dtype = torch.promote_types(k.dtype, v.dtype)
     k_, v_ = k.to(dtype), v.to(dtype)
-    w, u = _as_wide(w, k_), _as_wide(u, k_)
+    w, u = as_wide(w, k_), as_wide(u, k_)
     if last_state is None:
         return wkv(w, u, k_, v_).to(k.dtype)
     if not isinstance(last_state, Tensor):
@@ -117,32 +107,21 @@ def RUN_CUDA(
     return y.to(k.dtype), torch.stack(wkv_state_to_rwkv(*state), -1)
 
 
-def _as_wide(parameter: Tensor, data: Tensor) -> Tensor:
-    """Cast a parameter that is narrower than the data, as an operation on both would. It may stay wider than the data."""
-    return parameter.to(torch.promote_types(parameter.dtype, data.dtype))
-
-
 # --- the fused layers -------------------------------------------------------------------------------------------------------
 
 
-def _unless_counted(fused: Callable) -> Callable:
-    """Wrap the forward ``fused``: while operations are counted, the layer runs its own forward."""
-
-    @functools.wraps(fused)
-    def forward(self, x, *args, **kwargs):
-        refuse_symbols(self, x)
-        reason = counted()
-        if reason is None:
-            return fused(self, x, *args, **kwargs)
-        warn(f"{type(self).__name__} runs its own code: {reason}", 3)
-        return _own_forward(original_class(self))(self, x, *args, **kwargs)
-
-    return forward
+class _OwnCode(OwnCode):
+    family, run_cuda = "RWKV-4", RUN_CUDA
 
 
-class _Fused(Swapped):
-    """Base class of the fused layers. The layer keeps its parameters and children; the annotations below name them."""
+class _Call(_OwnCode, Call):
+    """A layer that runs its own code with our RUN_CUDA."""
 
+
+class _Fused(Layer):
+    """Base class of the fused layers. The annotations name parameters and children of the layer."""
+
+    own_code = _OwnCode
     time_decay: Tensor
     time_first: Tensor
     key: nn.Module
@@ -152,7 +131,7 @@ class _Fused(Swapped):
     layer_id: int
 
     def _shift(self, x, last, *names):
-        mixes = [_as_wide(getattr(self, name), x) for name in names]
+        mixes = [as_wide(getattr(self, name), x) for name in names]
         if last is not None and x.shape[1] == 1 and all(m.dtype == x.dtype for m in mixes):
             return [torch.lerp(last.unsqueeze(1), x, m) for m in mixes]  # one token: plain PyTorch, see _step
         return token_shift(x, *mixes, last=last, dtype=autocast_dtype(x))
@@ -160,7 +139,7 @@ class _Fused(Swapped):
     def _scan(self, xk, xv, xr, state, return_state):
         """Return (output, new state). Both states are None or aa, bb, pp of RWKV's own code."""
         k, v, r = self.key(xk), self.value(xv), self.receptance(xr)
-        w, u = _as_wide(self.time_decay, k), _as_wide(self.time_first, k)
+        w, u = as_wide(self.time_decay, k), as_wide(self.time_first, k)
         if state is not None:
             state = [s.to(state_dtype(k.dtype)) for s in state]
             if k.shape[1] == 1:
@@ -199,7 +178,7 @@ def _row(state, layer, like):
 
 
 class _TransformersTimeMix(_Fused):
-    @_unless_counted
+    @unless_counted
     def forward(self, hidden, state=None, use_cache=False):
         last = scan = None
         if state is not None:
@@ -214,7 +193,7 @@ class _TransformersTimeMix(_Fused):
 
 
 class _TransformersChannelMix(_Fused):
-    @_unless_counted
+    @unless_counted
     def forward(self, hidden, state=None):
         last = None if state is None else _row(state[0], self.layer_id, hidden)
         out = self._gate(*self._shift(hidden, last, "time_mix_key", "time_mix_receptance"))
@@ -224,195 +203,45 @@ class _TransformersChannelMix(_Fused):
 
 
 class _TimeMix(_Fused):
-    @_unless_counted
+    @unless_counted
     def forward(self, x):
         return self._scan(*self._shift(x, None, "time_mix_k", "time_mix_v", "time_mix_r"), None, False)[0]
 
 
 class _ChannelMix(_Fused):
-    @_unless_counted
+    @unless_counted
     def forward(self, x):
         return self._gate(*self._shift(x, None, "time_mix_k", "time_mix_r"))
-
-
-class _Call(Swapped):
-    """A layer that runs its own forward with our RUN_CUDA."""
-
-    def __init_subclass__(cls):
-        super().__init_subclass__()
-        # torch.compile looks up the globals of a function in the module of the class, where the library's RUN_CUDA is.
-        cls.forward = torch.compiler.disable(
-            _with_run_cuda(original_class(cls).forward),
-            reason="of this layer only the call of RUN_CUDA was replaced: compile without fullgraph=True, or restore the model",
-        )
-
-
-@functools.cache
-def _with_run_cuda(forward: types.FunctionType) -> types.FunctionType:
-    """Return a function with the same code and a copy of its globals, in which RUN_CUDA is ours."""
-    space = {**forward.__globals__, "RUN_CUDA": RUN_CUDA}
-    changed = types.FunctionType(forward.__code__, space, forward.__name__, forward.__defaults__, forward.__closure__)
-    changed.__kwdefaults__ = forward.__kwdefaults__
-    return changed
 
 
 # --- which layers are replaced ----------------------------------------------------------------------------------------------
 
 
-class _Pick(nn.Module):
-    """A cheap stand-in for a Linear: it selects and scales channels at random."""
+class _TransformersForm(Form):
+    def inputs(self, layer, widths, normal):
+        """Return a call without state and one with the state of transformers: the last three tensors are num, den, max."""
+        (inner, outer), x = widths, normal(2, 5, widths[1])
+        state = [normal(2, width, layer.layer_id + 1) for width in (outer, outer, inner, inner, inner)]
+        state[3].exp_()  # a sum of exponentials
+        return [(x, None), (x, state)]
 
-    def __init__(self, inputs, outputs, generator, scale=1.0):
-        super().__init__()
-        self.index = torch.randint(inputs, (outputs,), generator=generator, dtype=torch.int64, device="cpu")
-        self.scale = scale * torch.randn(outputs, generator=generator, dtype=torch.float64, device="cpu")
-
-    def forward(self, x):
-        return x[..., self.index] * self.scale
-
-
-class _Form(NamedTuple):
-    """The parameters, children and forward of a layer as a library defines it."""
-
-    fused: type[_Fused]
-    parameters: tuple[str, ...]
-    children: tuple[str, ...]
-    state: bool  # forward takes and returns the state of transformers
+    def outputs(self, result):
+        out, state = result
+        return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
 
 
 _SCAN = ("time_decay", "time_first")
 _TIME, _CHANNEL = ("key", "value", "receptance", "output"), ("key", "receptance", "value")
 _FORMS = (
-    _Form(_TransformersTimeMix, (*_SCAN, "time_mix_key", "time_mix_value", "time_mix_receptance"), _TIME, True),
-    _Form(_TransformersChannelMix, ("time_mix_key", "time_mix_receptance"), _CHANNEL, True),
-    _Form(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME, False),
-    _Form(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL, False),
+    _TransformersForm(_TransformersTimeMix, (*_SCAN, "time_mix_key", "time_mix_value", "time_mix_receptance"), _TIME),
+    _TransformersForm(_TransformersChannelMix, ("time_mix_key", "time_mix_receptance"), _CHANNEL),
+    Form(_TimeMix, (*_SCAN, "time_mix_k", "time_mix_v", "time_mix_r"), _TIME),
+    Form(_ChannelMix, ("time_mix_k", "time_mix_r"), _CHANNEL),
 )
+_VISION = {"spatial_decay", "spatial_mix_k"}
 _MARKS = {  # names of parameters that only RWKV layers have
-    *(name for form in _FORMS for name in form.parameters), "time_faaaa", "time_maa_k", "spatial_decay", "spatial_mix_k",
+    *(name for form in _FORMS for name in form.parameters), "time_faaaa", "time_maa_k", *_VISION,
 }  # fmt: skip
-
-
-def _arguments(function: Callable) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def _twin(module: Any, instead: Mapping[str, nn.Module]) -> Any:
-    """Return a copy of a module to run, with the children in ``instead``. It shares no mode and no buffer with the module."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return copy.deepcopy(module)
-    cls: Any = type(module)
-    twin = cls.__new__(cls)
-    buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
-    children = {
-        name: instead[name] if name in instead else child if child is None else _twin(child, {})
-        for name, child in module._modules.items()
-    }
-    twin.__dict__.update(module.__dict__, _buffers=buffers, _modules=children)
-    return twin
-
-
-def _difference(module: Any, form: _Form) -> str | None:
-    """Return None if the layer and the fused layer give the same result on random values, else the difference.
-
-    The check runs in training and evaluation mode, and also on large values, where clamps of the layer show.
-    """
-    for training in (module.training, not module.training):
-        mode = "" if training == module.training else f" in {'train' if training else 'eval'} mode"
-        for large in (False, True):
-            found = _probe(module, form, training, large, (" on large values" if large else "") + mode)
-            if found is not None:
-                return found
-    return None
-
-
-def _probe(module: Any, form: _Form, training: bool, large: bool, where: str) -> str | None:
-    cls: Any = type(module)
-    draw = torch.Generator("cpu").manual_seed(0)
-    # Large values give outputs of 1e6 and more. Keys stay in the range where transformers' float32 scan is correct.
-    x_scale, value_scale, tolerance = (300, 1e4, 1e-3) if large else (1, 1.0, 1e-4)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu")
-
-    def run(forward, state):
-        if not form.state:
-            return [forward(twin, x)]
-        out, state = forward(twin, x, state=state and [s.clone() for s in state])
-        return [out] if state is None else [out, *state[:2], *wkv_state_from_rwkv(*state[2:])]
-
-    problem, drawn = "its forward does not run on random values", random.getstate()
-    try:
-        parameters = {name: normal(*p.shape) for name, p in module._parameters.items() if p is not None}
-        inner, outer = (parameters[form.parameters[i]].numel() for i in (0, -1))  # channels of the scan and of the tokens
-        stand_ins = {name: _Pick(outer, inner, draw, value_scale if name == "value" else 1.0) for name in form.children}
-        stand_ins["output"] = _Pick(inner, outer, draw)
-        twin = _twin(module, stand_ins)
-        twin.__dict__.update(_parameters=parameters)
-        for part in twin.modules():
-            part.training = training
-        x = x_scale * normal(2, 5, outer)
-        states: list[Any] = [None]
-        if form.state:  # the layout of transformers: the last three are num, den, max; den is a sum of exponentials
-            given = [normal(2, width, module.layer_id + 1) for width in (outer, outer, inner, inner, inner)]
-            given[3].exp_()
-            states.append(given)
-        with torch.no_grad(), backend("reference"), torch.random.fork_rng(devices=[]):
-            before = torch.random.get_rng_state()
-            wanted = [t for state in states for t in run(_own_forward(cls), state)]
-            if not torch.equal(before, torch.random.get_rng_state()) or random.getstate() != drawn:
-                return f"its forward draws random numbers{where}"
-            problem = "RWKV-4's forward does not take its parameters"
-            twin.__class__ = swapped_class(form.fused, cls)
-            found = [t for state in states for t in run(form.fused.forward, state)]
-            for a, b in zip(found, wanted, strict=True):  # transformers' scan is float32
-                if large and a.shape == b.shape:  # the layer's own loop may overflow
-                    a, b = a[b.isfinite()], b[b.isfinite()]
-                atol = tolerance * b.abs().max().item() if large and b.numel() else tolerance
-                if a.shape != b.shape or not torch.allclose(a, b, rtol=tolerance, atol=atol):
-                    return f"its forward computes something else than RWKV-4's{where}"
-    except Exception as error:  # code that is not ours may raise anything on random values
-        return f"{problem}{where} ({type(error).__name__}: {error})"
-    finally:
-        random.setstate(drawn)
-    return None
-
-
-def _unlike(module: nn.Module, form: _Form) -> str | None:
-    """Return None if the layer has this form, else the reason why not."""
-    own = {name for name, p in module._parameters.items() if p is not None}
-    trained = {name for name, child in module.named_children() if next(child.parameters(), None) is not None}
-    extra = sorted(own.difference(form.parameters) | trained.difference(form.children))
-    missing = sorted(set(form.children).difference(module._modules))
-    if extra or missing:
-        return f"it has more parts than RWKV-4: {', '.join(extra)}" if extra else f"it lacks {', '.join(missing)}"
-    theirs, ours = (_arguments(cls.forward)[1:] for cls in (type(module), form.fused))
-    if theirs != ours:
-        return f"its forward takes ({', '.join(theirs)}), RWKV-4's ({', '.join(ours)})"
-    return _difference(module, form)
-
-
-def _calls_run_cuda(cls: type[nn.Module]) -> bool:
-    return isinstance(cls.forward, types.FunctionType) and "RUN_CUDA" in cls.forward.__code__.co_names
-
-
-def _own_forward(cls: Any) -> Callable:
-    """Return the forward of a layer's class, with our RUN_CUDA, because the library's CUDA extension may not be installed."""
-    return _with_run_cuda(cls.forward) if _calls_run_cuda(cls) else cls.forward
-
-
-def _why_script(cls: type[nn.Module]) -> str:
-    """Return the reason why a layer compiled by TorchScript is left, and how to avoid that."""
-    if cls.__module__.startswith("torch."):
-        return (
-            "compiled by torch.jit.script or torch.jit.trace, which keep its code: accelerate the model from which they made it"
-        )
-    try:
-        optional = "RWKV_JIT_ON" in inspect.getsource(sys.modules[cls.__module__])
-    except (KeyError, OSError, TypeError):  # the module has no source file
-        optional = False
-    way = "set RWKV_JIT_ON=0" if optional else "derive it from torch.nn.Module, without torch.jit.script_method"
-    return f"its class derives from torch.jit.ScriptModule, which keeps its code: {way}"
 
 
 _RWKV_NAME = re.compile(r"(?i:rwkv|time_?mix|channel_?mix)|[TC][Mm]ix")
@@ -432,26 +261,22 @@ def _choose(module: nn.Module) -> tuple[type[Swapped] | None, str]:
     own = dict(module.named_parameters(recurse=False))
     if _MARKS.isdisjoint(own) or isinstance(module, TimeMix | ChannelMix | Swapped):
         return None, ""
-    if isinstance(module, torch.jit.ScriptModule):
-        return None, _why_script(type(module))
-    if "forward" in vars(module):
-        return None, "its forward is replaced on the instance, by hooks perhaps: accelerate the model before"
+    if not _VISION.isdisjoint(own):
+        return None, "it is a layer of Vision-RWKV: use sdit_kernels.compat.vision_rwkv"
+    fixed = why_forward_is_fixed(module)
+    if fixed is not None:
+        return None, fixed
     why = "it belongs to another version of RWKV, or to another form of RWKV-4"
     for form in _FORMS:
         if ("time_decay" in own) is ("time_decay" in form.parameters) and own.keys() >= set(form.parameters):
-            found = _unlike(module, form)
+            found = why_unlike(module, form)
             if found is None:
                 return form.fused, ""
             why = found
     scan = [own.get(name) for name in _SCAN]
-    if any(p is None or p.dim() != 1 for p in scan) or not _calls_run_cuda(type(module)):
+    if any(p is None or p.dim() != 1 for p in scan):
         return None, why
-    theirs = type(module).forward.__globals__.get("RUN_CUDA")
-    if theirs is RUN_CUDA:
-        return None, f"its RUN_CUDA is this package's already; the rest: {why}"
-    if callable(theirs) and len(_arguments(theirs)) not in (7, 8):
-        return None, f"its RUN_CUDA takes {len(_arguments(theirs))} arguments, RWKV-4's 7, or 8 with a state"
-    return _Call, f"only its call of RUN_CUDA is replaced: {why}"
+    return choose_call(module, _Call, (7, 8), "7, or 8 with a state", why)
 
 
 # --- the public functions ---------------------------------------------------------------------------------------------------
@@ -511,17 +336,7 @@ def accelerate(model: nn.Module) -> Report:
         >>> rwkv.restore(model).replaced
         (('1', 'ChannelMix'),)
     """
-    rest = []
-
-    def choose(module):
-        cls, why = _choose(module)
-        if cls is None:
-            return why or None
-        rest.append(why)
-        return cls
-
-    report = swap("RWKV", model, choose, _suspect)
-    return report._replace(left=report.left + tuple(Left(*entry, why) for entry, why in zip(report.replaced, rest) if why))
+    return accelerate_layers("RWKV", model, _choose, _suspect)
 
 
 def restore(model: nn.Module) -> Report:

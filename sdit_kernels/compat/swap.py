@@ -12,7 +12,7 @@ import functools
 import re
 import sys
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -141,6 +141,10 @@ class Swapped(torch.nn.Module):
     _mixin: type
     _original: type
 
+    @classmethod
+    def made_from(cls, mixin: type, original: type):
+        """Prepare a class that ``swapped_class`` has just made from ``mixin`` and ``original``."""
+
     def __reduce_ex__(self, protocol):
         """Pickle the two classes that this class was made from, because pickle cannot find this class by its name."""
         rest = super().__reduce_ex__(max(protocol, 2))[2:]
@@ -155,7 +159,9 @@ def swapped_class(mixin: type, original: type) -> type:
     if (mixin, original) not in _classes:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
         body = names | {"_mixin": mixin, "_original": original}
-        _classes[mixin, original] = type(original.__name__, (mixin, original), body)
+        cls: Any = type(original.__name__, (mixin, original), body)
+        cls.made_from(mixin, original)
+        _classes[mixin, original] = cls
     return _classes[mixin, original]
 
 
