@@ -280,7 +280,8 @@ def output_of(code, **environment):
 @pytest.mark.process
 def test_importing_a_drop_in_does_not_import_the_compiler():
     """torch._dynamo takes a second to import."""
-    code = "import sys, torch, sdit_kernels.compat.spikingjelly, sdit_kernels.compat.snntorch, sdit_kernels.compat.rwkv\n"
+    names = ("spikingjelly", "snntorch", "rwkv", "handwritten")
+    code = "import sys, torch\n" + "".join(f"import sdit_kernels.compat.{name}\n" for name in names)
     assert output_of(code + "print('torch._dynamo' in sys.modules)").strip() == "False"
 
 

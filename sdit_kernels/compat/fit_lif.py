@@ -204,7 +204,8 @@ class _InFloat64(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        return out.double() if func in self._made and out.dtype == torch.float32 else out
+        made = func in self._made and isinstance(out, Tensor) and out.dtype == torch.float32
+        return out.double() if made else out
 
 
 def _snapshot(module: nn.Module) -> dict:
