@@ -265,7 +265,7 @@ class ResetInTheNextStep(nn.Module):
         return torch.stack(spikes)
 
 
-class BatchFirst(nn.Module):
+class BatchFirstLIF(nn.Module):
     """(B * T, ...)."""
 
     def __init__(self, step=3, tau=4.0):
@@ -313,7 +313,7 @@ ACCEPTED = {  # (neuron, shape of its data, what must be found)
     "last axis": (LastAxis, (2, 3, 6), dict(decay=0.25, threshold=0.3, surrogate="sigmoid", alpha=4.0,
                                             layout=("axis", -1, None))),
     "reset in the next step": (ResetInTheNextStep, (6, 2, 3), dict(reset="delayed", surrogate="fast_sigmoid", alpha=25.0)),
-    "batch first": (BatchFirst, (6, 4), dict(decay=math.exp(-0.25), threshold=0.7321, surrogate="erf",
+    "batch first": (BatchFirstLIF, (6, 4), dict(decay=math.exp(-0.25), threshold=0.7321, surrogate="erf",
                                              layout=("fold batch", 0, 3))),
     "recorder": (Recorder, (2, 5, 3), dict(decay=0.5)),
     "soft reset": (lambda: Neuron(soft=True, strict=True), (6, 2, 3), dict(reset="soft", strict=True, detach=False)),
@@ -516,6 +516,12 @@ class TensorLIF(LIFSpike):
         self.tau = torch.tensor(0.5)
 
 
+class HoldsModelLIF(LIFSpike):
+    def __init__(self):
+        super().__init__()
+        self.model = [nn.Linear(3, 3)]  # not a child: a copy of the neuron would copy it
+
+
 class TanhLIF(Neuron):
     def fire(self, h):
         smooth = torch.tanh(3 * (h.clamp(0, 2) - self.th))
@@ -602,6 +608,7 @@ LEFT = {
     NormalisedLIF: "step function|something else|its input|binary|reset neither|gradient",
     BufferLIF: r"it has buffers \(decay\)",
     TensorLIF: "its attribute tau is a tensor",
+    HoldsModelLIF: "its attribute model holds tensors or modules",
     TanhLIF: "none of the formulas in sdit_kernels.SURROGATES",
     OffCentreLIF: "not symmetric about the threshold|does not fall",
     NoGradientLIF: "its spikes have no gradient",
@@ -616,7 +623,7 @@ LEFT = {
     (lambda: Neuron(decay=1.5)): "its decay is 1.5, and the kernels take 0 to 1",
     (lambda: Neuron(factor=0.3)): "its surrogate gradient is 0.3 times the atan",
     (lambda: Neuron(th=-1.0)): "it fires without input",
-    (lambda: BatchFirst(step=1)): "it runs one time step|does not run|no membrane",
+    (lambda: BatchFirstLIF(step=1)): "it runs one time step|does not run|no membrane",
 }
 
 
@@ -632,6 +639,27 @@ def test_other_modules_are_left_with_the_reason(make):
     assert re.search(LEFT[make], report.left[0].reason), report.left[0].reason
     assert type(module) is cls and vars(module) == attributes
     assert torch.equal(state, torch.get_rng_state()) and python == random.getstate()
+
+
+class ChangesLaterLIF(LIFSpike):
+    def forward(self, x):
+        own = super().forward
+        return torch.cat([own(part) for part in x.split(30, 1)], 1)
+
+
+def test_a_neuron_that_changes_after_many_steps_is_not_fused_for_any_number_of_steps():
+    module = ChangesLaterLIF()
+    accelerate(module)
+    with warnings.catch_warnings(), backend("reference"):
+        warnings.simplefilter("ignore")
+        x = inputs((2, 64, 3))[0]
+        assert torch.equal(module(x), ChangesLaterLIF()(x))
+
+
+def test_neurons_of_libraries_are_not_tried():
+    cls = type("LIFNode", (LIFSpike,), {"__module__": "spikingjelly.activation_based.neuron"})
+    report = accelerate(nn.Sequential(cls()))
+    assert not report.replaced and not report.left
 
 
 class Smoother(nn.Module):

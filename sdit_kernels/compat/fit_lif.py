@@ -10,6 +10,7 @@ import copy
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -180,14 +181,15 @@ def _random_states(device: str) -> tuple:
 
 @contextmanager
 def _isolated(device: str):
-    """Undo the draws of random numbers, and hide the modes of the caller from the neuron."""
+    """Undo the draws of random numbers, hide the warnings, and hide the modes of the caller from the neuron."""
     python, numpy = random.getstate(), np.random.get_state()
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
     try:
         with (
             torch.random.fork_rng(devices=gpus), torch.inference_mode(False), torch.enable_grad(), backend("reference"),
-            torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False),
+            torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), warnings.catch_warnings(),
         ):  # fmt: skip
+            warnings.simplefilter("ignore")
             yield
     finally:
         random.setstate(python)
@@ -369,7 +371,7 @@ def _measure(probe: _Probe) -> _Measured:
     far = -(2.0**20)
     second = first(0.0)[1]
     decay = (first(far)[1] - second) / -far
-    decay = 1.0 if _near(decay, 1) else decay
+    decay = 1.0 if _near(decay, 1, 1e-12) else decay
     if abs(decay) <= 1e-6:
         raise Cannot(2, "it keeps no membrane potential from step to step")
     if not 0 < decay <= 1:
@@ -599,6 +601,8 @@ def _verify(probe: _Probe, form: Form, unit: float, many: bool) -> Form:
             for scale in (0.5, 1.5, 6.0) if many and training else (1.5,):
                 form = _check(probe, form, *_fresh(probe, T, scale * unit, draw))
     probe.twin.train()
+    if many and probe.layout.steps is None:
+        form = _check(probe, form, *_fresh(probe, 70, unit, draw))
     for factor in (0.95, 1.02) if own and many else ():
         with torch.no_grad():
             for p, value in zip(probe.parameters, own):

@@ -175,7 +175,8 @@ def _functions(module: nn.Module) -> list[types.FunctionType]:
     while todo and len(found) < 64:
         f, part = todo.pop()
         owner = getattr(f, "__self__", None)
-        f = owner if isinstance(owner, type) else inspect.unwrap(getattr(f, "__func__", f))  # owner: MyFunction of .apply
+        f = owner if isinstance(owner, type) else getattr(f, "__func__", f)  # owner: MyFunction of MyFunction.apply
+        f = inspect.unwrap(f) if isinstance(f, types.FunctionType) else f
         if isinstance(f, type) and is_foreign(f.__module__):
             todo += [(getattr(f, name), part) for name in ("forward", "backward", "setup_context") if hasattr(f, name)]
         elif isinstance(f, types.FunctionType) and is_foreign(f.__module__ or "") and f not in found:
@@ -218,13 +219,15 @@ def _attributes(module: nn.Module) -> tuple[_Watched, ...]:
 
 
 def _constants(functions) -> tuple[_Watched, ...]:
-    """Return the simple globals that functions read."""
-    found = [_Watched((file,), name, value) for f in functions for file, name, value in _reads(f) if isinstance(value, SIMPLE)]
-    return tuple(w for w in dict.fromkeys(found) if vars(sys.modules.get(w.path[0], type(None))).get(w.name) is w.value)
+    """Return the simple globals that functions read, if their file can be found again by its name."""
+    found = []
+    for file, name, value in (read for f in functions for read in _reads(f)):
+        if isinstance(value, SIMPLE) and file in sys.modules and vars(sys.modules[file]).get(name) is value:
+            found.append(_Watched((file,), name, value))
+    return tuple(dict.fromkeys(found))
 
 
 # --- which modules are tried ------------------------------------------------------------------------------------------------
-
 
 _NAME = re.compile(r"(?i:spike|spiking|mem_?update)")
 
@@ -250,9 +253,13 @@ def _unfit(module: nn.Module) -> str | None:
     for name, p in module.named_parameters(recurse=False):
         if p.numel() != 1:
             return f"its parameter {name} has shape {tuple(p.shape)}, and only parameters with one value are taken"
-    tensors = [name for part in module.modules() for name, value in vars(part).items() if isinstance(value, Tensor)]
-    if tensors:
-        return f"its attribute {tensors[0]} is a tensor, and may be a state: make it a number or a parameter"
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                return f"its attribute {name} is a tensor, and may be a state: make it a number or a parameter"
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+            if name not in _BARE and any(isinstance(item, (Tensor, nn.Module)) for item in items):
+                return f"its attribute {name} holds tensors or modules, and may be a state"
     return None
 
 
@@ -297,7 +304,7 @@ def _fit(module: nn.Module) -> _Fit | str | None:
             )
         if best.progress:
             break
-    return str(best) if named or best.progress > 1 else None
+    return str(best) if named or best.progress > 2 else None
 
 
 def _key(module: nn.Module):
