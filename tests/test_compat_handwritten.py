@@ -282,6 +282,22 @@ class BatchFirstLIF(nn.Module):
         return torch.stack(spikes, 1).flatten(0, 1)
 
 
+class FixedSteps(nn.Module):
+    """(B, T, ...) for one T."""
+
+    def __init__(self, T=6):
+        super().__init__()
+        self.T = T
+
+    def forward(self, x):
+        mem, out = 0, torch.zeros_like(x)
+        for t in range(self.T):
+            mem = 0.5 * mem + x[:, t]
+            out[:, t] = ATan.apply(mem - 1, 2.0)
+            mem = mem * (1 - out[:, t].detach())
+        return out
+
+
 class Recorder(LIFSpike):
     """Arguments with defaults, and a counter that is off."""
 
@@ -315,6 +331,9 @@ ACCEPTED = {  # (neuron, shape of its data, what must be found)
     "reset in the next step": (ResetInTheNextStep, (6, 2, 3), dict(reset="delayed", surrogate="fast_sigmoid", alpha=25.0)),
     "batch first": (BatchFirstLIF, (6, 4), dict(decay=math.exp(-0.25), threshold=0.7321, surrogate="erf",
                                              layout=("fold batch", 0, 3))),
+    "fixed steps": (FixedSteps, (2, 6, 3), dict(decay=0.5, detach=True, layout=("axis", 1, 6))),
+    "fixed steps, two": (lambda: FixedSteps(2), (2, 2, 3), dict(layout=("axis", 1, 2))),
+    "IF, two steps": (lambda: IF(2), (4, 3), dict(layout=("fold", 0, 2))),
     "recorder": (Recorder, (2, 5, 3), dict(decay=0.5)),
     "soft reset": (lambda: Neuron(soft=True, strict=True), (6, 2, 3), dict(reset="soft", strict=True, detach=False)),
     "resting potential": (lambda: Neuron(rest=-0.2), (6, 2, 3), dict(reset="hard", v_reset=0.0, threshold=1.2)),
@@ -605,7 +624,7 @@ LEFT = {
     TernaryLIF: "not binary",
     MultiSpike4: "not binary",
     SmoothSpike: "not binary",
-    NormalisedLIF: "step function|something else|its input|binary|reset neither|gradient",
+    NormalisedLIF: "its neurons depend on each other",
     BufferLIF: r"it has buffers \(decay\)",
     TensorLIF: "its attribute tau is a tensor",
     HoldsModelLIF: "its attribute model holds tensors or modules",
