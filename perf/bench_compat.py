@@ -1,6 +1,7 @@
 """Time models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
+    python perf/bench_compat.py --only handwritten_neurons --json perf/results/compat_handwritten.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
     python perf/bench_compat.py --only vision_rwkv_step,vision_rwkv_layer --json perf/results/compat_vision_rwkv.json
     python perf/bench_compat.py --quick
@@ -331,6 +332,61 @@ def snn_model(args, settings):
     return title, found
 
 
+# ---- neurons that projects write themselves ----------------------------------------------------------------------------
+
+
+class Spike(torch.autograd.Function):
+    """A step function with a triangle as surrogate gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return (z > 0).float()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (1 - ctx.saved_tensors[0].abs()).clamp(min=0)
+
+
+class LIFSpike(nn.Module):
+    """A neuron as published networks have it. The data are (batch, T, ...)."""
+
+    def __init__(self, thresh=1.0, tau=0.5, soft=False, detach=False):
+        super().__init__()
+        self.thresh, self.tau, self.soft, self.detach = thresh, tau, soft, detach
+
+    def forward(self, x):
+        mem = 0
+        spikes = []
+        for t in range(x.shape[1]):
+            mem = mem * self.tau + x[:, t]
+            spike = Spike.apply(mem - self.thresh)
+            gate = spike.detach() if self.detach else spike
+            mem = mem - gate * self.thresh if self.soft else (1 - gate) * mem
+            spikes.append(spike)
+        return torch.stack(spikes, dim=1)
+
+
+def handwritten_neurons(args, settings):
+    """Neurons of published networks, a loop over T in plain PyTorch, forward and backward; saved: inputs included"""
+    from sdit_kernels.compat.handwritten import accelerate
+
+    title = f"Hand-written LIF neurons, T={T}, {args.shape}, fp32"
+    x = current(args.shape[0], T, *args.shape[1:], device=args.device)
+    g = torch.randn_like(x)
+    contestants = []
+    for name, options in {"hard reset": {}, "hard reset, detached": {"detach": True}, "soft reset": {"soft": True}}.items():
+        node = LIFSpike(**options).to(args.device)
+        fused = copy.deepcopy(node)
+        assert accelerate(fused).replaced
+        check(f"{name}: spikes", fused(x), node(x), 0, 0)
+        error = check_gradients(f"{name}: gradient", *(make_forward_backward(f, [x], g)() for f in (fused, node)), 1e-4, 1e-3)
+        for label, f in ((f"{name}, fused", fused), (f"{name}, its own code", node)):
+            row = {"saved_bytes": count_saved_bytes(f, x), **(error if f is fused else {})}
+            contestants.append(Contestant(label, make_forward_backward(f, [x], g), extra=row))
+    return title, record_speedups(compare(contestants, **settings), 3, "hand-written neuron")
+
+
 # ---- transformers' RWKV ------------------------------------------------------------------------------------------------
 
 
@@ -507,8 +563,8 @@ def vision_rwkv_layer(args, settings):
 SECTIONS = {
     f.__name__: f
     for f in (
-        jelly_neurons, jelly_models, snn_neurons, snn_model, rwkv_step, rwkv_layer, rwkv_decode, vision_rwkv_step,
-        vision_rwkv_layer,
+        jelly_neurons, jelly_models, snn_neurons, snn_model, handwritten_neurons, rwkv_step, rwkv_layer, rwkv_decode,
+        vision_rwkv_step, vision_rwkv_layer,
     )
 }  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Small networks with the structure of published spiking networks, for tests/test_published_models.py and perf/bench_compat.py.
 
 They are written from the papers. Each takes the modules of ``spikingjelly.clock_driven`` as ``jelly``: SpikingJelly
-0.0.0.0.12's or those of ``sdit_kernels.compat.clock_driven``, so that the same network runs on both. Images are (B, C, H, W);
+0.0.0.0.12's or ``sdit_kernels.compat.clock_driven``, so that the same network runs on both. Images are (B, C, H, W);
 the network repeats an image T times.
 """
 

@@ -280,6 +280,12 @@ _NEURON_NAME = re.compile(r"LIF(?![a-z])|IF(?=$|[_\d]|[A-Z][a-z])|Neuron(?![a-z]
 _NEURON_FILE = re.compile(r"(^|[._])neurons?($|\.)")
 
 
+def named_like_a_neuron(module) -> tuple[str, str] | None:
+    """Return (Python module, name) of a class of the module whose name looks like a spiking neuron, or None."""
+    found = class_names(module)
+    return next(((path, name) for path, name in found if _NEURON_NAME.search(name) or _NEURON_FILE.search(path)), None)
+
+
 def suspected_neuron(known: str):
     """Return the ``suspect`` function of ``swap`` for modules whose names look like spiking neurons.
 
@@ -287,11 +293,12 @@ def suspected_neuron(known: str):
     """
 
     def suspect(module):
-        for path, name in class_names(module):
-            if _NEURON_NAME.search(name) or _NEURON_FILE.search(path):
-                home = path.partition(".")[0]
-                hint = f"; for that library there is sdit_kernels.compat.{home}" if home in ("spikingjelly", "snntorch") else ""
-                return f"it looks like a spiking neuron, {path}.{name}, but does not derive from {known}{hint}"
+        found = named_like_a_neuron(module)
+        if found is not None:
+            path, name = found
+            home = path.partition(".")[0]
+            hint = f"; for that library there is sdit_kernels.compat.{home}" if home in ("spikingjelly", "snntorch") else ""
+            return f"it looks like a spiking neuron, {path}.{name}, but does not derive from {known}{hint}"
         return None
 
     return suspect
