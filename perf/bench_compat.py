@@ -1,6 +1,7 @@
 """Time models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
+    python perf/bench_compat.py --only published_models --json perf/results/published_models.json
     python perf/bench_compat.py --only handwritten_neurons --json perf/results/compat_handwritten.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
     python perf/bench_compat.py --only vision_rwkv_step,vision_rwkv_layer --json perf/results/compat_vision_rwkv.json
@@ -15,13 +16,15 @@ import copy
 import functools
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import nn
 
-from perf import harness
+from perf import harness, networks, peers
 from perf.harness import (
     Contestant,
     check,
@@ -137,8 +140,105 @@ def spikformer_block():
     return SpikformerBlock(128, 8), 2 * torch.rand(T, 16, 128, 64)
 
 
+class Network(NamedTuple):
+    """A network whose neurons are compared before and after the line of sdit_kernels.compat."""
+
+    name: str
+    net: nn.Module
+    x: torch.Tensor
+    reset: Callable  # sets the states of a network back
+    accelerate: tuple[Callable, ...]  # changes it, the neurons first
+    neuron: type  # base class of its neurons
+
+
+def reset_and_call(net, reset):
+    def f(x):
+        reset(net)
+        return net(x)
+
+    return f
+
+
+def gradients_of_copy(net, x, reset):
+    """Return the gradients in float64, where all spikes are equal; of a copy, because batch norm updates its statistics."""
+    net = copy.deepcopy(net).double()
+    loss = reset_and_call(net, reset)(x.double() if x.is_floating_point() else x).square().mean()
+    return torch.autograd.grad(loss, tuple(net.parameters()))
+
+
+def make_training_step(net, x, reset):
+    optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
+
+    def run():
+        loss = net(x).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        reset(net)
+
+    return run
+
+
+def compare_networks(found, args, settings):
+    """Time a training step of each network, and each of its neurons with its own input, before and after. Return the rows.
+
+    Neurons with equal settings and equal shapes are timed once; ``neurons_s`` of a network is the sum over all its neurons.
+    """
+    rows = []
+    for name, net, x, reset, accelerate, neuron in found:
+        net, x = net.to(args.device).train(), x.to(args.device)
+        fused = copy.deepcopy(net)
+        reports = [change(fused) for change in accelerate]
+        assert not any(report.left for report in reports), reports
+        wanted, error = gradients_of_copy(net, x, reset), gradients_of_copy(fused, x, reset)
+        error = check_gradients(f"{name}: gradient", error, wanted, 1e-8, 1e-8)
+        nets = {"fused": fused, "SpikingJelly's own": net}
+        layers, counts, currents = [], {}, record_inputs(copy.deepcopy(net), x, neuron)
+        assert set(currents) == {key for key, _ in reports[0].replaced}
+        for key, given in currents.items():
+            kind = (repr(net.get_submodule(key)), given.shape, given.stride())
+            counts[kind] = counts.get(kind, 0) + 1
+            if counts[kind] > 1:
+                continue
+            g = torch.randn_like(given)
+            for label, n in nets.items():
+                reset(n)
+                f = reset_and_call(copy.deepcopy(n.get_submodule(key)), reset)
+                extra = {"saved_bytes": count_saved_bytes(f, given)}
+                layers.append(Contestant(f"{name}, {key}, {label}", make_forward_backward(f, [given], g), extra=extra))
+        both = []
+        for label, n in nets.items():
+            extra = {"saved_bytes": count_saved_bytes(reset_and_call(n, reset), x, n.parameters())} | (
+                error if n is fused else {}
+            )
+            reset(n)
+            both.append(Contestant(f"{name}, training step, {label}", make_training_step(n, x, reset), extra=extra))
+        whole = compare(both, **settings)
+        record_goal(f"{name}, training step: times as fast", whole[1]["ratio"], 1)
+        ratio = whole[1]["saved_bytes"] / whole[0]["saved_bytes"]
+        record_goal(f"{name}, bytes saved in a training step: times as few", ratio, 1)
+        whole[1]["times_fused"] = whole[1]["ratio"]
+        neurons = record_speedups(
+            compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer"
+        )
+        for i, row in enumerate(whole):
+            row["neurons_s"] = sum(n * layer["median_s"] for n, layer in zip(counts.values(), neurons[i::2], strict=True))
+        rows += remove_ratios(whole) + neurons
+    return rows
+
+
+def record_inputs(net, x, neuron):
+    """Return {name of a neuron: its input} for one forward pass."""
+    found = {}
+    for key, module in net.named_modules():
+        if isinstance(module, neuron):
+            module.register_forward_pre_hook(lambda _, args, key=key: found.setdefault(key, args[0].detach().clone()))
+    net(x)
+    return {key: t.requires_grad_() for key, t in found.items()}
+
+
 def jelly_models(args, settings):
-    """Training step: forward, backward, SGD, reset_net. Layers: each neuron of the model with its own input"""
+    """Training step: forward, backward, SGD, reset_net. Neurons: each neuron of the model with its own input"""
     title = f"Models of SpikingJelly, T={T}, fp32"
     if reason_if_missing("spikingjelly"):
         return skip_section(title, "spikingjelly")
@@ -146,77 +246,46 @@ def jelly_models(args, settings):
 
     from sdit_kernels.compat.spikingjelly import accelerate
 
-    def forward(net):
-        def f(x):
-            functional.reset_net(net)
-            return net(x)
-
-        return f
-
-    def gradients(net, x):
-        return torch.autograd.grad(forward(net)(x).square().mean(), tuple(net.parameters()))
-
-    def train(net, x):
-        optimiser = torch.optim.SGD(net.parameters(), lr=1e-3)
-
-        def run():
-            loss = net(x).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            functional.reset_net(net)
-
-        return run
-
-    def inputs(net, x):
-        """Return {name of a neuron: its input} for one forward pass."""
-        found = {}
-        for key, module in net.named_modules():
-            if isinstance(module, neuron.BaseNode):
-                module.register_forward_pre_hook(lambda _, args, key=key: found.setdefault(key, args[0].detach().clone()))
-        forward(net)(x)
-        return {key: t.requires_grad_() for key, t in found.items()}
-
-    def copy_neuron(net, key):
-        """Return a copy of a neuron of the net, with its state reset."""
-        functional.reset_net(net)
-        return copy.deepcopy(net.get_submodule(key))
-
-    rows = []
+    found = []
     for name, make in (("spiking CNN", spiking_cnn), ("Spikformer block", spikformer_block)):
         torch.manual_seed(0)
-        net, x = make()
-        net, x = net.to(args.device).train(), x.to(args.device)
-        fused = copy.deepcopy(net)
-        replaced = accelerate(fused).replaced
-        of_both = (gradients(copy.deepcopy(n), x) for n in (fused, net))  # in copies, because batch norm updates its statistics
-        error = check_gradients(f"{name}: gradient", *of_both, 1e-4, 1e-3)
-        functional.reset_net(fused), functional.reset_net(net)
-        nets = {"fused": fused, "SpikingJelly's own": net}
-        layers = []
-        currents = inputs(copy.deepcopy(net), x)
-        assert set(currents) == {key for key, _ in replaced}
-        for key, given in currents.items():
-            g = torch.randn_like(given)
-            for label, n in nets.items():
-                f = forward(copy_neuron(n, key))
-                extra = {"saved_bytes": count_saved_bytes(f, given)}
-                layers.append(Contestant(f"{name}, {key}, {label}", make_forward_backward(f, [given], g), extra=extra))
-        both = []
-        for label, n in nets.items():
-            extra = {"saved_bytes": count_saved_bytes(forward(n), x, n.parameters())} | (error if n is fused else {})
-            functional.reset_net(n)
-            both.append(Contestant(f"{name}, training step, {label}", train(n, x), extra=extra))
-        whole = compare(both, **settings)
-        record_goal(f"{name}, training step: times as fast", whole[1]["ratio"], 1)
-        ratio = whole[1]["saved_bytes"] / whole[0]["saved_bytes"]
-        record_goal(f"{name}, bytes saved in a training step: times as few", ratio, 1)
-        whole[1]["times_fused"] = whole[1]["ratio"]
-        found = record_speedups(compare(layers, **(settings | {"min_time": settings["min_time"] / 3})), 3, "SpikingJelly layer")
-        for i, row in enumerate(whole):
-            row["neurons_s"] = sum(layer["median_s"] for layer in found[i::2])
-        rows += remove_ratios(whole) + found
-    return title, rows
+        found.append(Network(name, *make(), functional.reset_net, (accelerate,), neuron.BaseNode))
+    return title, compare_networks(found, args, settings)
+
+
+def published_models(args, settings):
+    """The networks of perf/networks.py. Training step: forward, backward, SGD, reset_net. Neurons: each with its own input"""
+    title = f"Networks with the structure of published ones, T={T}, fp32"
+    if reason_if_missing("spikingjelly"):
+        return skip_section(title, "spikingjelly")
+    jelly = peers.clock_driven()
+    if jelly is None:
+        return title, [{"name": "spikingjelly 0.0.0.0.12", "note": "skipped: it is not in build/peers (make peers)"}]
+    from spikingjelly.activation_based import functional, neuron, surrogate
+
+    from sdit_kernels.compat import rwkv
+    from sdit_kernels.compat.spikingjelly import accelerate
+
+    def lif():
+        return neuron.LIFNode(surrogate_function=surrogate.ATan(), detach_reset=True, step_mode="m")
+
+    def images():
+        return torch.randn(16, 1, 32, 32)
+
+    torch.manual_seed(0)
+    old = (jelly.functional.reset_net, (accelerate,), jelly.neuron.BaseNode)
+    new = (functional.reset_net, (accelerate,), neuron.BaseNode)
+    found = [
+        Network("Spikformer", networks.Spikformer(jelly, T, 128), images(), *old),
+        Network("QKFormer", networks.QKFormer(jelly, T, 128), images(), *old),
+        Network("Spike-Driven Transformer", networks.SpikeDrivenTransformer(jelly, T, 128), images(), *old),
+        Network("SEW-ResNet", networks.SEWResNet(jelly, T, 32), images(), *old),
+        Network("SpikeGPT, 256 tokens", networks.SpikeGPT(jelly, 50, 256), torch.randint(50, (8, 256)), *old)._replace(
+            accelerate=(accelerate, rwkv.accelerate)
+        ),
+        Network("SpikingResformer", networks.SpikingResformer(lif, T, 64), images(), *new),
+    ]  # fmt: skip
+    return title, compare_networks(found, args, settings)
 
 
 # ---- snnTorch --------------------------------------------------------------------------------------------------------
@@ -563,8 +632,8 @@ def vision_rwkv_layer(args, settings):
 SECTIONS = {
     f.__name__: f
     for f in (
-        jelly_neurons, jelly_models, snn_neurons, snn_model, handwritten_neurons, rwkv_step, rwkv_layer, rwkv_decode,
-        vision_rwkv_step, vision_rwkv_layer,
+        jelly_neurons, jelly_models, published_models, snn_neurons, snn_model, handwritten_neurons, rwkv_step, rwkv_layer,
+        rwkv_decode, vision_rwkv_step, vision_rwkv_layer,
     )
 }  # fmt: skip
 
