@@ -40,7 +40,7 @@ def pytest_report_header():
 
 MARKED = {  # markers of whole files
     "process": ("test_gpu_suite", "test_nvtx", "test_packaging", "test_profile_sdit", "test_ttsem"),
-    "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly"),
+    "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly", "test_published_models"),
 }
 
 
@@ -49,6 +49,15 @@ def pytest_collection_modifyitems(items):
         for mark, files in MARKED.items():
             if item.path.stem in files:
                 item.add_marker(mark)
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_installed():
+    """Undo sdit_kernels.compat.install() of a test, a docstring or a page."""
+    yield
+    imports = sys.modules.get("sdit_kernels.compat.imports")
+    if imports is not None:
+        imports.uninstall()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
 """Compare compat.clock_driven with SpikingJelly 0.0.0.0.12, and test install()."""
 
 import copy
+import doctest
+import importlib
 import inspect
 import io
 import os
@@ -19,6 +21,7 @@ from torch import nn
 from perf.peers import CLOCK_DRIVEN, clock_driven
 from sdit_kernels import backend
 from sdit_kernels.compat import clock_driven as ours
+from sdit_kernels.compat import uninstall
 from sdit_kernels.compat.__main__ import main as command
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 
@@ -580,6 +583,25 @@ print(accelerate(torch.nn.Sequential(edited.MultiStepIFNode())))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:4] == ["AutogradBackward", "CatBackward0", "AutogradBackward", "CatBackward0"]
     assert "a copy of SpikingJelly's MultiStepIFNode and computes something else" in done.stdout
+
+
+def test_install_is_undone():
+    before = dict(sys.modules), list(sys.meta_path)
+    ours.install()
+    ours.install(root="helpers_of_nobody")
+    import spikingjelly.clock_driven.neuron as served
+
+    assert served is ours.neuron
+    uninstall()
+    assert list(sys.meta_path) == before[1] and not any(
+        "clock_driven" in name for name in sys.modules.keys() - before[0].keys()
+    )
+
+
+@pytest.mark.parametrize("name", ["imports", "clock_driven", "clock_driven.base", "clock_driven.neuron"])
+def test_examples_of_docstrings(name):
+    found = doctest.testmod(importlib.import_module(f"sdit_kernels.compat.{name}"))
+    assert found.attempted >= 2 and found.failed == 0
 
 
 def test_install_refuses_what_is_no_module():

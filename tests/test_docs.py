@@ -201,7 +201,7 @@ def test_every_public_name_is_in_the_api_reference():
     listed = set(re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in (DOCS / "api").glob("*.md")), re.M))
     ops = {f"sdit_kernels.{name}" for name in sdit_kernels.__all__ if callable(getattr(sdit_kernels, name))}
     modules = {f"sdit_kernels.nn.{name}" for name in sdit_kernels.nn.__all__}
-    drop_ins = ("clock_driven", "handwritten", "install", "rwkv", "snntorch", "spikingjelly", "vision_rwkv")
+    drop_ins = ("clock_driven", "handwritten", "install", "rwkv", "snntorch", "spikingjelly", "uninstall", "vision_rwkv")
     libraries = {f"sdit_kernels.compat.{name}" for name in drop_ins}
     assert listed == ops | modules | libraries
 

@@ -1,5 +1,5 @@
 """Drop-in for other libraries: one file per library, none of which is imported before it is used."""
 
-from .imports import install
+from .imports import install, uninstall
 
-__all__ = ["install"]
+__all__ = ["install", "uninstall"]

@@ -4,8 +4,9 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+from collections.abc import Callable
 
-from .lif_nodes import NODES
+from .swap import unfuse_class
 
 _SERVED = "sdit_kernels.compat.clock_driven"
 _FILES = ("base", "encoding", "functional", "layer", "neuron", "surrogate")
@@ -28,15 +29,16 @@ class _Alias(importlib.abc.Loader):
 class _FuseAfterwards(importlib.abc.Loader):
     """Loads a neuron module of SpikingJelly with its own loader, and then fuses its classes."""
 
-    def __init__(self, loader):
+    def __init__(self, loader, finder):
         self.loader = loader
+        self.finder = finder
 
     def create_module(self, spec):
         return self.loader.create_module(spec)
 
     def exec_module(self, module):
         self.loader.exec_module(module)
-        _fuse(module)
+        self.finder.fuse(module)
 
     def __getattr__(self, name):  # get_source, get_filename, ...
         return getattr(self.loader, name)
@@ -48,8 +50,10 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, root):
         self.root = root
         self.clock_driven = f"{root}.clock_driven"
-        self.neurons = [f"{root}.{interface}.neuron" for interface in NODES]
+        self.files = [f"{root}.clock_driven.{file}" for file in _FILES]
+        self.neurons = [f"{root}.{interface}.neuron" for interface in ("activation_based", "clock_driven")]
         self.no_library = False  # no SpikingJelly is installed
+        self.undo: list[Callable[[], None]] = []  # what uninstall calls
 
     def find_spec(self, name, path=None, target=None):
         if name != self.root and not name.startswith(f"{self.root}."):
@@ -59,16 +63,26 @@ class _Finder(importlib.abc.MetaPathFinder):
         spec = None if served else self._find_elsewhere(name, path, target)
         if spec is not None:
             if name in self.neurons and spec.loader is not None:
-                spec.loader = _FuseAfterwards(spec.loader)
+                spec.loader = _FuseAfterwards(spec.loader, self)
             return spec
         if name == self.root:
             self.no_library = True
             return importlib.machinery.ModuleSpec(name, _Alias(None), is_package=True)
-        if name == self.clock_driven or name in (f"{self.clock_driven}.{file}" for file in _FILES):
+        if name == self.clock_driven or name in self.files:
             return importlib.machinery.ModuleSpec(name, _Alias(_SERVED + name[len(self.clock_driven) :]), is_package=True)
         if name.startswith(f"{self.clock_driven}.") or self.no_library:
             raise ModuleNotFoundError(f"{name} is not served: {_what_is_served(self.clock_driven)}", name=name)
         return None
+
+    def fuse(self, neurons):
+        from .spikingjelly import fuse_classes  # late, because it imports the kernels
+
+        if getattr(neurons, "cupy", True) is None:  # no CuPy; then a constructor of clock_driven refuses the backend "cupy"
+            own = neurons.check_backend
+            neurons.check_backend = lambda backend: None if backend == "cupy" else own(backend)
+            self.undo.append(lambda: setattr(neurons, "check_backend", own))
+        fused = fuse_classes(neurons)
+        self.undo.append(lambda: [unfuse_class(cls) for cls in fused])
 
     def _find_elsewhere(self, name, path, target):
         for finder in sys.meta_path:
@@ -79,17 +93,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         return None
 
 
+def _installed():
+    return [finder for finder in sys.meta_path if isinstance(finder, _Finder)]
+
+
 def _what_is_served(package):
     return f"sdit_kernels serves {package} and its files {', '.join(_FILES)}; a SpikingJelly that is installed has the rest"
-
-
-def _fuse(neurons):
-    from .spikingjelly import fuse_classes  # late, because it imports the kernels
-
-    if getattr(neurons, "cupy", True) is None:  # no CuPy; then a constructor of clock_driven refuses the backend "cupy"
-        own = neurons.check_backend
-        neurons.check_backend = lambda backend: None if backend == "cupy" else own(backend)
-    fuse_classes(neurons)
 
 
 def install(root: str = "spikingjelly") -> None:
@@ -124,11 +133,36 @@ def install(root: str = "spikingjelly") -> None:
         raise TypeError(f"root must be a string, got {type(root).__name__}")
     if not all(part.isidentifier() for part in root.split(".")):
         raise ValueError(f'root must be the name of a module, for example "src.spikingjelly", got {root!r}')
-    if any(isinstance(finder, _Finder) and finder.root == root for finder in sys.meta_path):
+    if root in [finder.root for finder in _installed()]:
         return
     finder = _Finder(root)
     for name in finder.neurons:
         if name in sys.modules:
-            _fuse(sys.modules[name])
+            finder.fuse(sys.modules[name])
     sys.meta_path.insert(0, finder)
     importlib.invalidate_caches()
+
+
+def uninstall() -> None:
+    """Undo :func:`install`, for all roots: nothing is served any more, and SpikingJelly's classes run their own code.
+
+    Modules and neurons that a program imported or made before stay as they are.
+
+    Example:
+        >>> from sdit_kernels.compat import install, uninstall
+        >>> install()
+        >>> uninstall()
+    """
+    for finder in _installed():
+        sys.meta_path.remove(finder)
+        for undo in finder.undo:
+            undo()
+        served = [name for name in (finder.clock_driven, *finder.files) if sys.modules.get(name) in _our_modules()]
+        for name in [*served, finder.root] if finder.no_library else served:
+            sys.modules.pop(name, None)
+        if served and finder.root in sys.modules:
+            vars(sys.modules[finder.root]).pop("clock_driven", None)
+
+
+def _our_modules():
+    return [module for name, module in list(sys.modules.items()) if name.startswith(_SERVED)]

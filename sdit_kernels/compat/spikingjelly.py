@@ -56,11 +56,12 @@ def neuron_classes(neurons) -> dict[type, type | str]:
     return {cls: difference_of_copy(cls, methods) or methods for cls, methods in found.items()}
 
 
-def fuse_classes(neurons):
-    """Run all neurons of a neuron module of SpikingJelly on the kernels, also neurons that are made later."""
-    for cls, methods in neuron_classes(neurons).items():
-        if not isinstance(methods, str):
-            fuse_class(cls, methods)
+def fuse_classes(neurons) -> list[type]:
+    """Run all neurons of a neuron module of SpikingJelly on the kernels, also later ones. Return the classes."""
+    found = {cls: methods for cls, methods in neuron_classes(neurons).items() if not isinstance(methods, str)}
+    for cls, methods in found.items():
+        fuse_class(cls, methods)
+    return list(found)
 
 
 def _all_classes():

@@ -107,6 +107,11 @@ def fuse_class(cls: type, methods: type[Methods]):
     setattr(cls, "_sdit_kernels", FusedClass(methods, cls))  # noqa: B010, because mypy knows no attribute of that name
 
 
+def unfuse_class(cls: type):
+    """Undo ``fuse_class``."""
+    setattr(cls, "_sdit_kernels", None)  # noqa: B010, as above
+
+
 def _dispatch_if_fused(cls, name):
     """Patch the method in the library's class that defines it, so that it calls our method if the module is fused.
 
