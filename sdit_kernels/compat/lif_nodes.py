@@ -304,15 +304,19 @@ class MultiStep(Methods):
 
 def _run_own(own, neuron, x):
     """Run the class's own code. If it raises, v is as before."""
-    v, runner = neuron.v, neuron
-    if getattr(neuron, "backend", None) == "cupy":  # "cupy" fails without CuPy
-        runner = copy.copy(neuron)  # the copy has the same states; other threads may use the neuron
+    v, backend, runner = neuron.v, getattr(neuron, "backend", None), neuron
+    if backend == "cupy":  # it fails without CuPy
+        # The copy has the same states. Other threads may use the neuron itself. torch.compile cannot trace a copy.
+        runner = neuron if torch.compiler.is_compiling() else copy.copy(neuron)
         runner.backend = "torch"
     try:
         return own(runner, x)
     except Exception:
         neuron.v = v
         raise
+    finally:
+        if backend is not None:
+            neuron.backend = backend
 
 
 class _SingleStepLIF(SingleStep):

@@ -93,7 +93,9 @@ class FusedClass(Fused):
 
     def serves(self, module):
         kind = type(module)
-        return (self.reasons[kind] is None if kind in self.reasons else _serves_subclass(self, module)) and super().serves(module)
+        return (self.reasons[kind] is None if kind in self.reasons else _serves_subclass(self, module)) and super().serves(
+            module
+        )
 
 
 @assume_constant_result  # torch.compile calls it once per graph
