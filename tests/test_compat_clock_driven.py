@@ -575,12 +575,12 @@ x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual
 if sys.argv[1] == "save":
     from spikingjelly.clock_driven import layer, neuron, surrogate
     torch.manual_seed(0)
-    steps = layer.MultiStepContainer(neuron.IFNode(), neuron.LIFNode(v_threshold=0.2), neuron.ParametricLIFNode(v_threshold=0.1))
+    nodes = neuron.IFNode(), neuron.LIFNode(v_threshold=0.2), neuron.ParametricLIFNode(v_threshold=0.1)
     net = nn.Sequential(
         layer.SeqToANNContainer(nn.Linear(5, 5)), neuron.MultiStepIFNode(v_threshold=0.1, surrogate_function=surrogate.ATan()),
         layer.MultiStepDropout(0.0), layer.MultiStepThresholdDependentBatchNorm1d(3.0, 1.0, 5),
         neuron.MultiStepParametricLIFNode(v_reset=None, v_threshold=0.2), neuron.MultiStepLIFNode(v_threshold=0.2),
-        layer.MultiStepThresholdDependentBatchNorm1d(4.0, 1.0, 5), steps,
+        layer.MultiStepThresholdDependentBatchNorm1d(4.0, 1.0, 5), layer.MultiStepContainer(*nodes),
         neuron.MultiStepLIFNode(v_threshold=0.1, surrogate_function=surrogate.S2NN()),
     ).double().eval()
     with torch.no_grad():

@@ -287,7 +287,7 @@ class MultiStep(Methods):
     @staticmethod
     def detach(own, neuron):
         own(neuron)
-        last = neuron._memories.get("v_seq")
+        last = vars(neuron)["_memories"].get("v_seq")
         if isinstance(last, _LastCall):
             neuron.v_seq = last.detached()
 
