@@ -11,8 +11,10 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from itertools import product
 
+import numpy
 import pytest
 import torch
 from helpers import ROOT, python
@@ -27,6 +29,13 @@ from sdit_kernels.compat.spikingjelly import accelerate, restore
 
 PEER = CLOCK_DRIVEN.parent
 NODES = ["IFNode", "LIFNode", "ParametricLIFNode", "MultiStepIFNode", "MultiStepLIFNode", "MultiStepParametricLIFNode"]
+HIDE_SPIKINGJELLY = """
+import importlib.machinery, sys
+find = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *rest: None if name == "spikingjelly" else find(name, *rest)
+)
+"""
 SURROGATES = [
     "PiecewiseQuadratic", "PiecewiseExp", "Sigmoid", "SoftSign", "ATan", "NonzeroSignLogAbs", "Erf", "PiecewiseLeakyReLU",
     "SquarewaveFourierSeries", "S2NN", "QPseudoSpike",
@@ -367,6 +376,236 @@ def test_bfloat16_autocast_and_compile():
     assert torch.equal(node.v, states[0]) and torch.equal(node.v_seq, states[1])
 
 
+def test_v_seq_belongs_to_the_call():
+    """It has the grad mode of the call, and detach and .to() treat it as a state."""
+    x = normal(4, 2, 5).requires_grad_()
+    node = ours.MultiStepLIFNode().double()
+    node(2 * x)
+    with torch.no_grad():
+        assert node.v_seq.requires_grad  # a hook may read it
+    node(2 * x)
+    node.detach()
+    assert not node.v_seq.requires_grad and copy.deepcopy(node).v_seq.shape == (4, 2, 5)
+    with torch.no_grad():
+        node(x)
+    assert not node.v_seq.requires_grad
+    node.detach()
+    node(x.detach())
+    node.float()
+    assert node.v_seq.dtype == torch.float32
+    data = torch.rand(4, 2, 5)
+    node.reset()
+    node(data)
+    data.add_(1)
+    for twin in (node, copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        with pytest.raises(RuntimeError, match="changed in place after the call"):
+            twin.v_seq  # noqa: B018
+    first = node.v
+    node(torch.rand(4, 2, 5))
+    first.zero_()  # the membrane before the call
+    with pytest.raises(RuntimeError, match="changed in place after the call"):
+        node.v_seq  # noqa: B018
+
+
+def test_detach_and_reset_free_the_graph():
+    for release in (ours.MultiStepLIFNode.detach, ours.MultiStepLIFNode.reset):
+        node, x = ours.MultiStepLIFNode(), torch.rand(4, 2, 5, requires_grad=True)
+        middle = 2 * x
+        node(middle)
+        gone = weakref.ref(middle)
+        del middle
+        release(node)
+        assert gone() is None
+
+
+@pytest.mark.parametrize("start", [numpy.float32(0.5), numpy.int64(1), 1, 0.25, torch.tensor(0.5), torch.full((3, 5), 0.25)])
+def test_membranes_that_a_user_sets(theirs, start):
+    """Also a membrane with more axes than a step of x."""
+    x = normal(4, 5)
+    a, b = ours.MultiStepLIFNode(), theirs.neuron.MultiStepLIFNode()
+    a.v, b.v = start, torch.as_tensor(start).double()
+    close(a(x), b(x))
+    close(a.v, b.v)
+    a.v = None
+    with pytest.raises(TypeError, match="v of MultiStepLIFNode must be a number or a tensor, got NoneType"):
+        a(x)
+
+
+@pytest.mark.parametrize("shape", [(4, 0, 5), (4, 2, 0), (1, 2, 5), (100, 2, 5), (3, 2, 4, 3, 3)])
+def test_layouts_and_sizes(theirs, shape):
+    flipped = normal(*shape[::-1])
+    for x in (
+        normal(*shape),
+        normal(shape[1], shape[0], *shape[2:]).transpose(0, 1),
+        flipped.permute(*flipped.dim_order()[::-1]),
+    ):
+        a, b = ours.MultiStepLIFNode(), theirs.neuron.MultiStepLIFNode()
+        with backend("reference"):
+            close([a(2 * x), a.v, a.v_seq], [b(2 * x), b.v, b.v_seq])
+
+
+def test_a_call_that_raises_keeps_the_membrane():
+    node = ours.MultiStepIFNode()
+    x = torch.rand(4, 2, 5)
+    node(x)
+    v = node.v
+    node.v_threshold = torch.ones(3, 5)  # of another batch size
+    with pytest.warns(UserWarning, match="own code"), pytest.raises(RuntimeError, match="size of tensor"):
+        node(x)
+    assert node.v is v
+
+
+def test_replaced_methods_and_several_bases_run_their_own_code():
+    class Keeps(ours.neuron.BaseNode):
+        def neuronal_reset(self, spike):
+            pass
+
+    class Mixed(ours.MultiStepIFNode, Keeps):  # Keeps overrides BaseNode
+        pass
+
+    node, x = ours.MultiStepIFNode(), torch.ones(4, 1, 1)
+    node.neuronal_charge = lambda x: setattr(node, "v", node.v + 0.25 * x)
+    for neuron, reason, spikes in (
+        (Mixed(), "Keeps overrides neuronal_reset", 4),
+        (node, "neuronal_charge of Multi.* replaced", 1),
+    ):
+        with pytest.warns(UserWarning, match=reason):
+            assert neuron(x).sum() == spikes
+    accelerated = ours.MultiStepIFNode()
+    accelerate(accelerated)
+    accelerated.neuronal_fire = lambda: torch.zeros_like(accelerated.v)
+    with pytest.warns(UserWarning, match="neuronal_fire of MultiStepIFNode is replaced on the instance"):
+        assert accelerated(x).sum() == 0
+
+
+def test_threads_leave_the_backend_alone():
+    """Calls that run the class's own code use the backend "torch", because "cupy" needs CuPy. Other threads do not see it."""
+    node, seen = ours.MultiStepLIFNode(backend="cupy", surrogate_function=ours.surrogate.S2NN()), []
+    node.surrogate_function.register_forward_hook(lambda *args: seen.append(node.backend))
+    with pytest.warns(UserWarning, match="own code"):
+        node(torch.rand(4, 2, 5))
+    assert set(seen) == {"cupy"} and node.v.shape == node.v_seq.shape[1:] == (2, 5)
+
+
+# ---- tools -------------------------------------------------------------------------------------------------------------------
+
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 5), ours.MultiStepLIFNode(backend="cupy"), nn.Linear(5, 3), ours.MultiStepParametricLIFNode()
+    )
+
+
+def gradients(net, function, x):
+    y = function(x)
+    return [y, *torch.autograd.grad(y.sum(), list(net.parameters()))]
+
+
+def test_a_net_in_the_tools_of_pytorch():
+    x, net, watched = 2 * torch.randn(4, 2, 5), small_net(), []
+    wanted = gradients(net, net, x)
+    torch.compiler.reset()
+    twin = small_net()
+    assert all(map(torch.equal, gradients(twin, torch.compile(twin, fullgraph=True, backend="aot_eager"), x), wanted))
+    torch.compiler.reset()
+    twin = small_net()
+    both = torch.compile(lambda x: (twin(x), twin[1].v_seq), fullgraph=True, backend="aot_eager")
+    assert torch.equal(both(x)[1], net[1].v_seq) and torch.equal(twin[1].v, net[1].v)
+    twin = small_net()
+    twin[1].register_forward_hook(lambda module, args, output: watched.append((args[0], output, module.v_seq)))
+    twin(x)
+    net[1].reset()
+    assert torch.equal(watched[0][1], net[1](watched[0][0]))
+    assert torch.equal(watched[0][2], net[1].v_seq)
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(small_net(), (x,)).module()(x), wanted[0])
+        assert torch.equal(torch.jit.trace(small_net(), (x,), check_trace=False)(x), wanted[0])
+        with pytest.raises(RuntimeError, match="has no ONNX operator: run torch.onnx.export under sdit_kernels.backend"):
+            torch.onnx.export(small_net(), (x,), io.BytesIO(), dynamo=False)
+
+
+def test_a_net_in_the_transforms_of_pytorch():
+    x, net = 2 * torch.randn(4, 2, 5), small_net()
+    wanted = gradients(net, net, x)
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters, x):
+        ours.functional.reset_net(net)
+        return torch.func.functional_call(net, parameters, (x,)).sum()
+
+    found = torch.func.grad(loss)(parameters, x)
+    torch.testing.assert_close(list(found.values()), wanted[1:])
+    values = torch.func.vmap(loss, (None, 0))(parameters, torch.stack([x, -x]))
+    assert values[0] == wanted[0].sum()
+    ours.functional.reset_net(net)
+    assert torch.equal(net(x), wanted[0])
+
+
+def test_states_over_modes_and_devices():
+    x, net = 2 * torch.randn(6, 2, 5), small_net()
+    whole = small_net()(x)
+    with torch.no_grad():
+        parts = [net(x[:2])]
+    with torch.inference_mode():
+        parts.append(net(x[2:4]))
+    parts.append(net(x[4:]))
+    parts[2].sum().backward()
+    assert torch.equal(torch.cat(parts), whole) and net[0].weight.grad.any()
+    with torch.device("meta"):
+        meta = small_net()
+        assert meta(torch.empty(4, 2, 5)).shape == (4, 2, 3) and meta[1].v_seq.is_meta and repr(meta)
+    node = ours.MultiStepLIFNode()
+    node(x)
+    assert node(x.to("meta")).is_meta and node.v.is_meta  # the membrane follows the data
+
+
+@pytest.mark.parametrize("surrogate", ["S2NN", "PiecewiseLeakyReLU", "SquarewaveFourierSeries", "NonzeroSignLogAbs"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_surrogates_without_a_formula_compile(surrogate, grad):
+    torch.compiler.reset()
+    function, x = getattr(ours.surrogate, surrogate)(), torch.randn(9, requires_grad=grad)
+    assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), function(x))
+
+
+@pytest.mark.process
+def test_a_pickled_model_of_the_real_one_loads(theirs, tmp_path):
+    """A whole model, saved in a process with SpikingJelly 0.0.0.0.12 between two calls, runs where only this package is."""
+    program = """
+import sys, torch
+from torch import nn
+x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 5
+if sys.argv[1] == "save":
+    from spikingjelly.clock_driven import layer, neuron, surrogate
+    torch.manual_seed(0)
+    nodes = neuron.IFNode(), neuron.LIFNode(v_threshold=0.2), neuron.ParametricLIFNode(v_threshold=0.1)
+    net = nn.Sequential(
+        layer.SeqToANNContainer(nn.Linear(5, 5)), neuron.MultiStepIFNode(v_threshold=0.1, surrogate_function=surrogate.ATan()),
+        layer.MultiStepDropout(0.0), layer.MultiStepThresholdDependentBatchNorm1d(3.0, 1.0, 5),
+        neuron.MultiStepParametricLIFNode(v_reset=None, v_threshold=0.2), neuron.MultiStepLIFNode(v_threshold=0.2),
+        layer.MultiStepThresholdDependentBatchNorm1d(4.0, 1.0, 5), layer.MultiStepContainer(*nodes),
+        neuron.MultiStepLIFNode(v_threshold=0.1, surrogate_function=surrogate.S2NN()),
+    ).double().eval()
+    with torch.no_grad():
+        net(x)
+        torch.save(net, sys.argv[2])
+        torch.save([net(x), *(m.v for m in net.modules() if hasattr(m, "v"))], sys.argv[2] + ".wanted")
+else:
+    from sdit_kernels.compat import install
+    install()
+    net = torch.load(sys.argv[2], weights_only=False)
+    with torch.no_grad():
+        found = [net(x), *(m.v for m in net.modules() if hasattr(m, "v"))]
+    torch.testing.assert_close(found, torch.load(sys.argv[2] + ".wanted"), rtol=1e-9, atol=1e-9)
+    print(type(net[1]).__module__, bool(found[0].any()))
+"""
+    hidden = HIDE_SPIKINGJELLY + program
+    saved = python(program, "save", str(tmp_path / "net"), PYTHONPATH=str(PEER))
+    assert saved.returncode == 0, saved.stderr
+    loaded = python(hidden, "load", str(tmp_path / "net"))
+    assert loaded.stdout == "sdit_kernels.compat.clock_driven.neuron True\n", loaded.stderr
+
+
 # ---- layers, encodings, functions ------------------------------------------------------------------------------------------
 
 
@@ -487,11 +726,7 @@ functional.reset_net(node)
 def test_install_serves_and_names_the_rest(tmp_path):
     """Without SpikingJelly. The child hides one that is installed."""
     code = f"""
-import importlib.machinery, sys
-find = importlib.machinery.PathFinder.find_spec
-importlib.machinery.PathFinder.find_spec = classmethod(
-    lambda cls, name, *rest: None if name == "spikingjelly" else find(name, *rest)
-)
+{HIDE_SPIKINGJELLY}
 from sdit_kernels.compat import install
 install()
 install()

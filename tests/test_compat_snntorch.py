@@ -270,7 +270,8 @@ def train(net, steps=6):
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
-        x, y = torch.rand((8, 16, 64), generator=generator), torch.randint(10, (16,), generator=generator)
+        x = torch.rand((8, 16, 64), generator=generator, dtype=torch.float64)
+        y = torch.randint(10, (16,), generator=generator)
         spikes, history = net(2 * x)
         loss = sum(nn.functional.cross_entropy(mem, y) for mem in history) / len(history) + spikes.mean()
         optimiser.zero_grad()
@@ -281,20 +282,25 @@ def train(net, steps=6):
 
 
 @pytest.mark.parametrize("cls, accelerated", [(Net, True), (Unrolled, True), (Unrolled, False)])
-def test_training_gives_the_librarys_losses(snn, cls, accelerated):
-    """The losses of six steps agree within a relative 1e-5. Training amplifies the rounding differences."""
+def test_training_gives_the_librarys_losses(snn, cls, accelerated, monkeypatch):
+    """The losses of six steps agree in float64 up to rounding.
+
+    In float32, training amplifies the rounding of sums until a membrane crosses the threshold in one of the two runs only. The
+    order of the sums depends on the processor.
+    """
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # snnTorch rounds its spikes to float32
     torch.manual_seed(0)
-    net = Net(snn)
-    fused = cls(snn)
+    net = Net(snn).double()
+    fused = cls(snn).double()
     fused.load_state_dict(net.state_dict())
     if accelerated:
         assert [name for name, _ in accelerate(fused).replaced] == ["lif1", "lif2"]
     want, got = train(net), train(fused)
     assert want[-1] < want[0]
-    assert max(abs(g - w) / w for g, w in zip(got, want)) <= 1e-5
+    assert max(abs(g - w) / w for g, w in zip(got, want)) <= 1e-12
     assert list(fused.state_dict()) == list(net.state_dict())
     for p, q in zip(fused.state_dict().values(), net.state_dict().values()):
-        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)
 
 
 def hidden_net(snn):

@@ -235,12 +235,12 @@ def network(jelly, hidden=12, **options):
     return net
 
 
-def train(jelly, net, dtype, steps=6):
+def train(jelly, net, steps=6):
     generator = torch.Generator().manual_seed(1)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
     losses = []
     for _ in range(steps):
-        x = torch.rand((16, 1, 8, 8), generator=generator, dtype=dtype)
+        x = torch.rand((16, 1, 8, 8), generator=generator, dtype=torch.float64)
         y = torch.randint(10, (16,), generator=generator)
         loss = nn.functional.cross_entropy(net(3 * x.expand(4, *x.shape)).mean(0), y)
         optimiser.zero_grad()
@@ -251,19 +251,20 @@ def train(jelly, net, dtype, steps=6):
     return losses
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_training_gives_the_librarys_losses(jelly, dtype, bound):
-    """The relative losses of six steps agree: in float64 up to rounding, in float32 within 1e-5, because training amplifies
-    rounding."""
+def test_training_gives_the_librarys_losses(jelly):
+    """The losses of six steps agree in float64 up to rounding.
+
+    In float32, training amplifies rounding until a membrane crosses the threshold in one of the two runs only.
+    """
     torch.manual_seed(0)
-    net = network(jelly).to(dtype)
+    net = network(jelly).double()
     fused = copy.deepcopy(net)
     assert len(accelerate(fused).replaced) == 3
-    want, got = train(jelly, net, dtype), train(jelly, fused, dtype)
+    want, got = train(jelly, net), train(jelly, fused)
     assert want[0] != want[-1]
-    assert max(abs(g - w) / w for g, w in zip(got, want)) <= bound
+    assert max(abs(g - w) / w for g, w in zip(got, want)) <= 1e-12
     for p, q in zip(fused.state_dict().values(), net.state_dict().values()):
-        torch.testing.assert_close(p, q, rtol=1e3 * bound, atol=1e3 * bound)
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
 
 
 def test_an_accelerated_net_keeps_the_librarys_interface(jelly):

@@ -2,14 +2,17 @@
 
 import copy
 import functools
+import importlib.util
 import pickle
 import subprocess
 import sys
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import python
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,6 +30,10 @@ SNN_OPTIONS = (
 @pytest.fixture(scope="module")
 def jelly():
     pytest.importorskip("spikingjelly", reason="spikingjelly is not installed (make peers)")
+    return jelly_modules()
+
+
+def jelly_modules():
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
     return types.SimpleNamespace(functional=functional, layer=layer, neuron=neuron, surrogate=surrogate)
@@ -438,6 +445,144 @@ def test_a_pickle_is_fused_in_another_process(jelly, tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", program, tmp_path / "node"], capture_output=True, text=True)
     assert run.stdout == "1 True\n", run.stderr
+
+
+# ---- all uses of a net of SpikingJelly, without the kernels, with accelerate and with install -----------------------
+
+
+def record_uses(jelly, prepare):
+    """Use a net in many ways. prepare: what makes its neurons run on the kernels. Return all results and which code ran."""
+    if importlib.util.find_spec("tensorboard") is None:  # SpikingJelly's monitor of the GPU, which is not used here, needs it
+        sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=None)
+    from spikingjelly.activation_based import monitor, nir_exchange
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 6, dtype=torch.float64).requires_grad_()
+    neurons = [jelly.neuron.LIFNode(store_v_seq=True), jelly.neuron.ParametricLIFNode(store_v_seq=True)]
+    net = nn.Sequential(jelly.layer.Linear(6, 5), neurons[0], jelly.layer.Linear(5, 6), neurons[1]).double()
+    found = {"nir": {}}
+    for name, node in nir_exchange.export_to_nir(copy.deepcopy(net).float(), torch.randn(1, 6), dt=1e-4).nodes.items():
+        found["nir"][name] = {key: str(value) for key, value in vars(node).items()}
+    prepare(net)
+    jelly.functional.set_step_mode(net, "m")
+    kinds = monitor.OutputMonitor, monitor.InputMonitor, monitor.GradOutputMonitor, monitor.GradInputMonitor
+    monitors = [kind(net, jelly.neuron.BaseNode) for kind in kinds]
+    monitors += [monitor.AttributeMonitor(name, False, net, jelly.neuron.BaseNode) for name in ("v_seq", "v")]
+    y = net(2 * x)
+    y.square().sum().backward()
+    for n, watcher in enumerate(monitors):
+        found[f"{n} {type(watcher).__name__} of {watcher.monitored_layers}"] = list(watcher.records)
+        watcher.remove_hooks()
+    found["grads"] = [p.grad for p in net.parameters()]
+    with torch.no_grad():
+        jelly.functional.reset_net(net)
+        net(2 * x)
+        twins = copy.deepcopy(net), pickle.loads(pickle.dumps(net))
+        found["twins"] = [(twin(x), twin[1].v) for twin in (*twins, net)]
+    jelly.functional.reset_net(net)
+    jelly.functional.set_step_mode(net, "s")
+    found["single steps"] = [net(step) for step in x]
+    net.append(jelly.neuron.IFNode().double())  # a module that is made later
+    jelly.functional.reset_net(net)
+    prepare(net)
+    jelly.functional.set_step_mode(net, "m")
+    later = net(2 * x)
+    later.sum().backward()
+    found["later"] = later, net[4].v, [p.grad for p in net.parameters()]
+    jelly.functional.reset_net(net)
+    found["compiled"] = [t.detach() for t in two_calls_and_gradient(compiled(net), x.detach())]
+    return found, type(net[4](x).grad_fn).__name__
+
+
+def test_every_use_of_a_net_gives_the_librarys_results(jelly, tmp_path):
+    """install changes classes, so it runs in another process."""
+    pytest.importorskip("nirtorch", reason="nir and nirtorch are not installed")
+    wanted, own = record_uses(jelly, lambda net: None)
+    found, fused = record_uses(jelly, compat_jelly.accelerate)
+    assert (own, fused) == ("StackBackward0", "AutogradBackward")
+    code = (
+        "import sys, types, torch\n"
+        "from sdit_kernels.compat import install\n"
+        "install()\n"
+        "sys.path[:0] = ['tests']\n"
+        "import test_compat_tools as tools\n"
+        "torch.save(tools.record_uses(tools.jelly_modules(), lambda net: None), sys.argv[1])\n"
+    )
+    done = python(code, str(tmp_path / "found"))
+    assert done.returncode == 0, done.stderr
+    installed, fused = torch.load(tmp_path / "found", weights_only=False)
+    assert fused == "AutogradBackward"
+    for results in (found, installed):
+        assert results.keys() == wanted.keys() and results.pop("nir") == wanted["nir"]
+        for name, values in results.items():
+            torch.testing.assert_close(
+                values, wanted[name], rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_set_backend_of_the_older_version(jelly):
+    """Version 2 has no backends. Before, set_backend refuses a backend whose library is missing, with and without kernels."""
+    if not hasattr(jelly.functional, "set_backend"):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'backend'"):
+            jelly.neuron.LIFNode(backend="cupy")
+        return
+    node, fused = (jelly.neuron.LIFNode(step_mode="m") for _ in range(2))
+    compat_jelly.accelerate(fused)
+    errors = []
+    for module in (node, fused):
+        try:
+            jelly.functional.set_backend(module, "cupy")
+            errors.append(None)
+        except (ImportError, AssertionError, NotImplementedError) as error:
+            errors.append(str(error))
+    assert errors[0] == errors[1] and node.backend == fused.backend
+    x = torch.rand(4, 3)
+    if errors[0] is not None:
+        assert torch.equal(fused(x), node(x))
+
+
+DDP = """
+import copy, os, sys, torch
+sys.path[:0] = ["tests"]
+import test_compat_tools as tools
+from sdit_kernels.compat import clock_driven, install, spikingjelly
+from torch import distributed, nn
+rank = int(sys.argv[1])
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+neuron = tools.jelly_modules().neuron
+x = torch.randn(4, 6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
+
+def net(*nodes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 5), nodes[0], nn.Linear(5, 3), nodes[1]).double()
+
+def grads(net, x):
+    net(x).sum().backward()
+    return [p.grad for p in net.parameters()]
+
+def jelly():
+    return net(neuron.LIFNode(step_mode="m"), neuron.ParametricLIFNode(step_mode="m"))
+
+wanted = grads(jelly(), x)
+accelerated = jelly()
+spikingjelly.accelerate(accelerated)
+served = net(clock_driven.MultiStepLIFNode(backend="cupy"), clock_driven.MultiStepParametricLIFNode())
+install()
+for module in (accelerated, served, jelly()):
+    module = nn.parallel.DistributedDataParallel(module)
+    found = grads(module, x[:, :2] if rank else x[:, 2:])  # unequal parts of the batch
+    for mean, total in zip(found, wanted, strict=True):
+        torch.testing.assert_close(2 * mean, total, rtol=1e-9, atol=1e-9)
+print("equal", rank)
+distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.process
+def test_two_ddp_processes_give_the_gradients_of_one(jelly, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda rank: python(DDP, rank, str(tmp_path / "store")), "01"))
+    assert [run.stdout for run in runs] == ["equal 0\n", "equal 1\n"], [run.stderr for run in runs]
 
 
 # ---- documented differences ------------------------------------------------------------------------------------------

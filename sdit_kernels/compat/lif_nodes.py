@@ -4,10 +4,12 @@
 has two: ``LIFNode`` for one step, and ``MultiStepLIFNode`` for T steps.
 """
 
+import copy
 import functools
 import inspect
 import itertools
 import math
+import numbers
 
 import torch
 
@@ -108,8 +110,10 @@ def neuron_settings(neuron):
 def _start(neuron, x):
     """Return the membrane before a step x; None if it is at rest."""
     v, rest = neuron.v, 0.0 if neuron.v_reset is None else neuron.v_reset
-    if isinstance(v, (int, float)):
-        return None if v == rest else torch.full_like(x, v, requires_grad=False)
+    if not isinstance(v, torch.Tensor):
+        if not isinstance(v, (int, float, numbers.Real)):  # the last: scalars of NumPy
+            raise TypeError(f"v of {type(neuron).__name__} must be a number or a tensor, got {type(v).__name__}")
+        return None if v == rest else torch.full_like(x, float(v), requires_grad=False)
     if v.shape != x.shape:
         if hasattr(neuron, "materialize_states"):
             return None  # SpikingJelly 2 starts from rest
@@ -145,8 +149,9 @@ class Node(Methods):
         settings = _ready(neuron, x_seq, 1)
         if settings is None:
             return own(neuron, x_seq, *args, **kwargs)
-        start = _start(neuron, x_seq[0]) if x_seq.shape[0] else None
-        spikes, neuron.v, v_seq = _run_steps(x_seq, start, neuron.store_v_seq, settings)
+        if not x_seq.shape[0]:
+            return own(neuron, x_seq, *args, **kwargs)  # it has an error for T = 0
+        spikes, neuron.v, v_seq = _run_steps(x_seq, _start(neuron, x_seq[0]), neuron.store_v_seq, settings)
         if neuron.store_v_seq or "v_seq" in neuron.__dict__:
             neuron.v_seq = v_seq
         return spikes
@@ -197,22 +202,40 @@ class _ParametricLIFNode(Node):
 class _LastCall:
     """Input of the last call of a neuron, from which its membrane potentials are computed when somebody reads ``v_seq``."""
 
-    def __init__(self, x_seq, v, settings):
+    def __init__(self, x_seq, v, settings, needs_grad, was_changed=False):
         self.x_seq, self.v, self.settings = x_seq, v, settings
-        # Neither torch.compile nor an inference tensor can tell of a change in place.
-        unknown = torch.compiler.is_compiling() or x_seq.is_inference()
-        self.version = None if unknown else x_seq._version
+        self.needs_grad = needs_grad  # autograd was on in the call, and detach was not called since
+        self.was_changed = was_changed  # this is a copy, and its original was changed before
+        self.versions = None if torch.compiler.is_compiling() else self._count_changes()
 
-    def __reduce__(self):  # a copy of x_seq has a count of changes of its own
-        return _LastCall, (self.x_seq, self.v, self.settings)
+    def _count_changes(self):
+        """Return the numbers of changes in place; inference tensors have none."""
+        return [
+            t._version for t in (self.x_seq, self.v, *self.settings.values())
+            if isinstance(t, torch.Tensor) and not t.is_inference()
+        ]  # fmt: skip
+
+    def changed(self) -> bool:
+        """True if an input was changed in place after the call. The inputs of a compiled call do not tell."""
+        return self.was_changed or (self.versions is not None and self.versions != self._count_changes())
+
+    def __reduce__(self):  # the tensors of a copy count changes from 0
+        return _LastCall, (self.x_seq, self.v, self.settings, self.needs_grad, self.changed())
+
+    def detached(self):
+        x_seq, v, *values = (
+            t.detach() if isinstance(t, torch.Tensor) else t for t in (self.x_seq, self.v, *self.settings.values())
+        )
+        return _LastCall(x_seq, v, dict(zip(self.settings, values)), False, self.changed())
 
     def v_seq(self):
-        if self.version is not None and self.x_seq._version != self.version:
+        if self.changed():
             raise RuntimeError(
                 "v_seq is computed when it is read, from the input of the neuron, and this input was changed in place after "
                 "the call: read v_seq before, or change a copy of the input"
             )
-        return _run_steps(self.x_seq, self.v, True, self.settings)[2]
+        with torch.set_grad_enabled(self.needs_grad):
+            return _run_steps(self.x_seq, self.v, True, self.settings)[2]
 
 
 def _same_shape(neuron, x):
@@ -239,7 +262,7 @@ class SingleStep(Methods):
     def forward(own, neuron, x):
         settings = _ready(neuron, x)
         if settings is None:
-            return own(neuron, x)
+            return _run_own(own, neuron, x)
         x, v = _same_shape(neuron, x)
         spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), v, False, settings)
         return spikes.squeeze(0)
@@ -252,12 +275,21 @@ class MultiStep(Methods):
     def forward(own, neuron, x_seq):
         settings = _ready(neuron, x_seq, 1)
         if settings is None or x_seq.dim() < 2 or not x_seq.shape[0]:
-            return _own_steps(own, neuron, x_seq)
+            return _run_own(own, neuron, x_seq)
         x, v = _same_shape(neuron, x_seq[0])
-        x_seq = x_seq.expand(-1, *x.shape)
+        if x_seq.shape[1:] != x.shape:  # v has more axes, or longer ones
+            missing = [1] * (1 + x.dim() - x_seq.dim())
+            x_seq = x_seq.reshape(len(x_seq), *missing, *x_seq.shape[1:]).expand(-1, *x.shape)
         spikes, neuron.v, _ = _run_steps(x_seq, v, False, settings)
-        neuron.v_seq = _LastCall(x_seq, v, settings)
+        neuron.v_seq = _LastCall(x_seq, v, settings, torch.is_grad_enabled())
         return spikes
+
+    @staticmethod
+    def detach(own, neuron):
+        own(neuron)
+        last = vars(neuron)["_memories"].get("v_seq")
+        if isinstance(last, _LastCall):
+            neuron.v_seq = last.detached()
 
     @property
     def v_seq(self):
@@ -265,18 +297,26 @@ class MultiStep(Methods):
         if "v_seq" not in memories:
             raise AttributeError(f"{type(self).__name__} has no attribute 'v_seq'")
         if isinstance(memories["v_seq"], _LastCall):
-            memories["v_seq"] = memories["v_seq"].v_seq()
+            v_seq, v = memories["v_seq"].v_seq(), memories["v"]
+            memories["v_seq"] = v_seq.to(v.device, v.dtype) if isinstance(v, torch.Tensor) else v_seq  # .to() moved v since
         return memories["v_seq"]
 
 
-def _own_steps(own, neuron, x_seq):
-    """Run the class's own code; as its backend "torch", because "cupy" fails without CuPy."""
-    backend = neuron.backend
-    neuron.backend = "torch" if backend == "cupy" else backend
+def _run_own(own, neuron, x):
+    """Run the class's own code. If it raises, v is as before."""
+    v, backend, runner = neuron.v, getattr(neuron, "backend", None), neuron
+    if backend == "cupy":  # it fails without CuPy
+        # The copy has the same states. Other threads may use the neuron itself. torch.compile cannot trace a copy.
+        runner = neuron if torch.compiler.is_compiling() else copy.copy(neuron)
+        runner.backend = "torch"
     try:
-        return own(neuron, x_seq)
+        return own(runner, x)
+    except Exception:
+        neuron.v = v
+        raise
     finally:
-        neuron.backend = backend
+        if backend is not None:
+            neuron.backend = backend
 
 
 class _SingleStepLIF(SingleStep):

@@ -9,6 +9,7 @@ A layer from a user's file gets a class derived from its own (``Swapped``), and 
 """
 
 import functools
+import inspect
 import re
 import sys
 import warnings
@@ -73,9 +74,10 @@ class Fused:
         self.homes = {name: _dispatch_if_fused(cls, name) for name in names}
         for name, value in properties.items():
             setattr(self.homes["forward"], name, value)
+        self.own_methods = frozenset(name for name in dir(cls) if callable(getattr(cls, name)))
 
     def serves(self, module) -> bool:
-        return True
+        return self.own_methods.isdisjoint(vars(module)) or _serves_patched(self, module)
 
     def __reduce__(self):  # unpickling in another process must patch the library's class there too
         return type(self), (self.methods, self.cls)
@@ -90,13 +92,26 @@ class FusedClass(Fused):
         self.reasons = {cls: None}  # of subclasses too: the reason why not, or None
 
     def serves(self, module):
-        return self.reasons[type(module)] is None if type(module) in self.reasons else _serves_subclass(self, module)
+        kind = type(module)
+        return (self.reasons[kind] is None if kind in self.reasons else _serves_subclass(self, module)) and super().serves(
+            module
+        )
 
 
 @assume_constant_result  # torch.compile calls it once per graph
 def _serves_subclass(fused, module):
-    reason = changed_behaviour(module, fused.cls, harmless=("forward",))
+    reason = changed_class(module, fused.cls, harmless=("forward",))
     fused.reasons[type(module)] = reason
+    if reason is not None:
+        warn(f"{type(module).__name__} runs its own code: {reason}", 5)
+    return reason is None
+
+
+@assume_constant_result  # torch.compile calls it once per graph
+def _serves_patched(fused, module):
+    """Return False, with a warning, if a method other than forward is replaced on the instance."""
+    patched = fused.own_methods & vars(module).keys() - {"forward"}
+    reason = changed_instance(module, fused.cls, harmless=("forward",)) if patched else None
     if reason is not None:
         warn(f"{type(module).__name__} runs its own code: {reason}", 5)
     return reason is None
@@ -348,15 +363,26 @@ def changed_behaviour(module, base, harmless=()) -> str | None:
 
     harmless: names that a subclass may override.
     """
+    return changed_class(module, base, harmless) or changed_instance(module, base)
+
+
+def changed_class(module, base, harmless=()) -> str | None:
+    """Return the reason why the class of ``module`` may behave differently from ``base``, or None."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
-    for cls in type(module).__mro__:
-        if cls is base:
-            break
-        changed = sorted(name for name in vars(cls) if name not in _HARMLESS and name not in harmless and hasattr(base, name))
+    kind = type(module)
+    for cls in kind.__mro__:  # with several bases, an override may come after base
+        names = vars(cls).keys() - _HARMLESS - set(harmless) if cls not in base.__mro__ else ()
+        changed = sorted(n for n in names if hasattr(base, n) and inspect.getattr_static(kind, n) is vars(cls)[n])
         if changed:
             return f"{cls.__name__} overrides {', '.join(changed)} of {base.__name__}"
-    patched = sorted(name for name in vars(module) if callable(vars(module)[name]) and callable(getattr(base, name, None)))
+    return None
+
+
+def changed_instance(module, base, harmless=()) -> str | None:
+    """Return the reason if methods of ``base`` are replaced on the instance, or None."""
+    patched = sorted(n for n, value in vars(module).items() if callable(value) and callable(getattr(base, n, None)))
+    patched = [name for name in patched if name not in harmless]
     if patched:
         return f"{', '.join(patched)} of {base.__name__} {'is' if len(patched) == 1 else 'are'} replaced on the instance"
     return None

@@ -6,6 +6,7 @@ With ``spiking=False``, a module returns the primitive, the function with this d
 Source: the formulas in the documentation of SpikingJelly 0.0.0.0.12.
 """
 
+import inspect
 import math
 
 import torch
@@ -22,7 +23,10 @@ def heaviside(x):
 def _spike_function(name, derivative):
     """Return an autograd Function (x, *settings) with the Heaviside step forward and ``derivative(x, *settings)`` backward."""
 
-    def forward(x, *settings):
+    def forward_with_one(x, setting):
+        return heaviside(x)
+
+    def forward_with_two(x, first, second):
         return heaviside(x)
 
     def setup_context(ctx, inputs, output):
@@ -33,6 +37,8 @@ def _spike_function(name, derivative):
         (x,) = ctx.saved_tensors
         return (grad * derivative(x, *ctx.settings), *(None for _ in ctx.settings))
 
+    # torch.compile counts the parameters of forward, so it has no *settings
+    forward = forward_with_two if len(inspect.signature(derivative).parameters) == 3 else forward_with_one
     body = {"forward": forward, "setup_context": setup_context, "backward": backward}
     body = {key: staticmethod(function) for key, function in body.items()}
     return type(name, (torch.autograd.Function,), body | {"__module__": __name__, "generate_vmap_rule": True})
