@@ -10,6 +10,8 @@ import inspect
 import itertools
 import math
 import numbers
+import re
+import sys
 
 import torch
 
@@ -33,6 +35,7 @@ _SURROGATES = {
     "QPseudoSpike": "fast_sigmoid",  # (1 + 2|z| / (alpha - 1))^-alpha at alpha = 2
 }
 _TRUSTED_PACKAGES = ("spikingjelly.activation_based.", "spikingjelly.clock_driven.", "sdit_kernels.compat.clock_driven.")
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 _SURROGATE_FILES = (".activation_based.surrogate", ".clock_driven.surrogate")
 
 
@@ -360,8 +363,13 @@ NODES: dict[str, dict[str, type]] = {
 
 
 def is_trusted(cls) -> bool:
-    """True for a class of SpikingJelly or of this package. The tests compare these with the fused methods."""
-    return f"{cls.__module__}.".startswith(_TRUSTED_PACKAGES)
+    """True for a class of this package or of an installed SpikingJelly. The tests compare these with the fused methods.
+
+    A project may hold an edited copy under SpikingJelly's name, so a SpikingJelly in another folder is a copy.
+    """
+    root = cls.__module__.partition(".")[0]
+    installed = _INSTALLED.search(getattr(sys.modules.get(root), "__file__", None) or "")
+    return f"{cls.__module__}.".startswith(_TRUSTED_PACKAGES) and (root != "spikingjelly" or installed is not None)
 
 
 @functools.cache
@@ -384,7 +392,9 @@ def difference_of_copy(cls, methods) -> str | None:
 
 def _try_out(neuron, methods):
     """Run a new neuron on random data, in float64. Return its spikes, membrane potential and gradients."""
-    if methods is not None:
+    if methods is None:
+        vars(neuron)["_sdit_kernels"] = None  # its class may be fused
+    else:
         replace_methods(neuron, methods)
     if hasattr(neuron, "step_mode"):
         neuron.step_mode = "m"

@@ -25,6 +25,7 @@ The page "SpikingJelly" of the documentation lists the differences. The most imp
   with a warning in each call.
 """
 
+import functools
 import sys
 
 import torch
@@ -51,16 +52,19 @@ def neuron_classes(neurons) -> dict[type, type | str]:
 
     A copy may be edited. A class of a copy that computes something else has the reason in place of the methods.
     """
+    return {cls: difference_of_copy(cls, methods) or methods for cls, methods in _methods_of_classes(neurons).items()}
+
+
+def _methods_of_classes(neurons):
     table = NODES[neurons.__name__.split(".")[-2]]
-    found = {getattr(neurons, name): methods for name, methods in table.items() if hasattr(neurons, name)}
-    return {cls: difference_of_copy(cls, methods) or methods for cls, methods in found.items()}
+    return {getattr(neurons, name): methods for name, methods in table.items() if hasattr(neurons, name)}
 
 
 def fuse_classes(neurons) -> list[type]:
     """Run all neurons of a neuron module of SpikingJelly on the kernels, also later ones. Return the classes."""
-    found = {cls: methods for cls, methods in neuron_classes(neurons).items() if not isinstance(methods, str)}
+    found = _methods_of_classes(neurons)
     for cls, methods in found.items():
-        fuse_class(cls, methods)
+        fuse_class(cls, methods, functools.partial(difference_of_copy, cls, methods))
     return list(found)
 
 

@@ -84,23 +84,26 @@ class Fused:
 
 
 class FusedClass(Fused):
-    """Marks a class: all its instances are fused; of its subclasses only those that keep the code that the kernels replace."""
+    """Marks a class: all its instances are fused; of its subclasses only those that keep the code that the kernels replace.
 
-    def __init__(self, methods, cls):
+    ``check()`` returns the reason why the class itself must run its own code, or None. The first call of a neuron asks it.
+    """
+
+    def __init__(self, methods, cls, check):
         super().__init__(methods, cls)
         self.homes.pop("extra_repr", None)  # repr stays the library's
-        self.reasons = {cls: None}  # of subclasses too: the reason why not, or None
+        self.check = check
+        self.reasons = {}  # of the class and its subclasses: the reason why not, or None
 
     def serves(self, module):
         kind = type(module)
-        return (self.reasons[kind] is None if kind in self.reasons else _serves_subclass(self, module)) and super().serves(
-            module
-        )
+        known = self.reasons[kind] is None if kind in self.reasons else _serves_class(self, module)
+        return known and super().serves(module)
 
 
 @assume_constant_result  # torch.compile calls it once per graph
-def _serves_subclass(fused, module):
-    reason = changed_class(module, fused.cls, harmless=("forward",))
+def _serves_class(fused, module):
+    reason = fused.check() or changed_class(module, fused.cls, harmless=("forward",))
     fused.reasons[type(module)] = reason
     if reason is not None:
         warn(f"{type(module).__name__} runs its own code: {reason}", 5)
@@ -117,9 +120,9 @@ def _serves_patched(fused, module):
     return reason is None
 
 
-def fuse_class(cls: type, methods: type[Methods]):
-    """Replace the methods of a class, for all its instances, also instances that are made later."""
-    setattr(cls, "_sdit_kernels", FusedClass(methods, cls))  # noqa: B010, because mypy knows no attribute of that name
+def fuse_class(cls: type, methods: type[Methods], check):
+    """Replace the methods of a class, for all its instances, also instances that are made later, unless ``check()`` objects."""
+    setattr(cls, "_sdit_kernels", FusedClass(methods, cls, check))  # noqa: B010, because mypy knows no attribute of that name
 
 
 def unfuse_class(cls: type):
