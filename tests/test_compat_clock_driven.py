@@ -20,6 +20,7 @@ from perf.peers import CLOCK_DRIVEN, clock_driven
 from sdit_kernels import backend
 from sdit_kernels.compat import clock_driven as ours
 from sdit_kernels.compat.__main__ import main as command
+from sdit_kernels.compat.clock_driven import cext_neuron
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 
 PEER = CLOCK_DRIVEN.parent
@@ -533,6 +534,51 @@ for module in (early, new.ParametricLIFNode(step_mode="m"), new.IFNode()):
     lines = done.stdout.splitlines()
     assert lines[0] == "sdit_kernels.compat.clock_driven.neuron AutogradBackward"
     assert lines[2:] == ["AutogradBackward", "AutogradBackward", "SqueezeBackward1"]
+
+
+CEXT = """
+import torch
+from sdit_kernels.compat import install
+install()
+from spikingjelly.cext import neuron as cext_neuron
+from spikingjelly.cext.neuron import MultiStepParametricLIFNode
+from spikingjelly.clock_driven import neuron, surrogate
+x = torch.randn(4, 2, 3, requires_grad=True)
+atan = surrogate.ATan(alpha=2.0)
+for mine, same in (
+    (cext_neuron.MultiStepIFNode(detach_reset=True), neuron.MultiStepIFNode(surrogate_function=atan, detach_reset=True)),
+    (MultiStepParametricLIFNode(init_tau=2.0, detach_reset=True),
+     neuron.MultiStepParametricLIFNode(2.0, surrogate_function=atan, detach_reset=True)),
+):
+    print(type(mine).__module__, type(mine(x).grad_fn).__name__, repr(mine) == repr(same))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["newest", "0.0.0.0.12"])
+def test_install_serves_the_neurons_of_the_cuda_extension(theirs, version):
+    """SpikingJelly 2 has no cext; 0.0.0.0.12 has its files, but here not the compiled extension."""
+    done = python(CEXT, PYTHONPATH=os.pathsep.join([str(ROOT), *([str(PEER)] if version != "newest" else [])]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sdit_kernels.compat.clock_driven.cext_neuron AutogradBackward True"] * 2
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_neurons_of_the_cuda_extension(theirs, name):
+    """They equal SpikingJelly's clock_driven neurons with a surrogate object, and accelerate takes them."""
+    tau = {"LIF": {"tau": 4.0}, "Par": {"init_tau": 4.0}, "IFN": {}}[name.removeprefix("MultiStep")[:3]]
+    shared = tau | {"v_threshold": 0.75, "detach_reset": True}
+    for kind in ("ATan", "Sigmoid"):
+        mine = getattr(cext_neuron, name)(surrogate_function=kind, alpha=2.0, **shared)
+        surrogate = getattr(theirs.surrogate, kind)(alpha=2.0)
+        same(mine, getattr(theirs.neuron, name)(surrogate_function=surrogate, **shared), normal(6, 3, 4))
+        assert not accelerate(mine).left
+    old = {"w": torch.tensor([0.5])}  # the extension's w has the shape (1,)
+    if "Parametric" in name:
+        mine.load_state_dict(old)
+        assert mine.w.item() == 0.5
+    with pytest.raises(ValueError, match='surrogate_function must be "ATan" or "Sigmoid"'):
+        getattr(cext_neuron, name)(surrogate_function="Erf")
 
 
 @pytest.mark.process

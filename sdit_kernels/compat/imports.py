@@ -3,12 +3,14 @@
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 
 from .lif_nodes import NODES
 
 _SERVED = "sdit_kernels.compat.clock_driven"
 _FILES = ("base", "encoding", "functional", "layer", "neuron", "surrogate")
+_SERVED_CEXT = f"{_SERVED}.cext_neuron"
 
 
 class _Alias(importlib.abc.Loader):
@@ -48,6 +50,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, root):
         self.root = root
         self.clock_driven = f"{root}.clock_driven"
+        self.cext = f"{root}.cext"
         self.neurons = [f"{root}.{interface}.neuron" for interface in NODES]
         self.no_library = False  # no SpikingJelly is installed
 
@@ -56,6 +59,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         # A served clock_driven is the package _SERVED, whose files other finders would load again under a second name.
         served = name.startswith(f"{self.clock_driven}.") and sys.modules.get(self.clock_driven) is sys.modules.get(_SERVED)
+        served = served or (name == f"{self.cext}.neuron" and importlib.util.find_spec("_C_neuron") is None)
         spec = None if served else self._find_elsewhere(name, path, target)
         if spec is not None:
             if name in self.neurons and spec.loader is not None:
@@ -64,10 +68,14 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name == self.root:
             self.no_library = True
             return importlib.machinery.ModuleSpec(name, _Alias(None), is_package=True)
+        if name == self.cext:
+            return importlib.machinery.ModuleSpec(name, _Alias(None), is_package=True)
+        if name == f"{self.cext}.neuron":
+            return importlib.machinery.ModuleSpec(name, _Alias(_SERVED_CEXT))
         if name == self.clock_driven or name in (f"{self.clock_driven}.{file}" for file in _FILES):
             return importlib.machinery.ModuleSpec(name, _Alias(_SERVED + name[len(self.clock_driven) :]), is_package=True)
         if name.startswith(f"{self.clock_driven}.") or self.no_library:
-            raise ModuleNotFoundError(f"{name} is not served: {_what_is_served(self.clock_driven)}", name=name)
+            raise ModuleNotFoundError(f"{name} is not served: {_what_is_served(self)}", name=name)
         return None
 
     def _find_elsewhere(self, name, path, target):
@@ -79,8 +87,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         return None
 
 
-def _what_is_served(package):
-    return f"sdit_kernels serves {package} and its files {', '.join(_FILES)}; a SpikingJelly that is installed has the rest"
+def _what_is_served(finder):
+    files = f"{finder.clock_driven}, its files {', '.join(_FILES)}, and {finder.cext}.neuron"
+    return f"sdit_kernels serves {files}; a SpikingJelly that is installed has the rest"
 
 
 def _fuse(neurons):
@@ -97,7 +106,8 @@ def install(root: str = "spikingjelly") -> None:
 
     After the call, ``from spikingjelly.clock_driven.neuron import MultiStepLIFNode`` works without SpikingJelly and without
     CuPy, and also beside an installed SpikingJelly 2.x, which has no clock_driven. The files base, encoding, functional, layer,
-    neuron and surrogate are served. Other names of SpikingJelly raise an ImportError that names them.
+    neuron and surrogate are served, and ``spikingjelly.cext.neuron`` where its CUDA extension is missing. Other names of
+    SpikingJelly raise an ImportError that names them.
 
     If SpikingJelly, or a copy of it under ``root``, is installed, its own classes stay in place. All its LIF, IF and parametric
     LIF neurons then run on the kernels, also neurons that are made later; ``compat.spikingjelly.accelerate`` does the same for
