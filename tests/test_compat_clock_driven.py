@@ -1,6 +1,7 @@
 """Compare compat.clock_driven with SpikingJelly 0.0.0.0.12, and test install()."""
 
 import copy
+import importlib
 import inspect
 import io
 import os
@@ -626,6 +627,23 @@ print(accelerate(torch.nn.Sequential(edited.MultiStepIFNode())))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:4] == ["AutogradBackward", "CatBackward0", "AutogradBackward", "CatBackward0"]
     assert "a copy of SpikingJelly's MultiStepIFNode and computes something else" in done.stdout
+
+
+def test_install_accepts_the_backend_cupy_without_cupy(tmp_path, monkeypatch):
+    """The constructors of activation_based in 0.0.0.0.14 check a backend with a function of base."""
+    package = tmp_path / "old_jelly" / "activation_based"
+    package.mkdir(parents=True)
+    (tmp_path / "old_jelly" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "base.py").write_text("cupy = None\n\ndef check_backend_library(backend):\n    raise ImportError(backend)\n")
+    (package / "neuron.py").write_text("from . import base\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    ours.install("old_jelly")
+    check = importlib.import_module("old_jelly.activation_based.neuron").base.check_backend_library
+    check("cupy")
+    with pytest.raises(ImportError, match="lava"):
+        check("lava")
 
 
 def test_install_refuses_what_is_no_module():

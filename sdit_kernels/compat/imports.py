@@ -92,12 +92,18 @@ def _what_is_served(finder):
     return f"sdit_kernels serves {files}; a SpikingJelly that is installed has the rest"
 
 
+def _allow_cupy(module, name):
+    """Without CuPy, a constructor of SpikingJelly refuses the backend "cupy". The kernels need no CuPy, so accept it."""
+    own = getattr(module, name, None)
+    if own is not None and getattr(module, "cupy", True) is None:
+        setattr(module, name, lambda backend: None if backend == "cupy" else own(backend))
+
+
 def _fuse(neurons):
     from .spikingjelly import fuse_classes  # late, because it imports the kernels
 
-    if getattr(neurons, "cupy", True) is None:  # no CuPy; then a constructor of clock_driven refuses the backend "cupy"
-        own = neurons.check_backend
-        neurons.check_backend = lambda backend: None if backend == "cupy" else own(backend)
+    _allow_cupy(neurons, "check_backend")  # clock_driven
+    _allow_cupy(getattr(neurons, "base", None), "check_backend_library")  # activation_based 0.0.0.0.14
     fuse_classes(neurons)
 
 
