@@ -25,6 +25,7 @@ from sdit_kernels import backend
 from sdit_kernels.compat import clock_driven as ours
 from sdit_kernels.compat import uninstall
 from sdit_kernels.compat.__main__ import main as command
+from sdit_kernels.compat.clock_driven import cext_neuron
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 
 PEER = CLOCK_DRIVEN.parent
@@ -773,6 +774,51 @@ for module in (early, new.ParametricLIFNode(step_mode="m"), new.IFNode()):
     assert lines[2:] == ["AutogradBackward", "AutogradBackward", "SqueezeBackward1"]
 
 
+CEXT = """
+import torch
+from sdit_kernels.compat import install
+install()
+from spikingjelly.cext import neuron as cext_neuron
+from spikingjelly.cext.neuron import MultiStepParametricLIFNode
+from spikingjelly.clock_driven import neuron, surrogate
+x = torch.randn(4, 2, 3, requires_grad=True)
+atan = surrogate.ATan(alpha=2.0)
+for mine, same in (
+    (cext_neuron.MultiStepIFNode(detach_reset=True), neuron.MultiStepIFNode(surrogate_function=atan, detach_reset=True)),
+    (MultiStepParametricLIFNode(init_tau=2.0, detach_reset=True),
+     neuron.MultiStepParametricLIFNode(2.0, surrogate_function=atan, detach_reset=True)),
+):
+    print(type(mine).__module__, type(mine(x).grad_fn).__name__, repr(mine) == repr(same))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("version", ["newest", "0.0.0.0.12"])
+def test_install_serves_the_neurons_of_the_cuda_extension(theirs, version):
+    """SpikingJelly 2 has no cext; 0.0.0.0.12 has its files, but here not the compiled extension."""
+    done = python(CEXT, PYTHONPATH=os.pathsep.join([str(ROOT), *([str(PEER)] if version != "newest" else [])]))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["sdit_kernels.compat.clock_driven.cext_neuron AutogradBackward True"] * 2
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_neurons_of_the_cuda_extension(theirs, name):
+    """They equal SpikingJelly's clock_driven neurons with a surrogate object, and accelerate takes them."""
+    tau = {"LIF": {"tau": 4.0}, "Par": {"init_tau": 4.0}, "IFN": {}}[name.removeprefix("MultiStep")[:3]]
+    shared = tau | {"v_threshold": 0.75, "detach_reset": True}
+    for kind in ("ATan", "Sigmoid"):
+        mine = getattr(cext_neuron, name)(surrogate_function=kind, alpha=2.0, **shared)
+        surrogate = getattr(theirs.surrogate, kind)(alpha=2.0)
+        same(mine, getattr(theirs.neuron, name)(surrogate_function=surrogate, **shared), normal(6, 3, 4))
+        assert not accelerate(mine).left
+    old = {"w": torch.tensor([0.5])}  # the extension's w has the shape (1,)
+    if "Parametric" in name:
+        mine.load_state_dict(old)
+        assert mine.w.item() == 0.5
+    with pytest.raises(ValueError, match='surrogate_function must be "ATan" or "Sigmoid"'):
+        getattr(cext_neuron, name)(surrogate_function="Erf")
+
+
 @pytest.mark.process
 def test_install_accelerates_the_real_one(theirs, tmp_path):
     """Where SpikingJelly 0.0.0.0.12 is installed, its own classes run on the kernels, without CuPy. Also by python -m."""
@@ -829,7 +875,7 @@ def test_install_is_undone():
     assert served is ours.neuron
     uninstall()
     assert list(sys.meta_path) == before[1] and not any(
-        "clock_driven" in name for name in sys.modules.keys() - before[0].keys()
+        "clock_driven" in name or "cext" in name for name in sys.modules.keys() - before[0].keys()
     )
 
 
@@ -837,6 +883,23 @@ def test_install_is_undone():
 def test_examples_of_docstrings(name):
     found = doctest.testmod(importlib.import_module(f"sdit_kernels.compat.{name}"))
     assert found.attempted >= 2 and found.failed == 0
+
+
+def test_install_accepts_the_backend_cupy_without_cupy(tmp_path, monkeypatch):
+    """The constructors of activation_based in 0.0.0.0.14 check a backend with a function of base."""
+    package = tmp_path / "old_jelly" / "activation_based"
+    package.mkdir(parents=True)
+    (tmp_path / "old_jelly" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "base.py").write_text("cupy = None\n\ndef check_backend_library(backend):\n    raise ImportError(backend)\n")
+    (package / "neuron.py").write_text("from . import base\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    ours.install("old_jelly")
+    check = importlib.import_module("old_jelly.activation_based.neuron").base.check_backend_library
+    check("cupy")
+    with pytest.raises(ImportError, match="lava"):
+        check("lava")
 
 
 def test_install_refuses_what_is_no_module():

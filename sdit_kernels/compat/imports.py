@@ -3,6 +3,7 @@
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ from .swap import unfuse_class
 
 _SERVED = "sdit_kernels.compat.clock_driven"
 _FILES = ("base", "encoding", "functional", "layer", "neuron", "surrogate")
+_SERVED_CEXT = f"{_SERVED}.cext_neuron"
 
 
 class _Alias(importlib.abc.Loader):
@@ -50,6 +52,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def __init__(self, root):
         self.root = root
         self.clock_driven = f"{root}.clock_driven"
+        self.cext = f"{root}.cext"
         self.files = [f"{root}.clock_driven.{file}" for file in _FILES]
         self.neurons = [f"{root}.{interface}.neuron" for interface in ("activation_based", "clock_driven")]
         self.no_library = False  # no SpikingJelly is installed
@@ -60,6 +63,7 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         # A served clock_driven is the package _SERVED, whose files other finders would load again under a second name.
         served = name.startswith(f"{self.clock_driven}.") and sys.modules.get(self.clock_driven) is sys.modules.get(_SERVED)
+        served = served or (name == f"{self.cext}.neuron" and importlib.util.find_spec("_C_neuron") is None)
         spec = None if served else self._find_elsewhere(name, path, target)
         if spec is not None:
             if name in self.neurons and spec.loader is not None:
@@ -68,21 +72,30 @@ class _Finder(importlib.abc.MetaPathFinder):
         if name == self.root:
             self.no_library = True
             return importlib.machinery.ModuleSpec(name, _Alias(None), is_package=True)
+        if name == self.cext:
+            return importlib.machinery.ModuleSpec(name, _Alias(None), is_package=True)
+        if name == f"{self.cext}.neuron":
+            return importlib.machinery.ModuleSpec(name, _Alias(_SERVED_CEXT))
         if name == self.clock_driven or name in self.files:
             return importlib.machinery.ModuleSpec(name, _Alias(_SERVED + name[len(self.clock_driven) :]), is_package=True)
         if name.startswith(f"{self.clock_driven}.") or self.no_library:
-            raise ModuleNotFoundError(f"{name} is not served: {_what_is_served(self.clock_driven)}", name=name)
+            raise ModuleNotFoundError(f"{name} is not served: {_what_is_served(self)}", name=name)
         return None
 
     def fuse(self, neurons):
         from .spikingjelly import fuse_classes  # late, because it imports the kernels
 
-        if getattr(neurons, "cupy", True) is None:  # no CuPy; then a constructor of clock_driven refuses the backend "cupy"
-            own = neurons.check_backend
-            neurons.check_backend = lambda backend: None if backend == "cupy" else own(backend)
-            self.undo.append(lambda: setattr(neurons, "check_backend", own))
+        self.allow_cupy(neurons, "check_backend")  # clock_driven
+        self.allow_cupy(getattr(neurons, "base", None), "check_backend_library")  # activation_based 0.0.0.0.14
         fused = fuse_classes(neurons)
         self.undo.append(lambda: [unfuse_class(cls) for cls in fused])
+
+    def allow_cupy(self, module, name):
+        """Without CuPy, a constructor of SpikingJelly refuses the backend "cupy". The kernels need no CuPy, so accept it."""
+        own = getattr(module, name, None)
+        if own is not None and getattr(module, "cupy", True) is None:
+            setattr(module, name, lambda backend: None if backend == "cupy" else own(backend))
+            self.undo.append(lambda: setattr(module, name, own))
 
     def _find_elsewhere(self, name, path, target):
         for finder in sys.meta_path:
@@ -97,8 +110,9 @@ def _installed():
     return [finder for finder in sys.meta_path if isinstance(finder, _Finder)]
 
 
-def _what_is_served(package):
-    return f"sdit_kernels serves {package} and its files {', '.join(_FILES)}; a SpikingJelly that is installed has the rest"
+def _what_is_served(finder):
+    files = f"{finder.clock_driven}, its files {', '.join(_FILES)}, and {finder.cext}.neuron"
+    return f"sdit_kernels serves {files}; a SpikingJelly that is installed has the rest"
 
 
 def install(root: str = "spikingjelly") -> None:
@@ -106,7 +120,8 @@ def install(root: str = "spikingjelly") -> None:
 
     After the call, ``from spikingjelly.clock_driven.neuron import MultiStepLIFNode`` works without SpikingJelly and without
     CuPy, and also beside an installed SpikingJelly 2.x, which has no clock_driven. The files base, encoding, functional, layer,
-    neuron and surrogate are served. Other names of SpikingJelly raise an ImportError that names them.
+    neuron and surrogate are served, and ``spikingjelly.cext.neuron`` where its CUDA extension is missing. Other names of
+    SpikingJelly raise an ImportError that names them.
 
     If SpikingJelly, or a copy of it under ``root``, is installed, its own classes stay in place. All its LIF, IF and parametric
     LIF neurons then run on the kernels, also neurons that are made later; ``compat.spikingjelly.accelerate`` does the same for
@@ -157,12 +172,15 @@ def uninstall() -> None:
         sys.meta_path.remove(finder)
         for undo in finder.undo:
             undo()
-        served = [name for name in (finder.clock_driven, *finder.files) if sys.modules.get(name) in _our_modules()]
-        for name in [*served, finder.root] if finder.no_library else served:
-            sys.modules.pop(name, None)
-        if served and finder.root in sys.modules:
-            vars(sys.modules[finder.root]).pop("clock_driven", None)
+        for name, module in list(sys.modules.items()):
+            if f"{name}.".startswith(f"{finder.root}.") and _is_served(module):
+                del sys.modules[name]
+        library = vars(sys.modules.get(finder.root, object))
+        for part in ("clock_driven", "cext"):
+            if _is_served(library.get(part)):
+                delattr(sys.modules[finder.root], part)
 
 
-def _our_modules():
-    return [module for name, module in list(sys.modules.items()) if name.startswith(_SERVED)]
+def _is_served(module):
+    loader = getattr(getattr(module, "__spec__", None), "loader", None)
+    return isinstance(loader, _Alias) or getattr(module, "__name__", "").startswith(_SERVED)
