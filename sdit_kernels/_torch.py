@@ -132,3 +132,32 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 # True if a call of a module runs hooks of the module. Fallback: True, and the module runs its own code.
 has_hooks: Callable[[nn.Module], bool] = _has_hooks if all(hasattr(nn.Module(), name) for name in _HOOKS) else _always
+
+
+# --- operators ----------------------------------------------------------------------------------------------------------------
+
+
+def written_arguments(function: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """Return the arguments that a call of an operator writes to. Fallback: the first argument of an operator whose name ends
+    in "_", and arguments named out."""
+    schema = getattr(function, "_schema", None)
+    if schema is None:
+        first = args[:1] if function.name().partition(".")[0].endswith("_") else ()
+        return [*first, *(v for k, v in kwargs.items() if k == "out")]
+    if not schema.is_mutable:
+        return []
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    named = {a.name for a, w in zip(schema.arguments, written) if w}
+    return [*(a for a, w in zip(args, written) if w), *(v for k, v in kwargs.items() if k in named)]
+
+
+def _no_backward() -> int:
+    return -1
+
+
+_graph_task = getattr(_C, "_current_graph_task_id", _no_backward)
+
+
+def in_backward() -> bool:
+    """True if this thread runs a backward pass, in which activation checkpointing repeats the forward pass. Fallback: False."""
+    return _graph_task() != -1
