@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .recorder import Recorder
-from .report import Costs, Input, Report, Row
+from .report import Costs, Input, Report, Row, check_costs
 
 __all__ = ["Costs", "Input", "Report", "Row", "count"]
 
@@ -45,7 +46,7 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
 
     Raises:
         TypeError: model is not a module, or costs is not a :class:`Costs`.
-        ValueError: the model has parameters on "meta".
+        ValueError: the model has parameters without values: on "meta", or lazy.
 
     Source: energy constants: Horowitz, ISSCC 2014. A level of n counts as n events, as in SDT-V3 (arXiv 2411.16061).
 
@@ -66,13 +67,14 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(costs, Costs):
-        raise TypeError(f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}")
+    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise ValueError(f"the parameters of model must have values, but {lazy[0]} is lazy: call the model once before")
     on_meta = [name for name, p in model.named_parameters() if p.is_meta]
     if on_meta:
         raise ValueError(f"the parameters of model must have values, but {on_meta[0]} is on the meta device")
     recorder = Recorder(model)
-    report = Report(recorder, costs)
+    report = Report(recorder, check_costs(costs))
     if not inputs and not kwargs:
         return _counting(recorder, report)
     with recorder.running():

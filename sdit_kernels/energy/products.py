@@ -249,12 +249,13 @@ def fingerprint(x: Tensor) -> Tensor:
     return total
 
 
-FIELDS = ("nonzero", "low", "high", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
+FIELDS = ("nonzero", "low", "high", "least", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
 
 
 def measure(product: Product, i: int, attention: bool) -> Tensor:
     """Return the numbers ``FIELDS`` of operand i as one tensor on its device.
 
+    least: the smallest absolute value that is not 0.
     events: sum of the fan-outs of nonzero elements. magnitude: the same, times the absolute value of the element. pairs and
     pair_magnitude: the same over pairs of elements, measured with operand 0 of a product of two operands that are data.
     """
@@ -265,7 +266,8 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     low, high = x.aminmax()
     factor, fits = find_factor(x)
     some, size = x != 0, x.abs()
-    found = [some.sum(), low, high, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]
+    least = torch.where(some, size, math.inf).amin()
+    found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]
     other = product.operands[1]
     if attention and i == 0 and other is not None:
         found += [product.pairs(some, other != 0), product.pairs(size, other.abs())]

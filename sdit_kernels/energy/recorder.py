@@ -13,7 +13,7 @@ arguments::
 
 import enum
 import inspect
-import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch as dispatch
@@ -113,7 +114,7 @@ def may_contract(function: Any, name: str, tensors: list[Tensor], out: object) -
     if namespace not in ("aten", "prims", "prim"):
         return True
     if short.startswith(_CONTRACTING):
-        return True
+        return short not in ("linalg_vector_norm", "linalg_cross")
     return len(floats) > 1 and torch.Tag.pointwise not in function.tags and not function.is_view and name not in _ELEMENTWISE
 
 
@@ -180,21 +181,24 @@ class Recorder:
         self.inputs: list[list[Tensor]] = []  # fingerprints of the inputs of each batch
         self.ordinal = 0  # of a product within one call of a function of torch
         self.busy = False
-        self._names = {m: name.replace("_orig_mod.", "") for name, m in model.named_modules(remove_duplicate=True)}
+        self._names: dict[nn.Module, str] = {}
+        self._foreign: dict[nn.Module, str] = {}
         self._layers: list[str] = []
         self._depth = 0  # of modules of this model
-        self._origins: dict[int, Origin] = {}
+        self._origins: dict[int, tuple[Origin, StorageWeakRef]] = {}  # by address
         self._weights: set[int] = set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record inside the with block. Hooks and modes go when it ends, also after an error."""
-        self._names = {m: name.replace("_orig_mod.", "").removesuffix("_orig_mod") for m, name in _named(self.model)}
+        self._names = {m: _without_wrappers(name) for name, m in self.model.named_modules()}
         self._layers, self._depth = [], 0
         with ExitStack() as stack:
             # Inside compiled code nothing can be counted, so a compiled model runs its own Python code.
             if _uses_compiler(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+                stack.enter_context(warnings.catch_warnings())  # the hooks run once more for the compiled wrapper: no harm
+                warnings.filterwarnings("ignore", message=".*global hooks on modules")
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
             stack.enter_context(_Functions(self))
@@ -208,7 +212,16 @@ class Recorder:
             if self._depth == 0:
                 self._begin(args)
             self._depth += 1
-        self._layers.append(self._names.get(module, self.layer))
+        self._layers.append(self._name(module))
+
+    def _name(self, module):
+        """Return the name of a module. A module that the model does not own is named after its class."""
+        if module in self._names:
+            return self._names[module]
+        if module not in self._foreign:
+            self._foreign[module] = f"({type(module).__name__} {len(self._foreign)})"
+        self._weights |= {_storage(t) for t in (*module.parameters(), *module.buffers())} - {0}
+        return ".".join(filter(None, (self.layer, self._foreign[module])))
 
     def _leave(self, module, args, out):
         if in_backward() or not self._layers:
@@ -217,7 +230,7 @@ class Recorder:
         if module in self._names:
             self._depth -= 1
             if self._depth == 0:
-                self._origins.clear()
+                self._origins = {m: entry for m, entry in self._origins.items() if not entry[1].expired()}
 
     def _begin(self, args):
         state = [*self.model.parameters(), *self.model.buffers()]
@@ -244,7 +257,9 @@ class Recorder:
     def origin(self, t: Tensor) -> Origin:
         memory = _storage(t)
         if memory in self._origins:
-            return self._origins[memory]
+            origin, owner = self._origins[memory]
+            if not owner.expired():  # else another tensor may have got its address
+                return origin
         if memory in self._weights:
             return Origin.WEIGHT
         return Origin.GIVEN if t.is_floating_point() or t.is_complex() else Origin.INDEX
@@ -266,13 +281,18 @@ class Recorder:
             origin = {Origin.WEIGHT: Origin.DERIVED, Origin.GIVEN: Origin.ACTIVATION}.get(origin, origin)
         for t in written_arguments(function, args, kwargs):
             if isinstance(t, Tensor):
-                self._origins[_storage(t)] = max(origin, self.origin(t))
+                self._set_origin(t, max(origin, self.origin(t)))
         if function.is_view:
             return  # it shares the memory of its argument
         known = {_storage(t) for t in tensors}
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and _storage(t) not in known:
-                self._origins[_storage(t)] = origin
+                self._set_origin(t, origin)
+
+    def _set_origin(self, t, origin):
+        memory = _storage(t)
+        if memory:
+            self._origins[memory] = origin, StorageWeakRef(t.untyped_storage())
 
     def see(self, function: Any, name: str, args: tuple, kwargs: dict, out: object) -> None:
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -327,8 +347,9 @@ class Recorder:
         return out
 
 
-def _named(model):
-    return [(module, name) for name, module in model.named_modules()]
+def _without_wrappers(name: str) -> str:
+    """Remove what torch.compile adds to the names of modules."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _uses_compiler(model: nn.Module) -> bool:

@@ -73,7 +73,7 @@ class Input:
         kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (integers times one factor), "floats", "weights" (parameters,
             buffers, and what is computed from them alone), "constant" (as weights, but the other operand is constant too),
             "zeros" (every value was 0), "one value" (every value was the same), "fixed" (the same in every batch, while the
-            inputs of the model differed), "indices" (computed from integers or masks alone, such as one-hot tokens).
+            inputs of the model differed), "indices" (looks like spikes, but is computed from integers or masks alone, such as one-hot tokens).
         level: the largest absolute level, of "levels"; else 1 for spikes, 0.
         factor: the factor of the levels.
         rate: fraction of values that are not 0; None for weights.
@@ -194,12 +194,14 @@ def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) 
     prints = numbers["fingerprint"]
     if inputs_vary and len(prints) > 1 and len(set(prints)) == 1:
         return "fixed"
+    if not all(fits for fits, n in zip(numbers["fits"], numbers["nonzero"]) if n):
+        return "floats"
     if operand.origin == Origin.INDEX:
         return "indices"
-    has_zero = sum(numbers["nonzero"]) < operand.values
-    if not has_zero or not all(fits for fits, n in zip(numbers["fits"], numbers["nonzero"]) if n):
-        return "floats"
     level, factor, _ = _levels(numbers)
+    has_zero = sum(numbers["nonzero"]) < operand.values
+    if not has_zero and round(min(numbers["least"]) / factor) > 1:
+        return "floats"  # an offset plus levels: most of each value is not events
     if operand.origin == Origin.GIVEN and factor != round(factor):
         return "floats"  # pixels, for example k / 16
     if level == 1 and factor == 1:
@@ -284,7 +286,7 @@ class Report:
 
     def with_costs(self, costs: Costs) -> "Report":
         """Return a report of the same run with other energy constants. The model does not run again."""
-        return Report(self._recorder, _check_costs(costs))
+        return Report(self._recorder, check_costs(costs))
 
     @property
     def batches(self) -> int:
@@ -471,7 +473,7 @@ def _joules(pj: float) -> str:
     return f"{pj:.4g} pJ"
 
 
-def _check_costs(costs: Costs) -> Costs:
+def check_costs(costs: Costs) -> Costs:
     if not isinstance(costs, Costs):
         raise TypeError(f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}")
     return costs
