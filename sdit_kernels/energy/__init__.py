@@ -32,12 +32,12 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
         arithmetic energy   = costs.add x synaptic operations + costs.mac x multiply-adds of all other products
 
     With inputs, the model runs once, as it is (training or evaluation mode, gradients, autocast), and the report is returned.
-    Without inputs, the result is a context manager that counts every call inside the with block. Only forward passes are counted.
+    Without inputs, the result is a context manager that counts every call inside the with block. Only forward passes count.
     Neuron states that the model keeps are not reset.
 
     Args:
-        model: any module. Its weights and activations may be on any device, but not on "meta". A compiled model runs without its
-            compiled code.
+        model: any module. A compiled model runs its Python code instead of the compiled code. On the "meta" device, where
+            tensors have no values, every operand counts as floats.
         inputs, kwargs: arguments of the model.
         costs: energy constants, a :class:`Costs`.
 
@@ -46,7 +46,7 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
 
     Raises:
         TypeError: model is not a module, or costs is not a :class:`Costs`.
-        ValueError: the model has parameters without values: on "meta", or lazy.
+        ValueError: the model has lazy parameters, which have no shape yet.
 
     Source: energy constants: Horowitz, ISSCC 2014. A level of n counts as n events, as in SDT-V3 (arXiv 2411.16061).
 
@@ -69,10 +69,7 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
-        raise ValueError(f"the parameters of model must have values, but {lazy[0]} is lazy: call the model once before")
-    on_meta = [name for name, p in model.named_parameters() if p.is_meta]
-    if on_meta:
-        raise ValueError(f"the parameters of model must have values, but {on_meta[0]} is on the meta device")
+        raise ValueError(f"the parameters of model must have shapes, but {lazy[0]} is lazy: call the model once before")
     recorder = Recorder(model)
     report = Report(recorder, check_costs(costs))
     if not inputs and not kwargs:

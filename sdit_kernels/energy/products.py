@@ -1,8 +1,8 @@
 """The products (matrix multiplications and convolutions) inside operators of PyTorch, and what is measured on their operands.
 
-``find`` turns the call of an operator into ``MatMul`` and ``Convolution`` objects. Each has two operands, 0 and 1. The fan-out of
-an element is the number of multiply-adds that it takes part in. All measurements stay on the operand's device: nothing here waits
-for a GPU.
+``find`` turns the call of an operator into ``MatMul`` and ``Convolution`` objects. Each has two operands, 0 and 1. The fan-out
+of an element is the number of multiply-adds that it takes part in. All measurements stay on the operand's device: nothing here
+waits for a GPU.
 """
 
 import functools
@@ -198,7 +198,7 @@ _FINDERS = {
 
 
 def find(name: str, args: tuple, out: object) -> list[Product] | None:
-    """Return the products of a call of the operator ``name``, as in "aten::mm"; None if this file does not know the operator."""
+    """Return the products of a call of the operator ``name``, as in "aten::mm"; None if it is not known here."""
     finder = _FINDERS.get(name)
     if finder is None:
         return None
@@ -249,6 +249,11 @@ def fingerprint(x: Tensor) -> Tensor:
     return total
 
 
+def are_floats(measured: Tensor) -> bool:
+    """True if an operand is known to be floats. On a GPU this is not known before the end of the run."""
+    return measured.device.type == "cpu" and not measured[FIELDS.index("fits")]
+
+
 FIELDS = ("nonzero", "low", "high", "least", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
 
 
@@ -267,6 +272,8 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     factor, fits = find_factor(x)
     some, size = x != 0, x.abs()
     least = torch.where(some, size, math.inf).amin()
+    if x.device.type == "cpu" and not fits:  # floats: nothing else is needed
+        return torch.tensor([some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64)
     found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]
     other = product.operands[1]
     if attention and i == 0 and other is not None:

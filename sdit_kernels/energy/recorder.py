@@ -47,7 +47,7 @@ class Origin(enum.IntEnum):
 class Operand:
     """What was measured of one operand of a product, over all calls."""
 
-    origin: Origin | None = None  # None: the operator does not return the values
+    origin: Origin | None = None  # None: the values are not known
     values: int = 0  # number of values, over all calls
     measured: list[Tensor] = field(default_factory=list)  # products.FIELDS per call, on the device
     fired: dict[int, Tensor] = field(default_factory=dict)  # by number of neurons: which have fired
@@ -79,27 +79,25 @@ _COPIES = {
 _ELEMENTWISE = {
     f"aten::{name}"
     for name in (
-        "_adaptive_avg_pool2d _batch_norm_no_update _batch_norm_with_update _embedding_bag_dense _fused_dropout "
-        "_fused_rms_norm _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
-        "_index_put_impl_ _softmax _thnn_fused_gru_cell _thnn_fused_lstm_cell _unsafe_index_put _unsafe_masked_index_put_accumulate "
-        "addcdiv addcdiv_ addcmul addcmul_ batch_norm_elemt batch_norm_stats binary_cross_entropy block_diag broadcast_tensors "
-        "cat clamp copy copy_ cudnn_batch_norm dist equal allclose isclose fill fill_ grid_sampler_2d grid_sampler_3d "
-        "huber_loss index_copy index_copy_ index_fill index_fill_ index_put index_put_ is_same_size lerp lerp_ masked_fill "
-        "masked_fill_ masked_scatter masked_scatter_ miopen_batch_norm mse_loss native_batch_norm native_group_norm "
-        "native_layer_norm nll_loss_forward nll_loss2d_forward cross_entropy_loss pixel_shuffle _prelu_kernel prelu put put_ "
-        "rrelu_with_noise rrelu_with_noise_ scatter scatter_ scatter_reduce scatter_reduce_ select_scatter set_ slice_scatter "
-        "smooth_l1_loss stack vstack hstack where as_strided_scatter diagonal_scatter unbind bucketize searchsorted "
-        "resize_as_ histc normal result_type rms_norm layer_norm group_norm batch_norm _assert_tensor_metadata _foreach_add_ "
-        "_foreach_mul_ kl_div"
-    ).split()
+        "_batch_norm_with_update", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
+        "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
+        "batch_norm_elemt", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "_prelu_kernel", "rrelu_with_noise",
+        "rrelu_with_noise_", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "cat", "stack", "copy", "copy_", "fill",
+        "fill_", "set_", "index_copy", "index_copy_", "index_fill", "index_fill_", "index_put", "index_put_",
+        "_index_put_impl_", "_unsafe_index_put", "masked_fill", "masked_fill_", "masked_scatter", "masked_scatter_", "put",
+        "put_", "scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "select_scatter", "slice_scatter",
+        "diagonal_scatter", "as_strided_scatter", "where", "lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_",
+        "binary_cross_entropy", "huber_loss", "mse_loss", "smooth_l1_loss", "nll_loss_forward", "nll_loss2d_forward", "dist",
+        "grid_sampler_2d", "grid_sampler_3d", "_foreach_add_", "_foreach_mul_", "_foreach_copy_",
+    )
 }  # fmt: skip
 
 # They contract even a single float tensor.
 _CONTRACTING = (
     "linalg_", "_linalg", "fft_", "_fft", "cdist", "_cdist", "_pdist", "embedding_bag", "_embedding_bag", "_scaled_mm",
     "_grouped_mm", "_scaled_grouped_mm", "_int_mm", "mkldnn_", "_cudnn_rnn", "miopen_rnn", "cholesky", "matrix_exp", "inverse",
-    "lu_", "triangular_solve", "ormqr", "geqrf", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "stft", "istft",
-    "index_add", "scatter_add", "segment_reduce", "_weight_int", "lstm", "gru", "rnn_",
+    "lu_", "triangular_solve", "ormqr", "geqrf", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "stft",
+    "istft", "index_add", "scatter_add", "segment_reduce", "_weight_int", "lstm", "gru", "rnn_",
 )  # fmt: skip
 
 
@@ -235,10 +233,11 @@ class Recorder:
     def _begin(self, args):
         state = [*self.model.parameters(), *self.model.buffers()]
         self._weights = {_storage(t) for t in state} - {0}
-        given = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.layout == torch.strided]
+        given = [t for t in tensors if t.numel() and not t.is_meta and not t.is_complex()]
         self.batches += 1
         with self._own_work():
-            self.inputs.append([products.fingerprint(t.double()) for t in given if t.numel() and not t.is_complex()])
+            self.inputs.append([products.fingerprint(t.double()) for t in given])
 
     @property
     def layer(self) -> str:
@@ -317,7 +316,7 @@ class Recorder:
         record.calls += 1
         record.macs += product.macs
         record.result_values += product.sizes[2]
-        origins = [None if t is None else self.origin(t) for t in product.operands]
+        origins = [None if t is None or t.is_meta else self.origin(t) for t in product.operands]
         attention = all(o is None or o >= Origin.INDEX for o in origins)
         for i, (operand, origin) in enumerate(zip(record.operands, origins)):
             operand.values += product.sizes[i]
@@ -325,8 +324,10 @@ class Recorder:
                 continue
             operand.origin = origin if operand.origin is None else max(origin, operand.origin)
             if origin >= Origin.INDEX:
-                operand.measured.append(products.measure(product, i, attention))
-                self._remember_fired(operand, product.fired(i))
+                numbers = products.measure(product, i, attention)
+                operand.measured.append(numbers)
+                if not products.are_floats(numbers):
+                    self._remember_fired(operand, product.fired(i))
 
     @staticmethod
     def _remember_fired(operand, fired):

@@ -25,10 +25,10 @@ class Costs:
         int_add: a 32-bit integer addition, in the quantised network.
         byte: reading or writing a byte of ``memory``.
         memory: name of the memory that holds weights and activations, for the report.
-        value_bytes: bytes of a weight, a float activation and a result. Spikes take one bit, integer levels as many bits as needed.
+        value_bytes: bytes of a weight, a float activation and a result. Spikes take one bit, levels as many bits as they need.
         quantised_weight_bytes: bytes of a weight of the quantised network.
-        time_steps: number of time steps of the spiking network that the quantised network replaces by one pass, with activations
-            of that many times more levels.
+        time_steps: number of time steps of the spiking network that the quantised network replaces by one pass, with that many
+            times more levels.
 
     Raises:
         TypeError, ValueError: a cost is not a number, or is negative or not finite; time_steps is below 1.
@@ -73,7 +73,8 @@ class Input:
         kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (integers times one factor), "floats", "weights" (parameters,
             buffers, and what is computed from them alone), "constant" (as weights, but the other operand is constant too),
             "zeros" (every value was 0), "one value" (every value was the same), "fixed" (the same in every batch, while the
-            inputs of the model differed), "indices" (looks like spikes, but is computed from integers or masks alone, such as one-hot tokens).
+            inputs of the model differed), "indices" (0 and 1 or levels, but computed from integers or masks alone, such as
+            one-hot tokens).
         level: the largest absolute level, of "levels"; else 1 for spikes, 0.
         factor: the factor of the levels.
         rate: fraction of values that are not 0; None for weights.
@@ -445,8 +446,8 @@ class Report:
             f"synaptic operations {self.synaptic_operations:,}",
             f"energy, arithmetic alone:        {_joules(energy['arithmetic']):>12s}   {c.mac} pJ a multiply-add, {c.add} pJ an "
             "addition (float32)",
-            f"energy, with memory:             {_joules(energy['with_memory']):>12s}   {c.byte} pJ a byte ({c.memory}); operands "
-            f"and results move once a call, {c.value_bytes:g} bytes a value, spikes as bits",
+            f"energy, with memory:             {_joules(energy['with_memory']):>12s}   {c.byte} pJ a byte ({c.memory}); "
+            f"operands and results move once a call, {c.value_bytes:g} bytes a value, spikes as bits",
             f"energy of the quantised network: {_joules(energy['quantised']):>12s}   integers of the same levels instead of "
             f"spikes, {c.time_steps} time step(s) in one pass, {c.int_multiply} + {c.int_add} pJ a multiply-add; of it memory "
             f"{_joules(parts['memory'])}",
