@@ -215,8 +215,10 @@ def is_known(name: str) -> bool:
 # --- the values of an operand -------------------------------------------------------------------------------------------------
 
 
-def find_factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the largest f for which x / f are integers up to ``MAX_LEVEL``. Return f and whether there is one, as tensors.
+def find_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the largest f for which x / f are integers up to ``MAX_LEVEL``.
+
+    Return the smallest absolute value that is not 0, f, and whether there is such an f, as tensors.
 
     Euclid's algorithm on all values at once. A value may differ from its level by the rounding of x.dtype.
     """
@@ -224,10 +226,10 @@ def find_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     bound = min(MAX_LEVEL, int(1 / (8 * eps)))  # above it the rounding could hide the distance to the next level
     a = x.abs().to(torch.promote_types(x.dtype, torch.float32))
     most = a.amax()
-    f = torch.where(a > 0, a, math.inf).amin()
-    f = torch.where(f.isfinite(), f, 1.0)
+    least = torch.where(a > 0, a, math.inf).amin()
+    f = torch.where(least.isfinite(), least, 1.0)
     if f.device.type == "cpu" and not most <= f * MAX_LEVEL:
-        return f, torch.zeros((), dtype=torch.bool)  # the usual case of floats: no need to look further
+        return least, f, torch.zeros((), dtype=torch.bool)  # the usual case of floats: no need to look further
     for _ in range(_EUCLID_STEPS):
         rest = (a - f * (a / f).round()).abs()
         f = torch.minimum(f, torch.where(rest > 2 * eps * a, rest, math.inf).amin())
@@ -236,7 +238,7 @@ def find_factor(x: Tensor) -> tuple[Tensor, Tensor]:
     level = (a / f).round()
     rest = (a - f * level).abs()
     fits = ((rest <= 2 * eps * a) & (level <= bound)) | ((rest == 0) & (level <= MAX_LEVEL))
-    return f, fits.all()
+    return least, f, fits.all()
 
 
 def fingerprint(x: Tensor) -> Tensor:
@@ -269,9 +271,8 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(len(FIELDS), dtype=torch.float64, device=x.device)
     low, high = x.aminmax()
-    factor, fits = find_factor(x)
+    least, factor, fits = find_factor(x)
     some, size = x != 0, x.abs()
-    least = torch.where(some, size, math.inf).amin()
     if x.device.type == "cpu" and not fits:  # floats: nothing else is needed
         return torch.tensor([some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64)
     found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]

@@ -175,7 +175,7 @@ def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[float]]:
     """Return the largest level, the factor, and the factor of each call. The calls share a factor if their values allow it."""
     used = [f for f, n in zip(numbers["factor"], numbers["nonzero"]) if n]
     most = max(map(abs, (*numbers["low"], *numbers["high"])))
-    common, fits = find_factor(torch.tensor(used, dtype=torch.float32))
+    _, common, fits = find_factor(torch.tensor(used, dtype=torch.float32))
     if fits and most <= 1.001 * MAX_LEVEL * common:
         factor = common.item()
         exact = round(factor)
@@ -192,11 +192,11 @@ def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) 
         return "zeros"
     if low == high:
         return "one value"
+    if not all(fits for fits, n in zip(numbers["fits"], numbers["nonzero"]) if n):
+        return "floats"
     prints = numbers["fingerprint"]
     if inputs_vary and len(prints) > 1 and len(set(prints)) == 1:
         return "fixed"
-    if not all(fits for fits, n in zip(numbers["fits"], numbers["nonzero"]) if n):
-        return "floats"
     if operand.origin == Origin.INDEX:
         return "indices"
     level, factor, _ = _levels(numbers)
