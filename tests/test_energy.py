@@ -539,6 +539,27 @@ def test_spikingjelly_counts_the_same_on_its_own_modules(step_mode):
 
 
 @pytest.mark.peers
+def test_where_spikingjelly_counts_something_else():
+    jelly("m")
+    from spikingjelly.activation_based.op_counter import DispatchCounterMode, SynOpCounter
+
+    def both(function, *inputs):
+        net, counter = Call(function, 4, 4), SynOpCounter()
+        report = energy.count(net, *inputs)
+        with torch.no_grad(), DispatchCounterMode([counter]):
+            net(*inputs)
+        return only(report), counter.get_total()
+
+    x, y = spikes(5, 4), spikes(4, 4)
+    row, theirs = both(lambda self, x, y: x @ y, x, y)
+    assert theirs == row.pairs < row.synaptic_operations
+    row, theirs = both(lambda self, x: (x + x[[1, 2, 3, 4, 0]]) @ self.w, x)
+    assert theirs == 0 and row.synaptic_operations == 2 * int(x.sum()) * 4
+    row, theirs = both(lambda self, x: x.cos() @ (self.w > 0).float(), x)
+    assert theirs > 0 and row.synaptic_operations == 0
+
+
+@pytest.mark.peers
 def test_an_accelerated_model_counts_the_same():
     net, reset_net = jelly("m")
     from sdit_kernels.compat import spikingjelly
