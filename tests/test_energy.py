@@ -258,6 +258,28 @@ def test_given_pixels_are_floats_and_given_counts_are_levels():
     assert only(energy.count(net, counts)).inputs[0].level == counts.max()
 
 
+def test_events_given_as_integers_are_spikes():
+    for dtype in (torch.bool, torch.uint8, torch.int64):
+        net = Call(lambda self, x: x.float() @ self.w)
+        assert kinds(energy.count(net, spikes(3, 4).to(dtype))) == [("binary", "weights")]
+
+
+def test_few_floats_that_fit_a_factor_of_their_own_are_floats():
+    net = Call(lambda self, x: (x + 0) @ self.w, 3, 2)
+    with energy.count(net) as report:
+        for factor in (0.3, 0.777, 1.234):
+            net(factor * torch.tensor([[0.0, 1, 3]]))
+    assert kinds(report) == [("floats", "weights")]
+
+
+def test_work_outside_the_model_is_not_counted():
+    net = nn.Linear(4, 3)
+    with energy.count(net) as report:
+        out = net(torch.randn(2, 5) @ torch.randn(5, 4))
+        nn.Linear(3, 2)(out)
+    assert only(report).macs == 2 * 4 * 3
+
+
 def test_equal_batches_do_not_make_spikes_fixed():
     net, x = Call(lambda self, x: (x > 0).float() @ self.w), torch.randn(4, 4)
     with energy.count(net) as report:
@@ -594,6 +616,33 @@ def test_snntorch_modules_and_recurrent_spikes():
     assert [(row.layer, row.inputs[0].kind, row.calls) for row in report.rows] == [
         ("first", "floats", 12), ("second.recurrent", "binary", 12),
     ]  # fmt: skip
+
+
+def test_no_value_is_read_during_the_run_if_the_tensors_are_on_a_gpu(monkeypatch):
+    """The CPU stands for a GPU: reading a value raises."""
+    first = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
+    last = Call(lambda self, x: (F.avg_pool2d(x.gt(0).float(), 2).flatten(2) @ self.w).gt(0).float() @ self.w.t(), 9, 2)
+    attention = Call(lambda self, x: x.gt(0).float() @ x.gt(0).float().transpose(1, 2))
+    net, x = nn.Sequential(first, last, attention), torch.randn(3, 2, 1, 8, 8)
+
+    def run():
+        with torch.no_grad(), energy.count(net) as report:
+            for batch in x:
+                net(batch)
+        return report
+
+    want = run().to_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(sdit_kernels.energy.products, "is_readable", lambda t: False)
+        for name in ("item", "tolist", "__bool__", "__float__", "__int__", "numpy", "cpu"):
+            patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a value was read"))
+        report = run()
+    got = report.to_dict()
+    for row in (*got["rows"], *want["rows"]):
+        for i in row["inputs"]:
+            if i["kind"] == "floats":  # neurons of floats are not counted where the values can be read
+                i["neurons"] = i["silent"] = 0
+    assert got == want and got["products_on_spikes"] == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -215,6 +215,11 @@ def is_known(name: str) -> bool:
 # --- the values of an operand -------------------------------------------------------------------------------------------------
 
 
+def is_readable(t: Tensor) -> bool:
+    """True if Python may read values now. On a GPU that would wait for the GPU."""
+    return t.device.type == "cpu"
+
+
 def find_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the largest f for which x / f are integers up to ``MAX_LEVEL``.
 
@@ -228,7 +233,7 @@ def find_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     most = a.amax()
     least = torch.where(a > 0, a, math.inf).amin()
     f = torch.where(least.isfinite(), least, 1.0)
-    if f.device.type == "cpu" and not most <= f * MAX_LEVEL:
+    if is_readable(f) and not most <= f * MAX_LEVEL:
         return least, f, torch.zeros((), dtype=torch.bool)  # the usual case of floats: no need to look further
     for _ in range(_EUCLID_STEPS):
         rest = (a - f * (a / f).round()).abs()
@@ -253,7 +258,7 @@ def fingerprint(x: Tensor) -> Tensor:
 
 def are_floats(measured: Tensor) -> bool:
     """True if an operand is known to be floats. On a GPU this is not known before the end of the run."""
-    return measured.device.type == "cpu" and not measured[FIELDS.index("fits")]
+    return is_readable(measured) and not measured[FIELDS.index("fits")]
 
 
 FIELDS = ("nonzero", "low", "high", "least", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
@@ -273,7 +278,7 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     low, high = x.aminmax()
     least, factor, fits = find_factor(x)
     some, size = x != 0, x.abs()
-    if x.device.type == "cpu" and not fits:  # floats: nothing else is needed
+    if is_readable(x) and not fits:  # floats: nothing else is needed
         return torch.tensor([some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64)
     found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]
     other = product.operands[1]

@@ -6,9 +6,10 @@ arguments::
     FACTORY      zeros, ones, arange, ...
     WEIGHT       a parameter or buffer, or a view or copy of some
     DERIVED      computed from weights alone
-    INDEX        integers or booleans given to the model, and what is computed from them and constants that are not weights
-    GIVEN        floats given to the model, or a view or copy of some
-    ACTIVATION   computed from floats given to the model, or from INDEX and weights (an embedding)
+    INDEX        integers or booleans given to the model, or a view or copy of some
+    LOOKUP       computed from INDEX and FACTORY alone, such as one-hot tokens
+    GIVEN        floats given to the model, or a view or copy of some; INDEX cast to floats
+    ACTIVATION   computed from GIVEN, or from INDEX or LOOKUP and weights (an embedding)
 """
 
 import enum
@@ -39,8 +40,12 @@ class Origin(enum.IntEnum):
     WEIGHT = 1
     DERIVED = 2
     INDEX = 3
-    GIVEN = 4
-    ACTIVATION = 5
+    LOOKUP = 4
+    GIVEN = 5
+    ACTIVATION = 6
+
+
+_COMPUTED = {Origin.WEIGHT: Origin.DERIVED, Origin.INDEX: Origin.LOOKUP, Origin.GIVEN: Origin.ACTIVATION}
 
 
 @dataclass
@@ -168,7 +173,7 @@ def _storage(t: Tensor) -> int:
 
 
 class Recorder:
-    """Records of all products while ``running()`` is active. It changes nothing in the model."""
+    """Records of all products inside the model's modules while ``running()`` is active. It changes nothing in the model."""
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -265,19 +270,18 @@ class Recorder:
 
     def _trace(self, function, name, args, kwargs, tensors, out):
         """Note where the results of an operator come from."""
-        if not self._depth:
-            return
         origins = [self.origin(t) for t in tensors]
         origin = max(origins, default=Origin.FACTORY)
         if not tensors and torch.Tag.nondeterministic_seeded in function.tags:
             origin = Origin.ACTIVATION  # random numbers
-        if origin == Origin.INDEX and any(o in (Origin.WEIGHT, Origin.DERIVED) for o in origins):
+        if origin in (Origin.INDEX, Origin.LOOKUP) and any(o in (Origin.WEIGHT, Origin.DERIVED) for o in origins):
             origin = Origin.ACTIVATION
-        copies = function.is_view or name in _COPIES
         if name == "aten::lift_fresh":
             origin = Origin.FACTORY
-        elif not copies:
-            origin = {Origin.WEIGHT: Origin.DERIVED, Origin.GIVEN: Origin.ACTIVATION}.get(origin, origin)
+        elif name == "aten::_to_copy" and origin == Origin.INDEX and out.is_floating_point():
+            origin = Origin.GIVEN
+        elif not function.is_view and name not in _COPIES:
+            origin = _COMPUTED.get(origin, origin)
         for t in written_arguments(function, args, kwargs):
             if isinstance(t, Tensor):
                 self._set_origin(t, max(origin, self.origin(t)))
@@ -337,7 +341,7 @@ class Recorder:
     def operate(self, function: Any, args: tuple, kwargs: dict) -> Any:
         name = function.name().partition(".")[0] if hasattr(function, "name") else str(function)
         out = function(*args, **kwargs)
-        if in_backward() or self.busy:
+        if in_backward() or self.busy or not self._depth:
             return out
         if not isinstance(function, torch._ops.OpOverload):  # an operator that takes functions, such as flex_attention
             if callable(getattr(function, "name", None)):

@@ -12,6 +12,7 @@ from .products import FIELDS, MAX_LEVEL, find_factor
 from .recorder import FUSED_COSTS, Operand, Origin, Record, Recorder
 
 SPIKES = ("binary", "signed", "levels")
+_ENOUGH_VALUES = 64  # a few floats may be integers times one factor by chance
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,13 @@ class Row:
 
 
 def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[float]]:
-    """Return the largest level, the factor, and the factor of each call. The calls share a factor if their values allow it."""
+    """Return the largest level, the factor, and the factor of each call.
+
+    The calls share a factor if their values allow it. Else each has its own, and if a call has few values that proves nothing:
+    the level is then above MAX_LEVEL.
+    """
     used = [f for f, n in zip(numbers["factor"], numbers["nonzero"]) if n]
+    fewest = min(n for n in numbers["nonzero"] if n)
     most = max(map(abs, (*numbers["low"], *numbers["high"])))
     _, common, fits = find_factor(torch.tensor(used, dtype=torch.float32))
     if fits and most <= 1.001 * MAX_LEVEL * common:
@@ -181,6 +187,8 @@ def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[float]]:
         exact = round(factor)
         factor = exact if exact and abs(factor - exact) < 1e-6 * exact else factor
         return round(most / factor), factor, [factor] * len(numbers["factor"])
+    if fewest < _ENOUGH_VALUES:
+        return MAX_LEVEL + 1, max(used), numbers["factor"]
     each = (max(-low, high) / f for low, high, f in zip(numbers["low"], numbers["high"], numbers["factor"]))
     return round(max(each)), max(used), numbers["factor"]
 
@@ -197,7 +205,7 @@ def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) 
     prints = numbers["fingerprint"]
     if inputs_vary and len(prints) > 1 and len(set(prints)) == 1:
         return "fixed"
-    if operand.origin == Origin.INDEX:
+    if operand.origin in (Origin.INDEX, Origin.LOOKUP):
         return "indices"
     level, factor, _ = _levels(numbers)
     has_zero = sum(numbers["nonzero"]) < operand.values
