@@ -442,6 +442,15 @@ def test_without_values_all_operands_are_floats():
     assert report.energy_pj["arithmetic"] == pytest.approx(210 * 4.6)
 
 
+def test_written_arguments_without_schemas(monkeypatch):
+    monkeypatch.setattr(sdit_kernels._torch, "_HAS_SCHEMA", False)
+    test_spikes_written_into_a_buffer_are_data()
+    x, out = torch.ones(2), torch.ones(2)
+    written = sdit_kernels._torch.written_arguments
+    assert written(torch.ops.aten.add_.Tensor, (x, out), {})[0] is x and not written(torch.ops.aten.add.Tensor, (x, out), {})
+    assert written(torch.ops.aten.add.out, (x, x), {"out": out})[0] is out
+
+
 def test_the_count_changes_no_result():
     net, x = two_layers(), torch.randn(5, 4)
     want = net(x)

@@ -27,10 +27,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils import _python_dispatch as dispatch
-from torch.utils._pytree import tree_leaves
 
-from .._torch import in_backward, written_arguments
+from .._torch import TorchDispatchMode, in_backward, written_arguments
 from . import products
 from .products import Product
 
@@ -106,11 +104,22 @@ _CONTRACTING = (
 )  # fmt: skip
 
 
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+
+
 def may_contract(function: Any, name: str, tensors: list[Tensor], out: object) -> bool:
     """True if an operator that ``products`` does not know may contain products of floats."""
     namespace, _, short = name.partition("::")
     floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    if not floats or not any(isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex()) for t in tree_leaves(out)):
+    if not floats or not any(t.is_floating_point() or t.is_complex() for t in tensors_in(out)):
         return False
     if products.is_known(name):  # its arguments were sparse, or not floats
         return True
@@ -143,6 +152,7 @@ def fused_elements(short: str, args: tuple) -> int:
 
 # --- the recorder -------------------------------------------------------------------------------------------------------------
 
+_OPERATOR = type(torch.ops.aten.add.Tensor)
 _TORCH = Path(torch.__file__).parent
 # files whose functions stand between the caller of an operator and the recorder
 _BETWEEN = tuple(
@@ -238,7 +248,7 @@ class Recorder:
     def _begin(self, args):
         state = [*self.model.parameters(), *self.model.buffers()]
         self._weights = {_storage(t) for t in state} - {0}
-        tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.layout == torch.strided]
+        tensors = [t for t in tensors_in(args) if t.layout == torch.strided]
         given = [t for t in tensors if t.numel() and not t.is_meta and not t.is_complex()]
         self.batches += 1
         with self._own_work():
@@ -288,8 +298,8 @@ class Recorder:
         if function.is_view:
             return  # it shares the memory of its argument
         known = {_storage(t) for t in tensors}
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and _storage(t) not in known:
+        for t in tensors_in(out):
+            if _storage(t) not in known:
                 self._set_origin(t, origin)
 
     def _set_origin(self, t, origin):
@@ -298,7 +308,7 @@ class Recorder:
             self._origins[memory] = origin, StorageWeakRef(t.untyped_storage())
 
     def see(self, function: Any, name: str, args: tuple, kwargs: dict, out: object) -> None:
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = list(tensors_in((args, kwargs)))
         namespace, _, short = name.partition("::")
         if namespace == "sdit_kernels":
             if short in FUSED_COSTS:
@@ -343,7 +353,7 @@ class Recorder:
         out = function(*args, **kwargs)
         if in_backward() or self.busy or not self._depth:
             return out
-        if not isinstance(function, torch._ops.OpOverload):  # an operator that takes functions, such as flex_attention
+        if not isinstance(function, _OPERATOR):  # an operator that takes functions, such as flex_attention
             if callable(getattr(function, "name", None)):
                 self.unknown[name, self.layer] += 1
             return out
@@ -363,7 +373,7 @@ def _uses_compiler(model: nn.Module) -> bool:
     )
 
 
-class _Operators(dispatch.TorchDispatchMode):
+class _Operators(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder):
@@ -372,7 +382,7 @@ class _Operators(dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if isinstance(function, torch._ops.OpOverload) and not products.is_known(function.name().partition(".")[0]):
+        if isinstance(function, _OPERATOR) and not products.is_known(function.name().partition(".")[0]):
             with self:  # in inference mode, operators that are made of others arrive whole
                 out = function.decompose(*args, **kwargs)
             if out is not NotImplemented:
