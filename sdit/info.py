@@ -4,19 +4,14 @@ import contextlib
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from sdit_kernels import backend
+from sdit_kernels import energy as counter
 
-from .model import SDiT, SpikingTimeMix
+from .model import SDiT
 
 __all__ = ["Info", "info"]
-
-MAC_PJ, AC_PJ = (
-    4.6,
-    0.9,
-)  # picojoules of a float32 multiply-and-accumulate (MAC) and of an accumulate (AC), 45 nm: Horowitz, ISSCC 2014
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,8 @@ class Info:
         synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a
             spike-driven matrix multiplication are listed; the default model has none.
         spiking_multiply_adds: multiply-adds of these layers.
+        images: number of images in the batch.
+        report: all products of the plain form on the whole batch, a :class:`sdit_kernels.energy.Report`.
     """
 
     parameters: int
@@ -51,6 +48,8 @@ class Info:
     neurons: int
     synaptic_operations: dict[str, float] = field(default_factory=dict)
     spiking_multiply_adds: int = 0
+    images: int = 1
+    report: counter.Report = field(repr=False, default=None)
 
     @property
     def total(self) -> int:
@@ -58,16 +57,14 @@ class Info:
 
     @property
     def energy(self) -> dict[str, float]:
-        """Estimated millijoules of the forward pass of one image: "mac" counts every product as a multiply-add; "ac" counts a
-        spike-driven product as one addition per spike, and all others as multiply-adds."""
-        spikes = sum(self.synaptic_operations.values())
-        return {
-            "mac": self.total * MAC_PJ * 1e-9,
-            "ac": ((self.total - self.spiking_multiply_adds) * MAC_PJ + spikes * AC_PJ) * 1e-9,
-        }
+        """Estimated millijoules of the forward pass of one image. "mac" counts every product as a multiply-add. "arithmetic"
+        counts a spike-driven product as one addition per spike and weight. "with_memory" and "quantised": see ``Report``."""
+        found = {"mac": self.total * self.report.costs.mac * 1e-9}
+        return found | {name: pj * 1e-9 / self.images for name, pj in self.report.energy_pj.items()}
 
     def __str__(self) -> str:
         spikes, rest, energy = sum(self.synaptic_operations.values()), self.total - self.spiking_multiply_adds, self.energy
+        costs = self.report.costs
         lines = [f"parameters {self.parameters:,}, blocks {self.blocks}", ""]
         lines += [f"{'multiply-adds of one image':30s}{'million':>12s}"]
         lines += [f"  {name:28s}{count / 1e6:12,.1f}" for name, count in self.multiply_adds.items()]
@@ -86,10 +83,13 @@ class Info:
         lines += [
             f"  {sum(self.silent.values()):,} of {self.neurons:,} neurons fire nowhere in this batch",
             "",
-            f"{'arithmetic of one image':30s}{'MAC, million':>14s}{'AC, million':>14s}{'energy, mJ':>12s}"
-            f"   (float32, 45 nm: {MAC_PJ} pJ a MAC, {AC_PJ} pJ an AC)",
+            f"{'one image':30s}{'MAC, million':>14s}{'AC, million':>14s}{'energy, mJ':>12s}"
+            f"   (float32, 45 nm: {costs.mac} pJ a MAC, {costs.add} pJ an AC)",
             f"  {'every product a MAC':28s}{self.total / 1e6:14,.1f}{0:14,.1f}{energy['mac']:12.2f}",
-            f"  {'AC where a product is of spikes':28s}{rest / 1e6:11,.1f}{spikes / 1e6:14,.1f}{energy['ac']:12.2f}",
+            f"  {'AC where a product is of spikes':28s}{rest / 1e6:11,.1f}{spikes / 1e6:14,.1f}{energy['arithmetic']:12.2f}",
+            f"  {'the same, with memory':56s}{energy['with_memory']:12.2f}   ({costs.byte} pJ a byte, {costs.memory})",
+            f"  {'integers instead of spikes, with memory':56s}{energy['quantised']:12.2f}",
+            f"{self.report.products_on_spikes} of {self.report.products} products see spikes",
         ]
         if not self.synaptic_operations:
             lines.append("0 synaptic operations: rates are averaged, added and normalised before any weight meets them.")
@@ -99,11 +99,11 @@ class Info:
 def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     """Count the operations of a model and measure its memory and firing rates on a batch of real data.
 
-    Hooks count the multiply-adds of the matrix multiplications with weights while they run. The energy is an estimate: these
-    counts times the energy per operation. It leaves out memory, scans and neurons, so it compares forms of one network and does
-    not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over T, adds them to
-    real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone does not apply
-    to it. ``spiking="wkv"`` has spike-driven matrix multiplications.
+    :func:`sdit_kernels.energy.count` counts the matrix multiplications and convolutions while the plain form runs. The energy
+    is an estimate: these counts times the energy per operation. It leaves out scans and neurons, so it compares forms of one
+    network and does not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over
+    T, adds them to real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone
+    does not apply to it. ``spiking="wkv"`` has spike-driven matrix multiplications.
 
     Args:
         model: any :class:`SDiT`.
@@ -124,38 +124,30 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     """
     B = len(batch[0])
     fired = {}
-    with torch.no_grad(), model.record(fired) as rates, _count_multiply_adds(model) as counts, _plain_form(model):
-        model(*batch)
-    with (
-        torch.enable_grad(),
-        FlopCounterMode(display=False) as computed,
-    ):  # once more, in the fast form; it fails on views made without gradients
-        model(*batch)
-    counts = {name: count // B for name, count in counts.items()}
+    with torch.no_grad():
+        with model.record(fired) as rates, _plain_form(model):
+            report = counter.count(model, *batch)
+        computed = counter.count(model, *batch)  # once more, in the fast form
     groups, rates = {}, {name: rate.item() for name, rate in rates.items()}
-    for name, count in counts.items():
-        groups[_group(name)] = groups.get(_group(name), 0) + count
-    spike_driven = [
-        f"{name}.{part}"
-        for name, module in model.named_modules()
-        if isinstance(module, SpikingTimeMix)
-        for part in ("key", "value", "receptance", "output")
-    ]
+    for row in report.rows:
+        groups[_group(row.layer)] = groups.get(_group(row.layer), 0) + row.macs // B
+    spike_driven = [row for row in report.rows if row.on_spikes]
     with _plain_form(model):
         plain = _saved_bytes(model, [part[:1] for part in batch])
     return Info(
         parameters=sum(p.numel() for p in model.parameters()),
         blocks=len(model.blocks),
         multiply_adds=groups,
-        computed_multiply_adds=computed.get_total_flops() // 2 // B,
+        computed_multiply_adds=computed.macs // B,
         saved_bytes=_saved_bytes(model, batch) // B,
         plain_saved_bytes=plain,
         rates=rates,
         silent={name: int((~some).sum()) for name, some in fired.items()},
         neurons=sum(some.numel() for some in fired.values()),
-        # a spike-driven Linear and the neuron before it have the same name
-        synaptic_operations={name: rates[name] * counts[name] for name in spike_driven},
-        spiking_multiply_adds=sum(counts[name] for name in spike_driven),
+        synaptic_operations={row.layer: row.synaptic_operations / B for row in spike_driven},
+        spiking_multiply_adds=sum(row.macs for row in spike_driven) // B,
+        images=B,
+        report=report,
     )
 
 
@@ -168,30 +160,6 @@ def _plain_form(model):
             yield
     finally:
         model.plain = before
-
-
-@contextlib.contextmanager
-def _count_multiply_adds(model):
-    """Count multiply-adds of the calls inside the with block: yield {layer: count}."""
-    counts = {}
-
-    def hook(name, module, out):
-        if isinstance(module, nn.Conv2d):
-            each = out.numel() * module.weight[0].numel()
-        else:
-            each = out.numel() * module.in_features
-        counts[name] = counts.get(name, 0) + each
-
-    handles = [
-        module.register_forward_hook(lambda module, _, out, name=name: hook(name, module, out))
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    try:
-        yield counts
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _saved_bytes(model, batch):

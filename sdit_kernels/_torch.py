@@ -6,6 +6,7 @@ every eager call of an op calls several of them.
 """
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,3 +133,34 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 # True if a call of a module runs hooks of the module. Fallback: True, and the module runs its own code.
 has_hooks: Callable[[nn.Module], bool] = _has_hooks if all(hasattr(nn.Module(), name) for name in _HOOKS) else _always
+
+
+# --- operators ----------------------------------------------------------------------------------------------------------------
+
+# The base class of modes that see every operator. torch's documentation shows it under this private module.
+TorchDispatchMode: Any = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", object)
+
+_HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
+
+
+def written_arguments(function: Any, args: tuple, kwargs: dict) -> list[Any]:
+    """Return the arguments that a call of an operator writes to. Fallback: the first argument of an operator whose name ends
+    in an underscore, and the argument named out."""
+    if not _HAS_SCHEMA:
+        first = args[:1] if re.search(r"_(\.|$)", function.name()) else ()
+        return [*first, *(v for k, v in kwargs.items() if k == "out")]
+    schema = function._schema
+    if not schema.is_mutable:
+        return []
+    written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+    named = {a.name for a, w in zip(schema.arguments, written) if w}
+    return [*(a for a, w in zip(args, written) if w), *(v for k, v in kwargs.items() if k in named)]
+
+
+# The number of the running backward pass, -1 outside one. Fallback: -1, and a pass that repeats the forward pass counts twice.
+_graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """True if this thread runs a backward pass, in which activation checkpointing repeats the forward pass."""
+    return _graph_task() != -1

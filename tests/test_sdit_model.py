@@ -18,6 +18,7 @@ from sdit import PRESETS, Config, SDiT
 from sdit.info import info
 from sdit.model import RecordedRate
 from sdit.research import from_research, load_research
+from sdit_kernels import energy
 
 SMALL = Config(8, 1, 2, dim=24, depth=4, num_classes=10)
 THRESHOLDS = (16 / 15, 4 / 3, 2.0)  # where the rate at T = 4 and tau = 2 rises to 1/4, 1/2 and 1
@@ -87,12 +88,12 @@ def test_parameters_and_multiply_adds_equal_the_golden_numbers(name, parameters,
     if name == "mnist":
         assert len(model.state_dict()) == 111
     if multiply_adds:
-        with sdit.info._count_multiply_adds(model) as counts, sdit.info._plain_form(model), torch.no_grad():
+        with energy.count(model) as report, sdit.info._plain_form(model), torch.no_grad():
             assert model(x, t, y).shape == (1, 6, *x.shape[2:])
-        total = sum(counts.values()) / 1e9
+        total, final = report.macs / 1e9, next(row.macs for row in report.rows if row.layer == "final") / 1e9
         assert f"{total:.{len(multiply_adds.split('.')[1])}f}" == multiply_adds
         without = {"mnist": "4.043", "cifar10_28": "12.857"}.get(name)
-        assert without is None or f"{total - counts['final'] / 1e9:.3f}" == without
+        assert without is None or f"{total - final:.3f}" == without
 
 
 # ---- the research model's equations, with its parameter names --------------------------------------------------------
@@ -671,7 +672,10 @@ def test_info_counts_parameters_and_multiply_adds():
     assert found.total - found.computed_multiply_adds == pytest.approx(shared, abs=1)
     assert found.saved_bytes < found.plain_saved_bytes / 2
     assert set(found.rates) == {f"blocks.{i}.{n}" for i in range(3) for n in ("attention", "mlp")}
-    assert not found.synaptic_operations and found.energy["mac"] == found.energy["ac"] == found.total * 4.6e-9
+    assert (
+        not found.synaptic_operations
+        and found.energy["mac"] == pytest.approx(found.energy["arithmetic"]) == found.total * 4.6e-9
+    )
     text = str(found)
     assert "0 synaptic operations" in text and "MAC, million" in text and "AC, million" in text
     assert found.neurons == 6 * C and set(found.silent) == set(found.rates)
@@ -703,8 +707,10 @@ def test_info_counts_synaptic_operations_of_spikes():
         name = f"blocks.0.attention.{part}"
         assert found.synaptic_operations[name] == pytest.approx(found.rates[name] * per_matrix)
     spikes = sum(found.synaptic_operations.values())
-    assert found.energy["ac"] == pytest.approx(((found.total - 4 * per_matrix) * 4.6 + spikes * 0.9) * 1e-9)
-    assert "0 synaptic operations:" not in str(found)
+    assert found.energy["arithmetic"] == pytest.approx(((found.total - 4 * per_matrix) * 4.6 + spikes * 0.9) * 1e-9)
+    assert "0 synaptic operations:" not in str(found) and "4 of " in str(found).splitlines()[-1]
+    assert set(found.energy) == {"mac", "arithmetic", "with_memory", "quantised"}
+    assert {row.layer for row in found.report.rows if row.on_spikes} == set(found.synaptic_operations)
 
 
 # ---- wrong arguments -------------------------------------------------------------------------------------------------

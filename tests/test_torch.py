@@ -13,7 +13,8 @@ NAMES = [
     "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_len_torch_function_stack", "_profiler_enabled",
     "_is_zerotensor", "_is_tracing", "_AutoDispatchBelowAutograd", "_current_level", "_dynamo_marked_constant",
     "_get_tracing_state", "_functorch", "_wrap_for_grad", "is_dead_tensor_wrapper", "_get_current_function_mode_stack",
-    "_get_current_dispatch_mode_stack", "_forward_hooks", "_C",
+    "_get_current_dispatch_mode_stack", "_forward_hooks", "_C", "_schema",
+    "_current_graph_task_id",
 ]  # fmt: skip
 
 
