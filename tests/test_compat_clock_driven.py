@@ -353,7 +353,7 @@ def test_errors():
         ours.IFNode(v_reset="0")
     with pytest.raises(ValueError, match="init_tau must be above 1, got 0.5"):
         ours.ParametricLIFNode(init_tau=0.5)
-    with pytest.raises(ValueError, match=r"x_seq must have at least two axes, \(T, ...\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"x_seq must have at least two axes, .* got \(3,\)"):
         ours.MultiStepLIFNode()(torch.zeros(3))
     assert ours.MultiStepLIFNode(lava_s_cale=32).lava_s_cale == 32
     assert ours.LIFNode(cupy_fp32_inference=True).cupy_fp32_inference

@@ -8,6 +8,7 @@ import pickle
 import random
 import re
 import time
+import types
 import warnings
 
 import hypothesis.strategies as st
@@ -779,6 +780,70 @@ def test_a_changed_global_is_noticed(fast, monkeypatch):
     with pytest.warns(UserWarning, match="decay in .*test_compat_handwritten changed from 0.25"):
         found = module(x)
     assert torch.equal(found, mem_update()(x))
+
+
+class Scheduled(torch.autograd.Function):
+    width = 1.0
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return (z > 0).to(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * (Scheduled.width - ctx.saved_tensors[0].abs()).clamp(min=0) / Scheduled.width**2
+
+
+class Config:
+    th = 1.0
+
+
+CONFIG, OPTIONS = Config(), {"gain": [1.0]}
+
+
+class ConfiguredLIF(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.args = types.SimpleNamespace(decay=0.5)
+        self.cfg = {"leak": {"decay": 0.5}}
+
+    def charge(self, mem, x):
+        return mem * (self.args.decay + self.cfg["leak"]["decay"]) / 2 + x * OPTIONS["gain"][0]
+
+    def forward(self, x):
+        mem, spikes = 0, []
+        for step in x:
+            mem = self.charge(mem, step)
+            spike = Scheduled.apply(mem - CONFIG.th)
+            mem = mem * (1 - spike)
+            spikes.append(spike)
+        return torch.stack(spikes)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m, patch: setattr(m.args, "decay", 0.75), "what its attribute args holds changed"),
+        (lambda m, patch: m.cfg["leak"].update(decay=0.75), "what its attribute cfg holds changed"),
+        (lambda m, patch: patch.setitem(OPTIONS, "gain", [2.0]), "OPTIONS in .* changed"),
+        (lambda m, patch: patch.setattr(Config, "th", 0.5), "CONFIG in .* changed"),
+        (lambda m, patch: patch.setattr(CONFIG, "th", 0.5, raising=False), "CONFIG in .* changed"),
+        (lambda m, patch: patch.setattr(Scheduled, "width", 2.0), "Scheduled in .* changed"),
+        (lambda m, patch: setattr(m, "charge", lambda mem, x: 0.75 * mem + x), "a method was replaced on it"),
+    ],
+)
+def test_a_changed_setting_in_a_container_is_noticed(change, message, monkeypatch):
+    node = ConfiguredLIF()
+    assert accelerate(node).replaced
+    x, _ = inputs((4, 2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        node(x)
+        pickle.loads(pickle.dumps(node))(x)
+    change(node, monkeypatch)
+    with pytest.warns(UserWarning, match=message):
+        node(x)
 
 
 def test_data_that_were_not_checked_run_the_neurons_own_code(fast):

@@ -443,6 +443,7 @@ def layer_with_tail(base, tail):
         (lambda y, training: y * 0.5 if training else y, "computes something else than RWKV-4's, in train mode"),
         (lambda y, training: y if training else y * 0.5, "computes something else than RWKV-4's, in eval mode"),
         (lambda y, training: y if random.random() < 2 else 0, "draws random numbers"),
+        (lambda y, training: y * 1.0001, "computes something else than RWKV-4's"),
         (lambda y, training: y.clamp(-30, 30), "computes something else than RWKV-4's"),
         (lambda y, training: y.clamp(-65504, 65504), "computes something else than RWKV-4's, on large values"),
         (lambda y, training: y, None),

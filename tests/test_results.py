@@ -97,6 +97,26 @@ def test_training_steps_on_the_gpu_equal_the_results():
     assert f"{plain / ours:.0f} times as long" in PERFORMANCE
 
 
+def published_models():
+    """Yield the table rows of the page "Published models": a training step before over after, bytes kept, each neuron layer."""
+    found = rows("published_models.json", "published_models")
+    for first, second in zip(found, found[1:]):
+        if not first["name"].endswith(", training step, fused"):
+            continue
+        name = first["name"].removesuffix(", training step, fused")
+        neurons = [r["times_fused"] for r in found if r["name"].startswith(f"{name}, ") and "times_fused" in r]
+        neurons.remove(second["times_fused"])
+        saved = second["saved_bytes"] / first["saved_bytes"]
+        share = second["neurons_s"] / second["median_s"]
+        step = f"{1e3 * second['median_s']:.3g} ms | {1e3 * first['median_s']:.3g} ms | {digits(second['times_fused'])}"
+        yield f"| {name} | {step} | {digits(saved)} | {share:.0%} | {digits(min(neurons))} to {digits(max(neurons))} |"
+
+
+def test_the_table_of_published_models_equals_the_results():
+    found = list(published_models())
+    assert len(found) == 6 and all(row in PAGES["published-models"] for row in found)
+
+
 def other_libraries():
     """Yield (page, table row): time and saved bytes of the library's own code, each divided by ours."""
 

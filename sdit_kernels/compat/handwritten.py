@@ -63,7 +63,11 @@ class _Fit(NamedTuple):
 
     neuron: Found
     attributes: tuple[_Watched, ...]
+    holders: tuple[
+        _Watched, ...
+    ]  # attributes that hold settings: lists, dicts, namespaces, classes; the value is ``_settings``
     constants: tuple[_Watched, ...]
+    methods: frozenset[str]  # names of methods that the instance replaces
 
 
 class _HandWritten(Swapped):
@@ -120,8 +124,16 @@ def _unfit_parameter(form, module, x) -> str | None:
 def _changed(module) -> str | None:
     """Return which value, read by the neuron's code, changed since ``accelerate``, or None."""
     attributes = module._handwritten.attributes
-    found = _changed_attribute(module, attributes) or _changed_constant(module)
+    found = _changed_attribute(module, attributes) or _changed_holder(module) or _changed_constant(module)
+    if found is None and _replaced_methods(module) != module._handwritten.methods:
+        found = "a method was replaced on it"
     return None if found is None else f"{found} since accelerate; call accelerate again"
+
+
+def _replaced_methods(module) -> frozenset[str]:
+    """Return the names of the methods of its class that a module replaces by an attribute."""
+    cls = type(module)
+    return frozenset(name for name in vars(module) if isinstance(getattr(cls, name, None), types.FunctionType))
 
 
 def _changed_attribute(module, attributes) -> str | None:
@@ -135,18 +147,57 @@ def _changed_attribute(module, attributes) -> str | None:
     return None
 
 
+@assume_constant_result  # torch.compile cannot guard all that a list, a dict or an object holds
+def _changed_holder(module) -> str | None:
+    for path, name, value in module._handwritten.holders:
+        holder = module
+        for part in path:
+            holder = getattr(holder, part)
+        if _settings(getattr(holder, name, None)) != value:
+            return f"what its attribute {'.'.join((*path, name))} holds changed"
+    return None
+
+
 @assume_constant_result  # torch.compile cannot guard the globals of another file
 def _changed_constant(module) -> str | None:
     for (file,), name, value in module._handwritten.constants:
-        now = vars(sys.modules[file]).get(name) if file in sys.modules else value
-        if type(now) is not type(value) or now != value:
-            return f"{name} in {file} changed from {value!r}"
+        if file in sys.modules and _settings(vars(sys.modules[file]).get(name)) != value:
+            return f"{name} in {file} changed" + (f" from {value[1]!r}" if isinstance(value[0], type) else "")
     return None
+
+
+def _settings(value, depth=3):
+    """Return the numbers, flags and strings in a value in a form that can be compared; None if it holds none.
+
+    They are the value itself, the items of a list, tuple or dict, or the attributes of an object or class of the project.
+    """
+    if isinstance(value, SIMPLE):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        items = dict(enumerate(value))
+    elif isinstance(value, dict):
+        items = value
+    elif isinstance(value, (nn.Module, Tensor, types.ModuleType, types.FunctionType)) or not hasattr(value, "__dict__"):
+        return None
+    elif is_foreign(value.__module__ if isinstance(value, type) else type(value).__module__):
+        classes = value.__mro__ if isinstance(value, type) else type(value).__mro__
+        spaces = [vars(cls) for cls in reversed(classes) if is_foreign(cls.__module__)] + [vars(value)]
+        items = {name: item for space in spaces for name, item in space.items()}
+        items = {name: item for name, item in items.items() if not name.startswith("__") and name not in _BARE}
+    else:
+        return None
+    found = [(key, _settings(item, depth - 1)) for key, item in items.items() if isinstance(key, SIMPLE)] if depth else []
+    return tuple((key, item) for key, item in found if item is not None) or None
 
 
 # --- what the code of a neuron reads ----------------------------------------------------------------------------------------
 
-_BARE = {*vars(nn.Module()), "training"}
+
+class _BareFunction(torch.autograd.Function):
+    pass
+
+
+_BARE = {*vars(nn.Module()), *vars(_BareFunction), "training"}  # attributes that PyTorch sets, which are not settings
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -203,9 +254,9 @@ def _has_loop(functions) -> bool:
     return any(i.opname.startswith(jumps) for code in codes for i in dis.get_instructions(code))
 
 
-def _attributes(module: nn.Module) -> tuple[_Watched, ...]:
-    """Return the simple attributes of a module, its class and its children."""
-    found = []
+def _attributes(module: nn.Module) -> tuple[tuple[_Watched, ...], tuple[_Watched, ...]]:
+    """Return the attributes of a module, its class and its children that are settings, and those that hold settings."""
+    found: tuple[list[_Watched], list[_Watched]] = [], []
     for path, part in module.named_modules():
         names = [*vars(part)]
         for cls in type(part).__mro__:
@@ -213,17 +264,32 @@ def _attributes(module: nn.Module) -> tuple[_Watched, ...]:
                 names += [name for name in vars(cls) if not name.startswith("__")]
         for name in dict.fromkeys(names):
             value = getattr(part, name, None) if name in vars(part) else getattr(type(part), name, None)
-            if name not in _BARE and isinstance(value, SIMPLE):
-                found.append(_Watched(tuple(filter(None, path.split("."))), name, value))
-    return tuple(found)
+            where = tuple(filter(None, path.split(".")))
+            if name in _BARE:
+                continue
+            if isinstance(value, SIMPLE):
+                found[0].append(_Watched(where, name, value))
+            elif _settings(value) is not None:
+                found[1].append(_Watched(where, name, _settings(value)))
+    return tuple(found[0]), tuple(found[1])
+
+
+def _numbers(settings) -> Iterator[Any]:
+    """Yield all numbers in a result of ``_settings``."""
+    for item in settings:
+        if isinstance(item, tuple):
+            yield from _numbers(item)
+        elif isinstance(item, (int, float)):
+            yield item
 
 
 def _constants(functions) -> tuple[_Watched, ...]:
-    """Return the simple globals that functions read, if their file can be found again by its name."""
+    """Return the globals that functions read and that are or hold settings, if their file can be found again by its name."""
     found = []
     for file, name, value in (read for f in functions for read in _reads(f)):
-        if isinstance(value, SIMPLE) and file in sys.modules and vars(sys.modules[file]).get(name) is value:
-            found.append(_Watched((file,), name, value))
+        settings = _settings(value)
+        if settings is not None and file in sys.modules and vars(sys.modules[file]).get(name) is value:
+            found.append(_Watched((file,), name, settings))
     return tuple(dict.fromkeys(found))
 
 
@@ -289,13 +355,13 @@ def _fit(module: nn.Module) -> _Fit | str | None:
     functions = _functions(module)
     if not named and not _has_loop(functions):
         return None
-    attributes, constants = _attributes(module), _constants(functions)
-    numbers = [w.value for w in (*attributes, *constants)]
+    (attributes, holders), constants = _attributes(module), _constants(functions)
+    numbers = [w.value for w in attributes] + [n for w in (*holders, *constants) for n in _numbers(w.value)]
     numbers += [c for f in functions for code in _codes(f.__code__) for c in code.co_consts if type(c) in (int, float)]
     best = Cannot(0, "")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):  # some files move data to the GPU themselves
         try:
-            return _Fit(fit_lif(module, device, numbers), attributes, constants)
+            return _Fit(fit_lif(module, device, numbers), attributes, holders, constants, _replaced_methods(module))
         except Cannot as found:
             best = max(found, best, key=lambda r: r.progress)
         except Exception as error:  # deepcopy, and code that is not ours, may raise anything

@@ -36,11 +36,13 @@ def seq_to_ann_forward(x_seq, stateless_module):
 
 def set_threshold_margin(output_layer, label_one_hot, eval_threshold=1.0, threshold0=0.9, threshold1=1.1):
     """Set the threshold of each output neuron: threshold1 for the right class, else threshold0; eval_threshold in eval mode."""
+    if not isinstance(label_one_hot, torch.Tensor):
+        raise TypeError(f"label_one_hot must be a tensor, got {type(label_one_hot).__name__}")
     if not output_layer.training:
         output_layer.v_threshold = eval_threshold
         return
-    low = torch.full_like(label_one_hot, threshold0, dtype=torch.get_default_dtype())
-    output_layer.v_threshold = torch.where(label_one_hot == 1, threshold1, low)
+    low = torch.ones_like(label_one_hot) * threshold0
+    output_layer.v_threshold = low.masked_fill(label_one_hot == 1, threshold1)
 
 
 def redundant_one_hot(labels, num_classes: int, n: int):

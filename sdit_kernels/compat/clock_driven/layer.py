@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import base, functional
 
@@ -153,10 +152,8 @@ class ConvBatchNorm2d(nn.Module):
         return functional.fuse_convbn2d(self.conv, self.bn)
 
 
-class _ThresholdDependentBatchNorm(_BatchNorm):
+class _ThresholdDependent(nn.Module):
     """BatchNorm over time and batch whose initial weight is alpha v_th (Zheng et al., AAAI 2021)."""
-
-    _axes: tuple[int, ...]  # numbers of axes of (T B, C, ...)
 
     def __init__(self, alpha: float, v_th: float, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -164,33 +161,22 @@ class _ThresholdDependentBatchNorm(_BatchNorm):
             raise ValueError("affine must be True, because the weight starts at alpha * v_th")
         self.alpha = alpha
         self.v_th = v_th
-        nn.init.constant_(self.weight, alpha * v_th)
+        self.get_parameter("weight").data.fill_(alpha * v_th)
 
-    def _check_input_dim(self, input):
-        if input.dim() not in self._axes:
-            allowed = " or ".join(str(axes + 1) for axes in self._axes)
-            raise ValueError(f"x_seq must have {allowed} axes, (T, B, C, ...), got {input.dim() + 1}")
-
-    def forward(self, input):
-        return functional.seq_to_ann_forward(input, super().forward)
+    def forward(self, x_seq):
+        return functional.seq_to_ann_forward(x_seq, super().forward)
 
 
-class MultiStepThresholdDependentBatchNorm1d(_ThresholdDependentBatchNorm):
+class MultiStepThresholdDependentBatchNorm1d(_ThresholdDependent, nn.BatchNorm1d):
     """tdBN of x_seq, (T, B, C) or (T, B, C, L)."""
 
-    _axes = (2, 3)
 
-
-class MultiStepThresholdDependentBatchNorm2d(_ThresholdDependentBatchNorm):
+class MultiStepThresholdDependentBatchNorm2d(_ThresholdDependent, nn.BatchNorm2d):
     """tdBN of x_seq, (T, B, C, H, W)."""
 
-    _axes = (4,)
 
-
-class MultiStepThresholdDependentBatchNorm3d(_ThresholdDependentBatchNorm):
+class MultiStepThresholdDependentBatchNorm3d(_ThresholdDependent, nn.BatchNorm3d):
     """tdBN of x_seq, (T, B, C, D, H, W)."""
-
-    _axes = (5,)
 
 
 class MultiStepTemporalWiseAttention(nn.Module):

@@ -27,6 +27,11 @@ def check_backend(backend: str):
         raise ValueError(f'backend must be "torch" or "cupy", got {backend!r}')
 
 
+def _check_tensor(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _check_number(name, value, above=-math.inf):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -90,6 +95,7 @@ class BaseNode(base.MemoryModule):
         return spike
 
     def forward(self, x):
+        _check_tensor("x", x)
         return self._step(x)
 
     def extra_repr(self):
@@ -105,8 +111,9 @@ class _MultiStep(BaseNode):
         self.backend = backend
 
     def forward(self, x_seq):
-        if x_seq.dim() < 2:
-            raise ValueError(f"x_seq must have at least two axes, (T, ...), got {tuple(x_seq.shape)}")
+        _check_tensor("x_seq", x_seq)
+        if x_seq.dim() < 2 or not x_seq.shape[0]:
+            raise ValueError(f"x_seq must have at least two axes, (T, ...), and T at least 1, got {tuple(x_seq.shape)}")
         spikes, v_seq = [], []
         for x in x_seq:
             spikes.append(self._step(x))
