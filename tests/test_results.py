@@ -108,13 +108,35 @@ def published_models():
         neurons.remove(second["times_fused"])
         saved = second["saved_bytes"] / first["saved_bytes"]
         share = second["neurons_s"] / second["median_s"]
-        step = f"{1e3 * second['median_s']:.3g} ms | {1e3 * first['median_s']:.3g} ms | {digits(second['times_fused'])}"
+        step = f"{1e3 * second['median_s']:,.0f} ms | {1e3 * first['median_s']:,.0f} ms | {digits(second['times_fused'])}"
         yield f"| {name} | {step} | {digits(saved)} | {share:.0%} | {digits(min(neurons))} to {digits(max(neurons))} |"
 
 
 def test_the_table_of_published_models_equals_the_results():
     found = list(published_models())
     assert len(found) == 6 and all(row in PAGES["published-models"] for row in found)
+
+
+def test_sentences_on_vision_rwkv_and_handwritten_neurons_equal_the_results():
+    factors = []
+    for section in ("vision_rwkv_step", "vision_rwkv_layer"):
+        ours, *plain = rows("compat_vision_rwkv.json", section)
+        fastest = min(plain, key=lambda r: r["ratio"])
+        factors += [fastest["ratio"], fastest["saved_bytes"] / ours["saved_bytes"]]
+        factors.append(row(plain, name="plain, loop")["ratio"])
+    step, step_bytes, step_loop, layer, layer_bytes, layer_loop = (digits(f)[:-1] for f in factors)
+    text = PAGES["vision-rwkv"]
+    assert f"{step} times as fast with {step_bytes} times fewer bytes kept for four layers" in text
+    assert f"{layer} times as fast with {layer_bytes} times fewer bytes for one spatial mix" in text
+    assert f"the factors are {step_loop} and {layer_loop}" in text
+    found = rows("compat_handwritten.json", "handwritten_neurons")
+    times = [digits(own["times_fused"])[:-1] for own in found[1::2]]
+    fewer = [f"{own['saved_bytes'] / fused['saved_bytes']:.0f}" for fused, own in zip(found[::2], found[1::2])]
+    sentence = (
+        "{} times as fast with a hard reset, with {} times fewer bytes kept; {} times and {} times if the reset is detached"
+    )
+    assert sentence.format(times[0], fewer[0], times[1], fewer[1]) in PAGES["handwritten"]
+    assert f"{times[2]} times with a soft reset" in PAGES["handwritten"]
 
 
 def other_libraries():
