@@ -675,3 +675,37 @@ def test_a_gpu_is_not_waited_for_during_the_run():
         torch.cuda.set_sync_debug_mode("default")
     assert report.synaptic_operations == pytest.approx(cpu_report.synaptic_operations, rel=0.02)
     assert kinds(report) == kinds(cpu_report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_levels_of_rounded_values_are_counted_exactly(dtype):
+    """k / 3 and k / 7 are rounded in every dtype; the rounding must not add up."""
+    draw = torch.Generator().manual_seed(0)
+    for n in (3, 7):
+        level = (torch.rand(n, 500, 16, generator=draw) < 0.3).sum(0)
+        model = nn.Sequential(Scale(n), nn.Linear(16, 8, dtype=dtype))
+        assert energy.count(model, level.to(dtype)).synaptic_operations == 8 * level.sum().item()
+
+
+class Scale(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, x):
+        return x / self.n
+
+
+def test_an_offset_is_not_a_spike():
+    spikes = (torch.rand(20, 16, generator=torch.Generator().manual_seed(0)) < 0.3).float()
+
+    class Offset(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.linear(x + 1)
+
+    report = energy.count(Offset(), spikes)
+    assert report.synaptic_operations == 0 and report.rows[0].inputs[0].kind == "floats"

@@ -261,6 +261,10 @@ def are_floats(measured: Tensor) -> bool:
     return is_readable(measured) and not measured[FIELDS.index("fits")]
 
 
+def _level(x: Tensor, factor: Tensor) -> Tensor:
+    return (x.abs().to(factor.dtype) / factor).round()
+
+
 FIELDS = ("nonzero", "low", "high", "least", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
 
 
@@ -268,8 +272,9 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     """Return the numbers ``FIELDS`` of operand i as one tensor on its device.
 
     least: the smallest absolute value that is not 0.
-    events: sum of the fan-outs of nonzero elements. magnitude: the same, times the absolute value of the element. pairs and
-    pair_magnitude: the same over pairs of elements, measured with operand 0 of a product of two operands that are data.
+    events: sum of the fan-outs of nonzero elements. magnitude: the same, times the level of the element, its absolute value
+    divided by the factor and rounded, so that the rounding of x does not add up. pairs and pair_magnitude: the same over pairs
+    of elements, measured with operand 0 of a product of two operands that are data.
     """
     x = product.operands[i]
     assert x is not None
@@ -277,13 +282,14 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
         return torch.zeros(len(FIELDS), dtype=torch.float64, device=x.device)
     low, high = x.aminmax()
     least, factor, fits = find_factor(x)
-    some, size = x != 0, x.abs()
+    some = x != 0
     if is_readable(x) and not fits:  # floats: nothing else is needed
         return torch.tensor([some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64)
-    found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, size), fingerprint(x)]
+    level = _level(x, factor)
+    found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, level), fingerprint(x)]
     other = product.operands[1]
     if attention and i == 0 and other is not None:
-        found += [product.pairs(some, other != 0), product.pairs(size, other.abs())]
+        found += [product.pairs(some, other != 0), product.pairs(level, _level(other, find_factor(other)[1]))]
     else:
         found += [torch.zeros((), device=x.device)] * 2
     return torch.stack([n.double() for n in found])

@@ -172,8 +172,8 @@ class Row:
 # --- from records to rows -----------------------------------------------------------------------------------------------------
 
 
-def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[float]]:
-    """Return the largest level, the factor, and the factor of each call.
+def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[int]]:
+    """Return the largest level, the factor, and for each call how many of these factors its own factor is.
 
     The calls share a factor if their values allow it. Else each has its own, and if a call has few values that proves nothing:
     the level is then above MAX_LEVEL.
@@ -186,11 +186,12 @@ def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[float]]:
         factor = common.item()
         exact = round(factor)
         factor = exact if exact and abs(factor - exact) < 1e-6 * exact else factor
-        return round(most / factor), factor, [factor] * len(numbers["factor"])
+        return round(most / factor), factor, [round(f / factor) for f in numbers["factor"]]
+    ones = [1] * len(numbers["factor"])
     if fewest < _ENOUGH_VALUES:
-        return MAX_LEVEL + 1, max(used), numbers["factor"]
+        return MAX_LEVEL + 1, max(used), ones
     each = (max(-low, high) / f for low, high, f in zip(numbers["low"], numbers["high"], numbers["factor"]))
-    return round(max(each)), max(used), numbers["factor"]
+    return round(max(each)), max(used), ones
 
 
 def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) -> str:
@@ -209,8 +210,8 @@ def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) 
         return "indices"
     level, factor, _ = _levels(numbers)
     has_zero = sum(numbers["nonzero"]) < operand.values
-    if not has_zero and round(min(numbers["least"]) / factor) > 1:
-        return "floats"  # an offset plus levels: most of each value is not events
+    if not has_zero and low > 0 and (operand.values >= _ENOUGH_VALUES or round(min(numbers["least"]) / factor) > 1):
+        return "floats"  # an offset plus levels
     if operand.origin == Origin.GIVEN and factor != round(factor):
         return "floats"  # pixels, for example k / 16
     if level == 1 and factor == 1:
@@ -224,8 +225,8 @@ def _read(operand: Operand) -> dict[str, list[float]]:
     return {name: table[:, i].tolist() for i, name in enumerate(FIELDS)}
 
 
-def _input(operand: Operand, other: Operand, inputs_vary: bool) -> tuple[Input, dict[str, list[float]], list[float]]:
-    """Return an operand of a row, its measurements per call, and the factor of its levels per call."""
+def _input(operand: Operand, other: Operand, inputs_vary: bool) -> tuple[Input, dict[str, list[float]], list[int]]:
+    """Return an operand of a row, its measurements per call, and its levels per measured level for each call."""
     if operand.origin is None:
         return Input("floats", operand.values), {}, []
     if operand.origin < Origin.INDEX:
@@ -236,23 +237,23 @@ def _input(operand: Operand, other: Operand, inputs_vary: bool) -> tuple[Input, 
     nonzero = sum(numbers["nonzero"])
     fired = [fired.sum().item() for fired in operand.fired.values()]
     neurons = sum(operand.fired)
-    level, factor, factors = _levels(numbers) if kind in SPIKES else (0, 1.0, [])
+    level, factor, per_level = _levels(numbers) if kind in SPIKES else (0, 1.0, [])
     found = Input(
         kind=kind, values=operand.values, level=level, factor=float(factor), rate=nonzero / max(operand.values, 1),
-        synaptic_operations=round(sum(m / f for m, f in zip(numbers["magnitude"], factors))),
+        synaptic_operations=round(sum(m * n for m, n in zip(numbers["magnitude"], per_level))),
         nonzero_operations=round(sum(numbers["events"])) if kind in SPIKES else 0,
         neurons=neurons, silent=neurons - int(sum(fired)),
     )  # fmt: skip
-    return found, numbers, factors
+    return found, numbers, per_level
 
 
 def row(record: Record, inputs_vary: bool) -> Row:
-    (a, numbers, a_factors), (b, _, b_factors) = (
+    (a, numbers, a_levels), (b, _, b_levels) = (
         _input(operand, other, inputs_vary) for operand, other in zip(record.operands, reversed(record.operands))
     )
     pairs = None
     if a.is_spikes and b.is_spikes:
-        pairs = round(sum(p / (f * g) for p, f, g in zip(numbers["pair_magnitude"], a_factors, b_factors)))
+        pairs = round(sum(p * m * n for p, m, n in zip(numbers["pair_magnitude"], a_levels, b_levels)))
     return Row(
         record.layer, record.op, record.shape, record.calls, record.macs, (a, b), record.result_values, pairs,
     )  # fmt: skip
