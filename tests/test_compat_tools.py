@@ -452,9 +452,10 @@ def test_a_pickle_is_fused_in_another_process(jelly, tmp_path):
 
 def record_uses(jelly, prepare):
     """Use a net in many ways. prepare: what makes its neurons run on the kernels. Return all results and which code ran."""
-    if importlib.util.find_spec("tensorboard") is None:  # SpikingJelly's monitor of the GPU, which is not used here, needs it
-        sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=None)
-    from spikingjelly.activation_based import monitor, nir_exchange
+    with pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("tensorboard") is None:  # SpikingJelly's monitor of the GPU, not used here, needs it
+            patch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=None))
+        from spikingjelly.activation_based import monitor, nir_exchange
 
     torch.manual_seed(0)
     x = torch.randn(4, 3, 6, dtype=torch.float64).requires_grad_()

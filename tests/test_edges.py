@@ -340,7 +340,9 @@ def test_every_allocation_names_its_device_and_dtype():
     for path in (ROOT / "sdit_kernels").rglob("*.py"):
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         # parameters of modules use the default device and dtype, as in torch's modules
-        parameters = {id(node.args[0]) for node in calls if ast.unparse(node.func) == "torch.nn.Parameter" and node.args}
+        parameters = {
+            id(node.args[0]) for node in calls if ast.unparse(node.func) in ("torch.nn.Parameter", "nn.Parameter") and node.args
+        }
         for node in calls:
             if ast.unparse(node.func) in {f"torch.{name}" for name in factories.split()} and id(node) not in parameters:
                 found += 1

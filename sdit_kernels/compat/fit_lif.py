@@ -339,9 +339,9 @@ class _Measured(NamedTuple):
 def _first_look(probe: _Probe):
     """Check on random inputs that a call leaves nothing behind, that the output is binary, and that neurons are independent."""
     draw = torch.Generator().manual_seed(0)
-    sizes = 2.0 ** (torch.arange(0, 64, 8) / 4 - 5)
-    rows = (torch.randn(probe.steps, 8, generator=draw, dtype=torch.float64) * sizes).to(probe.device)
-    rows = rows.index_fill(1, torch.tensor([7], device=probe.device), 1e6)  # a neuron that fires
+    sizes = 2.0 ** (torch.arange(0, 64, 8, dtype=torch.int64, device="cpu") / 4 - 5)
+    rows = (torch.randn(probe.steps, 8, generator=draw, dtype=torch.float64, device="cpu") * sizes).to(probe.device)
+    rows = rows.index_fill(1, torch.tensor([7], device=probe.device, dtype=torch.int64), 1e6)  # a neuron that fires
     for training in (False, True):
         probe.twin.train(training)
         before = _snapshot(probe.twin)
@@ -427,7 +427,11 @@ def _measure_surrogate(probe: _Probe, measured: _Measured, centre: float) -> _Sl
         _, width = _first_input(lambda z: [g <= peak / 2 for g in slope([abs(a) if a > 0 else 0.0 for a in z]).tolist()], "")
     except Cannot:
         raise Cannot(4, "its surrogate gradient does not fall with the distance from the threshold", final=True) from None
-    inputs = width * torch.tensor([s * z for z in (0.1, 0.3, 0.7, 0.95, 1.05, 1.5, 1.9, 2.1, 3.0, 7.0) for s in (1, -1)])
+    inputs = width * torch.tensor(
+        [s * z for z in (0.1, 0.3, 0.7, 0.95, 1.05, 1.5, 1.9, 2.1, 3.0, 7.0) for s in (1, -1)],
+        dtype=torch.float64,
+        device="cpu",
+    )
     inputs = inputs.to(torch.float64)
     return _Slope(peak, width, inputs, slope(inputs.tolist()).cpu())
 
@@ -446,7 +450,7 @@ def _match_surrogate(slope: _Slope, gain: float, known: list[float]) -> tuple[st
         alpha = slope.peak / gain if name == "super_spike" else _HALF_WIDTHS[name] / (slope.width * gain)
         inverse = [1 / a for a in known if a] + [1 / (2 * a) for a in known if a]
         alpha = _rounded(alpha, [*known, *inverse])
-        scale = slope.peak / gain / surrogate.derivative(torch.zeros(1, dtype=torch.float64), alpha).item()
+        scale = slope.peak / gain / surrogate.derivative(torch.zeros(1, dtype=torch.float64, device="cpu"), alpha).item()
         scale = 1.0 if _near(scale, 1) else _rounded(scale, known)
         wanted = scale * surrogate.derivative(z, alpha) * gain
         if (wanted - slope.values).abs().max() <= 1e-7 * slope.peak:
@@ -497,8 +501,9 @@ def _roles(probe: _Probe, measured: _Measured, known: list[float]) -> _Roles:
         used = False
         if any(not _near(m.decay, measured.decay) for _, m in trials):
             used = True
-            maps = (key for key, f in DECAYS.items()
-                    if all(_near(f(torch.tensor(a, dtype=torch.float64)).item(), m.decay) for a, m in trials))  # fmt: skip
+            values = [torch.tensor(a, dtype=torch.float64, device="cpu") for a, _ in trials]
+            decays = [m.decay for _, m in trials]
+            maps = (key for key, f in DECAYS.items() if all(_near(f(a).item(), d) for a, d in zip(values, decays)))
             key = next(maps, None)
             if key is None:
                 raise Cannot(4, f"its decay is an unknown function of its parameter {name}", final=True)
@@ -585,8 +590,8 @@ def _fresh(probe: _Probe, steps: int, scale: float, draw: torch.Generator) -> tu
     """Return random data, and gradients that are exact in float32."""
     axes = probe.rank - 1 if probe.layout.kind == "axis" else probe.rank
     shape = (steps, *(2, 3, 2, 3, 2)[:axes])
-    x = scale * (torch.randn(*shape, generator=draw, dtype=torch.float64) + 0.3)
-    g = torch.randint(-16, 17, shape, generator=draw).double() / 16
+    x = scale * (torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu") + 0.3)
+    g = torch.randint(-16, 17, shape, generator=draw, dtype=torch.int64, device="cpu").double() / 16
     x, g = (probe.layout.back(t).contiguous().to(probe.device) for t in (x, g))
     return x, g
 
@@ -626,9 +631,9 @@ def _differing_spikes(probe: _Probe, form: Form, measured: _Measured, single: nn
     draw = torch.Generator().manual_seed(2)
     unit = _rounded(measured.high, [])
     steps = probe.layout.steps or 2
-    rows = unit / 16 * torch.randint(-16, 48, (steps, 1024), generator=draw).double()
-    first = unit * torch.rand(512, generator=draw, dtype=torch.float64).float().double()  # does not fire
-    rounding = unit * 2.0**-24 * torch.randint(-4, 5, (512,), generator=draw)
+    rows = unit / 16 * torch.randint(-16, 48, (steps, 1024), generator=draw, dtype=torch.int64, device="cpu").double()
+    first = unit * torch.rand(512, generator=draw, dtype=torch.float64, device="cpu").float().double()  # does not fire
+    rounding = unit * 2.0**-24 * torch.randint(-4, 5, (512,), generator=draw, dtype=torch.int64, device="cpu")
     rows[0, :512] = first
     rows[1, :512] = measured.threshold - measured.decay * (first + measured.decay * measured.start) + rounding
     rows[0, -8:] = unit
@@ -646,7 +651,12 @@ def _dtypes(probe: _Probe, module: nn.Module) -> tuple[tuple[torch.dtype, torch.
         twin = copy.deepcopy(module).to(probe.device)
         try:
             with torch.no_grad():
-                found.append((dtype, twin(probe.data(torch.ones(probe.steps, 2, device=probe.device)).to(dtype)).dtype))
+                found.append(
+                    (
+                        dtype,
+                        twin(probe.data(torch.ones(probe.steps, 2, device=probe.device, dtype=torch.float64)).to(dtype)).dtype,
+                    )
+                )
         except Exception:  # code that is not ours may raise anything
             continue
     return tuple(found)

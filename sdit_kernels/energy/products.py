@@ -128,12 +128,12 @@ def tap_positions(
     size: int, out: int, taps: int, stride: int, padding: int, dilation: int, transposed: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Count, along one axis, the taps of the kernel that meet each input, and the inputs that each tap meets."""
-    tap = torch.arange(taps, device=device) * dilation - padding
+    tap = torch.arange(taps, device=device, dtype=torch.int64) * dilation - padding
     if transposed:  # each input meets each tap once; the result falls outside the output at the borders
-        at = torch.arange(size, device=device)[:, None] * stride + tap
+        at = torch.arange(size, device=device, dtype=torch.int64)[:, None] * stride + tap
         meets = ((at >= 0) & (at < out)).double()
         return meets.sum(1), meets.sum(0)
-    at = torch.arange(out, device=device)[:, None] * stride + tap
+    at = torch.arange(out, device=device, dtype=torch.int64)[:, None] * stride + tap
     inside = ((at >= 0) & (at < size)).double()
     counts = torch.zeros(size, dtype=torch.float64, device=device)
     counts.scatter_add_(0, at.clamp(0, size - 1).flatten(), inside.flatten())
@@ -234,7 +234,7 @@ def find_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     least = torch.where(a > 0, a, math.inf).amin()
     f = torch.where(least.isfinite(), least, 1.0)
     if is_readable(f) and not most <= f * MAX_LEVEL:
-        return least, f, torch.zeros((), dtype=torch.bool)  # the usual case of floats: no need to look further
+        return least, f, torch.zeros((), dtype=torch.bool, device=f.device)  # the usual case of floats: no need to look further
     for _ in range(_EUCLID_STEPS):
         rest = (a - f * (a / f).round()).abs()
         f = torch.minimum(f, torch.where(rest > 2 * eps * a, rest, math.inf).amin())
@@ -284,12 +284,14 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     least, factor, fits = find_factor(x)
     some = x != 0
     if is_readable(x) and not fits:  # floats: nothing else is needed
-        return torch.tensor([some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64)
+        return torch.tensor(
+            [some.sum(), low, high, least, factor, *[0.0] * (len(FIELDS) - 5)], dtype=torch.float64, device="cpu"
+        )
     level = _level(x, factor)
     found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, level), fingerprint(x)]
     other = product.operands[1]
     if attention and i == 0 and other is not None:
         found += [product.pairs(some, other != 0), product.pairs(level, _level(other, find_factor(other)[1]))]
     else:
-        found += [torch.zeros((), device=x.device)] * 2
+        found += [torch.zeros((), dtype=torch.float64, device=x.device)] * 2
     return torch.stack([n.double() for n in found])

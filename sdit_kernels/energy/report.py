@@ -181,7 +181,7 @@ def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[int]]:
     used = [f for f, n in zip(numbers["factor"], numbers["nonzero"]) if n]
     fewest = min(n for n in numbers["nonzero"] if n)
     most = max(map(abs, (*numbers["low"], *numbers["high"])))
-    _, common, fits = find_factor(torch.tensor(used, dtype=torch.float32))
+    _, common, fits = find_factor(torch.tensor(used, dtype=torch.float32, device="cpu"))
     if fits and most <= 1.001 * MAX_LEVEL * common:
         factor = common.item()
         exact = round(factor)
