@@ -51,11 +51,11 @@ _LIBRARY = "hand-written neurons"
 
 
 class _Watched(NamedTuple):
-    """A number, flag or string that the neuron's code may read: an attribute of a module, or a global of a file."""
+    """What the neuron's code may read: an attribute of a module, or a global of a file."""
 
     path: tuple[str, ...]  # names of the children on the way to the attribute; of a global: the file's module
     name: str
-    value: Any
+    value: Any  # of a number, flag or string in ``attributes`` the value itself, else its ``_settings``
 
 
 class _Fit(NamedTuple):

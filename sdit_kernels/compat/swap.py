@@ -361,16 +361,16 @@ _HARMLESS = {"__init__", "__module__", "__qualname__", "__doc__", "__dict__", "_
 
 
 @assume_constant_result  # torch.compile cannot trace the attributes it reads; the graph is for this module only
-def changed_behaviour(module, base, harmless=()) -> str | None:
-    """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None.
-
-    harmless: names that a subclass may override.
-    """
-    return changed_class(module, base, harmless) or changed_instance(module, base)
+def changed_behaviour(module, base) -> str | None:
+    """Return the reason why ``module``, an instance of ``base``, may behave differently from ``base``, or None."""
+    return changed_class(module, base) or changed_instance(module, base)
 
 
 def changed_class(module, base, harmless=()) -> str | None:
-    """Return the reason why the class of ``module`` may behave differently from ``base``, or None."""
+    """Return the reason why the class of ``module`` may behave differently from ``base``, or None.
+
+    harmless: names that a subclass may override.
+    """
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "it is parametrized (torch.nn.utils.parametrize)"
     kind = type(module)

@@ -161,7 +161,7 @@ class _ThresholdDependent(nn.Module):
             raise ValueError("affine must be True, because the weight starts at alpha * v_th")
         self.alpha = alpha
         self.v_th = v_th
-        self.get_parameter("weight").data.fill_(alpha * v_th)
+        nn.init.constant_(self.get_parameter("weight"), alpha * v_th)
 
     def forward(self, x_seq):
         return functional.seq_to_ann_forward(x_seq, super().forward)
