@@ -1,10 +1,8 @@
-"""leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it. The structure is the same as in lif.py."""
-
-from typing import NamedTuple
+"""leaky: the public function and the operator ``sdit_kernels::leaky`` behind it."""
 
 from torch import Tensor
 
-from .. import dispatch, reference, tuning
+from .. import dispatch, reference
 from ..checks import (
     check_data,
     check_flag,
@@ -17,22 +15,16 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS
-from .lif import allocate_gradients, allocate_outputs
-from .operator import kernels, register, values_are_readable
+from ..neuron import LEAKY, Variant
+from .neuron import define
+from .operator import values_are_readable
 
 RESETS = ("subtract", "zero", "none")
-_NEURON = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
+_SCHEMA = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
 
 
-class Leaky(NamedTuple):
-    """The settings of the neuron as operators take them. A tensor beta or v_threshold overrides the number here."""
-
-    beta: float
-    v_threshold: float
-    reset: str
-    reset_delay: bool
-    surrogate: str
-    alpha: float
+def _leaky_variant(beta, v_threshold, reset, reset_delay, surrogate, alpha):
+    return Variant(LEAKY, (reset, reset_delay or reset == "none"), (beta, v_threshold), surrogate, alpha)
 
 
 def _check_beta(beta):
@@ -40,89 +32,15 @@ def _check_beta(beta):
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
 
 
-def _check_values(beta, v_threshold, dtype):
-    """Check the values of tensors beta and v_threshold, on the CPU only: reading them on a GPU would wait for the GPU."""
-    for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: check_threshold(extreme, dtype))):
+def _check_values(parameters, values, dtype):
+    """Check the values of tensors beta and v_threshold."""
+    for p, check in zip(parameters, (_check_beta, lambda extreme: check_threshold(extreme, dtype))):
         if p is not None and p.numel():
             check(p.min().item())
             check(p.max().item())
 
 
-def _leaky(x, v, beta, v_threshold, *rest):
-    *neuron, return_v, return_v_seq, keep, backend = rest
-    outputs = allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
-    wanted = [t if t.numel() else None for t in outputs]
-    if x.device.type == "cpu":
-        _check_values(beta, v_threshold, state_dtype(x.dtype))
-    if x.numel():
-        kernels(backend, "leaky").leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted, tuning.current())
-    elif return_v:
-        outputs[1].copy_(v) if v is not None else outputs[1].zero_()
-    return outputs
-
-
-def _leaky_fake(x, v, beta, v_threshold, *rest):
-    *_, return_v, return_v_seq, keep, _ = rest
-    return allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
-
-
-def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    *neuron, parameters, backend = rest
-    dx, dv, *d_parameters = allocate_gradients(x, v, beta, v_threshold, parameters)
-    if x.numel() == 0:
-        if v is not None:
-            dv.zero_() if g_v is None else dv.copy_(g_v)
-        return dx, dv, *(d.zero_() for d in d_parameters)
-    # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
-    if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoint.numel() == 0:
-        checkpoint = _leaky(x, v, beta, v_threshold, *neuron, False, False, True, backend)[3]
-    sums = kernels(backend, "leaky").leaky_backward(
-        g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters,
-        tuning.current(),
-    )  # fmt: skip
-    for i, p in enumerate((beta, v_threshold)):
-        if sums is not None and p is not None:
-            total = sums[i].sum(0) if p.numel() > 1 else sums[i].sum()
-            d_parameters[i] = total.reshape(p.shape).to(p.dtype)
-    return dx, dv, *d_parameters
-
-
-def _leaky_backward_fake(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    return tuple(allocate_gradients(x, v, beta, v_threshold, rest[-2]))
-
-
-def _leaky_save(ctx, inputs, output):
-    x, v, beta, v_threshold, *ctx.rest = inputs
-    ctx.save_for_backward(x, v, beta, v_threshold, output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _leaky_gradient(ctx, g, g_v, g_seq, _):
-    x, v, beta, v_threshold, checkpoint = ctx.saved_tensors
-    *neuron, return_v, return_v_seq, _, backend = ctx.rest
-    g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
-    needs = ctx.needs_input_grad
-    return _leaky_backward_call(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
-
-
-_leaky_call = register(
-    f"leaky(Tensor x, Tensor? v, Tensor? beta, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, bool keep, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _leaky,
-    _leaky_fake,
-    batch_axes=(1, 0, None, None),
-    output_axes=(1, 0, 1, 1),
-    save=_leaky_save,
-    gradient=_leaky_gradient,
-)
-_leaky_backward_call = register(
-    "leaky_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? beta, Tensor? v_threshold, "
-    f"Tensor checkpoint, {_NEURON}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _leaky_backward,
-    _leaky_backward_fake,
-    batch_axes=(1, 0, 1, 1, 0, None, None, 1),
-    output_axes=(1, 0, None, None),
-)
+_leaky_call = define(LEAKY, ("beta", "v_threshold"), _SCHEMA, _leaky_variant, _check_values)
 
 
 def leaky(
@@ -214,16 +132,18 @@ def leaky(
     backend = dispatch.choose(x.device.type, fused=alpha is not None)
     if backend == "reference":
         if values_are_readable(x):
-            _check_values(beta_tensor, threshold_tensor, dtype)
+            _check_values((beta_tensor, threshold_tensor), (), dtype)
         return reference.leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
             return_v=return_v, return_v_seq=return_v_seq,
         )  # fmt: skip
     assert alpha is not None  # the reference has served a custom surrogate function
-    neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, alpha)
+    neuron = beta_value, threshold_value, reset, reset_delay, surrogate, alpha
     T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
     keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, beta_tensor, threshold_tensor)
-    s, v_final, v_seq, _ = _leaky_call(x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, keep, backend)
+    s, v_final, v_seq, _ = _leaky_call(
+        x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, None, keep, backend
+    )
     if return_v:
         return (s, v_final, v_seq) if return_v_seq else (s, v_final)
     return (s, v_seq) if return_v_seq else s
