@@ -1,5 +1,7 @@
 """The neurons of the library: each is its step."""
 
+from typing import Literal
+
 from .trace import Neuron
 
 
@@ -12,7 +14,7 @@ def lif(x, s, p, o, *, soft=False, decay=True, detach=False):
     return fired, h - gate * p.v_threshold if soft else o.where(gate, p.v_reset, h)
 
 
-def leaky(x, s, p, o, *, reset="subtract", delay=True):
+def leaky(x, s, p, o, *, reset: Literal["subtract", "zero", "none"] = "subtract", delay=True):
     """snnTorch's Leaky: the membrane before the step decides its reset. delay: a spike resets in the next step only."""
     ago = o.detach(o.fire_above(s.v - p.v_threshold))
     h = p.beta * (o.where(ago, 0.0, s.v) if reset == "zero" else s.v) + x

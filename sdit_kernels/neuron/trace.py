@@ -20,7 +20,7 @@ import numbers
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, because kernels are looked up by it at every call
@@ -159,8 +159,6 @@ class Graph:
         return self.select(node, self.one, self.zero) if is_condition(node) else node
 
     def binary(self, op, a, b):
-        if not all(isinstance(v, (Symbol, numbers.Real)) for v in (a, b)):
-            return NotImplemented
         a, b = self.symbol(a), self.symbol(b)
         if op == "*":  # a spike times a value is a select: the value of a neuron that does not fire may be infinite
             if is_condition(a):
@@ -173,9 +171,8 @@ class Graph:
             return b
         if (op in "*/" and b is one) or (op == "-" and b is zero):
             return a
-        if not self.exact:
-            if (simple := self._simplified(op, a, b)) is not None:
-                return simple
+        if not self.exact and (simple := self._simplified(op, a, b)) is not None:
+            return simple
         return self.node(op, a, b)
 
     def _simplified(self, op, a, b):
@@ -327,6 +324,11 @@ class Trace:
             raise ValueError(
                 f"{neuron.name} has the flags {', '.join(neuron.flags) or 'none'}, got {', '.join(sorted(unknown))}"
             )
+        for name, flag in inspect.signature(neuron.step).parameters.items():
+            allowed = get_args(flag.annotation)  # of a Literal
+            if name in self.flags and allowed and self.flags[name] not in allowed:
+                names = ", ".join(map(repr, allowed))
+                raise ValueError(f"the flag {name} of {neuron.name} must be one of {names}, got {self.flags[name]!r}")
         self.graph = graph = Graph()
         self.x = graph.input("x")
         self.states = tuple(map(graph.input, neuron.states))
@@ -481,7 +483,9 @@ class Trace:
         roots = self.pullback(with_parameters)
         fixed = {n.id for n in (*self.parameters, *self.numbers, self.d_spike, *self.d_after)}
         states = {s.id for s in self.states}
-        inside = [n for n in in_order((self.spike, *self.after)) if n.args and not is_condition(n) and n.op != "detach"]
+        forward = {n.id for n in in_order((self.spike, *self.after))}
+        used = (a for n in in_order(roots) if n.id not in forward for a in n.args if a.id in forward)
+        inside = [n for n in dict.fromkeys(used) if n.args and not is_condition(n) and n.op != "detach"]
         found = [(self._cost(roots, fixed, self.after), True, self.after)]
         for j in range(len(states)):
             for n in inside:
@@ -499,6 +503,6 @@ class Trace:
         nodes = in_order(roots, given)
         inputs = {n.id for n in nodes} & {n.id for n in (self.x, *self.states)}
         work = sum(n.id not in given and bool(n.args) for n in nodes)
-        # The pullback compares fire's argument with 0. If the step did too, a compiler would keep its comparisons for all steps.
+        # The pullback compares fire's argument with 0. If the step did too, a compiler would keep the result for all steps.
         compared = sum(n.args[0].id in taped for n in in_order((self.spike, *self.after)) if n.op in CONDITIONS)
         return work + 2 * compared, inputs, any(n.id in taped for n in nodes)

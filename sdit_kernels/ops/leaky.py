@@ -1,23 +1,28 @@
 """leaky: the public function and the operator ``sdit_kernels::leaky`` behind it."""
 
+from typing import TYPE_CHECKING, TypedDict, overload
+
+import torch
 from torch import Tensor
 
 from .. import dispatch, reference
 from ..checks import (
-    check_data,
     check_flag,
-    check_membrane,
     check_neuron_parameter,
     check_surrogate,
     check_threshold,
-    wants_gradient,
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS
 from ..neuron import LEAKY, Variant
-from .neuron import define
+from .lif import No, Yes
+from .neuron import check_spike_dtype, check_steps, define, run
 from .operator import values_are_readable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Required, Unpack
 
 RESETS = ("subtract", "zero", "none")
 _SCHEMA = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
@@ -43,6 +48,40 @@ def _check_values(parameters, values, dtype):
 _leaky_call = define(LEAKY, ("beta", "v_threshold"), _SCHEMA, _leaky_variant, _check_values)
 
 
+class _Settings(TypedDict, total=False):
+    """The keyword arguments of leaky, for type checkers."""
+
+    beta: "Required[float | Tensor]"
+    v_threshold: "float | Tensor"
+    reset: str
+    reset_delay: bool
+    surrogate: "str | Callable[[Tensor], Tensor]"
+    alpha: float | None
+    spike_dtype: torch.dtype | None
+
+
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: No = ..., **settings: "Unpack[_Settings]"
+) -> Tensor: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: No = ..., **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: bool = ..., return_v_seq: bool = ..., **settings: "Unpack[_Settings]"
+) -> Tensor | tuple[Tensor, ...]: ...
+
+
 def leaky(
     x: Tensor,
     v: Tensor | None = None,
@@ -55,6 +94,7 @@ def leaky(
     alpha: float | None = None,
     return_v: bool = False,
     return_v_seq: bool = False,
+    spike_dtype: torch.dtype | None = None,
 ):
     r"""snnTorch's Leaky neuron over T time steps, fused, forward and backward.
 
@@ -89,9 +129,10 @@ def leaky(
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
+        spike_dtype: dtype of the spikes. None: the dtype of x. torch.uint8 and torch.bool are for inference.
 
     Returns:
-        s, with the shape and dtype of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and
+        s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and
         v_threshold from each output.
 
     Raises:
@@ -110,13 +151,7 @@ def leaky(
         >>> s.flatten().tolist(), v.flatten().tolist()
         ([0.0, 1.0, 0.0, 0.0], [0.75, 1.125, -0.1875, 0.90625])
     """
-    check_data("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
-    shape = x.shape[1:]
-    if v is not None:
-        check_membrane("v", v, shape, x)
-    channels = shape[-1] if shape else None
+    channels = check_steps(x, v, return_v, return_v_seq)
     beta_value, beta_tensor = check_neuron_parameter("beta", beta, x, channels)
     threshold_value, threshold_tensor = check_neuron_parameter("v_threshold", v_threshold, x, channels)
     _check_beta(beta_value)
@@ -124,8 +159,8 @@ def leaky(
     check_threshold(threshold_value, dtype)
     if reset not in RESETS:
         raise ValueError(f"reset must be one of {', '.join(map(repr, RESETS))}, got {reset!r}")
-    for name, flag in (("reset_delay", reset_delay), ("return_v", return_v), ("return_v_seq", return_v_seq)):
-        check_flag(name, flag)
+    check_flag("reset_delay", reset_delay)
+    check_spike_dtype(spike_dtype, x, v, beta_tensor, threshold_tensor)
     alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         warn_of_custom_surrogate()
@@ -135,15 +170,9 @@ def leaky(
             _check_values((beta_tensor, threshold_tensor), (), dtype)
         return reference.leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
-            return_v=return_v, return_v_seq=return_v_seq,
+            return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     assert alpha is not None  # the reference has served a custom surrogate function
-    neuron = beta_value, threshold_value, reset, reset_delay, surrogate, alpha
-    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, beta_tensor, threshold_tensor)
-    s, v_final, v_seq, _ = _leaky_call(
-        x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, None, keep, backend
-    )
-    if return_v:
-        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
-    return (s, v_seq) if return_v_seq else s
+    values = beta_value, threshold_value, reset, reset_delay, surrogate, alpha
+    parameters = beta_tensor, threshold_tensor
+    return run(_leaky_call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, backend)

@@ -1,8 +1,4 @@
-"""lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them.
-
-Each operator has a CPU, a CUDA and a fake implementation and an autograd formula. The backend is an argument of the operator,
-because the backward pass may run on another thread than the one that chose the backend.
-"""
+"""lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them."""
 
 import numbers
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
@@ -21,9 +17,17 @@ from ..checks import (
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, empty_like
+from ..layout import empty_like
 from ..neuron import LIF, Variant
-from .neuron import allocate_parameter_gradients, define, per_channel, sum_parameter_gradients
+from .neuron import (
+    allocate_parameter_gradients,
+    check_spike_dtype,
+    check_steps,
+    define,
+    per_channel,
+    run,
+    sum_parameter_gradients,
+)
 from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
@@ -31,7 +35,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-_INFERENCE = (torch.uint8, torch.bool)
 NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
 )
@@ -158,25 +161,25 @@ class _Settings(Settings, total=False):
     spike_dtype: torch.dtype | None
 
 
-_No = Literal[False]
-_Yes = Literal[True]
+No = Literal[False]
+Yes = Literal[True]
 
 
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: No = ..., **settings: "Unpack[_Settings]"
 ) -> Tensor: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: Yes, **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: No = ..., **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: Yes, **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def lif(
@@ -251,23 +254,11 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
-    check_data("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
-    shape = x.shape[1:]
-    if v is not None:
-        check_membrane("v", v, shape, x)
-    channels = shape[-1] if shape else None
+    channels = check_steps(x, v, return_v, return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
-    check_flag("return_v", return_v)
-    check_flag("return_v_seq", return_v_seq)
-    if spike_dtype is not None and spike_dtype != x.dtype:
-        if spike_dtype not in _INFERENCE:
-            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
-        if wants_gradient(x, v, tau_tensor, threshold_tensor):
-            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
@@ -278,14 +269,8 @@ def lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
-    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, tau_tensor, threshold_tensor)
-    s, v_final, v_seq, _ = _lif_call(
-        x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
-    )
-    if return_v:
-        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
-    return (s, v_seq) if return_v_seq else s
+    parameters = tau_tensor, threshold_tensor
+    return run(_lif_call, x, v, parameters, neuron, return_v, return_v_seq, spike_dtype, backend)
 
 
 def lif_rate(

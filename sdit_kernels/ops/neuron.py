@@ -6,13 +6,49 @@ because the backward pass may run on another thread than the one that chose the 
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .. import tuning
+from ..checks import check_data, check_flag, check_membrane, wants_gradient
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
 from ..neuron import Neuron, Variant
 from .operator import kernels, register
+
+INFERENCE_DTYPES = (torch.uint8, torch.bool)
+
+
+def check_steps(x, v, return_v, return_v_seq):
+    """Check the data of a neuron with one state over T steps. Return its number of channels, or None if x is (T,)."""
+    check_data("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
+    shape = x.shape[1:]
+    if v is not None:
+        check_membrane("v", v, shape, x)
+    check_flag("return_v", return_v)
+    check_flag("return_v_seq", return_v_seq)
+    return shape[-1] if shape else None
+
+
+def check_spike_dtype(spike_dtype, x, *tensors):
+    """Check the dtype of the spikes. tensors: what may need a gradient besides x."""
+    if spike_dtype is not None and spike_dtype != x.dtype:
+        if spike_dtype not in INFERENCE_DTYPES:
+            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
+        if wants_gradient(x, *tensors):
+            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+
+
+def run(call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, backend):
+    """Call the operator of a neuron with one state. Return s, or a tuple of s, v and v_seq as requested."""
+    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *parameters)
+    s, v_final, v_seq, _ = call(x, v, *parameters, *values, return_v, return_v_seq, spike_dtype, keep, backend)
+    if return_v:
+        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
+    return (s, v_seq) if return_v_seq else s
 
 
 def per_channel(parameters: Sequence[Tensor | None]) -> bool:

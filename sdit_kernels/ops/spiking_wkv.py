@@ -53,8 +53,8 @@ def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
-            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold), lif_variant(*neuron), rate, out,
-            *wanted, numbers,
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
+            lif_variant(*neuron), rate, out, *wanted, numbers,
         )  # fmt: skip
     elif return_state:  # no tokens or no steps: the final states are the given states
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):

@@ -132,6 +132,8 @@ class TensorOperations:
         return _Level.apply(z, lo, hi)
 
     def where(self, condition, a, b):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            a = torch.full((), a, dtype=condition.dtype, device=condition.device)
         a, b = (t.expand_as(condition) if isinstance(t, Tensor) and t.shape != condition.shape else t for t in (a, b))
         return _Where.apply(condition, a, b)
 
@@ -271,9 +273,10 @@ def leaky(
     alpha=None,
     return_v=False,
     return_v_seq=False,
+    spike_dtype=None,
 ):
     """See :func:`sdit_kernels.leaky`."""
     dtype = state_dtype(x.dtype)
     values = as_parameter(beta, dtype), as_parameter(v_threshold, dtype)
     step = bind(LEAKY, values, surrogate_function(surrogate, alpha), reset=reset, delay=reset_delay or reset == "none")
-    return simulate(step, x, v, 0.0, return_v, return_v_seq)
+    return simulate(step, x, v, 0.0, return_v, return_v_seq, spike_dtype)
