@@ -1,5 +1,6 @@
 """A neuron's step as symbols: its derivatives against autograd, its code, what it refuses. Then neurons on every backend."""
 
+import functools
 import linecache
 import math
 import subprocess
@@ -7,14 +8,19 @@ import sys
 import time
 from types import SimpleNamespace
 
+import hypothesis.strategies as st
+import native_triton
 import pytest
 import torch
 from helpers import ROOT, python
+from hypothesis import given, settings
+from test_lif import BACKENDS, DIMENSION, LAYOUTS, with_layout
 from torch import Tensor
 
-from sdit_kernels import SURROGATES
-from sdit_kernels.neuron import NEURONS, Neuron, Trace
+from sdit_kernels import SURROGATES, backend
+from sdit_kernels.neuron import NEURONS, Neuron, Trace, Variant
 from sdit_kernels.neuron.printer import LANGUAGES, TORCH, load, text
+from sdit_kernels.ops.neuron import define
 from sdit_kernels.reference.neuron import bind
 
 F64 = torch.float64
@@ -294,3 +300,118 @@ def test_states_and_parameters_reach_the_step_by_name():
 
     Trace(Neuron("named", step, ("v", "w"), ("a",), ("n",), (None, None)))
     assert list(seen.s) == ["v", "w"] and list(seen.p) == ["a", "n"]
+
+
+# --- neurons that the library does not have, on every backend ----------------------------------------------------------------
+
+
+@functools.cache
+def operator(neuron):
+    """Make a neuron an operator with one list of numbers."""
+    return define(
+        neuron,
+        neuron.parameters,
+        "float[] values, str surrogate, float alpha",
+        lambda values, surrogate, alpha: Variant(neuron, (), tuple(values), surrogate, alpha),
+        lambda *_: None,
+    )
+
+
+def run_operator(name, neuron, x, states, parameters, values):
+    """Return (spikes, last states, sequences of the states)."""
+    n = len(neuron.states)
+    keep = x.shape[0] > 16
+    with backend(name), native_triton.launches() as counts:
+        found = operator(neuron)(x, *states, *parameters, list(values), "atan", 2.0, True, True, None, keep, name)
+    assert bool(counts) == (name == "triton")
+    return found[0], found[1 : 1 + n], found[1 + n : 1 + 2 * n]
+
+
+def run_definition(neuron, x, states, parameters, values):
+    step = bind(neuron, [v if p is None else p for p, v in zip(parameters, values)], derivative)
+    states = [torch.zeros_like(x[0]) if v is None else v for v in states]
+    spikes, sequence = [], []
+    for x_t in x:
+        s, states = step(x_t, states)
+        spikes.append(s)
+        sequence.append(states)
+    return torch.stack(spikes), states, [torch.stack(column) for column in zip(*sequence)]
+
+
+VALUES = {
+    "eif": (0.25, 0.5),
+    "adlif": (0.8, 1.0, 0.9, 0.1, 0.3),
+    "synaptic": (0.7, 0.9, 1.0),
+    "ilif": (0.75, 1.0),
+    "ternary": (0.5, 1.0),
+}
+
+
+def compare_with_definition(name, neuron, x, given_states, kinds, seed=0):
+    """Compare all outputs and gradients in float64. kinds: "number", "scalar" or "channel" per parameter."""
+    values = VALUES[neuron.name]
+    generator = torch.Generator().manual_seed(seed)
+    states = [
+        torch.randn(x.shape[1:], generator=generator, dtype=F64).requires_grad_() if given_states else None
+        for _ in neuron.states
+    ]
+    shapes = {"scalar": (), "channel": x.shape[-1:]}
+    parameters = [
+        None if kind == "number" else torch.full(shapes[kind], value, dtype=F64, requires_grad=True)
+        for kind, value in zip(kinds, values)
+    ]
+    x = x.detach().requires_grad_()
+    leaves = [t for t in (x, *states, *parameters) if t is not None]
+    results = []
+    for function in (functools.partial(run_operator, name), run_definition):
+        s, last, sequence = function(neuron, x, states, parameters, values)
+        outputs = [s, *last, *sequence]
+        upstream = [torch.randn(o.shape, generator=torch.Generator().manual_seed(i), dtype=F64) for i, o in enumerate(outputs)]
+        results.append((outputs, torch.autograd.grad(outputs, leaves, upstream)))
+    (outputs, gradients), (want, want_gradients) = results
+    assert torch.equal(outputs[0], want[0])
+    for a, b in zip(outputs, want):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, equal_nan=True)
+    for a, b in zip(gradients, want_gradients):
+        scale = b.nan_to_num(0, 0, 0).abs().max().item() if b.numel() else 0.0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10 * max(1.0, scale), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("kinds", [("number", "number"), ("scalar", "channel")], ids=str)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_a_neuron_of_the_user_equals_autograd_on_every_backend(name, kinds, data):
+    """eif, an exponential integrate-and-fire neuron with two learnt parameters."""
+    shape = (data.draw(st.sampled_from([1, 4, 17, 40])), *data.draw(st.lists(DIMENSION, min_size=1, max_size=2)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = with_layout(2 * torch.randn(shape, generator=generator, dtype=F64), data.draw(st.sampled_from(LAYOUTS)))
+    special = data.draw(st.sampled_from([None, None, math.nan, math.inf, -math.inf]))
+    if special is not None and x.numel():
+        x[0].flatten()[:1].fill_(special) if x[0].is_contiguous() else x.select(0, 0).fill_(special)
+    compare_with_definition(name, STEPS["eif"], x, data.draw(st.booleans()), kinds)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("neuron", ["adlif", "synaptic", "ilif", "ternary"])
+@pytest.mark.parametrize("T", [3, 18])
+def test_two_states_and_levels_equal_autograd_on_every_backend(name, neuron, T):
+    x = 2 * torch.randn(T, 3, 11, generator=torch.Generator().manual_seed(1), dtype=F64)
+    kinds = ["scalar", "channel", "number", "channel", "scalar"][: len(VALUES[neuron])]
+    compare_with_definition(name, STEPS[neuron], x, T > 16, kinds)
+    compare_with_definition(name, STEPS[neuron], x, True, ["number"] * len(kinds))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_neuron_of_the_user_in_every_dtype(name, dtype):
+    """Spikes are equal wherever the membrane stays away from the threshold in float64."""
+    x = (2 * torch.randn(20, 600, generator=torch.Generator().manual_seed(2))).to(dtype)
+    s, (v,), _ = run_operator(name, STEPS["eif"], x, [None], [None, None], VALUES["eif"])
+    assert s.dtype == dtype and v.dtype == torch.float32
+    wide = x.double()
+    want, _, (v_seq,) = run_definition(STEPS["eif"], wide, [None], [None, None], VALUES["eif"])
+    before = torch.cat([torch.zeros_like(wide[:1]), v_seq[:-1]])
+    h = before + 0.3 * (wide - before + 0.25 * torch.exp((before - 0.5) / 0.25))
+    clear = ((h - 1).abs() > 1e-4).all(0)
+    assert clear.float().mean() > 0.9 and torch.equal(s[:, clear].double(), want[:, clear])
