@@ -64,11 +64,23 @@ def placed_rows(t, axes=2):
     return placed_rows(t.contiguous(), axes)
 
 
-class Parameters:
-    """The parameters and numbers of a neuron for a kernel, in the order of ``variant.values``.
+def placed_all(layout, *groups):
+    """Return (tensors, one tuple with the addresses and strides of all). A group is a ``placed`` function and its tensors."""
+    tensors, found = [], []
+    for place, group in groups:
+        for t in group:
+            t, addresses = place(layout, t)
+            tensors.append(t)
+            found += addresses
+    return tensors, tuple(found)
 
-    ``values`` holds numbers. ``addresses`` holds the addresses of one value per channel, or 0. ``starts`` holds, per state, its
-    value before the first step.
+
+class Parameters:
+    """The parameters and numbers of a neuron for a kernel.
+
+    ``numbers`` holds the parameters and numbers in the order of ``variant.values``, then the value of each state before the
+    first step, then the sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per
+    channel, or 0.
     """
 
     def __init__(self, variant, parameters, dtype):
@@ -85,9 +97,10 @@ class Parameters:
                 else:
                     self._alive.append(p.contiguous())
                     addresses[i] = self._alive[-1].data_ptr()
-        names = *neuron.parameters, *neuron.numbers
-        self.starts = tuple([0.0 if name is None else values[names.index(name)] for name in neuron.start])
-        self.values, self.addresses, self.per_channel = tuple(values), tuple(addresses), bool(self._alive)
+        for name in neuron.start:
+            values.append(0.0 if name is None else values[(*neuron.parameters, *neuron.numbers).index(name)])
+        self.numbers = (*values, variant.alpha)
+        self.addresses, self.per_channel = tuple(addresses), bool(self._alive)
 
     def partial_sums(self, layout, wanted):
         """Return (rows per group, number of groups, partial sums or None, their addresses).
@@ -98,7 +111,7 @@ class Parameters:
         group = -(-layout.R // _GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
-            return group, groups, None, (0,)
+            return group, groups, None, ()
         shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // BACKWARD_COLUMNS),)
         sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
         return group, groups, sums, tuple(map(address, sums))

@@ -39,7 +39,7 @@ from .intrinsics import (
     tile,
 )
 from .kernel import STREAM, Kernel, share
-from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, placed, placed_gradient, placed_state
+from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, placed, placed_all, placed_gradient, placed_state
 from .surrogate import surrogate_derivative
 from .vector import (
     absolute,
@@ -66,8 +66,12 @@ _OPERATIONS = dict(
 
 def code_of(variant: Variant):
     """Return the arguments of ``trace`` for a neuron: each set of them is generated code of its own."""
-    neuron, flags, values = variant[:3]
-    return neuron, flags, tuple([n for n, value in zip(neuron.numbers, values[len(neuron.parameters) :]) if value == 0])
+    neuron, flags, values, _, _ = variant
+    zeros = ()
+    for name, value in zip(neuron.numbers, values[len(neuron.parameters) :]):
+        if value == 0:
+            zeros += (name,)
+    return neuron, flags, zeros
 
 
 def generate(code, V, kind, with_parameters, entries):
@@ -85,13 +89,16 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
     BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if PER_CHANNEL else 1
+    FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
     (step,) = generate(code, S, 0, False, ("step",))
 
-    def neuron_forward(part, T, R, C, inputs, outputs, values, per_channel, starts):
-        (x, x_t, x_r), before = inputs
-        (s, s_t, s_r), after, seq, keep = outputs
-        p, start = nums(values, S), nums(starts, S)
+    def neuron_forward(part, T, R, C, inputs, outputs, numbers, per_channel):
+        x, x_t, x_r = inputs[:3]
+        s, s_t, s_r = outputs[:3]
+        before, after, seq, keep = inputs[3:], outputs[FINALS:SEQS], outputs[SEQS:KEEPS], outputs[KEEPS:]
+        constants = nums(numbers, S)
+        p, start = constants[:PARAMETERS], constants[PARAMETERS:]
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
             row = task // chunks
@@ -102,14 +109,14 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
                 for j in range(PARAMETERS):
                     fill(ps + j * ROW, n, per_channel[j], c, p[j], S, S)
             for j in range(STATES):
-                fill(v + j * ROW, n, before[j][0], row * before[j][1] + c, start[j], V, S)
+                fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
             for t in range(T):
                 if t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
                     for j in range(STATES):
-                        kept, kept_t, kept_r = keep[j]
-                        if kept != 0:
-                            kept += ((t // LIF_CHECKPOINT_STEPS - 1) * kept_t + row * kept_r + c) * sb
-                            fill(kept, n, v + j * ROW, 0, start[j], S, S)
+                        to, to_t, to_r = keep[3 * j], keep[3 * j + 1], keep[3 * j + 2]
+                        if to != 0:
+                            to += ((t // LIF_CHECKPOINT_STEPS - 1) * to_t + row * to_r + c) * sb
+                            fill(to, n, v + j * ROW, 0, start[j], S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
                 for i in range(n):
@@ -121,11 +128,11 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
                         store(st, i, spike, O)
                     store_rows(v, i, states, ROW, S)
                 for j in range(STATES):
-                    to, to_t, to_r = seq[j]
+                    to, to_t, to_r = seq[3 * j], seq[3 * j + 1], seq[3 * j + 2]
                     if to != 0:
                         fill(to + (t * to_t + row * to_r + c) * sb, n, v + j * ROW, 0, start[j], S, S)
             for j in range(STATES):
-                to, to_r = after[j]
+                to, to_r = after[2 * j], after[2 * j + 1]
                 if to != 0:
                     fill(to + (row * to_r + c) * sb, n, v + j * ROW, 0, start[j], S, S)
 
@@ -146,15 +153,17 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
     # Row t of the history has the tape of step t, or the states before step t. In both cases row t + 1 has what follows.
     HISTORY, KEEPS_STATES, USES_TAPE = (LIF_CHECKPOINT_STEPS + 1) * AREA, plan.keeps_states, plan.uses_tape
     AHEAD = STEP if KEEPS_STATES else 0
+    KEEPS, SEQS, SUMS = 3 + 2 * STATES, 4 + 2 * STATES, 3 + 2 * STATES  # where a group of arguments has these tensors
     record, pullback = generate(code, S, kind, WANTED, ("record", "pullback"))
 
-    def neuron_backward(
-        part, T, R, C, group, groups, inputs, upstream, gradients, sums, values, per_channel, starts, alpha_
-    ):  # fmt: skip
-        (x, x_t, x_r), before, keep = inputs
-        (g, g_t, g_r, g_c), g_after, g_seq = upstream
-        (dx, dx_t, dx_r), d_before = gradients
-        p, start, alpha, zero = nums(values, S), nums(starts, S), num(alpha_, S), num(0.0, S)
+    def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, per_channel):
+        x, x_t, x_r = inputs[:3]
+        g, g_t, g_r, g_c = upstream[:4]
+        dx, dx_t, dx_r = gradients[:3]
+        before, keep, g_after, g_seq = inputs[3:KEEPS], inputs[KEEPS:], upstream[4:SEQS], upstream[SEQS:]
+        d_before, sums = gradients[3:SUMS], gradients[SUMS:]
+        constants, zero = nums(numbers, S), num(0.0, S)
+        p, start, alpha = constants[:PARAMETERS], constants[PARAMETERS:], constants[-1]
         x_t, g_t, dx_t = x_t * xb, g_t * xb, dx_t * xb
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(groups * chunks, part):
@@ -172,16 +181,16 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                     fill(total + j * ROW, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
                 for j in range(STATES):
-                    fill(carry + j * ROW, n, g_after[j][0], row * g_after[j][1] + c, zero, S, S)
+                    fill(carry + j * ROW, n, g_after[2 * j], row * g_after[2 * j + 1] + c, zero, S, S)
                 for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
                     t0 = segment * LIF_CHECKPOINT_STEPS
                     steps = min(LIF_CHECKPOINT_STEPS, T - t0)
                     for j in range(STATES):
                         if segment > 0:
-                            kept, kept_t, kept_r = keep[j]
-                            fill(v + j * ROW, n, kept, (segment - 1) * kept_t + row * kept_r + c, zero, S, S)
+                            offset = (segment - 1) * keep[3 * j + 1] + row * keep[3 * j + 2] + c
+                            fill(v + j * ROW, n, keep[3 * j], offset, zero, S, S)
                         else:
-                            fill(v + j * ROW, n, before[j][0], row * before[j][1] + c, start[j], V, S)
+                            fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
                     dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
@@ -201,7 +210,7 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
                         for j in range(STATES):
-                            gj, gj_t, gj_r = g_seq[j]
+                            gj, gj_t, gj_r = g_seq[3 * j], g_seq[3 * j + 1], g_seq[3 * j + 2]
                             if gj != 0:
                                 gj += ((t0 + t) * gj_t + row * gj_r + c) * sb
                                 for i in range(n):
@@ -222,7 +231,7 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                         if STREAMED:
                             stream(dxs + t * dx_t, row_out, n * xb)
                 for j in range(STATES):
-                    to, to_r = d_before[j]
+                    to, to_r = d_before[2 * j], d_before[2 * j + 1]
                     if to != 0:
                         for i in range(n):
                             store(to + (row * to_r + c) * vb, i, load(carry + j * ROW, i, S), V)
@@ -239,16 +248,13 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
 
 def _same_dtype(states, dtype):
     """Return the states in one dtype, and its storage code. States of several dtypes become ``dtype``, the state type."""
-    found = {v.dtype for v in states if v is not None}
-    if len(found) > 1:
-        states = [None if v is None else v.to(dtype) for v in states]
-    return states, CODES[found.pop() if len(found) == 1 else dtype]
-
-
-def _placed_all(layout, tensors, place):
-    """Return (tensors to keep alive, their tuples)."""
-    found = [place(layout, t) for t in tensors]
-    return [t for t, _ in found], tuple([address for _, address in found])
+    found = None
+    for v in states:
+        if v is not None and v.dtype != found:
+            if found is not None:
+                return [None if v is None else v.to(dtype) for v in states], CODES[dtype]
+            found = v.dtype
+    return states, CODES[found or dtype]
 
 
 def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints, tuning):
@@ -257,16 +263,11 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     p = Parameters(variant, parameters, dtype)
     layout = layout_of(x, s, p.per_channel)
     states, V = _same_dtype(states, dtype)
-    x, x_ = placed(layout, x)
-    states, states_ = _placed_all(layout, states, placed_state)
-    s, s_ = placed(layout, s)
-    finals, finals_ = _placed_all(layout, finals, placed_state)
-    seqs, seqs_ = _placed_all(layout, seqs, placed)
-    checkpoints, checkpoints_ = _placed_all(layout, checkpoints, placed)
+    alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states))
+    more, outputs = placed_all(layout, (placed, (s,)), (placed_state, finals), (placed, seqs), (placed, checkpoints))
     _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, code_of(variant), p.per_channel)(
-        x.numel(), x.shape[0], layout.R, layout.C, (x_, states_), (s_, finals_, seqs_, checkpoints_), p.values, p.addresses,
-        p.starts,
-    )  # fmt: skip
+        x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
+    )
 
 
 def neuron_backward(
@@ -281,25 +282,23 @@ def neuron_backward(
     p = Parameters(variant, parameters, dtype)
     layout = layout_of(x, dx, p.per_channel)
     states, V = _same_dtype(states, dtype)
-    into = [None if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
-    found = [d if i is None else i for d, i in zip(d_states, into)]
+    into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
+    g_finals, g_seqs = ([None if t is None else t.to(dtype) for t in group] for group in (g_finals, g_seqs))
     g, g_ = placed_gradient(layout, g, x)
-    g_finals, g_finals_ = _placed_all(layout, [None if t is None else t.to(dtype) for t in g_finals], placed_state)
-    g_seqs, g_seqs_ = _placed_all(layout, [None if t is None else t.to(dtype) for t in g_seqs], placed)
-    x, x_ = placed(layout, x)
-    states, states_ = _placed_all(layout, states, placed_state)
-    checkpoints, checkpoints_ = _placed_all(layout, [c if c.numel() else None for c in checkpoints], placed)
-    dx, dx_ = placed(layout, dx)
-    found, d_states_ = _placed_all(layout, found, placed_state)
+    alive, inputs = placed_all(
+        layout, (placed, (x,)), (placed_state, states), (placed, [c if c.numel() else None for c in checkpoints])
+    )
+    more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
+    most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters)
     _backward_kernel(
         CODES[x.dtype], V, code_of(variant), SURROGATES[variant.surrogate].id, p.per_channel, with_parameters,
         dx.nbytes >= STREAM,
     )(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, (x_, states_, checkpoints_), (g_, g_finals_, g_seqs_),
-        (dx_, d_states_), sums_, p.values, p.addresses, p.starts, variant.alpha,
+        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
+        p.addresses,
     )  # fmt: skip
-    for d, i in zip(d_states, into):
-        if i is not None:
-            d.copy_(i)
+    for d, filled in zip(d_states, into):
+        if filled is not d:
+            d.copy_(filled)
     return sums

@@ -48,10 +48,11 @@ def _forward_kernel(X, O, GATE, code, PER_CHANNEL):
     COUNTS, FIRES = O == U8, is_condition(trace(*code).spike)
     (step,) = generate(code, S, 0, False, ("step",))
 
-    def rate_forward(part, T, R, C, inputs, output, values, per_channel, starts):
+    def rate_forward(part, T, R, C, inputs, output, numbers, per_channel):
         (x, x_r), (gate, gate_r), (y, y_r) = inputs
         out, out_r = output
-        p, start, zero, one, steps = nums(values, S), nums(starts, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        constants, zero, one, steps = nums(numbers, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        p, start = constants[:PARAMETERS], constants[PARAMETERS:-1]
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(R * chunks, part):
             row = task // chunks
@@ -104,14 +105,12 @@ def _backward_kernel(X, O, GATE, code, kind, PER_CHANNEL, WANTED):
     D_AREA, T_AREA = DIRECTIONS * BLOCK, TANGENTS * BLOCK
     (tangent,) = generate(code, S, kind, WANTED, ("tangent",))
 
-    def rate_backward(
-        part, T, R, C, group, groups, inputs, upstream, gradients, sums, values, per_channel, starts, alpha_
-    ):  # fmt: skip
+    def rate_backward(part, T, R, C, group, groups, inputs, upstream, gradients, sums, numbers, per_channel):
         (x, x_r), (gate, gate_r) = inputs
         g, g_t, g_r, g_c = upstream
         (dx, dx_r), (dgate, dgate_r) = gradients
-        p, start, alpha = nums(values, S), nums(starts, S), num(alpha_, S)
-        zero, one, steps = num(0.0, S), num(1.0, S), num(float(T), S)
+        constants, zero, one, steps = nums(numbers, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        p, start, alpha = constants[:PARAMETERS], constants[PARAMETERS:-1], constants[-1]
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(groups * chunks, part):
             block = task // chunks
@@ -192,7 +191,7 @@ def rate_forward(variant, x, residual, gate, parameters, T, out, tuning):
         )
         return
     _forward_kernel(CODES[x.dtype], CODES[out.dtype], gate is not None, code_of(variant), p.per_channel)(
-        x.numel() * T, T, layout.R, layout.C, inputs, out_, p.values, p.addresses, p.starts
+        x.numel() * T, T, layout.R, layout.C, inputs, out_, p.numbers, p.addresses
     )
 
 
@@ -213,7 +212,6 @@ def rate_backward(variant, g, x, gate, parameters, T, dx, dgate, with_parameters
         CODES[x.dtype], CODES[g.dtype], gate is not None, code_of(variant), SURROGATES[variant.surrogate].id, p.per_channel,
         with_parameters,
     )(
-        2 * x.numel() * T, T, layout.R, layout.C, group, groups, (x_, gate_), g_, (dx_, dgate_), sums_, p.values, p.addresses,
-        p.starts, variant.alpha,
+        2 * x.numel() * T, T, layout.R, layout.C, group, groups, (x_, gate_), g_, (dx_, dgate_), sums_, p.numbers, p.addresses,
     )  # fmt: skip
     return sums

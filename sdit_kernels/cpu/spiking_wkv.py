@@ -66,9 +66,10 @@ def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
 
 
 @scan.inline
-def _neuron_parameters(values, addresses, c, W):
+def _neuron_parameters(numbers, addresses, c, W):
     """Return the parameters of the neurons of the channels from c on."""
-    (r, th, reset), (rs, ths, _) = values, addresses
+    r, th, reset = numbers[:3]
+    rs, ths, _ = addresses
     return vload(rs, c, W) if rs != 0 else vset(r, W), vload(ths, c, W) if ths != 0 else vset(th, W), vset(reset, W)
 
 
@@ -99,7 +100,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
         return ka, m, a, b
 
     def spiking_wkv_forward(
-        part, T, B, L, C, cut, inputs, checkpoint, keep, weights, state, outputs, values, per_channel, starts
+        part, T, B, L, C, cut, inputs, checkpoint, keep, weights, state, outputs, numbers, per_channel
     ):  # fmt: skip
         tokens, blocks = cut
         (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l) = inputs
@@ -111,7 +112,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
             batch = task // blocks
             begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
             membrane, counts, constants = tile(AREA, S), tile(COUNTS, S), tile(CONSTANTS, S)
-            p, start, steps = _neuron_parameters(values, (0, 0, 0), 0, W), vset(starts[0], W), vset(float(T), W)
+            p, start, steps = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(float(T), W)
             zero, one = vset(0.0, W), vset(1.0, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
@@ -133,7 +134,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
                         c, slot = min((begin + j) * lanes, C - lanes), j * lanes
                         w, u = vload(w_, c, W), vload(u_, c, W)
                         if PER_CHANNEL:
-                            p = _neuron_parameters(values, per_channel, c, W)
+                            p = _neuron_parameters(numbers, per_channel, c, W)
                         if t == 0:
                             for l in range(size):
                                 x = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
@@ -231,7 +232,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
         return ka, m, a, b
 
     def spiking_wkv_backward(
-        part, T, B, L, C, cut, work, inputs, weights, upstream, gradients, sums, values, per_channel, starts, alpha_
+        part, T, B, L, C, cut, work, inputs, weights, upstream, gradients, sums, numbers, per_channel
     ):  # fmt: skip
         tokens, blocks, workers = cut
         (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l), (states, rows, field) = inputs
@@ -246,7 +247,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
             adjoint = carries + area * sb  # the adjoint (P, Q) of every time step: the gradient with respect to (a, b)
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
             constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
-            p, start, alpha = _neuron_parameters(values, (0, 0, 0), 0, W), vset(starts[0], W), vset(alpha_, W)
+            p, start, alpha = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(numbers[4], W)
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
                 batch = task // blocks
@@ -272,7 +273,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                             c = min((begin + j) * lanes, C - lanes)
                             w, u = vload(w_, c, W), vload(u_, c, W)
                             if PER_CHANNEL:
-                                p = _neuron_parameters(values, per_channel, c, W)
+                                p = _neuron_parameters(numbers, per_channel, c, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                             m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
                             shared_max, ka, entered, bonus, decay = _enter_tile(
@@ -321,7 +322,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                         for j in range(vectors):
                             c, slot = min((begin + j) * lanes, C - lanes), j * lanes
                             if PER_CHANNEL:
-                                p = _neuron_parameters(values, per_channel, c, W)
+                                p = _neuron_parameters(numbers, per_channel, c, W)
                             P, Q, in_w, in_u, in_leak, in_th = (
                                 vload(Pt, slot, W),
                                 vload(Pt, ROW + slot, W),
@@ -427,7 +428,7 @@ def spiking_wkv_forward(
         2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _count_blocks(B, C, lanes, _WIDTH)),
         (k_, v_, r_, membrane_), (states.data_ptr(), states.shape[1] // (T * B), states.stride(0)), checkpoint is not None,
         (w.data_ptr(), u.data_ptr()), (address(ybar), address(lse)),
-        (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), p.values, p.addresses, p.starts,
+        (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), p.numbers, p.addresses,
     )  # fmt: skip
 
 
@@ -462,8 +463,8 @@ def spiking_wkv_backward(
         4 * T * B * L * C, T, B, L, C, (tokens, blocks, workers), work.data_ptr(), (k_, v_, r_, membrane_, checkpoint_),
         (w.data_ptr(), u.data_ptr()), (g_, tuple(map(address, upstream))),
         ((dk.data_ptr(), dv.data_ptr(), address(dr)), (address(d_ybar), address(d_lse), address(d_membrane))),
-        ((dw.data_ptr(), du.data_ptr()), (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())), p.values,
-        p.addresses, p.starts, variant.alpha,
+        ((dw.data_ptr(), du.data_ptr()), (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())), p.numbers,
+        p.addresses,
     )  # fmt: skip
     scan.parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus)
     return sums
