@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view, step_view
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view
 from ..neuron import trace
 from ..neuron.printer import ENTRIES, TRITON, load, text
 from ..surrogate import SURROGATES
@@ -207,14 +207,14 @@ def forward_kernel(
             x = xs[k].to(STATE)
             spike, after = step(x, states, p)
             m = mask & (t0 + k < T) if F.LONG else mask
-            s = as_tile(as_number(spike, STATE), x).to(s_ptr.dtype.element_ty)
-            tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
             after = as_tiles(after, x)
             if F.LONG:
                 held = ()
                 for j in tl.static_range(len(states)):
                     held = held + (tl.where(t0 + k < T, after[j], states[j]),)
                 after = held
+            s = as_tile(as_number(spike, STATE), x).to(s_ptr.dtype.element_ty)
+            tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
             states = after
             for j in tl.static_range(len(states)):
                 seq_ptr, seq_t, seq_r = seqs[j]
@@ -257,6 +257,10 @@ def backward_kernel(
                 carry = carry + (tl.zeros([BR, BC], STATE),)
             else:
                 carry = carry + (tl.load(g_final_ptr + first + rows * g_final_r + cols, mask=mask, other=0.0),)
+        found = ()  # the gradients of the parameters
+        if sums is not None:
+            for n in tl.static_range(len(sums)):  # noqa: B007
+                found = found + (tl.zeros([BR, BC], STATE),)
         segments = tl.cdiv(T, K) if F.LONG else 1
         for j in range(segments):
             segment = tl.cast(segments - 1 - j, tl.int64)
@@ -308,21 +312,27 @@ def backward_kernel(
                 if sums is not None:
                     added = ()
                     for n in tl.static_range(len(sums)):
-                        added = added + (totals[n] + tl.where(m, along[n], 0.0),)
-                    totals = added
-                dx = as_tile(dx, ds).to(dx_ptr.dtype.element_ty)
-                tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dx, mask=m)
+                        d = tl.where(t0 + k < T, along[n], 0.0) if F.LONG else along[n]
+                        added = added + (found[n] + d,)
+                    found = added
                 before = as_tiles(before, ds)
                 if F.LONG:
                     left = ()
                     for n in tl.static_range(S):
                         left = left + (tl.where(t0 + k < T, before[n], upstream_k[n]),)
                     before = left
+                dx = as_tile(dx, ds).to(dx_ptr.dtype.element_ty)
+                tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dx, mask=m)
                 carry = before
         for n in tl.static_range(S):
             d_ptr, d_r = d_states[n]
             if d_ptr is not None:
                 tl.store(d_ptr + first + rows * d_r + cols, carry[n].to(d_ptr.dtype.element_ty), mask=mask)
+        if sums is not None:
+            added = ()
+            for n in tl.static_range(len(sums)):
+                added = added + (totals[n] + tl.where(mask, found[n], 0.0),)
+            totals = added
     if sums is not None:
         store_sums(sums, totals, block, C, first, cols, mask_c, F.PER_CHANNEL)
 
@@ -330,13 +340,16 @@ def backward_kernel(
 # --- launchers: the same signatures as in cpu/neuron.py ----------------------------------------------------------------------
 
 
-def flags_of(variant, parameters, K, **flags):
-    neuron, names = variant.neuron, variant.neuron.parameters + variant.neuron.numbers
-    given = [*parameters, *[None] * len(neuron.numbers)]
-    channels = tuple(map(is_per_channel, given))
-    reciprocal = tuple(p is not None and name in neuron.reciprocals for name, p in zip(names, given))
+@functools.cache
+def _flags(neuron, kinds, K, **flags):
+    kinds, names = (*kinds, *[None] * len(neuron.numbers)), neuron.parameters + neuron.numbers
+    reciprocal = tuple(kind is not None and name in neuron.reciprocals for name, kind in zip(names, kinds))
     start = tuple(-1 if name is None else names.index(name) for name in neuron.start)
-    return Flags(channels, reciprocal, any(channels), start, K, **flags)
+    return Flags(tuple(map(bool, kinds)), reciprocal, any(kinds), start, K, **flags)
+
+
+def flags_of(variant, parameters, K, **flags):
+    return _flags(variant.neuron, tuple(None if p is None else p.numel() > 1 for p in parameters), K, **flags)
 
 
 def values_of(variant, parameters, like):
@@ -388,7 +401,7 @@ def neuron_backward(
     tensors, numbers = values_of(variant, parameters, x)
     keeps = [c if c.numel() else None for c in checkpoints]
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
-    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * (len(states) + plan.uses_x))
+    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x, len(parameters)) if with_parameters else None
     grid.launch(
         bind(

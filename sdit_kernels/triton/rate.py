@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
-from .neuron import as_number, as_tile, as_tiles, bind, flags_of, load_parameters, load_states, values_of
-from .tiles import Grid, divide, gradient_view, is_per_channel, maybe_step_view, store_sums, tile_of_program
+from .neuron import as_number, as_tiles, bind, flags_of, load_parameters, load_states, values_of
+from .tiles import Grid, divide, gradient_view, maybe_step_view, store_sums, tile_of_program
 
 step = tangent = None  # the printed functions of a neuron; see bind
 

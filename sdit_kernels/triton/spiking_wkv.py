@@ -361,8 +361,9 @@ def _with_strides(t, axes=3):
 
 def _launch(kernel, variant, with_parameters, k, flags, tuning, *args):
     (_, B, _, C), threads = k.shape, tuning.spiking_threads
+    bound = bind(kernel, kernel.__name__, variant.neuron, variant.flags, variant.surrogate, with_parameters)
     launch(
-        bind(kernel, kernel.__name__, variant.neuron, variant.flags, variant.surrogate, with_parameters), B * cdiv(C, threads), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
+        bound, B * cdiv(C, threads), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
         num_warps=warps_of(threads), enable_fp_fusion=False,
     )  # fmt: skip
 
