@@ -125,7 +125,7 @@ class Flags(NamedTuple):
 def load_parameters(pointers, numbers, cols, mask, F: tl.constexpr, STATE: tl.constexpr):
     """Load the parameters and numbers of a neuron in the state type."""
     values = ()
-    for i in tl.static_range(len(pointers)):
+    for i in tl.static_range(len(F.CHANNELS)):  # not of pointers: Triton 3.6 cannot count a tuple that holds None
         p = load_parameter(pointers[i], numbers[i] if i < len(numbers) else 0.0, cols, mask, F.CHANNELS[i], STATE)
         if F.RECIPROCAL[i]:
             if pointers[i] is not None:
@@ -138,7 +138,7 @@ def load_parameters(pointers, numbers, cols, mask, F: tl.constexpr, STATE: tl.co
 def load_states(states, parameters, first, rows, cols, mask, F: tl.constexpr, STATE: tl.constexpr):
     """Load the states before the first step, each from (pointer, stride of a row); without a pointer, a constant."""
     values = ()
-    for i in tl.static_range(len(states)):
+    for i in tl.static_range(len(F.START)):
         ptr, stride = states[i]
         if ptr is None:
             v = tl.zeros(mask.shape, STATE)
@@ -239,7 +239,7 @@ def backward_kernel(
     d_states, sums = gradients[1], gradients[2]
     K: tl.constexpr = F.K
     STATE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    S: tl.constexpr = len(d_states)
+    S: tl.constexpr = len(F.START)
     block, row, first, cols, mask_c = tile_of_program(R, C, group, BR, BC)
     p = load_parameters(parameters, (n0, n1, n2, n3), first + cols, mask_c, F, STATE)
     a = tl.full([], alpha, STATE)
