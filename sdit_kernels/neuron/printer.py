@@ -3,13 +3,14 @@
 The code has these functions. States, tapes, gradients and parameters are tuples; the numbers of a neuron stand behind its
 parameters::
 
-    step(x, states, parameters)                              -> spike, states after the step
-    record(x, states, parameters)                            -> tape, states after the step
-    pullback(tape, x, states, parameters, ds, d_after, alpha) -> dx, d_states, d_parameters
-    tangent(x, states, parameters, d_states, alpha)          -> states after the step, ds, d_after
+    step(x, states, parameters)                                   -> spike, states after the step
+    record(x, states, parameters)                                 -> tape, states after the step
+    pullback(tape, x, states, parameters, ds, d_after, sharpness) -> dx, d_states, d_parameters
+    tangent(x, states, parameters, d_states, sharpness)           -> states after the step, ds, d_after
 
-``pullback`` ignores what its plan does not use. ``tangent`` differentiates along x and, if asked for, along each parameter: ds
-has one value per direction, d_states and d_after have the states of the first direction, then the states of the next, ...
+sharpness is the alpha of the surrogate. ``pullback`` ignores what its plan does not use. ``tangent`` differentiates along x
+and, if asked for, along each parameter: ds has one value per direction, d_states and d_after have the states of the first
+direction, then the states of the next, ...
 
 ``step`` and ``record`` compare a with b where the definition says ``fire(a - b)``. The derivatives compare the difference with
 0. With the same expression in both, a compiler keeps the comparisons of all T steps in registers.
@@ -54,7 +55,7 @@ TORCH = Language(
         "maximum": "torch.maximum({0}, {1})",
         "minimum": "torch.minimum({0}, {1})",
         "level": "torch.clamp({0}, {1}, {2}).round()",
-        "slope": "surrogate_derivative({0}, alpha)",
+        "slope": "surrogate_derivative({0}, sharpness)",
         "through": "torch.where({0} == 0, 0.0, {1} * {0})",
         "inside": "torch.where(({0} >= {1}) & ({0} <= {2}), {3}, 0.0)",
         "sign": "torch.sign({0})",
@@ -76,7 +77,7 @@ TRITON = Language(
         "maximum": "maximum({0}, {1})",
         "minimum": "minimum({0}, {1})",
         "level": "level({0}, {1}, {2})",
-        "slope": "surrogate_derivative({0}, alpha, KIND)",
+        "slope": "surrogate_derivative({0}, sharpness, KIND)",
         "through": "tl.where({0} == 0.0, 0.0, {1} * {0})",
         "inside": "tl.where(({0} >= {1}) & ({0} <= {2}), {3}, 0.0)",
         "sign": "sign({0})",
@@ -97,7 +98,7 @@ NUMBA = Language(
         "maximum": "maximum({0}, {1})",
         "minimum": "minimum({0}, {1})",
         "level": "level({0}, {1}, {2}, V)",
-        "slope": "surrogate_derivative(KIND, {0}, alpha, V)",
+        "slope": "surrogate_derivative(KIND, {0}, sharpness, V)",
         "through": "where_equal({0}, vset(0.0, V), vset(0.0, V), {1})",
         "inside": "inside({0}, {1}, {2}, {3}, V)",
         "sign": "sign({0}, V)",
@@ -230,9 +231,9 @@ def text(trace: Trace, language: Language, with_parameters: bool, entries: Itera
     t, plan, n = trace, trace.plan(with_parameters), 1 + len(trace.states)
     after, tape, gradients = list(t.after), list(plan.tape), t.pullback(with_parameters)
     before: dict[str, Any] = {"x": t.x, "states": list(t.states), "parameters": [*t.parameters, *t.numbers]}
-    known = {"tape": tape} | before | {"ds": t.d_spike, "d_after": list(t.d_after), "alpha": []}
+    known = {"tape": tape} | before | {"ds": t.d_spike, "d_after": list(t.d_after), "sharpness": []}
     along = [t.tangent(direction) for direction in t.directions(with_parameters)]
-    moving = before | {"d_states": [d for d_states, _ in along for d in d_states], "alpha": []}
+    moving = before | {"d_states": [d for d_states, _ in along for d in d_states], "sharpness": []}
     tangents = [after, [ds for _, (ds, *_) in along], [d for _, (_, *d_after) in along for d in d_after]]
     found = {
         "step": (before, "x", True, [t.spike, after]),

@@ -342,7 +342,7 @@ class Trace:
         graph.exact = False  # everything from here on is a derivative
         self.d_spike = graph.input("ds")
         self.d_after = tuple(graph.input(f"d_{name}") for name in neuron.states)
-        self._pullbacks = {}
+        self._pullbacks, self._plans = {}, {}
 
     def _outputs(self, outputs):
         name, states = self.neuron.name, self.neuron.states
@@ -471,8 +471,9 @@ class Trace:
                 t = graph.select(condition, d.get(a.id, zero), d.get(b.id, zero))
                 if condition.op != "detach":
                     z = condition.args[0]
-                    slope, jump = node("slope", z), a - b
-                    t = t + (jump * slope if jump.op == "input" else graph.through(slope, jump)) * d.get(z.id, zero)
+                    slope, dz, jump = node("slope", z), d.get(z.id, zero), a - b
+                    finite = jump.op in ("input", "number")  # slope * dz is the tangent of the spike, which is known already
+                    t = t + (jump * slope * dz if finite else graph.through(slope * dz, jump))
             else:  # detach
                 t = zero
             d[n.id] = t
@@ -480,6 +481,11 @@ class Trace:
 
     def plan(self, with_parameters: bool) -> Plan:
         """Choose what the backward pass keeps: what makes the pullback cheapest. The states always suffice."""
+        if with_parameters not in self._plans:  # every launch asks
+            self._plans[with_parameters] = self._plan(with_parameters)
+        return self._plans[with_parameters]
+
+    def _plan(self, with_parameters):
         roots = self.pullback(with_parameters)
         fixed = {n.id for n in (*self.parameters, *self.numbers, self.d_spike, *self.d_after)}
         states = {s.id for s in self.states}
