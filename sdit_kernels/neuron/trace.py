@@ -17,6 +17,7 @@ repeat the reference bit for bit: x * 0 would lose a NaN, and x + 0 a negative z
 
 import inspect
 import numbers
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -121,6 +122,7 @@ class Symbol:
 
 
 CONDITIONS = ("fire", "fire_above")
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _SMOOTH = ("+", "-", "*", "/", "neg", "exp")
 
 
@@ -177,6 +179,8 @@ class Graph:
 
     def _simplified(self, op, a, b):
         zero = self.zero
+        if a.op == b.op == "number" and not (op == "/" and b is zero):
+            return self.number(_ARITHMETIC[op](float(a.value), float(b.value)))
         if op == "*":
             if a is zero or b is zero:
                 return zero
@@ -472,8 +476,9 @@ class Trace:
                 if condition.op != "detach":
                     z = condition.args[0]
                     slope, dz, jump = node("slope", z), d.get(z.id, zero), a - b
-                    finite = jump.op in ("input", "number")  # slope * dz is the tangent of the spike, which is known already
-                    t = t + (jump * slope * dz if finite else graph.through(slope * dz, jump))
+                    finite = jump.op in ("input", "number")
+                    # slope * dz is the tangent of the spike, which is known already
+                    t = t + (jump * slope * dz if finite else node("unless_zero", slope, jump) * (slope * dz))
             else:  # detach
                 t = zero
             d[n.id] = t

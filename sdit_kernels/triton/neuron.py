@@ -154,7 +154,7 @@ def load_states(states, parameters, first, rows, cols, mask, F: tl.constexpr, ST
 def as_tile(value, like):
     """Give a value of a step, perhaps a number, the shape and type of ``like``."""
     if isinstance(value, tl.tensor):
-        return tl.broadcast_to(value, like.shape)
+        return tl.broadcast_to(value, like.shape).to(like.dtype)
     else:
         return tl.full(like.shape, value, like.dtype)
 
@@ -257,8 +257,9 @@ def backward_kernel(
                 carry = carry + (tl.zeros([BR, BC], STATE),)
             else:
                 carry = carry + (tl.load(g_final_ptr + first + rows * g_final_r + cols, mask=mask, other=0.0),)
-        found = ()  # the gradients of the parameters
-        if sums is not None:
+        # The gradients of the parameters. Elements outside of the tensors are masked per step, or if possible at the end.
+        found = totals if F.LONG else ()
+        if sums is not None and not F.LONG:
             for n in tl.static_range(len(sums)):  # noqa: B007
                 found = found + (tl.zeros([BR, BC], STATE),)
         segments = tl.cdiv(T, K) if F.LONG else 1
@@ -312,8 +313,7 @@ def backward_kernel(
                 if sums is not None:
                     added = ()
                     for n in tl.static_range(len(sums)):
-                        d = tl.where(t0 + k < T, along[n], 0.0) if F.LONG else along[n]
-                        added = added + (found[n] + d,)
+                        added = added + (found[n] + (tl.where(m, along[n], 0.0) if F.LONG else along[n]),)
                     found = added
                 before = as_tiles(before, ds)
                 if F.LONG:
@@ -328,7 +328,9 @@ def backward_kernel(
             d_ptr, d_r = d_states[n]
             if d_ptr is not None:
                 tl.store(d_ptr + first + rows * d_r + cols, carry[n].to(d_ptr.dtype.element_ty), mask=mask)
-        if sums is not None:
+        if F.LONG:
+            totals = found
+        elif sums is not None:
             added = ()
             for n in tl.static_range(len(sums)):
                 added = added + (totals[n] + tl.where(mask, found[n], 0.0),)
