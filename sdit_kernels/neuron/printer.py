@@ -213,7 +213,8 @@ def _function(language, name, arguments, like, compare, outputs):
             continue
         for i, node in enumerate(nodes):
             if node.op != "number" and node.id not in given:
-                given[node.id] = node.value if node.op == "input" else f"{argument}{i}"
+                # the underscore keeps a parameter called alpha apart from the sharpness of the surrogate
+                given[node.id] = f"{node.value}_" if node.op == "input" else f"{argument}{i}"
                 lines.append(f"{given[node.id]} = {argument}[{i}]")
     writer = _Lines(language, given, like, compare)
     words = iter(writer.add([n for o in outputs for n in (o if isinstance(o, list) else [o])]))
