@@ -96,6 +96,8 @@ _SIZES = ("T", "R", "group", "B", "L", "plane")
 def bind(kernel, name, neuron, flags, surrogate="atan", with_parameters=False):
     """Return a ``@triton.jit`` function for one neuron. ``kernel`` is a Python function that calls printed functions.
 
+    Launchers give the surrogate and ``with_parameters`` to backward kernels only, because a forward kernel does not use them.
+
     The printed functions are globals of the result. Triton's cache keys contain the code of all functions that a kernel calls,
     so the code of an edited neuron is never mistaken for the code of another.
     """
@@ -171,7 +173,7 @@ def as_tiles(values, like):
 
 @triton.jit
 def as_number(spike, STATE: tl.constexpr):
-    """A step returns a comparison, or a number."""
+    """Return the spike of a step, which is a comparison or a number, as a number."""
     if spike.dtype == tl.int1:
         return tl.where(spike, 1.0, 0.0).to(STATE)
     else:

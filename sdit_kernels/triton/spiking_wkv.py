@@ -359,11 +359,10 @@ def _with_strides(t, axes=3):
     return t, *t.stride()[:-1]
 
 
-def _launch(kernel, variant, with_parameters, k, flags, tuning, *args):
+def _launch(kernel, k, flags, tuning, *args):
     (_, B, _, C), threads = k.shape, tuning.spiking_threads
-    bound = bind(kernel, kernel.__name__, variant.neuron, variant.flags, variant.surrogate, with_parameters)
     launch(
-        bound, B * cdiv(C, threads), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
+        kernel, B * cdiv(C, threads), k.device, *args, F=flags, STATE=STATES[state_dtype(k.dtype)],
         num_warps=warps_of(threads), enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -409,7 +408,7 @@ def spiking_wkv_forward(
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     tensors, numbers = neuron.values_of(variant, parameters, k)
     _launch(
-        spiking_wkv_forward_kernel, variant, False, k,
+        bind(spiking_wkv_forward_kernel, "spiking_wkv_forward_kernel", variant.neuron, variant.flags), k,
         _flags(tuning, variant, parameters, T, rate, decay_is_log_of_rate), tuning,
         (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2)),
         (decay.contiguous(), bonus.contiguous(), tensors), (ybar, lse), (out, ybar_out, lse_out, membrane_out, checkpoint),
@@ -458,9 +457,12 @@ def spiking_wkv_backward(
     if g_ybar is not None or g_lse is not None:
         g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
     decay, (tensors, numbers) = decay.contiguous(), neuron.values_of(variant, parameters, k)
+    kernel = bind(
+        spiking_wkv_backward_kernel, "spiking_wkv_backward_kernel", variant.neuron, variant.flags, variant.surrogate,
+        with_parameters,
+    )  # fmt: skip
     _launch(
-        spiking_wkv_backward_kernel, variant, with_parameters, k, flags, tuning,
-        (_with_strides(g), (g_ybar, g_lse, g_membrane)),
+        kernel, k, flags, tuning, (_with_strides(g), (g_ybar, g_lse, g_membrane)),
         (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2), checkpoint),
         (decay, bonus.contiguous(), tensors), (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, tuple(sums) or None),
         B, L, C, checkpoint.stride(0), *numbers, variant.alpha,
