@@ -138,7 +138,20 @@ has_hooks: Callable[[nn.Module], bool] = _has_hooks if all(hasattr(nn.Module(), 
 # --- operators ----------------------------------------------------------------------------------------------------------------
 
 # The base class of modes that see every operator. torch's documentation shows it under this private module.
-TorchDispatchMode: Any = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", object)
+_TorchDispatchMode: Any = getattr(getattr(torch.utils, "_python_dispatch", None), "TorchDispatchMode", object)
+
+
+class OperatorMode(_TorchDispatchMode):
+    """The base class of modes that see every operator.
+
+    PyTorch wraps such modes so that torch.compile does not trace them. The wrapper imports the whole compiler, which takes
+    seconds. The modes of this package run with the compiler turned off, so they need no wrapper.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
 
 _HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
 

@@ -4,8 +4,6 @@
 numbers, and for what the figures are worth.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,13 +15,33 @@ from .report import Costs, Input, Report, Row, check_costs
 __all__ = ["Costs", "Input", "Report", "Row", "count"]
 
 
-@contextmanager
-def _counting(recorder: Recorder, report: Report) -> Iterator[Report]:
-    with recorder.running():
-        yield report
+class _Count:
+    """What ``count`` returns without inputs: a context manager that gives a new report each time it is entered."""
+
+    def __init__(self, model: nn.Module, costs: Costs):
+        self._model, self._costs = model, costs
+        self._running: Any = None
+
+    def __enter__(self) -> Report:
+        if self._running is not None:
+            raise RuntimeError("this count is running: leave its with block, or call energy.count(model) once more")
+        recorder = Recorder(self._model)
+        self._running = recorder.running()
+        self._running.__enter__()
+        return Report(recorder.found, self._costs)
+
+    def __exit__(self, *error):
+        running, self._running = self._running, None
+        return running.__exit__(*error)
+
+    def __getattr__(self, name):
+        raise AttributeError(
+            f"energy.count(model) without inputs is not a report and has no attribute {name!r}: it counts the calls in a with "
+            "block, as in `with energy.count(model) as report: model()`"
+        )
 
 
-def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any) -> Any:  # noqa: B008
+def count(model: nn.Module, /, *inputs: Any, costs: Costs = Costs(), **kwargs: Any) -> Any:  # noqa: B008
     """Count the products of a model: multiply-adds, what their operands are, synaptic operations, energy.
 
     ::
@@ -38,11 +56,11 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
     Args:
         model: any module. A compiled model runs its Python code instead of the compiled code. On the "meta" device, where
             tensors have no values, every operand counts as floats.
-        inputs, kwargs: arguments of the model.
+        inputs, kwargs: arguments of the model. A model that takes no argument, or one named costs, needs the with block.
         costs: energy constants, a :class:`Costs`.
 
     Returns:
-        A :class:`Report`, or a context manager that gives one.
+        A :class:`Report`, or a context manager that gives a new one each time it is entered.
 
     Raises:
         TypeError: model is not a module, or costs is not a :class:`Costs`.
@@ -70,10 +88,9 @@ def count(model: nn.Module, *inputs: Any, costs: Costs = Costs(), **kwargs: Any)
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
         raise ValueError(f"the parameters of model must have shapes, but {lazy[0]} is lazy: call the model once before")
-    recorder = Recorder(model)
-    report = Report(recorder, check_costs(costs))
+    counting = _Count(model, check_costs(costs))
     if not inputs and not kwargs:
-        return _counting(recorder, report)
-    with recorder.running():
+        return counting
+    with counting as report:
         model(*inputs, **kwargs)
     return report

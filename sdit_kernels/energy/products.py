@@ -40,8 +40,9 @@ class MatMul:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Return the number of values of both operands and of the result."""
-        return math.prod(self.x_shape), self.y.numel(), math.prod(self.x_shape[:-1]) * self.y.shape[-1]
+        """Return the number of values of both operands and of the result. A value that is broadcast is one value."""
+        x = math.prod(self.x_shape) if self.x is None else distinct(self.x)
+        return x, distinct(self.y), math.prod(self.x_shape[:-1]) * self.y.shape[-1]
 
     def weigh(self, i: int, magnitude: Tensor) -> Tensor:
         """Return the sum of magnitude x fan-out over operand i."""
@@ -90,7 +91,7 @@ class Convolution:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        return self.x.numel(), self.weight.numel(), self.out.numel()
+        return distinct(self.x), distinct(self.weight), self.out.numel()
 
     def weigh(self, i: int, magnitude: Tensor) -> Tensor:
         total = magnitude.sum((0, 1), dtype=torch.float64)
@@ -117,6 +118,11 @@ class Convolution:
 
 
 Product = MatMul | Convolution
+
+
+def distinct(t: Tensor) -> int:
+    """Return the number of values of t, each once if t.expand repeats it."""
+    return math.prod(size for size, stride in zip(t.shape, t.stride()) if stride or not size)
 
 
 def _times(shape: Sequence[int]) -> str:
@@ -162,8 +168,10 @@ def _convolution(op, args, out):
 
 def _attention(op, args, out):
     q, k, v = args[:3]
-    if k.shape[-3] != q.shape[-3]:  # fewer heads of keys and values than of queries
-        k, v = (t.repeat_interleave(q.shape[-3] // t.shape[-3], -3) for t in (k, v))
+    if k.shape[-3] != q.shape[-3]:  # each head of keys and values serves a group of heads of queries
+        heads = k.shape[-3]
+        q = q.unflatten(-3, (heads, -1))
+        k, v = (t.unsqueeze(-3).expand(*t.shape[:-2], q.shape[-3], *t.shape[-2:]) for t in (k, v))
     weights = (*q.shape[:-1], k.shape[-2])
     return [
         MatMul(f"{op}: q k", q, k.transpose(-2, -1), tuple(q.shape)),
@@ -185,7 +193,9 @@ _FINDERS = {
     "aten::dot": lambda op, a, out: _dot(op, a[0], a[1]),
     "aten::vdot": lambda op, a, out: _dot(op, a[0], a[1]),
     "aten::addbmm": lambda op, a, out: _matmul(op, a[1], a[2]),
+    "aten::addbmm_": lambda op, a, out: _matmul(op, a[1], a[2]),
     "aten::addr": lambda op, a, out: _matmul(op, a[1][:, None], a[2][None]),
+    "aten::addr_": lambda op, a, out: _matmul(op, a[1][:, None], a[2][None]),
     "aten::convolution": _convolution,
     "aten::_convolution": _convolution,
     "aten::convolution_overrideable": _convolution,
@@ -194,6 +204,7 @@ _FINDERS = {
     "aten::_scaled_dot_product_efficient_attention": _attention,
     "aten::_scaled_dot_product_cudnn_attention": _attention,
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
+    "flex_attention": _attention,
 }
 
 
@@ -203,9 +214,9 @@ def find(name: str, args: tuple, out: object) -> list[Product] | None:
     if finder is None:
         return None
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if any(t.layout != torch.strided or not t.is_floating_point() for t in tensors):
+    if any(t.layout != torch.strided or t.is_nested or not t.is_floating_point() for t in tensors):
         return None
-    return finder(name.partition("::")[2], args, out)
+    return finder(name.removeprefix("aten::"), args, out)
 
 
 def is_known(name: str) -> bool:
@@ -220,14 +231,13 @@ def is_readable(t: Tensor) -> bool:
     return t.device.type == "cpu"
 
 
-def find_factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def find_factor(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Find the largest f for which x / f are integers up to ``MAX_LEVEL``.
 
     Return the smallest absolute value that is not 0, f, and whether there is such an f, as tensors.
 
-    Euclid's algorithm on all values at once. A value may differ from its level by the rounding of x.dtype.
+    Euclid's algorithm on all values at once. A value may differ from its level by eps times itself, because it was rounded.
     """
-    eps = torch.finfo(x.dtype).eps
     bound = min(MAX_LEVEL, int(1 / (8 * eps)))  # above it the rounding could hide the distance to the next level
     a = x.abs().to(torch.promote_types(x.dtype, torch.float32))
     most = a.amax()
@@ -256,9 +266,9 @@ def fingerprint(x: Tensor) -> Tensor:
     return total
 
 
-def are_floats(measured: Tensor) -> bool:
-    """True if an operand is known to be floats. On a GPU this is not known before the end of the run."""
-    return is_readable(measured) and not measured[FIELDS.index("fits")]
+def get_fits(measured: Tensor) -> Tensor:
+    """Return a boolean tensor: True if an operand with these numbers is on a grid of levels."""
+    return measured[FIELDS.index("fits")] != 0
 
 
 def _level(x: Tensor, factor: Tensor) -> Tensor:
@@ -268,20 +278,20 @@ def _level(x: Tensor, factor: Tensor) -> Tensor:
 FIELDS = ("nonzero", "low", "high", "least", "factor", "fits", "events", "magnitude", "fingerprint", "pairs", "pair_magnitude")
 
 
-def measure(product: Product, i: int, attention: bool) -> Tensor:
-    """Return the numbers ``FIELDS`` of operand i as one tensor on its device.
+def measure(product: Product, i: int, eps: tuple[float, float], pairs: bool) -> Tensor:
+    """Return the numbers ``FIELDS`` of operand i as one tensor on its device. eps: the rounding of both operands.
 
     least: the smallest absolute value that is not 0.
     events: sum of the fan-outs of nonzero elements. magnitude: the same, times the level of the element, its absolute value
     divided by the factor and rounded, so that the rounding of x does not add up. pairs and pair_magnitude: the same over pairs
-    of elements, measured with operand 0 of a product of two operands that are data.
+    of elements, if the argument pairs is True.
     """
     x = product.operands[i]
     assert x is not None
     if x.numel() == 0:
         return torch.zeros(len(FIELDS), dtype=torch.float64, device=x.device)
     low, high = x.aminmax()
-    least, factor, fits = find_factor(x)
+    least, factor, fits = find_factor(x, eps[i])
     some = x != 0
     if is_readable(x) and not fits:  # floats: nothing else is needed
         return torch.tensor(
@@ -290,8 +300,8 @@ def measure(product: Product, i: int, attention: bool) -> Tensor:
     level = _level(x, factor)
     found = [some.sum(), low, high, least, factor, fits, product.weigh(i, some), product.weigh(i, level), fingerprint(x)]
     other = product.operands[1]
-    if attention and i == 0 and other is not None:
-        found += [product.pairs(some, other != 0), product.pairs(level, _level(other, find_factor(other)[1]))]
+    if pairs and other is not None:
+        found += [product.pairs(some, other != 0), product.pairs(level, _level(other, find_factor(other, eps[1])[1]))]
     else:
         found += [torch.zeros((), dtype=torch.float64, device=x.device)] * 2
     return torch.stack([n.double() for n in found])

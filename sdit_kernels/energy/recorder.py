@@ -13,14 +13,18 @@ arguments::
 """
 
 import enum
+import functools
 import inspect
+import re
+import sys
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
-from .._torch import TorchDispatchMode, in_backward, written_arguments
+from .._torch import OperatorMode, in_backward, written_arguments
 from . import products
 from .products import Product
 
@@ -46,62 +50,115 @@ class Origin(enum.IntEnum):
 _COMPUTED = {Origin.WEIGHT: Origin.DERIVED, Origin.INDEX: Origin.LOOKUP, Origin.GIVEN: Origin.ACTIVATION}
 
 
-@dataclass
-class Operand:
-    """What was measured of one operand of a product, over all calls."""
+class Source(NamedTuple):
+    """What is known of the values in some memory."""
 
-    origin: Origin | None = None  # None: the values are not known
-    values: int = 0  # number of values, over all calls
-    measured: list[Tensor] = field(default_factory=list)  # products.FIELDS per call, on the device
-    fired: dict[int, Tensor] = field(default_factory=dict)  # by number of neurons: which have fired
+    origin: Origin
+    eps: float = 0.0  # relative rounding of a narrower dtype from which the values were copied
+    copies: int = 1  # how often each value is there because PyTorch copied a broadcast tensor
+
+
+class Operand(NamedTuple):
+    """What is known of one operand in one call of a product."""
+
+    origin: Origin | None  # None: it has no values to look at
+    values: int  # a value that is broadcast is one value
+    elements: int
+    eps: float  # relative rounding of the values
+    measured: Tensor | None  # products.FIELDS, on the device; None for weights and for operands without values
+
+
+class Call(NamedTuple):
+    """One call of a product."""
+
+    shape: str
+    macs: int
+    result_values: int
+    operands: tuple[Operand, Operand]
 
 
 @dataclass
 class Record:
-    """A product at one place of the program, over all calls."""
+    """A product at one place of the program."""
 
     layer: str
     op: str
-    shape: str  # of the first call
-    operands: tuple[Operand, Operand]
-    calls: int = 0
-    macs: int = 0
-    result_values: int = 0
+    calls: list[Call] = field(default_factory=list)
+    fired: tuple[dict[int, Tensor], dict[int, Tensor]] = field(default_factory=lambda: ({}, {}))  # {neurons: which fired}
 
 
-# --- operators without products -----------------------------------------------------------------------------------------------
+@dataclass
+class Recording:
+    """What a recorder found."""
+
+    records: dict[tuple, Record] = field(default_factory=dict)
+    unknown: Counter[tuple[str, str]] = field(default_factory=Counter)  # (operator, layer): calls
+    fused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (operator, layer): elements
+    batches: int = 0
+    inputs: list[list[Tensor]] = field(default_factory=list)  # fingerprints of the inputs of each batch
+
+
+# --- what is known of an operator by its name ---------------------------------------------------------------------------------
+
+_OPERATOR = type(torch.ops.aten.add.Tensor)
 
 # They keep the values of their arguments.
-_COPIES = {
-    f"aten::{name}"
-    for name in ("_to_copy", "clone", "cat", "stack", "repeat", "index_select", "index", "flip", "roll", "constant_pad_nd",
-                 "repeat_interleave", "permute_copy", "copy_", "_unsafe_view", "_reshape_copy", "contiguous", "lift_fresh")
-}  # fmt: skip
+_COPIES = re.compile(
+    r"_to_copy|clone|contiguous|lift_fresh|copy_|_unsafe_view|.*_copy|cat|stack|repeat|repeat_interleave|flip|roll|gather|take"
+    r"|index|_unsafe_index|index_select|masked_select|constant_pad_nd|(reflection|replication)_pad\dd|(_foreach_)?copy_?"
+)
 
-# They take several float tensors and contain no product, except for work on single elements.
-_ELEMENTWISE = {
-    f"aten::{name}"
-    for name in (
-        "_batch_norm_with_update", "_native_batch_norm_legit", "_native_batch_norm_legit_functional",
-        "_native_batch_norm_legit_no_training", "native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm",
-        "batch_norm_elemt", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "_prelu_kernel", "rrelu_with_noise",
-        "rrelu_with_noise_", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "cat", "stack", "copy", "copy_", "fill",
-        "fill_", "set_", "index_copy", "index_copy_", "index_fill", "index_fill_", "index_put", "index_put_",
-        "_index_put_impl_", "_unsafe_index_put", "masked_fill", "masked_fill_", "masked_scatter", "masked_scatter_", "put",
-        "put_", "scatter", "scatter_", "scatter_reduce", "scatter_reduce_", "select_scatter", "slice_scatter",
-        "diagonal_scatter", "as_strided_scatter", "where", "lerp", "lerp_", "addcmul", "addcmul_", "addcdiv", "addcdiv_",
-        "binary_cross_entropy", "huber_loss", "mse_loss", "smooth_l1_loss", "nll_loss_forward", "nll_loss2d_forward", "dist",
-        "grid_sampler_2d", "grid_sampler_3d", "_foreach_add_", "_foreach_mul_", "_foreach_copy_",
-    )
-}  # fmt: skip
+# Names of operators with products or decompositions. Fused cells are elementwise; resampling counts as pooling does.
+_CONTRACTS = re.compile(
+    r"mm(?!a)|matmul|conv(?!ert)|linear|dot|attention|multi_head|transformer|rnn|lstm|gru|fft|cdist|pdist|euclidean_dist"
+    r"|embedding_bag|linalg_(?!vector_norm|_powsum|cross)|cholesky|solve|inverse|matrix_exp|geqrf|ormqr|^lu_|svd|index_add"
+    r"|scatter_add|segment_reduce"
+)
+_CONTRACTS_NOT = re.compile(r"_thnn_|_?upsample|.*flatten_weight|.*reorder")
+_NO_PRODUCTS = ("prim", "profiler", "c10d", "_c10d_functional", "_c10d_functional_autograd")
 
-# They contract even a single float tensor.
-_CONTRACTING = (
-    "linalg_", "_linalg", "fft_", "_fft", "cdist", "_cdist", "_pdist", "embedding_bag", "_embedding_bag", "_scaled_mm",
-    "_grouped_mm", "_scaled_grouped_mm", "_int_mm", "mkldnn_", "_cudnn_rnn", "miopen_rnn", "cholesky", "matrix_exp", "inverse",
-    "lu_", "triangular_solve", "ormqr", "geqrf", "_native_multi_head_attention", "_transformer_encoder_layer_fwd", "stft",
-    "istft", "index_add", "scatter_add", "segment_reduce", "_weight_int", "lstm", "gru", "rnn_",
-)  # fmt: skip
+# Functions that PyTorch computes as a multiplication and a sum.
+_SUMS_OF_PRODUCTS = {
+    torch.linalg.vecdot: "aten::linalg_vecdot",
+    torch.cosine_similarity: "aten::cosine_similarity",
+    torch.nn.functional.cosine_similarity: "aten::cosine_similarity",
+}
+
+
+def is_fractional(t: Tensor) -> bool:
+    """True if t can hold numbers that are not integers."""
+    return t.is_floating_point() or t.is_complex() or t.is_quantized
+
+
+class Facts:
+    """What the recorder needs to know of an operator, worked out once."""
+
+    def __init__(self, function: Any):
+        self.is_operator = isinstance(function, _OPERATOR)  # else it takes functions, as flex_attention does
+        name = function.name() if callable(getattr(function, "name", None)) else str(function)
+        self.name = name.partition(".")[0]
+        self.namespace: str = self.name.rpartition("::")[0]
+        self.short: str = self.name.rpartition("::")[2]
+        self.is_known = products.is_known(self.name)
+        self.is_view = self.is_operator and function.is_view
+        self.is_copy = _COPIES.fullmatch(self.short) is not None
+        self.is_random = self.is_operator and torch.Tag.nondeterministic_seeded in function.tags
+        self.may_decompose = self.is_operator and not self.is_known and self.namespace != "prim"
+        standard = self.namespace in ("aten", "prims")
+        named = _CONTRACTS.search(self.short) and not _CONTRACTS_NOT.match(self.short)
+        self.may_contract = bool(self.is_known or named or not standard) and self.namespace not in _NO_PRODUCTS
+        self.of_integers = standard and (self.is_known or "mm" in self.short)
+
+    def may_contain_products(self, tensors: list[Tensor], out: object) -> bool:
+        """True if a call that ``products`` does not understand may contain products."""
+        if not self.may_contract:
+            return False
+        return self.of_integers or any(map(is_fractional, tensors)) and any(map(is_fractional, tensors_in(out)))
+
+
+@functools.cache
+def facts_of(function: Any) -> Facts:
+    return Facts(function)
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
@@ -113,21 +170,6 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(part)
     elif isinstance(value, dict):
         yield from tensors_in(list(value.values()))
-
-
-def may_contract(function: Any, name: str, tensors: list[Tensor], out: object) -> bool:
-    """True if an operator that ``products`` does not know may contain products of floats."""
-    namespace, _, short = name.partition("::")
-    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
-    if not floats or not any(t.is_floating_point() or t.is_complex() for t in tensors_in(out)):
-        return False
-    if products.is_known(name):  # its arguments were sparse, or not floats
-        return True
-    if namespace not in ("aten", "prims", "prim"):
-        return True
-    if short.startswith(_CONTRACTING):
-        return short not in ("linalg_vector_norm", "linalg_cross")
-    return len(floats) > 1 and torch.Tag.pointwise not in function.tags and not function.is_view and name not in _ELEMENTWISE
 
 
 # multiply-adds and additions per element and step of our own operators, without exponentials and divisions
@@ -152,16 +194,18 @@ def fused_elements(short: str, args: tuple) -> int:
 
 # --- the recorder -------------------------------------------------------------------------------------------------------------
 
-_OPERATOR = type(torch.ops.aten.add.Tensor)
 _TORCH = Path(torch.__file__).parent
 # files whose functions stand between the caller of an operator and the recorder
 _BETWEEN = tuple(
     str(path)
     for path in (
         Path(__file__).parent, _TORCH / "_ops.py", _TORCH / "overrides.py", _TORCH / "_compile.py", _TORCH / "_dynamo",
-        _TORCH / "utils" / "_python_dispatch.py", _TORCH / "utils" / "_stats.py",
+        _TORCH / "nested", _TORCH / "utils" / "_python_dispatch.py", _TORCH / "utils" / "_stats.py",
     )
 )  # fmt: skip
+
+
+_COMPILING = ("torch._dynamo", "torch.nn.attention.flex_attention")  # flex_attention imports the compiler in its first call
 
 
 def call_site() -> tuple[object, int]:
@@ -182,33 +226,72 @@ def _storage(t: Tensor) -> int:
         return 0
 
 
+def _is_wrapper(kind: type) -> bool:
+    """True for a subclass of Tensor that is made of other tensors, such as jagged nested tensors."""
+    return hasattr(kind, "__tensor_flatten__")
+
+
+def _parts(t: Tensor) -> Iterator[Tensor]:
+    """Yield the plain tensors of which a tensor is made."""
+    flatten = getattr(t, "__tensor_flatten__", None)
+    if flatten is None:
+        yield t
+        return
+    for name in flatten()[0]:
+        yield from _parts(getattr(t, name))
+
+
+def _eps(t: Tensor) -> float:
+    return torch.finfo(t.dtype).eps if t.is_floating_point() else 0.0
+
+
+_this_thread = threading.local()  # busy: some recorder of this thread works on tensors itself
+
+
+def _is_busy() -> bool:
+    return getattr(_this_thread, "busy", False)
+
+
+@contextmanager
+def _own_work() -> Iterator[None]:
+    """A recorder's own operators are not recorded, also not by other recorders, and touch no graph."""
+    _this_thread.busy = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _this_thread.busy = False
+
+
 class Recorder:
-    """Records of all products inside the model's modules while ``running()`` is active. It changes nothing in the model."""
+    """Record all products inside the model's modules while ``running()`` is active. It changes nothing in the model.
+
+    A mode of PyTorch sees the operators of one thread only. If another thread runs modules of the model, ``unknown`` says so.
+    """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.records: dict[tuple, Record] = {}
-        self.unknown: Counter[tuple[str, str]] = Counter()  # (operator, layer): calls
-        self.fused: Counter[tuple[str, str]] = Counter()  # (operator, layer): elements
-        self.batches = 0
-        self.inputs: list[list[Tensor]] = []  # fingerprints of the inputs of each batch
+        self.found = Recording()
         self.ordinal = 0  # of a product within one call of a function of torch
-        self.busy = False
         self._names: dict[nn.Module, str] = {}
         self._foreign: dict[nn.Module, str] = {}
         self._layers: list[str] = []
         self._depth = 0  # of modules of this model
-        self._origins: dict[int, tuple[Origin, StorageWeakRef]] = {}  # by address
+        self._thread = threading.get_ident()
+        self._sources: dict[int, tuple[Source, StorageWeakRef]] = {}  # by address
         self._weights: set[int] = set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record inside the with block. Hooks and modes go when it ends, also after an error."""
         self._names = {m: _without_wrappers(name) for name, m in self.model.named_modules()}
-        self._layers, self._depth = [], 0
+        self._layers, self._depth, self._thread = [], 0, threading.get_ident()
         with ExitStack() as stack:
-            # Inside compiled code nothing can be counted, so a compiled model runs its own Python code.
-            if _uses_compiler(self.model):
+            # Inside compiled code nothing can be counted, so it runs as Python. A compilation while a mode is active would also
+            # spoil the compiler's caches. The import of the compiler takes seconds, so do it only if something may compile.
+            if sys.modules.keys().isdisjoint(_COMPILING):
+                stack.callback(_reset_compiler)
+            else:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
                 stack.enter_context(warnings.catch_warnings())  # the hooks run once more for the compiled wrapper: no harm
                 warnings.filterwarnings("ignore", message=".*global hooks on modules")
@@ -220,6 +303,10 @@ class Recorder:
 
     def _enter(self, module, args):
         if in_backward():
+            return
+        if threading.get_ident() != self._thread:
+            if module in self._names or (self._depth and getattr(module, "_is_replica", False)):
+                self.found.unknown["modules called in another thread", ""] += 1
             return
         if module in self._names:
             if self._depth == 0:
@@ -233,133 +320,157 @@ class Recorder:
             return self._names[module]
         if module not in self._foreign:
             self._foreign[module] = f"({type(module).__name__} {len(self._foreign)})"
-        self._weights |= {_storage(t) for t in (*module.parameters(), *module.buffers())} - {0}
+        self._weights |= _memory_of(module)
         return ".".join(filter(None, (self.layer, self._foreign[module])))
 
     def _leave(self, module, args, out):
-        if in_backward() or not self._layers:
+        if in_backward() or not self._layers or threading.get_ident() != self._thread:
             return
         self._layers.pop()
         if module in self._names:
             self._depth -= 1
             if self._depth == 0:
-                self._origins = {m: entry for m, entry in self._origins.items() if not entry[1].expired()}
+                self._sources = {m: entry for m, entry in self._sources.items() if not entry[1].expired()}
 
     def _begin(self, args):
-        state = [*self.model.parameters(), *self.model.buffers()]
-        self._weights = {_storage(t) for t in state} - {0}
-        tensors = [t for t in tensors_in(args) if t.layout == torch.strided]
-        given = [t for t in tensors if t.numel() and not t.is_meta and not t.is_complex()]
-        self.batches += 1
-        with self._own_work():
-            self.inputs.append([products.fingerprint(t.double()) for t in given])
+        self._weights = _memory_of(self.model)
+        dense = [t for t in tensors_in(args) if t.layout == torch.strided and not t.is_nested and not _is_wrapper(type(t))]
+        given = [t for t in dense if t.numel() and not t.is_meta and not t.is_complex()]
+        self.found.batches += 1
+        with _own_work():
+            self.found.inputs.append([products.fingerprint(t.double()) for t in given])
 
     @property
     def layer(self) -> str:
         return self._layers[-1] if self._layers else ""
 
-    @contextmanager
-    def _own_work(self):
-        """Our own operators are not recorded and touch no graph."""
-        self.busy = True
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.busy = False
-
-    def origin(self, t: Tensor) -> Origin:
+    def source(self, t: Tensor) -> Source:
         memory = _storage(t)
-        if memory in self._origins:
-            origin, owner = self._origins[memory]
+        if memory in self._sources:
+            source, owner = self._sources[memory]
             if not owner.expired():  # else another tensor may have got its address
-                return origin
+                return source
         if memory in self._weights:
-            return Origin.WEIGHT
-        return Origin.GIVEN if t.is_floating_point() or t.is_complex() else Origin.INDEX
+            return Source(Origin.WEIGHT)
+        return Source(Origin.GIVEN if is_fractional(t) else Origin.INDEX)
 
-    def _trace(self, function, name, args, kwargs, tensors, out):
+    def _trace(self, function, facts, args, kwargs, tensors, out):
         """Note where the results of an operator come from."""
-        origins = [self.origin(t) for t in tensors]
-        origin = max(origins, default=Origin.FACTORY)
-        if not tensors and torch.Tag.nondeterministic_seeded in function.tags:
-            origin = Origin.ACTIVATION  # random numbers
-        if origin in (Origin.INDEX, Origin.LOOKUP) and any(o in (Origin.WEIGHT, Origin.DERIVED) for o in origins):
+        if facts.short.startswith("_foreach_") and not isinstance(args[0], Tensor):
+            return self._trace_each(function, facts, args, out)
+        sources = [self.source(t) for t in tensors]
+        origins = [source.origin for source in sources]
+        origin, eps, copies = max(origins, default=Origin.FACTORY), 0.0, 1
+        if not tensors and facts.is_random:
             origin = Origin.ACTIVATION
-        if name == "aten::lift_fresh":
+        if origin in (Origin.INDEX, Origin.LOOKUP) and (Origin.WEIGHT in origins or Origin.DERIVED in origins):
+            origin = Origin.ACTIVATION
+        if facts.short == "lift_fresh":
             origin = Origin.FACTORY
-        elif name == "aten::_to_copy" and origin == Origin.INDEX and out.is_floating_point():
-            origin = Origin.GIVEN
-        elif not function.is_view and name not in _COPIES:
+        elif facts.is_copy:
+            if facts.short == "_to_copy" and origin == Origin.INDEX and out.is_floating_point():
+                origin = Origin.GIVEN
+            eps = max((max(source.eps, _eps(t)) for source, t in zip(sources, tensors)), default=0.0)
+            if len(tensors) == 1 and tensors[0].numel() and tensors[0].layout == torch.strided:
+                copies = sources[0].copies * (tensors[0].numel() // products.distinct(tensors[0]))
+        elif not facts.is_view:
             origin = _COMPUTED.get(origin, origin)
-        for t in written_arguments(function, args, kwargs):
-            if isinstance(t, Tensor):
-                self._set_origin(t, max(origin, self.origin(t)))
-        if function.is_view:
+        for t in tensors_in(written_arguments(function, args, kwargs) if facts.is_operator else ()):
+            before = self.source(t)
+            self._set_source(t, Source(max(origin, before.origin), max(eps, before.eps)))
+        if facts.is_view:
             return  # it shares the memory of its argument
         known = {_storage(t) for t in tensors}
         for t in tensors_in(out):
             if _storage(t) not in known:
-                self._set_origin(t, origin)
+                self._set_source(t, Source(origin, eps, copies))
 
-    def _set_origin(self, t, origin):
+    def _trace_each(self, function, facts, args, out):
+        """Trace an operator on lists of tensors as one call per position in the lists."""
+        n = len(args[0])
+        for i in range(n):
+            each = tuple(a[i] if isinstance(a, (list, tuple)) and len(a) == n else a for a in args)
+            made = out[i] if isinstance(out, (list, tuple)) and len(out) == n else None
+            self._trace(function, facts, each, {}, list(tensors_in(each)), made)
+
+    def _set_source(self, t, source):
         memory = _storage(t)
         if memory:
-            self._origins[memory] = origin, StorageWeakRef(t.untyped_storage())
+            self._sources[memory] = source, StorageWeakRef(t.untyped_storage())
 
-    def see(self, function: Any, name: str, args: tuple, kwargs: dict, out: object) -> None:
-        tensors = list(tensors_in((args, kwargs)))
-        namespace, _, short = name.partition("::")
-        if namespace == "sdit_kernels":
-            if short in FUSED_COSTS:
-                self.fused[short, self.layer] += fused_elements(short, args)
-        else:
-            found = products.find(name, args, out)
-            for product in found or ():
-                self._record(product)
-            if found is None and may_contract(function, name, tensors, out):
-                self.unknown[name, self.layer] += 1
-        self._trace(function, name, args, kwargs, tensors, out)
+    def see(self, function: Any, facts: Facts, args: tuple, kwargs: dict, out: object) -> None:
+        tensors = list(tensors_in(args))
+        if kwargs:
+            tensors += tensors_in(kwargs)
+        if facts.namespace == "sdit_kernels":
+            if facts.short in FUSED_COSTS:
+                self.found.fused[facts.short, self.layer] += fused_elements(facts.short, args)
+        elif facts.may_contract:
+            with _own_work():
+                found = products.find(facts.name, args, out)
+                for product in found or ():
+                    self._record(product)
+            if found is None and facts.may_contain_products(tensors, out):
+                self.found.unknown[facts.name, self.layer] += 1
+        self._trace(function, facts, args, kwargs, tensors, out)
 
     def _record(self, product: Product):
         self.ordinal += 1
         key = (self.layer, product.op, *call_site(), self.ordinal)
-        if key not in self.records:
-            self.records[key] = Record(self.layer, product.op, product.shape, (Operand(), Operand()))
-        record = self.records[key]
-        record.calls += 1
-        record.macs += product.macs
-        record.result_values += product.sizes[2]
-        origins = [None if t is None or t.is_meta else self.origin(t) for t in product.operands]
-        attention = all(o is None or o >= Origin.INDEX for o in origins)
-        for i, (operand, origin) in enumerate(zip(record.operands, origins)):
-            operand.values += product.sizes[i]
-            if origin is None:
-                continue
-            operand.origin = origin if operand.origin is None else max(origin, operand.origin)
-            if origin >= Origin.INDEX:
-                numbers = products.measure(product, i, attention)
-                operand.measured.append(numbers)
-                if not products.are_floats(numbers):
-                    self._remember_fired(operand, product.fired(i))
+        if key not in self.found.records:
+            self.found.records[key] = Record(self.layer, product.op)
+        record = self.found.records[key]
+        sources = [None if t is None or t.is_meta else self.source(t) for t in product.operands]
+        a, b = (0.0 if t is None or s is None else max(s.eps, _eps(t)) for t, s in zip(product.operands, sources))
+        eps = a, b
+        are_data = all(s is None or s.origin >= Origin.INDEX for s in sources)
+        operands = []
+        for i, (t, source) in enumerate(zip(product.operands, sources)):
+            values, measured = product.sizes[i], None
+            if source is not None:
+                values = -(-values // source.copies)
+                if source.origin not in (Origin.WEIGHT, Origin.DERIVED):
+                    measured = products.measure(product, i, eps, pairs=are_data and i == 0)
+                    self._remember_fired(record.fired[i], product, i, measured)
+            origin = None if source is None else source.origin
+            operands.append(Operand(origin, values, 0 if t is None else t.numel(), eps[i], measured))
+        record.calls.append(Call(product.shape, product.macs, product.sizes[2], (operands[0], operands[1])))
 
     @staticmethod
-    def _remember_fired(operand, fired):
-        n = fired.numel()
-        operand.fired[n] = operand.fired[n] | fired if n in operand.fired else fired
+    def _remember_fired(fired, product, i, measured):
+        """Note which neurons fired, if the operand is on a grid of levels. On a GPU, only the GPU knows that now."""
+        fits = products.get_fits(measured)
+        if products.is_readable(fits) and not fits:
+            return
+        now = product.fired(i) & fits
+        n = now.numel()
+        fired[n] = fired[n] | now if n in fired else now
 
-    def operate(self, function: Any, args: tuple, kwargs: dict) -> Any:
-        name = function.name().partition(".")[0] if hasattr(function, "name") else str(function)
+    def begin_function(self, function: Any) -> None:
+        """Note that the program calls a function of torch."""
+        if _is_busy():
+            return
+        self.ordinal = 0
+        if self._depth and not in_backward() and function in _SUMS_OF_PRODUCTS:
+            self.found.unknown[_SUMS_OF_PRODUCTS[function], self.layer] += 1
+
+    def operate(self, function: Any, facts: Facts, args: tuple, kwargs: dict) -> Any:
         out = function(*args, **kwargs)
-        if in_backward() or self.busy or not self._depth:
+        if not self._depth or _is_busy() or in_backward():
             return out
-        if not isinstance(function, _OPERATOR):  # an operator that takes functions, such as flex_attention
-            if callable(getattr(function, "name", None)):
-                self.unknown[name, self.layer] += 1
-            return out
-        with self._own_work():
-            self.see(function, name, args, kwargs, out)
+        self.see(function, facts, args, kwargs, out)
         return out
+
+
+def _memory_of(module: nn.Module) -> set[int]:
+    state = (*module.parameters(), *module.buffers())
+    return {_storage(part) for t in state for part in _parts(t)} - {0}
+
+
+def _reset_compiler() -> None:
+    """Clear the caches of a compiler that was imported while a mode was active."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _without_wrappers(name: str) -> str:
@@ -367,13 +478,7 @@ def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
-def _uses_compiler(model: nn.Module) -> bool:
-    return any(
-        type(m).__name__ == "OptimizedModule" or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
-    )
-
-
-class _Operators(TorchDispatchMode):
+class _Operators(OperatorMode):
     supports_higher_order_operators = True
 
     def __init__(self, recorder: Recorder):
@@ -381,13 +486,18 @@ class _Operators(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(map(_is_wrapper, types)):
+            return NotImplemented  # the subclass does its work on the tensors of which it is made, and those calls come here
         kwargs = kwargs or {}
-        if isinstance(function, _OPERATOR) and not products.is_known(function.name().partition(".")[0]):
-            with self:  # in inference mode, operators that are made of others arrive whole
+        facts = facts_of(function)
+        # In inference mode, operators that are made of others arrive whole. Nested tensors have kernels for the whole.
+        if facts.may_decompose and not any(t.is_nested for t in tensors_in(args)):
+            with self:
                 out = function.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        return self.recorder.operate(function, args, kwargs)
+            facts.may_decompose = False
+        return self.recorder.operate(function, facts, args, kwargs)
 
 
 class _Functions(TorchFunctionMode):
@@ -398,6 +508,5 @@ class _Functions(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if not self.recorder.busy:
-            self.recorder.ordinal = 0
+        self.recorder.begin_function(function)
         return function(*args, **(kwargs or {}))

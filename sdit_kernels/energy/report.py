@@ -2,17 +2,23 @@
 
 import json
 import math
+import numbers
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import NamedTuple
 
 import torch
 
+from ..checks import is_number
 from .products import FIELDS, MAX_LEVEL, find_factor
-from .recorder import FUSED_COSTS, Operand, Origin, Record, Recorder
+from .recorder import FUSED_COSTS, Operand, Origin, Record, Recording
 
 SPIKES = ("binary", "signed", "levels")
-_ENOUGH_VALUES = 64  # a few floats may be integers times one factor by chance
+# A few floats may be integers times one factor by chance. One value always is; two are in a thousandth of cases in float32.
+_ENOUGH_VALUES = 64
+_ENOUGH_WITH_ONE_FACTOR = 2
+_ENOUGH_ROUNDED = 16  # with one factor, in float16 and bfloat16
 
 
 @dataclass(frozen=True)
@@ -30,9 +36,12 @@ class Costs:
         quantised_weight_bytes: bytes of a weight of the quantised network.
         time_steps: number of time steps of the spiking network that the quantised network replaces by one pass, with that many
             times more levels.
+        step_by_step: True if every call of a layer is one time step, as in a loop over time. The quantised network then reads
+            its weights once in ``time_steps`` calls. False if a call has all time steps.
 
     Raises:
-        TypeError, ValueError: a cost is not a number, or is negative or not finite; time_steps is below 1.
+        TypeError: a cost is not a number, time_steps is not an int, memory is not a str, or step_by_step is not a bool.
+        ValueError: a cost is negative or not finite; time_steps is below 1.
 
     Source: Horowitz, Computing's energy problem, ISSCC 2014 (45 nm; 100 pJ for 64 bits of a memory of 1 MB).
 
@@ -51,19 +60,22 @@ class Costs:
     value_bytes: float = 4
     quantised_weight_bytes: float = 1
     time_steps: int = 1
+    step_by_step: bool = False
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name == "memory":
-                if not isinstance(value, str):
-                    raise TypeError(f"memory must be a str, got {type(value).__name__}")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{f.name} must be a number, got {value!r}")
-            elif not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{f.name} must be 0 or more and finite, got {value!r}")
-        if self.time_steps < 1:
-            raise ValueError(f"time_steps must be at least 1, got {self.time_steps!r}")
+            name, value = f.name, getattr(self, f.name)
+            if f.type in (str, bool):
+                if not isinstance(value, f.type):
+                    raise TypeError(f"{name} must be a {f.type.__name__}, got {value!r}")
+                continue
+            wanted, kind = ("an int", numbers.Integral) if f.type is int else ("a number", numbers.Real)
+            if not is_number(value) or not isinstance(value, kind):
+                raise TypeError(f"{name} must be {wanted}, got {value!r}")
+            least = 1 if f.type is int else 0
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name} must be {least} or more and finite, got {value!r}")
+            object.__setattr__(self, name, f.type(value))  # numpy's numbers become Python's
 
 
 @dataclass(frozen=True)
@@ -71,24 +83,28 @@ class Input:
     """One operand of a product.
 
     Attributes:
-        kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (integers times one factor), "floats", "weights" (parameters,
+        kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (more integers), all three times one factor; "floats",
+            "weights" (parameters,
             buffers, and what is computed from them alone), "constant" (as weights, but the other operand is constant too),
             "zeros" (every value was 0), "one value" (every value was the same), "fixed" (the same in every batch, while the
             inputs of the model differed), "indices" (0 and 1 or levels, but computed from integers or masks alone, such as
             one-hot tokens).
-        level: the largest absolute level, of "levels"; else 1 for spikes, 0.
+        level: the largest absolute level: above 1 for "levels", 1 for "binary" and "signed", else 0.
         factor: the factor of the levels.
+        negative: True if spikes are also below 0.
         rate: fraction of values that are not 0; None for weights.
         synaptic_operations: events times fan-out. A level of n is n events.
         nonzero_operations: the same with one event per nonzero value.
         neurons, silent: number of neurons, and of neurons that never fired.
-        values: number of values, over all calls.
+        values: number of values, over all calls. A value that is broadcast is one value; its events count once for each
+            multiply-add that they take part in.
     """
 
     kind: str
     values: int
     level: int = 0
     factor: float = 1.0
+    negative: bool = False
     rate: float | None = None
     synaptic_operations: int = 0
     nonzero_operations: int = 0
@@ -99,18 +115,19 @@ class Input:
     def is_spikes(self) -> bool:
         return self.kind in SPIKES
 
-    @property
-    def bits(self) -> int:
-        """Return the bits of a value of a spiking operand."""
-        return math.ceil(math.log2(self.level + 1)) + (self.kind == "signed")
+    def bits(self, time_steps: int = 1) -> int:
+        """Return the bits of the sum of a spiking operand over time steps."""
+        return math.ceil(math.log2(self.level * time_steps + 1)) + self.negative
 
     def __str__(self) -> str:
-        return f"levels to {self.level} x {self.factor:.4g}" if self.kind == "levels" else self.kind
+        if self.kind == "levels":
+            return f"levels to {self.level} x {self.factor:.4g}"
+        return self.kind if self.factor == 1 else f"{self.kind} x {self.factor:.4g}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A product at one place of the program, over all its calls.
+    """A product at one place of the program, over all its calls. Calls on spikes and calls on floats have a row each.
 
     Attributes:
         layer: name of the module that called it.
@@ -152,7 +169,7 @@ class Row:
     def traffic(self, costs: Costs) -> float:
         """Return the energy of moving each operand and the result once per call."""
         moved = self.result_values * costs.value_bytes
-        moved += sum(i.values * (i.bits / 8 if i.is_spikes else costs.value_bytes) for i in self.inputs)
+        moved += sum(i.values * (i.bits() / 8 if i.is_spikes else costs.value_bytes) for i in self.inputs)
         return moved * costs.byte
 
     def quantised(self, costs: Costs) -> tuple[float, float]:
@@ -163,100 +180,179 @@ class Row:
         moved = self.result_values * costs.value_bytes / T
         for i in self.inputs:
             if i.is_spikes:
-                moved += i.values / T * (math.ceil(math.log2(i.level * T + 1)) + (i.kind == "signed")) / 8
+                moved += i.values / T * i.bits(T) / 8
+            elif i.kind == "weights":
+                moved += i.values * costs.quantised_weight_bytes / (T if costs.step_by_step else 1)
             else:
-                moved += i.values * (costs.quantised_weight_bytes if i.kind == "weights" else 1 / T)
+                moved += i.values / T
         return self.macs / T * (costs.int_multiply + costs.int_add), moved * costs.byte
 
 
 # --- from records to rows -----------------------------------------------------------------------------------------------------
 
 
-def _levels(numbers: dict[str, list[float]]) -> tuple[int, float, list[int]]:
-    """Return the largest level, the factor, and for each call how many of these factors its own factor is.
+Numbers = dict[str, float]  # products.FIELDS of an operand in one call
 
-    The calls share a factor if their values allow it. Else each has its own, and if a call has few values that proves nothing:
-    the level is then above MAX_LEVEL.
+
+@dataclass(frozen=True)
+class Levels:
+    """The calls in which an operand is on a grid of levels."""
+
+    most: int = 0
+    factor: float = 1.0
+    multiples: dict[int, int] = field(default_factory=dict)  # {call: its own factor / factor}
+
+
+def _near_integer(x: float) -> float:
+    """Return the integer next to x if x differs from it by rounding alone, else x."""
+    exact = round(x)
+    return exact if exact and abs(x - exact) < 1e-6 * exact else x
+
+
+def _is_simple(factor: float) -> bool:
+    """True if a factor or its inverse is a small integer, as for averages of spikes. Floats rarely have such a factor."""
+    return any(x < 4096 and _near_integer(x) == round(x) for x in (factor, 1 / factor))
+
+
+def _find_levels(calls: dict[int, tuple[Operand, Numbers]]) -> Levels:
+    """Find the levels of calls that are each on a grid of their own. Calls whose grid may be chance are left out.
+
+    The calls share a factor if their values allow it. Else each has its own, and a call needs many values to prove it.
     """
-    used = [f for f, n in zip(numbers["factor"], numbers["nonzero"]) if n]
-    fewest = min(n for n in numbers["nonzero"] if n)
-    most = max(map(abs, (*numbers["low"], *numbers["high"])))
-    _, common, fits = find_factor(torch.tensor(used, dtype=torch.float32, device="cpu"))
+    if not calls:
+        return Levels()
+    own = {c: n["factor"] for c, (_, n) in calls.items()}
+    most = max(max(-n["low"], n["high"]) for _, n in calls.values())
+    _, common, fits = find_factor(torch.tensor(list(own.values()), dtype=torch.float64, device="cpu"), 2**-23)
     if fits and most <= 1.001 * MAX_LEVEL * common:
-        factor = common.item()
-        exact = round(factor)
-        factor = exact if exact and abs(factor - exact) < 1e-6 * exact else factor
-        return round(most / factor), factor, [round(f / factor) for f in numbers["factor"]]
-    ones = [1] * len(numbers["factor"])
-    if fewest < _ENOUGH_VALUES:
-        return MAX_LEVEL + 1, max(used), ones
-    each = (max(-low, high) / f for low, high, f in zip(numbers["low"], numbers["high"], numbers["factor"]))
-    return round(max(each)), max(used), ones
+        factor = _near_integer(common.item())
+        enough = _ENOUGH_WITH_ONE_FACTOR if all(operand.eps < 1e-5 for operand, _ in calls.values()) else _ENOUGH_ROUNDED
+        if _is_simple(factor) or sum(n["nonzero"] for _, n in calls.values()) >= enough:
+            return Levels(round(most / factor), factor, {c: round(f / factor) for c, f in own.items()})
+    proven = {c: n for c, (_, n) in calls.items() if n["nonzero"] >= _ENOUGH_VALUES}
+    if not proven:
+        return Levels()
+    level = max(round(max(-n["low"], n["high"]) / n["factor"]) for n in proven.values())
+    return Levels(level, max(own[c] for c in proven), dict.fromkeys(proven, 1))
 
 
-def _kind(operand: Operand, numbers: dict[str, list[float]], inputs_vary: bool) -> str:
-    """Decide what an operand is. The order of the questions is the rule that docs/energy.md explains."""
-    low, high = min(numbers["low"]), max(numbers["high"])
-    if not any(numbers["nonzero"]):
-        return "zeros"
-    if low == high:
-        return "one value"
-    if not all(fits for fits, n in zip(numbers["fits"], numbers["nonzero"]) if n):
+def _kind_of_call(operand: Operand, n: Numbers | None) -> str:
+    """Sort an operand by one call: "weights", "zeros", "indices", "grid" or "floats"."""
+    if operand.origin is None:
         return "floats"
-    prints = numbers["fingerprint"]
-    if inputs_vary and len(prints) > 1 and len(set(prints)) == 1:
-        return "fixed"
+    if n is None or (operand.origin == Origin.FACTORY and n["nonzero"]):
+        return "weights"
+    if not n["nonzero"]:
+        return "zeros"
+    if not n["fits"]:
+        return "floats"
     if operand.origin in (Origin.INDEX, Origin.LOOKUP):
         return "indices"
-    level, factor, _ = _levels(numbers)
-    has_zero = sum(numbers["nonzero"]) < operand.values
-    if not has_zero and low > 0 and (operand.values >= _ENOUGH_VALUES or round(min(numbers["least"]) / factor) > 1):
-        return "floats"  # an offset plus levels
-    if operand.origin == Origin.GIVEN and factor != round(factor):
-        return "floats"  # pixels, for example k / 16
-    if level == 1 and factor == 1:
+    pixels = operand.origin == Origin.GIVEN and _near_integer(n["factor"]) != round(n["factor"])  # for example k / 16
+    return "floats" if pixels and n["low"] != n["high"] else "grid"
+
+
+def _kind(calls: list[tuple[Operand, Numbers]], levels: Levels, inputs_vary: bool) -> str:
+    """Decide what an operand is, from calls in which it is on a grid, is indices, or is zeros."""
+    low, high = min(n["low"] for _, n in calls), max(n["high"] for _, n in calls)
+    if low == high:
+        return "one value" if high else "zeros"
+    prints = {n["fingerprint"] for _, n in calls}
+    if inputs_vary and len(calls) > 1 and len(prints) == 1:
+        return "fixed"
+    if all(operand.origin in (Origin.INDEX, Origin.LOOKUP) for operand, n in calls if n["nonzero"]):
+        return "indices"
+    elements = sum(operand.elements for operand, _ in calls)
+    if sum(n["nonzero"] for _, n in calls) == elements and low > 0:
+        least = min(n["least"] for _, n in calls)
+        if elements >= _ENOUGH_VALUES or round(least / levels.factor) > 1:
+            return "floats"  # an offset plus levels
+    if levels.most == 1:
         return "signed" if low < 0 else "binary"
-    return "levels" if level <= MAX_LEVEL else "floats"
+    return "levels"
 
 
-def _read(operand: Operand) -> dict[str, list[float]]:
-    """Copy the measurements of an operand from its device: {field: value per call}."""
-    table = torch.stack(operand.measured).cpu()
-    return {name: table[:, i].tolist() for i, name in enumerate(FIELDS)}
+def _kinds(operands: list[Operand], numbers: list[Numbers | None], inputs_vary: bool) -> tuple[list[str], Levels]:
+    """Return what an operand is in each call of a product, and its levels."""
+    kinds = [_kind_of_call(operand, n) for operand, n in zip(operands, numbers)]
+
+    def of(kind):
+        return {c: (operands[c], n) for c, (k, n) in enumerate(zip(kinds, numbers)) if k == kind and n is not None}
+
+    levels = _find_levels(of("grid"))
+    kinds = ["floats" if kind == "grid" and c not in levels.multiples else kind for c, kind in enumerate(kinds)]
+    for group in ("grid", "indices", "zeros"):
+        if group not in kinds:
+            continue
+        calls = of(group) | (of("zeros") if group == "grid" else {})
+        found = _kind(list(calls.values()), levels, inputs_vary)
+        if found not in SPIKES and "floats" in kinds:
+            found = "floats"
+        elif group == "zeros":
+            others = [kind for kind in kinds if kind != "zeros"]
+            if others:
+                found = max(set(others), key=others.count)
+            elif all(operand.origin == Origin.FACTORY for operand in operands):
+                found = "weights"
+        kinds = [found if c in calls else kind for c, kind in enumerate(kinds)]
+    return kinds, levels
 
 
-def _input(operand: Operand, other: Operand, inputs_vary: bool) -> tuple[Input, dict[str, list[float]], list[int]]:
-    """Return an operand of a row, its measurements per call, and its levels per measured level for each call."""
-    if operand.origin is None:
-        return Input("floats", operand.values), {}, []
-    if operand.origin < Origin.INDEX:
-        constant = other.origin is not None and other.origin < Origin.INDEX
-        return Input("constant" if constant else "weights", operand.values), {}, []
-    numbers = _read(operand)
-    kind = _kind(operand, numbers, inputs_vary)
-    nonzero = sum(numbers["nonzero"])
-    fired = [fired.sum().item() for fired in operand.fired.values()]
-    neurons = sum(operand.fired)
-    level, factor, per_level = _levels(numbers) if kind in SPIKES else (0, 1.0, [])
-    found = Input(
-        kind=kind, values=operand.values, level=level, factor=float(factor), rate=nonzero / max(operand.values, 1),
-        synaptic_operations=round(sum(m * n for m, n in zip(numbers["magnitude"], per_level))),
-        nonzero_operations=round(sum(numbers["events"])) if kind in SPIKES else 0,
-        neurons=neurons, silent=neurons - int(sum(fired)),
+class _Side(NamedTuple):
+    """One operand of a product in all calls."""
+
+    operands: list[Operand]
+    numbers: list[Numbers | None]
+    kinds: list[str]
+    levels: Levels
+    fired: dict[int, torch.Tensor]
+
+
+def _side(record: Record, i: int, inputs_vary: bool) -> _Side:
+    """Copy the measurements of an operand from its device and decide what it is in each call."""
+    operands = [call.operands[i] for call in record.calls]
+    measured = [operand.measured for operand in operands if operand.measured is not None]
+    table = iter(torch.stack(measured).tolist() if measured else ())
+    numbers = [None if operand.measured is None else dict(zip(FIELDS, next(table))) for operand in operands]
+    return _Side(operands, numbers, *_kinds(operands, numbers, inputs_vary), record.fired[i])
+
+
+def _input(side: _Side, kind: str, calls: list[int]) -> Input:
+    """Return an operand of a row, of calls in which it is of one kind."""
+    operands = [side.operands[c] for c in calls]
+    read = {c: n for c in calls if (n := side.numbers[c]) is not None}
+    found = Input(kind, sum(operand.values for operand in operands))
+    if kind in ("weights", "constant") or not read:
+        return found
+    found = replace(found, rate=sum(n["nonzero"] for n in read.values()) / max(sum(o.elements for o in operands), 1))
+    if kind not in SPIKES:
+        return found
+    levels, neurons = side.levels, sum(side.fired)
+    return replace(
+        found, level=levels.most, factor=float(levels.factor), negative=any(n["low"] < 0 for n in read.values()),
+        synaptic_operations=round(sum(n["magnitude"] * levels.multiples.get(c, 1) for c, n in read.items())),
+        nonzero_operations=round(sum(n["events"] for n in read.values())),
+        neurons=neurons, silent=neurons - int(sum(some.sum().item() for some in side.fired.values())),
     )  # fmt: skip
-    return found, numbers, per_level
 
 
-def row(record: Record, inputs_vary: bool) -> Row:
-    (a, numbers, a_levels), (b, _, b_levels) = (
-        _input(operand, other, inputs_vary) for operand, other in zip(record.operands, reversed(record.operands))
-    )
-    pairs = None
-    if a.is_spikes and b.is_spikes:
-        pairs = round(sum(p * m * n for p, m, n in zip(numbers["pair_magnitude"], a_levels, b_levels)))
-    return Row(
-        record.layer, record.op, record.shape, record.calls, record.macs, (a, b), record.result_values, pairs,
-    )  # fmt: skip
+def rows_of(record: Record, inputs_vary: bool) -> list[Row]:
+    """Return the rows of a product, one for each pair of kinds that its operands had in some calls."""
+    a, b = sides = [_side(record, i, inputs_vary) for i in (0, 1)]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for c, kinds in enumerate(zip(a.kinds, b.kinds)):
+        groups.setdefault(("constant", "constant") if kinds == ("weights", "weights") else kinds, []).append(c)
+    rows = []
+    for kinds, members in groups.items():
+        first, second = (_input(side, kind, members) for side, kind in zip(sides, kinds))
+        pairs = None
+        if first.is_spikes and second.is_spikes:
+            met = {c: n["pair_magnitude"] for c in members if (n := a.numbers[c]) is not None}
+            pairs = round(sum(n * a.levels.multiples.get(c, 1) * b.levels.multiples.get(c, 1) for c, n in met.items()))
+        calls = [record.calls[c] for c in members]
+        macs, results = sum(call.macs for call in calls), sum(call.result_values for call in calls)
+        rows.append(Row(record.layer, record.op, calls[0].shape, len(calls), macs, (first, second), results, pairs))
+    return rows
 
 
 def _differ(batches: list[list[torch.Tensor]]) -> bool:
@@ -277,8 +373,10 @@ class Report:
         costs: the energy constants and assumptions, a :class:`Costs`.
         batches: number of calls of the model.
         rows: a :class:`Row` per product, in the order of their first calls.
-        unknown: {(operator, layer): calls} of operators that may contain products and were not counted.
-        fused: {(operator, layer): elements} of the elementwise work of this package's operators. Not in the totals.
+        unknown: {operator: {layer: calls}} of operators that may contain products and were not counted.
+        fused: {operator: {layer: elements}} of the elementwise work of this package's operators. Not in the totals.
+
+    A report can be pickled and copied. It does not keep the model.
 
     Example:
         >>> import torch
@@ -289,35 +387,41 @@ class Report:
         (4000, 1, 1)
     """
 
-    def __init__(self, recorder: Recorder, costs: Costs):
+    def __init__(self, recording: Recording, costs: Costs):
         self.costs = costs
-        self._recorder = recorder
+        self._recording = recording
         self._rows: tuple[int, list[Row]] = (-1, [])
+
+    def __getstate__(self):
+        found = replace(self._recording, records={}, inputs=[])  # without the places in the program, which cannot be pickled
+        return {"costs": self.costs, "_recording": found, "_rows": (0, self.rows)}
 
     def with_costs(self, costs: Costs) -> "Report":
         """Return a report of the same run with other energy constants. The model does not run again."""
-        return Report(self._recorder, check_costs(costs))
+        report = Report(self._recording, check_costs(costs))
+        report._rows = self._rows
+        return report
 
     @property
     def batches(self) -> int:
-        return self._recorder.batches
+        return self._recording.batches
 
     @property
     def rows(self) -> list[Row]:
-        recorder = self._recorder
-        calls = sum(record.calls for record in recorder.records.values())
+        records = self._recording.records.values()
+        calls = sum(len(record.calls) for record in records)
         if self._rows[0] != calls:  # reading the rows waits for the device, so keep them
-            vary = _differ(recorder.inputs)
-            self._rows = calls, [row(record, vary) for record in recorder.records.values()]
+            vary = _differ(self._recording.inputs)
+            self._rows = calls, [row for record in records for row in rows_of(record, vary)]
         return self._rows[1]
 
     @property
-    def unknown(self) -> dict[tuple[str, str], int]:
-        return dict(self._recorder.unknown)
+    def unknown(self) -> dict[str, dict[str, int]]:
+        return _nested(self._recording.unknown)
 
     @property
-    def fused(self) -> dict[tuple[str, str], int]:
-        return dict(self._recorder.fused)
+    def fused(self) -> dict[str, dict[str, int]]:
+        return _nested(self._recording.fused)
 
     @property
     def macs(self) -> int:
@@ -366,18 +470,20 @@ class Report:
 
     def fused_work(self) -> dict[str, dict[str, float]]:
         """Return {operator: elements, multiply-adds, additions, energy} of this package's operators."""
-        elements: Counter[str] = Counter()
-        for (op, _), n in self.fused.items():
-            elements[op] += n
         found = {}
-        for op, n in elements.items():
+        for op, layers in self.fused.items():
+            n = sum(layers.values())
             macs, adds = (n * each for each in FUSED_COSTS[op])
             energy = macs * self.costs.mac + adds * self.costs.add
             found[op] = {"elements": n, "macs": macs, "additions": adds, "energy_pj": energy}
         return found
 
     def to_dict(self) -> dict:
-        """Return all figures as plain numbers, strings, lists and dicts."""
+        """Return all figures, under the names of the attributes, as what JSON has: numbers, strings, lists, dicts and None."""
+        rows = []
+        for row in self.rows:
+            derived = {"on_spikes": row.on_spikes, "synaptic_operations": row.synaptic_operations}
+            rows.append(asdict(row) | {"inputs": [asdict(i) for i in row.inputs]} | derived)
         return {
             "macs": self.macs,
             "synaptic_operations": self.synaptic_operations,
@@ -388,11 +494,10 @@ class Report:
             "energy_parts_pj": self.energy_parts_pj,
             "costs": asdict(self.costs),
             "batches": self.batches,
-            "rows": [
-                asdict(row) | {"on_spikes": row.on_spikes, "synaptic_operations": row.synaptic_operations} for row in self.rows
-            ],
-            "fused": self.fused_work(),
-            "unknown": [{"op": op, "layer": layer, "calls": n} for (op, layer), n in self.unknown.items()],
+            "rows": rows,
+            "unknown": self.unknown,
+            "fused": self.fused,
+            "fused_work": self.fused_work(),
         }
 
     def to_json(self, **options) -> str:
@@ -436,7 +541,8 @@ class Report:
         lines = []
         if self.unknown:
             lines += ["", "NOT COUNTED, may contain products:"]
-            lines += [f"  {op} in {layer or '(model)'}: {n:,} calls" for (op, layer), n in self.unknown.items()]
+            for op, layers in self.unknown.items():
+                lines += [f"  {op} in {layer or '(model)'}: {n:,} calls" for layer, n in layers.items()]
         work = self.fused_work()
         if work:
             lines += ["", "elementwise work of fused operators, not in the totals:"]
@@ -449,6 +555,7 @@ class Report:
 
     def _energy_lines(self) -> list[str]:
         c, energy, parts = self.costs, self.energy_pj, self.energy_parts_pj["quantised"]
+        steps = f"{c.time_steps} time step(s) in one pass" + (" instead of one a call" if c.step_by_step else "")
         return [
             "",
             f"multiply-adds {self.macs:,}, of them on floats {self.macs_on_floats:,}; "
@@ -458,13 +565,20 @@ class Report:
             f"energy, with memory:             {_joules(energy['with_memory']):>12s}   {c.byte} pJ a byte ({c.memory}); "
             f"operands and results move once a call, {c.value_bytes:g} bytes a value, spikes as bits",
             f"energy of the quantised network: {_joules(energy['quantised']):>12s}   integers of the same levels instead of "
-            f"spikes, {c.time_steps} time step(s) in one pass, {c.int_multiply} + {c.int_add} pJ a multiply-add; of it memory "
-            f"{_joules(parts['memory'])}",
+            f"spikes, {steps}, {c.int_multiply} + {c.int_add} pJ a multiply-add; of it memory {_joules(parts['memory'])}",
         ]
 
 
 def _first_shown(r: Row) -> Input:
     return next((i for i in r.inputs if i.kind not in ("weights", "constant")), r.inputs[0])
+
+
+def _nested(counts: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
+    """Return {operator: {layer: number}}."""
+    found: dict[str, dict[str, int]] = {}
+    for (op, layer), n in counts.items():
+        found.setdefault(op, {})[layer] = n
+    return found
 
 
 def _aligned(cells: Iterable[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
@@ -485,5 +599,8 @@ def _joules(pj: float) -> str:
 
 def check_costs(costs: Costs) -> Costs:
     if not isinstance(costs, Costs):
-        raise TypeError(f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}")
+        raise TypeError(
+            f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}; if the model takes an argument costs, "
+            "call it inside `with energy.count(model) as report:`"
+        )
     return costs
