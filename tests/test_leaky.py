@@ -23,7 +23,7 @@ from test_lif import (
 from torch import Tensor
 
 from sdit_kernels import SURROGATES, backend, leaky, lif, tuning
-from sdit_kernels.ops.leaky import RESETS, Leaky
+from sdit_kernels.ops.leaky import RESETS
 
 KERNELS = {"leaky_forward_kernel", "leaky_backward_kernel"}
 MODES = [("subtract", True), ("zero", True), ("none", True), ("subtract", False), ("zero", False)]
@@ -224,16 +224,17 @@ def test_small_tensors_in_every_mode_equal_the_reference(reset, delay):
 @pytest.mark.parametrize("reset, delay", [("subtract", True), ("zero", False)])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind, reset, delay):
     """Call launchers directly, so that a tool that watches memory accesses sees only kernels."""
-    from sdit_kernels.triton import leaky as kernels
+    from sdit_kernels.neuron import LEAKY, Variant
+    from sdit_kernels.triton.neuron import neuron_backward, neuron_forward
 
-    neuron, numbers = Leaky(0.5, 1.0, reset, delay, "atan", 2.0), tuning.current()
-    beta, theta = (None, None) if kind is None else (torch.full(kind, 0.5), torch.full(kind, 1.0))
+    variant, numbers = Variant(LEAKY, (reset, delay), (0.5, 1.0), "atan", 2.0), tuning.current()
+    p = (None, None) if kind is None else (torch.full(kind, 0.5), torch.full(kind, 1.0))
     x, g, state = exact(shape, torch.float32, 1), torch.randn(shape), shape[1:]
     keep = torch.full(((shape[0] - 1) // 16, *state), math.nan)
     outputs = [torch.full(size, math.nan) for size in (shape, state, shape, shape, state)]
     with native_triton.guarded(x, g, *outputs) as (x, g, s, v, seq, dx, dv):
-        kernels.leaky_forward(x, x[1], beta, theta, neuron, s, v, seq, keep if keep.numel() else None, numbers)
-        sums = kernels.leaky_backward(g, g[0], g, x, x[1], beta, theta, keep, neuron, dx, dv, kind is not None, numbers)
+        neuron_forward(variant, x, [x[1]], p, s, [v], [seq], [keep if keep.numel() else None], numbers)
+        sums = neuron_backward(variant, g, [g[0]], [g], x, [x[1]], p, [keep], dx, [dv], kind is not None, numbers)
         for t in (s, v, seq, dx, dv, keep, *(sums or ())):
             assert not t.isnan().any()
         assert torch.equal(s, run("reference", leaky, x, x[1], beta=0.5, reset=reset, reset_delay=delay))

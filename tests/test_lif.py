@@ -387,19 +387,20 @@ def test_tiles_of_a_gpu_equal_the_reference():
 @pytest.mark.parametrize("shape, kind", [((3, 70), None), ((3, 2, 35), ()), ((3, 9, 13), (13,)), ((18, 5, 7), (7,))])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(shape, kind):
     """Call launchers directly, so that a tool that watches memory accesses sees only kernels. test_ttsem.py runs this test."""
-    from sdit_kernels.checks import Neuron
-    from sdit_kernels.triton import lif as kernels
+    from sdit_kernels.neuron import LIF, Variant
+    from sdit_kernels.triton.neuron import neuron_backward, neuron_forward
+    from sdit_kernels.triton.rate import rate_backward, rate_forward
 
-    neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
-    tau, theta = (None, None) if kind is None else (torch.full(kind, 2.0), torch.full(kind, 1.0))
+    variant = Variant(LIF, (False, True, False), (0.5, 1.0, 0.0), "atan", 2.0)
+    p = (None, None) if kind is None else (torch.full(kind, 2.0), torch.full(kind, 1.0))
     x, g, state = exact(shape, torch.float32, 1), torch.randn(shape), shape[1:]
     keep = torch.full(((shape[0] - 1) // 16, *state), math.nan)
     outputs = [torch.full(size, math.nan) for size in (shape, state, shape, shape, state, state, state, state)]
     with native_triton.guarded(x, g, *outputs) as (x, g, s, v, seq, dx, dv, rate, d, d_gate):
-        kernels.lif_forward(x, x[1], tau, theta, neuron, s, v, seq, keep if keep.numel() else None, current())
-        sums = kernels.lif_backward(g, g[0], g, x, x[1], tau, theta, keep, neuron, dx, dv, kind is not None, current())
-        kernels.lif_rate_forward(x[0], x[1], x[2], tau, theta, 4, neuron, rate, current())
-        rate_sums = kernels.lif_rate_backward(g[0], x[0], x[2], tau, theta, 4, neuron, d, d_gate, kind is not None, current())
+        neuron_forward(variant, x, [x[1]], p, s, [v], [seq], [keep if keep.numel() else None], current())
+        sums = neuron_backward(variant, g, [g[0]], [g], x, [x[1]], p, [keep], dx, [dv], kind is not None, current())
+        rate_forward(variant, x[0], x[1], x[2], p, 4, rate, current())
+        rate_sums = rate_backward(variant, g[0], x[0], x[2], p, 4, d, d_gate, kind is not None, current())
         for t in (s, v, seq, dx, dv, rate, d, d_gate, keep, *(sums or ()), *(rate_sums or ())):
             assert not t.isnan().any()
         assert torch.equal(s, run("reference", lif, x, x[1]))

@@ -536,10 +536,11 @@ def test_spiking_wkv_equals_the_oracle_with_the_tiles_of_a_gpu(where):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
 def test_token_shift_equals_the_oracle(where, dtype, norm_eps):
+    C = 19 if where[0] == "triton" else 70  # a row with a norm is one tile, and wide tiles take long to compile here
     for mixes, given in ((1, False), (3, True)):
-        data = dict(x=normal(1, 2, 19, 70, dtype=dtype))
-        data |= dict(last=normal(2, 2, 70, dtype=dtype)) if given else {}
-        tensors = leaves(data | {f"mix {i}": normal(3 + i, 70, dtype=state_dtype(dtype)) for i in range(mixes)})
+        data = dict(x=normal(1, 2, 19, C, dtype=dtype))
+        data |= dict(last=normal(2, 2, C, dtype=dtype)) if given else {}
+        tensors = leaves(data | {f"mix {i}": normal(3 + i, C, dtype=state_dtype(dtype)) for i in range(mixes)})
         ms = [t for n, t in tensors.items() if n.startswith("mix")]
         want, backward = loops.token_shift(
             array(data["x"]), list(map(array, ms)), norm_eps, array(data["last"]) if given else None

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 
 import native_triton
 import pytest
@@ -290,3 +291,106 @@ def test_small_cases_pass_in_the_interpreter(file):
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=1800)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+
+
+# --- neurons by their definition ------------------------------------------------------------------------------------------
+
+MINE = """
+import torch
+from sdit_kernels.neuron import Neuron, Variant
+from sdit_kernels.ops.neuron import define
+
+def step(x, s, p, o):
+    h = FACTOR * s.v + x * p.a
+    fired = o.fire(h - 1.0)
+    return fired, o.where(o.detach(fired), 0.0, h)
+
+NEURON = Neuron("mine", step, parameters=("a",))
+SCHEMA = "float a_value, str surrogate, float alpha"
+call = define(NEURON, ("a",), SCHEMA, lambda a, *rest: Variant(NEURON, (), (a,), *rest), lambda *_: None)
+
+def mine(x):
+    return call(x, None, None, 1.0, "atan", 2.0, True, False, None, False, "cpu")[:2]
+
+def check(x=None):
+    x = torch.full((2, 3), 0.5) if x is None else x
+    s, v = mine(x.requires_grad_())
+    return v[0].item(), torch.autograd.grad(v.sum(), x)[0][0, 0].item()
+
+class Net(torch.nn.Module):
+    def forward(self, x):
+        return mine(x)[1]
+"""
+
+
+def run_mine(tmp_path, code, factor=0.5, wait=True, **environment):
+    """Run code in a process beside a module ``mine``, with a cache of compiled code of its own in tmp_path."""
+    (tmp_path / "mine.py").write_text(MINE.replace("FACTOR", str(factor)))
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    path = os.pathsep.join([str(environment.pop("first", ROOT)), str(tmp_path)])
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = inherited | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": path} | environment
+    process = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+    )
+    return finish(process) if wait else process
+
+
+def finish(process):
+    out, error = process.communicate(timeout=1800)
+    assert process.returncode == 0, error
+    return out.strip()
+
+
+PRINT = "import mine; print(*mine.check())"
+
+
+def test_an_edited_step_gives_new_values_and_an_old_one_is_loaded(tmp_path):
+    for factor, value in ((0.5, "0.75 0.5"), (0.25, "0.625 0.25"), (0.5, "0.75 0.5")):
+        before = set(tmp_path.rglob("*.nb?"))
+        assert run_mine(tmp_path, PRINT, factor) == value
+        files = set(tmp_path.rglob("*.nb?"))
+        assert len(files - before) == (0 if before and factor == 0.5 else 4)  # two kernels, an index and code each
+
+
+def test_processes_and_threads_may_compile_a_neuron_at_once(tmp_path):
+    threads = """
+import mine
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(4) as pool:
+    found = set(pool.map(lambda _: mine.check(), range(8)))
+print(found)
+"""
+    started = [run_mine(tmp_path, threads, wait=False) for _ in range(3)]
+    assert [finish(process) for process in started] == ["{(0.75, 0.5)}"] * 3
+
+
+def test_a_neuron_is_exported_compiled_and_used_in_spawned_processes(tmp_path):
+    code = """
+import torch, mine
+if __name__ == "__main__":
+    x = torch.full((2, 3), 0.5)
+    torch.export.save(torch.export.export(mine.Net(), (x,)), "net.pt2")
+    compiled = torch.compile(mine.mine, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x)[1], mine.mine(x)[1])
+    with torch.multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(mine.check, (x,)) == mine.check()
+    print("done")
+"""
+    assert run_mine(tmp_path, code) == "done"
+    load = "import torch, mine; print(torch.export.load('net.pt2').module()(torch.full((2, 3), 0.5))[0].item())"
+    assert run_mine(tmp_path, load) == "0.75"
+
+
+def test_definitions_work_from_a_zip_and_with_a_home_that_cannot_be_written(tmp_path):
+    archive = tmp_path / "library.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in (ROOT / "sdit_kernels").rglob("*.py"):
+            file.write(path, path.relative_to(ROOT))
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "folder")
+    code = "import sdit_kernels; assert 'library.zip' in sdit_kernels.__file__\n" + PRINT
+    found = run_mine(tmp_path, code, first=archive, HOME=nowhere, XDG_CACHE_HOME=nowhere, NUMBA_CACHE_DIR="")
+    assert found == "0.75 0.5"
+    assert not list(tmp_path.rglob("*.nb?"))

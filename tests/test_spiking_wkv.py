@@ -436,11 +436,11 @@ def test_saved_bytes_are_inputs_and_one_state_per_tile(name):
 @pytest.mark.parametrize("name", ["triton", "chain"])
 def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
     """Call launchers directly, so that a tool that watches memory accesses sees only kernels. test_ttsem.py runs this test."""
-    from sdit_kernels.checks import Neuron
+    from sdit_kernels.neuron import LIF, Variant
     from sdit_kernels.triton import spiking_wkv as kernels
 
     T, B, L, C = shape
-    neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
+    variant = Variant(LIF, (False, True, False), (0.5, 1.0, 0.0), "atan", 2.0)
     rows = layout.wkv_rows(T * B, L, None, layout.spiking_tile(T, "triton", current()))
     inputs = [torch.randn(shape) for _ in range(4)] + [-torch.rand(C), torch.randn(C)]
     inputs += [torch.randn(T, B, C), torch.randn(T, B, C), torch.randn(B, L, C), torch.full((C,), 2.0), torch.ones(C)]
@@ -449,12 +449,11 @@ def test_triton_kernels_write_all_their_outputs_and_nothing_else(name, shape):
     with backend(name), native_triton.guarded(*inputs, *outputs) as (g, k, v, r, w, u, ybar, lse, m, tau, theta, *outputs):
         s, dk, dv, dr, dw, du, ybar1, lse1, d_ybar, d_lse, m1, dm, keep = outputs
         kernels.spiking_wkv_forward(
-            k, v, r, w, u, False, ybar, lse, m, tau, theta, neuron, False, s, ybar1, lse1, m1, keep,
-            current(),
+            k, v, r, w, u, False, ybar, lse, m, (tau, theta), variant, False, s, ybar1, lse1, m1, keep, current()
         )  # fmt: skip
         sums = kernels.spiking_wkv_backward(
-            g, ybar1, lse1, m1, k, v, r, w, u, False, ybar, lse, m, tau, theta, keep, neuron, False, True, dk, dv, dr, dw, du,
-            d_ybar, d_lse, dm, current(),
+            g, ybar1, lse1, m1, k, v, r, w, u, False, ybar, lse, m, (tau, theta), keep, variant, False, True, dk, dv, dr, dw,
+            du, d_ybar, d_lse, dm, current(),
         )  # fmt: skip
         if name == "chain":  # this path saves fewer states
             outputs = outputs[:-1]

@@ -7,7 +7,7 @@ import torch
 from perf.compile.rows import SHAPE, Figures, Launched, Stem, count_one_turn
 from perf.ops import passes
 from sdit_kernels import layout
-from sdit_kernels.checks import Neuron
+from sdit_kernels.neuron import LIF, Variant
 from sdit_kernels.triton import spiking_wkv
 from sdit_kernels.tuning import current
 
@@ -32,12 +32,12 @@ class SpikingCase(NamedTuple):
         tuning = current()._replace(spiking_min_channels_fused=0)
         rows = layout.wkv_rows(self.T * B, L, None, layout.spiking_tile(self.T, "triton", tuning))
         checkpoint = torch.empty(3, rows, C)
-        neuron = Neuron(2.0, 1.0, 0.0, True, False, "atan", 2.0)
+        variant, parameters = Variant(LIF, (False, True, False), (0.5, 1.0, 0.0), "atan", 2.0), (None, None)
         spiking_wkv.spiking_wkv_forward(
-            k, v, r, w, u, True, None, None, None, None, None, neuron, self.rate, out, None, None, None, checkpoint, tuning
+            k, v, r, w, u, True, None, None, None, parameters, variant, self.rate, out, None, None, None, checkpoint, tuning
         )
         spiking_wkv.spiking_wkv_backward(
-            g, None, None, None, k, v, r, w, u, True, None, None, None, None, None, checkpoint, neuron, self.rate, False,
+            g, None, None, None, k, v, r, w, u, True, None, None, None, parameters, checkpoint, variant, self.rate, False,
             dk, dv, dr, d_w, d_u, None, None, None, tuning,
         )  # fmt: skip
 

@@ -51,9 +51,8 @@ class WkvCase(NamedTuple):
         """Count one turn of the loop over tokens. The backward pass reads the checkpoint once per part of a tile. All reads
         except the first come from a cache and do not count as bytes."""
         if launched.name == "wkv_sums":
-            return Figures(
-                launched.name, widths=set(launched.found["loads"])
-            )  # its stores are narrow: it sums many numbers into one
+            # Its stores and its load of the decay are narrow: it sums many numbers into one per channel.
+            return Figures(launched.name, widths={max(launched.found["loads"])})
         if launched.name == "wkv_combine":
             return Figures(f"{launched.name} ({'carries' if launched.arguments['CARRY'] else 'states'})")
         tile, backward = launched.arguments["TILE"], launched.direction == "backward"

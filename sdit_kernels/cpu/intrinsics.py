@@ -181,6 +181,68 @@ def num(typingctx, value, code):
 
 
 @intrinsic(prefer_literal=True)
+def nums(typingctx, values, code):
+    """Round each float64 of a tuple once to the state type."""
+    state, n = _state_type(code.literal_value), len(values)
+
+    def codegen(context, builder, signature, args):
+        found = cgutils.unpack_tuple(builder, args[0], n)
+        if state != types.float64:
+            found = [builder.fptrunc(x, ir.FloatType()) for x in found]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(state, n)(values, code), codegen
+
+
+def _row(builder, address, stride, i):
+    return builder.add(address, builder.mul(stride, ir.Constant(I64, i)))
+
+
+@intrinsic(prefer_literal=True)
+def load_rows(typingctx, address, index, rows, stride, code):
+    """Return element ``index`` of each of ``rows`` tiles as a tuple. The tiles lie ``stride`` bytes apart."""
+    state, n, code_ = _state_type(code.literal_value), rows.literal_value, code.literal_value
+
+    def codegen(context, builder, signature, args):
+        address, index, _, stride, _ = args
+        found = [_load(context, builder, (_row(builder, address, stride, i), index), code_) for i in range(n)]
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return types.UniTuple(state, n)(types.int64, types.int64, rows, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_rows(typingctx, address, index, values, stride, code):
+    """Store each value of a tuple to element ``index`` of a tile. The tiles lie ``stride`` bytes apart."""
+    code_, n = code.literal_value, len(values)
+
+    def codegen(context, builder, signature, args):
+        address, index, values, stride, _ = args
+        for i, x in enumerate(cgutils.unpack_tuple(builder, values, n)):
+            row = _row(builder, address, stride, i)
+            _store(context, builder, (row, index, x), code_)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, values, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_rows(typingctx, address, index, values, stride, code):
+    """Add each value of a tuple to element ``index`` of a tile. The tiles lie ``stride`` bytes apart."""
+    code_, n = code.literal_value, len(values)
+
+    def codegen(context, builder, signature, args):
+        address, index, values, stride, _ = args
+        for i, x in enumerate(cgutils.unpack_tuple(builder, values, n)):
+            row = _row(builder, address, stride, i)
+            x = builder.fadd(_load(context, builder, (row, index), code_), x)
+            _store(context, builder, (row, index, x), code_)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, values, types.int64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
 def _prefetch(typingctx, address, write):
     write_ = write.literal_value
 

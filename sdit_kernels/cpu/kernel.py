@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib.resources
 import logging
 import os
 import sys
@@ -25,8 +26,9 @@ from .intrinsics import I32, I64
 
 def _source_stamp() -> str:
     """Return a checksum of all files that a kernel depends on. numba itself checks only the file that defines the kernel."""
-    here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "layout.py", here.parent / "surrogate.py"]
+    package = importlib.resources.files(__package__.partition(".")[0])  # also inside a zip file
+    inside = sorted((f for f in (package / "cpu").iterdir() if f.name.endswith(".py")), key=lambda f: f.name)
+    files = [*inside, package / "layout.py", package / "surrogate.py"]
     return f"{zlib.crc32(b''.join(f.read_bytes() for f in files)):08x}"
 
 
@@ -186,7 +188,12 @@ class Kernel:
             try:
                 compiled.compile(signature)
             except Exception:  # an incomplete cache file, after a full disk, raises errors of any kind
-                if not _empty_cache(compiled):
+                try:
+                    emptied = _empty_cache(compiled)
+                except OSError:  # nothing can be written to the folder
+                    _warn_uncached(_NO_FOLDER)
+                    emptied = False
+                if not emptied:
                     compiled = numba.njit(entry, **options)
                 compiled.compile(signature)
         return compiled

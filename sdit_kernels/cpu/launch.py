@@ -1,4 +1,4 @@
-"""Code that the launchers of CPU kernels share: addresses and strides, neuron parameters, the launch over T steps.
+"""Code that the launchers of CPU kernels share: addresses and strides, and neuron parameters.
 
 A kernel takes a tensor as one tuple (address, *strides), and a group of tensors with the same role as a tuple of these. A
 contiguous tensor is only its address. The ``placed`` functions return (tensor, this tuple). The tensor may be a copy, so the
@@ -8,9 +8,7 @@ launcher must hold it until the kernel returns. R is the number of rows and C th
 
 import torch
 
-from ..dtypes import state_dtype
-from ..layout import layout_of, row_view, step_view
-from .intrinsics import CODES, state_code
+from ..layout import row_view, step_view
 
 FORWARD_COLUMNS = 1024  # the most columns of a forward task of a neuron
 BACKWARD_COLUMNS = 256  # the most columns of a backward task, which keeps LIF_CHECKPOINT_STEPS steps of them: 16 KiB
@@ -19,11 +17,6 @@ _GROUPS = 64  # the most partial sums per channel
 
 def address(t):
     return 0 if t is None else t.data_ptr()
-
-
-def addresses(tensors):
-    """Return the addresses of contiguous tensors, or (0, 0) if there are no tensors."""
-    return (0, 0) if tensors is None else tuple(map(address, tensors))
 
 
 def placed(layout, t):
@@ -71,75 +64,54 @@ def placed_rows(t, axes=2):
     return placed_rows(t.contiguous(), axes)
 
 
-class Parameters:
-    """The parameters r = 1/tau and theta = v_threshold for a kernel.
+def placed_all(layout, *groups):
+    """Return (tensors, one tuple with the addresses and strides of all). A group is a ``placed`` function and its tensors."""
+    tensors, found = [], []
+    for place, group in groups:
+        for t in group:
+            t, addresses = place(layout, t)
+            tensors.append(t)
+            found += addresses
+    return tensors, tuple(found)
 
-    ``values`` holds the two numbers. ``addresses`` holds the addresses of one value per channel, or 0.
+
+class Parameters:
+    """The parameters and numbers of a neuron for a kernel.
+
+    ``numbers`` holds the parameters and numbers in the order of ``variant.values``, then the value of each state before the
+    first step, then the sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per
+    channel, or 0.
     """
 
-    def __init__(self, tau, v_threshold, neuron, dtype):
-        self._dtype, self._alive = dtype, []
-        r, r_address = self.number_or_address(None if tau is None else 1.0 / tau.detach().to(dtype), 1.0 / neuron.tau)
-        theta = None if v_threshold is None else v_threshold.detach().to(dtype)
-        theta, theta_address = self.number_or_address(theta, neuron.v_threshold)
-        self.values, self.addresses = (r, theta), (r_address, theta_address)
-        self.per_channel = bool(self._alive)
-
-    def number_or_address(self, p, value):
-        if p is None or p.numel() == 1:
-            return value if p is None else p.item(), 0
-        self._alive.append(p.contiguous())
-        return 0.0, self._alive[-1].data_ptr()
+    def __init__(self, variant, parameters, dtype):
+        neuron, values = variant.neuron, list(variant.values)
+        addresses = [0] * len(values)
+        self._dtype, self._count, self._alive = dtype, len(parameters), []
+        for i, p in enumerate(parameters):
+            if p is not None:
+                p = p.detach().to(dtype)
+                if neuron.parameters[i] in neuron.reciprocals:
+                    p = 1.0 / p
+                if p.numel() == 1:
+                    values[i] = p.item()
+                else:
+                    self._alive.append(p.contiguous())
+                    addresses[i] = self._alive[-1].data_ptr()
+        for name in neuron.start:
+            values.append(0.0 if name is None else values[(*neuron.parameters, *neuron.numbers).index(name)])
+        self.numbers = (*values, variant.alpha)
+        self.addresses, self.per_channel = tuple(addresses), bool(self._alive)
 
     def partial_sums(self, layout, wanted):
-        """Return (rows per group, number of groups, partial sums or None). A task processes a block of columns of one group.
+        """Return (rows per group, number of groups, partial sums or None, their addresses).
 
-        The partial sums have the shape (2, groups, C) if a parameter has one value per channel, otherwise (2, tasks).
+        A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if a
+        parameter has one value per channel, otherwise (tasks,).
         """
         group = -(-layout.R // _GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
-            return group, groups, None
+            return group, groups, None, ()
         shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // BACKWARD_COLUMNS),)
-        return group, groups, torch.empty((2, *shape), dtype=self._dtype, device="cpu")
-
-
-def launch_forward(kernel, p, x, v, s, v_final, v_seq, checkpoint, *numbers):
-    """Run a forward kernel over T steps of a neuron with the parameters p."""
-    layout = layout_of(x, s, p.per_channel)
-    x, x_ = placed(layout, x)
-    v, v_ = placed_state(layout, v)
-    s, s_ = placed(layout, s)
-    v_final, v_final_ = placed_state(layout, v_final)
-    v_seq, v_seq_ = placed(layout, v_seq)
-    checkpoint, checkpoint_ = placed(layout, checkpoint)
-    kernel(
-        x.numel(), x.shape[0], layout.R, layout.C, (x_, v_), (s_, v_final_, v_seq_, checkpoint_), *p.values, p.addresses,
-        *numbers,
-    )  # fmt: skip
-
-
-def launch_backward(kernel, p, g, g_v, g_seq, x, v, checkpoint, dx, dv, parameters, *numbers):
-    """Run a backward kernel. If ``parameters``, return partial sums of the parameter gradients."""
-    state = state_dtype(x.dtype)
-    layout = layout_of(x, dx, p.per_channel)
-    g, g_ = placed_gradient(layout, g, x)
-    g_v, g_v_ = placed_state(layout, None if g_v is None else g_v.to(state))
-    g_seq, g_seq_ = placed(layout, None if g_seq is None else g_seq.to(state))
-    x, x_ = placed(layout, x)
-    v, v_ = placed_state(layout, v)
-    checkpoint, checkpoint_ = placed(layout, checkpoint if checkpoint.numel() else None)
-    dx, dx_ = placed(layout, dx)
-    dv, dv_ = placed_state(layout, dv)
-    group, groups, sums = p.partial_sums(layout, parameters)
-    kernel(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, (x_, v_, checkpoint_), (g_, g_v_, g_seq_), (dx_, dv_),
-        addresses(sums), *p.values, p.addresses, *numbers,
-    )  # fmt: skip
-    return sums
-
-
-def codes(x, v):
-    """Return the storage codes of x and of the initial membrane v. Without v, the second is the code of the state type."""
-    code = CODES[x.dtype]
-    return code, state_code(code) if v is None else CODES[v.dtype]
+        sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
+        return group, groups, sums, tuple(map(address, sums))

@@ -15,25 +15,26 @@ import numpy as np
 import torch
 
 from ..layout import spiking_tile
+from ..neuron import trace
 from ..surrogate import SURROGATES
 from . import scan
 from .intrinsics import CODES, SIZES, state_code, tile
 from .kernel import Kernel, share
-from .launch import Parameters, address, addresses, placed_rows
-from .lif import charge
-from .surrogate import surrogate_derivative
-from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_at_least, where_equal, where_less
+from .launch import Parameters, address, placed_rows
+from .neuron import code_of, generate
+from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_equal, where_less
 
 _WIDTH = 8  # the most vectors that a forward task holds; the last task of a sequence holds one more for the last channels
 _BACK = 4  # the same limit for a backward task
 # Values that the backward pass recomputes per time step and token, indexed by: (a, b) before the token (_A, _B); the weights
-# that include it (_KEEP, _NEW); the weights of the token and of the state in y (_SELF, _SEEN); the charge h (_H); and, with a
-# gate, sigmoid(r) and its derivative (_OPEN, _SLOPE). The charge h is the membrane before the spike.
-_A, _B, _KEEP, _NEW, _SELF, _SEEN, _H, _OPEN, _SLOPE = range(9)
+# that include it (_KEEP, _NEW); the weights of the token and of the state in y (_SELF, _SEEN); the tape of the neuron (_TAPE);
+# with a gate, sigmoid(r) and its derivative (_OPEN, _SLOPE); and last the current, if the neuron's pullback uses it.
+_A, _B, _KEEP, _NEW, _SELF, _SEEN, _TAPE, _OPEN, _SLOPE = range(9)
 
 
-def _fields(gate):
-    return 9 if gate else 7
+@functools.cache
+def _fields(gate, code, with_parameters):
+    return (9 if gate else 7) + trace(*code).plan(with_parameters).uses_x
 
 
 @scan.inline
@@ -65,33 +66,33 @@ def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
 
 
 @scan.inline
-def _neuron(x, v, leak, th, vr, zero, one, soft, decay):
-    """Return (h, spike, membrane after the spike) of one time step."""
-    h, _ = charge(x, v, leak, vr, soft, decay)
-    return h, where_at_least(h, th, one, zero), where_at_least(h, th, h - th if soft else vr, h)
+def _neuron_parameters(numbers, addresses, c, W):
+    """Return the parameters of the neurons of the channels from c on."""
+    r, th, reset = numbers[:3]
+    rs, ths, _ = addresses
+    return vload(rs, c, W) if rs != 0 else vset(r, W), vload(ths, c, W) if ths != 0 else vset(th, W), vset(reset, W)
 
 
 @functools.cache
-def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
+def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
     V, S = vec(X, lanes), state_code(X)
     W, MV, xb, sb = vec(S, lanes), vec(M, lanes), SIZES[X], SIZES[S]
     ROW = (_WIDTH + 1) * lanes
     AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 2) * ROW
+    (neuron,) = generate(code, W, 0, False, ("step",))
 
     @scan.inline
     def token(
-        shared_max, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, leak,
-        th, vr,
+        shared_max, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, p
     ):  # fmt: skip
-        zero, one = vset(0.0, W), vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
         y, z, _, _, ka, m, a, b, _, _ = _step(shared_max, growth, bonus, decay, ka, m, a, b, key, value, w, u, W)
         if GATE:
             over, _ = scan.gate(vload(r, l * r_l + c, V), W)
             z = z * over
         slot = l * ROW + slot
-        _, s, x = _neuron(y * (one / z), vload(membrane, slot, W), leak, th, vr, zero, one, SOFT, DECAY)
-        vstore(membrane, slot, x, W)
+        s, after = neuron(y * (vset(1.0, W) / z), (vload(membrane, slot, W),), p)
+        vstore(membrane, slot, after[0], W)
         if RATE:
             vstore(counts, slot, vload(counts, slot, W) + s, W)
         else:
@@ -99,19 +100,19 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
         return ka, m, a, b
 
     def spiking_wkv_forward(
-        part, T, B, L, C, cut, inputs, checkpoint, keep, parameters, state, outputs, leak_, theta_, reset_
+        part, T, B, L, C, cut, inputs, checkpoint, keep, weights, state, outputs, numbers, per_channel
     ):  # fmt: skip
         tokens, blocks = cut
         (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l) = inputs
         states, rows, field = checkpoint
-        w_, u_, leaks, thetas = parameters
+        w_, u_ = weights
         ybar, lse = state
         out, ybar1, lse1, m1 = outputs
         for task in share(B * blocks, part):
             batch = task // blocks
             begin, vectors = scan.channels(C, lanes, task - batch * blocks, blocks)
             membrane, counts, constants = tile(AREA, S), tile(COUNTS, S), tile(CONSTANTS, S)
-            leak, th, vr, steps = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(float(T), W)
+            p, start, steps = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(float(T), W)
             zero, one = vset(0.0, W), vset(1.0, W)
             for j in range(vectors):
                 c = min((begin + j) * lanes, C - lanes)
@@ -133,11 +134,10 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                         c, slot = min((begin + j) * lanes, C - lanes), j * lanes
                         w, u = vload(w_, c, W), vload(u_, c, W)
                         if PER_CHANNEL:
-                            leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
-                            th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
+                            p = _neuron_parameters(numbers, per_channel, c, W)
                         if t == 0:
                             for l in range(size):
-                                x = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else vr
+                                x = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
                                 vstore(membrane, l * ROW + slot, x, W)
                                 if RATE:
                                     vstore(counts, l * ROW + slot, zero, W)
@@ -159,7 +159,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                                 growth = vload(own_constants, (l + 2) * lanes, W)
                                 ka, m, a, b = token(
                                     True, growth, bonus, decay, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l,
-                                    r_l, C, c, slot, w, u, leak, th, vr,
+                                    r_l, C, c, slot, w, u, p,
                                 )  # fmt: skip
                             ka, m, a, b = scan.exit_shared_max_tile(
                                 vload(kt, (size - 1) * k_l + c, V), size, tokens, ka, m, a, b, w, W
@@ -168,7 +168,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                             for l in range(size):
                                 ka, m, a, b = token(
                                     False, one, one, one, ka, m, a, b, kt, vt, rt, membrane, counts, st, l, k_l, v_l, r_l, C, c,
-                                    slot, w, u, leak, th, vr,
+                                    slot, w, u, p,
                                 )  # fmt: skip
                         if first + size < L:
                             a, b, ka = scan.with_rounded_exponent(ka, m, a, b, w, W)
@@ -189,20 +189,22 @@ def _forward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, PER_CHANNEL, TILE):
                             vstore(m1, at, vload(membrane, l * ROW + slot, W), W)
 
     return Kernel(
-        spiking_wkv_forward, f"spiking_wkv_forward_{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{PER_CHANNEL:d}"
+        spiking_wkv_forward, f"spiking_wkv_{neuron.__name__}_{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{PER_CHANNEL:d}"
     )  # fmt: skip
 
 
 @functools.cache
-def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHANNEL, PARAMETERS, TILE):
+def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETERS, TILE):
     V, S = vec(X, lanes), state_code(X)
     W, MV, xb, sb = vec(S, lanes), vec(M, lanes), SIZES[X], SIZES[S]
-    ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE)
-    CONSTANTS = (TILE + 2) * ROW
+    ROW, FIELDS = (_BACK + 1) * lanes, _fields(GATE, code, PARAMETERS)
+    CONSTANTS, CURRENT = (TILE + 2) * ROW, FIELDS - 1
+    _, _, _, USES_X, USES_STATES = trace(*code).plan(PARAMETERS)
+    record, pullback = generate(code, W, kind, PARAMETERS, ("record", "pullback"))
 
     @scan.inline
     def recompute_token(
-        shared_max, growth, bonus, decay, here, ka, m, a, b, k, v, r, before, step, l, k_l, v_l, r_l, c, w, u, leak, th, vr
+        shared_max, growth, bonus, decay, here, ka, m, a, b, k, v, r, membrane, l, k_l, v_l, r_l, c, w, u, p
     ):  # fmt: skip
         one = vset(1.0, W)
         key, value = vload(k, l * k_l + c, V), vload(v, l * v_l + c, V)
@@ -222,30 +224,30 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
         vstore(here, _SELF * lanes, new * inverse, W)
         vstore(here, _KEEP * lanes, A, W)
         vstore(here, _NEW * lanes, E, W)
-        if step != 0:
-            h = vload(here - step, _H * lanes, W)
-            before = where_at_least(h, th, h - th if SOFT else vr, h)
-        h, _ = charge(x, before, leak, vr, SOFT, DECAY)
-        vstore(here, _H * lanes, h, W)
+        if USES_X:
+            vstore(here, CURRENT * lanes, x, W)
+        tape, after = record(x, (vload(membrane, 0, W),), p)
+        vstore(here, _TAPE * lanes, tape[0], W)
+        vstore(membrane, 0, after[0], W)
         return ka, m, a, b
 
     def spiking_wkv_backward(
-        part, T, B, L, C, cut, work, inputs, parameters, upstream, gradients, sums, leak_, theta_, reset_, alpha_
+        part, T, B, L, C, cut, work, inputs, weights, upstream, gradients, sums, numbers, per_channel
     ):  # fmt: skip
         tokens, blocks, workers = cut
         (k, k_t, k_b, k_l), (v, v_t, v_b, v_l), (r, r_t, r_b, r_l), (m0, m0_b, m0_l), (states, rows, field) = inputs
-        w_, u_, leaks, thetas = parameters
+        w_, u_ = weights
         (g, g_t, g_b, g_l), (g_ybar, g_lse, g_m) = upstream
         (dk, dv, dr), (d_ybar, d_lse, d_m) = gradients
         (dw, du), (d_leak, d_theta) = sums
         area = tokens * ROW
         for worker in share(workers, part):
             history = work + worker * (T * (FIELDS * area + 3 * ROW) + area) * sb
-            carries = history + T * FIELDS * area * sb  # gradients with respect to the membranes of the tile
+            carries = history + T * FIELDS * area * sb  # the membranes of the tile, then the gradients with respect to them
             adjoint = carries + area * sb  # the adjoint (P, Q) of every time step: the gradient with respect to (a, b)
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
             constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
-            leak, th, vr, alpha = vset(leak_, W), vset(theta_, W), vset(reset_, W), vset(alpha_, W)
+            p, start, alpha = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(numbers[4], W)
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
                 batch = task // blocks
@@ -271,8 +273,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                             c = min((begin + j) * lanes, C - lanes)
                             w, u = vload(w_, c, W), vload(u_, c, W)
                             if PER_CHANNEL:
-                                leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
-                                th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
+                                p = _neuron_parameters(numbers, per_channel, c, W)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                             m, own_constants = zero, constants + j * (TILE + 2) * lanes * sb
                             shared_max, ka, entered, bonus, decay = _enter_tile(
@@ -280,22 +281,22 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                             )
                             vstore(entries, t * ROW + j * lanes, entered, W)
                             a, b = a * entered, b * entered
-                            step = FIELDS * area * sb if t > 0 else 0
                             for l in range(size):
                                 here = past + (l * ROW + j * lanes) * FIELDS * sb
-                                before = vr
-                                if m0 != 0 and t == 0:
-                                    before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV)
+                                membrane = carries + (l * ROW + j * lanes) * sb
+                                if t == 0:
+                                    x = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
+                                    vstore(membrane, 0, x, W)
                                 if shared_max:
                                     growth = vload(own_constants, (l + 2) * lanes, W)
                                     ka, m, a, b = recompute_token(
-                                        True, growth, bonus, decay, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l,
-                                        r_l, c, w, u, leak, th, vr,
+                                        True, growth, bonus, decay, here, ka, m, a, b, kt, vt, rt, membrane, l, k_l, v_l, r_l,
+                                        c, w, u, p,
                                     )  # fmt: skip
                                 else:
                                     ka, m, a, b = recompute_token(
-                                        False, one, one, one, here, ka, m, a, b, kt, vt, rt, before, step, l, k_l, v_l, r_l, c,
-                                        w, u, leak, th, vr,
+                                        False, one, one, one, here, ka, m, a, b, kt, vt, rt, membrane, l, k_l, v_l, r_l, c, w,
+                                        u, p,
                                     )  # fmt: skip
                             if shared_max:
                                 m = scan.by_decay(w, tokens, vset(-float(size), W), zero, W)
@@ -321,8 +322,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                         for j in range(vectors):
                             c, slot = min((begin + j) * lanes, C - lanes), j * lanes
                             if PER_CHANNEL:
-                                leak = vload(leaks, c, W) if leaks != 0 else vset(leak_, W)
-                                th = vload(thetas, c, W) if thetas != 0 else vset(theta_, W)
+                                p = _neuron_parameters(numbers, per_channel, c, W)
                             P, Q, in_w, in_u, in_leak, in_th = (
                                 vload(Pt, slot, W),
                                 vload(Pt, ROW + slot, W),
@@ -333,7 +333,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                             )
                             for l in range(size - 1, -1, -1):
                                 here = past + (l * ROW + slot) * FIELDS * sb
-                                h, value = vload(here, _H * lanes, W), vload(vt, l * v_l + c, V)
+                                value = vload(vt, l * v_l + c, V)
                                 a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
                                 seen, self = vload(here, _SEEN * lanes, W), vload(here, _SELF * lanes, W)
                                 y = fma(self, value, seen * a)
@@ -345,33 +345,22 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                                     carry = vload(carries, l * ROW + slot, W)
                                 else:
                                     carry = vload(g_m, (batch * L + first + l) * C + c, W) if g_m != 0 else zero
-                                slope = surrogate_derivative(KIND, h - th, alpha, W)
-                                through = ds  # the gradient with respect to the spike
-                                if not DETACH:
-                                    through = ds + carry * (zero - th if SOFT else vr - h)
-                                through = where_equal(slope, zero, zero, through * slope)  # the reset removes an infinite h
-                                dh = through + (carry if SOFT else where_at_least(h, th, zero, carry))
-                                if PARAMETERS:
+                                before = zero
+                                if USES_STATES:
                                     if t > 0:
-                                        x = vload(here - FIELDS * area * sb, _H * lanes, W)
-                                        before = where_at_least(x, th, x - th if SOFT else vr, x)
+                                        before = vload(here - FIELDS * area * sb, _TAPE * lanes, W)
                                     else:
-                                        before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else vr
-                                    rest = before if SOFT else before - vr
-                                    if DECAY:
-                                        x = y * vload(here, _OPEN * lanes, W) if GATE else y
-                                        in_leak = in_leak + dh * (x - rest)
-                                    else:
-                                        in_leak = in_leak - dh * rest
-                                    in_th = in_th - through
-                                    if SOFT:
-                                        in_th = in_th - where_at_least(h, th, carry, zero)
-                                carry = dh * (one - leak)
+                                        before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
+                                x = vload(here, CURRENT * lanes, W) if USES_X else zero
+                                dy, d_before, d_p = pullback(
+                                    (vload(here, _TAPE * lanes, W),), x, (before,), p, ds, (carry,), alpha
+                                )
+                                if PARAMETERS:
+                                    in_leak, in_th = in_leak + d_p[0], in_th + d_p[1]
                                 if t > 0:
-                                    vstore(carries, l * ROW + slot, carry, W)
+                                    vstore(carries, l * ROW + slot, d_before[0], W)
                                 elif d_m != 0:
-                                    vstore(d_m, (batch * L + first + l) * C + c, carry, MV)
-                                dy = dh * leak if DECAY else dh
+                                    vstore(d_m, (batch * L + first + l) * C + c, d_before[0], MV)
                                 if GATE:
                                     vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
                                     dy = dy * vload(here, _OPEN * lanes, W)
@@ -405,8 +394,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, SOFT, DECAY, DETACH, KIND, PER_CHA
                         vstore(d_leak, at, vload(sum_leak, slot, W), W)
                         vstore(d_theta, at, vload(sum_th, slot, W), W)
 
-    flags = f"{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{SOFT:d}{DECAY:d}{DETACH:d}{KIND}{PER_CHANNEL:d}{PARAMETERS:d}"
-    return Kernel(spiking_wkv_backward, f"spiking_wkv_backward_{flags}")
+    flags = f"{TILE}_{X}{M}_{lanes}{GATE:d}{RATE:d}{kind}{PER_CHANNEL:d}{PARAMETERS:d}"
+    return Kernel(spiking_wkv_backward, f"spiking_wkv_{pullback.__name__}_{flags}")
 
 
 # --- launchers: the same signatures as in triton/spiking_wkv.py -------------------------------------------------------------
@@ -420,60 +409,62 @@ def _count_blocks(B, C, lanes, width):
 
 
 def spiking_wkv_forward(
-    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out,
+    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, parameters, variant, rate, out, ybar_out, lse_out,
     membrane_out, checkpoint, tuning,
 ):  # fmt: skip
     """Fill out, and the final states and the checkpoint if they are given. k is not empty."""
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
     lanes = LANES if C >= LANES else 1
-    p = Parameters(tau, v_threshold, neuron, w.dtype)
+    p = Parameters(variant, parameters, w.dtype)
     states = w.new_empty(3, T * B * 2, C) if checkpoint is None else checkpoint
     (k, k_), (v, v_), (r, r_) = (placed_rows(t, 3) for t in (k, v, r))
     membrane, membrane_ = placed_rows(membrane)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _forward_kernel(
-        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
-        neuron.v_reset is None, neuron.decay_input, p.per_channel, tuning.wkv_checkpoint_tokens,
+        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, code_of(variant),
+        p.per_channel, tuning.wkv_checkpoint_tokens,
     )(
         2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _count_blocks(B, C, lanes, _WIDTH)),
         (k_, v_, r_, membrane_), (states.data_ptr(), states.shape[1] // (T * B), states.stride(0)), checkpoint is not None,
-        (w.data_ptr(), u.data_ptr(), *p.addresses), (address(ybar), address(lse)),
-        (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), *p.values, neuron.v_reset or 0.0,
+        (w.data_ptr(), u.data_ptr()), (address(ybar), address(lse)),
+        (out.data_ptr(), address(ybar_out), address(lse_out), address(membrane_out)), p.numbers, p.addresses,
     )  # fmt: skip
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
-    checkpoint, neuron, rate, parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, parameters, checkpoint,
+    variant, rate, with_parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
-    """Fill the gradients that are given. Return partial sums of d 1/tau and d v_threshold, or None. k is not empty.
+    """Fill the gradients that are given. k is not empty. Return partial sums of d r and d v_threshold, or None.
 
     The kernel reads the initial state from the checkpoint, not from ybar and lse.
     """
     w, u = scan.parameters(decay, bonus, decay_is_log_of_rate, k)
     T, B, L, C = k.shape
     lanes, tokens = LANES if C >= LANES else 1, spiking_tile(T, "cpu", tuning)
-    p = Parameters(tau, v_threshold, neuron, w.dtype)
+    p = Parameters(variant, parameters, w.dtype)
     dw, du = w.new_empty(2, B, C)
-    sums = w.new_empty(2, B, C) if parameters else None
+    sums = w.new_empty(2, B, C) if with_parameters else None
+    code = code_of(variant)
     blocks = _count_blocks(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
-    work = w.new_empty(workers, T * (_fields(r is not None) * tokens + 3) + tokens, (_BACK + 1) * lanes)
+    fields = _fields(r is not None, code, with_parameters)
+    work = w.new_empty(workers, T * (fields * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
     (k, k_), (v, v_), (r, r_), (g, g_) = (placed_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
     membrane, membrane_ = placed_rows(membrane)
     checkpoint_ = checkpoint.data_ptr(), checkpoint.shape[1] // (T * B), checkpoint.stride(0)
     upstream = [None if t is None else t.to(w.dtype).contiguous() for t in (g_ybar, g_lse, g_membrane)]
     _backward_kernel(
-        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate,
-        neuron.v_reset is None, neuron.decay_input, neuron.detach_reset, SURROGATES[neuron.surrogate].id, p.per_channel,
-        parameters, tuning.wkv_checkpoint_tokens,
+        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, code,
+        SURROGATES[variant.surrogate].id, p.per_channel, with_parameters, tuning.wkv_checkpoint_tokens,
     )(
         4 * T * B * L * C, T, B, L, C, (tokens, blocks, workers), work.data_ptr(), (k_, v_, r_, membrane_, checkpoint_),
-        (w.data_ptr(), u.data_ptr(), *p.addresses), (g_, addresses(upstream)),
+        (w.data_ptr(), u.data_ptr()), (g_, tuple(map(address, upstream))),
         ((dk.data_ptr(), dv.data_ptr(), address(dr)), (address(d_ybar), address(d_lse), address(d_membrane))),
-        ((dw.data_ptr(), du.data_ptr()), addresses(sums)), *p.values, neuron.v_reset or 0.0, neuron.alpha,
+        ((dw.data_ptr(), du.data_ptr()), (0, 0) if sums is None else (sums[0].data_ptr(), sums[1].data_ptr())), p.numbers,
+        p.addresses,
     )  # fmt: skip
     scan.parameter_sums(dw, du, w, decay_is_log_of_rate, d_decay, d_bonus)
     return sums

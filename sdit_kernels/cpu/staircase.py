@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 
+from ..neuron import LIF
 from .intrinsics import SIZES, load, num, sigmoid, state_code, store, tile
 from .kernel import Kernel, share
 
@@ -58,10 +59,18 @@ def kernel(X, O, GATE):
     return Kernel(lif_rate_staircase, f"lif_rate_staircase_{X}{O}{GATE:d}")
 
 
+def table(T, variant, state, counts):
+    """Return (levels, edges, values), which state the rate of a LIF neuron as a step function of its current, or None."""
+    if variant.neuron is not LIF:
+        return None
+    soft, decay, _ = variant.flags
+    return None if soft else _table(T, variant.values, decay, state, counts)
+
+
 @functools.lru_cache(maxsize=256)
 @np.errstate(all="ignore")  # extreme numbers give infinities and NaN; the comparisons below reject them
-def table(T, neuron, state, counts):
-    """Return (levels, edges, values), which state lif_rate as a step function of its current, or None.
+def _table(T, values, decay, state, counts):
+    """Return the table of a LIF neuron with a hard reset. values: its r, v_threshold and v_reset.
 
     The membrane starts at v_reset and returns to it at every spike. So a constant current causes a spike every n steps, T // n
     in all, where n is the number of steps to the first spike. The rate has one edge for each distinct T // n.
@@ -70,20 +79,20 @@ def table(T, neuron, state, counts):
     within several times the largest rounding error. It returns None if the recurrence does not have one clean step there; then
     lif_rate runs the loop over time steps.
     """
-    if neuron.v_reset is None or not neuron.v_reset < neuron.v_threshold:
-        return None
     float_, int_ = (np.float32, np.int32) if state == torch.float32 else (np.float64, np.int64)
-    r, theta, reset = float_(1.0 / neuron.tau), float_(neuron.v_threshold), float_(neuron.v_reset)
-    edges, values = [], []
+    r, theta, reset = map(float_, values)
+    if not values[2] < values[1]:
+        return None
+    edges, rates = [], []
     for n in range(T, 0, -1):
-        if edges and T // n == values[-1]:
+        if edges and T // n == rates[-1]:
             continue
         grown = 1 - (1 - float(r)) ** n if r else float(n)  # h after n steps is reset + grown * (x - reset)
         if grown == 0:  # 1 - r has rounded to 1
             return None
         rise = float(theta) - float(reset)
-        edge = float(reset) + rise / grown if neuron.decay_input else rise * (float(r) or 1.0) / grown
-        slope = grown if neuron.decay_input else grown / (float(r) or 1.0)
+        edge = float(reset) + rise / grown if decay else rise * (float(r) or 1.0) / grown
+        slope = grown if decay else grown / (float(r) or 1.0)
         scale = max(abs(edge), abs(float(theta)), abs(float(reset)))
         reach = 16 * (n + 2) * scale * np.finfo(float_).eps / slope
         if not (abs(edge) > 0 and reach / np.spacing(float_(abs(edge))) <= 1 << 15 and reach <= abs(edge) / 4):
@@ -93,16 +102,16 @@ def table(T, neuron, state, counts):
         x = np.sort(x[np.abs(x.astype(np.float64) - edge) <= reach])
         v, fired = np.full_like(x, reset), np.zeros(x.shape, bool)
         for _ in range(n):
-            h = v + (x - (v - reset)) * r if neuron.decay_input else v - (v - reset) * r + x
+            h = v + (x - (v - reset)) * r if decay else v - (v - reset) * r + x
             fired |= h >= theta
             v = np.where(h >= theta, reset, h)
         if not fired.any() or fired[0] or not fired[fired.argmax() :].all():
             return None
         edges.append(x[fired.argmax()])
-        values.append(T // n)
+        rates.append(T // n)
     if any(b < a for a, b in zip(edges, edges[1:])):
         return None
     pad = -len(edges) % 4
     edges = np.asarray(edges + [np.nan] * pad, float_)  # no current reaches NaN, not even infinity
-    values = np.asarray(values + [0] * pad, float_)
-    return len(edges), edges, values if counts else values / float_(T)
+    rates = np.asarray(rates + [0] * pad, float_)
+    return len(edges), edges, rates if counts else rates / float_(T)

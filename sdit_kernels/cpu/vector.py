@@ -155,6 +155,16 @@ for _function, _instruction in (
     _define(_function, _instruction)
 
 
+@type_callable(operator.neg)
+def _negative(context):
+    return lambda x: x if isinstance(x, Vector) else None
+
+
+@lower_builtin(operator.neg, Vector)
+def _lower_negative(context, builder, signature, args):
+    return builder.fneg(args[0])
+
+
 def _call(builder, name, x, args):
     """Call LLVM's own function ``name`` on vectors or numbers."""
     llvm = args[0].type
@@ -250,17 +260,21 @@ def _exponent(typingctx, x):
     """Return the float whose exponent bits are the lowest bits of x."""
 
     def codegen(context, builder, signature, args):
-        bits, mantissa = (64, 52) if x.element == LLVM_TYPES[F64] else (32, 23)
+        element = x.element if isinstance(x, Vector) else context.get_value_type(x)
+        bits, mantissa = (64, 52) if element == LLVM_TYPES[F64] else (32, 23)
         integer = ir.IntType(bits)
-        wide = builder.bitcast(args[0], ir.VectorType(integer, lanes_of(x.V)))
-        return builder.bitcast(builder.shl(wide, _constant(x, mantissa, integer)), _llvm(x))
+        if isinstance(x, Vector):
+            shift, kind = _constant(x, mantissa, integer), ir.VectorType(integer, lanes_of(x.V))
+        else:
+            shift, kind = ir.Constant(integer, mantissa), integer
+        return builder.bitcast(builder.shl(builder.bitcast(args[0], kind), shift), args[0].type)
 
     return x(x), codegen
 
 
 @numba.njit(forceinline=True, error_model="numpy")
 def vexp(x, V):
-    """Return exp(x) for x <= 80. A NaN stays NaN.
+    """Return exp(x) of a vector or number x <= 80, or x <= 700 in float64. A NaN stays NaN.
 
     The float32 error is within 1 ulp above x = -20 and within 3 ulp above -87. Below -88 the result is exactly 0.
 
@@ -311,3 +325,63 @@ def _exp_below(x, V):
     if isinstance(x, Vector):
         return lambda x, V: vexp(x, V)
     return lambda x, V: exp_negative(x, V)
+
+
+# --- the operations of neurons, on vectors and numbers ----------------------------------------------------------------------
+
+_inline = numba.njit(forceinline=True, error_model="numpy")
+
+
+@_inline
+def exp(x, V):
+    """Return exp(x) of any x: 0 or infinity if the result is out of range. The error is within 5 ulp."""
+    half, most = vset(0.5, V) * x, vset(400.0 if V % 8 == F64 else 80.0, V)
+    e = vexp(where_less(most, half, most, half), V)  # vexp takes neither the largest x nor results below the normal numbers
+    return e * e
+
+
+@_inline
+def maximum(x, y):
+    """Return the greater of x and y, or NaN if one of them is NaN."""
+    return where_equal(x, x, where_less(y, x, x, y), x)
+
+
+@_inline
+def minimum(x, y):
+    """Return the lesser of x and y, or NaN if one of them is NaN."""
+    return where_equal(x, x, where_less(x, y, x, y), x)
+
+
+@intrinsic
+def _round(typingctx, x):
+    """Round to an integer, ties to even."""
+
+    def codegen(context, builder, signature, args):
+        return _call(builder, "rint", x, args)
+
+    return x(x), codegen
+
+
+@_inline
+def level(z, lo, hi, V):
+    """Return round(clip(z, lo, hi)). A NaN stays NaN."""
+    z = where_less(z, lo, lo, z)
+    return _round(where_less(hi, z, hi, z))
+
+
+@_inline
+def inside(z, lo, hi, g, V):
+    """Return g where lo <= z <= hi, else 0."""
+    return where_at_least(z, lo, where_at_least(hi, z, g, vset(0.0, V)), vset(0.0, V))
+
+
+@_inline
+def sign(z, V):
+    """Return 1, -1 or, where z is zero or NaN, z."""
+    return where_less(vset(0.0, V), z, vset(1.0, V), where_less(z, vset(0.0, V), vset(-1.0, V), z))
+
+
+@_inline
+def share(a, b, g, V):
+    """Return the part of the gradient g of maximum(a, b) that belongs to a: g, g / 2 where a equals b, 0 where a is less."""
+    return where_less(a, b, vset(0.0, V), where_equal(a, b, vset(0.5, V) * g, g))

@@ -1,12 +1,13 @@
 """Spiking neurons as modules that call the ops of this package.
 
-``LIF``, ``IF`` and ``ParametricLIF`` keep their membrane potential ``.v`` from call to call until ``reset``. It is not in the
-state_dict. It is not a registered buffer either, because DistributedDataParallel would overwrite it with the membrane potential
-of rank 0 in every forward pass.
+``LIF``, ``IF``, ``ParametricLIF`` and ``Leaky`` keep their membrane potential ``.v`` from call to call until ``reset``. It is
+not in the state_dict. It is not a registered buffer either, because DistributedDataParallel would overwrite it with the
+membrane potential of rank 0 in every forward pass.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from .._torch import current_trace, has_ended, is_tracing, mark_transform
 from ..checks import refuse_proxy
 from ..dispatch import backend
 from ..dtypes import state_dtype
+from ..ops.leaky import leaky
 from ..ops.lif import lif, lif_rate
 from ..ops.operator import refuse_script
 
@@ -24,6 +26,7 @@ class _Neuron(torch.nn.Module):
 
     _settings: tuple[str, ...] = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
     _shown: tuple[str, ...] = _settings
+    _renamed: dict[str, str] = {}  # the op's argument of a setting that has another name here
     __prepare_scriptable__ = refuse_script
 
     def __init__(self, **settings):
@@ -36,13 +39,13 @@ class _Neuron(torch.nn.Module):
 
     def _check(self, op, **arguments):
         """Run the op's checks on empty data. A tensor setting is checked in the first call, against the data."""
-        settings = {name: getattr(self, name) for name in self._settings}
+        settings = {self._renamed.get(name, name): getattr(self, name) for name in self._settings}
         settings = {name: 1.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
         with backend("reference"):
             op(torch.empty(0, device="cpu", dtype=torch.float32), **arguments, **settings)
 
     def op_arguments(self, x):
-        return {name: getattr(self, name) for name in self._settings}
+        return {self._renamed.get(name, name): getattr(self, name) for name in self._settings}
 
     def extra_repr(self) -> str:
         def show(value):
@@ -73,6 +76,7 @@ class _Stateful(_Neuron):
     v: Tensor | None
     v_seq: Tensor | None
     _state = ("v", "v_seq")
+    _op: Callable[..., Any] = staticmethod(lif)
     _shown = (*_Neuron._shown, "step_mode", "store_v_seq")
 
     def __init__(self, step_mode, store_v_seq, **settings):
@@ -80,7 +84,7 @@ class _Stateful(_Neuron):
         self.step_mode = step_mode
         self.store_v_seq = store_v_seq
         self.reset()
-        self._check(lif)
+        self._check(self._op)
 
     @property
     def step_mode(self) -> str:
@@ -121,7 +125,7 @@ class _Stateful(_Neuron):
             )
         elif v is not None and eager and v.is_inference() and not torch.is_inference_mode_enabled():
             v = v.clone()  # autograd refuses a tensor that was made in inference_mode
-        out = lif(x, v, **self.op_arguments(x), return_v=True, return_v_seq=self.store_v_seq)
+        out = self._op(x, v, **self.op_arguments(x), return_v=True, return_v_seq=self.store_v_seq)
         s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
         if eager and (context := _context(self.v, before)):
             self.v.context = context  # type: ignore[union-attr]
@@ -363,6 +367,63 @@ class ParametricLIF(_Stateful):
 
     def op_arguments(self, x):
         return super().op_arguments(x) | {"tau": self._tau(state_dtype(x.dtype))}
+
+
+class Leaky(_Stateful):
+    r"""snnTorch's Leaky neuron over T time steps: :func:`sdit_kernels.leaky` that keeps the membrane between calls.
+
+    ::
+
+        h[t] = beta * v[t-1] + x[t]
+        s[t] = 1 where h[t] > v_threshold, else 0
+
+    A spike resets the membrane in the next step (reset_delay) or at once; see :func:`sdit_kernels.leaky`. Shapes, errors and
+    attributes are the same as in :class:`LIF`.
+
+    Args:
+        beta (float | Tensor): decay per step, 0 to 1. A number, a scalar tensor, or a tensor (C,) with one value per channel of
+            x's last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
+        v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like beta.
+        reset_mechanism: "subtract", "zero" or "none". It is the argument ``reset`` of the op; ``reset()`` is a method here.
+        reset_delay: True: a spike resets the membrane in the next step. False: at once, and the reset has a gradient.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
+
+    Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE
+    (2023). The results equal snnTorch's Leaky.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import Leaky
+        >>> neuron = Leaky(beta=0.5)
+        >>> neuron(torch.tensor([[0.75], [0.75], [0.25], [1.0]])).flatten().tolist(), neuron.v.tolist()
+        ([0.0, 1.0, 0.0, 0.0], [0.90625])
+    """
+
+    _op = staticmethod(leaky)
+    _settings = ("beta", "v_threshold", "reset_mechanism", "reset_delay", "surrogate", "alpha")
+    _shown = (*_settings, "step_mode", "store_v_seq")
+    _renamed = {"reset_mechanism": "reset"}
+
+    def __init__(
+        self,
+        beta,
+        v_threshold=1.0,
+        reset_mechanism: str = "subtract",
+        *,
+        reset_delay: bool = True,
+        surrogate="atan",
+        alpha: float | None = None,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_v_seq, beta=beta, v_threshold=v_threshold, reset_mechanism=reset_mechanism,
+            reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
+        )  # fmt: skip
 
 
 class LIFRate(_Neuron):

@@ -1,38 +1,35 @@
-"""leaky: the public function and the operators ``sdit_kernels::leaky*`` behind it. The structure is the same as in lif.py."""
+"""leaky: the public function and the operator ``sdit_kernels::leaky`` behind it."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, TypedDict, overload
 
+import torch
 from torch import Tensor
 
-from .. import dispatch, reference, tuning
+from .. import dispatch, reference
 from ..checks import (
-    check_data,
     check_flag,
-    check_membrane,
     check_neuron_parameter,
     check_surrogate,
     check_threshold,
-    wants_gradient,
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS
-from .lif import allocate_gradients, allocate_outputs
-from .operator import kernels, register, values_are_readable
+from ..neuron import LEAKY, Variant
+from .lif import No, Yes
+from .neuron import check_spike_dtype, check_steps, define, run
+from .operator import values_are_readable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from typing_extensions import Required, Unpack
 
 RESETS = ("subtract", "zero", "none")
-_NEURON = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
+_SCHEMA = "float beta_value, float v_threshold_value, str reset, bool reset_delay, str surrogate, float alpha"
 
 
-class Leaky(NamedTuple):
-    """The settings of the neuron as operators take them. A tensor beta or v_threshold overrides the number here."""
-
-    beta: float
-    v_threshold: float
-    reset: str
-    reset_delay: bool
-    surrogate: str
-    alpha: float
+def _leaky_variant(beta, v_threshold, reset, reset_delay, surrogate, alpha):
+    return Variant(LEAKY, (reset, reset_delay or reset == "none"), (beta, v_threshold), surrogate, alpha)
 
 
 def _check_beta(beta):
@@ -40,89 +37,49 @@ def _check_beta(beta):
         raise ValueError(f"beta must be between 0 and 1, got {beta}")
 
 
-def _check_values(beta, v_threshold, dtype):
-    """Check the values of tensors beta and v_threshold, on the CPU only: reading them on a GPU would wait for the GPU."""
-    for p, check in ((beta, _check_beta), (v_threshold, lambda extreme: check_threshold(extreme, dtype))):
+def _check_values(parameters, values, dtype):
+    """Check the values of tensors beta and v_threshold."""
+    for p, check in zip(parameters, (_check_beta, lambda extreme: check_threshold(extreme, dtype))):
         if p is not None and p.numel():
             check(p.min().item())
             check(p.max().item())
 
 
-def _leaky(x, v, beta, v_threshold, *rest):
-    *neuron, return_v, return_v_seq, keep, backend = rest
-    outputs = allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
-    wanted = [t if t.numel() else None for t in outputs]
-    if x.device.type == "cpu":
-        _check_values(beta, v_threshold, state_dtype(x.dtype))
-    if x.numel():
-        kernels(backend, "leaky").leaky_forward(x, v, beta, v_threshold, Leaky(*neuron), *wanted, tuning.current())
-    elif return_v:
-        outputs[1].copy_(v) if v is not None else outputs[1].zero_()
-    return outputs
+_leaky_call = define(LEAKY, ("beta", "v_threshold"), _SCHEMA, _leaky_variant, _check_values)
 
 
-def _leaky_fake(x, v, beta, v_threshold, *rest):
-    *_, return_v, return_v_seq, keep, _ = rest
-    return allocate_outputs(x, beta, v_threshold, return_v, return_v_seq, None, keep)
+class _Settings(TypedDict, total=False):
+    """The keyword arguments of leaky, for type checkers."""
+
+    beta: "Required[float | Tensor]"
+    v_threshold: "float | Tensor"
+    reset: str
+    reset_delay: bool
+    surrogate: "str | Callable[[Tensor], Tensor]"
+    alpha: float | None
+    spike_dtype: torch.dtype | None
 
 
-def _leaky_backward(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    *neuron, parameters, backend = rest
-    dx, dv, *d_parameters = allocate_gradients(x, v, beta, v_threshold, parameters)
-    if x.numel() == 0:
-        if v is not None:
-            dv.zero_() if g_v is None else dv.copy_(g_v)
-        return dx, dv, *(d.zero_() for d in d_parameters)
-    # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
-    if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoint.numel() == 0:
-        checkpoint = _leaky(x, v, beta, v_threshold, *neuron, False, False, True, backend)[3]
-    sums = kernels(backend, "leaky").leaky_backward(
-        g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, Leaky(*neuron), dx, None if v is None else dv, parameters,
-        tuning.current(),
-    )  # fmt: skip
-    for i, p in enumerate((beta, v_threshold)):
-        if sums is not None and p is not None:
-            total = sums[i].sum(0) if p.numel() > 1 else sums[i].sum()
-            d_parameters[i] = total.reshape(p.shape).to(p.dtype)
-    return dx, dv, *d_parameters
-
-
-def _leaky_backward_fake(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *rest):
-    return tuple(allocate_gradients(x, v, beta, v_threshold, rest[-2]))
-
-
-def _leaky_save(ctx, inputs, output):
-    x, v, beta, v_threshold, *ctx.rest = inputs
-    ctx.save_for_backward(x, v, beta, v_threshold, output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _leaky_gradient(ctx, g, g_v, g_seq, _):
-    x, v, beta, v_threshold, checkpoint = ctx.saved_tensors
-    *neuron, return_v, return_v_seq, _, backend = ctx.rest
-    g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
-    needs = ctx.needs_input_grad
-    return _leaky_backward_call(g, g_v, g_seq, x, v, beta, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
-
-
-_leaky_call = register(
-    f"leaky(Tensor x, Tensor? v, Tensor? beta, Tensor? v_threshold, {_NEURON}, bool return_v, bool return_v_seq, bool keep, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _leaky,
-    _leaky_fake,
-    batch_axes=(1, 0, None, None),
-    output_axes=(1, 0, 1, 1),
-    save=_leaky_save,
-    gradient=_leaky_gradient,
-)
-_leaky_backward_call = register(
-    "leaky_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? beta, Tensor? v_threshold, "
-    f"Tensor checkpoint, {_NEURON}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _leaky_backward,
-    _leaky_backward_fake,
-    batch_axes=(1, 0, 1, 1, 0, None, None, 1),
-    output_axes=(1, 0, None, None),
-)
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: No = ..., **settings: "Unpack[_Settings]"
+) -> Tensor: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: No = ..., **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: Yes, **settings: "Unpack[_Settings]"
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def leaky(
+    x: Tensor, v: Tensor | None = ..., *, return_v: bool = ..., return_v_seq: bool = ..., **settings: "Unpack[_Settings]"
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def leaky(
@@ -137,6 +94,7 @@ def leaky(
     alpha: float | None = None,
     return_v: bool = False,
     return_v_seq: bool = False,
+    spike_dtype: torch.dtype | None = None,
 ):
     r"""snnTorch's Leaky neuron over T time steps, fused, forward and backward.
 
@@ -171,9 +129,10 @@ def leaky(
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
+        spike_dtype: dtype of the spikes. None: the dtype of x. torch.uint8 and torch.bool are for inference.
 
     Returns:
-        s, with the shape and dtype of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and
+        s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, beta and
         v_threshold from each output.
 
     Raises:
@@ -192,13 +151,7 @@ def leaky(
         >>> s.flatten().tolist(), v.flatten().tolist()
         ([0.0, 1.0, 0.0, 0.0], [0.75, 1.125, -0.1875, 0.90625])
     """
-    check_data("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
-    shape = x.shape[1:]
-    if v is not None:
-        check_membrane("v", v, shape, x)
-    channels = shape[-1] if shape else None
+    channels = check_steps(x, v, return_v, return_v_seq)
     beta_value, beta_tensor = check_neuron_parameter("beta", beta, x, channels)
     threshold_value, threshold_tensor = check_neuron_parameter("v_threshold", v_threshold, x, channels)
     _check_beta(beta_value)
@@ -206,24 +159,20 @@ def leaky(
     check_threshold(threshold_value, dtype)
     if reset not in RESETS:
         raise ValueError(f"reset must be one of {', '.join(map(repr, RESETS))}, got {reset!r}")
-    for name, flag in (("reset_delay", reset_delay), ("return_v", return_v), ("return_v_seq", return_v_seq)):
-        check_flag(name, flag)
+    check_flag("reset_delay", reset_delay)
+    check_spike_dtype(spike_dtype, x, v, beta_tensor, threshold_tensor)
     alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=alpha is not None)
     if backend == "reference":
         if values_are_readable(x):
-            _check_values(beta_tensor, threshold_tensor, dtype)
+            _check_values((beta_tensor, threshold_tensor), (), dtype)
         return reference.leaky(
             x, v, beta=beta, v_threshold=v_threshold, reset=reset, reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
-            return_v=return_v, return_v_seq=return_v_seq,
+            return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     assert alpha is not None  # the reference has served a custom surrogate function
-    neuron = Leaky(beta_value, threshold_value, reset, reset_delay, surrogate, alpha)
-    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, beta_tensor, threshold_tensor)
-    s, v_final, v_seq, _ = _leaky_call(x, v, beta_tensor, threshold_tensor, *neuron, return_v, return_v_seq, keep, backend)
-    if return_v:
-        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
-    return (s, v_seq) if return_v_seq else s
+    values = beta_value, threshold_value, reset, reset_delay, surrogate, alpha
+    parameters = beta_tensor, threshold_tensor
+    return run(_leaky_call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, backend)

@@ -1,8 +1,4 @@
-"""lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them.
-
-Each operator has a CPU, a CUDA and a fake implementation and an autograd formula. The backend is an argument of the operator,
-because the backward pass may run on another thread than the one that chose the backend.
-"""
+"""lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them."""
 
 import numbers
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
@@ -12,7 +8,6 @@ from torch import Tensor
 
 from .. import dispatch, memory, reference, tuning
 from ..checks import (
-    Neuron,
     check_data,
     check_flag,
     check_membrane,
@@ -22,7 +17,17 @@ from ..checks import (
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
+from ..layout import empty_like
+from ..neuron import LIF, Variant
+from .neuron import (
+    allocate_parameter_gradients,
+    check_spike_dtype,
+    check_steps,
+    define,
+    per_channel,
+    run,
+    sum_parameter_gradients,
+)
 from .operator import kernels, register, values_are_readable
 
 if TYPE_CHECKING:
@@ -30,7 +35,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-_INFERENCE = (torch.uint8, torch.bool)
 NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
 )
@@ -39,146 +43,65 @@ NEURON_SCHEMA = (
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
 
-def _per_channel(tau, v_threshold):
-    return any(p is not None and p.numel() > 1 for p in (tau, v_threshold))
+def lif_variant(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+    """Return the neuron as launchers take it."""
+    flags = v_reset is None, decay_input, detach_reset
+    return Variant(LIF, flags, (1.0 / tau, v_threshold, v_reset or 0.0), surrogate, alpha)
 
 
-def allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep):
-    """Allocate s, v_final, v_seq and checkpoint. Outputs that are not requested are empty tensors."""
-    state, per_channel = state_dtype(x.dtype), _per_channel(tau, v_threshold)
-    s = empty_like(x, spike_dtype or x.dtype, per_channel)
-    v_final = empty_state_like(s, state) if return_v else x.new_empty(0)
-    v_seq = empty_like(x, state, per_channel) if return_v_seq else x.new_empty(0)
-    checkpoint = empty_states_like(s, state, max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS) if keep else x.new_empty(0)
-    return s, v_final, v_seq, checkpoint
+def _check_values(parameters, values, dtype):
+    check_neuron_values(*parameters, values[3], dtype)
 
 
-def _lif(x, v, tau, v_threshold, *rest):
-    *neuron, return_v, return_v_seq, spike_dtype, keep, backend = rest
-    neuron = Neuron(*neuron)
-    outputs = allocate_outputs(x, tau, v_threshold, return_v, return_v_seq, spike_dtype, keep)
-    wanted = [t if t.numel() else None for t in outputs]
-    if x.device.type == "cpu":
-        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
-    if x.numel():
-        kernels(backend, "lif").lif_forward(x, v, tau, v_threshold, neuron, *wanted, tuning.current())
-    elif return_v:
-        outputs[1].copy_(v) if v is not None else outputs[1].fill_(neuron.v_reset or 0.0)
-    return outputs
+_lif_call = define(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant, _check_values)
 
 
-def _lif_fake(x, v, tau, v_threshold, *rest):
-    return allocate_outputs(x, tau, v_threshold, *rest[7:11])
-
-
-def allocate_gradients(x, v, tau, v_threshold, parameters):
-    """Allocate dx, dv, d tau and d v_threshold. Gradients that are not requested are empty tensors."""
-    dx = empty_like(x, x.dtype, _per_channel(tau, v_threshold))
-    dv = x.new_empty(0) if v is None else empty_state_like(dx, v.dtype)
-    return dx, dv, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
-
-
-def allocate_parameter_gradients(x, tau, v_threshold, parameters):
-    return [torch.empty_like(p) if parameters and p is not None else x.new_empty(0) for p in (tau, v_threshold)]
-
-
-def sum_parameter_gradients(tau, v_threshold, sums, unused):
-    """Compute d tau and d v_threshold from a launcher's partial sums of d r and d theta, (2, groups, C) or (2, programs)."""
-    if sums is None:
-        return unused
-    found = []
-    for p, partial, empty in zip((tau, v_threshold), sums, unused):
-        if p is None:
-            found.append(empty)
-            continue
-        d = partial.sum(0) if p.numel() > 1 else partial.sum()
-        if p is tau:  # r = 1 / tau
-            d = -d / p.to(d.dtype).reshape(d.shape) ** 2
-        found.append(d.reshape(p.shape).to(p.dtype))
-    return found
-
-
-def _lif_backward(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
-    *neuron, parameters, backend = rest
-    neuron = Neuron(*neuron)
-    dx, dv, *d_parameters = allocate_gradients(x, v, tau, v_threshold, parameters)
-    if x.numel() == 0:
-        if v is not None:
-            dv.zero_() if g_v is None else dv.copy_(g_v)
-        return dx, dv, *(d.zero_() for d in d_parameters)
-    # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
-    if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoint.numel() == 0:
-        checkpoint = _lif(x, v, tau, v_threshold, *neuron, False, False, None, True, backend)[3]
-    sums = kernels(backend, "lif").lif_backward(
-        g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, neuron, dx, None if v is None else dv, parameters,
-        tuning.current(),
-    )  # fmt: skip
-    return dx, dv, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
-
-
-def _lif_backward_fake(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *rest):
-    dx, dv, dtau, dth = allocate_gradients(x, v, tau, v_threshold, rest[-2])
-    return dx, dv, dtau, dth
-
-
-def _rate_output(x, residual, tau, v_threshold, return_counts):
+def _rate_output(x, residual, parameters, return_counts):
     dtype = torch.uint8 if return_counts else x.dtype if residual is None else residual.dtype
     if x.is_contiguous():
         return memory.empty_like(x, dtype)
-    return empty_like(x.unsqueeze(0), dtype, _per_channel(tau, v_threshold)).squeeze(0)
+    return empty_like(x.unsqueeze(0), dtype, per_channel(parameters)).squeeze(0)
 
 
 def _rate(x, residual, gate, tau, v_threshold, T, *rest):
-    *neuron, return_counts, backend = rest
-    neuron = Neuron(*neuron)
-    out = _rate_output(x, residual, tau, v_threshold, return_counts)
+    *values, return_counts, backend = rest
+    parameters = tau, v_threshold
+    out = _rate_output(x, residual, parameters, return_counts)
     if x.device.type == "cpu":
-        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(x.dtype))
+        _check_values(parameters, values, state_dtype(x.dtype))
     if x.numel():
-        kernels(backend, "lif").lif_rate_forward(x, residual, gate, tau, v_threshold, T, neuron, out, tuning.current())
+        kernels(backend, "rate").rate_forward(lif_variant(*values), x, residual, gate, parameters, T, out, tuning.current())
     return out
 
 
 def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
-    return _rate_output(x, residual, tau, v_threshold, rest[7])
+    return _rate_output(x, residual, (tau, v_threshold), rest[7])
 
 
-def _rate_backward_outputs(x, gate, tau, v_threshold, parameters):
-    dx = _rate_output(x, None, tau, v_threshold, False)
+def _rate_backward_outputs(x, gate, parameters, wanted):
+    dx = _rate_output(x, None, parameters, False)
     dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
-    return dx, dgate, *allocate_parameter_gradients(x, tau, v_threshold, parameters)
+    return dx, dgate, allocate_parameter_gradients(x, parameters, wanted)
 
 
 def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
-    *neuron, parameters, backend = rest
-    dx, dgate, *d_parameters = _rate_backward_outputs(x, gate, tau, v_threshold, parameters)
+    *values, wanted, backend = rest
+    parameters = tau, v_threshold
+    dx, dgate, d_parameters = _rate_backward_outputs(x, gate, parameters, wanted)
     if x.numel() == 0:
         return dx, dgate, *(d.zero_() for d in d_parameters)
-    sums = kernels(backend, "lif").lif_rate_backward(
-        g, x, gate, tau, v_threshold, T, Neuron(*neuron), dx, None if gate is None else dgate, parameters, tuning.current()
+    sums = kernels(backend, "rate").rate_backward(
+        lif_variant(*values), g, x, gate, parameters, T, dx, None if gate is None else dgate, wanted, tuning.current()
     )
-    return dx, dgate, *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return dx, dgate, *sum_parameter_gradients(LIF, parameters, sums, d_parameters)
 
 
 def _rate_backward_fake(g, x, gate, tau, v_threshold, T, *rest):
-    return tuple(_rate_backward_outputs(x, gate, tau, v_threshold, rest[-2]))
+    dx, dgate, d_parameters = _rate_backward_outputs(x, gate, (tau, v_threshold), rest[-2])
+    return dx, dgate, *d_parameters
 
 
 # --- autograd ---------------------------------------------------------------------------------------------------------------
-
-
-def _lif_save(ctx, inputs, output):
-    x, v, tau, v_threshold, *ctx.rest = inputs
-    ctx.save_for_backward(x, v, tau, v_threshold, output[3])
-    ctx.set_materialize_grads(False)
-
-
-def _lif_gradient(ctx, g, g_v, g_seq, _):
-    x, v, tau, v_threshold, checkpoint = ctx.saved_tensors
-    *neuron, return_v, return_v_seq, _, _, backend = ctx.rest
-    g_v, g_seq = g_v if return_v else None, g_seq if return_v_seq else None  # compiled graphs pass zeros for empty outputs
-    needs = ctx.needs_input_grad
-    return _lif_backward_call(g, g_v, g_seq, x, v, tau, v_threshold, checkpoint, *neuron, needs[2] or needs[3], backend)
 
 
 def _rate_save(ctx, inputs, output):
@@ -199,24 +122,6 @@ def _rate_gradient(ctx, g):
     return dx, d_residual, dgate, dtau, dth
 
 
-_lif_call = register(
-    f"lif(Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, {NEURON_SCHEMA}, bool return_v, bool return_v_seq, "
-    "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _lif,
-    _lif_fake,
-    batch_axes=(1, 0, None, None),
-    output_axes=(1, 0, 1, 1),
-    save=_lif_save,
-    gradient=_lif_gradient,
-)
-_lif_backward_call = register(
-    "lif_backward(Tensor? g, Tensor? g_v, Tensor? g_seq, Tensor x, Tensor? v, Tensor? tau, Tensor? v_threshold, "
-    f"Tensor checkpoint, {NEURON_SCHEMA}, bool parameters, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _lif_backward,
-    _lif_backward_fake,
-    batch_axes=(1, 0, 1, 1, 0, None, None, 1),
-    output_axes=(1, 0, None, None),
-)
 _rate_call = register(
     f"lif_rate(Tensor x, Tensor? residual, Tensor? gate, Tensor? tau, Tensor? v_threshold, int T, {NEURON_SCHEMA}, "
     "bool return_counts, str backend) -> Tensor",
@@ -256,25 +161,25 @@ class _Settings(Settings, total=False):
     spike_dtype: torch.dtype | None
 
 
-_No = Literal[False]
-_Yes = Literal[True]
+No = Literal[False]
+Yes = Literal[True]
 
 
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: No = ..., **settings: "Unpack[_Settings]"
 ) -> Tensor: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: Yes, **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _Yes, return_v_seq: _No = ..., **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: Yes, return_v_seq: No = ..., **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def lif(
-    x: Tensor, v: Tensor | None = ..., *, return_v: _No = ..., return_v_seq: _Yes, **settings: "Unpack[_Settings]"
+    x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: Yes, **settings: "Unpack[_Settings]"
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def lif(
@@ -349,23 +254,11 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
-    check_data("x", x)
-    if x.dim() == 0:
-        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
-    shape = x.shape[1:]
-    if v is not None:
-        check_membrane("v", v, shape, x)
-    channels = shape[-1] if shape else None
+    channels = check_steps(x, v, return_v, return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
     )
-    check_flag("return_v", return_v)
-    check_flag("return_v_seq", return_v_seq)
-    if spike_dtype is not None and spike_dtype != x.dtype:
-        if spike_dtype not in _INFERENCE:
-            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
-        if wants_gradient(x, v, tau_tensor, threshold_tensor):
-            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
@@ -376,14 +269,8 @@ def lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
-    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, tau_tensor, threshold_tensor)
-    s, v_final, v_seq, _ = _lif_call(
-        x, v, tau_tensor, threshold_tensor, *neuron, return_v, return_v_seq, spike_dtype, keep, backend
-    )
-    if return_v:
-        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
-    return (s, v_seq) if return_v_seq else s
+    parameters = tau_tensor, threshold_tensor
+    return run(_lif_call, x, v, parameters, neuron, return_v, return_v_seq, spike_dtype, backend)
 
 
 def lif_rate(

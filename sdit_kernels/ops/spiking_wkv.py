@@ -19,7 +19,9 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
-from .lif import NEURON_SCHEMA, Settings, allocate_parameter_gradients, sum_parameter_gradients
+from ..neuron import LIF
+from .lif import NEURON_SCHEMA, Settings, lif_variant
+from .neuron import allocate_parameter_gradients, sum_parameter_gradients
 from .operator import kernels, register, values_are_readable
 from .wkv import State
 
@@ -51,8 +53,8 @@ def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay
     if k.numel():
         out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
-            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, *wanted,
-            numbers
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
+            lif_variant(*neuron), rate, out, *wanted, numbers,
         )  # fmt: skip
     elif return_state:  # no tokens or no steps: the final states are the given states
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -69,7 +71,7 @@ def _backward_outputs(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_thresho
     """Allocate the gradients of the ten tensors, in this order. Gradients that are not requested are empty tensors."""
     data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
     given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, bonus, ybar, lse, membrane)]
-    return *data, *given, *allocate_parameter_gradients(k, tau, v_threshold, parameters)
+    return *data, *given, *allocate_parameter_gradients(k, (tau, v_threshold), parameters)
 
 
 def _backward(
@@ -96,10 +98,10 @@ def _backward(
         checkpoint = _forward(*inputs, decay_is_log_of_rate, *neuron, rate, False, True, backend)[4]
     given = (d if d.numel() else None for d in (dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane))
     sums = kernels(backend, "spiking_wkv").spiking_wkv_backward(
-        g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
-        checkpoint.contiguous(), Neuron(*neuron), rate, parameters, dk, dv, *given, numbers,
+        g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
+        checkpoint.contiguous(), lif_variant(*neuron), rate, parameters, dk, dv, *given, numbers,
     )  # fmt: skip
-    return *outputs[:8], *sum_parameter_gradients(tau, v_threshold, sums, d_parameters)
+    return *outputs[:8], *sum_parameter_gradients(LIF, (tau, v_threshold), sums, d_parameters)
 
 
 def _backward_fake(

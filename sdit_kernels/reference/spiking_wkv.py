@@ -4,7 +4,7 @@ The currents have the dtype of the arithmetic, for every dtype of the data.
 """
 
 from ..dtypes import state_dtype
-from .lif import lif
+from .neuron import lif
 from .wkv import wkv
 
 

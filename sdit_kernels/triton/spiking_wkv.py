@@ -24,14 +24,14 @@ import triton.language as tl
 
 from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
-from ..surrogate import SURROGATES
-from . import lif, wkv
-from .lif import charge, load_leak, numbers_of, reset_membrane, surrogate_derivative
-from .tiles import STATES, cdiv, contiguous, divide, is_per_channel, launch, load_parameter, warps_of
+from ..neuron import trace
+from . import neuron, wkv
+from .neuron import as_number, as_tile, bind, load_parameters
+from .tiles import STATES, cdiv, divide, launch, warps_of
 from .wkv import (
     LOG2E,
     at_least_tiny,
-    load_parameters,
+    load_decay_and_bonus,
     load_state,
     load_user_state,
     own_weight,
@@ -42,6 +42,8 @@ from .wkv import (
     store_three,
 )
 
+step = record = pullback = None  # the printed functions of a neuron; see bind
+
 
 class Flags(NamedTuple):
     """Compile-time constants of the spiking_wkv kernels."""
@@ -51,13 +53,12 @@ class Flags(NamedTuple):
     TOKENS: int  # tokens per tile
     RATE: bool  # the output is the mean of the spikes over T
     LOG_OF_RATE: bool  # w is -exp(time_decay)
-    SOFT: bool  # the reset subtracts the threshold
-    DECAY: bool  # the leak divides the input too
-    TAU_CHANNELS: bool  # tau is one element per channel
-    THETA_CHANNELS: bool
+    CHANNELS: tuple[bool, ...]  # these three as in neuron.Flags
+    RECIPROCAL: tuple[bool, ...]
+    START: tuple[int, ...]
     HELD: int = 0  # tokens that the backward pass holds in registers
-    DETACH: bool = False  # no gradient through the reset
-    KIND: int = 0  # id of the surrogate in SURROGATES
+    HOLDS_STATES: bool = False  # the backward pass holds the membranes before every step, not the tape
+    USES_TAPE: bool = False  # and the pullback needs the tape too: the membrane after the step
 
 
 @triton.jit
@@ -113,9 +114,8 @@ def _load_tile(ptr, x_t, x_l, t0, left, mask, other, T: tl.constexpr, TOKENS: tl
     return xs
 
 
-@triton.jit(do_not_specialize=["B", "L", "plane"])
 def spiking_wkv_forward_kernel(
-    inputs, parameters, states_in, outputs, B, L, C, plane, leak: "fp64", theta: "fp64", v_reset: "fp64",
+    inputs, parameters, states_in, outputs, B, L, C, plane, n0: "fp64", n1: "fp64", n2: "fp64", n3: "fp64",
     F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     """Scan and fire. keep receives the states at the start of each tile, (3, T, B, tiles, C)."""
@@ -123,18 +123,17 @@ def spiking_wkv_forward_kernel(
     v_ptr, v_t, v_b, v_l = inputs[1]
     r_ptr, r_t, r_b, r_l = inputs[2]
     m_ptr, m_b, m_l = inputs[3]
-    w_ptr, u_ptr, tau_ptr, theta_ptr = parameters
+    w_ptr, u_ptr, neuron_ptrs = parameters
     ybar_ptr, lse_ptr = states_in
     out_ptr, ybar_out_ptr, lse_out_ptr, m_out_ptr, keep_ptr = outputs
     T: tl.constexpr = F.T
     TOKENS: tl.constexpr = F.TOKENS
     sequence, cols, mask = _locate_program(C, F.BC)
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
-    leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
-    th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
-    reset = tl.full([], v_reset, STATE)
+    w, u2 = load_decay_and_bonus(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
+    constants = load_parameters(neuron_ptrs, (n0, n1, n2, n3), cols, mask, F, STATE)
+    start = constants[F.START[0]] if F.START[0] >= 0 else 0.0
     tiles = tl.cdiv(L, TOKENS)
-    step = tl.cast(B, tl.int64) * L * C
+    steps_apart = tl.cast(B, tl.int64) * L * C
     states = ()
     for t in tl.static_range(T):
         states = states + (load_user_state(ybar_ptr, lse_ptr, (t * B + sequence) * C + cols, mask, w),)
@@ -157,7 +156,7 @@ def spiking_wkv_forward_kernel(
         for j in tl.static_range(TOKENS):
             m = mask & (j < left)
             at = (sequence * L + t0 + j) * C + cols
-            x = ms[j].to(STATE) if m_ptr is not None else tl.zeros_like(w) + reset
+            x = ms[j].to(STATE) if m_ptr is not None else tl.zeros_like(w) + start
             count = tl.zeros_like(w)
             after = ()
             for t in tl.static_range(T):
@@ -167,13 +166,13 @@ def spiking_wkv_forward_kernel(
                 y, _, _ = _weighted_mean(states[t][0], states[t][1], q, v, u2)
                 if r_ptr is not None:
                     y = _sigmoid(rs[j * T + t].to(STATE)) * y
-                h, _ = charge(y, x, leak_, reset, F.SOFT, F.DECAY)
-                spike = tl.where(h >= th, 1.0, 0.0)
-                x = reset_membrane(h, th, reset, F.SOFT)
+                spike, membrane = step(y, (x,), constants)
+                spike = as_number(spike, STATE)
+                x = as_tile(membrane[0], y)
                 if F.RATE:
-                    count += spike.to(STATE)
+                    count += spike
                 else:
-                    tl.store(out_ptr + t * step + at, spike.to(out_ptr.dtype.element_ty), mask=m)
+                    tl.store(out_ptr + t * steps_apart + at, spike.to(out_ptr.dtype.element_ty), mask=m)
             states = after
             if F.RATE:
                 rate = count * (1.0 / T) if (T & (T - 1)) == 0 else divide(count, tl.zeros_like(w) + T)
@@ -191,10 +190,9 @@ def spiking_wkv_forward_kernel(
             tl.store(lse_out_ptr + at, tl.where(seen, tl.fma(n - behind, w, ka) + tl.log(b), -float("inf")), mask=mask)
 
 
-@triton.jit(do_not_specialize=["B", "L", "plane"])
 def spiking_wkv_backward_kernel(
-    upstream, inputs, parameters, keep_ptr, gradients, sums, B, L, C, plane,
-    leak: "fp64", theta: "fp64", v_reset: "fp64", alpha: "fp64", F: tl.constexpr, STATE: tl.constexpr,
+    upstream, inputs, parameters, gradients, sums, B, L, C, plane,
+    n0: "fp64", n1: "fp64", n2: "fp64", n3: "fp64", alpha: "fp64", F: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
     g_ptr, g_t, g_b, g_l = upstream[0]
     g_ybar_ptr, g_lse_ptr, g_m_ptr = upstream[1]
@@ -202,21 +200,26 @@ def spiking_wkv_backward_kernel(
     v_ptr, v_t, v_b, v_l = inputs[1]
     r_ptr, r_t, r_b, r_l = inputs[2]
     m_ptr, m_b, m_l = inputs[3]
-    w_ptr, u_ptr, tau_ptr, theta_ptr = parameters
+    keep_ptr = inputs[4]
+    w_ptr, u_ptr, neuron_ptrs = parameters
     dk_ptr, dv_ptr, dr_ptr, d_ybar_ptr, d_lse_ptr, dm_ptr = gradients
-    dw_ptr, du_ptr, d_leak_ptr, d_theta_ptr = sums
+    dw_ptr, du_ptr, d_neuron_ptrs = sums
     T: tl.constexpr = F.T
     TOKENS: tl.constexpr = F.TOKENS
     HELD: tl.constexpr = F.HELD
     sequence, cols, mask = _locate_program(C, F.BC)
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
-    leak_ = load_leak(tau_ptr, leak, cols, mask, F.TAU_CHANNELS, STATE)
-    th = load_parameter(theta_ptr, theta, cols, mask, F.THETA_CHANNELS, STATE)
-    reset, a_ = tl.full([], v_reset, STATE), tl.full([], alpha, STATE)
+    w, u2 = load_decay_and_bonus(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
+    constants = load_parameters(neuron_ptrs, (n0, n1, n2, n3), cols, mask, F, STATE)
+    start = constants[F.START[0]] if F.START[0] >= 0 else 0.0
+    a_ = tl.full([], alpha, STATE)
     tiles = tl.cdiv(L, TOKENS)
-    step = tl.cast(B, tl.int64) * L * C
+    steps_apart = tl.cast(B, tl.int64) * L * C
     zero = tl.zeros_like(w)
-    sum_w, sum_u, sum_leak, sum_theta = zero, zero, zero, zero
+    sum_w, sum_u = zero, zero
+    totals = ()
+    if d_neuron_ptrs is not None:
+        for n in tl.static_range(len(d_neuron_ptrs)):  # noqa: B007
+            totals = totals + (zero,)
     adjoint = ()  # P and Q
     for t in tl.static_range(T):  # noqa: B007
         adjoint = adjoint + ((zero, zero),)
@@ -273,12 +276,13 @@ def spiking_wkv_backward_kernel(
             if m_ptr is not None:
                 x = tl.load(m_ptr + sequence * m_b + (t0 + j) * m_l + cols, mask=m, other=0.0).to(STATE)
             else:
-                x = zero + reset
+                x = zero + start
             if g_m_ptr is not None:
                 carry = tl.load(g_m_ptr + at, mask=m, other=0.0)
             else:
                 carry = zero
             steps = ()
+            held = ()  # the membrane before every step, or the tape of every step
             for t in tl.static_range(T):  # recompute the neuron
                 a, b, q = past[j * T + t]
                 y, seen, own = _weighted_mean(a, b, q, vs[j * T + t].to(STATE), u2)
@@ -288,47 +292,42 @@ def spiking_wkv_backward_kernel(
                     r = tl.load(r_ptr + sequence * r_b + t * tl.cast(r_t, tl.int64) + (t0 + j) * r_l + cols, mask=m, other=0.0)
                     p = _sigmoid(r.to(STATE))
                     current = p * y
-                h, rest = charge(current, x, leak_, reset, F.SOFT, F.DECAY)
-                x = reset_membrane(h, th, reset, F.SOFT)
-                steps = steps + ((h, current - rest if F.DECAY else -rest, seen, own, p),)
+                tape, membrane = record(current, (x,), constants)
+                held = held + ((x,) if F.HOLDS_STATES else tape,)
+                x = as_tile(membrane[0], current)
+                steps = steps + ((current, seen, own, p),)
+            held = held + ((x,),)
             before = ()
             for t in tl.static_range(T - 1, -1, -1):
-                h, apart, seen, own, p = steps[t]
+                current, seen, own, p = steps[t]
                 a, b, q = past[j * T + t]
                 v = vs[j * T + t].to(STATE)
                 y = tl.where(j < left, seen * a + own * v, 0.0)  # y may be infinite past the last token
-                z = h - th
-                fired = z >= 0.0
-                slope = surrogate_derivative(z, a_, F.KIND)
                 ds = zero  # gradient of the spike
                 if g_ptr is not None:
                     g = tl.load(
                         g_ptr + sequence * g_b + t * tl.cast(g_t, tl.int64) + (t0 + j) * g_l + cols, mask=m, other=0.0
                     ).to(STATE)
                     ds += g * (1.0 / T) if F.RATE else g
-                if not F.DETACH:
-                    ds += carry * (-th if F.SOFT else reset - h)
-                dz = tl.where(slope == 0.0, 0.0, ds * slope)  # the reset hides an infinite h
-                dh = dz + (carry if F.SOFT else tl.where(fired, 0.0, carry))
-                if d_leak_ptr is not None:
-                    sum_leak += tl.where(m, dh * apart, 0.0)
-                    d_theta = dz
-                    if F.SOFT:
-                        d_theta += tl.where(fired, carry, 0.0)
-                    sum_theta -= tl.where(m, d_theta, 0.0)
-                carry = dh * (1.0 - leak_)
-                dy = dh * leak_ if F.DECAY else dh
+                tape = held[t + 1] if F.USES_TAPE else held[t]
+                dy, d_membrane, along = pullback(tape, current, held[t], constants, ds, (carry,), a_)
+                carry = as_tile(d_membrane[0], ds)
+                if d_neuron_ptrs is not None:
+                    added = ()
+                    for n in tl.static_range(len(d_neuron_ptrs)):
+                        added = added + (totals[n] + tl.where(m, along[n], 0.0),)
+                    totals = added
                 if r_ptr is not None:
                     dy *= p
-                    tl.store(dr_ptr + t * step + at, (dy * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=m)
+                    tl.store(dr_ptr + t * steps_apart + at, (dy * y * (1.0 - p)).to(dr_ptr.dtype.element_ty), mask=m)
                 A, E = pair_weights(q - w)
                 P, Q = adjoint[t]
                 seen *= dy
                 own *= dy
                 dk = own * (v - y)
                 sum_u += dk
-                tl.store(dv_ptr + t * step + at, (own + E * P).to(dv_ptr.dtype.element_ty), mask=m)
-                tl.store(dk_ptr + t * step + at, (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty), mask=m)
+                tl.store(dv_ptr + t * steps_apart + at, (own + E * P).to(dv_ptr.dtype.element_ty), mask=m)
+                tl.store(dk_ptr + t * steps_apart + at, (dk + E * (P * v + Q)).to(dk_ptr.dtype.element_ty), mask=m)
                 sum_w += tl.where(j < left, A * (P * a + Q * b), 0.0)
                 before = ((A * P + seen, A * Q - seen * y),) + before
             adjoint = before
@@ -343,9 +342,9 @@ def spiking_wkv_backward_kernel(
     at = sequence * C + cols
     tl.store(dw_ptr + at, sum_w, mask=mask)
     tl.store(du_ptr + at, sum_u, mask=mask)
-    if d_leak_ptr is not None:
-        tl.store(d_leak_ptr + at, sum_leak, mask=mask)
-        tl.store(d_theta_ptr + at, sum_theta, mask=mask)
+    if d_neuron_ptrs is not None:
+        for n in tl.static_range(len(d_neuron_ptrs)):
+            tl.store(d_neuron_ptrs[n] + at, totals[n], mask=mask)
 
 
 # --- launchers: the same signatures as in cpu/spiking_wkv.py ----------------------------------------------------------------
@@ -368,11 +367,10 @@ def _launch(kernel, k, flags, tuning, *args):
     )  # fmt: skip
 
 
-def _flags(tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate, **flags):
-    channels = is_per_channel(tau), is_per_channel(v_threshold)
-    rules = neuron.v_reset is None, neuron.decay_input
-    tokens = spiking_tile(T, "triton", tuning)
-    return Flags(tuning.spiking_threads, T, tokens, rate, decay_is_log_of_rate, *rules, *channels, **flags)
+def _flags(tuning, variant, parameters, T, rate, decay_is_log_of_rate, **flags):
+    f, tokens = neuron.flags_of(variant, parameters, T), spiking_tile(T, "triton", tuning)
+    rules = f.CHANNELS, f.RECIPROCAL, f.START
+    return Flags(tuning.spiking_threads, T, tokens, rate, decay_is_log_of_rate, *rules, **flags)
 
 
 def _steps_as_batch(*tensors):
@@ -393,7 +391,7 @@ def _run_wkv_kernels(k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, y, 
 
 
 def spiking_wkv_forward(
-    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold, neuron, rate, out, ybar_out, lse_out,
+    k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, parameters, variant, rate, out, ybar_out, lse_out,
     membrane_out, checkpoint, tuning,
 ):  # fmt: skip
     """Fill out, and the final states and the checkpoint if given. k must not be empty."""
@@ -403,23 +401,24 @@ def spiking_wkv_forward(
         y = torch.empty(k.shape, dtype=state_dtype(k.dtype), device=k.device)
         _run_wkv_kernels(k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, y, ybar_out, lse_out, checkpoint, tuning)
         spikes = torch.empty_like(y, dtype=out.dtype) if rate else out
-        lif.lif_forward(y, membrane, tau, v_threshold, neuron, spikes, membrane_out, None, None, tuning)
+        neuron.neuron_forward(variant, y, (membrane,), parameters, spikes, (membrane_out,), (None,), (None,), tuning)
         if rate:
             out.copy_(spikes.sum(0, dtype=y.dtype).div_(T))
         return
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
+    tensors, numbers = neuron.values_of(variant, parameters, k)
     _launch(
-        spiking_wkv_forward_kernel, k, _flags(tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate), tuning,
+        bind(spiking_wkv_forward_kernel, "spiking_wkv_forward_kernel", variant.neuron, variant.flags), k,
+        _flags(tuning, variant, parameters, T, rate, decay_is_log_of_rate), tuning,
         (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2)),
-        (decay.contiguous(), bonus.contiguous(), contiguous(tau), contiguous(v_threshold)), (ybar, lse),
-        (out, ybar_out, lse_out, membrane_out, checkpoint), B, L, C, 0 if checkpoint is None else checkpoint.stride(0),
-        *numbers_of(neuron),
+        (decay.contiguous(), bonus.contiguous(), tensors), (ybar, lse), (out, ybar_out, lse_out, membrane_out, checkpoint),
+        B, L, C, 0 if checkpoint is None else checkpoint.stride(0), *numbers,
     )  # fmt: skip
 
 
 def spiking_wkv_backward(
-    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, tau, v_threshold,
-    checkpoint, neuron, rate, parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
+    g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, parameters,
+    checkpoint, variant, rate, with_parameters, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, tuning,
 ):  # fmt: skip
     """Fill the gradients that are given. Return partial sums of d 1/tau and d v_threshold, or None. k must not be empty."""
     T, B, L, C = k.shape
@@ -433,9 +432,9 @@ def spiking_wkv_backward(
         if g is not None:
             g = (g.to(state) / T if rate else g).expand(k.shape)
         dy = torch.empty_like(y)
-        sums = lif.lif_backward(
-            g, g_membrane, None, y, membrane, tau, v_threshold, y.new_empty(0), neuron, dy, d_membrane, parameters,
-            tuning,
+        sums = neuron.neuron_backward(
+            variant, g, (g_membrane,), (None,), y, (membrane,), parameters, (y.new_empty(0),), dy, (d_membrane,),
+            with_parameters, tuning,
         )  # fmt: skip
         del y
         dy, g_ybar, g_lse, k, v, r, ybar, lse, dk, dv, dr, d_ybar, d_lse = _steps_as_batch(
@@ -446,23 +445,27 @@ def spiking_wkv_backward(
             dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, tuning,
         )  # fmt: skip
         return sums
+    plan = trace(variant.neuron, variant.flags).plan(with_parameters)
     flags = _flags(
-        tuning, neuron, tau, v_threshold, T, rate, decay_is_log_of_rate,
+        tuning, variant, parameters, T, rate, decay_is_log_of_rate,
         HELD=min(spiking_tile(T, "triton", tuning), max(1, tuning.spiking_held_pairs // T)),
-        DETACH=neuron.detach_reset, KIND=SURROGATES[neuron.surrogate].id,
+        HOLDS_STATES=plan.uses_states, USES_TAPE=plan.uses_states and plan.uses_tape,
     )  # fmt: skip
     # Separate tensors, so that each is aligned.
-    dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(4 if parameters else 2))
+    dw, du, *sums = (k.new_empty(B, C, dtype=state) for _ in range(2 + len(parameters) * with_parameters))
     g = None if g is None else g.to(k.dtype).expand(k.shape)
     if g_ybar is not None or g_lse is not None:
         g_ybar, g_lse = (k.new_zeros(T, B, C, dtype=state) if s is None else s for s in (g_ybar, g_lse))
-    decay = decay.contiguous()
+    decay, (tensors, numbers) = decay.contiguous(), neuron.values_of(variant, parameters, k)
+    kernel = bind(
+        spiking_wkv_backward_kernel, "spiking_wkv_backward_kernel", variant.neuron, variant.flags, variant.surrogate,
+        with_parameters,
+    )  # fmt: skip
     _launch(
-        spiking_wkv_backward_kernel, k, flags, tuning, (_with_strides(g), (g_ybar, g_lse, g_membrane)),
-        (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2)),
-        (decay, bonus.contiguous(), contiguous(tau), contiguous(v_threshold)), checkpoint,
-        (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, *(sums or (None, None))), B, L, C, checkpoint.stride(0),
-        *numbers_of(neuron), neuron.alpha,
+        kernel, k, flags, tuning, (_with_strides(g), (g_ybar, g_lse, g_membrane)),
+        (_with_strides(k), _with_strides(v), _with_strides(r), _with_strides(membrane, 2), checkpoint),
+        (decay, bonus.contiguous(), tensors), (dk, dv, dr, d_ybar, d_lse, d_membrane), (dw, du, tuple(sums) or None),
+        B, L, C, checkpoint.stride(0), *numbers, variant.alpha,
     )  # fmt: skip
     wkv.parameter_sums(dw, du, decay, decay_is_log_of_rate, d_decay, d_bonus, tuning)
     return sums or None

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view, step_view
+from ..layout import row_view, step_view
 
 # A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
 _MAX_HELD_VALUES = 128
@@ -75,11 +75,11 @@ class Grid:
         self.groups = cdiv(row_blocks, self.group)
         self.programs = column_blocks * self.groups
 
-    def partial_sums(self, layout, per_channel, like):
+    def partial_sums(self, layout, per_channel, like, parameters):
         shape = (self.groups, layout.C) if per_channel else (self.programs,)
-        # Two tensors, not two halves of one: the address of the second half is aligned for some batch sizes only, and Triton
-        # compiles another kernel for an unaligned address.
-        return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(2))
+        # Separate tensors, not parts of one: the address of a part is aligned for some batch sizes only, and Triton compiles
+        # another kernel for an unaligned address.
+        return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(parameters))
 
     def launch(self, kernel, device, *args, **flags):
         flags |= dict(BR=self.BR, BC=self.BC, num_warps=warps_of(self.threads), enable_fp_fusion=False)
@@ -114,46 +114,24 @@ def as_bytes(t):
     return t.view(torch.uint8) if t.dtype == torch.bool else t
 
 
-def launch_steps_forward(kernel, x, v, first, v_threshold, s, v_final, v_seq, checkpoint, numbers, flags, tuning):
-    """Launch a forward kernel over T steps of a neuron whose parameters are ``first`` (tau or beta) and v_threshold."""
-    per_channel = is_per_channel(first) or is_per_channel(v_threshold)
-    layout = layout_of(x, s, per_channel)
-    outputs = (
-        row_view(layout, as_bytes(s)), maybe_step_view(layout, v_final), maybe_row_view(layout, v_seq),
-        maybe_row_view(layout, checkpoint),
-    )  # fmt: skip
-    Grid(tuning, layout, x.dtype, False, per_channel).launch(
-        kernel, x.device, (row_view(layout, x), maybe_step_view(layout, v)), outputs, (contiguous(first),
-        contiguous(v_threshold)), x.shape[0], layout.R, layout.C, *numbers, F=flags, STATE=STATES[state_dtype(x.dtype)],
-    )  # fmt: skip
-
-
-def launch_steps_backward(
-    kernel, g, g_v, g_seq, x, v, first, v_threshold, checkpoint, dx, dv, parameters, numbers, flags, tuning
-):  # fmt: skip
-    """Launch a backward kernel. If ``parameters``, return the partial sums of the gradients of the parameters."""
-    per_channel = is_per_channel(first) or is_per_channel(v_threshold)
-    layout = layout_of(x, dx, per_channel)
-    T, state = x.shape[0], state_dtype(x.dtype)
-    inputs = row_view(layout, x), maybe_step_view(layout, v), maybe_row_view(layout, checkpoint if checkpoint.numel() else None)
-    g_v, g_seq = (None if t is None else t.to(state) for t in (g_v, g_seq))
-    upstream = gradient_view(layout, g, x.dtype), maybe_step_view(layout, g_v), maybe_row_view(layout, g_seq)
-    grid = Grid(tuning, layout, x.dtype, parameters, per_channel, held=min(T, LIF_CHECKPOINT_STEPS) * (2 if parameters else 1))
-    sums = grid.partial_sums(layout, per_channel, x) if parameters else None
-    grid.launch(
-        kernel, x.device, inputs, upstream, (row_view(layout, dx), maybe_step_view(layout, dv), sums or (None, None)),
-        (contiguous(first), contiguous(v_threshold)), T, layout.R, layout.C, grid.group,
-        *numbers, F=flags, STATE=STATES[state],
-    )  # fmt: skip
-    return sums
-
-
 # --- in kernels --------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def as_tensors(a, b):
+    """Return a and b as tensors of one type. One of them may be a number."""
+    if not isinstance(a, tl.tensor):
+        return tl.full([], a, b.dtype), b
+    elif not isinstance(b, tl.tensor):
+        return a, tl.full([], b, a.dtype)
+    else:
+        return a, b
 
 
 @triton.jit
 def divide(a, b):
     """a / b rounded to nearest. ``/`` on float32 is approximate on NVIDIA GPUs."""
+    a, b = as_tensors(a, b)
     return tl.div_rn(a, b) if b.dtype == tl.float32 else a / b
 
 
@@ -180,16 +158,11 @@ def tile_of_program(R, C, group, BR: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def store_sums(
-    dr_ptr, dtheta_ptr, sum_r, sum_theta, block, C, first, cols, mask_c,
-    TAU_CHANNELS: tl.constexpr, THETA_CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Store this program's partial sums of d r and d theta: one row per group for a parameter per channel, else one number."""
-    if dr_ptr is not None:
-        if TAU_CHANNELS or THETA_CHANNELS:
-            at = block.to(tl.int64) * C + first + cols
-            tl.store(dr_ptr + at, tl.sum(sum_r, 0)[None, :], mask=mask_c)
-            tl.store(dtheta_ptr + at, tl.sum(sum_theta, 0)[None, :], mask=mask_c)
+def store_sums(pointers, sums, block, C, first, cols, mask_c, PER_CHANNEL: tl.constexpr):
+    """Store this program's partial sums: one row per group of rows for parameters per channel, else one number."""
+    for i in tl.static_range(len(pointers)):
+        if PER_CHANNEL:
+            at = pointers[i] + block.to(tl.int64) * C + first + cols
+            tl.store(at, tl.sum(sums[i], 0)[None, :], mask=mask_c)
         else:
-            tl.store(dr_ptr + tl.program_id(0), tl.sum(tl.sum(sum_r, 1), 0))
-            tl.store(dtheta_ptr + tl.program_id(0), tl.sum(tl.sum(sum_theta, 1), 0))
+            tl.store(pointers[i] + tl.program_id(0), tl.sum(tl.sum(sums[i], 1), 0))

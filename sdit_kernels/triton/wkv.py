@@ -294,7 +294,7 @@ def _load_decay(w_ptr, cols, mask, LOG_OF_RATE: tl.constexpr, STATE: tl.constexp
 
 
 @triton.jit
-def load_parameters(w_ptr, u_ptr, cols, mask, LOG_OF_RATE: tl.constexpr, STATE: tl.constexpr):
+def load_decay_and_bonus(w_ptr, u_ptr, cols, mask, LOG_OF_RATE: tl.constexpr, STATE: tl.constexpr):
     """Load w and u log2(e). u is either -inf or above the exponent of an empty state."""
     u = tl.load(u_ptr + cols, mask=mask, other=0.0).to(STATE)
     u = tl.where((u < 0.1 * _EMPTY_EXPONENT) & (u > -float("inf")), 0.1 * _EMPTY_EXPONENT, u)
@@ -385,7 +385,7 @@ def wkv_forward_kernel(
     end = tl.minimum(begin + tiles_per_chunk, tiles)
     row = _first_row(cu_ptr, sequence, first, L, TILE)
     chunk_row = _first_row(cu_ptr, sequence, first, L, TILE * tl.cast(tiles_per_chunk, tl.int64)) + chunk
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
+    w, u2 = load_decay_and_bonus(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
     if start_ptr is None or BOTH:
         state = load_user_state(ybar_ptr, lse_ptr, sequence * C + cols, mask, w)
     else:
@@ -556,7 +556,7 @@ def wkv_backward_kernel(
     if DOWN:
         behind = mask & (begin < end) & (end < parts)
         o_behind = tl.load(state_ptr + 2 * plane + (row + end * HELD // TILE) * C + cols, mask=behind, other=0.0)
-    w, u2 = load_parameters(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
+    w, u2 = load_decay_and_bonus(w_ptr, u_ptr, cols, mask, F.LOG_OF_RATE, STATE)
     for i in range(begin, end):
         part = i if RIGHTWARDS else begin + end - 1 - i
         # opaque_cols equals cols, but LLVM cannot know it. LLVM would otherwise hold every ptr + cols in two registers, which

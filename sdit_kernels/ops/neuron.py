@@ -1,0 +1,197 @@
+"""The operators of neurons over T time steps: one factory for all neurons.
+
+An operator has a CPU, a CUDA and a fake implementation and an autograd formula. The backend is an argument of the operator,
+because the backward pass may run on another thread than the one that chose the backend.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import tuning
+from ..checks import check_data, check_flag, check_membrane, wants_gradient
+from ..dtypes import state_dtype
+from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
+from ..neuron import Neuron, Variant
+from .operator import kernels, register
+
+INFERENCE_DTYPES = (torch.uint8, torch.bool)
+
+
+def check_steps(x, v, return_v, return_v_seq):
+    """Check the data of a neuron with one state over T steps. Return its number of channels, or None if x is (T,)."""
+    check_data("x", x)
+    if x.dim() == 0:
+        raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
+    shape = x.shape[1:]
+    if v is not None:
+        check_membrane("v", v, shape, x)
+    check_flag("return_v", return_v)
+    check_flag("return_v_seq", return_v_seq)
+    return shape[-1] if shape else None
+
+
+def check_spike_dtype(spike_dtype, x, *tensors):
+    """Check the dtype of the spikes. tensors: what may need a gradient besides x."""
+    if spike_dtype is not None and spike_dtype != x.dtype:
+        if spike_dtype not in INFERENCE_DTYPES:
+            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
+        if wants_gradient(x, *tensors):
+            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+
+
+def run(call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, backend):
+    """Call the operator of a neuron with one state. Return s, or a tuple of s, v and v_seq as requested."""
+    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *parameters)
+    s, v_final, v_seq, _ = call(x, v, *parameters, *values, return_v, return_v_seq, spike_dtype, keep, backend)
+    if return_v:
+        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
+    return (s, v_seq) if return_v_seq else s
+
+
+def per_channel(parameters: Sequence[Tensor | None]) -> bool:
+    return any(p is not None and p.numel() > 1 for p in parameters)
+
+
+def allocate_parameter_gradients(x, parameters, wanted):
+    """Gradients that are not requested are empty tensors."""
+    return [p.new_empty(p.shape) if wanted and p is not None else x.new_empty(0) for p in parameters]
+
+
+def sum_parameter_gradients(neuron, parameters, sums, found):
+    """Replace in ``found`` the gradients of tensor parameters, from a launcher's partial sums: (groups, C) or (programs,)."""
+    if sums is None:
+        return found
+    for i, (p, partial) in enumerate(zip(parameters, sums)):
+        if p is not None:
+            d = partial.sum(0) if p.numel() > 1 else partial.sum()
+            if neuron.parameters[i] in neuron.reciprocals:  # r = 1 / tau
+                d = -d / p.to(d.dtype).reshape(d.shape) ** 2
+            found[i] = d.reshape(p.shape).to(p.dtype)
+    return found
+
+
+def define(
+    neuron: Neuron,
+    names: Sequence[str],
+    schema: str,
+    variant: Callable[..., Variant],
+    check: Callable[..., None],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Define the operator ``sdit_kernels::<neuron.name>`` and its backward operator. Return the function to call.
+
+    The arguments are x, a Tensor | None per state, a Tensor | None per parameter, the values of ``schema``, return_state,
+    return_state_seq, spike_dtype, keep (the checkpoint), backend. The outputs are the spikes, then per state the last one, its
+    sequence and its checkpoint. Outputs that are not requested are empty tensors.
+
+    names: how users call the parameters. schema: the schema of the other settings. variant(*values): what launchers take.
+    check(parameters, values, dtype): checks the values of tensor parameters, on the CPU only, because reading them on a GPU
+    would wait for the GPU.
+    """
+    name, S, P = neuron.name, len(neuron.states), len(neuron.parameters)
+    inputs = 1 + S + P
+    T = range(S)
+
+    def allocate(x, parameters, return_state, return_state_seq, spike_dtype, keep):
+        dtype, channels = state_dtype(x.dtype), per_channel(parameters)
+        s = empty_like(x, spike_dtype or x.dtype, channels)
+        rows = max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS if keep else 0
+        return (
+            s,
+            *(empty_state_like(s, dtype) if return_state else x.new_empty(0) for _ in T),
+            *(empty_like(x, dtype, channels) if return_state_seq else x.new_empty(0) for _ in T),
+            *(empty_states_like(s, dtype, rows) if keep else x.new_empty(0) for _ in T),
+        )
+
+    def forward(x, *rest):
+        states, parameters, values, flags, backend = rest[:S], rest[S : S + P], rest[S + P : -5], rest[-5:-1], rest[-1]
+        outputs = allocate(x, parameters, *flags)
+        given = variant(*values)
+        if x.device.type == "cpu":
+            check(parameters, values, state_dtype(x.dtype))
+        if x.numel():
+            s, *wanted = [t if t.numel() else None for t in outputs]
+            kernels(backend, "neuron").neuron_forward(
+                given, x, states, parameters, s, wanted[:S], wanted[S : 2 * S], wanted[2 * S :], tuning.current()
+            )
+        elif flags[0]:
+            for final, state, start in zip(outputs[1 : 1 + S], states, starts(given)):
+                final.fill_(start) if state is None else final.copy_(state)
+        return outputs
+
+    def forward_fake(x, *rest):
+        return allocate(x, rest[S : S + P], *rest[-5:-1])
+
+    def starts(given):
+        numbers = dict(zip((*neuron.parameters, *neuron.numbers), given.values))
+        return [numbers.get(start, 0.0) for start in neuron.start]
+
+    def allocate_gradients(x, states, parameters, wanted):
+        dx = empty_like(x, x.dtype, per_channel(parameters))
+        d_states = [x.new_empty(0) if v is None else empty_state_like(dx, v.dtype) for v in states]
+        return dx, d_states, allocate_parameter_gradients(x, parameters, wanted)
+
+    def backward(g, *rest):
+        g_finals, g_seqs, (x, *states) = rest[:S], rest[S : 2 * S], rest[2 * S : 3 * S + 1]
+        rest = rest[3 * S + 1 :]
+        parameters, checkpoints, values, wanted, backend = rest[:P], rest[P : P + S], rest[P + S : -2], rest[-2], rest[-1]
+        dx, d_states, d_parameters = allocate_gradients(x, states, parameters, wanted)
+        if x.numel() == 0:
+            for d, v, g_final in zip(d_states, states, g_finals):
+                if v is not None:
+                    d.zero_() if g_final is None else d.copy_(g_final)
+            return dx, *d_states, *(d.zero_() for d in d_parameters)
+        # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
+        if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoints[0].numel() == 0:
+            checkpoints = forward(x, *states, *parameters, *values, False, False, None, True, backend)[1 + 2 * S :]
+        sums = kernels(backend, "neuron").neuron_backward(
+            variant(*values), g, g_finals, g_seqs, x, states, parameters, checkpoints, dx,
+            [None if v is None else d for d, v in zip(d_states, states)], wanted, tuning.current(),
+        )  # fmt: skip
+        return dx, *d_states, *sum_parameter_gradients(neuron, parameters, sums, d_parameters)
+
+    def backward_fake(g, *rest):
+        (x, *states), parameters = rest[2 * S : 3 * S + 1], rest[3 * S + 1 : 3 * S + 1 + P]
+        dx, d_states, d_parameters = allocate_gradients(x, states, parameters, rest[-2])
+        return dx, *d_states, *d_parameters
+
+    def save(ctx, arguments, outputs):
+        ctx.rest = arguments[inputs:]
+        ctx.save_for_backward(*arguments[:inputs], *outputs[1 + 2 * S :])
+        ctx.set_materialize_grads(False)
+
+    def gradient(ctx, g, *upstream):
+        *values, return_state, return_state_seq, _, _, backend = ctx.rest
+        # Compiled graphs pass zeros for empty outputs.
+        g_finals = upstream[:S] if return_state else [None] * S
+        g_seqs = upstream[S : 2 * S] if return_state_seq else [None] * S
+        wanted = any(ctx.needs_input_grad[1 + S : inputs])
+        return backward_call(g, *g_finals, *g_seqs, *ctx.saved_tensors, *values, wanted, backend)
+
+    def tensors(kind, given):
+        return "".join(f"{kind} {given_}, " for given_ in given)
+
+    states, parameters = tensors("Tensor?", neuron.states), tensors("Tensor?", names)
+    checkpoint_names = [f"checkpoint_{v}" if S > 1 else "checkpoint" for v in neuron.states]
+    call = register(
+        f"{name}(Tensor x, {states}{parameters}{schema}, bool return_state, bool return_state_seq, ScalarType? spike_dtype, "
+        f"bool keep, str backend) -> ({', '.join(['Tensor'] * (1 + 3 * S))})",
+        forward,
+        forward_fake,
+        batch_axes=(1, *(0 for _ in T), *(None for _ in names)),
+        output_axes=(1, *(0 for _ in T), *(1 for _ in T), *(1 for _ in T)),
+        save=save,
+        gradient=gradient,
+    )
+    upstream = tensors("Tensor?", [f"g_{v}" for v in neuron.states] + [f"g_{v}_seq" for v in neuron.states])
+    backward_call = register(
+        f"{name}_backward(Tensor? g, {upstream}Tensor x, {states}{parameters}{tensors('Tensor', checkpoint_names)}{schema}, "
+        f"bool parameters, str backend) -> ({', '.join(['Tensor'] * (1 + S + P))})",
+        backward,
+        backward_fake,
+        batch_axes=(1, *(0 for _ in T), *(1 for _ in T), 1, *(0 for _ in T), *(None for _ in names), *(1 for _ in T)),
+        output_axes=(1, *(0 for _ in T), *(None for _ in names)),
+    )
+    return call

@@ -1,0 +1,282 @@
+"""The operations of a neuron's step on tensors, and the loop over T time steps: every neuron's definition in plain PyTorch.
+
+The operations run in the order of the step, in float32 (float64 for float64 data), without fused multiply-adds. The kernels
+repeat them bit for bit, so the backward pass recomputes every spike exactly.
+"""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from ..dtypes import state_dtype
+from ..neuron import LEAKY, LIF, Neuron
+from ..surrogate import SURROGATES
+
+
+class _Fire(torch.autograd.Function):
+    """s = 1 where z >= 0, else 0, with the surrogate gradient: dz = ds * derivative(z).
+
+    dz is 0 where the derivative is 0. At an infinite h, ds is infinite, and the product would be NaN, although the reset hides
+    that h.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, derivative):
+        return (z >= 0).to(z.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, ctx.derivative = inputs
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
+
+    @staticmethod
+    def backward(ctx, ds):
+        (z,) = ctx.saved_tensors
+        slope = ctx.derivative(z)
+        return torch.where(slope == 0, 0.0, ds * slope), None
+
+    @staticmethod
+    def jvp(ctx, dz, _):
+        return _Fire.backward(ctx, dz)[0]
+
+
+class _FireAbove(_Fire):
+    """s = 1 where z > 0, else 0."""
+
+    @staticmethod
+    def forward(z, derivative):
+        return (z > 0).to(z.dtype)
+
+
+class _Where(torch.autograd.Function):
+    """a where s, else b. So an infinite h that fires gives a, and not 0 * inf. s receives the gradient (a - b) * upstream."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(s, a, b):
+        return torch.where(s > 0, a, b)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.numbers = [None if isinstance(t, Tensor) else t for t in inputs]
+        tensors = [t for t in inputs if isinstance(t, Tensor)]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def _inputs(ctx):
+        tensors = iter(ctx.saved_tensors)
+        return [next(tensors) if number is None else number for number in ctx.numbers]
+
+    @staticmethod
+    def backward(ctx, g):
+        s, a, b = _Where._inputs(ctx)
+        needs_s, needs_a, needs_b = ctx.needs_input_grad
+        return (
+            g * (a - b) if needs_s else None,
+            torch.where(s > 0, g, 0.0) if needs_a else None,
+            torch.where(s > 0, 0.0, g) if needs_b else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, ds, da, db):
+        s, a, b = _Where._inputs(ctx)
+        t = torch.where(s > 0, 0.0 if da is None else da, 0.0 if db is None else db)
+        return t if ds is None else t + ds * (a - b)
+
+
+class _Level(torch.autograd.Function):
+    """round(clip(z, lo, hi)), ties to even; the derivative is 1 from lo to hi, ends included."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, lo, hi):
+        return z.clamp(lo, hi).round()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, ctx.lo, ctx.hi = inputs
+        ctx.save_for_backward(z)
+        ctx.save_for_forward(z)
+
+    @staticmethod
+    def backward(ctx, g):
+        (z,) = ctx.saved_tensors
+        return torch.where((z >= ctx.lo) & (z <= ctx.hi), g, 0.0), None, None
+
+    @staticmethod
+    def jvp(ctx, dz, *_):
+        return _Level.backward(ctx, dz)[0]
+
+
+class TensorOperations:
+    """The operations of a step, on tensors. neuron/trace.py lists them."""
+
+    def __init__(self, derivative: Callable[[Tensor], Tensor]):
+        self._derivative = derivative
+
+    def fire(self, z):
+        return _Fire.apply(z, self._derivative)
+
+    def fire_above(self, z):
+        return _FireAbove.apply(z, self._derivative)
+
+    def level(self, z, lo, hi):
+        return _Level.apply(z, lo, hi)
+
+    def where(self, condition, a, b):
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            a = torch.full((), a, dtype=condition.dtype, device=condition.device)
+        a, b = (t.expand_as(condition) if isinstance(t, Tensor) and t.shape != condition.shape else t for t in (a, b))
+        return _Where.apply(condition, a, b)
+
+    def maximum(self, a, b):
+        return torch.maximum(*_tensors(a, b))
+
+    def minimum(self, a, b):
+        return torch.minimum(*_tensors(a, b))
+
+    def abs(self, a):
+        return a.abs()
+
+    def exp(self, a):
+        return a.exp()
+
+    def detach(self, a):
+        return a.detach()
+
+
+def _tensors(a, b):
+    like = a if isinstance(a, Tensor) else b
+    return [t if isinstance(t, Tensor) else torch.full((), t, dtype=like.dtype, device=like.device) for t in (a, b)]
+
+
+def surrogate_function(surrogate, alpha):
+    if callable(surrogate):
+        return surrogate
+    entry = SURROGATES[surrogate]
+    a = entry.alpha if alpha is None else float(alpha)
+    return lambda z: entry.derivative(z, a)
+
+
+def as_parameter(p, dtype):
+    if not isinstance(p, Tensor):
+        return p
+    return p.to(dtype).reshape(()) if p.numel() == 1 else p.to(dtype)
+
+
+def bind(neuron: Neuron, values, derivative, **flags):
+    """Return the step of a neuron as a function (x, states) -> (spike, states). values: its parameters, then its numbers."""
+    p = SimpleNamespace(**dict(zip((*neuron.parameters, *neuron.numbers), values)))
+    o = TensorOperations(derivative)
+
+    def step(x, states):
+        s, after = neuron.step(x, SimpleNamespace(**dict(zip(neuron.states, states))), p, o, **flags)
+        return s, after if isinstance(after, tuple) else (after,)
+
+    return step
+
+
+def simulate(step, x, v, start, return_v, return_v_seq, spike_dtype=None):
+    """Run a neuron with one state over the steps of x, (T, ...). v: the state before the first step; None: ``start``."""
+    dtype = state_dtype(x.dtype)
+    if v is None:
+        v = torch.full(x.shape[1:], start, dtype=dtype, device=x.device)
+    else:
+        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace, shape[0] is a tensor
+    spikes, membrane = [], []
+    for x_t in x.to(dtype).unbind(0):
+        s, (v,) = step(x_t, (v,))
+        spikes.append(s)
+        membrane.append(v)
+    s = (torch.stack(spikes) if spikes else x.clone()).to(spike_dtype or x.dtype)
+    out = [s]
+    if return_v:
+        out.append(v)
+    if return_v_seq:
+        out.append(torch.stack(membrane) if membrane else x.to(dtype, copy=True))
+    return tuple(out) if len(out) > 1 else s
+
+
+def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+    values = 1.0 / as_parameter(tau, dtype), as_parameter(v_threshold, dtype), v_reset or 0.0
+    flags = dict(soft=v_reset is None, decay=decay_input, detach=detach_reset)
+    return bind(LIF, values, surrogate_function(surrogate, alpha), **flags)
+
+
+def lif(
+    x,
+    v=None,
+    *,
+    tau=2.0,
+    v_threshold=1.0,
+    v_reset=0.0,
+    decay_input=True,
+    detach_reset=False,
+    surrogate="atan",
+    alpha=None,
+    return_v=False,
+    return_v_seq=False,
+    spike_dtype=None,
+):
+    """See :func:`sdit_kernels.lif`."""
+    step = _bind_lif(state_dtype(x.dtype), tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha)
+    return simulate(step, x, v, v_reset or 0.0, return_v, return_v_seq, spike_dtype)
+
+
+def lif_rate(
+    x,
+    T=4,
+    residual=None,
+    gate=None,
+    *,
+    tau=2.0,
+    v_threshold=1.0,
+    v_reset=0.0,
+    decay_input=True,
+    detach_reset=False,
+    surrogate="atan",
+    alpha=None,
+    return_counts=False,
+):
+    """See :func:`sdit_kernels.lif_rate`."""
+    dtype = state_dtype(x.dtype)
+    current = x.to(dtype) if gate is None else torch.sigmoid(gate.to(dtype)) * x.to(dtype)
+    step = _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha)
+    v = torch.full_like(current, v_reset or 0.0)
+    counts = torch.zeros_like(current)
+    for _ in range(T):
+        s, (v,) = step(current, (v,))
+        counts = counts + s
+    if return_counts:
+        return counts.to(torch.uint8)
+    rate = counts / T
+    return rate.to(x.dtype) if residual is None else (residual.to(dtype) + rate).to(residual.dtype)
+
+
+def leaky(
+    x,
+    v=None,
+    *,
+    beta,
+    v_threshold=1.0,
+    reset="subtract",
+    reset_delay=True,
+    surrogate="atan",
+    alpha=None,
+    return_v=False,
+    return_v_seq=False,
+    spike_dtype=None,
+):
+    """See :func:`sdit_kernels.leaky`."""
+    dtype = state_dtype(x.dtype)
+    values = as_parameter(beta, dtype), as_parameter(v_threshold, dtype)
+    step = bind(LEAKY, values, surrogate_function(surrogate, alpha), reset=reset, delay=reset_delay or reset == "none")
+    return simulate(step, x, v, 0.0, return_v, return_v_seq, spike_dtype)
