@@ -211,6 +211,8 @@ class Graph:
                 return zero
             if a is zero:
                 return self.negative(b)
+            if a.op == "neg":
+                return self.negative(a.args[0] + b)
             if b.op == "neg":
                 return a + b.args[0]
             if b.op in "*+" and any(n is a for n in b.args):
@@ -234,8 +236,13 @@ class Graph:
         return self.node("neg", a)
 
     def select(self, condition, a, b):
-        if not self.exact and a is b:
-            return a
+        if not self.exact:
+            if a is b:
+                return a
+            if a.op == "neg" and b is self.zero:
+                return self.negative(self.select(condition, a.args[0], b))
+            if b.op == "neg" and a is self.zero:
+                return self.negative(self.select(condition, a, b.args[0]))
         return self.node("select", condition, a, b)
 
     def through(self, slope, g):

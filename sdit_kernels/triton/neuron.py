@@ -211,14 +211,14 @@ def forward_kernel(
             x = xs[k].to(STATE)
             spike, after = step(x, states, p)
             m = mask & (t0 + k < T) if F.LONG else mask
+            s = as_tile(as_number(spike, STATE), x).to(s_ptr.dtype.element_ty)
+            tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
             after = as_tiles(after, x)
             if F.LONG:
                 held = ()
                 for j in tl.static_range(len(states)):
                     held = held + (tl.where(t0 + k < T, after[j], states[j]),)
                 after = held
-            s = as_tile(as_number(spike, STATE), x).to(s_ptr.dtype.element_ty)
-            tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
             states = after
             for j in tl.static_range(len(states)):
                 seq_ptr, seq_t, seq_r = seqs[j]
