@@ -168,13 +168,14 @@ def test_average_pooled_spikes_are_levels_up_to_a_factor(kernel):
     assert row.synaptic_operations == int(x.sum()) * 3  # each spike is one level of the pooled value
 
 
-def test_levels_share_a_factor_over_batches():
+def test_each_call_has_a_factor_of_its_own():
     net = nn.Sequential(nn.Identity(), Call(lambda self, x: (x / 4) @ self.w))
     with energy.count(net) as report:
         for x in ([0.0, 2, 0, 2], [1.0, 3, 0, 0], [0.0, 2, 0, 0]):
             net(torch.tensor([x]))
     row = only(report)
-    assert str(row.inputs[0]) == "levels to 3 x 0.25" and row.synaptic_operations == (4 + 4 + 2) * 3
+    assert str(row.inputs[0]) == "levels to 3 x a factor per call" and row.inputs[0].factor is None
+    assert row.synaptic_operations == (2 + 4 + 1) * 3
 
 
 def test_signed_spikes():
@@ -282,12 +283,13 @@ def test_few_floats_that_fit_a_factor_of_their_own_are_floats():
     assert kinds(report) == [("floats", "weights")]
 
 
-def test_work_outside_the_model_is_not_counted():
+def test_everything_in_the_block_is_counted():
     net = nn.Linear(4, 3)
     with energy.count(net) as report:
         out = net(torch.randn(2, 5) @ torch.randn(5, 4))
         nn.Linear(3, 2)(out)
-    assert only(report).macs == 2 * 4 * 3
+    assert [(row.layer, row.macs) for row in report.rows] == [("(no module)", 40), ("", 24), ("(Linear 0)", 12)]
+    assert report.batches == 1 and "(no module): mm" in report.table()
 
 
 def test_equal_batches_do_not_make_spikes_fixed():
@@ -435,6 +437,189 @@ def test_operators_on_lists_keep_the_origin_of_each_tensor():
     assert not report.unknown
 
 
+class Sampler(nn.Module):
+    """The same computation as forward, as a method, and with submodules called by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc, self.w = nn.Conv2d(1, 4, 3), nn.Linear(16, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        s = F.avg_pool2d((self.conv(x) > 0.5).float(), 2)
+        return self.fc(s.flatten(1)) @ self.w
+
+    def sample(self, x):
+        return Sampler.forward(self, x)
+
+
+@pytest.mark.parametrize("form", ["forward", "method", "by hand"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_methods_and_submodules_called_by_hand_count_as_the_forward_pass(form, inside):
+    torch.manual_seed(0)
+    net = Sampler()
+    x = torch.randn(2, 1, 6, 6)
+    with energy.count(net) as report:
+        if inside:
+            x = x + torch.zeros(2, 1, 6, 6)
+        net(x) if form == "forward" else net.sample(x) if form == "method" else Sampler.forward(net, x)
+    assert (report.macs, report.synaptic_operations, report.macs_on_floats) == (1312, 108, 1184)
+    assert kinds(report) == [("floats", "weights"), ("levels to 4 x 0.25", "weights"), ("floats", "weights")]
+    assert [row.layer for row in report.rows] == ["conv", "fc", "" if form == "forward" else "(no module)"]
+    assert report.batches == (form == "forward") and ("batch" in report.table()) == (form == "forward")
+
+
+def test_levels_computed_in_a_method_without_any_module_are_levels():
+    net, x = Call(lambda self, x: F.avg_pool2d((x > 0).float(), 2).flatten(1) @ self.w), torch.randn(5, 1, 4, 4)
+    with energy.count(net) as report:
+        net.function(net, x)
+    assert kinds(report) == [("levels to 4 x 0.25", "weights")]
+
+
+def test_what_the_model_is_called_with_counts_as_given_wherever_it_was_made():
+    net = nn.Linear(4, 3)
+    pixels, ids = torch.randint(0, 17, (5, 4)), torch.tensor([[0, 1], [2, 3]])
+    with energy.count(net) as report:
+        net(pixels / 16)
+        net(F.one_hot(ids, 4).float())
+        net(torch.tensor([[0.0, 1, 0, 1]]))
+    assert [i[0] for i in kinds(report)] == ["floats", "binary"]
+    assert [row.calls for row in report.rows] == [1, 2] and report.rows[1].synaptic_operations == (4 + 2) * 3
+    net = Call(lambda self, i: F.one_hot(i, 4).float() @ self.w)
+    with energy.count(net) as report:
+        net(torch.randint(4, (5, 6)))
+    assert kinds(report) == [("indices", "weights")]
+
+
+def test_parameters_stay_weights_after_a_step_of_the_optimizer():
+    net, target = two_layers(), torch.randn(5, 3)
+    for make in (torch.optim.SGD, torch.optim.Adam):
+        optimizer = make(net.parameters(), 1e-2)
+        with energy.count(net) as report:
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.mse_loss(net(torch.randn(5, 4)), target).backward()
+                optimizer.step()
+        assert kinds(report) == [("floats", "weights")] * 2 and report.macs == 3 * 210 and not report.unknown
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
+
+
+class Plain(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("multiply", ["einsum", "tensordot", "linear", "einops", "subclass", "operator"])
+def test_two_calls_of_a_library_function_are_two_products(multiply):
+    def forward(self, x):
+        if multiply == "einsum":
+            return torch.einsum("tnd,de->tne", x, self.w), torch.einsum("nd,de->ne", x.mean(0), self.v)
+        if multiply == "tensordot":
+            return torch.tensordot(x, self.w, 1), torch.tensordot(x.mean(0), self.v, 1)
+        if multiply == "linear":
+            return F.linear(x, self.w.t()), F.linear(x.mean(0), self.v.t())
+        if multiply == "einops":
+            einops = pytest.importorskip("einops", reason="einops is not installed")
+            return einops.einsum(x, self.w, "t n d, d e -> t n e"), einops.einsum(x.mean(0), self.v, "n d, d e -> n e")
+        if multiply == "subclass":
+            return x.as_subclass(Plain) @ self.w, x.mean(0).as_subclass(Plain) @ self.v
+        return x @ self.w, x.mean(0) @ self.v
+
+    net = Call(forward, 8, 8)
+    net.v = nn.Parameter(torch.randn(8, 8))
+    torch.manual_seed(0)
+    x = (torch.rand(10, 5, 8) < 0.3).float()
+    report = energy.count(net, x)
+    assert (report.products, report.synaptic_operations) == (2, 2048)
+
+
+def test_chained_calls_on_one_line_are_products_of_their_own_and_a_loop_or_a_shared_layer_is_one():
+    net = Call(lambda self, x: torch.einsum("ij,jk->ik", torch.einsum("ij,jk->ik", x, self.w), self.w), 4, 4)
+    assert energy.count(net, spikes(5, 4)).products == 2
+    net = Call(lambda self, x: [torch.einsum("ij,jk->ik", x, self.w) for _ in range(3)], 4, 4)
+    assert only(energy.count(net, spikes(5, 4))).calls == 3
+    net = Call(lambda self, x: (self.fc(x), self.fc(x)))
+    net.fc = nn.Linear(4, 3)
+    assert only(energy.count(net, spikes(5, 4))).calls == 2
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    x = torch.randn(2, 5, 4)
+    assert energy.count(attention, x, x, x).products == 4  # in, q k, weights v, out
+    net = Call(lambda self, x: (F.scaled_dot_product_attention(x, x, x), F.scaled_dot_product_attention(x, x, x)))
+    assert energy.count(net, spikes(2, 5, 4)).products == 4
+
+
+# ---- fixed operands --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+def test_one_batch_repeated_over_time_is_spikes(keywords):
+    """As in a loop of snnTorch, with a state that the model returns, or a time that changes."""
+
+    def step(self, x, mem=None, t=0):
+        mem = 0.9 * (0 if mem is None else mem) + x @ self.w
+        return (mem > 1).float(), mem
+
+    net, x, mem = Call(step), spikes(5, 4), None
+    net.forward = lambda *args, **kwargs: step(net, *args, **kwargs)
+    with energy.count(net) as report:
+        for t in range(4):
+            if keywords:
+                _, mem = net(x=x, mem=mem, t=torch.tensor(t))
+            else:
+                _, mem = net(x, mem, torch.tensor(t))
+    assert kinds(report) == [("binary", "weights")] and report.synaptic_operations == 4 * int(x.sum()) * 3
+
+    net.forward = lambda mem, x: step(net, x, mem)
+    mem = torch.zeros(5, 3)
+    with energy.count(net) as report:
+        for _ in range(4):
+            _, mem = net(mem=mem, x=x) if keywords else net(mem, x)
+    assert kinds(report) == [("binary", "weights")]
+
+
+@pytest.mark.parametrize("keywords", [False, True])
+@pytest.mark.parametrize("form", ["model", "by hand"])
+def test_a_constant_mask_next_to_data_is_fixed(keywords, form):
+    net, mask = Call(lambda self, x, mask: (x @ self.w, mask @ self.w)), spikes(5, 4)
+    net.forward = lambda x, mask: net.function(net, x, mask)
+    outer = nn.Sequential(net)
+    with energy.count(net if form == "model" else outer) as report:
+        for _ in range(3):
+            net(x=spikes(5, 4), mask=mask) if keywords and form == "model" else net(spikes(5, 4), mask)
+    assert [kind for kind, _ in kinds(report)] == ["binary", "fixed"] and report.products_on_spikes == 1
+
+
+# ---- factors and levels ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", [(1, 0.3), (0.3, 0.7), (1, 0.1, 0.6), (1, 0.5)])
+def test_a_shared_layer_counts_the_events_of_each_call_whatever_its_factor(factors):
+    net, x = nn.Linear(4, 3), [spikes(9, 4) for _ in factors]
+    row = only(energy.count(Call(lambda self, *xs: [net(f * x) for f, x in zip(factors, xs)]), *x))
+    assert str(row.inputs[0]) == "binary x a factor per call" and row.inputs[0].factor is None
+    assert row.synaptic_operations == 3 * sum(int(each.sum()) for each in x)
+    assert json.loads(json.dumps(row.inputs[0].factor)) is None
+
+
+def test_sums_of_spikes_above_level_64_are_floats():
+    net = Call(lambda self, x: (x > 0).float().sum(0) @ self.w)
+    for steps, kind in ((64, "levels"), (65, "floats")):
+        x = torch.randn(steps, 5, 4)
+        x[:, 0, 0], x[:, 1] = 1, -1
+        assert only(energy.count(net, x)).inputs[0].kind == kind
+
+
+def test_a_silent_layer_is_on_zeros():
+    net = Call(lambda self, x: ((x > 100).float() @ self.w, x @ self.w))
+    report = energy.count(net, torch.randn(5, 4))
+    assert (report.macs, report.macs_on_zeros, report.macs_on_floats) == (120, 60, 60)
+    assert [row.on_zeros for row in report.rows] == [True, False]
+    assert "on floats 60, on zeros 60" in report.table()
+    assert report.energy_pj["arithmetic"] == pytest.approx(120 * 4.6)
+
+
 # ---- broadcasting ----------------------------------------------------------------------------------------------------
 
 
@@ -498,12 +683,16 @@ def test_the_quantised_network_reads_its_weights_once_for_all_time_steps(multi_s
         ("_embedding_bag", lambda self, x: F.embedding_bag(torch.tensor([[0, 1]]), self.w)),
         ("index_add", lambda self, x: x.index_add(0, torch.tensor([0]), x[:1])),
         ("_trilinear", lambda self, x: F.bilinear(x, x, self.w.new_ones(2, 4, 4))),
+        ("_linalg_solve_ex", lambda self, x: torch.linalg.solve(x, x)),
+        ("outer", lambda self, x: torch.outer(x[0], x[1])),
+        ("outer", lambda self, x: x[0].outer(x[1])),
+        ("kron", lambda self, x: torch.kron(x, x)),
         ("_sparse_addmm", lambda self, x: torch.sparse.mm(x.to_sparse(), self.w)),
     ],
 )
 def test_operators_that_are_not_counted_are_named(name, function):
     report = energy.count(Call(function), torch.randn(4, 4))
-    assert report.unknown[f"aten::{name}"] == {"": 1} and f"aten::{name} in (model): 1 calls" in report.table()
+    assert report.unknown[f"aten::{name}"] == {"": 1} and f"aten::{name} in (model): 1 call" in report.table()
     assert "NOT COUNTED" in report.table()
 
 
@@ -736,6 +925,8 @@ def test_without_values_all_operands_are_floats():
     report = energy.count(two_layers().to("meta"), torch.ones(5, 4, device="meta"))
     assert report.macs == 210 and kinds(report) == [("floats", "floats")] * 2
     assert report.energy_pj["arithmetic"] == pytest.approx(210 * 4.6)
+    text = report.table()
+    assert "neither synaptic operations nor energies" in text and "pJ" not in text and "nJ" not in text
 
 
 def test_written_arguments_without_schemas(monkeypatch):
@@ -745,6 +936,22 @@ def test_written_arguments_without_schemas(monkeypatch):
     written = sdit_kernels._torch.written_arguments
     assert written(torch.ops.aten.add_.Tensor, (x, out), {})[0] is x and not written(torch.ops.aten.add.Tensor, (x, out), {})
     assert written(torch.ops.aten.add.out, (x, x), {"out": out})[0] is out
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_a_scripted_model_is_counted():
+    net = torch.jit.trace(nn.Linear(4, 3), torch.ones(2, 4))
+    report = count_each(net, spikes(5, 4), spikes(5, 4))
+    assert report.macs == 120 and report.batches == 2
+
+
+def test_a_copy_of_the_model_inside_the_block_is_another_model():
+    net = two_layers()
+    with energy.count(net) as report:
+        copied = copy.deepcopy(net)
+        copied(net(torch.randn(5, 4))[:, :1].expand(5, 4))
+    assert report.batches == 1 and report.macs == 420
+    assert [row.layer for row in report.rows] == ["0", "2", "(Sequential 0).(Linear 1)", "(Sequential 0).(Linear 3)"]
 
 
 def test_the_count_changes_no_result():
@@ -852,6 +1059,7 @@ def test_modules_in_other_threads_are_named():
         def forward(self, x):
             copy = self.module[1]._replicate_for_data_parallel()
             in_thread(lambda: copy(x))
+            return x + 1
 
     assert energy.count(Parallel(), x).unknown == {"modules called in another thread": {"": 1}}
 
@@ -885,10 +1093,43 @@ def test_a_count_without_inputs_says_how_it_is_used():
         with counting as report:
             net(x)
         assert report.macs == 210
-    with counting, pytest.raises(RuntimeError, match="this count is running"):
-        counting.__enter__()
+    with counting:
+        net(x)
+        with pytest.raises(RuntimeError, match="this count is running"):
+            counting.__enter__()
     net(x)
     assert report.batches == 1
+
+
+def test_an_empty_block_is_named():
+    with pytest.warns(UserWarning, match="saw no operator"), energy.count(two_layers()) as report:
+        pass
+    assert report.macs == report.batches == 0 and "NOTHING RAN" in report.table() and "batch" not in report.table()
+    assert repr(report) == "<Report: 0 products, 0 on spikes; 0 multiply-adds, 0 synaptic operations>"
+
+
+def test_one_is_singular():
+    text = energy.count(Call(lambda self, x: (x @ self.w, torch.linalg.det(x))), spikes(4, 4)).table()
+    assert "1 of 1 product sees spikes (1 batch)" in text and "aten::_linalg_det in (model): 1 call\n" in text + "\n"
+
+
+def test_with_costs_names_what_it_wants():
+    with pytest.raises(TypeError, match="costs must be a sdit_kernels.energy.Costs, got dict$"):
+        energy.count(nn.Linear(1, 1), torch.ones(1)).with_costs({})
+
+
+def test_neurons_without_leak_have_no_multiplications_of_a_leak():
+    def run(self, x):
+        sdit_kernels.lif(x, tau=2.0)
+        sdit_kernels.lif(x, tau=float("inf"), decay_input=False)
+        sdit_kernels.leaky(x, beta=0.5)
+        sdit_kernels.leaky(x, beta=1.0)
+
+    with sdit_kernels.backend("cpu"):
+        work = energy.count(Call(run), torch.randn(4, 5)).fused_work()
+    assert {name: (w["macs"], w["additions"]) for name, w in work.items()} == {
+        "lif": (40, 40), "lif without leak": (20, 40), "leaky": (40, 20), "leaky without leak": (20, 40),
+    }  # fmt: skip
 
 
 def test_the_costs_are_checked():
@@ -952,6 +1193,7 @@ def test_reports_can_be_pickled_and_copied_and_do_not_keep_the_model():
     for found in (report, everything()):
         for other in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found), copy.copy(found)):
             assert other.to_dict() == found.to_dict() and str(other) == str(found)
+            assert other == found and repr(other) == repr(found) and other != report.with_costs(energy.Costs(mac=9))
             costs = energy.Costs(mac=1)
             assert other.with_costs(costs).energy_pj == found.with_costs(costs).energy_pj
     alive = weakref.ref(net)
@@ -1037,7 +1279,7 @@ def test_an_accelerated_model_counts_the_same():
     spikingjelly.accelerate(net)
     got = count_jelly(net, reset_net, "m", batches)
     assert got.synaptic_operations == want.synaptic_operations and kinds(got) == kinds(want)
-    assert set(got.fused) == {"lif"} and not got.unknown
+    assert set(got.fused) == {"lif", "lif without leak"} and not got.unknown
 
 
 @pytest.mark.peers

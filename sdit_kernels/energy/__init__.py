@@ -4,13 +4,14 @@
 numbers, and for what the figures are worth.
 """
 
+import warnings
 from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .recorder import Recorder
-from .report import Costs, Input, Report, Row, check_costs
+from .report import Costs, Input, Report, Row
 
 __all__ = ["Costs", "Input", "Report", "Row", "count"]
 
@@ -21,18 +22,23 @@ class _Count:
     def __init__(self, model: nn.Module, costs: Costs):
         self._model, self._costs = model, costs
         self._running: Any = None
+        self._recorder: Recorder | None = None
 
     def __enter__(self) -> Report:
         if self._running is not None:
             raise RuntimeError("this count is running: leave its with block, or call energy.count(model) once more")
         recorder = Recorder(self._model)
-        self._running = recorder.running()
-        self._running.__enter__()
+        running = recorder.running()
+        running.__enter__()
+        self._running, self._recorder = running, recorder
         return Report(recorder.found, self._costs)
 
     def __exit__(self, *error):
         running, self._running = self._running, None
-        return running.__exit__(*error)
+        recorder, self._recorder = self._recorder, None
+        running.__exit__(*error)
+        if error[0] is None and recorder is not None and not recorder.found.saw_operators:
+            warnings.warn("energy.count saw no operator: nothing ran in this thread inside the with block", stacklevel=2)
 
     def __getattr__(self, name):
         raise AttributeError(
@@ -50,8 +56,9 @@ def count(model: nn.Module, /, *inputs: Any, costs: Costs = Costs(), **kwargs: A
         arithmetic energy   = costs.add x synaptic operations + costs.mac x multiply-adds of all other products
 
     With inputs, the model runs once, as it is (training or evaluation mode, gradients, autocast), and the report is returned.
-    Without inputs, the result is a context manager that counts every call inside the with block. Only forward passes count.
-    Neuron states that the model keeps are not reset.
+    Without inputs, the result is a context manager that counts everything that this thread runs inside the with block: the
+    model, its methods, submodules called by hand, and also a loss, an optimizer or another model. A product outside every
+    module has the layer "(no module)". Backward passes do not count. Neuron states that the model keeps are not reset.
 
     Args:
         model: any module. A compiled model runs its Python code instead of the compiled code. On the "meta" device, where
@@ -88,7 +95,12 @@ def count(model: nn.Module, /, *inputs: Any, costs: Costs = Costs(), **kwargs: A
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
         raise ValueError(f"the parameters of model must have shapes, but {lazy[0]} is lazy: call the model once before")
-    counting = _Count(model, check_costs(costs))
+    if not isinstance(costs, Costs):
+        raise TypeError(
+            f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}; if the model takes an argument costs, "
+            "call it inside `with energy.count(model) as report:`"
+        )
+    counting = _Count(model, costs)
     if not inputs and not kwargs:
         return counting
     with counting as report:

@@ -9,18 +9,22 @@ arguments::
     INDEX        integers or booleans given to the model, or a view or copy of some
     LOOKUP       computed from INDEX and FACTORY alone, such as one-hot tokens
     GIVEN        floats given to the model, or a view or copy of some; INDEX cast to floats
+    PREPARED     computed from GIVEN, or drawn, outside every module; GIVEN again if the model is called with it
     ACTIVATION   computed from GIVEN, or from INDEX or LOOKUP and weights (an embedding)
+
+Tensors that were made before the recording or by NumPy are INDEX or GIVEN, as if the model was given them.
 """
 
 import enum
 import functools
 import inspect
+import math
 import re
 import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,10 +48,13 @@ class Origin(enum.IntEnum):
     INDEX = 3
     LOOKUP = 4
     GIVEN = 5
-    ACTIVATION = 6
+    PREPARED = 6
+    ACTIVATION = 7
 
 
+OUTSIDE = "(no module)"  # layer of what runs while no module runs
 _COMPUTED = {Origin.WEIGHT: Origin.DERIVED, Origin.INDEX: Origin.LOOKUP, Origin.GIVEN: Origin.ACTIVATION}
+_PREPARED = (Origin.FACTORY, Origin.LOOKUP, Origin.PREPARED)  # origins that end when the model is called with the tensor
 
 
 class Source(NamedTuple):
@@ -95,7 +102,10 @@ class Recording:
     unknown: Counter[tuple[str, str]] = field(default_factory=Counter)  # (operator, layer): calls
     fused: Counter[tuple[str, str]] = field(default_factory=Counter)  # (operator, layer): elements
     batches: int = 0
-    inputs: list[list[Tensor]] = field(default_factory=list)  # fingerprints of the inputs of each batch
+    saw_operators: bool = False
+    saw_meta: bool = False  # some operand had no values
+    # of each module called while no other module ran, for each call: {argument: its fingerprint; None: computed by modules}
+    inputs: dict[str, list[dict[tuple, Tensor | None]]] = field(default_factory=dict)
 
 
 # --- what is known of an operator by its name ---------------------------------------------------------------------------------
@@ -117,8 +127,10 @@ _CONTRACTS = re.compile(
 _CONTRACTS_NOT = re.compile(r"_thnn_|_?upsample|.*flatten_weight|.*reorder")
 _NO_PRODUCTS = ("prim", "profiler", "c10d", "_c10d_functional", "_c10d_functional_autograd")
 
-# Functions that PyTorch computes as a multiplication and a sum.
-_SUMS_OF_PRODUCTS = {
+# Functions that PyTorch computes as an elementwise multiplication, with or without a sum.
+_SUMS_OF_PRODUCTS: dict[Any, str] = {
+    **dict.fromkeys((torch.outer, torch.ger, Tensor.outer, Tensor.ger), "aten::outer"),
+    **dict.fromkeys((torch.kron, Tensor.kron), "aten::kron"),
     torch.linalg.vecdot: "aten::linalg_vecdot",
     torch.cosine_similarity: "aten::cosine_similarity",
     torch.nn.functional.cosine_similarity: "aten::cosine_similarity",
@@ -139,6 +151,7 @@ class Facts:
         self.name = name.partition(".")[0]
         self.namespace: str = self.name.rpartition("::")[0]
         self.short: str = self.name.rpartition("::")[2]
+        self.arguments = [a.name for a in function._schema.arguments] if self.namespace == "sdit_kernels" else []
         self.is_known = products.is_known(self.name)
         self.is_view = self.is_operator and function.is_view
         self.is_copy = _COPIES.fullmatch(self.short) is not None
@@ -177,25 +190,32 @@ FUSED_COSTS = {
     "lif": (2, 2),  # v + (x - v) / tau, compare, reset
     "lif_rate": (2, 3),  # as lif, and count the spike
     "leaky": (2, 1),  # beta * v + x, compare, reset
+    "lif without leak": (1, 2),  # v + x, compare, reset
+    "lif_rate without leak": (1, 3),
+    "leaky without leak": (1, 2),
     "wkv": (6, 3),  # numerator and denominator: decay, add the token, add the bonus; three exponents
     "wkv_step_": (6, 3),
     "spiking_wkv": (8, 5),  # wkv and lif
     "token_shift": (3, 1),  # a mix per output
     "relu_squared": (1, 0),
 }
-_TIME_STEPS_ARGUMENT = 5  # position of T in the schema of lif_rate
 
 
-def fused_elements(short: str, args: tuple) -> int:
-    """Return the number of elements and steps that one of our operators works on."""
-    steps = args[_TIME_STEPS_ARGUMENT] if short == "lif_rate" else 1
-    return args[0].numel() * steps
+def fused_work(facts: "Facts", args: tuple, kwargs: dict) -> tuple[str, int]:
+    """Return the name in ``FUSED_COSTS`` of a call of one of our operators, and its number of elements and steps."""
+    given = dict(zip(facts.arguments, args)) | kwargs
+    name = facts.short
+    if name in ("lif", "lif_rate") and given["tau"] is None and math.isinf(given["tau_value"]):
+        name += " without leak"
+    if name == "leaky" and given["beta"] is None and given["beta_value"] == 1:
+        name += " without leak"
+    return name, args[0].numel() * (given["T"] if facts.short == "lif_rate" else 1)
 
 
 # --- the recorder -------------------------------------------------------------------------------------------------------------
 
 _TORCH = Path(torch.__file__).parent
-# files whose functions stand between the caller of an operator and the recorder
+# Frames of these files are not part of a place: they differ between calls of one place.
 _BETWEEN = tuple(
     str(path)
     for path in (
@@ -203,17 +223,31 @@ _BETWEEN = tuple(
         _TORCH / "nested", _TORCH / "utils" / "_python_dispatch.py", _TORCH / "utils" / "_stats.py",
     )
 )  # fmt: skip
+_OVERRIDES = ("__torch_function__", "__torch_dispatch__")  # of tensor subclasses and modes of the user
+_MODULE = str(_TORCH / "nn" / "modules" / "module.py")  # calls the code of a module
+# They call operators for their caller.
+_LIBRARIES = re.compile(rf"{re.escape(str(_TORCH))}[\\/]|.*[\\/](site|dist)-packages[\\/](einops|opt_einsum)[\\/]")
 
 
 _COMPILING = ("torch._dynamo", "torch.nn.attention.flex_attention")  # flex_attention imports the compiler in its first call
 
 
-def call_site() -> tuple[object, int]:
-    """Return the place in the program that called the operator: its code and the position in it."""
+def call_site() -> tuple[tuple[object, int], ...]:
+    """Return the place in the program that called the operator.
+
+    The place is a position in the code of the module that runs, or in a function that it calls. If a function of a library,
+    such as einsum, calls the operator, the place is the position of that call, and the positions inside the library.
+    """
+    place: list[tuple[object, int]] = []
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+    while frame is not None and frame.f_code.co_filename != _MODULE:
+        code = frame.f_code
+        if not code.co_filename.startswith(_BETWEEN) and code.co_name not in _OVERRIDES:
+            place.append((code, frame.f_lasti))
+            if not _LIBRARIES.match(code.co_filename):
+                break
         frame = frame.f_back
-    return (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
+    return tuple(place)
 
 
 def _storage(t: Tensor) -> int:
@@ -264,7 +298,7 @@ def _own_work() -> Iterator[None]:
 
 
 class Recorder:
-    """Record all products inside the model's modules while ``running()`` is active. It changes nothing in the model.
+    """Record all products of this thread while ``running()`` is active. It changes nothing in the model.
 
     A mode of PyTorch sees the operators of one thread only. If another thread runs modules of the model, ``unknown`` says so.
     """
@@ -276,16 +310,18 @@ class Recorder:
         self._names: dict[nn.Module, str] = {}
         self._foreign: dict[nn.Module, str] = {}
         self._layers: list[str] = []
-        self._depth = 0  # of modules of this model
         self._thread = threading.get_ident()
         self._sources: dict[int, tuple[Source, StorageWeakRef]] = {}  # by address
+        self._many_sources = 1000  # clear entries of freed memory when there are more
         self._weights: set[int] = set()
+        self._parameters: set[int] = set()
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Record inside the with block. Hooks and modes go when it ends, also after an error."""
         self._names = {m: _without_wrappers(name) for name, m in self.model.named_modules()}
-        self._layers, self._depth, self._thread = [], 0, threading.get_ident()
+        self._layers, self._thread = [], threading.get_ident()
+        self._weights, self._parameters = _memory_of(self.model), _addresses(self.model.parameters())
         with ExitStack() as stack:
             # Inside compiled code nothing can be counted, so it runs as Python. A compilation while a mode is active would also
             # spoil the compiler's caches. The import of the compiler takes seconds, so do it only if something may compile.
@@ -296,6 +332,10 @@ class Recorder:
                 stack.enter_context(warnings.catch_warnings())  # the hooks run once more for the compiled wrapper: no harm
                 warnings.filterwarnings("ignore", message=".*global hooks on modules")
             stack.callback(register_module_forward_pre_hook(self._enter).remove)
+            if not isinstance(self.model, torch.jit.ScriptModule):
+                call = self._call_model  # copies of the model copy a function as it is
+                hook = self.model.register_forward_pre_hook(lambda *given: call(*given), with_kwargs=True)
+                stack.callback(hook.remove)
             stack.callback(register_module_forward_hook(self._leave, always_call=True).remove)
             stack.enter_context(_Functions(self))
             stack.enter_context(_Operators(self))
@@ -305,14 +345,29 @@ class Recorder:
         if in_backward():
             return
         if threading.get_ident() != self._thread:
-            if module in self._names or (self._depth and getattr(module, "_is_replica", False)):
+            if module in self._names or (self._layers and getattr(module, "_is_replica", False)):
                 self.found.unknown["modules called in another thread", ""] += 1
             return
-        if module in self._names:
-            if self._depth == 0:
-                self._begin(args)
-            self._depth += 1
-        self._layers.append(self._name(module))
+        name = self._name(module)
+        if not self._layers and module is not self.model and module in self._names:
+            self._weights |= _memory_of(module)
+            self._parameters |= _addresses(module.parameters())
+            self._note_inputs(name, args, {})
+        self._layers.append(name)
+        if module is self.model and isinstance(module, torch.jit.ScriptModule):
+            self._call_model(module, args, {})
+
+    def _call_model(self, module, args, kwargs):
+        """Note that the model is called. Global hooks do not see keyword arguments, so this is a hook of the model."""
+        if module is not self.model or in_backward() or threading.get_ident() != self._thread or len(self._layers) > 1:
+            return
+        self._weights, self._parameters = _memory_of(module), _addresses(module.parameters())
+        self.found.batches += 1
+        for t in tensors_in((args, kwargs)):
+            before = self.source(t)
+            if before.origin in _PREPARED:
+                self._set_source(t, before._replace(origin=Origin.GIVEN if is_fractional(t) else Origin.INDEX))
+        self._note_inputs("", args, kwargs)
 
     def _name(self, module):
         """Return the name of a module. A module that the model does not own is named after its class."""
@@ -321,28 +376,27 @@ class Recorder:
         if module not in self._foreign:
             self._foreign[module] = f"({type(module).__name__} {len(self._foreign)})"
         self._weights |= _memory_of(module)
-        return ".".join(filter(None, (self.layer, self._foreign[module])))
+        return ".".join(filter(None, (*self._layers[-1:], self._foreign[module])))
 
     def _leave(self, module, args, out):
-        if in_backward() or not self._layers or threading.get_ident() != self._thread:
-            return
-        self._layers.pop()
-        if module in self._names:
-            self._depth -= 1
-            if self._depth == 0:
-                self._sources = {m: entry for m, entry in self._sources.items() if not entry[1].expired()}
+        if not in_backward() and self._layers and threading.get_ident() == self._thread:
+            self._layers.pop()
 
-    def _begin(self, args):
-        self._weights = _memory_of(self.model)
-        dense = [t for t in tensors_in(args) if t.layout == torch.strided and not t.is_nested and not _is_wrapper(type(t))]
-        given = [t for t in dense if t.numel() and not t.is_meta and not t.is_complex()]
-        self.found.batches += 1
+    def _note_inputs(self, name, args, kwargs):
+        """Note the fingerprints of the tensors that a module is given, to know later which of them changed."""
+        given: dict[tuple, Tensor | None] = {}
         with _own_work():
-            self.found.inputs.append([products.fingerprint(t.double()) for t in given])
+            for argument, value in (*enumerate(args), *kwargs.items()):
+                for i, t in enumerate(tensors_in(value)):
+                    dense = t.layout == torch.strided and not t.is_nested and not _is_wrapper(type(t))
+                    if dense and t.numel() and not t.is_meta and not t.is_complex():
+                        computed = self.source(t).origin == Origin.ACTIVATION
+                        given[argument, i] = None if computed else products.fingerprint(t.double())
+        self.found.inputs.setdefault(name, []).append(given)
 
     @property
     def layer(self) -> str:
-        return self._layers[-1] if self._layers else ""
+        return self._layers[-1] if self._layers else OUTSIDE
 
     def source(self, t: Tensor) -> Source:
         memory = _storage(t)
@@ -363,10 +417,13 @@ class Recorder:
         origin, eps, copies = max(origins, default=Origin.FACTORY), 0.0, 1
         if not tensors and facts.is_random:
             origin = Origin.ACTIVATION
+            if not self._layers:
+                integers = any(not is_fractional(t) for t in tensors_in(out))
+                origin = Origin.INDEX if integers else Origin.PREPARED
         if origin in (Origin.INDEX, Origin.LOOKUP) and (Origin.WEIGHT in origins or Origin.DERIVED in origins):
             origin = Origin.ACTIVATION
-        if facts.short == "lift_fresh":
-            origin = Origin.FACTORY
+        if facts.short == "lift_fresh":  # torch.tensor of Python's numbers: data outside the modules, a constant inside
+            origin = Origin.FACTORY if self._layers else Origin.GIVEN if is_fractional(tensors[0]) else Origin.INDEX
         elif facts.is_copy:
             if facts.short == "_to_copy" and origin == Origin.INDEX and out.is_floating_point():
                 origin = Origin.GIVEN
@@ -375,7 +432,13 @@ class Recorder:
                 copies = sources[0].copies * (tensors[0].numel() // products.distinct(tensors[0]))
         elif not facts.is_view:
             origin = _COMPUTED.get(origin, origin)
+            if origin == Origin.ACTIVATION and not self._layers and max(origins, default=origin) == Origin.GIVEN:
+                origin = Origin.PREPARED
+            elif origin == Origin.PREPARED and self._layers:
+                origin = Origin.ACTIVATION
         for t in tensors_in(written_arguments(function, args, kwargs) if facts.is_operator else ()):
+            if not self._layers and _storage(t) in self._parameters:
+                continue  # an optimizer writes into parameters
             before = self.source(t)
             self._set_source(t, Source(max(origin, before.origin), max(eps, before.eps)))
         if facts.is_view:
@@ -395,16 +458,22 @@ class Recorder:
 
     def _set_source(self, t, source):
         memory = _storage(t)
-        if memory:
-            self._sources[memory] = source, StorageWeakRef(t.untyped_storage())
+        if not memory:
+            return
+        self._sources[memory] = source, StorageWeakRef(t.untyped_storage())
+        if len(self._sources) > self._many_sources:
+            self._sources = {m: entry for m, entry in self._sources.items() if not entry[1].expired()}
+            self._many_sources = 1000 + 2 * len(self._sources)
 
     def see(self, function: Any, facts: Facts, args: tuple, kwargs: dict, out: object) -> None:
+        self.found.saw_operators = True
         tensors = list(tensors_in(args))
         if kwargs:
             tensors += tensors_in(kwargs)
         if facts.namespace == "sdit_kernels":
             if facts.short in FUSED_COSTS:
-                self.found.fused[facts.short, self.layer] += fused_elements(facts.short, args)
+                name, elements = fused_work(facts, args, kwargs)
+                self.found.fused[name, self.layer] += elements
         elif facts.may_contract:
             with _own_work():
                 found = products.find(facts.name, args, out)
@@ -416,13 +485,14 @@ class Recorder:
 
     def _record(self, product: Product):
         self.ordinal += 1
-        key = (self.layer, product.op, *call_site(), self.ordinal)
+        key = (self.layer, product.op, call_site(), self.ordinal)
         if key not in self.found.records:
             self.found.records[key] = Record(self.layer, product.op)
         record = self.found.records[key]
         sources = [None if t is None or t.is_meta else self.source(t) for t in product.operands]
         a, b = (0.0 if t is None or s is None else max(s.eps, _eps(t)) for t, s in zip(product.operands, sources))
         eps = a, b
+        self.found.saw_meta |= any(t is not None and t.is_meta for t in product.operands)
         are_data = all(s is None or s.origin >= Origin.INDEX for s in sources)
         operands = []
         for i, (t, source) in enumerate(zip(product.operands, sources)):
@@ -451,20 +521,23 @@ class Recorder:
         if _is_busy():
             return
         self.ordinal = 0
-        if self._depth and not in_backward() and function in _SUMS_OF_PRODUCTS:
+        if not in_backward() and function in _SUMS_OF_PRODUCTS:
             self.found.unknown[_SUMS_OF_PRODUCTS[function], self.layer] += 1
 
     def operate(self, function: Any, facts: Facts, args: tuple, kwargs: dict) -> Any:
         out = function(*args, **kwargs)
-        if not self._depth or _is_busy() or in_backward():
+        if _is_busy() or in_backward() or threading.get_ident() != self._thread:
             return out
         self.see(function, facts, args, kwargs, out)
         return out
 
 
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {_storage(part) for t in tensors for part in _parts(t)} - {0}
+
+
 def _memory_of(module: nn.Module) -> set[int]:
-    state = (*module.parameters(), *module.buffers())
-    return {_storage(part) for t in state for part in _parts(t)} - {0}
+    return _addresses((*module.parameters(), *module.buffers()))
 
 
 def _reset_compiler() -> None:

@@ -5,7 +5,7 @@ import math
 import numbers
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,8 @@ class Costs:
         int_add: a 32-bit integer addition, in the quantised network.
         byte: reading or writing a byte of ``memory``.
         memory: name of the memory that holds weights and activations, for the report.
-        value_bytes: bytes of a weight, a float activation and a result. Spikes take one bit, levels as many bits as they need.
+        value_bytes: bytes of a weight, a float activation and a result, whatever dtype the model runs in. Spikes take one bit,
+            levels as many bits as they need.
         quantised_weight_bytes: bytes of a weight of the quantised network.
         time_steps: number of time steps of the spiking network that the quantised network replaces by one pass, with that many
             times more levels.
@@ -83,14 +84,13 @@ class Input:
     """One operand of a product.
 
     Attributes:
-        kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (more integers), all three times one factor; "floats",
-            "weights" (parameters,
-            buffers, and what is computed from them alone), "constant" (as weights, but the other operand is constant too),
-            "zeros" (every value was 0), "one value" (every value was the same), "fixed" (the same in every batch, while the
-            inputs of the model differed), "indices" (0 and 1 or levels, but computed from integers or masks alone, such as
-            one-hot tokens).
+        kind: "binary" (0 and 1), "signed" (-1, 0 and 1), "levels" (more integers), all three times one factor per call;
+            "floats"; "weights" (parameters, buffers, and what is computed from them alone); "constant" (as weights, but the
+            other operand is constant too); "zeros" (every value was 0); "one value" (every value was the same); "fixed" (the
+            same in every call, while the data of the model changed); "indices" (0 and 1 or levels, but computed from integers
+            or masks alone, such as one-hot tokens).
         level: the largest absolute level: above 1 for "levels", 1 for "binary" and "signed", else 0.
-        factor: the factor of the levels.
+        factor: the factor of the levels; None if it differs from call to call. Each call has its own.
         negative: True if spikes are also below 0.
         rate: fraction of values that are not 0; None for weights.
         synaptic_operations: events times fan-out. A level of n is n events.
@@ -103,7 +103,7 @@ class Input:
     kind: str
     values: int
     level: int = 0
-    factor: float = 1.0
+    factor: float | None = 1.0
     negative: bool = False
     rate: float | None = None
     synaptic_operations: int = 0
@@ -120,22 +120,30 @@ class Input:
         return math.ceil(math.log2(self.level * time_steps + 1)) + self.negative
 
     def __str__(self) -> str:
+        times = "a factor per call" if self.factor is None else f"{self.factor:.4g}"
         if self.kind == "levels":
-            return f"levels to {self.level} x {self.factor:.4g}"
-        return self.kind if self.factor == 1 else f"{self.kind} x {self.factor:.4g}"
+            return f"levels to {self.level} x {times}"
+        return self.kind if self.factor == 1 else f"{self.kind} x {times}"
 
 
 @dataclass(frozen=True)
 class Row:
     """A product at one place of the program, over all its calls. Calls on spikes and calls on floats have a row each.
 
+    A place is a position in the code of a module, or of a function that it calls. So a loop, a layer that is called twice, and
+    a shared function of one layer are one row.
+
     Attributes:
-        layer: name of the module that called it.
+        layer: name of the module that called it; "" for the model itself; "(no module)" if no module was running.
         op: the operator of PyTorch.
         shape: shapes of the operands in the first call.
         calls: number of calls.
         macs: multiply-adds of the dense product.
-        inputs: the two operands.
+        inputs: the two operands, each an :class:`Input`.
+        result_values: number of values of the results, over all calls.
+        driver: the operand whose spikes drive the product, None if no operand is spikes.
+        on_spikes: True if an operand is spikes.
+        on_zeros: True if no operand is spikes, and every value of an operand was 0.
         synaptic_operations: additions of an event-driven product; 0 if no operand is spikes. If both are spikes, the operand
             with the smaller number drives the product.
         pairs: number of pairs of events that meet, if both operands are spikes; else None.
@@ -158,6 +166,11 @@ class Row:
     @property
     def on_spikes(self) -> bool:
         return self.driver is not None
+
+    @property
+    def on_zeros(self) -> bool:
+        """True if no operand is spikes, and every value of an operand was 0."""
+        return not self.on_spikes and any(i.kind == "zeros" for i in self.inputs)
 
     @property
     def synaptic_operations(self) -> int:
@@ -196,11 +209,11 @@ Numbers = dict[str, float]  # products.FIELDS of an operand in one call
 
 @dataclass(frozen=True)
 class Levels:
-    """The calls in which an operand is on a grid of levels."""
+    """The calls in which an operand is on a grid of levels, each with a factor of its own."""
 
     most: int = 0
-    factor: float = 1.0
-    multiples: dict[int, int] = field(default_factory=dict)  # {call: its own factor / factor}
+    factor: float | None = 1.0  # None: it differs from call to call
+    calls: frozenset[int] = frozenset()
 
 
 def _near_integer(x: float) -> float:
@@ -217,23 +230,38 @@ def _is_simple(factor: float) -> bool:
 def _find_levels(calls: dict[int, tuple[Operand, Numbers]]) -> Levels:
     """Find the levels of calls that are each on a grid of their own. Calls whose grid may be chance are left out.
 
-    The calls share a factor if their values allow it. Else each has its own, and a call needs many values to prove it.
+    Each call has its own factor. But if the factors are multiples of one, all calls together prove that they are on a grid.
     """
     if not calls:
         return Levels()
-    own = {c: n["factor"] for c, (_, n) in calls.items()}
-    most = max(max(-n["low"], n["high"]) for _, n in calls.values())
-    _, common, fits = find_factor(torch.tensor(list(own.values()), dtype=torch.float64, device="cpu"), 2**-23)
-    if fits and most <= 1.001 * MAX_LEVEL * common:
-        factor = _near_integer(common.item())
-        enough = _ENOUGH_WITH_ONE_FACTOR if all(operand.eps < 1e-5 for operand, _ in calls.values()) else _ENOUGH_ROUNDED
-        if _is_simple(factor) or sum(n["nonzero"] for _, n in calls.values()) >= enough:
-            return Levels(round(most / factor), factor, {c: round(f / factor) for c, f in own.items()})
-    proven = {c: n for c, (_, n) in calls.items() if n["nonzero"] >= _ENOUGH_VALUES}
+    _, common, fits = find_factor(
+        torch.tensor([n["factor"] for _, n in calls.values()], dtype=torch.float64, device="cpu"), 2**-23
+    )
+    enough = _ENOUGH_WITH_ONE_FACTOR if all(operand.eps < 1e-5 for operand, _ in calls.values()) else _ENOUGH_ROUNDED
+    together = fits and max(_most(n) for _, n in calls.values()) <= 1.001 * MAX_LEVEL * common
+    if together and (_is_simple(common.item()) or sum(n["nonzero"] for _, n in calls.values()) >= enough):
+        proven = {c: n for c, (_, n) in calls.items()}
+    else:
+        proven = {c: n for c, (_, n) in calls.items() if _is_proven(n, enough)}
     if not proven:
         return Levels()
-    level = max(round(max(-n["low"], n["high"]) / n["factor"]) for n in proven.values())
-    return Levels(level, max(own[c] for c in proven), dict.fromkeys(proven, 1))
+    factors = [n["factor"] for n in proven.values()]
+    same = max(factors) - min(factors) < 1e-6 * max(factors)
+    return Levels(max(map(_level, proven.values())), _near_integer(max(factors)) if same else None, frozenset(proven))
+
+
+def _most(n: Numbers) -> float:
+    return max(-n["low"], n["high"])
+
+
+def _level(n: Numbers) -> int:
+    """Return the largest level of an operand in one call."""
+    return round(_most(n) / n["factor"])
+
+
+def _is_proven(n: Numbers, enough: int) -> bool:
+    """True if the values of one call prove that they are on a grid. ``enough`` equal values do."""
+    return _is_simple(n["factor"]) or n["nonzero"] >= (enough if _level(n) == 1 else _ENOUGH_VALUES)
 
 
 def _kind_of_call(operand: Operand, n: Numbers | None) -> str:
@@ -263,10 +291,9 @@ def _kind(calls: list[tuple[Operand, Numbers]], levels: Levels, inputs_vary: boo
     if all(operand.origin in (Origin.INDEX, Origin.LOOKUP) for operand, n in calls if n["nonzero"]):
         return "indices"
     elements = sum(operand.elements for operand, _ in calls)
-    if sum(n["nonzero"] for _, n in calls) == elements and low > 0:
-        least = min(n["least"] for _, n in calls)
-        if elements >= _ENOUGH_VALUES or round(least / levels.factor) > 1:
-            return "floats"  # an offset plus levels
+    is_never_zero = sum(n["nonzero"] for _, n in calls) == elements and low > 0
+    if is_never_zero and (elements >= _ENOUGH_VALUES or min(round(n["least"] / n["factor"]) for _, n in calls) > 1):
+        return "floats"  # an offset plus levels
     if levels.most == 1:
         return "signed" if low < 0 else "binary"
     return "levels"
@@ -280,7 +307,7 @@ def _kinds(operands: list[Operand], numbers: list[Numbers | None], inputs_vary: 
         return {c: (operands[c], n) for c, (k, n) in enumerate(zip(kinds, numbers)) if k == kind and n is not None}
 
     levels = _find_levels(of("grid"))
-    kinds = ["floats" if kind == "grid" and c not in levels.multiples else kind for c, kind in enumerate(kinds)]
+    kinds = ["floats" if kind == "grid" and c not in levels.calls else kind for c, kind in enumerate(kinds)]
     for group in ("grid", "indices", "zeros"):
         if group not in kinds:
             continue
@@ -329,8 +356,8 @@ def _input(side: _Side, kind: str, calls: list[int]) -> Input:
         return found
     levels, neurons = side.levels, sum(side.fired)
     return replace(
-        found, level=levels.most, factor=float(levels.factor), negative=any(n["low"] < 0 for n in read.values()),
-        synaptic_operations=round(sum(n["magnitude"] * levels.multiples.get(c, 1) for c, n in read.items())),
+        found, level=levels.most, factor=levels.factor, negative=any(n["low"] < 0 for n in read.values()),
+        synaptic_operations=round(sum(n["magnitude"] for n in read.values())),
         nonzero_operations=round(sum(n["events"] for n in read.values())),
         neurons=neurons, silent=neurons - int(sum(some.sum().item() for some in side.fired.values())),
     )  # fmt: skip
@@ -347,18 +374,24 @@ def rows_of(record: Record, inputs_vary: bool) -> list[Row]:
         first, second = (_input(side, kind, members) for side, kind in zip(sides, kinds))
         pairs = None
         if first.is_spikes and second.is_spikes:
-            met = {c: n["pair_magnitude"] for c in members if (n := a.numbers[c]) is not None}
-            pairs = round(sum(n * a.levels.multiples.get(c, 1) * b.levels.multiples.get(c, 1) for c, n in met.items()))
+            pairs = round(sum(n["pair_magnitude"] for c in members if (n := a.numbers[c]) is not None))
         calls = [record.calls[c] for c in members]
         macs, results = sum(call.macs for call in calls), sum(call.result_values for call in calls)
         rows.append(Row(record.layer, record.op, calls[0].shape, len(calls), macs, (first, second), results, pairs))
     return rows
 
 
-def _differ(batches: list[list[torch.Tensor]]) -> bool:
-    """True if the model was given different tensors in different batches."""
-    values = {tuple(t.item() for t in batch) for batch in batches if batch}
-    return len(values) > 1
+def _data_varies(modules: dict[str, list[dict]]) -> bool:
+    """True if the data changed: the first argument of some module that modules did not compute themselves, such as a state.
+
+    The first argument decides, because a model may be given one batch again and again, next to a time or a state that changes.
+    """
+    for calls in modules.values():
+        computed = {argument for call in calls for argument, value in call.items() if value is None}
+        data = next((argument for argument in calls[0] if argument not in computed), None)
+        if len({call[data].item() for call in calls if data in call}) > 1:
+            return True
+    return False
 
 
 # --- the report ---------------------------------------------------------------------------------------------------------------
@@ -371,7 +404,7 @@ class Report:
 
     Attributes:
         costs: the energy constants and assumptions, a :class:`Costs`.
-        batches: number of calls of the model.
+        batches: number of calls of the model itself; 0 if only its methods or submodules were called.
         rows: a :class:`Row` per product, in the order of their first calls.
         unknown: {operator: {layer: calls}} of operators that may contain products and were not counted.
         fused: {operator: {layer: elements}} of the elementwise work of this package's operators. Not in the totals.
@@ -393,7 +426,7 @@ class Report:
         self._rows: tuple[int, list[Row]] = (-1, [])
 
     def __getstate__(self):
-        found = replace(self._recording, records={}, inputs=[])  # without the places in the program, which cannot be pickled
+        found = replace(self._recording, records={}, inputs={})  # without the places in the program, which cannot be pickled
         return {"costs": self.costs, "_recording": found, "_rows": (0, self.rows)}
 
     def with_costs(self, costs: Costs) -> "Report":
@@ -411,7 +444,7 @@ class Report:
         records = self._recording.records.values()
         calls = sum(len(record.calls) for record in records)
         if self._rows[0] != calls:  # reading the rows waits for the device, so keep them
-            vary = _differ(self._recording.inputs)
+            vary = _data_varies(self._recording.inputs)
             self._rows = calls, [row for record in records for row in rows_of(record, vary)]
         return self._rows[1]
 
@@ -430,8 +463,19 @@ class Report:
 
     @property
     def macs_on_floats(self) -> int:
-        """Multiply-adds of the products that see floats."""
-        return sum(row.macs for row in self.rows if not row.on_spikes)
+        """Multiply-adds of all other products: without spikes, and without an operand that is zeros.
+
+        Their operands are floats, fixed values, indices, one value, or weights alone.
+        """
+        return self.macs - self.macs_on_zeros - sum(row.macs for row in self.rows if row.on_spikes)
+
+    @property
+    def macs_on_zeros(self) -> int:
+        """Multiply-adds of the products without spikes that see zeros, such as the output of a layer that never fires.
+
+        In the energies they cost as much as on floats.
+        """
+        return sum(row.macs for row in self.rows if row.on_zeros)
 
     @property
     def synaptic_operations(self) -> int:
@@ -482,7 +526,7 @@ class Report:
         """Return all figures, under the names of the attributes, as what JSON has: numbers, strings, lists, dicts and None."""
         rows = []
         for row in self.rows:
-            derived = {"on_spikes": row.on_spikes, "synaptic_operations": row.synaptic_operations}
+            derived = {"on_spikes": row.on_spikes, "on_zeros": row.on_zeros, "synaptic_operations": row.synaptic_operations}
             rows.append(asdict(row) | {"inputs": [asdict(i) for i in row.inputs]} | derived)
         return {
             "macs": self.macs,
@@ -491,6 +535,7 @@ class Report:
             "products": self.products,
             "products_on_spikes": self.products_on_spikes,
             "macs_on_floats": self.macs_on_floats,
+            "macs_on_zeros": self.macs_on_zeros,
             "energy_parts_pj": self.energy_parts_pj,
             "costs": asdict(self.costs),
             "batches": self.batches,
@@ -510,6 +555,17 @@ class Report:
 
     __str__ = table
 
+    def __repr__(self) -> str:
+        return (
+            f"<Report: {_many(self.products, 'product')}, {self.products_on_spikes} on spikes; "
+            f"{_many(self.macs, 'multiply-add')}, {_many(self.synaptic_operations, 'synaptic operation')}>"
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, Report) else NotImplemented
+
+    __hash__ = object.__hash__
+
     def _product_lines(self) -> list[str]:
         heads = ("layer", "product", "shape", "calls", "multiply-adds", "input", "nonzero", "synaptic operations", "silent")
         cells = [heads]
@@ -528,12 +584,15 @@ class Report:
         return _aligned(cells, left=(0, 1, 2, 5))
 
     def _float_lines(self) -> list[str]:
-        counted = "1 batch" if self.batches == 1 else f"{self.batches:,} batches"
-        lines = ["", f"{self.products_on_spikes} of {self.products} products see spikes ({counted})"]
+        counted = f" ({_many(self.batches, 'batch', 'batches')})" if self.batches else ""
+        see = "sees" if self.products == 1 else "see"
+        lines = ["", f"{self.products_on_spikes} of {_many(self.products, 'product')} {see} spikes{counted}"]
         dense = [f"{r.layer or '(model)'}: {r.op} ({', '.join(map(str, r.inputs))})" for r in self.rows if not r.on_spikes]
+        if not self._recording.saw_operators:
+            lines.append("NOTHING RAN while this was counted")
         if dense:
             lines += ["products that do not see spikes:", *(f"  {line}" for line in dense)]
-        if self.batches < 2 and self.products_on_spikes:
+        if self.batches == 1 and self.products_on_spikes:
             lines.append("counted on one batch: a fixed pattern of 0 and 1 looks like spikes, so count several batches")
         return lines
 
@@ -542,12 +601,12 @@ class Report:
         if self.unknown:
             lines += ["", "NOT COUNTED, may contain products:"]
             for op, layers in self.unknown.items():
-                lines += [f"  {op} in {layer or '(model)'}: {n:,} calls" for layer, n in layers.items()]
+                lines += [f"  {op} in {layer or '(model)'}: {_many(n, 'call')}" for layer, n in layers.items()]
         work = self.fused_work()
         if work:
             lines += ["", "elementwise work of fused operators, not in the totals:"]
             lines += [
-                f"  {op}: {w['elements']:,} elements, {w['macs']:,} multiply-adds, {w['additions']:,} additions, "
+                f"  {op}: {_many(int(w['elements']), 'element')}, {w['macs']:,} multiply-adds, {w['additions']:,} additions, "
                 f"{_joules(w['energy_pj'])}"
                 for op, w in work.items()
             ]
@@ -556,9 +615,15 @@ class Report:
     def _energy_lines(self) -> list[str]:
         c, energy, parts = self.costs, self.energy_pj, self.energy_parts_pj["quantised"]
         steps = f"{c.time_steps} time step(s) in one pass" + (" instead of one a call" if c.step_by_step else "")
+        if self._recording.saw_meta:
+            return [
+                "",
+                f"multiply-adds {self.macs:,}",
+                "neither synaptic operations nor energies: on the meta device tensors have no values, so spikes are not known",
+            ]
         return [
             "",
-            f"multiply-adds {self.macs:,}, of them on floats {self.macs_on_floats:,}; "
+            f"multiply-adds {self.macs:,}, of them on floats {self.macs_on_floats:,}, on zeros {self.macs_on_zeros:,}; "
             f"synaptic operations {self.synaptic_operations:,}",
             f"energy, arithmetic alone:        {_joules(energy['arithmetic']):>12s}   {c.mac} pJ a multiply-add, {c.add} pJ an "
             "addition (float32)",
@@ -590,6 +655,10 @@ def _aligned(cells: Iterable[tuple[str, ...]], left: tuple[int, ...]) -> list[st
     ]
 
 
+def _many(n: int, one: str, many: str = "") -> str:
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def _joules(pj: float) -> str:
     for unit, size in (("J", 1e12), ("mJ", 1e9), ("uJ", 1e6), ("nJ", 1e3)):
         if pj >= size:
@@ -599,8 +668,5 @@ def _joules(pj: float) -> str:
 
 def check_costs(costs: Costs) -> Costs:
     if not isinstance(costs, Costs):
-        raise TypeError(
-            f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}; if the model takes an argument costs, "
-            "call it inside `with energy.count(model) as report:`"
-        )
+        raise TypeError(f"costs must be a sdit_kernels.energy.Costs, got {type(costs).__name__}")
     return costs
