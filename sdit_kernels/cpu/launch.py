@@ -6,6 +6,8 @@ launcher must hold it until the kernel returns. R is the number of rows and C th
 ../layout.py). All of this runs before every kernel, and each Python call costs 0.1 us.
 """
 
+import functools
+
 import torch
 
 from ..layout import row_view, step_view
@@ -69,37 +71,46 @@ def placed_all(layout, *groups):
     tensors, found = [], []
     for place, group in groups:
         for t in group:
-            t, addresses = place(layout, t)
-            tensors.append(t)
-            found += addresses
+            if t is None:
+                found += (0, 0) if place is placed_state else (0, 0, 0)
+            else:
+                t, addresses = place(layout, t)
+                tensors.append(t)
+                found += addresses
     return tensors, tuple(found)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(variant):
+    """Return (code, numbers) of a neuron whose parameters are numbers; see Parameters."""
+    neuron, flags, values, _, alpha = variant
+    given = dict(zip((*neuron.parameters, *neuron.numbers), values))
+    zeros = tuple(name for name in neuron.numbers if given[name] == 0)
+    return (neuron, flags, zeros), (*values, *(given.get(name, 0.0) for name in neuron.start), alpha)
 
 
 class Parameters:
     """The parameters and numbers of a neuron for a kernel.
 
-    ``numbers`` holds the parameters and numbers in the order of ``variant.values``, then the value of each state before the
-    first step, then the sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per
-    channel, or 0.
+    ``code`` holds the arguments of ``trace`` for the neuron: each set of them is generated code of its own. ``numbers`` holds
+    the parameters and numbers in the order of ``variant.values``, then the value of each state before the first step, then the
+    sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per channel, or 0.
     """
 
     def __init__(self, variant, parameters, dtype):
-        neuron, values = variant.neuron, list(variant.values)
-        addresses = [0] * len(values)
+        self.code, self.numbers = _constants(variant)
+        addresses = [0] * len(variant.values)
         self._dtype, self._count, self._alive = dtype, len(parameters), []
         for i, p in enumerate(parameters):
             if p is not None:
                 p = p.detach().to(dtype)
-                if neuron.parameters[i] in neuron.reciprocals:
+                if variant.neuron.parameters[i] in variant.neuron.reciprocals:
                     p = 1.0 / p
                 if p.numel() == 1:
-                    values[i] = p.item()
+                    self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
                 else:
                     self._alive.append(p.contiguous())
                     addresses[i] = self._alive[-1].data_ptr()
-        for name in neuron.start:
-            values.append(0.0 if name is None else values[(*neuron.parameters, *neuron.numbers).index(name)])
-        self.numbers = (*values, variant.alpha)
         self.addresses, self.per_channel = tuple(addresses), bool(self._alive)
 
     def partial_sums(self, layout, wanted):

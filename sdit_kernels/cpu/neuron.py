@@ -15,7 +15,7 @@ import numba
 
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of
-from ..neuron import Variant, printer, trace
+from ..neuron import printer, trace
 from ..neuron.trace import is_condition
 from ..surrogate import SURROGATES
 from .intrinsics import (
@@ -62,16 +62,6 @@ _OPERATIONS = dict(
     where_equal=where_equal, fma=fma, exp=exp, absolute=absolute, maximum=maximum, minimum=minimum, level=level, inside=inside,
     sign=sign, share=share_,
 )  # fmt: skip
-
-
-def code_of(variant: Variant):
-    """Return the arguments of ``trace`` for a neuron: each set of them is generated code of its own."""
-    neuron, flags, values, _, _ = variant
-    zeros = ()
-    for name, value in zip(neuron.numbers, values[len(neuron.parameters) :]):
-        if value == 0:
-            zeros += (name,)
-    return neuron, flags, zeros
 
 
 def generate(code, V, kind, with_parameters, entries):
@@ -265,7 +255,7 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     states, V = _same_dtype(states, dtype)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states))
     more, outputs = placed_all(layout, (placed, (s,)), (placed_state, finals), (placed, seqs), (placed, checkpoints))
-    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, code_of(variant), p.per_channel)(
+    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.per_channel)(
         x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
     )
 
@@ -292,7 +282,7 @@ def neuron_backward(
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters)
     _backward_kernel(
-        CODES[x.dtype], V, code_of(variant), SURROGATES[variant.surrogate].id, p.per_channel, with_parameters,
+        CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.per_channel, with_parameters,
         dx.nbytes >= STREAM,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,

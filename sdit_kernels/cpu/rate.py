@@ -34,7 +34,7 @@ from .intrinsics import (
 )
 from .kernel import Kernel, share
 from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, placed_gradient, placed_state
-from .neuron import code_of, generate
+from .neuron import generate
 from .vector import where_equal
 
 
@@ -190,7 +190,7 @@ def rate_forward(variant, x, residual, gate, parameters, T, out, tuning):
             x.numel(), layout.R, layout.C, inputs, out_, levels, edges.ctypes.data, values.ctypes.data
         )
         return
-    _forward_kernel(CODES[x.dtype], CODES[out.dtype], gate is not None, code_of(variant), p.per_channel)(
+    _forward_kernel(CODES[x.dtype], CODES[out.dtype], gate is not None, p.code, p.per_channel)(
         x.numel() * T, T, layout.R, layout.C, inputs, out_, p.numbers, p.addresses
     )
 
@@ -209,7 +209,7 @@ def rate_backward(variant, g, x, gate, parameters, T, dx, dgate, with_parameters
     gate, gate_ = placed_state(layout, gate)
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters)
     _backward_kernel(
-        CODES[x.dtype], CODES[g.dtype], gate is not None, code_of(variant), SURROGATES[variant.surrogate].id, p.per_channel,
+        CODES[x.dtype], CODES[g.dtype], gate is not None, p.code, SURROGATES[variant.surrogate].id, p.per_channel,
         with_parameters,
     )(
         2 * x.numel() * T, T, layout.R, layout.C, group, groups, (x_, gate_), g_, (dx_, dgate_), sums_, p.numbers, p.addresses,

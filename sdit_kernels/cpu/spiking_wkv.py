@@ -21,7 +21,7 @@ from . import scan
 from .intrinsics import CODES, SIZES, state_code, tile
 from .kernel import Kernel, share
 from .launch import Parameters, address, placed_rows
-from .neuron import code_of, generate
+from .neuron import generate
 from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_equal, where_less
 
 _WIDTH = 8  # the most vectors that a forward task holds; the last task of a sequence holds one more for the last channels
@@ -422,7 +422,7 @@ def spiking_wkv_forward(
     membrane, membrane_ = placed_rows(membrane)
     ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     _forward_kernel(
-        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, code_of(variant),
+        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, p.code,
         p.per_channel, tuning.wkv_checkpoint_tokens,
     )(
         2 * T * B * L * C, T, B, L, C, (spiking_tile(T, "cpu", tuning), _count_blocks(B, C, lanes, _WIDTH)),
@@ -446,10 +446,9 @@ def spiking_wkv_backward(
     p = Parameters(variant, parameters, w.dtype)
     dw, du = w.new_empty(2, B, C)
     sums = w.new_empty(2, B, C) if with_parameters else None
-    code = code_of(variant)
     blocks = _count_blocks(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
-    fields = _fields(r is not None, code, with_parameters)
+    fields = _fields(r is not None, p.code, with_parameters)
     work = w.new_empty(workers, T * (fields * tokens + 3) + tokens, (_BACK + 1) * lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
     (k, k_), (v, v_), (r, r_), (g, g_) = (placed_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
@@ -457,7 +456,7 @@ def spiking_wkv_backward(
     checkpoint_ = checkpoint.data_ptr(), checkpoint.shape[1] // (T * B), checkpoint.stride(0)
     upstream = [None if t is None else t.to(w.dtype).contiguous() for t in (g_ybar, g_lse, g_membrane)]
     _backward_kernel(
-        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, code,
+        CODES[k.dtype], CODES[w.dtype if membrane is None else membrane.dtype], lanes, r is not None, rate, p.code,
         SURROGATES[variant.surrogate].id, p.per_channel, with_parameters, tuning.wkv_checkpoint_tokens,
     )(
         4 * T * B * L * C, T, B, L, C, (tokens, blocks, workers), work.data_ptr(), (k_, v_, r_, membrane_, checkpoint_),
