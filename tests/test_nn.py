@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import sdit_kernels.nn
 from sdit_kernels import backend, dispatch, lif, lif_rate
-from sdit_kernels.nn import IF, LIF, ChannelMix, LIFRate, OverTime, ParametricLIF, TimeMix, detach, reset
+from sdit_kernels.nn import IF, LIF, ChannelMix, Leaky, LIFRate, OverTime, ParametricLIF, TimeMix, detach, reset
 
 STATEFUL = [LIF, IF, ParametricLIF]
 on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -949,3 +949,22 @@ def test_an_argument_that_is_not_a_module_is_refused(function):
     for wrong, name in ((torch.relu, "builtin_function_or_method"), ([torch.nn.Linear(2, 2)], "list")):
         with pytest.raises(TypeError, match=f"OverTime takes torch.nn.Modules, .* got {name}"):
             sdit_kernels.nn.OverTime(wrong)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_leaky_equals_its_op_and_keeps_its_membrane(step_mode):
+    beta = torch.nn.Parameter(torch.full((5,), 0.5))
+    neuron = Leaky(beta, reset_mechanism="zero", reset_delay=False, step_mode=step_mode)
+    x = torch.randn(6, 3, 5)
+    parts = [x[:2], x[2:]] if step_mode == "m" else x
+    s = torch.cat([neuron(part) for part in parts]).reshape(x.shape)
+    want, v = sdit_kernels.leaky(x, beta=beta, reset="zero", reset_delay=False, return_v=True)
+    assert torch.equal(s, want) and torch.equal(neuron.v, v)
+    s.sum().backward()
+    (d_beta,) = torch.autograd.grad(want.sum(), beta)
+    torch.testing.assert_close(beta.grad, d_beta)
+    reset(neuron)
+    assert neuron.v is None and dict(neuron.named_parameters()).keys() == {"beta"}
+    assert "reset_mechanism='zero'" in repr(neuron)
+    with pytest.raises(ValueError, match="'subtract', 'zero', 'none', got 'hard'"):
+        Leaky(0.5, reset_mechanism="hard")

@@ -69,12 +69,13 @@ MODULES = {
     "LIF, single-step": (lambda: nn.LIF(step_mode="s"), lambda B: (B, C)),
     "IF": (lambda: nn.IF(), lambda B: (3, B, C)),
     "ParametricLIF": (lambda: nn.ParametricLIF(channels=C), lambda B: (3, B, C)),
+    "Leaky": (lambda: nn.Leaky(beta=0.5), lambda B: (3, B, C)),
     "LIFRate": (lambda: nn.LIFRate(), lambda B: (B, C)),
     "OverTime": (lambda: nn.OverTime(torch.nn.Linear(C, C), torch.nn.BatchNorm1d(C)), lambda B: (3, B, C)),
     "TimeMix": (lambda: nn.TimeMix(C, norm_eps=1e-5, neuron=nn.LIFRate()), lambda B: (B, 4, C)),
     "ChannelMix": (lambda: nn.ChannelMix(C), lambda B: (B, 4, C)),
 }
-STATEFUL = ("LIF", "LIF, single-step", "IF", "ParametricLIF")
+STATEFUL = ("LIF", "LIF, single-step", "IF", "ParametricLIF", "Leaky")
 ALL = [*OPS, *MODULES]
 
 
@@ -238,7 +239,11 @@ def test_a_trace_leaves_the_membrane_unchanged(name):
 
 def lif_of(module, x, v):
     single = module.step_mode == "s"
-    s, v = lif(x.unsqueeze(0) if single else x, v, tau=module.tau, decay_input=module.decay_input, return_v=True)
+    x = x.unsqueeze(0) if single else x
+    if isinstance(module, nn.Leaky):
+        s, v = sdit_kernels.leaky(x, v, beta=module.beta, return_v=True)
+    else:
+        s, v = lif(x, v, tau=module.tau, decay_input=module.decay_input, return_v=True)
     return (s.squeeze(0) if single else s), v
 
 
