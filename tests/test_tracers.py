@@ -418,7 +418,7 @@ def test_the_reference_exports_to_onnx(name, dynamo, onnx_packages):
 
 # --- torch.func transforms: a membrane does not outlive them ------------------------------------------------------------------
 
-ENDED = r"v, the membrane carried over from an earlier call, has no values here: .* has ended; call reset\(\) before this call"
+ENDED = r"v, the state carried over from an earlier call, has no values here: .* has ended; call reset\(\) before this call"
 neurons = pytest.mark.parametrize("kind", [nn.LIF, nn.IF, nn.ParametricLIF])
 
 
