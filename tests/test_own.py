@@ -60,10 +60,11 @@ def outputs_and_gradients(where, call, tensors, seed=0):
     leaves = [t.detach().clone().requires_grad_() if t.is_contiguous() else t.detach().requires_grad_() for t in tensors]
     with backend(where), tuned(SMALL), native_triton.launches() as counts:
         s, *rest = call(*leaves)
-        outputs = [s, *(t for group in rest for t in group if t.requires_grad)]
+        outputs = [s, *(t for group in rest for t in group)]
         made = torch.Generator().manual_seed(seed)
         upstream = [torch.randn(o.shape, generator=made).to(o.dtype) for o in outputs]
-        found = torch.autograd.grad(outputs, leaves, upstream)
+        used = [(o, g) for o, g in zip(outputs, upstream) if o.requires_grad]  # a constant state has no gradient
+        found = torch.autograd.grad([o for o, _ in used], leaves, [g for _, g in used])
     assert bool(counts) == (where == "triton" and leaves[0].numel() > 0)
     return outputs, found
 
