@@ -104,10 +104,10 @@ def bind(kernel, name, neuron, flags, surrogate="atan", with_parameters=False):
     entries = [entry for entry in ENTRIES if entry in kernel.__code__.co_names]
     environment = _ENVIRONMENT | {"KIND": tl.constexpr(SURROGATES[surrogate].id)}
     printed = load(text(trace(neuron, flags), TRITON, with_parameters, entries), neuron.name, environment)
-    if triton.knobs.runtime.interpret:  # the interpreter looks the function up by the name in its source
-        name = kernel.__name__
     bound = types.FunctionType(kernel.__code__, kernel.__globals__ | printed, name)
     bound.__annotations__, bound.__module__, bound.__qualname__ = kernel.__annotations__, kernel.__module__, name
+    if triton.knobs.runtime.interpret:  # the interpreter looks the function up by the name in its source
+        bound.__name__ = kernel.__name__
     return triton.jit(bound, do_not_specialize=_SIZES)
 
 
