@@ -405,7 +405,6 @@ def neuron_backward(
         USES_TAPE=plan.uses_tape and plan.uses_states,
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
-    keeps = [c if c.numel() else None for c in checkpoints]
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
     grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x, len(parameters)) if with_parameters else None
@@ -415,7 +414,7 @@ def neuron_backward(
             with_parameters,
         ),
         x.device,
-        (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, keeps)),
+        (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
         (row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C, grid.group,
         *numbers, variant.alpha, F=flags,
