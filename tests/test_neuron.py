@@ -83,7 +83,9 @@ CASES += [
     for decay in (False, True)
     for detach in (False, True)
 ]
-CASES += [(NEURONS["leaky"], dict(reset=r, delay=d)) for r in ("subtract", "zero", "none") for d in (False, True)]
+RESETS = ("subtract", "zero", "none")
+CASES += [(NEURONS[name], dict(reset=r, delay=d)) for name in ("leaky", "cuba") for r in RESETS for d in (False, True)]
+CASES += [(NEURONS["lapicque"], dict(reset=r)) for r in RESETS] + [(NEURONS["adlif"], {})]
 NAMES = [f"{n.name}-{'-'.join(map(str, flags.values()))}" for n, flags in CASES]
 
 
