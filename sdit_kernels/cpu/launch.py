@@ -68,11 +68,16 @@ def placed_rows(t, axes=2):
 
 def placed_all(layout, *groups):
     """Return (tensors, one tuple with the addresses and strides of all). A group is a ``placed`` function and its tensors."""
-    tensors, found = [], []
+    tensors, found, C = [], [], layout.C
+    step = layout.R * C
     for place, group in groups:
+        states = place is placed_state
         for t in group:
             if t is None:
-                found += (0, 0) if place is placed_state else (0, 0, 0)
+                found += (0, 0) if states else (0, 0, 0)
+            elif layout.order is None and t.is_contiguous():  # as ``place`` does, without a call
+                tensors.append(t)
+                found += (t.data_ptr(), C) if states else (t.data_ptr(), step, C)
             else:
                 t, addresses = place(layout, t)
                 tensors.append(t)
@@ -99,10 +104,11 @@ class Parameters:
 
     def __init__(self, variant, parameters, dtype):
         self.code, self.numbers = _constants(variant)
-        addresses = [0] * len(variant.values)
         self._dtype, self._count, self._alive = dtype, len(parameters), []
+        addresses, self.are_numbers = [0] * len(variant.values), True
         for i, p in enumerate(parameters):
             if p is not None:
+                self.are_numbers = False
                 p = p.detach().to(dtype)
                 if variant.neuron.parameters[i] in variant.neuron.reciprocals:
                     p = 1.0 / p

@@ -276,9 +276,7 @@ def neuron_backward(
     into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
     g_finals, g_seqs = ([None if t is None else t.to(dtype) for t in group] for group in (g_finals, g_seqs))
     g, g_ = placed_gradient(layout, g, x)
-    alive, inputs = placed_all(
-        layout, (placed, (x,)), (placed_state, states), (placed, [c if c.numel() else None for c in checkpoints])
-    )
+    alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states), (placed, checkpoints))
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters)

@@ -186,7 +186,7 @@ def rate_forward(variant, x, residual, gate, parameters, T, out, tuning):
     out, out_ = placed_state(layout, out)
     inputs = x_, gate_, residual_
     stairs = None
-    if all(p is None for p in parameters):
+    if p.are_numbers:
         stairs = staircase.table(T, variant, dtype, out.dtype == torch.uint8)
     if stairs is not None:
         levels, edges, values = stairs

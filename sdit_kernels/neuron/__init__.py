@@ -8,9 +8,9 @@ import functools
 from typing import Any, NamedTuple
 
 from .library import LEAKY, LIF, NEURONS
-from .trace import Neuron, Trace
+from .trace import Neuron, Trace, Values
 
-__all__ = ["LEAKY", "LIF", "NEURONS", "Neuron", "Trace", "Variant", "trace"]
+__all__ = ["LEAKY", "LIF", "NEURONS", "Neuron", "Trace", "Values", "Variant", "trace"]
 
 
 class Variant(NamedTuple):

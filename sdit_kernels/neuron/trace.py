@@ -23,7 +23,6 @@ import numbers
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
 
@@ -44,6 +43,14 @@ class Neuron:
         """The keyword arguments of the step and their defaults. Each setting of them is a trace of its own."""
         found = inspect.signature(self.step).parameters.values()
         return {f.name: f.default for f in found if f.kind is f.KEYWORD_ONLY}
+
+
+class Values:
+    """The states or the parameters of a step, by name. torch.compile can trace it, which it cannot do with SimpleNamespace."""
+
+    def __init__(self, names, values):
+        for name, value in zip(names, values):
+            setattr(self, name, value)
 
 
 def _refuse(protocol):
@@ -373,8 +380,8 @@ class Trace:
         self.numbers = tuple(
             graph.number(self.constants[name]) if name in self.constants else graph.input(name) for name in neuron.numbers
         )
-        s = SimpleNamespace(**dict(zip(neuron.states, self.states)))
-        p = SimpleNamespace(**dict(zip((*neuron.parameters, *neuron.numbers), (*self.parameters, *self.numbers))))
+        s = Values(neuron.states, self.states)
+        p = Values((*neuron.parameters, *neuron.numbers), (*self.parameters, *self.numbers))
         self.spike, self.after = self._outputs(neuron.step(self.x, s, p, Operations(graph), **self.flags))
         graph.exact = False  # everything from here on is a derivative
         self.d_spike = graph.input("ds")

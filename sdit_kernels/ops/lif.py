@@ -23,6 +23,7 @@ from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
 from .neuron import (
     allocate_parameter_gradients,
+    any_given,
     check_spike_dtype,
     check_steps,
     define,
@@ -72,7 +73,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
     *values, return_counts, backend = rest
     parameters = tau, v_threshold
     out = _rate_output(x, residual, parameters, return_counts)
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and any_given(parameters):
         _check_values(parameters, values, state_dtype(x.dtype))
     if x.numel():
         kernels(backend, "rate").rate_forward(lif_variant(*values), x, residual, gate, parameters, T, out, tuning.current())
@@ -85,8 +86,8 @@ def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
 
 def _rate_backward_outputs(x, gate, parameters, wanted):
     dx = _rate_output(x, None, parameters, False)
-    dgate = x.new_empty(0) if gate is None else memory.empty_like(dx, dx.dtype)
-    return dx, dgate, allocate_parameter_gradients(x, parameters, wanted)
+    dgate = None if gate is None else memory.empty_like(dx, dx.dtype)
+    return dx, dgate, allocate_parameter_gradients(parameters, wanted)
 
 
 def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
@@ -94,9 +95,9 @@ def _rate_backward(g, x, gate, tau, v_threshold, T, *rest):
     parameters = tau, v_threshold
     dx, dgate, d_parameters = _rate_backward_outputs(x, gate, parameters, wanted)
     if x.numel() == 0:
-        return dx, dgate, *(d.zero_() for d in d_parameters)
+        return dx, dgate, *(None if d is None else d.zero_() for d in d_parameters)
     sums = kernels(backend, "rate").rate_backward(
-        lif_variant(*values), g, x, gate, parameters, T, dx, None if gate is None else dgate, wanted, tuning.current()
+        lif_variant(*values), g, x, gate, parameters, T, dx, dgate, wanted, tuning.current()
     )
     return dx, dgate, *sum_parameter_gradients(LIF, parameters, sums, d_parameters)
 

@@ -59,13 +59,20 @@ def run(call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, bac
     return (s, v_seq) if return_v_seq else s
 
 
+def any_given(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:  # noqa: SIM110, because any() takes twice the time
+        if t is not None:
+            return True
+    return False
+
+
 def per_channel(parameters: Sequence[Tensor | None]) -> bool:
     return any(p is not None and p.numel() > 1 for p in parameters)
 
 
-def allocate_parameter_gradients(x, parameters, wanted):
-    """Gradients that are not requested are empty tensors."""
-    return [p.new_empty(p.shape) if wanted and p is not None else x.new_empty(0) for p in parameters]
+def allocate_parameter_gradients(parameters, wanted):
+    """Gradients that are not requested are None."""
+    return [p.new_empty(p.shape) if wanted and p is not None else None for p in parameters]
 
 
 def sum_parameter_gradients(neuron, parameters, sums, found):
@@ -92,7 +99,7 @@ def define(
 
     The arguments are x, a Tensor | None per state, a Tensor | None per parameter, the values of ``schema``, return_state,
     return_state_seq, spike_dtype, keep (the checkpoint), backend. The outputs are the spikes, then per state the last one, its
-    sequence and its checkpoint. Outputs that are not requested are empty tensors.
+    sequence and its checkpoint. Outputs that are not requested are None.
 
     names: how users call the parameters. schema: the schema of the other settings. variant(*values): what launchers take.
     check(parameters, values, dtype): checks the values of tensor parameters, on the CPU only, because reading them on a GPU
@@ -100,37 +107,36 @@ def define(
     """
     name, S, P = neuron.name, len(neuron.states), len(neuron.parameters)
     inputs = 1 + S + P
-    T = range(S)
+    T, nothing = range(S), [None] * S
 
     def allocate(x, parameters, return_state, return_state_seq, spike_dtype, keep):
         dtype, channels = state_dtype(x.dtype), per_channel(parameters)
         s = empty_like(x, spike_dtype or x.dtype, channels)
-        rows = max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS if keep else 0
-        return (
-            s,
-            *(empty_state_like(s, dtype) if return_state else x.new_empty(0) for _ in T),
-            *(empty_like(x, dtype, channels) if return_state_seq else x.new_empty(0) for _ in T),
-            *(empty_states_like(s, dtype, rows) if keep else x.new_empty(0) for _ in T),
-        )
+        finals = [empty_state_like(s, dtype) for _ in T] if return_state else nothing
+        seqs = [empty_like(x, dtype, channels) for _ in T] if return_state_seq else nothing
+        if not keep:
+            return s, finals, seqs, nothing
+        rows = max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS
+        return s, finals, seqs, [empty_states_like(s, dtype, rows) for _ in T]
 
     def forward(x, *rest):
         states, parameters, values, flags, backend = rest[:S], rest[S : S + P], rest[S + P : -5], rest[-5:-1], rest[-1]
-        outputs = allocate(x, parameters, *flags)
+        s, finals, seqs, checkpoints = allocate(x, parameters, *flags)
         given = variant(*values)
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and any_given(parameters):
             check(parameters, values, state_dtype(x.dtype))
         if x.numel():
-            s, *wanted = [t if t.numel() else None for t in outputs]
             kernels(backend, "neuron").neuron_forward(
-                given, x, states, parameters, s, wanted[:S], wanted[S : 2 * S], wanted[2 * S :], tuning.current()
+                given, x, states, parameters, s, finals, seqs, checkpoints, tuning.current()
             )
         elif flags[0]:
-            for final, state, start in zip(outputs[1 : 1 + S], states, starts(given)):
+            for final, state, start in zip(finals, states, starts(given)):
                 final.fill_(start) if state is None else final.copy_(state)
-        return outputs
+        return s, *finals, *seqs, *checkpoints
 
     def forward_fake(x, *rest):
-        return allocate(x, rest[S : S + P], *rest[-5:-1])
+        s, finals, seqs, checkpoints = allocate(x, rest[S : S + P], *rest[-5:-1])
+        return s, *finals, *seqs, *checkpoints
 
     def starts(given):
         numbers = dict(zip((*neuron.parameters, *neuron.numbers), given.values))
@@ -138,8 +144,8 @@ def define(
 
     def allocate_gradients(x, states, parameters, wanted):
         dx = empty_like(x, x.dtype, per_channel(parameters))
-        d_states = [x.new_empty(0) if v is None else empty_state_like(dx, v.dtype) for v in states]
-        return dx, d_states, allocate_parameter_gradients(x, parameters, wanted)
+        d_states = [None if v is None else empty_state_like(dx, v.dtype) for v in states]
+        return dx, d_states, allocate_parameter_gradients(parameters, wanted)
 
     def backward(g, *rest):
         g_finals, g_seqs, (x, *states) = rest[:S], rest[S : 2 * S], rest[2 * S : 3 * S + 1]
@@ -150,13 +156,14 @@ def define(
             for d, v, g_final in zip(d_states, states, g_finals):
                 if v is not None:
                     d.zero_() if g_final is None else d.copy_(g_final)
-            return dx, *d_states, *(d.zero_() for d in d_parameters)
-        # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
-        if x.shape[0] > LIF_CHECKPOINT_STEPS and checkpoints[0].numel() == 0:
+            return dx, *d_states, *(None if d is None else d.zero_() for d in d_parameters)
+        if x.shape[0] <= LIF_CHECKPOINT_STEPS:
+            checkpoints = nothing
+        elif checkpoints[0] is None or checkpoints[0].numel() == 0:
+            # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
             checkpoints = forward(x, *states, *parameters, *values, False, False, None, True, backend)[1 + 2 * S :]
         sums = kernels(backend, "neuron").neuron_backward(
-            variant(*values), g, g_finals, g_seqs, x, states, parameters, checkpoints, dx,
-            [None if v is None else d for d, v in zip(d_states, states)], wanted, tuning.current(),
+            variant(*values), g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, wanted, tuning.current(),
         )  # fmt: skip
         return dx, *d_states, *sum_parameter_gradients(neuron, parameters, sums, d_parameters)
 
@@ -195,7 +202,7 @@ def define(
     )
     upstream = tensors("Tensor?", [f"g_{v}" for v in neuron.states] + [f"g_{v}_seq" for v in neuron.states])
     backward_call = register(
-        f"{name}_backward(Tensor? g, {upstream}Tensor x, {states}{parameters}{tensors('Tensor', checkpoint_names)}{schema}, "
+        f"{name}_backward(Tensor? g, {upstream}Tensor x, {states}{parameters}{tensors('Tensor?', checkpoint_names)}{schema}, "
         f"bool parameters, str backend) -> ({', '.join(['Tensor'] * (1 + S + P))})",
         backward,
         backward_fake,

@@ -34,15 +34,13 @@ _STEPS = 16  # a Triton program holds the scan states of at most this many time 
 
 
 def _outputs(k, rate, return_state, keep, backend, numbers):
-    """Allocate out, ybar, lse, membrane and checkpoint. Outputs that are not requested are empty tensors."""
+    """Allocate out, ybar, lse, membrane and checkpoint. Outputs that are not requested are None."""
     T, B, L, C = k.shape
-    shapes = [(0,)] * 4
-    if return_state:
-        shapes[:3] = (T, B, C), (T, B, C), (B, L, C)
-    if keep:
-        shapes[3] = 3, wkv_rows(T * B, L, None, spiking_tile(T, backend, numbers)), C
+    dtype = state_dtype(k.dtype)
     out = memory.empty_contiguous((B, L, C) if rate else k.shape, k.dtype, k)
-    return out, *(k.new_empty(shape, dtype=state_dtype(k.dtype)) for shape in shapes)
+    states = [k.new_empty(shape, dtype=dtype) for shape in ((T, B, C), (T, B, C), (B, L, C))] if return_state else [None] * 3
+    rows = wkv_rows(T * B, L, None, spiking_tile(T, backend, numbers)) if keep else 0
+    return out, *states, k.new_empty((3, rows, C), dtype=dtype) if keep else None
 
 
 def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay_is_log_of_rate, *rest):
@@ -53,10 +51,9 @@ def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay
     if k.device.type == "cpu":
         check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype), neuron.levels)
     if k.numel():
-        out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
             k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
-            lif_variant(*neuron), rate, out, *wanted, numbers,
+            lif_variant(*neuron), rate, *outputs, numbers,
         )  # fmt: skip
     elif return_state:  # no tokens or no steps: the final states are the given states
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -70,10 +67,10 @@ def _forward_fake(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, 
 
 
 def _backward_outputs(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, parameters):
-    """Allocate the gradients of the ten tensors, in this order. Gradients that are not requested are empty tensors."""
-    data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
-    given = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (decay, bonus, ybar, lse, membrane)]
-    return *data, *given, *allocate_parameter_gradients(k, (tau, v_threshold), parameters)
+    """Allocate the gradients of the ten tensors, in this order. Gradients that are not requested are None."""
+    data = [None if t is None else memory.empty_contiguous(k.shape, k.dtype, k) for t in (k, v, r)]
+    given = [None if t is None else t.new_empty(t.shape) for t in (decay, bonus, ybar, lse, membrane)]
+    return *data, *given, *allocate_parameter_gradients((tau, v_threshold), parameters)
 
 
 def _backward(
@@ -86,7 +83,8 @@ def _backward(
     dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane, *d_parameters = outputs
     if k.numel() == 0:
         for d in (d_decay, d_bonus, *d_parameters):
-            d.zero_()
+            if d is not None:
+                d.zero_()
         if ybar is not None:
             for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
                 d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
@@ -96,12 +94,11 @@ def _backward(
     numbers = tuning.current()
     rows = wkv_rows(k.shape[0] * k.shape[1], k.shape[2], None, spiking_tile(k.shape[0], backend, numbers))
     # The forward pass ran without a checkpoint (torch.func), or under another Tuning, so recompute it.
-    if checkpoint.numel() == 0 or checkpoint.shape[1] != rows:
+    if checkpoint is None or checkpoint.numel() == 0 or checkpoint.shape[1] != rows:
         checkpoint = _forward(*inputs, decay_is_log_of_rate, *neuron, rate, False, True, backend)[4]
-    given = (d if d.numel() else None for d in (dr, d_decay, d_bonus, d_ybar, d_lse, d_membrane))
     sums = kernels(backend, "spiking_wkv").spiking_wkv_backward(
         g, g_ybar, g_lse, g_membrane, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
-        checkpoint.contiguous(), lif_variant(*neuron), rate, parameters, dk, dv, *given, numbers,
+        checkpoint.contiguous(), lif_variant(*neuron), rate, parameters, *outputs[:8], numbers,
     )  # fmt: skip
     return *outputs[:8], *sum_parameter_gradients(LIF, (tau, v_threshold), sums, d_parameters)
 
@@ -146,7 +143,7 @@ _call = register(
     gradient=_gradient,
 )
 _backward_call = register(
-    f"spiking_wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor? g_membrane, {_INPUTS}, Tensor checkpoint, "
+    f"spiking_wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor? g_membrane, {_INPUTS}, Tensor? checkpoint, "
     f"bool raw, {NEURON_SCHEMA}, bool rate, bool parameters, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,

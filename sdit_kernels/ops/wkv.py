@@ -62,21 +62,18 @@ def _brief(values):
 
 
 def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
-    """Allocate out, ybar, lse and checkpoint. Outputs that are not requested are empty tensors."""
+    """Allocate out, ybar, lse and checkpoint. Outputs that are not requested are None."""
     B, L, C = k.shape
     dtype = state_dtype(k.dtype)
     packed = None if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    state, checkpoint = (0,), (0,)
+    out = memory.empty_contiguous((B, L, C), k.dtype, k)
+    ybar = lse = checkpoint = None
     if return_state:
-        state = (B if packed is None else packed, C)
+        ybar, lse = (k.new_empty((B if packed is None else packed, C), dtype=dtype) for _ in range(2))
     if keep:
-        checkpoint = (2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C)
-    rows = k.new_empty if packed is None else k.new_zeros  # packed: a few rows do not belong to any tile
-    return (
-        memory.empty_contiguous((B, L, C), k.dtype, k),
-        *(k.new_empty(state, dtype=dtype) for _ in range(2)),
-        rows(checkpoint, dtype=dtype),
-    )
+        rows = k.new_empty if packed is None else k.new_zeros  # packed: a few rows do not belong to any tile
+        checkpoint = rows((2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C), dtype=dtype)
+    return out, ybar, lse, checkpoint
 
 
 def _wkv(
@@ -88,10 +85,9 @@ def _wkv(
     if cu_seqlens is not None and k.device.type == "cpu":
         _check_lengths(cu_seqlens, max_seqlen, k.shape[1])
     if k.numel():
-        out, *wanted = (t if t.numel() else None for t in outputs)
         kernels(backend, "wkv").wkv_forward(
-            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out,
-            *wanted, numbers,
+            k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm,
+            *outputs, numbers,
         )  # fmt: skip
     elif return_state:  # no tokens: the final state is the given state
         for new, old, empty in zip(outputs[1:3], (ybar, lse), (0.0, -torch.inf)):
@@ -107,10 +103,10 @@ def _wkv_fake(
 
 
 def _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters):
-    """Allocate dk, dv, dr, d decay, d bonus, d ybar and d lse. Gradients that are not requested are empty tensors."""
-    data = [memory.empty_contiguous(k.shape if t is not None else (0,), k.dtype, k) for t in (k, v, r)]
-    sums = [p.new_empty(p.shape if parameters else (0,)) for p in (decay, bonus)]
-    state = [k.new_empty((0,)) if t is None else t.new_empty(t.shape) for t in (ybar, lse)]
+    """Allocate dk, dv, dr, d decay, d bonus, d ybar and d lse. Gradients that are not requested are None."""
+    data = [None if t is None else memory.empty_contiguous(k.shape, k.dtype, k) for t in (k, v, r)]
+    sums = [p.new_empty(p.shape) if parameters else None for p in (decay, bonus)]
+    state = [None if t is None else t.new_empty(t.shape) for t in (ybar, lse)]
     return *data, *sums, *state
 
 
@@ -121,7 +117,8 @@ def _wkv_backward(
     outputs = _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters)
     dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse = outputs
     if k.numel() == 0:
-        d_decay.zero_(), d_bonus.zero_()
+        if parameters:
+            d_decay.zero_(), d_bonus.zero_()
         if ybar is not None:
             for d, upstream in ((d_ybar, g_ybar), (d_lse, g_lse)):
                 d.zero_() if upstream is None else d.copy_(torch.where(lse > -torch.inf, upstream, 0.0))
@@ -129,15 +126,14 @@ def _wkv_backward(
     numbers, packed = tuning.current(), None if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = wkv_rows(*k.shape[:2], packed, numbers.wkv_checkpoint_tokens)
     # The forward pass ran without a checkpoint (torch.func), or under another Tuning, so recompute it.
-    if checkpoint.numel() == 0 or checkpoint.shape[2] != rows:
+    if checkpoint is None or checkpoint.numel() == 0 or checkpoint.shape[2] != rows:
         checkpoint = _wkv(
             k, v, r, decay, bonus, ybar, lse, cu_seqlens, max_seqlen, decay_is_log_of_rate, bidirectional, False, True,
             algorithm, backend
         )[3]  # fmt: skip
-    given = (t if t.numel() else None for t in (dr, d_decay, d_bonus, d_ybar, d_lse))
     kernels(backend, "wkv").wkv_backward(
         g, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint.contiguous(), cu_seqlens,
-        max_seqlen, bidirectional, algorithm, dk, dv, *given, numbers,
+        max_seqlen, bidirectional, algorithm, *outputs, numbers,
     )  # fmt: skip
     return outputs
 
@@ -181,7 +177,7 @@ _wkv_call = register(
 )
 _wkv_backward_call = register(
     "wkv_backward(Tensor? g, Tensor? g_ybar, Tensor? g_lse, Tensor k, Tensor v, Tensor? r, Tensor decay, Tensor first, "
-    "Tensor? ybar, Tensor? lse, Tensor checkpoint, Tensor? cu_seqlens, SymInt max_seqlen, bool raw, bool bidirectional, "
+    "Tensor? ybar, Tensor? lse, Tensor? checkpoint, Tensor? cu_seqlens, SymInt max_seqlen, bool raw, bool bidirectional, "
     "bool parameters, str algorithm, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _wkv_backward,
     _wkv_backward_fake,

@@ -5,14 +5,13 @@ repeat them bit for bit, so the backward pass recomputes every spike exactly.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from ..dtypes import state_dtype
 from ..levels import decode, encode
-from ..neuron import LEAKY, LIF, Neuron
+from ..neuron import LEAKY, LIF, Neuron, Values
 from ..surrogate import SURROGATES
 
 
@@ -189,11 +188,11 @@ def as_parameter(p, dtype):
 
 def bind(neuron: Neuron, values, derivative, **flags):
     """Return the step of a neuron as a function (x, states) -> (spike, states). values: its parameters, then its numbers."""
-    p = SimpleNamespace(**dict(zip((*neuron.parameters, *neuron.numbers), values)))
+    p = Values((*neuron.parameters, *neuron.numbers), values)
     o = TensorOperations(derivative)
 
     def step(x, states):
-        s, after = neuron.step(x, SimpleNamespace(**dict(zip(neuron.states, states))), p, o, **flags)
+        s, after = neuron.step(x, Values(neuron.states, states), p, o, **flags)
         return s, after if isinstance(after, tuple) else (after,)
 
     return step

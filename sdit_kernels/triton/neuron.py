@@ -104,10 +104,10 @@ def bind(kernel, name, neuron, flags, surrogate="atan", with_parameters=False):
     entries = [entry for entry in ENTRIES if entry in kernel.__code__.co_names]
     environment = _ENVIRONMENT | {"KIND": tl.constexpr(SURROGATES[surrogate].id)}
     printed = load(text(trace(neuron, flags), TRITON, with_parameters, entries), neuron.name, environment)
-    if triton.knobs.runtime.interpret:  # the interpreter looks the function up by the name in its source
-        name = kernel.__name__
     bound = types.FunctionType(kernel.__code__, kernel.__globals__ | printed, name)
     bound.__annotations__, bound.__module__, bound.__qualname__ = kernel.__annotations__, kernel.__module__, name
+    if triton.knobs.runtime.interpret:  # the interpreter looks the function up by the name in its source
+        bound.__name__ = kernel.__name__
     return triton.jit(bound, do_not_specialize=_SIZES)
 
 
@@ -421,7 +421,6 @@ def neuron_backward(
         USES_TAPE=plan.uses_tape and plan.uses_states,
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
-    keeps = [c if c.numel() else None for c in checkpoints]
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
     grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
     sums = grid.partial_sums(layout, per_channel, x, len(parameters)) if with_parameters else None
@@ -431,7 +430,7 @@ def neuron_backward(
             with_parameters,
         ),
         x.device,
-        (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, keeps)),
+        (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
         (row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C, grid.group,
         *numbers, variant.alpha, F=flags,

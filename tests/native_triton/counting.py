@@ -42,7 +42,7 @@ def count_runs_of(module, class_name):
     def run(self, *args, grid, warmup, **kwargs):
         result = original(self, *args, grid=grid, warmup=warmup, **kwargs)
         if not warmup:
-            record_launch(self.fn.__name__)
+            record_launch(self.fn.__qualname__.rpartition(".")[2])  # __name__ is the name in the source for the interpreter
         return result
 
     cls.run = run
