@@ -477,6 +477,14 @@ def test_the_kernels_compute_the_neurons(name):
     assert_equal_neurons(module, own, *inputs(shape, 3.0))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_a_neuron_that_holds_an_instance_of_its_function_is_recognised():
+    """PyTorch cannot copy it."""
+    module = MultiSpike()
+    module.quant = Quant()
+    assert accelerate(module).replaced
+
+
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("th", [1.0, 0.3])
@@ -724,9 +732,9 @@ LEFT = {
     RefractoryLIF: "its reset neither|something else than a LIF neuron|does not depend on its input",
     KeepsStateLIF: "it keeps state between calls: mem",
     CountingLIF: "it keeps state between calls: rates",
-    TernaryLIF: "not binary",
+    TernaryLIF: "its gradient is not one over the threshold",
     FloorSpike: "it does not round halves to the even integer",
-    UnevenSpike: "not binary",
+    UnevenSpike: "its spikes are not the rounded multiples of a threshold",
     StraightSpike: "its gradient does not end",
     SlowSpike: "its gradient is not one over the threshold",
     HardResetILIF: "something else than a LIF neuron|not the gradient",

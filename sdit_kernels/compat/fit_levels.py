@@ -10,7 +10,6 @@
 fit_lif.py explains the probe, the layouts and the check on fresh inputs.
 """
 
-import copy
 import math
 import time
 from typing import NamedTuple
@@ -27,6 +26,7 @@ from .fit_lif import (
     Found,
     Layout,
     Probe,
+    copy_of,
     dtypes_of,
     first_input,
     first_look,
@@ -173,7 +173,7 @@ def fit_levels(module: nn.Module, device: str, numbers: list) -> Found:
 
 
 def _fit(module, device, numbers):
-    twin = copy.deepcopy(module).to(device).double().requires_grad_().train()
+    twin = copy_of(module).to(device).double().requires_grad_().train()
     if next(twin.parameters(), None) is not None:
         raise Cannot(1, f"{NOT_BINARY}; integers are recognised of neurons without parameters")
     known = [float(value) for value in numbers if type(value) in (int, float) and math.isfinite(value)]

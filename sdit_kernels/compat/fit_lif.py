@@ -81,7 +81,7 @@ class Form(NamedTuple):
 class Layout(NamedTuple):
     """Where the time steps are in the data."""
 
-    kind: str  # "axis"; "fold": the first axis is T * B; "fold batch": the first axis is B * T; "none": there is no time axis
+    kind: str  # "axis"; "fold": the first axis is T * B; "fold batch": the first axis is B * T; "none": without a time axis
     axis: int
     steps: int | None  # None: any number
 
@@ -236,6 +236,12 @@ def _snapshot(module: nn.Module) -> dict:
                     value = id(value)
                 found[where, name] = value
     return found
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """Copy a module. It shares instances of autograd functions, which have no state and which PyTorch cannot copy."""
+    values = [value for part in module.modules() for value in vars(part).values()]
+    return copy.deepcopy(module, {id(value): value for value in values if isinstance(value, torch.autograd.Function)})
 
 
 class Probe:
@@ -661,7 +667,7 @@ def dtypes_of(probe: Probe, module: nn.Module) -> tuple[tuple[torch.dtype, torch
     """Return the dtypes of data that the neuron takes, and the dtypes of its spikes."""
     found = []
     for dtype in DATA_DTYPES:
-        twin = copy.deepcopy(module).to(probe.device)
+        twin = copy_of(module).to(probe.device)
         try:
             with torch.no_grad():
                 found.append(
@@ -718,8 +724,8 @@ def fit_lif(module: nn.Module, device: str, numbers: list) -> Found:
 
 
 def _fit(module: nn.Module, device: str, numbers: list) -> Found:
-    twin = copy.deepcopy(module).to(device).double().requires_grad_().train()
-    single = copy.deepcopy(module).to(device).float()
+    twin = copy_of(module).to(device).double().requires_grad_().train()
+    single = copy_of(module).to(device).float()
     known = [float(value) for value in numbers if type(value) in (int, float) and math.isfinite(value)]
     known += [p.item() for p in twin.parameters()]
     until = time.monotonic() + SECONDS

@@ -411,8 +411,13 @@ def accelerate(model: nn.Module) -> Report:
         s[t] = 1 where h[t] > threshold    or    h[t] >= threshold
         v[t] = v_reset where s[t]          or    h[t] - s[t] * threshold
 
-    It also reads the time axis (the first, the second, the last, or T folded into the batch), the surrogate gradient (name and
-    alpha in ``sdit_kernels.SURROGATES``), the initial membrane potential, the size of a spike, and the use of learned scalars.
+    or of integer spikes::
+
+        c[t] = round(clip(h[t] / threshold, lo, hi)),    s[t] = c[t] * scale,    v[t] = h[t] - c[t] * threshold
+
+    which may also have no state and no time axis. It also reads the time axis (the first, the second, the last, or T folded
+    into the batch), the surrogate gradient (name and alpha in ``sdit_kernels.SURROGATES``) or the window of the gradient, the
+    initial membrane potential, the size of a spike, and the use of learned scalars.
     It replaces a module only if the spikes are equal and the gradients agree to 1e-9 on fresh float64 inputs: several lengths,
     numbers of axes and scales of the input, in training and evaluation mode.
 
