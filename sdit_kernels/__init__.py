@@ -5,6 +5,7 @@ The letters in shapes: B batch, T time steps, L tokens, C channels.
 
 from . import nn as nn  # not in __all__: "from sdit_kernels import *" would replace torch's nn
 from .dispatch import backend
+from .levels import Levels
 from .ops.leaky import leaky
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
@@ -15,6 +16,7 @@ from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
 __all__ = [
+    "Levels",
     "SURROGATES",
     "backend",
     "leaky",
@@ -31,5 +33,5 @@ __all__ = [
 ]
 
 for _name in __all__:  # torch.jit.script calls this hook, which raises an error that names the alternatives
-    if _name not in ("SURROGATES", "backend"):
+    if _name not in ("Levels", "SURROGATES", "backend"):
         globals()[_name].__prepare_scriptable__ = _refuse_script

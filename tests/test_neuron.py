@@ -83,6 +83,13 @@ CASES += [
     for decay in (False, True)
     for detach in (False, True)
 ]
+CASES += [
+    (NEURONS["lif"], dict(soft=True, levels="integer", span=(-1, 3))),
+    (NEURONS["lif"], dict(soft=True, decay=False, detach=True, levels="integer", span=(0, 4), window=(-0.5, 4.5), scale=0.3)),
+]
+CASES += [
+    (NEURONS["lif"], dict(soft=soft, detach=detach, levels="ternary")) for soft in (False, True) for detach in (False, True)
+]
 CASES += [(NEURONS["leaky"], dict(reset=r, delay=d)) for r in ("subtract", "zero", "none") for d in (False, True)]
 NAMES = [f"{n.name}-{'-'.join(map(str, flags.values()))}" for n, flags in CASES]
 
