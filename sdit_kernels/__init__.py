@@ -6,6 +6,7 @@ The letters in shapes: B batch, T time steps, L tokens, C channels.
 from . import neuron as neuron
 from . import nn as nn  # not in __all__: "from sdit_kernels import *" would replace torch's nn
 from .dispatch import backend
+from .levels import Levels
 from .ops.cuba import adlif, cuba
 from .ops.leaky import lapicque, leaky
 from .ops.lif import lif, lif_rate
@@ -18,6 +19,7 @@ from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
 __all__ = [
+    "Levels",
     "SURROGATES",
     "adlif",
     "backend",
@@ -39,5 +41,5 @@ __all__ = [
 neuron.define = _define  # neuron/ cannot import it, because it builds on the ops, which import neuron/
 
 for _name in __all__:  # torch.jit.script calls this hook, which raises an error that names the alternatives
-    if _name not in ("SURROGATES", "backend"):
+    if _name not in ("Levels", "SURROGATES", "backend"):
         globals()[_name].__prepare_scriptable__ = _refuse_script

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._torch import current_trace
 from .dtypes import DATA_DTYPES, state_dtype
+from .levels import BINARY, encode, span
 from .surrogate import SURROGATES
 
 # --- tensors, numbers and flags ---------------------------------------------------------------------------------------------
@@ -84,9 +85,10 @@ class Neuron(NamedTuple):
     detach_reset: bool
     surrogate: str
     alpha: float
+    levels: str  # see levels.encode
 
 
-def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, data="x"):
+def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x"):
     """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
 
     Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
@@ -104,11 +106,45 @@ def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_res
         v_reset = float(v_reset)
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
         check_flag(name, flag)
+    if levels is not None:
+        levels = _check_levels(levels, threshold_value, v_reset, surrogate, alpha)
     alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         return None, tau, v_threshold
-    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha)
+    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha, levels or BINARY)
     return neuron, tau, v_threshold
+
+
+def _check_levels(levels, v_threshold, v_reset, surrogate, alpha):
+    """Check levels and the settings that depend on them. Return the levels as operators take them."""
+    found = encode(levels)
+    _check_positive(v_threshold)
+    if found != "ternary":
+        if v_reset is not None:
+            raise ValueError(f"integer levels subtract c * v_threshold: v_reset must be None, got {v_reset}")
+        if surrogate != "atan" or alpha is not None:
+            raise ValueError(
+                "integer levels have the gradient of their window: leave surrogate and alpha out, or use "
+                f"Levels(lo, hi, window); got surrogate={surrogate!r}, alpha={alpha!r}"
+            )
+    return found
+
+
+def _check_positive(v_threshold):
+    if not v_threshold > 0:
+        raise ValueError(f"v_threshold must be positive where levels are given, got {v_threshold}")
+
+
+def check_levels_fit(levels, dtype, what):
+    """Check that ``dtype`` holds all spikes exactly. ``what``: where the dtype comes from, for the message."""
+    lo, hi = span(levels)
+    if dtype.is_floating_point:
+        most = int(2 / torch.finfo(dtype).eps)
+        least = -most
+    else:
+        least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    if lo < least or hi > most:
+        raise ValueError(f"{what} is {dtype}, which holds integers from {least} to {most}, got levels from {lo} to {hi}")
 
 
 def check_neuron_parameter(name, p, x, channels, data="x"):
@@ -194,8 +230,10 @@ def _got(number, dtype):
     return f"got {number}" + (f", more than {dtype} holds" if math.isfinite(number) and not _is_finite(number, dtype) else "")
 
 
-def check_neuron_values(tau, v_threshold, decay_input, dtype=torch.float64):
+def check_neuron_values(tau, v_threshold, decay_input, dtype=torch.float64, levels=BINARY):
     """Check the values of tensors tau and v_threshold on the CPU."""
+    if v_threshold is not None and levels != BINARY and v_threshold.numel():
+        _check_positive(v_threshold.min().item())
     for p in (tau, v_threshold):
         if p is not None and p.numel():
             for extreme in (p.min().item(), p.max().item()):

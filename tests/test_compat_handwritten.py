@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from sdit_kernels import backend
+from sdit_kernels import Levels, backend
 from sdit_kernels.compat import handwritten
 from sdit_kernels.compat.handwritten import accelerate, restore
 
@@ -313,6 +313,69 @@ class Recorder(LIFSpike):
         return spikes if stage == "train" else spikes.detach()
 
 
+class Quant(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, least, most):
+        ctx.save_for_backward(x)
+        ctx.ends = least, most
+        return torch.round(torch.clamp(x, least, most))
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * ((x >= ctx.ends[0]) & (x <= ctx.ends[1])), None, None
+
+
+class MultiSpike(nn.Module):
+    """Integers without state and without a time axis, over their greatest value."""
+
+    def __init__(self, least=0, most=4, norm=None):
+        super().__init__()
+        self.least, self.most, self.norm = least, most, most if norm is None else norm
+
+    def forward(self, x):
+        return Quant.apply(x, self.least, self.most) / self.norm
+
+
+class MultiSpike4(nn.Module):
+    def forward(self, x):
+        return straight_through(x.clamp(0, 4).round(), x.clamp(0, 4))
+
+
+class integer_mem_update(nn.Module):
+    """(T, B, ...), integers with a membrane, reset in the next step without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.quant = MultiSpike4()
+
+    def forward(self, x):
+        out, old, spike = torch.zeros_like(x), 0, 0
+        for t in range(x.shape[0]):
+            mem = (old - spike) * decay + x[t] if t else x[t]
+            out[t] = self.quant(mem)
+            old, spike = mem, out[t].detach()
+        return out
+
+
+class ILIF(nn.Module):
+    """(B, T, ...), another threshold, a wider window, signed integers, and a reset with gradient."""
+
+    def __init__(self, tau=2.0, th=0.5):
+        super().__init__()
+        self.tau, self.th = tau, th
+
+    def forward(self, x):
+        v, spikes = 0, []
+        for x_t in x.unbind(1):
+            h = (1 - 1 / self.tau) * v + x_t
+            z = h / self.th
+            c = straight_through(z.clamp(-2, 2).round(), z * ((z >= -3) & (z <= 4)))
+            v = h - c * self.th
+            spikes.append(c)
+        return torch.stack(spikes, 1)
+
+
 ACCEPTED = {  # (neuron, shape of its data, what must be found)
     "LIFSpike": (LIFSpike, (2, 5, 3), dict(decay=0.5, threshold=1.0, strict=True, reset="hard", detach=False, alpha=1.0,
                                            surrogate="piecewise_quadratic", layout=("axis", 1, None))),
@@ -341,6 +404,14 @@ ACCEPTED = {  # (neuron, shape of its data, what must be found)
     "no leak, reset to 0.25": (lambda: NoLeak(), (6, 2, 3), dict(decay=1.0, v_reset=0.25)),
     "spikes of size 0.5": (lambda: Neuron(size=0.5), (6, 2, 3), dict(spike=0.5)),
     "scaled surrogate": (lambda: Neuron(factor=0.3, detach=True), (6, 2, 3), dict(surrogate="atan", alpha=2.0, scale=0.3)),
+    "MultiSpike": (MultiSpike, (2, 3, 5), dict(decay=None, threshold=1.0, levels=Levels(0, 4, (0.0, 4.0), 0.25),
+                                               layout=("none", 0, 1))),
+    "MultiSpike, signed": (lambda: MultiSpike(-3, 5, 1), (2, 3), dict(levels=Levels(-3, 5, (-3.0, 5.0), 1.0))),
+    "MultiSpike4": (MultiSpike4, (2, 3), dict(levels=Levels(0, 4, (0.0, 4.0), 1.0))),
+    "integer mem_update": (integer_mem_update, (6, 2, 3), dict(decay=0.25, threshold=1.0, detach=True,
+                                                               levels=Levels(0, 4, (0.0, 4.0), 1.0))),
+    "ILIF": (ILIF, (2, 6, 3), dict(decay=0.5, threshold=0.5, detach=False, levels=Levels(-2, 2, (-3.0, 4.0), 1.0),
+                                   layout=("axis", 1, None))),
 }  # fmt: skip
 
 
@@ -397,13 +468,21 @@ def test_published_neurons_are_recognised(name):
     assert torch.equal(module(inputs(shape)[0]), own(inputs(shape)[0]))
 
 
-@pytest.mark.parametrize("name", ["LIFSpike", "mem_update", "IF"])
+@pytest.mark.parametrize("name", ["LIFSpike", "mem_update", "IF", "MultiSpike", "integer mem_update"])
 def test_the_kernels_compute_the_neurons(name):
     make, shape, _ = ACCEPTED[name]
     own = make()
     module = copy.deepcopy(own)
     accelerate(module)
     assert_equal_neurons(module, own, *inputs(shape, 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")
+def test_a_neuron_that_holds_an_instance_of_its_function_is_recognised():
+    """PyTorch cannot copy it."""
+    module = MultiSpike()
+    module.quant = Quant()
+    assert accelerate(module).replaced
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -509,9 +588,40 @@ class TernaryLIF(nn.Module):
         return torch.stack(spikes)
 
 
-class MultiSpike4(nn.Module):
+class FloorSpike(nn.Module):
     def forward(self, x):
-        return straight_through(x.clamp(0, 4).round(), x.clamp(0, 4))
+        return straight_through((x.clamp(0, 4) + 0.5).floor(), x.clamp(0, 4))
+
+
+class UnevenSpike(nn.Module):
+    def forward(self, x):
+        return straight_through(x.clamp(0, 4).round() ** 2, x.clamp(0, 4))
+
+
+class StraightSpike(nn.Module):
+    def forward(self, x):
+        return straight_through(x.clamp(0, 4).round(), x)
+
+
+class SlowSpike(nn.Module):
+    def forward(self, x):
+        return straight_through(x.clamp(0, 4).round(), x.clamp(0, 4) / 2)
+
+
+class HardResetILIF(nn.Module):
+    def forward(self, x):
+        v, spikes = 0, []
+        for x_t in x:
+            v = 0.5 * v + x_t
+            spikes.append(straight_through(v.clamp(0, 4).round(), v.clamp(0, 4)))
+            v = v * (spikes[-1] == 0)
+        return torch.stack(spikes)
+
+
+class LearnedILIF(ILIF):
+    def __init__(self):
+        super().__init__()
+        self.th = nn.Parameter(torch.tensor(0.5))
 
 
 class SmoothSpike(nn.Module):
@@ -622,8 +732,13 @@ LEFT = {
     RefractoryLIF: "its reset neither|something else than a LIF neuron|does not depend on its input",
     KeepsStateLIF: "it keeps state between calls: mem",
     CountingLIF: "it keeps state between calls: rates",
-    TernaryLIF: "not binary",
-    MultiSpike4: "not binary",
+    TernaryLIF: "its gradient is not one over the threshold",
+    FloorSpike: "it does not round halves to the even integer",
+    UnevenSpike: "its spikes are not the rounded multiples of a threshold",
+    StraightSpike: "its gradient does not end",
+    SlowSpike: "its gradient is not one over the threshold",
+    HardResetILIF: "something else than a LIF neuron|not the gradient",
+    LearnedILIF: "integers are recognised of neurons without parameters",
     SmoothSpike: "not binary",
     NormalisedLIF: "its neurons depend on each other",
     BufferLIF: r"it has buffers \(decay\)",

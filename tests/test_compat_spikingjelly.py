@@ -223,6 +223,100 @@ def test_neurons_equal_the_library(jelly, case):
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * scale)
 
 
+@st.composite
+def cases_with_levels(draw):
+    kind = draw(st.sampled_from(["ILIFNode", "TernaryLIFNode", "TernaryIFNode"]))
+    exact = draw(st.booleans())
+    options = dict(v_threshold=draw(st.sampled_from([1.0, 0.5])), detach_reset=draw(st.booleans()))
+    options |= dict(step_mode=draw(st.sampled_from(["m", "s"])), store_v_seq=draw(st.booleans()))
+    if kind != "TernaryIFNode":
+        options["tau"] = 2.0 if exact else draw(st.sampled_from([4 / 3, 3.7]))
+    if kind == "ILIFNode":
+        firing = draw(st.sampled_from([4, 1, 8])), draw(st.sampled_from([None, (-1.0, 5.0), (0.5, 2.0)]))
+    else:
+        firing = draw(st.sampled_from(["Sigmoid", "ATan", "PiecewiseQuadratic"])), draw(st.sampled_from([1.0, 3.0]))
+        options["v_reset"] = draw(st.sampled_from([0.0, None, -0.25]))
+        if kind == "TernaryLIFNode":
+            options["decay_input"] = draw(st.booleans())
+    shape = tuple(draw(st.lists(st.sampled_from([1, 3, 33]), min_size=0, max_size=2)))
+    calls = draw(st.lists(st.sampled_from([1, 4]), min_size=1, max_size=3))
+    return kind, exact, options, firing, shape, calls, draw(st.booleans()), draw(st.integers(0, 99))
+
+
+@settings(max_examples=60)
+@given(case=cases_with_levels())
+def test_integer_and_ternary_neurons_equal_the_library(jelly, case):
+    """In float64. Exact inputs are multiples of 1/16: many lie on a threshold, a tie or an end of the window."""
+    if not hasattr(jelly.neuron, "ILIFNode"):
+        pytest.skip("SpikingJelly has had these neurons since 2.0.0")
+    kind, exact, options, (firing, number), shape, calls, training, seed = case
+    if kind == "ILIFNode":
+        function = jelly.surrogate.MultiLevelSpikeCount(firing, grad_window=number)
+    else:
+        function = getattr(jelly.surrogate, firing)(alpha=number)
+    node = getattr(jelly.neuron, kind)(surrogate_function=function, **options).to(torch.float64).train(training)
+    fused = copy.deepcopy(node)
+    assert accelerate(fused).replaced and "fused by sdit_kernels" in repr(fused)
+    found = []
+    for run, on in ((fused, "reference"), (node, "cpu")):
+        generator, xs, states, loss = torch.Generator().manual_seed(seed), [], [], 0.0
+        for T in calls:
+            x = inputs(exact, (T, *shape), generator).double() * (2 if kind == "ILIFNode" else 1)
+            xs.append(x.requires_grad_())
+            with backend(on):
+                s = run(x) if run.step_mode == "m" else torch.stack([run(x_t) for x_t in x])
+            states += [s, run.v, *([run.v_seq] if run.store_v_seq else [])]
+        for t in states:
+            loss = loss + (t * torch.randn(t.shape, generator=generator, dtype=t.dtype)).sum()
+        with backend(on):
+            found.append((states, torch.autograd.grad(loss, xs)))
+    (got, got_gradients), (want, want_gradients) = found
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-11, atol=1e-11)
+    for a, b in zip(got_gradients, want_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * max(1.0, b.abs().max().item()))
+
+
+def test_integer_and_ternary_neurons_run_the_kernels(jelly):
+    """Default settings in float32, in a model, on the CPU kernels. What the kernels do not take is left with the reason."""
+    if not hasattr(jelly.neuron, "ILIFNode"):
+        pytest.skip("SpikingJelly has had these neurons since 2.0.0")
+    neuron, surrogate = jelly.neuron, jelly.surrogate
+    odd, hooked = neuron.ILIFNode(), neuron.ILIFNode()
+    odd.surrogate_function = surrogate.MultiLevelSpikeCount(4, spiking=False)
+    hooked.surrogate_function = surrogate.MultiLevelSpikeCount(4)
+    hooked.surrogate_function.register_forward_hook(lambda *args: None)
+    other = neuron.ILIFNode()
+    other.surrogate_function = surrogate.Sigmoid()
+    net = nn.ModuleDict({
+        "i": neuron.ILIFNode(step_mode="m"), "lif": neuron.TernaryLIFNode(step_mode="m"),
+        "if": neuron.TernaryIFNode(step_mode="m", v_reset=None), "odd": odd, "hooked": hooked, "other": other,
+        "primitive": neuron.TernaryIFNode(surrogate_function=surrogate.Sigmoid(spiking=False)),
+    })  # fmt: skip
+    own = copy.deepcopy(net)
+    report = accelerate(net)
+    assert [name for name, _ in report.replaced] == ["i", "lif", "if"]
+    assert {name: reason for name, _, reason in report.left} == {
+        "odd": "surrogate MultiLevelSpikeCount has spiking=False: its output is not a spike",
+        "hooked": "surrogate MultiLevelSpikeCount has hooks, which the kernels would not call",
+        "other": "its surrogate Sigmoid is not SpikingJelly's MultiLevelSpikeCount",
+        "primitive": "surrogate Sigmoid has spiking=False: its output is not a spike",
+    }
+    x = 2 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    for name in ("i", "lif"):
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        with backend("cpu"):
+            found, want = net[name](a), own[name](b)
+            found.sum().backward()
+        want.sum().backward()
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(a.grad, b.grad)
+    with pytest.warns(UserWarning, match="ILIFNode runs SpikingJelly's own code: the kernels refuse its settings: .* 256"):
+        net["i"].surrogate_function.max_spike_count = 300
+        net["i"].reset()
+        net["i"](x.bfloat16())
+
+
 def network(jelly, hidden=12, **options):
     layer, neuron = jelly.layer, jelly.neuron
     net = nn.Sequential(

@@ -83,6 +83,13 @@ CASES += [
     for decay in (False, True)
     for detach in (False, True)
 ]
+CASES += [
+    (NEURONS["lif"], dict(soft=True, levels="integer", span=(-1, 3))),
+    (NEURONS["lif"], dict(soft=True, decay=False, detach=True, levels="integer", span=(0, 4), window=(-0.5, 4.5), scale=0.3)),
+]
+CASES += [
+    (NEURONS["lif"], dict(soft=soft, detach=detach, levels="ternary")) for soft in (False, True) for detach in (False, True)
+]
 RESETS = ("subtract", "zero", "none")
 CASES += [(NEURONS[name], dict(reset=r, delay=d)) for name in ("leaky", "cuba") for r in RESETS for d in (False, True)]
 CASES += [(NEURONS["lapicque"], dict(reset=r)) for r in RESETS] + [(NEURONS["adlif"], {})]
@@ -221,7 +228,7 @@ def test_other_errors_name_what_came():
         trace_of(lambda x, s, p, o: (o.fire(x), p.b))
     with pytest.raises(ValueError, match="lo=4, hi=0"):
         trace_of(lambda x, s, p, o: (o.level(x, 4, 0), x))
-    with pytest.raises(ValueError, match="soft, decay, detach, got hard"):
+    with pytest.raises(ValueError, match="soft, decay, detach, levels, span, window, scale, got hard"):
         Trace(NEURONS["lif"], {"hard": True})
     with pytest.raises(ValueError, match="'subtract', 'zero', 'none', got 'one'"):
         Trace(NEURONS["leaky"], {"reset": "one"})

@@ -73,21 +73,29 @@ class Form(NamedTuple):
         reset = f"hard reset to {self.v_reset:g}" if self.reset == "hard" else f"{self.reset} reset"
         return f"decay {decay}, threshold {threshold}, {reset}, {self.surrogate} {self.alpha:g}"
 
+    def run(self, x: Tensor, parameters) -> Tensor:
+        """Return the spikes of the neuron for x, (T, ...)."""
+        return _run(self, x, parameters)
+
 
 class Layout(NamedTuple):
     """Where the time steps are in the data."""
 
-    kind: str  # "axis"; "fold": the first axis is T * B; "fold batch": the first axis is B * T
+    kind: str  # "axis"; "fold": the first axis is T * B; "fold batch": the first axis is B * T; "none": without a time axis
     axis: int
     steps: int | None  # None: any number
 
     def time_first(self, x: Tensor) -> Tensor:
+        if self.kind == "none":
+            return x.unsqueeze(0)
         if self.kind == "axis":
             return x.movedim(self.axis, 0)
         return x.unflatten(0, (self.steps, -1)) if self.kind == "fold" else x.unflatten(0, (-1, self.steps)).movedim(1, 0)
 
     def back(self, x: Tensor) -> Tensor:
         """Undo ``time_first``."""
+        if self.kind == "none":
+            return x.squeeze(0)
         if self.kind == "axis":
             return x.movedim(0, self.axis)
         return (x if self.kind == "fold" else x.movedim(0, 1)).flatten(0, 1)
@@ -124,8 +132,7 @@ def _values(form: Form, parameters, dtype: torch.dtype):
     return decay, form.threshold if isinstance(form.threshold, float) else scalar(form.threshold)
 
 
-def run_form(form: Form, x: Tensor, parameters) -> Tensor:
-    """Return the spikes of the neuron for x, (T, ...)."""
+def _run(form: Form, x: Tensor, parameters) -> Tensor:
     dtype = state_dtype(x.dtype)
     decay, threshold = _values(form, parameters, dtype)
     rests = form.start == 0 and form.v_reset == 0  # without v, the ops start at v_reset
@@ -160,6 +167,9 @@ def run_form(form: Form, x: Tensor, parameters) -> Tensor:
 # --- running a copy of the neuron ---------------------------------------------------------------------------------------------
 
 
+NOT_BINARY = "its output is not binary: it has values other than 0 and one size of spike"
+
+
 class Cannot(Exception):
     """The reason why a module is left.
 
@@ -180,7 +190,7 @@ def _random_states(device: str) -> tuple:
 
 
 @contextmanager
-def _isolated(device: str):
+def isolated(device: str):
     """Undo the draws of random numbers, hide the warnings, and hide the modes of the caller from the neuron."""
     python, numpy = random.getstate(), np.random.get_state()
     gpus = [torch.cuda.current_device()] if device == "cuda" else []
@@ -196,7 +206,7 @@ def _isolated(device: str):
         np.random.set_state(numpy)
 
 
-_SECONDS = 10  # for the trial runs of one module; they take 0.1 to 0.5 s of a common neuron
+SECONDS = 10  # for the trial runs of one module; they take 0.1 to 0.5 s of a common neuron
 
 
 class _InFloat64(TorchFunctionMode):
@@ -228,7 +238,13 @@ def _snapshot(module: nn.Module) -> dict:
     return found
 
 
-class _Probe:
+def copy_of(module: nn.Module) -> nn.Module:
+    """Copy a module. It shares instances of autograd functions, which have no state and which PyTorch cannot copy."""
+    values = [value for part in module.modules() for value in vars(part).values()]
+    return copy.deepcopy(module, {id(value): value for value in values if isinstance(value, torch.autograd.Function)})
+
+
+class Probe:
     """A float64 copy of a module that runs on chosen inputs with one layout and one number of axes."""
 
     def __init__(self, twin: nn.Module, layout: Layout, rank: int, device: str, until: float):
@@ -240,7 +256,7 @@ class _Probe:
     def call(self, x: Tensor) -> Tensor:
         """Run the copy on data x."""
         if time.monotonic() > self.until:
-            raise Cannot(1, f"its trial runs take more than {_SECONDS} s", final=True)
+            raise Cannot(1, f"its trial runs take more than {SECONDS} s", final=True)
         before = _random_states(self.device)
         try:
             with _InFloat64():
@@ -289,7 +305,7 @@ _POWERS = [2.0**k for k in range(-24, 42)]
 _WIDE_GRID = [-p for p in reversed(_POWERS)] + [0.0] + _POWERS
 
 
-def _first_input(fires: Callable[[list[float]], list[bool]], what: str) -> tuple[float, float]:
+def first_input(fires: Callable[[list[float]], list[bool]], what: str) -> tuple[float, float]:
     """Return adjacent numbers (low, high): the first does not fire, the second does. ``fires`` must be a step function."""
     grid = _WIDE_GRID
     for _ in range(64):
@@ -312,11 +328,11 @@ def _first_input(fires: Callable[[list[float]], list[bool]], what: str) -> tuple
 # --- the fit ----------------------------------------------------------------------------------------------------------------
 
 
-def _near(a: float, b: float, tolerance=1e-9) -> bool:
+def near(a: float, b: float, tolerance=1e-9) -> bool:
     return abs(a - b) <= tolerance * max(abs(a), abs(b), 1e-9)
 
 
-def _rounded(value: float, known: list[float]) -> float:
+def rounded(value: float, known: list[float]) -> float:
     """Undo the rounding of the fit: return a constant of the neuron or a decimal of eight digits within 1e-12 of the value."""
     for candidate in (*known, float(f"{value:.8g}")):
         if abs(candidate - value) <= 1e-12 * abs(value):
@@ -336,8 +352,11 @@ class _Measured(NamedTuple):
     spike: float
 
 
-def _first_look(probe: _Probe):
-    """Check on random inputs that a call leaves nothing behind, that the output is binary, and that neurons are independent."""
+def first_look(probe: Probe, binary: bool = True):
+    """Check on random inputs that a call leaves nothing behind, that the output is binary, and that neurons are independent.
+
+    ``binary``: False to allow other outputs.
+    """
     draw = torch.Generator().manual_seed(0)
     sizes = 2.0 ** (torch.arange(0, 64, 8, dtype=torch.int64, device="cpu") / 4 - 5)
     rows = (torch.randn(probe.steps, 8, generator=draw, dtype=torch.float64, device="cpu") * sizes).to(probe.device)
@@ -348,8 +367,8 @@ def _first_look(probe: _Probe):
         first = probe.run(rows).detach()
         after = _snapshot(probe.twin)
         values = first.unique().tolist()
-        if len(values) != 2 or 0 not in values:
-            raise Cannot(1, "its output is not binary: it has values other than 0 and one size of spike")
+        if binary and (len(values) != 2 or 0 not in values):
+            raise Cannot(1, NOT_BINARY)
         changed = sorted({str(key[1]) for key in before.keys() | after.keys() if before.get(key) != after.get(key)})
         if changed or not torch.equal(probe.run(rows).detach(), first):
             raise Cannot(3, f"it keeps state between calls: {', '.join(changed) or 'two equal calls differ'}", final=True)
@@ -359,14 +378,14 @@ def _first_look(probe: _Probe):
         raise Cannot(2, "its neurons depend on each other")
 
 
-def _measure(probe: _Probe) -> _Measured:
+def _measure(probe: Probe) -> _Measured:
     """Read decay, threshold, reset and initial membrane from the smallest inputs that fire."""
     if probe.steps < 2:
         raise Cannot(3, "it runs one time step, which does not show its decay")
 
     def first(*history):
         where = "its first spike" if not history else "its second spike"
-        return _first_input(lambda x: (probe.run(probe.rows(history, x))[len(history)].detach() != 0).tolist(), where)
+        return first_input(lambda x: (probe.run(probe.rows(history, x))[len(history)].detach() != 0).tolist(), where)
 
     _, high = first()
     if high <= 0:
@@ -375,7 +394,7 @@ def _measure(probe: _Probe) -> _Measured:
     far = -(2.0**20)
     second = first(0.0)[1]
     decay = (first(far)[1] - second) / -far
-    decay = 1.0 if _near(decay, 1, 1e-12) else decay
+    decay = 1.0 if near(decay, 1, 1e-12) else decay
     if abs(decay) <= 1e-6:
         raise Cannot(2, "it keeps no membrane potential from step to step")
     if not 0 < decay <= 1:
@@ -389,20 +408,20 @@ def _measure(probe: _Probe) -> _Measured:
     charged = [4 * high, 8 * high]
     after = [(threshold - first(x)[1]) / decay for x in charged]  # membrane after a spike
     removed = [x + decay * start - v for x, v in zip(charged, after)]
-    if _near(after[0], after[1]) or max(map(abs, after)) <= 1e-9 * high:
+    if near(after[0], after[1]) or max(map(abs, after)) <= 1e-9 * high:
         v_reset = sum(after) / 2
         v_reset = 0.0 if abs(v_reset) <= 1e-9 * high else v_reset
         if v_reset and decay != 1:
             raise Cannot(3, f"it resets to {v_reset:g}, and leaks towards 0; the kernels take one value for both")
         return _Measured(decay, threshold, start, "hard", v_reset, high, spike)
-    if not _near(removed[0], removed[1]):
+    if not near(removed[0], removed[1]):
         raise Cannot(3, "its reset neither sets the membrane potential to a value nor subtracts one")
     if decay == 1:  # the initial membrane potential and the threshold show only as a difference
         start, threshold = removed[0] - high, removed[0]
         start = 0.0 if abs(start) <= 1e-9 * high else start
-    if _near(removed[0], threshold):
+    if near(removed[0], threshold):
         return _Measured(decay, threshold, start, "soft", 0.0, high, spike)
-    if _near(removed[0] * decay, threshold):
+    if near(removed[0] * decay, threshold):
         return _Measured(decay, threshold, start, "delayed", 0.0, high, spike)
     raise Cannot(3, f"its reset subtracts {removed[0]:g}, and its threshold is {threshold:g}")
 
@@ -416,7 +435,7 @@ class _Slope(NamedTuple):
     values: Tensor
 
 
-def _measure_surrogate(probe: _Probe, measured: _Measured, centre: float) -> _Slope:
+def _measure_surrogate(probe: Probe, measured: _Measured, centre: float) -> _Slope:
     def slope(distances):
         return probe.slopes((), [centre + z for z in distances], 0) / measured.spike
 
@@ -424,7 +443,7 @@ def _measure_surrogate(probe: _Probe, measured: _Measured, centre: float) -> _Sl
     if not peak > 0:
         raise Cannot(4, "its surrogate gradient is zero at the threshold", final=True)
     try:
-        _, width = _first_input(lambda z: [g <= peak / 2 for g in slope([abs(a) if a > 0 else 0.0 for a in z]).tolist()], "")
+        _, width = first_input(lambda z: [g <= peak / 2 for g in slope([abs(a) if a > 0 else 0.0 for a in z]).tolist()], "")
     except Cannot:
         raise Cannot(4, "its surrogate gradient does not fall with the distance from the threshold", final=True) from None
     inputs = width * torch.tensor(
@@ -449,9 +468,9 @@ def _match_surrogate(slope: _Slope, gain: float, known: list[float]) -> tuple[st
     for name, surrogate in SURROGATES.items():
         alpha = slope.peak / gain if name == "super_spike" else _HALF_WIDTHS[name] / (slope.width * gain)
         inverse = [1 / a for a in known if a] + [1 / (2 * a) for a in known if a]
-        alpha = _rounded(alpha, [*known, *inverse])
+        alpha = rounded(alpha, [*known, *inverse])
         scale = slope.peak / gain / surrogate.derivative(torch.zeros(1, dtype=torch.float64, device="cpu"), alpha).item()
-        scale = 1.0 if _near(scale, 1) else _rounded(scale, known)
+        scale = 1.0 if near(scale, 1) else rounded(scale, known)
         wanted = scale * surrogate.derivative(z, alpha) * gain
         if (wanted - slope.values).abs().max() <= 1e-7 * slope.peak:
             found.append((name, alpha, scale))
@@ -462,7 +481,7 @@ def _match_surrogate(slope: _Slope, gain: float, known: list[float]) -> tuple[st
     return min(found, key=lambda match: match[2] != 1)
 
 
-def _is_detached(probe: _Probe, measured: _Measured, centre: float, slope: _Slope) -> bool:
+def _is_detached(probe: Probe, measured: _Measured, centre: float, slope: _Slope) -> bool:
     """True if no gradient flows through the reset: compare d s[1] / d x[0] of a neuron that fires at step 0."""
     d, h = measured.decay, measured.threshold + slope.width / 4
     after = measured.v_reset if measured.reset == "hard" else h - measured.threshold / (d if measured.reset == "delayed" else 1)
@@ -471,7 +490,7 @@ def _is_detached(probe: _Probe, measured: _Measured, centre: float, slope: _Slop
     (last,) = probe.slopes(x[:1], x[1:], 1).tolist()
     if last == 0:
         raise Cannot(4, "its surrogate gradient depends on more than the membrane potential", final=True)
-    return _near(total / (last * d) + 1, 1 if measured.reset == "hard" else 2, 1e-6)
+    return near(total / (last * d) + 1, 1 if measured.reset == "hard" else 2, 1e-6)
 
 
 class _Roles(NamedTuple):
@@ -480,14 +499,14 @@ class _Roles(NamedTuple):
     spike_is_threshold: bool
 
 
-def _roles(probe: _Probe, measured: _Measured, known: list[float]) -> _Roles:
+def _roles(probe: Probe, measured: _Measured, known: list[float]) -> _Roles:
     """Find what each learned parameter is: the decay, the threshold, or both. Measure the neuron with other values of it."""
-    decay: float | tuple[str, str] = _rounded(measured.decay, [*known, *(1 - 1 / a for a in known if a)])
+    decay: float | tuple[str, str] = rounded(measured.decay, [*known, *(1 - 1 / a for a in known if a)])
     thresholds: dict[bool, float | str] = {}
     for decay_input in (False, True):
         gain = 1 - measured.decay if decay_input else 1.0
         if gain:
-            thresholds[decay_input] = _rounded(measured.threshold * gain, known)
+            thresholds[decay_input] = rounded(measured.threshold * gain, known)
     scaled = False
     for name, p in zip(probe.names, probe.parameters):
         own = p.detach().clone()
@@ -499,23 +518,23 @@ def _roles(probe: _Probe, measured: _Measured, known: list[float]) -> _Roles:
         with torch.no_grad():
             p.copy_(own)
         used = False
-        if any(not _near(m.decay, measured.decay) for _, m in trials):
+        if any(not near(m.decay, measured.decay) for _, m in trials):
             used = True
             values = [torch.tensor(a, dtype=torch.float64, device="cpu") for a, _ in trials]
             decays = [m.decay for _, m in trials]
-            maps = (key for key, f in DECAYS.items() if all(_near(f(a).item(), d) for a, d in zip(values, decays)))
+            maps = (key for key, f in DECAYS.items() if all(near(f(a).item(), d) for a, d in zip(values, decays)))
             key = next(maps, None)
             if key is None:
                 raise Cannot(4, f"its decay is an unknown function of its parameter {name}", final=True)
             decay = (name, key)
         for decay_input in [*thresholds]:
             found = [m.threshold * (1 - m.decay if decay_input else 1) for _, m in trials]
-            if any(not _near(f, found[0]) for f in found):
-                if all(_near(f, a) for f, (a, _) in zip(found, trials)):
+            if any(not near(f, found[0]) for f in found):
+                if all(near(f, a) for f, (a, _) in zip(found, trials)):
                     thresholds[decay_input], used = name, True
                 else:
                     del thresholds[decay_input]
-        if any(not _near(m.spike, measured.spike) for _, m in trials):
+        if any(not near(m.spike, measured.spike) for _, m in trials):
             scaled = True
         if not used and thresholds:
             raise Cannot(4, f"its parameter {name} changes neither its decay nor its threshold", final=True)
@@ -524,11 +543,11 @@ def _roles(probe: _Probe, measured: _Measured, known: list[float]) -> _Roles:
     return _Roles(decay, thresholds, scaled)
 
 
-def _forms(probe: _Probe, measured: _Measured, known: list[float]) -> list[Form]:
+def _forms(probe: Probe, measured: _Measured, known: list[float]) -> list[Form]:
     """Return the forms that this neuron may have. They differ in the order of the operations."""
     roles = _roles(probe, measured, known)
     # Two adjacent numbers surround the step. The threshold is the one that is a constant of the neuron, or short.
-    centre = _rounded(measured.high, [*known, *(a / 2 for a in known)])  # some neurons start at half the threshold
+    centre = rounded(measured.high, [*known, *(a / 2 for a in known)])  # some neurons start at half the threshold
     slope = _measure_surrogate(probe, measured, centre)
     detach = _is_detached(probe, measured, centre, slope)
     strict = not probe.run(probe.rows((), [centre]))[0].item()
@@ -541,7 +560,7 @@ def _forms(probe: _Probe, measured: _Measured, known: list[float]) -> list[Form]
             raise Cannot(4, f"{why}, and its reset has a gradient", final=True)
         form = Form(
             roles.decay, threshold, decay_input, strict, measured.reset, measured.v_reset * gain,
-            _rounded(measured.start / measured.threshold, known), detach, surrogate, alpha, scale,
+            rounded(measured.start / measured.threshold, known), detach, surrogate, alpha, scale,
             None if roles.spike_is_threshold else measured.spike, (), False,
         )  # fmt: skip
         leaky_has_it = measured.reset == "delayed" and detach or measured.reset == "hard" and measured.v_reset == 0
@@ -568,13 +587,13 @@ def _gradients(f: Callable[[Tensor], Tensor], x: Tensor, g: Tensor, parameters):
     return out.detach(), torch.autograd.grad(out, [x, *parameters], g.to(out.dtype), allow_unused=True)
 
 
-def _check(probe: _Probe, form: Form, x: Tensor, g: Tensor) -> Form:
+def _check(probe: Probe, form: Any, x: Tensor, g: Tensor) -> Any:
     """Compare the spikes and gradients of the neuron and the form on data x. Return the form, with its unused parameters."""
     wanted, own = _gradients(probe.call, x, g, probe.parameters)
     form = form._replace(unused=tuple(name for name, d in zip(probe.names, own[1:]) if d is None))
 
     def fused(x):
-        return probe.layout.back(run_form(form, probe.layout.time_first(x), dict(zip(probe.names, probe.parameters))))
+        return probe.layout.back(form.run(probe.layout.time_first(x), dict(zip(probe.names, probe.parameters))))
 
     found, ours = _gradients(fused, x, g, probe.parameters)
     if not torch.equal(found != 0, wanted != 0) or not torch.allclose(found, wanted.to(found.dtype), rtol=1e-6):
@@ -586,7 +605,7 @@ def _check(probe: _Probe, form: Form, x: Tensor, g: Tensor) -> Form:
     return form
 
 
-def _fresh(probe: _Probe, steps: int, scale: float, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+def _fresh(probe: Probe, steps: int, scale: float, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return random data, and gradients that are exact in float32."""
     axes = probe.rank - 1 if probe.layout.kind == "axis" else probe.rank
     shape = (steps, *(2, 3, 2, 3, 2)[:axes])
@@ -596,7 +615,7 @@ def _fresh(probe: _Probe, steps: int, scale: float, draw: torch.Generator) -> tu
     return x, g
 
 
-def _verify(probe: _Probe, form: Form, unit: float, many: bool) -> Form:
+def verify(probe: Probe, form: Any, unit: float, many: bool) -> Any:
     """Check a form on fresh inputs: several lengths, sizes of the input, modes, and values of the parameters.
 
     ``unit``: the smallest first input that fires.
@@ -623,13 +642,13 @@ def _verify(probe: _Probe, form: Form, unit: float, many: bool) -> Form:
     return form
 
 
-def _differing_spikes(probe: _Probe, form: Form, measured: _Measured, single: nn.Module) -> int:
+def _differing_spikes(probe: Probe, form: Form, measured: _Measured, single: nn.Module) -> int:
     """Count the spikes that differ in float32 where the membrane equals the threshold, or nearly.
 
     It tells the order of the operations, and whether the neuron fires at the threshold.
     """
     draw = torch.Generator().manual_seed(2)
-    unit = _rounded(measured.high, [])
+    unit = rounded(measured.high, [])
     steps = probe.layout.steps or 2
     rows = unit / 16 * torch.randint(-16, 48, (steps, 1024), generator=draw, dtype=torch.int64, device="cpu").double()
     first = unit * torch.rand(512, generator=draw, dtype=torch.float64, device="cpu").float().double()  # does not fire
@@ -640,15 +659,15 @@ def _differing_spikes(probe: _Probe, form: Form, measured: _Measured, single: nn
     x = probe.data(rows.to(probe.device)).float()
     with torch.no_grad():
         parameters = dict(single.named_parameters(recurse=False))
-        ours = probe.layout.back(run_form(form, probe.layout.time_first(x), parameters))
+        ours = probe.layout.back(form.run(probe.layout.time_first(x), parameters))
         return int(((ours != 0) != (single(x) != 0)).sum())
 
 
-def _dtypes(probe: _Probe, module: nn.Module) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
+def dtypes_of(probe: Probe, module: nn.Module) -> tuple[tuple[torch.dtype, torch.dtype], ...]:
     """Return the dtypes of data that the neuron takes, and the dtypes of its spikes."""
     found = []
     for dtype in DATA_DTYPES:
-        twin = copy.deepcopy(module).to(probe.device)
+        twin = copy_of(module).to(probe.device)
         try:
             with torch.no_grad():
                 found.append(
@@ -662,7 +681,7 @@ def _dtypes(probe: _Probe, module: nn.Module) -> tuple[tuple[torch.dtype, torch.
     return tuple(found)
 
 
-def _layouts(numbers: list) -> Iterator[Layout]:
+def layouts(numbers: list) -> Iterator[Layout]:
     for axis in (0, 1, -1):
         yield Layout("axis", axis, None)
     for steps in [n for n in dict.fromkeys(numbers) if type(n) is int and 2 <= n <= 128][:8]:
@@ -672,23 +691,23 @@ def _layouts(numbers: list) -> Iterator[Layout]:
             yield Layout("axis", axis, steps)
 
 
-def _best_form(probe: _Probe, measured: _Measured, known: list[float], single: nn.Module) -> Form:
+def _best_form(probe: Probe, measured: _Measured, known: list[float], single: nn.Module) -> Form:
     """Return the form of the neuron that passes the check, if possible the form with its order of operations."""
     forms = _forms(probe, measured, known)
     if len(forms) > 1:
         forms.sort(key=lambda form: _differing_spikes(probe, form, measured, single))
     for form in forms[:-1]:
         try:
-            return _verify(probe, form, measured.high, True)
+            return verify(probe, form, measured.high, True)
         except Cannot:
             continue
-    return _verify(probe, forms[-1], measured.high, True)
+    return verify(probe, forms[-1], measured.high, True)
 
 
 class Found(NamedTuple):
     """The neuron that a module computes."""
 
-    form: Form
+    form: Any  # a Form, or a LevelForm of fit_levels.py
     layout: Layout
     ranks: tuple[int, ...]  # numbers of axes of the data that the module takes
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]  # (of the data, of the spikes)
@@ -700,25 +719,25 @@ def fit_lif(module: nn.Module, device: str, numbers: list) -> Found:
     ``device``: where the copies of the module run. ``numbers``: the constants in the module's code and attributes. They tell
     which of two adjacent floats is the threshold, and how many time steps the module may want.
     """
-    with _isolated(device):
+    with isolated(device):
         return _fit(module, device, numbers)
 
 
 def _fit(module: nn.Module, device: str, numbers: list) -> Found:
-    twin = copy.deepcopy(module).to(device).double().requires_grad_().train()
-    single = copy.deepcopy(module).to(device).float()
+    twin = copy_of(module).to(device).double().requires_grad_().train()
+    single = copy_of(module).to(device).float()
     known = [float(value) for value in numbers if type(value) in (int, float) and math.isfinite(value)]
     known += [p.item() for p in twin.parameters()]
-    until = time.monotonic() + _SECONDS
+    until = time.monotonic() + SECONDS
     best = Cannot(-1, "")
     has_axis = False  # along an axis it is a neuron for two steps, so it can only want any number of steps, or two
-    for layout in _layouts(numbers):
+    for layout in layouts(numbers):
         if has_axis and layout.steps not in (None, 2):
             continue
         for rank in (4, 3, 5) if layout.axis == 1 else (4, 3, 5, 2):  # the second of two axes is the last
-            probe = _Probe(twin, layout, rank, device, until)
+            probe = Probe(twin, layout, rank, device, until)
             try:
-                _first_look(probe)
+                first_look(probe)
                 measured = _measure(probe)
                 form = _best_form(probe, measured, known, single)
             except Cannot as reason:
@@ -733,9 +752,9 @@ def _fit(module: nn.Module, device: str, numbers: list) -> Found:
             ranks = [rank]
             for other in {2, 3, 4, 5} - {rank}:
                 try:
-                    _verify(_Probe(twin, layout, other, device, until), form, measured.high, False)
+                    verify(Probe(twin, layout, other, device, until), form, measured.high, False)
                     ranks.append(other)
                 except Cannot:
                     continue
-            return Found(form, layout, tuple(sorted(ranks)), _dtypes(probe, module))
+            return Found(form, layout, tuple(sorted(ranks)), dtypes_of(probe, module))
     raise best

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from .._torch import assume_constant_result, has_hooks
 from ..ops.operator import values_are_readable
-from .fit_lif import DECAYS, SIMPLE, Cannot, Found, fit_lif, is_foreign, run_form
+from .fit_levels import fit_levels
+from .fit_lif import DECAYS, NOT_BINARY, SIMPLE, Cannot, Found, fit_lif, is_foreign
 from .swap import (
     Report,
     Swapped,
@@ -82,7 +83,7 @@ class _HandWritten(Swapped):
             warn(f"{type(self).__name__} runs its own code: {reason}", 3)
             return original_class(self).forward(self, x, *args, **kwargs)
         form, layout, _, dtypes = self._handwritten.neuron
-        spikes = layout.back(run_form(form, layout.time_first(x), self._parameters))
+        spikes = layout.back(form.run(layout.time_first(x), self._parameters))
         spikes = spikes.contiguous() if x.is_contiguous() else spikes
         return spikes.to(next(out for dtype, out in dtypes if dtype == x.dtype))
 
@@ -344,6 +345,16 @@ def _is_own_class(module: nn.Module) -> bool:
     return bool(names) and all(path.partition(".")[0] not in libraries for path, _ in names)
 
 
+def _find(module: nn.Module, device: str, numbers: list) -> Found:
+    """Return the neuron that a module computes: with binary spikes, or else with integers."""
+    try:
+        return fit_lif(module, device, numbers)
+    except Cannot as reason:
+        if str(reason) != NOT_BINARY:
+            raise
+    return fit_levels(module, device, numbers)
+
+
 def _fit(module: nn.Module) -> _Fit | str | None:
     """Return what was read from a neuron, the reason to leave it, or None if it does not look like a neuron."""
     named = _is_named(module)
@@ -361,7 +372,8 @@ def _fit(module: nn.Module) -> _Fit | str | None:
     best = Cannot(0, "")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):  # some files move data to the GPU themselves
         try:
-            return _Fit(fit_lif(module, device, numbers), attributes, holders, constants, _replaced_methods(module))
+            found = _find(module, device, numbers)
+            return _Fit(found, attributes, holders, constants, _replaced_methods(module))
         except Cannot as found:
             best = max(found, best, key=lambda r: r.progress)
         except Exception as error:  # deepcopy, and code that is not ours, may raise anything
@@ -399,8 +411,13 @@ def accelerate(model: nn.Module) -> Report:
         s[t] = 1 where h[t] > threshold    or    h[t] >= threshold
         v[t] = v_reset where s[t]          or    h[t] - s[t] * threshold
 
-    It also reads the time axis (the first, the second, the last, or T folded into the batch), the surrogate gradient (name and
-    alpha in ``sdit_kernels.SURROGATES``), the initial membrane potential, the size of a spike, and the use of learned scalars.
+    or of integer spikes::
+
+        c[t] = round(clip(h[t] / threshold, lo, hi)),    s[t] = c[t] * scale,    v[t] = h[t] - c[t] * threshold
+
+    which may also have no state and no time axis. It also reads the time axis (the first, the second, the last, or T folded
+    into the batch), the surrogate gradient (name and alpha in ``sdit_kernels.SURROGATES``) or the window of the gradient, the
+    initial membrane potential, the size of a spike, and the use of learned scalars.
     It replaces a module only if the spikes are equal and the gradients agree to 1e-9 on fresh float64 inputs: several lengths,
     numbers of axes and scales of the input, in training and evaluation mode.
 

@@ -16,9 +16,10 @@ import sys
 import torch
 
 from .._torch import assume_constant_result, has_hooks
-from ..checks import check_neuron, check_neuron_values
+from ..checks import check_levels_fit, check_neuron, check_neuron_values
 from ..dispatch import backend
 from ..dtypes import DATA_DTYPES, state_dtype
+from ..levels import Levels, encode
 from ..ops.lif import lif
 from ..ops.operator import values_are_readable
 from .swap import Methods, counted, fused_methods, refuse_symbols, replace_methods, warn
@@ -57,18 +58,41 @@ def find_surrogate(function):
     return name, alpha
 
 
+def _surrogate(neuron):
+    """Return the arguments of lif for the surrogate of a neuron, or the reason why there are none."""
+    found = find_surrogate(neuron.surrogate_function)
+    return found if isinstance(found, str) else {"surrogate": found[0], "alpha": found[1]}
+
+
+def _integers(neuron):
+    """Return the arguments of lif for the integer spikes of an ILIFNode, or the reason why there are none."""
+    function = neuron.surrogate_function
+    kind = type(function)
+    if kind.__name__ != "MultiLevelSpikeCount" or not is_trusted(kind) or not kind.__module__.endswith(_SURROGATE_FILES):
+        return f"its surrogate {getattr(function, '__name__', kind.__name__)} is not SpikingJelly's MultiLevelSpikeCount"
+    if not function.spiking:
+        return "surrogate MultiLevelSpikeCount has spiking=False: its output is not a spike"
+    if has_hooks(function):
+        return "surrogate MultiLevelSpikeCount has hooks, which the kernels would not call"
+    return {"levels": Levels(0, function.max_spike_count, (function.grad_min, function.grad_max))}
+
+
 def _check(x, shape, **settings):
     """Run the checks of lif for data x; ``shape``: the shape of a step of x."""
-    _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **settings)
+    defaults = {"surrogate": "atan", "alpha": None}
+    _, _, v_threshold = check_neuron(x, shape[-1] if shape else None, **defaults | settings)
+    levels = settings.get("levels")
     if v_threshold is not None and values_are_readable(v_threshold):
-        check_neuron_values(None, v_threshold, settings["decay_input"])
+        check_neuron_values(None, v_threshold, settings["decay_input"], levels=encode(levels))
+    if levels is not None:
+        check_levels_fit(levels, x.dtype, "the dtype of the data")
 
 
-def obstacle(neuron):
-    """Return the reason why the kernels cannot serve this neuron now, or None."""
+def obstacle(neuron, methods):
+    """Return the reason why the kernels cannot serve this neuron now, or None. ``methods``: what replaces its methods."""
     if getattr(neuron, "_neuron_precision", None) is not None:
         return "it has a neuron precision, which the fused kernels do not have"
-    found = find_surrogate(neuron.surrogate_function)
+    found = methods.firing(neuron)
     return found if isinstance(found, str) else None
 
 
@@ -78,10 +102,11 @@ def _ready(neuron, x, axes=0):
     ``axes``: number of axes of x before the axes of a step.
     """
     refuse_symbols(neuron, x)
-    reason = counted() or obstacle(neuron) or _not_taken(neuron, x, axes)
+    methods = fused_methods(neuron)
+    reason = counted() or obstacle(neuron, methods) or _not_taken(neuron, x, axes)
     if reason is None:
         try:
-            found = neuron_settings(neuron) | fused_methods(neuron).leak(neuron, x)
+            found = neuron_settings(neuron, methods, x)
             _check(x, x.shape[axes:], **found)
             return found
         except (TypeError, ValueError) as error:
@@ -101,13 +126,10 @@ def _not_taken(neuron, x, axes):
     return None if tau >= 1 else f"tau is {tau}, and the kernels need at least 1"
 
 
-def neuron_settings(neuron):
-    """Return the arguments of lif that all three neurons share."""
-    surrogate, alpha = find_surrogate(neuron.surrogate_function)
-    return dict(
-        v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset,
-        surrogate=surrogate, alpha=alpha,
-    )  # fmt: skip
+def neuron_settings(neuron, methods, x):
+    """Return the arguments of lif for a neuron without an obstacle."""
+    shared = dict(v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset)
+    return shared | methods.firing(neuron) | methods.leak(neuron, x)
 
 
 def _start(neuron, x):
@@ -135,7 +157,12 @@ def _run_steps(x_seq, v, store, settings):
 
 
 class Node(Methods):
-    """Methods of SpikingJelly's neurons that run charge, fire and reset of all steps in one kernel."""
+    """Methods of SpikingJelly's neurons that run charge, fire and reset of all steps in one kernel.
+
+    ``firing`` and ``leak`` return the arguments of lif that tell how it fires and how it leaks.
+    """
+
+    firing = staticmethod(_surrogate)
 
     @staticmethod
     def single_step_forward(own, neuron, x, *args, **kwargs):
@@ -186,6 +213,21 @@ class _IFNode(Node):
     @staticmethod
     def leak(neuron, x):
         return {"tau": math.inf, "decay_input": False}
+
+
+class _ILIFNode(_LIFNode):
+    firing = staticmethod(_integers)
+
+
+class _TernaryLIFNode(_LIFNode):
+    @staticmethod
+    def firing(neuron):
+        found = _surrogate(neuron)
+        return found if isinstance(found, str) else found | {"levels": "ternary"}
+
+
+class _TernaryIFNode(_IFNode):
+    firing = staticmethod(_TernaryLIFNode.firing)
 
 
 class _ParametricLIFNode(Node):
@@ -261,6 +303,8 @@ def _same_shape(neuron, x):
 class SingleStep(Methods):
     """Methods of the classes of one step."""
 
+    firing = staticmethod(_surrogate)
+
     @staticmethod
     def forward(own, neuron, x):
         settings = _ready(neuron, x)
@@ -273,6 +317,8 @@ class SingleStep(Methods):
 
 class MultiStep(Methods):
     """Methods of the classes of T steps. They compute ``v_seq`` only if somebody reads it."""
+
+    firing = staticmethod(_surrogate)
 
     @staticmethod
     def forward(own, neuron, x_seq):
@@ -347,7 +393,14 @@ class _MultiStepParametricLIF(MultiStep):
 
 
 NODES: dict[str, dict[str, type]] = {
-    "activation_based": {"LIFNode": _LIFNode, "IFNode": _IFNode, "ParametricLIFNode": _ParametricLIFNode},
+    "activation_based": {
+        "LIFNode": _LIFNode,
+        "IFNode": _IFNode,
+        "ParametricLIFNode": _ParametricLIFNode,
+        "ILIFNode": _ILIFNode,
+        "TernaryLIFNode": _TernaryLIFNode,
+        "TernaryIFNode": _TernaryIFNode,
+    },
     "clock_driven": {
         "LIFNode": _SingleStepLIF,
         "IFNode": _SingleStepIF,
@@ -378,10 +431,11 @@ def difference_of_copy(cls, methods) -> str | None:
     if is_trusted(cls):
         return None
     kind = f"a copy of SpikingJelly's {cls.__name__}"
-    leaky = {"decay_input"} & inspect.signature(cls).parameters.keys()
+    taken = inspect.signature(cls).parameters
     try:
         for v_reset, detach_reset, decay_input in itertools.product((0.0, None, -0.5), (False, True), (True, False)):
-            settings = {"v_reset": v_reset, "detach_reset": detach_reset} | dict.fromkeys(leaky, decay_input)
+            settings = {"v_reset": v_reset, "detach_reset": detach_reset, "decay_input": decay_input}
+            settings = {name: value for name, value in settings.items() if name in taken}
             own, fused = (_try_out(cls(**settings), use) for use in (None, methods))
             if not all(torch.allclose(a, b, rtol=1e-9, atol=1e-9) for a, b in zip(own, fused, strict=True)):
                 return f"it is {kind} and computes something else"

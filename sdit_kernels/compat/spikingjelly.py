@@ -6,15 +6,17 @@ r"""Run the neurons of a SpikingJelly model on the fused kernels, with one line 
 >>> print(report)
 SpikingJelly: 0 replaced, 0 left as they were: nothing of SpikingJelly was found in the model
 
-``LIFNode``, ``IFNode`` and ``ParametricLIFNode`` then run :func:`sdit_kernels.lif`, in both step modes. Each neuron stays the
-same object of the same class, with its names, parameters, hooks, states (``v``, ``v_seq``) and state_dict. So code that looks a
-neuron up by its class still finds it, and ``base.to_functional_forward`` works too. This module does not import SpikingJelly.
-It works with SpikingJelly 2.0.0 and 0.0.0.0.14; in the latter, the option ``backend`` keeps its value but has no effect.
+``LIFNode``, ``IFNode``, ``ParametricLIFNode``, ``ILIFNode``, ``TernaryLIFNode`` and ``TernaryIFNode`` then run
+:func:`sdit_kernels.lif`, in both step modes. Each neuron stays the same object of the same class, with its names, parameters,
+hooks, states (``v``, ``v_seq``) and state_dict. So code that looks a neuron up by its class still finds it, and
+``base.to_functional_forward`` works too. This module does not import SpikingJelly. It works with SpikingJelly 2.0.0 and
+0.0.0.0.14; in the latter, the option ``backend`` keeps its value but has no effect.
 
 The page "SpikingJelly" of the documentation lists the differences. The most important ones:
 
 - A step multiplies by 1/tau; SpikingJelly divides by tau. The results are equal if tau is a power of two. For other tau, a
   neuron very close to its threshold may spike or not.
+- ``ILIFNode`` in multi-step mode computes (1 - 1/tau) v + x, the kernel v - v/tau + x; the same holds.
 - bfloat16 and float16 data: the membrane potential is float32 within a call. SpikingJelly rounds it in every step on the CPU.
 - Do not change the input of a neuron in place before the backward pass; autograd raises an error.
 - ``ParametricLIFNode``: a w below -80 (-700 in float64) counts as -80 (-700) and gets no gradient; 1/tau is 2e-35 there.
@@ -44,7 +46,9 @@ def _is_neuron(module):
     return any(names[0] in ("spikingjelly", "sdit_kernels") and "neuron" in names for names in parts)
 
 
-_suspect = suspected_neuron("LIFNode, IFNode or ParametricLIFNode of SpikingJelly, activation_based or clock_driven")
+_suspect = suspected_neuron(
+    "LIFNode, IFNode, ParametricLIFNode, ILIFNode or a ternary neuron of SpikingJelly, activation_based or clock_driven"
+)
 
 
 def neuron_classes(neurons) -> dict[type, type | str]:
@@ -86,21 +90,21 @@ def _choose(module, bases):
     methods = bases[base]
     if isinstance(methods, str):
         return methods
-    reason = changed_behaviour(module, base) or obstacle(module)
+    reason = changed_behaviour(module, base) or obstacle(module, methods)
     if reason is not None:
         return reason
     device = next((p.device for p in module.parameters(recurse=False)), "cpu")
     try:
         x = torch.empty(0, device=device, dtype=torch.float32)
         with backend("reference"):
-            lif(x, **neuron_settings(module), **methods.leak(module, x))
+            lif(x, **neuron_settings(module, methods, x))
     except (TypeError, ValueError) as error:
         return f"the kernels refuse its settings: {error}"
     return methods
 
 
 def accelerate(model: torch.nn.Module) -> Report:
-    """Run the LIFNode, IFNode and ParametricLIFNode neurons of a SpikingJelly model on the fused kernels.
+    """Run the LIF, IF, parametric LIF, integer LIF and ternary neurons of a SpikingJelly model on the fused kernels.
 
     Args:
         model: a neuron of SpikingJelly, or any module that contains some. The function changes it in place. A second call

@@ -23,6 +23,7 @@ CODES = {
     torch.float16: F16,
     torch.uint8: U8,
     torch.bool: U8,
+    torch.int8: U8,  # only written, by store_level
 }
 SIZES = (4, 8, 2, 2, 1)
 LLVM_TYPES = (ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.HalfType(), ir.IntType(8))
@@ -153,6 +154,24 @@ def store_spike(typingctx, address, index, fired, code):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.boolean, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def store_level(typingctx, address, index, value, code):
+    """As ``store``, and an integer of either sign fits U8, as a byte of uint8 or int8. A NaN becomes the byte 0."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        address, index, x, _ = args
+        if code_ != U8:
+            return _store(context, builder, args, code_)
+        x = builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(x.type, 0.0), x)
+        byte = builder.trunc(builder.fptosi(x, I32), ir.IntType(8))
+        builder.store(byte, _element(builder, address, index, code_))
+        return context.get_dummy_value()
+
+    value_type = value if code_ == U8 else _state_type(code_)
+    return types.void(types.int64, types.int64, value_type, code), codegen
 
 
 @intrinsic(prefer_literal=True)

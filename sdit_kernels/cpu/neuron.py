@@ -31,6 +31,7 @@ from .intrinsics import (
     prefetch,
     state_code,
     store,
+    store_level,
     store_output,
     store_rows,
     store_spike,
@@ -115,7 +116,7 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
                     if FIRES:
                         store_spike(st, i, spike, O)
                     else:
-                        store(st, i, spike, O)
+                        store_level(st, i, spike, O)
                     store_rows(v, i, states, ROW, S)
                 for j in range(STATES):
                     to, to_t, to_r = seq[3 * j], seq[3 * j + 1], seq[3 * j + 2]

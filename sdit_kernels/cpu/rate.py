@@ -29,6 +29,7 @@ from .intrinsics import (
     sigmoid,
     state_code,
     store,
+    store_level,
     store_rows,
     sum_tile,
     tile,
@@ -80,9 +81,12 @@ def _forward_kernel(X, O, GATE, code, PER_CHANNEL):
                         store(count, i, load(count, i, S) + spike, S)
                     store_rows(v, i, states, ROW, S)
             target = out + (row * out_r + c) * ob
-            if COUNTS:
+            if COUNTS and FIRES:
                 for i in range(n):
                     store(target, i, load(count, i, S), O)
+            elif COUNTS:
+                for i in range(n):
+                    store_level(target, i, load(count, i, S), O)
             elif y != 0:
                 for i in range(n):
                     store(target, i, load(y + (row * y_r + c) * ob, i, O) + load(count, i, S) / steps, O)

@@ -61,7 +61,7 @@ def kernel(X, O, GATE):
 
 def table(T, variant, state, counts):
     """Return (levels, edges, values), which state the rate of a LIF neuron as a step function of its current, or None."""
-    if variant.neuron is not LIF:
+    if variant.neuron is not LIF or len(variant.flags) > 3:  # spikes with levels
         return None
     soft, decay, _ = variant.flags
     return None if soft else _table(T, variant.values, decay, state, counts)

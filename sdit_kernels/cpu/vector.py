@@ -364,9 +364,9 @@ def _round(typingctx, x):
 
 @_inline
 def level(z, lo, hi, V):
-    """Return round(clip(z, lo, hi)). A NaN stays NaN."""
+    """Return round(clip(z, lo, hi)), never a negative zero. A NaN stays NaN."""
     z = where_less(z, lo, lo, z)
-    return _round(where_less(hi, z, hi, z))
+    return _round(where_less(hi, z, hi, z)) + vset(0.0, V)
 
 
 @_inline

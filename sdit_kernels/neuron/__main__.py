@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import re
 
 from . import NEURONS
 from .printer import ENTRIES, LANGUAGES, text
@@ -11,7 +12,7 @@ from .trace import Trace
 def parse_flags(words, flags):
     """Return the settings of "soft,decay=False": a name alone is True."""
     found = {}
-    for word in filter(None, words.split(",")):
+    for word in filter(None, re.split(r",(?![^(]*\))", words)):  # not at the commas of a tuple
         name, given, value = word.partition("=")
         if name not in flags:
             raise ValueError(f"--flags must name some of {', '.join(flags)}, got {name!r}")
@@ -37,7 +38,12 @@ def main():
     )
     parser.add_argument("name", choices=NEURONS, help="the neuron")
     parser.add_argument("--backend", choices=LANGUAGES, default="torch", help="the language of the code (default: torch)")
-    parser.add_argument("--flags", default="", metavar="F,F=VALUE", help="settings of the step, for example soft,decay=False")
+    parser.add_argument(
+        "--flags",
+        default="",
+        metavar="F,F=VALUE",
+        help="settings of the step, for example soft,decay=False or soft,levels=integer,span=(0,4)",
+    )
     parser.add_argument("--parameters", action="store_true", help="with the gradients of the parameters")
     parser.add_argument("--only", choices=ENTRIES, help="print this function only")
     options = parser.parse_args()

@@ -5,13 +5,38 @@ from typing import Literal
 from .trace import Neuron
 
 
-def lif(x, s, p, o, *, soft=False, decay=True, detach=False):
-    """Leaky integrate-and-fire. soft: the reset subtracts the threshold. decay: the leak divides the input too."""
+def lif(
+    x, s, p, o, *, soft=False, decay=True, detach=False,
+    levels: Literal["binary", "integer", "ternary"] = "binary", span=(0, 1), window=(), scale=1.0,
+):  # fmt: skip
+    """Leaky integrate-and-fire. soft: the reset subtracts the threshold. decay: the leak divides the input too.
+
+    Of integer levels, span: the least and the greatest; window: where they have a gradient, (): the span; scale: of the output.
+    """
     rest = s.v if soft else s.v - p.v_reset
     h = s.v + (x - rest) * p.r if decay else s.v - rest * p.r + x
+    if levels == "integer":
+        return _integer(h, p, o, soft, detach, span, window, scale)
+    if levels == "ternary":
+        return _ternary(h, p, o, soft, detach)
     fired = o.fire(h - p.v_threshold)
     gate = o.detach(fired) if detach else fired
     return fired, h - gate * p.v_threshold if soft else o.where(gate, p.v_reset, h)
+
+
+def _integer(h, p, o, soft, detach, span, window, scale):
+    if not soft:
+        raise ValueError("integer levels need a soft reset")
+    count = o.level(h, *span, p.v_threshold, window)
+    return count * scale, h - (o.detach(count) if detach else count) * p.v_threshold
+
+
+def _ternary(h, p, o, soft, detach):
+    up, down = o.fire(h - p.v_threshold), o.fire(-h - p.v_threshold)
+    spike, fired = up - down, o.either(up, down)
+    if soft:
+        return spike, h - (o.detach(spike) if detach else spike) * p.v_threshold
+    return spike, o.where(o.detach(fired) if detach else fired, p.v_reset, h)
 
 
 def leaky(x, s, p, o, *, reset: Literal["subtract", "zero", "none"] = "subtract", delay=True):

@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .trace import Symbol, Trace, in_order, is_condition
+from .trace import CONDITIONS, Symbol, Trace, comparisons_of, in_order, is_condition
 
 ENTRIES = ("step", "record", "pullback", "tangent")
 _NAMES = re.compile(r"[A-Za-z_]\w*")
@@ -38,8 +38,8 @@ class Language(NamedTuple):
 
     head: str  # the line before a function
     forms: dict  # operations
-    select: dict  # from condition to the form of a select: {0} and {1} are compared, {2} and {3} are the values
-    spike: dict  # from condition to the form of a spike that a step returns
+    select: dict  # from comparison to the form of a select: {0} and {1} are compared, {2} and {3} are the values
+    spike: dict  # from comparison to the form of a spike that a step returns
     number: str  # a number that float32 holds exactly
     wide_number: str  # any other number; {1} has the type of the arithmetic
     typed: str  # a select of two numbers; {1} has the type of the arithmetic
@@ -54,7 +54,7 @@ TORCH = Language(
         "abs": "torch.abs({0})",
         "maximum": "torch.maximum({0}, {1})",
         "minimum": "torch.minimum({0}, {1})",
-        "level": "torch.clamp({0}, {1}, {2}).round()",
+        "level": "torch.clamp({0}, {1}, {2}).round() + 0.0",
         "slope": "surrogate_derivative({0}, sharpness)",
         "through": "torch.where({0} == 0, 0.0, {1} * {0})",
         "unless_zero": "torch.where({0} == 0, 0.0, {1})",
@@ -146,7 +146,7 @@ class _Lines:
         if node.op != "-" or any(node is root for root in roots):
             return False
         users = [n for n in in_order(roots, self._names) if any(a is node for a in n.args)]
-        return all(n.op in ("fire", "fire_above") for n in users)
+        return all(n.op in CONDITIONS for n in users)
 
     def _assign(self, node, expression):
         self._names[node.id] = f"t{len(self.lines)}"
@@ -159,20 +159,22 @@ class _Lines:
             form = self._language.number if exact else self._language.wide_number
             return form.format(node.value, self._like)
         if is_condition(node):
-            return self._language.spike[self._fire(node).op].format(*self._compared(node))
+            first, *more = comparisons_of(node)
+            if more:
+                raise TypeError("a step must not return o.either as its spike, only use it in o.where")
+            return self._language.spike[first.op].format(*self._compared(first))
         return self._names[node.id]
 
-    def _fire(self, condition):
-        return condition.args[0] if condition.op == "detach" else condition
-
-    def _compared(self, condition):
-        z = self._fire(condition).args[0]
+    def _compared(self, comparison):
+        (z,) = comparison.args
         if z.op == "-" and self._compare and z.id not in self._names:
             return [self._word(a) for a in z.args]
         return self._word(z), self._language.number.format("0.0")
 
     def _select(self, condition, a, b):
-        return self._language.select[self._fire(condition).op].format(*self._compared(condition), a, b)
+        for comparison in reversed(comparisons_of(condition)):
+            b = self._language.select[comparison.op].format(*self._compared(comparison), a, b)
+        return b
 
     def _expression(self, node):
         language, args = self._language, node.args

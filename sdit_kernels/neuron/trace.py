@@ -5,7 +5,10 @@ s and p have the states before the step and the parameters as attributes. o has 
 
     o.fire(z)         1 where z >= 0, else 0, with the surrogate gradient
     o.fire_above(z)   1 where z > 0, else 0, with the surrogate gradient
-    o.level(z, lo, hi)  round(clip(z, lo, hi)), ties to even; its derivative is 1 from lo to hi, ends included, else 0
+    o.either(c, d)    1 where c or d fires, of two spikes that never fire together; the gradient reaches both
+    o.level(z, lo, hi, unit=1, window=(lo, hi))
+                      round(clip(z / unit, lo, hi)), ties to even, never a negative zero; the derivative with respect to
+                      z / unit is 1 inside the window, ends included, else 0
     o.where(c, a, b)  a where c, else b. c is a spike or a detached spike; the gradient reaches it as (a - b) times the upstream
     o.maximum(a, b), o.minimum(a, b), o.abs(a), o.exp(a)
     o.detach(a)       a without gradient
@@ -129,7 +132,7 @@ class Symbol:
         )
 
 
-CONDITIONS = ("fire", "fire_above")
+CONDITIONS = ("fire", "fire_above")  # the argument is compared with 0
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _POLYNOMIAL = (*CONDITIONS, "input", "number", "+", "-", "*", "neg", "select", "detach")
 _SMOOTH = ("+", "-", "*", "/", "neg", "exp")
@@ -196,6 +199,9 @@ class Graph:
         if op == "*":
             if a is zero or b is zero:
                 return zero
+            for g, factor in ((a, b), (b, a)):  # select last: the factor may be infinite where the select hides it
+                if g.op == "inside":
+                    return self.inside(*g.args[:-1], g.args[-1] * factor)
             if a.op == "neg":
                 return self.negative(a.args[0] * b)
             if b.op == "neg":
@@ -203,6 +209,8 @@ class Graph:
         if op == "/":
             if a is zero:
                 return zero
+            if a.op == "inside":
+                return self.inside(*a.args[:-1], a.args[-1] / b)
             if a.op == "neg":
                 return self.negative(a.args[0] / b)
         if op == "+":
@@ -261,6 +269,10 @@ class Graph:
         """g * slope, and 0 where the slope is 0, also for an infinite g: a reset hides an infinite membrane."""
         return self.zero if g is self.zero else self.node("through", slope, g)
 
+    def inside(self, z, lo, hi, g):
+        """g where lo <= z <= hi, else 0."""
+        return self.zero if g is self.zero else self.node("inside", z, lo, hi, g)
+
 
 def is_number(value):
     """True for a number that a step may use as a constant."""
@@ -268,7 +280,14 @@ def is_number(value):
 
 
 def is_condition(node):
-    return node.op in CONDITIONS or (node.op == "detach" and is_condition(node.args[0]))
+    return node.op in (*CONDITIONS, "either") or (node.op == "detach" and is_condition(node.args[0]))
+
+
+def comparisons_of(condition):
+    """Return the comparisons of a condition: one, or two of ``either``."""
+    if condition.op in CONDITIONS:
+        return [condition]
+    return [c for a in condition.args for c in comparisons_of(a)]
 
 
 class Operations:
@@ -288,17 +307,24 @@ class Operations:
     def fire_above(self, z):
         return self._graph.node("fire_above", self._computed("o.fire_above", z))
 
-    def level(self, z, lo, hi):
+    def either(self, c, d):
+        for condition in (c, d):
+            if not (isinstance(condition, Symbol) and condition.op in CONDITIONS):
+                raise TypeError("o.either takes two of o.fire(a - b) and o.fire_above(a - b)")
+        return self._graph.node("either", c, d)
+
+    def level(self, z, lo, hi, unit=1.0, window=None):
         for name, value in (("lo", lo), ("hi", hi)):
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise TypeError(f"{name} of o.level must be an int, got {type(value).__name__}")
         if not lo < hi:
             raise ValueError(f"lo of o.level must be less than hi, got lo={lo}, hi={hi}")
-        return self._graph.node("level", self._computed("o.level", z), self._graph.number(lo), self._graph.number(hi))
+        limits = map(self._graph.number, (lo, hi, *(window or (lo, hi))))
+        return self._graph.node("level", self._graph.binary("/", self._computed("o.level", z), unit), *limits)
 
     def where(self, condition, a, b):
         if not (isinstance(condition, Symbol) and is_condition(condition)):
-            raise TypeError("the condition of o.where must be o.fire(a - b), o.fire_above(a - b) or o.detach of one of them")
+            raise TypeError("the condition of o.where must be o.fire(a - b), o.fire_above(a - b), o.either or o.detach of one")
         return self._graph.select(condition, self._graph.arithmetic(a), self._graph.arithmetic(b))
 
     def maximum(self, a, b):
@@ -418,6 +444,7 @@ class Trace:
 
         for output, g in zip(outputs, upstream):
             give(output, g)
+        fixed = {n.id for n in (*self.parameters, *self.numbers)}
         for n in reversed(in_order(outputs)):
             g = gradient.get(n.id)
             if g is None or not n.args:
@@ -434,8 +461,12 @@ class Trace:
                 give(a, g * b)
                 give(b, g * a)
             elif n.op == "/":
-                give(a, g / b)
-                give(b, -(g * (n / b)))
+                if b.id in fixed:  # the compiler computes 1 / b once for all steps
+                    give(a, g * (graph.one / b))
+                    give(b, -(g * (n * (graph.one / b))))
+                else:
+                    give(a, g / b)
+                    give(b, -(g * (n / b)))
             elif n.op == "neg":
                 give(a, -g)
             elif n.op == "exp":
@@ -450,8 +481,11 @@ class Trace:
                 give(b, node("share", a, b, g))
             elif n.op in CONDITIONS:
                 give(a, graph.through(node("slope", a), g))
+            elif n.op == "either":
+                give(a, g)
+                give(b, g)
             elif n.op == "level":
-                give(a, node("inside", *n.args, g))
+                give(a, graph.inside(a, *n.args[3:], g))
             elif n.op == "select":
                 condition, a, b = n.args
                 give(a, select(condition, g, zero))
@@ -510,13 +544,15 @@ class Trace:
                 t = node("share", b, a, da) + node("share", a, b, db)
             elif n.op in CONDITIONS:
                 t = node("slope", a) * da
+            elif n.op == "either":
+                t = da + db
             elif n.op == "level":
-                t = zero if da is zero else node("inside", *n.args, da)
+                t = graph.inside(a, *n.args[3:], da)
             elif n.op == "select":
                 condition, a, b = n.args
                 t = graph.select(condition, d.get(a.id, zero), d.get(b.id, zero))
-                if condition.op != "detach":
-                    z = condition.args[0]
+                for fired in () if condition.op == "detach" else comparisons_of(condition):
+                    z = fired.args[0]
                     slope, dz, jump = node("slope", z), d.get(z.id, zero), a - b
                     # slope * dz is the tangent of the spike, which is known already. The slope is 0 where the jump is infinite.
                     t = t + (jump if _is_polynomial(jump) else node("unless_zero", slope, jump)) * (slope * dz)

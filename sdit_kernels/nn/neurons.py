@@ -25,7 +25,16 @@ from ..ops.operator import refuse_script
 class _Neuron(torch.nn.Module):
     """Base class of all neurons: stores the settings under the names of the ops' arguments."""
 
-    _settings: tuple[str, ...] = ("tau", "decay_input", "v_threshold", "v_reset", "surrogate", "alpha", "detach_reset")
+    _settings: tuple[str, ...] = (
+        "tau",
+        "decay_input",
+        "v_threshold",
+        "v_reset",
+        "surrogate",
+        "alpha",
+        "detach_reset",
+        "levels",
+    )
     _shown: tuple[str, ...] = _settings
     _renamed: dict[str, str] = {}  # the op's argument of a setting that has another name here
     __prepare_scriptable__ = refuse_script
@@ -213,6 +222,8 @@ class LIF(_Stateful):
             ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
+        levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary", (lo, hi) or ``Levels(lo, hi, ..)``: see
+            :func:`sdit_kernels.lif`. Integers need v_reset=None.
         step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step per call.
         store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``, (T, ...). In single-step
             mode T = 1.
@@ -255,12 +266,13 @@ class LIF(_Stateful):
         surrogate="atan",
         alpha: float | None = None,
         detach_reset: bool = False,
+        levels=None,
         step_mode: str = "m",
         store_v_seq: bool = False,
     ):
         super().__init__(
             step_mode, store_v_seq, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
-            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset,
+            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset, levels=levels,
         )  # fmt: skip
 
 
@@ -277,6 +289,8 @@ class IF(_Stateful):
             ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
+        levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary", (lo, hi) or ``Levels(lo, hi, ..)``: see
+            :func:`sdit_kernels.lif`. Integers need v_reset=None.
         step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
         store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
 
@@ -300,12 +314,13 @@ class IF(_Stateful):
         surrogate="atan",
         alpha: float | None = None,
         detach_reset: bool = False,
+        levels=None,
         step_mode: str = "m",
         store_v_seq: bool = False,
     ):
         super().__init__(
             step_mode, store_v_seq, v_threshold=v_threshold, v_reset=v_reset, surrogate=surrogate, alpha=alpha,
-            detach_reset=detach_reset,
+            detach_reset=detach_reset, levels=levels,
         )  # fmt: skip
 
 
@@ -325,6 +340,8 @@ class ParametricLIF(_Stateful):
             ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
+        levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary", (lo, hi) or ``Levels(lo, hi, ..)``: see
+            :func:`sdit_kernels.lif`. Integers need v_reset=None.
         step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
         store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
 
@@ -359,6 +376,7 @@ class ParametricLIF(_Stateful):
         surrogate="atan",
         alpha: float | None = None,
         detach_reset: bool = False,
+        levels=None,
         step_mode: str = "m",
         store_v_seq: bool = False,
     ):
@@ -373,7 +391,7 @@ class ParametricLIF(_Stateful):
         w = torch.nn.Parameter(torch.empty(() if channels is None else channels))
         super().__init__(
             step_mode, store_v_seq, w=w, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
-            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset,
+            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset, levels=levels,
         )  # fmt: skip
         self.init_tau, self.channels = init_tau, channels
         self.reset_parameters()
@@ -699,6 +717,8 @@ class LIFRate(_Neuron):
             ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
         detach_reset: True: no gradient flows through the reset.
+        levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary", (lo, hi) or ``Levels(lo, hi, ..)``: see
+            :func:`sdit_kernels.lif`. Integers need v_reset=None.
 
     Shape:
         x: any shape (..., C). residual: the shape of x, the dtype of x or float32 (float64). gate: the shape and dtype of x.
@@ -733,10 +753,11 @@ class LIFRate(_Neuron):
         surrogate="atan",
         alpha: float | None = None,
         detach_reset: bool = False,
+        levels=None,
     ):
         super().__init__(
             T=T, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset, surrogate=surrogate,
-            alpha=alpha, detach_reset=detach_reset,
+            alpha=alpha, detach_reset=detach_reset, levels=levels,
         )  # fmt: skip
         self._check(lif_rate, T=T)
 

@@ -10,6 +10,7 @@ from .. import dispatch, memory, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
+    check_levels_fit,
     check_membrane,
     check_neuron,
     check_neuron_values,
@@ -18,6 +19,7 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import empty_like
+from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
 from ..reference.neuron import returned
 from .neuron import (
@@ -38,21 +40,24 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NEURON_SCHEMA = (
-    "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, float alpha"
+    "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, "
+    "float alpha, str levels"
 )
 
 
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
 
-def lif_variant(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+def lif_variant(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
     """Return the neuron as launchers take it."""
     flags = v_reset is None, decay_input, detach_reset
+    if levels != BINARY:
+        flags += decode(levels)
     return Variant(LIF, flags, (1.0 / tau, v_threshold, v_reset or 0.0), surrogate, alpha)
 
 
 def _check_values(parameters, values, dtype):
-    check_neuron_values(*parameters, values[3], dtype)
+    check_neuron_values(*parameters, values[3], dtype, values[7])
 
 
 _lif_call = define(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant, _check_values)
@@ -77,7 +82,7 @@ def _rate(x, residual, gate, tau, v_threshold, T, *rest):
 
 
 def _rate_fake(x, residual, gate, tau, v_threshold, T, *rest):
-    return _rate_output(x, residual, (tau, v_threshold), rest[7])
+    return _rate_output(x, residual, (tau, v_threshold), rest[8])
 
 
 def _rate_backward_outputs(x, gate, parameters, wanted):
@@ -120,7 +125,7 @@ def _rate_gradient(ctx, g):
     d_residual = g if needs[1] else None
     if not (needs[0] or needs[2] or needs[3] or needs[4]):
         return None, d_residual
-    dx, dgate, dtau, dth = _rate_backward_call(g, x, gate, tau, v_threshold, *ctx.rest[:8], needs[3] or needs[4], ctx.rest[-1])
+    dx, dgate, dtau, dth = _rate_backward_call(g, x, gate, tau, v_threshold, *ctx.rest[:9], needs[3] or needs[4], ctx.rest[-1])
     return dx, d_residual, dgate, dtau, dth
 
 
@@ -157,6 +162,7 @@ class Settings(TypedDict, total=False):
     detach_reset: bool
     surrogate: "str | Callable[[Tensor], Tensor]"
     alpha: float | None
+    levels: "Levels | tuple[int, int] | Literal['ternary'] | None"
 
 
 class _Settings(Settings, total=False):
@@ -200,6 +206,7 @@ def lif(
     detach_reset: bool = False,
     surrogate="atan",
     alpha: float | None = None,
+    levels=None,
     return_v: bool = False,
     return_v_seq: bool = False,
     spike_dtype: torch.dtype | None = None,
@@ -214,7 +221,16 @@ def lif(
         v[t] = v_reset where s[t], else h[t]                 hard reset
         v[t] = h[t] - s[t] * v_threshold                     soft reset (v_reset=None; v_reset above is then 0)
 
-    The backward pass is back-propagation through time with the surrogate gradient, ds/dh = surrogate(h - v_threshold). It
+    With ``levels``, spikes are ternary, or integers with a soft reset::
+
+        s[t] = 1 where h[t] >= v_threshold, -1 where -h[t] >= v_threshold, else 0       "ternary"
+        v[t] = v_reset where s[t] is 1 or -1, else h[t]; or h[t] - s[t] * v_threshold
+        c[t] = round(clip(h[t] / v_threshold, lo, hi)), ties to even                    (lo, hi)
+        v[t] = h[t] - c[t] * v_threshold,    s[t] = c[t] * scale
+
+    The backward pass is back-propagation through time with the surrogate gradient, ds/dh = surrogate(h - v_threshold). Ternary
+    spikes have it at both thresholds: ds/dh = surrogate(h - v_threshold) + surrogate(-h - v_threshold). Integers have
+    dc/dh = 1/v_threshold where h / v_threshold is in the window, (lo, hi) with both ends by default, else 0. It
     recomputes h. For it, the forward pass keeps x, v if given, and for T > 16 the membrane potential of every 16th step.
 
     Args:
@@ -231,9 +247,13 @@ def lif(
         surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
             ds/dz (not fused).
         alpha: sharpness of the surrogate. None: the default of the surrogate.
+        levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary": spikes of -1, 0 and 1. (lo, hi) or
+            ``Levels(lo, hi, window, scale)``: integer spikes; needs v_reset=None and no surrogate. Both need a positive
+            v_threshold, and a dtype of the spikes that holds all levels exactly: bfloat16 up to 256, float16 up to 2048.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
-        spike_dtype: dtype of the spikes. None: the dtype of x. torch.uint8 and torch.bool are for inference.
+        spike_dtype: dtype of the spikes. None: the dtype of x. For inference torch.uint8 and torch.bool, with levels
+            torch.uint8 and torch.int8, where a NaN becomes 0.
 
     Returns:
         s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, tau and v_threshold from
@@ -244,7 +264,9 @@ def lif(
             tensor tau on the CPU only.
         RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
 
-    Source: Fang et al., SpikingJelly, Science Advances 9 (2023). The results equal SpikingJelly's LIFNode.
+    Source: Fang et al., SpikingJelly, Science Advances 9 (2023). The results equal SpikingJelly's LIFNode, and with levels
+    ILIFNode and TernaryLIFNode. Integer spikes: Luo et al., SpikeYOLO, ECCV 2024, arXiv 2407.20708; ternary spikes: Guo et al.,
+    Ternary Spike, AAAI 2024, arXiv 2312.06372.
 
     Example:
         >>> import torch
@@ -252,27 +274,44 @@ def lif(
         >>> x = torch.tensor([[0.6], [2.0], [1.5], [1.5]])
         >>> lif(x).flatten().tolist()
         [0.0, 1.0, 0.0, 1.0]
+        >>> lif(4 * x, v_reset=None, levels=(0, 4)).flatten().tolist()
+        [1.0, 4.0, 3.0, 3.0]
         >>> s, v = lif(x[:2], return_v=True)
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
+        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
     )
-    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor)
+    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
-            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-            surrogate=surrogate, alpha=alpha, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+            surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
+            spike_dtype=spike_dtype,
         )  # fmt: skip
     parameters = tau_tensor, threshold_tensor
     return returned(launch(_lif_call, x, (v,), parameters, neuron, return_v, return_v_seq, spike_dtype, backend), single=True)
+
+
+def _check_rate_of_levels(levels, T, dtype, return_counts):
+    lo, hi = span(levels)
+    check_levels_fit(levels, dtype, "the dtype of the rate")
+    if isinstance(T, int) and T * max(-lo, hi) > 1 << 24:  # the kernels count in float32
+        raise ValueError(f"T times the greatest level must be at most 2^24, got T={T} and levels from {lo} to {hi}")
+    if return_counts:
+        if lo < 0:
+            raise ValueError(f"return_counts gives uint8 and needs levels of at least 0, got levels from {lo} to {hi}")
+        if isinstance(T, int) and T * hi > 255:
+            raise ValueError(f"return_counts gives uint8 and needs T * hi <= 255, got T={T} and hi={hi}")
+        if Levels(*levels).scale != 1:
+            raise ValueError("return_counts gives bare counts: leave out the scale of levels")
 
 
 def lif_rate(
@@ -288,6 +327,7 @@ def lif_rate(
     detach_reset: bool = False,
     surrogate="atan",
     alpha: float | None = None,
+    levels=None,
     return_counts: bool = False,
 ) -> Tensor:
     r"""Firing rate of a LIF neuron under a constant current, with optional gate and residual, in one kernel: SDiT's neuron.
@@ -313,7 +353,10 @@ def lif_rate(
         detach_reset: True: no gradient flows through the reset.
         surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
         alpha: sharpness of the surrogate. None: the default of the surrogate.
-        return_counts: return the number of spikes as uint8 instead of the rate, for inference. Needs T <= 255 and no residual.
+        levels (Levels | tuple[int, int] | str | None): ternary or integer spikes, as in :func:`lif`; the rate is their mean.
+            T = 1 and tau = 1 give a neuron without a time axis and state: scale * round(clip(x / v_threshold, lo, hi)).
+        return_counts: return the number of spikes (the sum of the levels) as uint8 instead of the rate, for inference. Needs
+            at most 255 of them, and no residual.
 
     Returns:
         A tensor with the shape of x. Gradients reach x, residual, gate, tau and v_threshold.
@@ -346,9 +389,11 @@ def lif_rate(
             raise TypeError(f"gate must have the dtype of x, {x.dtype}, got {gate.dtype}; cast it: gate.to({x.dtype})")
     channels = x.shape[-1] if x.dim() else None
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha
+        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
     )
     check_flag("return_counts", return_counts)
+    if levels is not None:
+        _check_rate_of_levels(levels, T, x.dtype if residual is None else residual.dtype, return_counts)
     if return_counts:
         if T > 255:
             raise ValueError(f"return_counts gives uint8 and needs T <= 255, got {T}")
@@ -361,9 +406,9 @@ def lif_rate(
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
-            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
         return reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
-            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_counts=return_counts,
+            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_counts=return_counts,
         )  # fmt: skip
     return _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)

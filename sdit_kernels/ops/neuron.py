@@ -13,6 +13,7 @@ from .. import dispatch, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
+    check_levels_fit,
     check_membrane,
     check_neuron_parameter,
     check_number,
@@ -22,11 +23,13 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
+from ..levels import Levels
 from ..neuron import Neuron, Variant
 from ..reference.neuron import returned
 from .operator import kernels, register, values_are_readable
 
 INFERENCE_DTYPES = (torch.uint8, torch.bool)
+LEVEL_DTYPES = (torch.uint8, torch.int8)  # for inference with integer or ternary spikes
 
 
 def check_steps(x, states, **flags):
@@ -54,13 +57,19 @@ def check_state(state, names):
     return tuple(state)
 
 
-def check_spike_dtype(spike_dtype, x, *tensors):
+def check_spike_dtype(spike_dtype, x, *tensors, levels=None):
     """Check the dtype of the spikes. tensors: what may need a gradient besides x."""
-    if spike_dtype is not None and spike_dtype != x.dtype:
-        if spike_dtype not in INFERENCE_DTYPES:
-            raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), torch.uint8 or torch.bool, got {spike_dtype}")
-        if wants_gradient(x, *tensors):
-            raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
+    given = spike_dtype is not None and spike_dtype != x.dtype
+    allowed = INFERENCE_DTYPES if levels is None else LEVEL_DTYPES
+    if given and spike_dtype not in allowed:
+        names = " or ".join(map(str, allowed))
+        raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), {names}, got {spike_dtype}")
+    if levels is not None:
+        check_levels_fit(levels, spike_dtype if given else x.dtype, "the dtype of the spikes")
+        if given and levels != "ternary" and Levels(*levels).scale != 1:
+            raise ValueError(f"spike_dtype={spike_dtype} holds integers: leave out the scale of levels, or spike_dtype")
+    if given and wants_gradient(x, *tensors):
+        raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
 
 
 def launch(call, x, states, parameters, values, return_state, return_state_seq, spike_dtype, backend):

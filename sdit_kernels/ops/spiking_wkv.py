@@ -9,6 +9,7 @@ from .. import dispatch, memory, reference, tuning
 from ..checks import (
     Neuron,
     check_flag,
+    check_levels_fit,
     check_membrane,
     check_neuron,
     check_neuron_values,
@@ -19,6 +20,7 @@ from ..checks import (
 )
 from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
+from ..levels import encode
 from ..neuron import LIF
 from .lif import NEURON_SCHEMA, Settings, lif_variant
 from .neuron import allocate_parameter_gradients, sum_parameter_gradients
@@ -47,7 +49,7 @@ def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay
     numbers = tuning.current()
     outputs = _outputs(k, rate, return_state, keep, backend, numbers)
     if k.device.type == "cpu":
-        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype))
+        check_neuron_values(tau, v_threshold, neuron.decay_input, state_dtype(k.dtype), neuron.levels)
     if k.numel():
         kernels(backend, "spiking_wkv").spiking_wkv_forward(
             k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, membrane, (tau, v_threshold),
@@ -61,7 +63,7 @@ def _forward(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay
 
 
 def _forward_fake(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, decay_is_log_of_rate, *rest):
-    return _outputs(k, *rest[7:], tuning.current())
+    return _outputs(k, *rest[8:], tuning.current())
 
 
 def _backward_outputs(k, v, r, decay, bonus, ybar, lse, membrane, tau, v_threshold, parameters):
@@ -222,6 +224,7 @@ def spiking_wkv(
     detach_reset: bool = False,
     surrogate="atan",
     alpha: float | None = None,
+    levels=None,
     log_decay: Tensor | None = None,
     scan_state: tuple[Tensor, Tensor] | None = None,
     membrane: Tensor | None = None,
@@ -262,6 +265,7 @@ def spiking_wkv(
         detach_reset: True: no gradient flows through the reset.
         surrogate (str | Callable): surrogate gradient, as in :func:`lif`.
         alpha: sharpness of the surrogate. None: the default of the surrogate.
+        levels (Levels | tuple[int, int] | str | None): ternary or integer spikes, as in :func:`lif`.
         log_decay: w itself, (C,), as in :func:`wkv`.
         scan_state: states of the scans before the first token, (ybar, lse), each (T, B, C), float32 (float64 for float64 data).
             None: empty states.
@@ -300,8 +304,10 @@ def spiking_wkv(
     if membrane is not None:
         check_membrane("membrane", membrane, (B, L, C), k, "k")
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        k, C, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, "k"
+        k, C, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, "k"
     )
+    if levels is not None:
+        check_levels_fit(levels, k.dtype, "the dtype of the spikes")
     if rate and T == 0:
         raise ValueError("rate is a mean over time and needs at least one step, got k with T = 0")
     if neuron is None:
@@ -309,11 +315,11 @@ def spiking_wkv(
     backend = dispatch.choose(k.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(k):
-            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype))
+            check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype), encode(levels))
         return reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
-            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, log_decay=log_decay, scan_state=scan_state,
-            membrane=membrane, return_state=return_state, rate=rate,
+            detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, log_decay=log_decay,
+            scan_state=scan_state, membrane=membrane, return_state=return_state, rate=rate,
         )  # fmt: skip
     keep = wants_gradient(k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import state_dtype
+from ..levels import decode, encode
 from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
 from ..surrogate import SURROGATES
 
@@ -92,28 +93,38 @@ class _Where(torch.autograd.Function):
 
 
 class _Level(torch.autograd.Function):
-    """round(clip(z, lo, hi)), ties to even; the derivative is 1 from lo to hi, ends included."""
+    """round(clip(z, lo, hi)) with z = h / unit, ties to even; dz is the upstream gradient from low to high, ends included.
+
+    Outside, h and unit have the gradient 0, also where z is infinite.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(z, lo, hi):
-        return z.clamp(lo, hi).round()
+    def forward(h, unit, lo, hi, low, high):
+        return (h / unit).clamp(lo, hi).round() + 0.0  # a negative zero becomes 0
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        z, ctx.lo, ctx.hi = inputs
-        ctx.save_for_backward(z)
-        ctx.save_for_forward(z)
+        h, unit, *_, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(h, unit)
+        ctx.save_for_forward(h, unit)
+
+    @staticmethod
+    def _inside(ctx, z, g):
+        return torch.where((z >= ctx.low) & (z <= ctx.high), g, 0.0)
 
     @staticmethod
     def backward(ctx, g):
-        (z,) = ctx.saved_tensors
-        return torch.where((z >= ctx.lo) & (z <= ctx.hi), g, 0.0), None, None
+        h, unit = ctx.saved_tensors
+        z = h / unit
+        return _Level._inside(ctx, z, g / unit), _Level._inside(ctx, z, -g * z / unit), *[None] * 4
 
     @staticmethod
-    def jvp(ctx, dz, *_):
-        return _Level.backward(ctx, dz)[0]
+    def jvp(ctx, dh, dunit, *_):
+        h, unit = ctx.saved_tensors
+        z = h / unit
+        return _Level._inside(ctx, z, ((0.0 if dh is None else dh) - z * (0.0 if dunit is None else dunit)) / unit)
 
 
 class TensorOperations:
@@ -128,8 +139,12 @@ class TensorOperations:
     def fire_above(self, z):
         return _FireAbove.apply(z, self._derivative)
 
-    def level(self, z, lo, hi):
-        return _Level.apply(z, lo, hi)
+    def either(self, c, d):
+        return c + d
+
+    def level(self, z, lo, hi, unit=1.0, window=None):
+        unit = unit if isinstance(unit, Tensor) else torch.full((), unit, dtype=z.dtype, device=z.device)
+        return _Level.apply(z, unit.expand_as(z), lo, hi, *(window or (lo, hi)))
 
     def where(self, condition, a, b):
         if not isinstance(a, Tensor) and not isinstance(b, Tensor):
@@ -203,7 +218,10 @@ def simulate(step, x, states, starts, return_state, return_state_seq, spike_dtyp
         states = tuple(_filling(x_t, v) for v in states)
         for sequence, v in zip(sequences, states):
             sequence.append(v)
-    s = (torch.stack(spikes) if spikes else x.clone()).to(spike_dtype or x.dtype)
+    s = torch.stack(spikes) if spikes else x.clone()
+    if spike_dtype in (torch.uint8, torch.int8):
+        s = s.detach().nan_to_num(nan=0.0)
+    s = s.to(spike_dtype or x.dtype)
     seqs = tuple(torch.stack(seq) if seq else x.to(dtype, copy=True) for seq in sequences) if return_state_seq else None
     return s, states if return_state else None, seqs
 
@@ -236,9 +254,9 @@ def run(neuron, x, states, values, flags, surrogate, alpha, return_state, return
     return simulate(step, x, states, starts, return_state, return_state_seq, spike_dtype)
 
 
-def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha):
+def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
     values = 1.0 / as_parameter(tau, dtype), as_parameter(v_threshold, dtype), v_reset or 0.0
-    flags = dict(soft=v_reset is None, decay=decay_input, detach=detach_reset)
+    flags = dict(zip(LIF.flags, (v_reset is None, decay_input, detach_reset, *decode(encode(levels)))))
     return bind(LIF, values, surrogate_function(surrogate, alpha), **flags)
 
 
@@ -253,12 +271,13 @@ def lif(
     detach_reset=False,
     surrogate="atan",
     alpha=None,
+    levels=None,
     return_v=False,
     return_v_seq=False,
     spike_dtype=None,
 ):
     """See :func:`sdit_kernels.lif`."""
-    step = _bind_lif(state_dtype(x.dtype), tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha)
+    step = _bind_lif(state_dtype(x.dtype), tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels)
     return returned(simulate(step, x, (v,), (v_reset or 0.0,), return_v, return_v_seq, spike_dtype), True)
 
 
@@ -275,19 +294,20 @@ def lif_rate(
     detach_reset=False,
     surrogate="atan",
     alpha=None,
+    levels=None,
     return_counts=False,
 ):
     """See :func:`sdit_kernels.lif_rate`."""
     dtype = state_dtype(x.dtype)
     current = x.to(dtype) if gate is None else torch.sigmoid(gate.to(dtype)) * x.to(dtype)
-    step = _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha)
+    step = _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels)
     v = torch.full_like(current, v_reset or 0.0)
     counts = torch.zeros_like(current)
     for _ in range(T):
         s, (v,) = step(current, (v,))
         counts = counts + s
     if return_counts:
-        return counts.to(torch.uint8)
+        return counts.nan_to_num(nan=0.0).to(torch.uint8)
     rate = counts / T
     return rate.to(x.dtype) if residual is None else (residual.to(dtype) + rate).to(residual.dtype)
 

@@ -22,6 +22,7 @@ def spiking_wkv(
     detach_reset=False,
     surrogate="atan",
     alpha=None,
+    levels=None,
     log_decay=None,
     scan_state=None,
     membrane=None,
@@ -39,7 +40,7 @@ def spiking_wkv(
     )  # fmt: skip
     s, membrane = lif(
         current.unflatten(0, (T, B)), membrane, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
-        detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, return_v=True,
+        detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=True,
     )  # fmt: skip
     s = (s.sum(0) / T if rate else s).to(k.dtype)
     return (s, (tuple(x.unflatten(0, (T, B)) for x in scan_state), membrane)) if return_state else s

@@ -66,7 +66,7 @@ def minimum(a, b):
 
 @triton.jit
 def level(z, lo, hi):
-    """round(clip(z, lo, hi)), ties to even: adding 1.5 * 2^23 leaves no bits behind the point."""
+    """round(clip(z, lo, hi)), ties to even, never a negative zero: adding 1.5 * 2^23 leaves no bits behind the point."""
     clipped = tl.where(z < lo, lo, tl.where(z > hi, hi, z))
     big: tl.constexpr = 6755399441055744.0 if z.dtype == tl.float64 else 12582912.0
     return (clipped + big) - big
@@ -181,6 +181,22 @@ def as_number(spike, STATE: tl.constexpr):
         return spike
 
 
+@triton.jit
+def as_integer(levels, TYPE: tl.constexpr):
+    """Convert levels to an integer type. A NaN becomes 0."""
+    return tl.where(levels == levels, levels, 0.0).to(tl.int32).to(TYPE)
+
+
+@triton.jit
+def as_output(spike, like, STATE: tl.constexpr, TYPE: tl.constexpr):
+    """Convert the spike of a step to the type of the output."""
+    s = as_tile(as_number(spike, STATE), like)
+    if spike.dtype == tl.int1 or TYPE.is_floating():
+        return s.to(TYPE)
+    else:
+        return as_integer(s, TYPE)
+
+
 def forward_kernel(
     inputs, outputs, parameters, T, R, C, n0: "fp64", n1: "fp64", n2: "fp64", n3: "fp64",
     F: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -212,7 +228,7 @@ def forward_kernel(
             x = xs[k].to(STATE)
             spike, after = step(x, states, p)
             m = mask & (t0 + k < T) if F.LONG else mask
-            s = as_tile(as_number(spike, STATE), x).to(s_ptr.dtype.element_ty)
+            s = as_output(spike, x, STATE, s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
             after = as_tiles(after, x)
             if F.LONG:

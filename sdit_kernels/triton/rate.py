@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
 from ..neuron.trace import HUGE
-from .neuron import as_number, as_tiles, bind, flags_of, load_parameters, load_states, values_of
+from .neuron import as_integer, as_number, as_tiles, bind, flags_of, load_parameters, load_states, values_of
 from .tiles import Grid, divide, gradient_view, maybe_step_view, store_sums, tile_of_program
 
 _HUGE_32, _HUGE_64 = map(tl.constexpr, HUGE)
@@ -55,7 +55,7 @@ def rate_forward_kernel(
             states = as_tiles(after, current)
     at = first + rows * out_r + cols
     if F.COUNTS:
-        tl.store(out_ptr + at, count.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + at, as_integer(count, out_ptr.dtype.element_ty), mask=mask)
     else:
         if K > 0 and (K & (K - 1)) == 0:
             rate = count * (1.0 / K)

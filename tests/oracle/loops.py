@@ -35,9 +35,14 @@ def sigmoid(x):
 
 
 def lif(
-    x, v=None, *, tau=2.0, v_threshold=1.0, v_reset=0.0, decay_input=True, detach_reset=False, surrogate="atan", alpha=None
-):
+    x, v=None, *, tau=2.0, v_threshold=1.0, v_reset=0.0, decay_input=True, detach_reset=False, surrogate="atan", alpha=None,
+    levels=None,
+):  # fmt: skip
     """x (T, ...) -> s (T, ...), v after the last step, v after every step. Gradients: x, v, tau, v_threshold."""
+    if levels is not None:
+        return _lif_with_levels(
+            x, v, tau, v_threshold, v_reset, decay_input, detach_reset, derivative(surrogate, alpha), levels
+        )
     T, r, theta, g = len(x), 1 / np.asarray(tau, float), np.asarray(v_threshold, float), derivative(surrogate, alpha)
     soft, rest = v_reset is None, 0.0 if v_reset is None else v_reset
     v = np.full(x.shape[1:], rest) if v is None else v
@@ -73,6 +78,55 @@ def lif(
         return dict(x=dx, v=dv, tau=sum_to(-dr * r**2, tau), v_threshold=sum_to(dtheta, v_threshold))
 
     return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
+
+
+def _lif_with_levels(x, v, tau, v_threshold, v_reset, decay_input, detach_reset, g, levels):
+    """levels: "ternary" for spikes of -1, 0 and 1, or (lo, hi, window, scale) for integers; the last two may be missing."""
+    T, r, theta = len(x), 1 / np.asarray(tau, float), np.asarray(v_threshold, float)
+    ternary, soft, rest = levels == "ternary", v_reset is None, 0.0 if v_reset is None else v_reset
+    lo, hi, window, scale = (-1, 1, None, 1.0) if ternary else (*levels, *(None, 1.0)[len(levels) - 2 :])
+    low, high = (lo, hi) if window is None else window
+    v = np.full(x.shape[1:], rest) if v is None else v
+    before, charge, after, counts = [], [], [], []
+    for t in range(T):
+        before.append(v)
+        h = v + (x[t] - (v - rest)) * r if decay_input else v - (v - rest) * r + x[t]
+        if ternary:
+            c = (h >= theta) * 1.0 - (-h >= theta)
+        else:
+            c = np.rint(np.minimum(np.maximum(h / theta, lo), hi)) + 0.0  # not a negative zero
+        v = h - c * theta if soft else np.where(c != 0, v_reset, h)
+        charge.append(h)
+        counts.append(c)
+        after.append(v)
+
+    def backward(ds=None, dv_last=None, dv_every=None):
+        ds, dv, dv_every = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dv_every, x)
+        dx, dr, dtheta = np.zeros(x.shape), np.zeros(x.shape), np.zeros(x.shape)
+        for t in reversed(range(T)):
+            h, c, dv = charge[t], counts[t], dv + dv_every[t]
+            if soft:  # v = h - c theta
+                dh, d_up, d_down, dtheta[t] = dv, -theta * dv, theta * dv, times(c, -dv)
+            else:  # v = v_reset where one of the two fires, else h
+                dh, d_up = np.where(c != 0, 0.0, dv), times(dv, v_reset - h)
+                d_down = d_up
+            if detach_reset:
+                d_up = d_down = 0.0
+            if ternary:  # c = up - down
+                d_up, d_down = times(g(h - theta), d_up + ds[t]), times(g(-h - theta), d_down - ds[t])
+                dh, dtheta[t] = dh + d_up - d_down, dtheta[t] - d_up - d_down
+            else:  # c = round(clip(h / theta)), s = c scale
+                z = h / theta
+                dz = np.where((z >= low) & (z <= high), d_up + ds[t] * scale, 0.0)
+                dh, dtheta[t] = dh + dz / theta, dtheta[t] - times(dz, z / theta)
+            if decay_input:  # h = v + (x - (v - rest)) r
+                dx[t], dr[t] = dh * r, times(dh, x[t] - (before[t] - rest))
+            else:  # h = v - (v - rest) r + x
+                dx[t], dr[t] = dh, times(dh, rest - before[t])
+            dv = dh * (1 - r)
+        return dict(x=dx, v=dv, tau=sum_to(-dr * r**2, tau), v_threshold=sum_to(dtheta, v_threshold))
+
+    return (np.array(counts, float).reshape(x.shape) * scale, v, np.array(after).reshape(x.shape)), backward
 
 
 def lif_rate(x, T=4, residual=None, gate=None, **neuron):
