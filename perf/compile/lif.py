@@ -85,6 +85,11 @@ class Case(NamedTuple):
         if self.parameters == "scalar":
             small = launched.found["loads"].get(32, 0) + launched.found["stores"].get(32, 0)
             count, widths = count | {"bytes": count["bytes"] - 4 * small}, widths - {32}
+        elif not self.parameters and self.op == "adlif":  # its fifth number travels as a tensor; other loads repeat per step
+            small = launched.found["loads"].get(32, 0) % steps
+            count = count | {"bytes": count["bytes"] - 4 * small}
+            if launched.found["loads"].get(32) == small and 32 not in launched.found["stores"]:
+                widths = widths - {32}
         floor = self.floor(launched.direction, launched.size, launched.arguments.get("BR", 1))
         if self.op == "lif_rate":
             return Figures(launched.name, count, launched.neurons, floor, steps, widths)

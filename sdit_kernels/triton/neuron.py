@@ -405,7 +405,7 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
         bind(forward_kernel, f"{variant.neuron.name}_forward_kernel", variant.neuron, variant.flags), x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states)), outputs, tensors, T, layout.R, layout.C, *numbers,
-        F=flags,
+        F=flags, **(all_registers() if len(states) > 1 and T >= LIF_CHECKPOINT_STEPS else {}),
     )  # fmt: skip
 
 
@@ -423,7 +423,10 @@ def neuron_backward(
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
-    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
+    held = K * len(states)
+    if with_parameters:  # many parameters also need registers: for their values, and two sums each
+        held = 2 * held + 4 * max(0, len(parameters) - 2)
+    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held)
     sums = grid.partial_sums(layout, per_channel, x, len(parameters)) if with_parameters else None
     grid.launch(
         bind(
