@@ -13,7 +13,22 @@ import torch
 from perf import bench_sdit, bench_wkv, harness, ops
 from perf.ops import HALF, OPS, check_against_definition, current, decay_and_bonus, normal, rms_error
 from perf.peers import wkv_then_lif
-from sdit_kernels import leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
+from sdit_kernels import (
+    adlif,
+    cuba,
+    lapicque,
+    leaky,
+    lif,
+    lif_rate,
+    neuron,
+    nn,
+    relu_squared,
+    spiking_wkv,
+    token_shift,
+    wkv,
+    wkv_step,
+    wkv_step_,
+)
 from sdit_kernels.tuning import tuned
 
 
@@ -42,7 +57,26 @@ def values_lif(device, small):
     found |= check_against_definition(
         "leaky, 37 steps, zeroed at once", lambda x: leaky(x, beta=0.5, reset="zero", reset_delay=False), [long]
     )
+    half = torch.full((shape[-1],), 0.5, device=device, requires_grad=True)  # no step rounds
+    own = neuron.define(_own, ("v", "b"), ("beta", "k"))
+    for name, call in {
+        "cuba": lambda x, p: cuba(x, beta_i=p, beta=0.5, return_state_seq=True),
+        "adlif": lambda x, p: adlif(x, beta=0.5, beta_w=p, a=0.5, b=1.0, return_state_seq=True),
+        "lapicque": lambda x, p: (*lapicque(x, R=2 * p, C=2.0, return_v_seq=True), ()),
+        "a neuron of the user": lambda x, p: own(x, beta=p, k=0.5, return_state_seq=True),
+    }.items():
+        found |= check_against_definition(name, lambda x, p, call=call: _flat(*call(x, p)), [x, half])
     return found
+
+
+def _own(x, s, p, o):
+    h = p.beta * s.v + x
+    fired = o.fire(h - 1.0 - s.b)
+    return fired, (o.where(fired, 0.0, h), 0.5 * s.b + p.k * fired)
+
+
+def _flat(s, *states):
+    return s, *(t for group in states for t in (group if isinstance(group, tuple) else (group,)))
 
 
 def values_wkv(device, small, dtypes=(torch.float32,)):
