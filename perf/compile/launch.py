@@ -83,4 +83,5 @@ def _active_driver():
 def _forget_the_device():
     """Clear what the package has cached about its device."""
     tiles.warps_of.cache_clear()
+    tiles.all_registers.cache_clear()
     dispatch.forget_devices()

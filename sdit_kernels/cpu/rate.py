@@ -12,11 +12,12 @@ import torch
 from ..dtypes import state_dtype
 from ..layout import layout_of_step
 from ..neuron import trace
-from ..neuron.trace import is_condition
+from ..neuron.trace import HUGE, is_condition
 from ..surrogate import SURROGATES
 from . import staircase
 from .intrinsics import (
     CODES,
+    F64,
     SIZES,
     U8,
     add_rows,
@@ -107,6 +108,7 @@ def _backward_kernel(X, O, GATE, code, kind, PER_CHANNEL, WANTED):
     TANGENTS = DIRECTIONS * STATES
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if PER_CHANNEL else 1
     D_AREA, T_AREA = DIRECTIONS * BLOCK, TANGENTS * BLOCK
+    BOUND = HUGE[S == F64]
     (tangent,) = generate(code, S, kind, WANTED, ("tangent",))
 
     def rate_backward(part, T, R, C, group, groups, inputs, upstream, gradients, sums, numbers, per_channel):
@@ -114,6 +116,7 @@ def _backward_kernel(X, O, GATE, code, kind, PER_CHANNEL, WANTED):
         g, g_t, g_r, g_c = upstream
         (dx, dx_r), (dgate, dgate_r) = gradients
         constants, zero, one, steps = nums(numbers, S), num(0.0, S), num(1.0, S), num(float(T), S)
+        huge = num(BOUND, S)
         p, start, alpha = constants[:PARAMETERS], constants[PARAMETERS:-1], constants[-1]
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(groups * chunks, part):
@@ -133,6 +136,7 @@ def _backward_kernel(X, O, GATE, code, kind, PER_CHANNEL, WANTED):
                     xi = load(x + (row * x_r + c) * xb, i, X)
                     if GATE:
                         xi = sigmoid(load(gate + (row * gate_r + c) * xb, i, X), S) * xi
+                    xi = huge if xi > huge else -huge if xi < -huge else xi  # NaN stays
                     store(current, i, xi, S)
                     store_rows(v, i, start, ROW, S)
                 for j in range(TANGENTS):

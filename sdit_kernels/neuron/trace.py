@@ -133,6 +133,7 @@ class Symbol:
 
 CONDITIONS = ("fire", "fire_above")  # the argument is compared with 0
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+_POLYNOMIAL = (*CONDITIONS, "either", "input", "number", "+", "-", "*", "neg", "select", "detach")
 _SMOOTH = ("+", "-", "*", "/", "neg", "exp")
 
 
@@ -346,6 +347,16 @@ def in_order(roots: Iterable[Symbol], given=()) -> list[Symbol]:
     return found
 
 
+# Callers of a tangent bound x by this number, float32 or float64. There every surrogate gradient is 0 as at infinity, but the
+# states stay finite, so that 0 times a state is 0.
+HUGE = 1e30, 1e300
+
+
+def _is_polynomial(n: Symbol) -> bool:
+    """True if the value is finite wherever the inputs are."""
+    return all(m.op in _POLYNOMIAL for m in in_order((n,)))
+
+
 class Plan(NamedTuple):
     """What the backward pass keeps of every step when it recomputes the forward pass."""
 
@@ -471,7 +482,7 @@ class Trace:
         return [self.x, *(self.parameters if with_parameters else ())]
 
     def tangent(self, direction: Symbol) -> tuple[list[Symbol], list[Symbol]]:
-        """Differentiate along one input in forward mode. Return (d_states, [ds, *d_after]).
+        """Differentiate along one input in forward mode. Return (d_states, [ds, *d_after]). x must be finite, see HUGE.
 
         The states before the step depend on that input too: d_states are new inputs, their derivatives.
         """
@@ -526,9 +537,8 @@ class Trace:
                 for fired in () if condition.op == "detach" else comparisons_of(condition):
                     z = fired.args[0]
                     slope, dz, jump = node("slope", z), d.get(z.id, zero), a - b
-                    finite = jump.op in ("input", "number")
-                    # slope * dz is the tangent of the spike, which is known already
-                    t = t + (jump * slope * dz if finite else node("unless_zero", slope, jump) * (slope * dz))
+                    # slope * dz is the tangent of the spike, which is known already. The slope is 0 where the jump is infinite.
+                    t = t + (jump if _is_polynomial(jump) else node("unless_zero", slope, jump)) * (slope * dz)
             else:  # detach
                 t = zero
             d[n.id] = t

@@ -29,6 +29,7 @@ from ..surrogate import SURROGATES
 from .surrogate import surrogate_derivative
 from .tiles import (
     Grid,
+    all_registers,
     as_bytes,
     as_tensors,
     contiguous,
@@ -233,7 +234,7 @@ def forward_kernel(
             if F.LONG:
                 held = ()
                 for j in tl.static_range(len(states)):
-                    held = held + (tl.where(t0 + k < T, after[j], states[j]),)
+                    held = held + (tl.where(m, after[j], states[j]),)
                 after = held
             states = after
             for j in tl.static_range(len(states)):
@@ -433,6 +434,6 @@ def neuron_backward(
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
         (row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C, grid.group,
-        *numbers, variant.alpha, F=flags,
+        *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
     )  # fmt: skip
     return sums

@@ -5,9 +5,11 @@ import triton
 import triton.language as tl
 
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
+from ..neuron.trace import HUGE
 from .neuron import as_integer, as_number, as_tiles, bind, flags_of, load_parameters, load_states, values_of
 from .tiles import Grid, divide, gradient_view, maybe_step_view, store_sums, tile_of_program
 
+_HUGE_32, _HUGE_64 = map(tl.constexpr, HUGE)
 step = tangent = None  # the printed functions of a neuron; see bind
 
 
@@ -92,6 +94,7 @@ def rate_backward_kernel(
     block, row, first, cols, mask_c = tile_of_program(R, C, group, BR, BC)
     p = load_parameters(parameters, (n0, n1, n2, n3), first + cols, mask_c, F, STATE)
     a = tl.full([], alpha, STATE)
+    huge: tl.constexpr = _HUGE_64 if tl.float64 == STATE else _HUGE_32
     totals = ()
     if sums is not None:
         for n in tl.static_range(len(sums)):  # noqa: B007
@@ -101,6 +104,7 @@ def rate_backward_kernel(
         mask = mask_c & (rows < R)
         g = tl.load(g_ptr + rows * g_r + (first + cols) * g_c, mask=mask, other=0.0).to(STATE)
         current, x, open_ = _current(x_ptr, gate_ptr, first + rows * x_r + cols, first + rows * gate_r + cols, mask, STATE)
+        current = tl.where(current > huge, huge, tl.where(current < -huge, -huge, current))  # NaN stays
         states = load_states(inputs[2], p, first, rows, cols, mask, F, STATE)
         zero = tl.zeros([BR, BC], STATE)
         moving = ()  # the derivatives of the states along x and the parameters

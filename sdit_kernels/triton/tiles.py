@@ -51,6 +51,13 @@ def warps_of(threads: int) -> int:
     return max(1, threads // size) if size > 1 else 1
 
 
+@functools.cache
+def all_registers() -> dict[str, int]:
+    """Options for a kernel that needs many registers. Otherwise NVIDIA's assembler spills some to hold one more program."""
+    interpreted = triton.knobs.runtime.interpret
+    return {} if interpreted or triton.runtime.driver.active.get_current_target().backend != "cuda" else {"maxnreg": 255}
+
+
 class Grid:
     """Tile sizes, BR rows times BC columns, and the number of programs.
 
