@@ -24,8 +24,8 @@ import triton.language as tl
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view
 from ..neuron import trace
-from ..neuron.trace import is_condition
 from ..neuron.printer import ENTRIES, TRITON, load, text
+from ..neuron.trace import is_condition
 from ..surrogate import SURROGATES
 from .surrogate import surrogate_derivative
 from .tiles import (
