@@ -26,6 +26,9 @@ CALLS = {
     "wkv_step": "wkv_step(w, u, x[0, :, 0], x[1, :, 0], (x[2, :, 0].float(), x[3, :, 0].float()))[0]",
     "spiking_wkv": "spiking_wkv(w, u, x, x)",
     "token_shift": "token_shift(x[0], u, norm_eps=1e-6)[0]",
+    "lapicque": "lapicque(x, C=2.0)",
+    "cuba": "cuba(x, beta_i=0.9, beta=0.9)",
+    "adlif": "adlif(x, beta=0.9, beta_w=0.9, a=0.5, b=1.0)",
     "relu_squared": "relu_squared(x[0])",
     "torch.compile(plain loop of lif)": "torch.compile(reference.lif)(x)",
 }

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from perf.harness import Contestant, make_forward_backward, make_inference
-from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from sdit_kernels import adlif, backend, cuba, lapicque, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
 
 T = 4  # time steps
 EPS = 1e-6  # eps of the norm in token_shift
@@ -98,6 +98,9 @@ OPS = {
     "lif": Op(lif, _steps),
     "lif_rate": Op(lif_rate, lambda *shape, **how: [current(*shape, **how)]),
     "leaky": Op(functools.partial(leaky, beta=0.9), _steps),
+    "lapicque": Op(functools.partial(lapicque, C=5.0), _steps),
+    "cuba": Op(functools.partial(cuba, beta_i=0.8, beta=0.9), _steps),
+    "adlif": Op(functools.partial(adlif, beta=0.9, beta_w=0.95, a=0.5, b=1.0), _steps),
     "wkv": Op(wkv, functools.partial(_scan, 2), 2),
     # v is large, so that some neurons fire
     "spiking_wkv": Op(spiking_wkv, lambda *shape, **how: _scan(3, T, *shape, scale_of_v=3.0, **how), 3),

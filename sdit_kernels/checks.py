@@ -192,8 +192,7 @@ def check_surrogate(surrogate, alpha, dtype):
         return SURROGATES[surrogate].alpha
     if not is_number(alpha):
         raise TypeError(f"alpha must be a number or None, got {type(alpha).__name__}")
-    if not (alpha > 0 and _is_finite(alpha, dtype)):
-        raise ValueError(f"alpha must be positive and finite, {_got(alpha, dtype)}")
+    check_positive("alpha", alpha, dtype)
     return float(alpha)
 
 
@@ -202,9 +201,23 @@ def _check_tau(tau, decay_input):
         raise ValueError(f"tau must be at least 1 (and infinite only with decay_input=False), got {tau}")
 
 
+def check_number(name, value, dtype):
+    if not _is_finite(value, dtype):
+        raise ValueError(f"{name} must be finite, {_got(value, dtype)}")
+
+
+def check_positive(name, value, dtype):
+    if not (value > 0 and _is_finite(value, dtype)):
+        raise ValueError(f"{name} must be positive and finite, {_got(value, dtype)}")
+
+
+def check_decay(name, value, dtype):
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value}")
+
+
 def check_threshold(v_threshold, dtype):
-    if not _is_finite(v_threshold, dtype):
-        raise ValueError(f"v_threshold must be finite, {_got(v_threshold, dtype)}")
+    check_number("v_threshold", v_threshold, dtype)
 
 
 def _is_finite(number, dtype):

@@ -376,6 +376,9 @@ def given(p, value=1.0):
 
 
 CALLS = {  # functions of x, (3, 4, 5), and of a parameter with one value per channel
+    "adlif": lambda x, p=None: sdit_kernels.adlif(x, beta=0.5 * given(p), beta_w=0.5, a=0.5, b=1.0),
+    "cuba": lambda x, p=None: sdit_kernels.cuba(x, beta_i=0.5, beta=0.5 * given(p)),
+    "lapicque": lambda x, p=None: sdit_kernels.lapicque(x, R=given(p), C=1.0, time_step=0.5),
     "leaky": lambda x, p=None: sdit_kernels.leaky(x, beta=0.5 * given(p)),
     "lif": lambda x, p=None: sdit_kernels.lif(x, tau=given(p, 2.0)),
     "lif_rate": lambda x, p=None: sdit_kernels.lif_rate(x, tau=given(p, 2.0)),
@@ -522,6 +525,13 @@ def test_vmap_equals_a_loop_over_the_batch(name, backend):
 BACKENDS = ["cpu", "triton"]
 STATE = torch.zeros(3, 5), torch.full((3, 5), -torch.inf)
 OPERATORS = {  # calls of x, (3, 4, 5), and p, (5,), which together reach every operator with all its options
+    "adlif": lambda x, p: sdit_kernels.adlif(x, beta=p, beta_w=0.5, a=p, b=1.0, return_state=True),
+    "cuba": lambda x, p: sdit_kernels.cuba(x, beta_i=0.5, beta=0.5),
+    "cuba, long": lambda x, p: sdit_kernels.cuba(
+        x.repeat(6, 1, 1), (None, x[0]), beta_i=p[0] / 2, beta=p, return_state=True, return_state_seq=True
+    ),
+    "cuba, no step": lambda x, p: sdit_kernels.cuba(x[:0], (x[0], x[1]), beta_i=0.5, beta=0.5, return_state=True),
+    "lapicque": lambda x, p: sdit_kernels.lapicque(x, x[0], C=p + 1, return_v=True),
     "leaky": lambda x, p: sdit_kernels.leaky(x, beta=0.5),
     "leaky, long": lambda x, p: sdit_kernels.leaky(x.repeat(6, 1, 1), x[0], beta=p[0] / 2, v_threshold=p, return_v_seq=True),
     "leaky, permuted": lambda x, p: sdit_kernels.leaky(x.reshape(3, 2, 2, 5).permute(0, 2, 3, 1), beta=0.5, return_v=True),
@@ -617,7 +627,7 @@ def test_export_takes_any_batch(name):
         def forward(self, x):
             return CALLS[name](x)
 
-    axis = 1 if name in ("leaky", "lif") else 0  # T is the first axis of these ops
+    axis = 1 if name in ("adlif", "cuba", "lapicque", "leaky", "lif") else 0  # T is the first axis of these ops
     program = torch.export.export(Net(), (torch.randn(3, 4, 5),), dynamic_shapes={"x": {axis: torch.export.Dim("batch")}})
     x = torch.randn(3, 4, 5).narrow(axis, 0, 2)
     assert torch.equal(program.module()(x), CALLS[name](x))

@@ -12,7 +12,21 @@ import torch
 from hypothesis import given, settings
 
 import sdit_kernels
-from sdit_kernels import SURROGATES, backend, leaky, lif, lif_rate, nn, spiking_wkv, token_shift, wkv
+from sdit_kernels import (
+    SURROGATES,
+    adlif,
+    backend,
+    cuba,
+    lapicque,
+    leaky,
+    lif,
+    lif_rate,
+    neuron,
+    nn,
+    spiking_wkv,
+    token_shift,
+    wkv,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = ["cpu", "triton", "reference"]
@@ -243,6 +257,13 @@ def test_mixes_equal_the_reference_on_nan_and_infinities(name, data):
 
 # --- defaults of torch ------------------------------------------------------------------------------------------------------
 
+
+def own(x, s, p, o):
+    h = s.v * o.exp(-p.k) + x
+    return o.fire(h - 1.0), o.maximum(h, -1.0)
+
+
+OWN = neuron.define(own, parameters=("k",), start=0.25)
 K, P = torch.randn(3, 4, 33, generator=torch.Generator().manual_seed(0)), torch.full((33,), 0.5)
 STATE = P.expand(3, 33), P.expand(3, 33)
 CALLS = {
@@ -251,6 +272,10 @@ CALLS = {
     "lif_rate": lambda x, p: lif_rate(x, 3, x, x, tau=1 + p),
     "lif_rate, stairs": lambda x, p: lif_rate(x),
     "leaky": lambda x, p: leaky(3 * x, x[0], beta=p, return_v=True, return_v_seq=True),
+    "lapicque": lambda x, p: lapicque(3 * x, C=1 + p, return_v=True),
+    "cuba": lambda x, p: flat(cuba(3 * x, (x[0], x[1]), beta_i=p, beta=0.5, return_state=True, return_state_seq=True)),
+    "adlif": lambda x, p: flat(adlif(3 * x, beta=p, beta_w=0.5, a=p, b=1.0, return_state=True)),
+    "own": lambda x, p: flat(OWN(x, k=1 + p, return_state=True)),
     "relu_squared": lambda x, p: sdit_kernels.relu_squared(x),
     "token_shift": lambda x, p: token_shift(x, p, 1 - p, norm_eps=1e-5, last=x[:, 0]),
     "wkv": lambda x, p: flat(wkv(p, p, x, x, x, state=STATE, return_state=True)),
@@ -267,6 +292,7 @@ CALLS = {
     "ParametricLIF": lambda x, p: MODULES["ParametricLIF"](x),
     "IF": lambda x, p: MODULES["IF"](x),
     "Leaky": lambda x, p: MODULES["Leaky"](x),
+    "CuBa": lambda x, p: MODULES["CuBa"](x),
     "LIFRate": lambda x, p: MODULES["LIFRate"](x),
     "TimeMix": lambda x, p: MODULES["TimeMix"](x),
     "ChannelMix": lambda x, p: MODULES["ChannelMix"](x),
@@ -277,6 +303,7 @@ MODULES = dict(
     ParametricLIF=nn.ParametricLIF(),
     IF=nn.IF(),
     Leaky=nn.Leaky(beta=0.5),
+    CuBa=nn.CuBa(beta_i=0.5, beta=0.5),
     LIFRate=nn.LIFRate(),
     TimeMix=nn.TimeMix(33),
     ChannelMix=nn.ChannelMix(33),

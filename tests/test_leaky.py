@@ -22,7 +22,7 @@ from test_lif import (
 )
 from torch import Tensor
 
-from sdit_kernels import SURROGATES, backend, leaky, lif, tuning
+from sdit_kernels import SURROGATES, backend, lapicque, leaky, lif, tuning
 from sdit_kernels.ops.leaky import RESETS
 
 KERNELS = {"leaky_forward_kernel", "leaky_backward_kernel"}
@@ -290,6 +290,20 @@ def test_a_users_surrogate_gives_the_gradient():
     entry = SURROGATES["fast_sigmoid"]
     own = torch.autograd.grad(leaky(x, beta=0.5, surrogate=lambda z: entry.derivative(z, 3.0)).sum(), x)[0]
     torch.testing.assert_close(own, torch.autograd.grad(leaky(x, beta=0.5, surrogate="fast_sigmoid", alpha=3.0).sum(), x)[0])
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_lapicque_of_two_steps_per_time_constant_is_leaky_on_half_the_input(name):
+    """R = 1 and C = 2: h = x / 2 + v / 2. test_cuba.py compares lapicque with loops."""
+    x = exact((4, 30), torch.float32, 3).requires_grad_()
+    found = [run_any(name, lapicque, x, C=2.0, return_v=True), run_any(name, leaky, x / 2, beta=0.5, return_v=True)]
+    assert all(map(torch.equal, *found))
+    assert torch.equal(*(gradients(out, [x], 1)[0] for out in found))
+
+
+def run_any(name, function, *args, **kwargs):
+    with backend(name):
+        return function(*args, **kwargs)
 
 
 def test_the_modes_contain_every_reset():

@@ -72,7 +72,7 @@ STEPS = {
     "ilif": Neuron("ilif", ilif, parameters=("beta", "theta")),
     "ternary": Neuron("ternary", ternary, parameters=("r", "theta")),
     "synaptic": Neuron("synaptic", synaptic, ("i", "v"), ("alpha_", "beta", "theta"), start=(None, None)),
-    "adlif": Neuron("adlif", adlif, ("v", "w"), ("beta", "theta", "rho", "a", "b"), start=(None, None)),
+    "adlif": Neuron("own_adlif", adlif, ("v", "w"), ("beta", "theta", "rho", "a", "b"), start=(None, None)),
     "eif": Neuron("eif", eif, parameters=("sharp", "knee")),
     "everything": Neuron("everything", everything, parameters=("a",)),
 }
@@ -90,7 +90,9 @@ CASES += [
 CASES += [
     (NEURONS["lif"], dict(soft=soft, detach=detach, levels="ternary")) for soft in (False, True) for detach in (False, True)
 ]
-CASES += [(NEURONS["leaky"], dict(reset=r, delay=d)) for r in ("subtract", "zero", "none") for d in (False, True)]
+RESETS = ("subtract", "zero", "none")
+CASES += [(NEURONS[name], dict(reset=r, delay=d)) for name in ("leaky", "cuba") for r in RESETS for d in (False, True)]
+CASES += [(NEURONS["lapicque"], dict(reset=r)) for r in RESETS] + [(NEURONS["adlif"], {})]
 NAMES = [f"{n.name}-{'-'.join(map(str, flags.values()))}" for n, flags in CASES]
 
 
@@ -226,7 +228,7 @@ def test_other_errors_name_what_came():
         trace_of(lambda x, s, p, o: (o.fire(x), p.b))
     with pytest.raises(ValueError, match="lo=4, hi=0"):
         trace_of(lambda x, s, p, o: (o.level(x, 4, 0), x))
-    with pytest.raises(ValueError, match="soft, decay, detach, got hard"):
+    with pytest.raises(ValueError, match="soft, decay, detach, levels, span, window, scale, got hard"):
         Trace(NEURONS["lif"], {"hard": True})
     with pytest.raises(ValueError, match="'subtract', 'zero', 'none', got 'one'"):
         Trace(NEURONS["leaky"], {"reset": "one"})
@@ -352,7 +354,7 @@ def run_definition(neuron, x, states, parameters, values):
 
 VALUES = {
     "eif": (0.25, 0.5),
-    "adlif": (0.8, 1.0, 0.9, 0.1, 0.3),
+    "own_adlif": (0.8, 1.0, 0.9, 0.1, 0.3),
     "synaptic": (0.7, 0.9, 1.0),
     "ilif": (0.75, 1.0),
     "ternary": (0.5, 1.0),
@@ -408,7 +410,7 @@ def test_a_neuron_of_the_user_equals_autograd_on_every_backend(name, kinds, data
 @pytest.mark.parametrize("neuron, learnt", [("adlif", True), ("synaptic", False), ("ilif", True), ("ternary", False)])
 def test_two_states_and_levels_equal_autograd_on_every_backend(name, neuron, learnt):
     """Each variant compiles its own kernels, so there are few."""
-    kinds = ["scalar", "channel", "number", "channel", "scalar"][: len(VALUES[neuron])]
+    kinds = ["scalar", "channel", "number", "channel", "scalar"][: len(VALUES[STEPS[neuron].name])]
     for T in (3, 18):
         x = 2 * torch.randn(T, 3, 11, generator=torch.Generator().manual_seed(1), dtype=F64)
         compare_with_definition(name, STEPS[neuron], x, T > 16, kinds if learnt else ["number"] * len(kinds))

@@ -16,7 +16,21 @@ from hypothesis import strategies as st
 
 import sdit_kernels.nn
 from sdit_kernels import backend, dispatch, lif, lif_rate
-from sdit_kernels.nn import IF, LIF, ChannelMix, Leaky, LIFRate, OverTime, ParametricLIF, TimeMix, detach, reset
+from sdit_kernels.nn import (
+    IF,
+    LIF,
+    AdLIF,
+    ChannelMix,
+    CuBa,
+    Lapicque,
+    Leaky,
+    LIFRate,
+    OverTime,
+    ParametricLIF,
+    TimeMix,
+    detach,
+    reset,
+)
 
 STATEFUL = [LIF, IF, ParametricLIF]
 on_both_backends = pytest.mark.parametrize("name", ["cpu", "reference"])
@@ -969,3 +983,65 @@ def test_leaky_equals_its_op_and_keeps_its_membrane(step_mode):
     assert "reset_mechanism='zero'" in repr(neuron)
     with pytest.raises(ValueError, match="'subtract', 'zero', 'none', got 'hard'"):
         Leaky(0.5, reset_mechanism="hard")
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize(
+    "kind, op, values",
+    [
+        (CuBa, sdit_kernels.cuba, dict(beta_i=0.5, beta=0.75, reset_mechanism="zero")),
+        (AdLIF, sdit_kernels.adlif, dict(beta=0.5, beta_w=0.75, a=0.5, b=1.5)),
+    ],
+)
+def test_two_states_equal_their_op_and_are_kept(kind, op, values, step_mode):
+    beta = torch.nn.Parameter(torch.full((5,), values["beta"]))
+    net = kind(**values | dict(beta=beta), step_mode=step_mode, store_state_seq=True)
+    x = data(6, 3, 5)
+    parts = [x[:2], x[2:]] if step_mode == "m" else x
+    s = torch.cat([net(part) for part in parts]).reshape(x.shape)
+    settings_ = {{"reset_mechanism": "reset"}.get(n, n): v for n, v in values.items()} | dict(beta=beta)
+    want, state, seq = op(x, **settings_, return_state=True, return_state_seq=True)
+    kept = [getattr(net, name) for name in net._states]
+    assert torch.equal(s, want) and all(map(torch.equal, kept, state))
+    assert torch.equal(getattr(net, f"{net._states[0]}_seq"), seq[0][2 if step_mode == "m" else 5 :])
+    (d_beta,), (wanted,) = (torch.autograd.grad(t.sum(), beta) for t in (s, want))
+    torch.testing.assert_close(d_beta, wanted)
+    detach(net)
+    assert all(getattr(net, name).grad_fn is None for name in net._states)
+    assert torch.equal(copy.deepcopy(net).v, net.v) and net.to(torch.float64).v.dtype == torch.float64
+    reset(net)
+    assert all(getattr(net, name) is None for name in net._kept())
+    assert net.state_dict().keys() == {"beta"} and "store_state_seq=True" in repr(net)
+
+
+def test_two_states_have_the_errors_and_traces_of_one():
+    neuron, x = CuBa(0.5, 0.5), data(3, 2, 5)
+    with torch.no_grad():
+        neuron(x)
+        i, v = neuron.i, neuron.v
+        traced = torch.jit.trace(neuron, x)  # torch calls the module again to check the graph
+        want, state = sdit_kernels.cuba(x, (i, v), beta_i=0.5, beta=0.5, return_state=True)
+        assert torch.equal(traced(x), want)
+        assert torch.equal(neuron.i, state[0]) and torch.equal(neuron.v, state[1])
+    with pytest.raises(ValueError, match=r"i, the state carried over from earlier calls, has shape \(2, 5\)"):
+        neuron(x[:, :1])
+    neuron.reset()
+    neuron.i = 0.25
+    want = sdit_kernels.cuba(x, (torch.full((2, 5), 0.25), None), beta_i=0.5, beta=0.5)
+    assert torch.equal(neuron(x), want)
+    neuron.v = "0"
+    with pytest.raises(TypeError, match="v must be a tensor, a number or None, got str"):
+        neuron(x)
+    with pytest.raises(ValueError, match="beta_i must be between 0 and 1"):
+        CuBa(1.5, 0.5)
+    with pytest.raises(ValueError, match="a must be finite"):
+        AdLIF(0.5, 0.5, math.inf, 1.0)
+
+
+def test_lapicque_equals_its_op_and_keeps_its_membrane():
+    neuron, x = Lapicque(R=2.0, C=2.0, time_step=0.5, reset_mechanism="zero"), data(6, 3, 5)
+    s = torch.cat([neuron(x[:2]), neuron(x[2:])])
+    want, v = sdit_kernels.lapicque(x, R=2.0, C=2.0, time_step=0.5, reset="zero", return_v=True)
+    assert torch.equal(s, want) and torch.equal(neuron.v, v)
+    with pytest.raises(ValueError, match="C must be positive and finite"):
+        Lapicque(C=0.0)

@@ -11,7 +11,22 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sdit_kernels
-from sdit_kernels import backend, leaky, lif, lif_rate, nn, relu_squared, spiking_wkv, token_shift, wkv, wkv_step, wkv_step_
+from sdit_kernels import (
+    adlif,
+    backend,
+    cuba,
+    lapicque,
+    leaky,
+    lif,
+    lif_rate,
+    nn,
+    relu_squared,
+    spiking_wkv,
+    token_shift,
+    wkv,
+    wkv_step,
+    wkv_step_,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore:Exporting a model"
@@ -31,6 +46,16 @@ OPS = {
     "leaky, all": (
         lambda x, v: leaky(x, v, beta=ONE, v_threshold=ONE, return_v=True, return_v_seq=True),
         lambda B: [(18, B, C), (B, C)],
+    ),
+    "lapicque": (lambda x: lapicque(x, R=ONE, C=2.0), lambda B: [(3, B, C)]),
+    "cuba": (lambda x: cuba(x, beta_i=0.5, beta=0.5), lambda B: [(3, B, C)]),
+    "cuba, all": (
+        lambda x, i, v: cuba(x, (i, v), beta_i=ONE, beta=ONE, return_state=True, return_state_seq=True),
+        lambda B: [(18, B, C), (B, C), (B, C)],
+    ),
+    "adlif": (
+        lambda x, v, w: adlif(x, (v, w), beta=0.5, beta_w=ONE, a=0.5, b=1.0, return_state=True),
+        lambda B: [(3, B, C), (B, C), (B, C)],
     ),
     "lif_rate": (lambda x: lif_rate(x), lambda B: [(B, C)]),
     "lif_rate, all": (lambda x, residual, gate: lif_rate(x, 3, residual, gate, tau=1 + ONE), lambda B: [(B, C)] * 3),
@@ -70,6 +95,9 @@ MODULES = {
     "IF": (lambda: nn.IF(), lambda B: (3, B, C)),
     "ParametricLIF": (lambda: nn.ParametricLIF(channels=C), lambda B: (3, B, C)),
     "Leaky": (lambda: nn.Leaky(beta=0.5), lambda B: (3, B, C)),
+    "Lapicque": (lambda: nn.Lapicque(C=2.0), lambda B: (3, B, C)),
+    "CuBa": (lambda: nn.CuBa(beta_i=0.5, beta=0.5), lambda B: (3, B, C)),
+    "AdLIF": (lambda: nn.AdLIF(beta=0.5, beta_w=0.5, a=0.5, b=1.0, store_state_seq=True), lambda B: (3, B, C)),
     "LIFRate": (lambda: nn.LIFRate(), lambda B: (B, C)),
     "OverTime": (lambda: nn.OverTime(torch.nn.Linear(C, C), torch.nn.BatchNorm1d(C)), lambda B: (3, B, C)),
     "TimeMix": (lambda: nn.TimeMix(C, norm_eps=1e-5, neuron=nn.LIFRate()), lambda B: (B, 4, C)),
@@ -418,7 +446,7 @@ def test_the_reference_exports_to_onnx(name, dynamo, onnx_packages):
 
 # --- torch.func transforms: a membrane does not outlive them ------------------------------------------------------------------
 
-ENDED = r"v, the membrane carried over from an earlier call, has no values here: .* has ended; call reset\(\) before this call"
+ENDED = r"v, the state carried over from an earlier call, has no values here: .* has ended; call reset\(\) before this call"
 neurons = pytest.mark.parametrize("kind", [nn.LIF, nn.IF, nn.ParametricLIF])
 
 

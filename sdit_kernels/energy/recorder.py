@@ -190,6 +190,9 @@ FUSED_COSTS = {
     "lif": (2, 2),  # v + (x - v) / tau, compare, reset
     "lif_rate": (2, 3),  # as lif, and count the spike
     "leaky": (2, 1),  # beta * v + x, compare, reset
+    "lapicque": (3, 1),  # two products, compare, reset
+    "cuba": (3, 1),  # beta_i * i + x, beta * v + i, compare, reset
+    "adlif": (7, 2),  # beta * v + (1 - beta) (x - w), compare, reset, beta_w * w + (1 - beta_w) (a v + b s)
     "lif without leak": (1, 2),  # v + x, compare, reset
     "lif_rate without leak": (1, 3),
     "leaky without leak": (1, 2),

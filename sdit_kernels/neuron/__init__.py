@@ -1,16 +1,20 @@
 """A neuron is its step, a Python function of a few lines. Its kernels and all derivatives follow from it.
 
-library.py has the neurons, trace.py traces and differentiates a step, printer.py prints it as code for each backend. See the
-code of a neuron with ``python -m sdit_kernels.neuron lif --backend triton --flags soft,detach``.
+``define`` makes an op of a step of your own. library.py has the neurons of the library, trace.py traces and differentiates a
+step, printer.py prints it as code for each backend. See the code of a neuron with
+``python -m sdit_kernels.neuron lif --backend triton --flags soft,detach``.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .library import LEAKY, LIF, NEURONS
+from .library import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, NEURONS
 from .trace import Neuron, Trace, Values
 
-__all__ = ["LEAKY", "LIF", "NEURONS", "Neuron", "Trace", "Values", "Variant", "trace"]
+if TYPE_CHECKING:
+    from ..own import define  # sdit_kernels/__init__.py puts it here, because it builds on the ops, which import this package
+
+__all__ = ["ADLIF", "CUBA", "LAPICQUE", "LEAKY", "LIF", "NEURONS", "Neuron", "Trace", "Values", "Variant", "define", "trace"]
 
 
 class Variant(NamedTuple):

@@ -53,6 +53,43 @@ def leaky(x, s, p, o, *, reset: Literal["subtract", "zero", "none"] = "subtract"
     return fired, o.where(fired, o.where(ago, h, 0.0), o.where(ago, h + h, h))  # h - (fired - ago) * h, for an infinite h too
 
 
+def lapicque(x, s, p, o, *, reset: Literal["subtract", "zero", "none"] = "subtract"):
+    """snnTorch's Lapicque: a circuit of a resistor and a capacitor. The membrane before the step decides its reset."""
+    ago = o.detach(o.fire_above(s.v - p.v_threshold))
+    h = x * p.R * (1.0 / (p.R * p.C)) * p.time_step + (1.0 - p.time_step / (p.R * p.C)) * s.v
+    if reset == "subtract":
+        h = h - ago * p.v_threshold
+    elif reset == "zero":
+        h = o.where(ago, 0.0, h)
+    return o.fire_above(h - p.v_threshold), h
+
+
+def cuba(x, s, p, o, *, reset: Literal["subtract", "zero", "none"] = "subtract", delay=True):
+    """snnTorch's Synaptic: a leaky membrane driven by a leaky synaptic current. delay: as in leaky."""
+    ago = o.detach(o.fire_above(s.v - p.v_threshold))
+    i = p.beta_i * s.i + x
+    v = p.beta * s.v + i
+    if reset == "subtract":
+        v = v - ago * p.v_threshold
+    elif reset == "zero":
+        v = o.where(ago, 0.0, v)
+    fired = o.fire_above(v - p.v_threshold)
+    if delay or reset == "none":
+        return fired, (i, v)
+    return fired, (i, v - (fired - ago) * p.v_threshold if reset == "subtract" else o.where(fired, 0.0, v))
+
+
+def adlif(x, s, p, o):
+    """Adaptive LIF: a second state w, driven by the membrane and the spikes, acts against the input (symplectic Euler)."""
+    h = p.beta * s.v + (1.0 - p.beta) * (x - s.w)
+    fired = o.fire(h - p.v_threshold)
+    v = o.where(fired, 0.0, h)
+    return fired, (v, p.beta_w * s.w + (1.0 - p.beta_w) * (p.a * v + fired * p.b))
+
+
 LIF = Neuron("lif", lif, parameters=("r", "v_threshold"), numbers=("v_reset",), start=("v_reset",), reciprocals=("r",))
 LEAKY = Neuron("leaky", leaky, parameters=("beta", "v_threshold"))
-NEURONS = {neuron.name: neuron for neuron in (LIF, LEAKY)}
+LAPICQUE = Neuron("lapicque", lapicque, parameters=("R", "C", "time_step", "v_threshold"))
+CUBA = Neuron("cuba", cuba, ("i", "v"), ("beta_i", "beta", "v_threshold"), start=(None, None))
+ADLIF = Neuron("adlif", adlif, ("v", "w"), ("beta", "beta_w", "a", "b", "v_threshold"), start=(None, None))
+NEURONS = {neuron.name: neuron for neuron in (LIF, LEAKY, LAPICQUE, CUBA, ADLIF)}

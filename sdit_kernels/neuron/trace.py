@@ -19,6 +19,7 @@ repeat the reference bit for bit: x * 0 would lose a NaN, and x + 0 a negative z
 """
 
 import inspect
+import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable
@@ -162,7 +163,9 @@ class Graph:
             if value.graph is not self:
                 raise TypeError("a step used a symbol of another trace: a step must not keep values from call to call")
             return value
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        if is_number(value):
+            if not math.isfinite(value):
+                raise ValueError(f"the constants of a step must be finite, got {value}")
             return self.number(value)
         raise TypeError(f"a step must compute with numbers, its inputs and their results, got {type(value).__name__}")
 
@@ -191,7 +194,8 @@ class Graph:
     def _simplified(self, op, a, b):
         zero = self.zero
         if a.op == b.op == "number" and not (op == "/" and b is zero):
-            return self.number(_ARITHMETIC[op](float(a.value), float(b.value)))
+            value = _ARITHMETIC[op](float(a.value), float(b.value))
+            return self.number(value) if math.isfinite(value) else None
         if op == "*":
             if a is zero or b is zero:
                 return zero
@@ -270,6 +274,11 @@ class Graph:
         return self.zero if g is self.zero else self.node("inside", z, lo, hi, g)
 
 
+def is_number(value):
+    """True for a number that a step may use as a constant."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def is_condition(node):
     return node.op in (*CONDITIONS, "either") or (node.op == "detach" and is_condition(node.args[0]))
 
@@ -282,19 +291,21 @@ def comparisons_of(condition):
 
 
 class Operations:
-    """The operations of a step, on symbols."""
+    """The operations of a step, on symbols. Functions of constants alone are constants, as with Python's own functions."""
 
     def __init__(self, graph):
         self._graph = graph
 
-    def _condition(self, op, z):
-        return self._graph.node(op, self._graph.arithmetic(z))
+    def _computed(self, operation, z):
+        if is_number(z):
+            raise TypeError(f"{operation} needs a value that depends on x, a state or a parameter, got the number {z}")
+        return self._graph.arithmetic(z)
 
     def fire(self, z):
-        return self._condition("fire", z)
+        return self._graph.node("fire", self._computed("o.fire", z))
 
     def fire_above(self, z):
-        return self._condition("fire_above", z)
+        return self._graph.node("fire_above", self._computed("o.fire_above", z))
 
     def either(self, c, d):
         for condition in (c, d):
@@ -309,7 +320,7 @@ class Operations:
         if not lo < hi:
             raise ValueError(f"lo of o.level must be less than hi, got lo={lo}, hi={hi}")
         limits = map(self._graph.number, (lo, hi, *(window or (lo, hi))))
-        return self._graph.node("level", self._graph.binary("/", z, unit), *limits)
+        return self._graph.node("level", self._graph.binary("/", self._computed("o.level", z), unit), *limits)
 
     def where(self, condition, a, b):
         if not (isinstance(condition, Symbol) and is_condition(condition)):
@@ -317,19 +328,23 @@ class Operations:
         return self._graph.select(condition, self._graph.arithmetic(a), self._graph.arithmetic(b))
 
     def maximum(self, a, b):
+        if is_number(a) and is_number(b):
+            return max(a, b)
         return self._graph.node("maximum", self._graph.arithmetic(a), self._graph.arithmetic(b))
 
     def minimum(self, a, b):
+        if is_number(a) and is_number(b):
+            return min(a, b)
         return self._graph.node("minimum", self._graph.arithmetic(a), self._graph.arithmetic(b))
 
     def abs(self, a):
-        return self._graph.node("abs", self._graph.arithmetic(a))
+        return abs(a) if is_number(a) else self._graph.node("abs", self._graph.arithmetic(a))
 
     def exp(self, a):
-        return self._graph.node("exp", self._graph.arithmetic(a))
+        return math.exp(a) if is_number(a) else self._graph.node("exp", self._graph.arithmetic(a))
 
     def detach(self, a):
-        return self._graph.node("detach", self._graph.symbol(a))
+        return a if is_number(a) else self._graph.node("detach", self._graph.symbol(a))
 
 
 def in_order(roots: Iterable[Symbol], given=()) -> list[Symbol]:
@@ -407,6 +422,8 @@ class Trace:
         after = after if isinstance(after, tuple) else (after,)
         if len(after) != len(states):
             raise TypeError(f"the step of {name} must return {len(states)} states ({', '.join(states)}), got {len(after)}")
+        if not isinstance(spike, Symbol):
+            raise TypeError(f"the step of {name} must return a spike that it computes, such as o.fire(..), got {spike!r}")
         return self.graph.symbol(spike), tuple(map(self.graph.arithmetic, after))
 
     def pullback(self, with_parameters: bool) -> list[Symbol]:

@@ -1,8 +1,8 @@
 """Spiking neurons as modules that call the ops of this package.
 
-``LIF``, ``IF``, ``ParametricLIF`` and ``Leaky`` keep their membrane potential ``.v`` from call to call until ``reset``. It is
-not in the state_dict. It is not a registered buffer either, because DistributedDataParallel would overwrite it with the
-membrane potential of rank 0 in every forward pass.
+All except ``LIFRate`` keep their states, for example the membrane potential ``.v``, from call to call until ``reset``. States
+are not in the state_dict. They are not registered buffers either, because DistributedDataParallel would overwrite them with the
+states of rank 0 in every forward pass.
 """
 
 import math
@@ -16,7 +16,8 @@ from .._torch import current_trace, has_ended, is_tracing, mark_transform
 from ..checks import refuse_proxy
 from ..dispatch import backend
 from ..dtypes import state_dtype
-from ..ops.leaky import leaky
+from ..ops.cuba import adlif, cuba
+from ..ops.leaky import lapicque, leaky
 from ..ops.lif import lif, lif_rate
 from ..ops.operator import refuse_script
 
@@ -64,15 +65,15 @@ class _Neuron(torch.nn.Module):
 
 
 class _Context(NamedTuple):
-    """The torch.jit.trace or the transform of torch.func that made a membrane. The membrane has no values after it ends."""
+    """The torch.jit.trace or the transform of torch.func that made a state. The state has no values after it ends."""
 
     trace: object | None
     layer: Tensor | None  # mark of the transform, for has_ended
-    before: tuple  # v and v_seq when the trace began
+    before: dict[str, Any]  # the states and their sequences when the trace began
 
 
 def _context(v, before):
-    """Return the context of a new membrane v, or None in an ordinary call."""
+    """Return the context of a new state v, or None in an ordinary call."""
     layer = mark_transform(v)
     if layer is None and not is_tracing():
         return None
@@ -80,20 +81,30 @@ def _context(v, before):
 
 
 class _Stateful(_Neuron):
-    """Base class of the neurons that keep their membrane between calls."""
+    """Base class of the neurons that keep their states between calls."""
 
     v: Tensor | None
     v_seq: Tensor | None
-    _state = ("v", "v_seq")
+    _states: tuple[str, ...] = ("v",)
+    _store = "store_v_seq"  # the setting that requests the states after every step
     _op: Callable[..., Any] = staticmethod(lif)
     _shown = (*_Neuron._shown, "step_mode", "store_v_seq")
 
-    def __init__(self, step_mode, store_v_seq, **settings):
+    def __init__(self, step_mode, store, **settings):
         super().__init__(**settings)
         self.step_mode = step_mode
-        self.store_v_seq = store_v_seq
+        setattr(self, self._store, store)
         self.reset()
         self._check(self._op)
+
+    def _run(self, x, states, store):
+        """Call the op. Return (spikes, last states, their sequences if ``store``)."""
+        s, v, *v_seq = self._op(x, *states, **self.op_arguments(x), return_v=True, return_v_seq=store)
+        return s, (v,), tuple(v_seq)
+
+    def _kept(self):
+        """Return the names of the attributes that keep states."""
+        return *self._states, *(f"{name}_seq" for name in self._states)
 
     @property
     def step_mode(self) -> str:
@@ -106,11 +117,12 @@ class _Stateful(_Neuron):
         self._step_mode = value
 
     def reset(self) -> None:
-        """Clear the membrane potential. The next call starts from v_reset (0 with soft reset), with any batch shape."""
-        self.v = self.v_seq = None
+        """Clear the states. The next call starts as the op does without states, with any batch shape."""
+        for name in self._kept():
+            setattr(self, name, None)
 
     def detach_(self) -> None:
-        """Detach the membrane potential from earlier calls and keep its value: truncated backpropagation through time."""
+        """Detach the states from earlier calls and keep their values: truncated backpropagation through time."""
         self._map_state(Tensor.detach)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,47 +134,58 @@ class _Stateful(_Neuron):
             x = x.unsqueeze(0)
         eager = not torch.compiler.is_compiling()
         before = self._leave_context(x) if eager else None
-        v = self.v
-        if isinstance(v, (int, float)):
-            v = torch.full(x.shape[1:], v, dtype=state_dtype(x.dtype), device=x.device)
-        elif v is not None and not isinstance(v, Tensor):
-            raise TypeError(f"v must be a tensor, a number or None, got {type(v).__name__}")
-        elif v is not None and v.shape != x.shape[1:]:
-            raise ValueError(
-                f"v, the membrane carried over from earlier calls, has shape {tuple(v.shape)}, and x asks for "
-                f"{tuple(x.shape[1:])}; call reset() before data of another shape"
-            )
-        elif v is not None and eager and v.is_inference() and not torch.is_inference_mode_enabled():
-            v = v.clone()  # autograd refuses a tensor that was made in inference_mode
-        out = self._op(x, v, **self.op_arguments(x), return_v=True, return_v_seq=self.store_v_seq)
-        s, self.v, self.v_seq = out if self.store_v_seq else (*out, None)
-        if eager and (context := _context(self.v, before)):
-            self.v.context = context  # type: ignore[union-attr]
+        states = [self._start(name, x, eager) for name in self._states]
+        store = getattr(self, self._store)
+        s, found, sequences = self._run(x, states, store)
+        for name, v in zip(self._states, found):
+            setattr(self, name, v)
+            if eager and (context := _context(v, before)):
+                v.context = context
+        for name, v_seq in zip(self._states, sequences if store else [None] * len(found)):
+            setattr(self, f"{name}_seq", v_seq)
         return s.squeeze(0) if single else s
 
-    def _leave_context(self, x):
-        """Raise if the membrane has no values any more, and clear a membrane of a trace that has ended.
-
-        torch.jit.trace runs a module twice to check its graph, and both runs must start from the same membrane. Return v and
-        v_seq at the start of the current trace.
-        """
-        context, fake_mode = getattr(self.v, "context", None), getattr(self.v, "fake_mode", None)
-        if (fake_mode is not None and fake_mode is not getattr(x, "fake_mode", None)) or (
-            context is not None and context.layer is not None and has_ended(context.layer)
-        ):
-            raise RuntimeError(
-                "v, the membrane carried over from an earlier call, has no values here: it was made inside a transform of "
-                "torch.func (vmap, grad, ...) or under a FakeTensorMode (make_fx, ...) that has ended; call reset() before "
-                "this call"
+    def _start(self, name, x, eager):
+        """Return a state before the first step, checked against the data x."""
+        v = getattr(self, name)
+        if isinstance(v, (int, float)):
+            return torch.full(x.shape[1:], v, dtype=state_dtype(x.dtype), device=x.device)
+        if v is not None and not isinstance(v, Tensor):
+            raise TypeError(f"{name} must be a tensor, a number or None, got {type(v).__name__}")
+        if v is not None and v.shape != x.shape[1:]:
+            raise ValueError(
+                f"{name}, the state carried over from earlier calls, has shape {tuple(v.shape)}, and x asks for "
+                f"{tuple(x.shape[1:])}; call reset() before data of another shape"
             )
-        if context is not None:
-            if context.trace is current_trace():
+        if v is not None and eager and v.is_inference() and not torch.is_inference_mode_enabled():
+            return v.clone()  # autograd refuses a tensor that was made in inference_mode
+        return v
+
+    def _leave_context(self, x):
+        """Raise if a state has no values any more, and clear the states of a trace that has ended.
+
+        torch.jit.trace runs a module twice to check its graph, and both runs must start from the same states. Return the states
+        and their sequences at the start of the current trace.
+        """
+        for name in self._states:
+            v = getattr(self, name)
+            context, fake_mode = getattr(v, "context", None), getattr(v, "fake_mode", None)
+            if (fake_mode is not None and fake_mode is not getattr(x, "fake_mode", None)) or (
+                context is not None and context.layer is not None and has_ended(context.layer)
+            ):
+                raise RuntimeError(
+                    f"{name}, the state carried over from an earlier call, has no values here: it was made inside a "
+                    "transform of torch.func (vmap, grad, ...) or under a FakeTensorMode (make_fx, ...) that has ended; call "
+                    "reset() before this call"
+                )
+            if context is not None:
+                if context.trace is not current_trace():
+                    vars(self).update(context.before)
                 return context.before
-            self.v, self.v_seq = context.before
-        return self.v, self.v_seq
+        return {name: getattr(self, name) for name in self._kept()}
 
     def _map_state(self, fn):
-        for name in self._state:
+        for name in self._kept():
             value = getattr(self, name)
             setattr(self, name, fn(value) if isinstance(value, Tensor) else value)
 
@@ -174,7 +197,7 @@ class _Stateful(_Neuron):
     def __getstate__(self):
         """Copies and pickles contain the values of the state without its graph, which torch cannot copy."""
         found = self.__dict__.copy()
-        for name in self._state:
+        for name in self._kept():
             if isinstance(found[name], Tensor):
                 found[name] = found[name].detach()
         return found
@@ -442,6 +465,237 @@ class Leaky(_Stateful):
             step_mode, store_v_seq, beta=beta, v_threshold=v_threshold, reset_mechanism=reset_mechanism,
             reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
         )  # fmt: skip
+
+
+class Lapicque(_Stateful):
+    r"""snnTorch's Lapicque neuron over T time steps: :func:`sdit_kernels.lapicque` that keeps the membrane between calls.
+
+    ::
+
+        v[t] = x[t] * R * (1 / (R * C)) * time_step + (1 - time_step / (R * C)) * v[t-1]
+        s[t] = 1 where v[t] > v_threshold, else 0
+
+    A spike resets the membrane in the next step; see :func:`sdit_kernels.lapicque`. Shapes, errors and attributes are the same
+    as in :class:`LIF`.
+
+    Args:
+        R (float | Tensor): resistance, positive. A number, a scalar tensor, or a tensor (C,) with one value per channel of x's
+            last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
+        C (float | Tensor): capacitance, positive, like R. The time constant of the membrane is R * C.
+        time_step (float | Tensor): duration of a step, positive, in the unit of R * C, like R.
+        v_threshold (float | Tensor): firing threshold, like R.
+        reset_mechanism: "subtract", "zero" or "none". It is the argument ``reset`` of the op; ``reset()`` is a method here.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = v - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``.
+
+    Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE
+    (2023). The results equal snnTorch's Lapicque.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import Lapicque
+        >>> neuron = Lapicque(R=1.0, C=2.0)
+        >>> neuron(torch.tensor([[1.0], [3.0], [1.0]])).flatten().tolist(), neuron.v.tolist()
+        ([0.0, 1.0, 0.0], [0.375])
+    """
+
+    _op = staticmethod(lapicque)
+    _settings = ("R", "C", "time_step", "v_threshold", "reset_mechanism", "surrogate", "alpha")
+    _shown = (*_settings, "step_mode", "store_v_seq")
+    _renamed = {"reset_mechanism": "reset"}
+
+    def __init__(
+        self,
+        R=1.0,
+        C=1.0,
+        time_step=1.0,
+        v_threshold=1.0,
+        reset_mechanism: str = "subtract",
+        *,
+        surrogate="atan",
+        alpha: float | None = None,
+        step_mode: str = "m",
+        store_v_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_v_seq, R=R, C=C, time_step=time_step, v_threshold=v_threshold, reset_mechanism=reset_mechanism,
+            surrogate=surrogate, alpha=alpha,
+        )  # fmt: skip
+
+
+class _ManyStates(_Stateful):
+    """Base class of the neurons whose ops take and return their states as a tuple."""
+
+    _store = "store_state_seq"
+
+    def _run(self, x, states, store):
+        found = self._op(x, tuple(states), **self.op_arguments(x), return_state=True, return_state_seq=store)
+        return found if store else (*found, ())
+
+
+class CuBa(_ManyStates):
+    r"""Current-based LIF neuron, snnTorch's Synaptic: :func:`sdit_kernels.cuba` that keeps both states between calls.
+
+    ::
+
+        i[t] = beta_i * i[t-1] + x[t]
+        h[t] = beta * v[t-1] + i[t]
+        s[t] = 1 where h[t] > v_threshold, else 0
+
+    A spike resets the membrane in the next step (reset_delay) or at once; see :func:`sdit_kernels.cuba`. Shapes and errors are
+    the same as in :class:`LIF`.
+
+    Args:
+        beta_i (float | Tensor): decay of the current per step, 0 to 1 (snnTorch calls it alpha). A number, a scalar tensor, or
+            a tensor (C,) with one value per channel of x's last axis. A ``torch.nn.Parameter`` is learned; another tensor
+            becomes a buffer of the module.
+        beta (float | Tensor): decay of the membrane potential per step, 0 to 1, like beta_i.
+        v_threshold (float | Tensor): firing threshold, like beta_i.
+        reset_mechanism: "subtract", "zero" or "none". It is the argument ``reset`` of the op; ``reset()`` is a method here.
+        reset_delay: True: a spike resets the membrane in the next step. False: at once, and the reset has a gradient.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_state_seq: store both states after every step of the last call in ``.i_seq`` and ``.v_seq``.
+    Attributes:
+        i (Tensor | None): the synaptic current after the last step; it behaves as ``v`` of :class:`LIF`.
+        v (Tensor | None): the membrane potential after the last step, as in :class:`LIF`.
+
+    Source: Eshraghian et al., Training Spiking Neural Networks Using Lessons From Deep Learning, Proceedings of the IEEE
+    (2023). The results equal snnTorch's Synaptic.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import CuBa
+        >>> neuron = CuBa(beta_i=0.5, beta=0.5)
+        >>> neuron(torch.tensor([[1.0], [0.5], [0.0]])).flatten().tolist(), neuron.i.tolist(), neuron.v.tolist()
+        ([0.0, 1.0, 0.0], [0.5], [0.25])
+    """
+
+    _op = staticmethod(cuba)
+    _states = ("i", "v")
+    _settings = ("beta_i", "beta", "v_threshold", "reset_mechanism", "reset_delay", "surrogate", "alpha")
+    _shown = (*_settings, "step_mode", "store_state_seq")
+    _renamed = {"reset_mechanism": "reset"}
+
+    def __init__(
+        self,
+        beta_i,
+        beta,
+        v_threshold=1.0,
+        reset_mechanism: str = "subtract",
+        *,
+        reset_delay: bool = True,
+        surrogate="atan",
+        alpha: float | None = None,
+        step_mode: str = "m",
+        store_state_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_state_seq, beta_i=beta_i, beta=beta, v_threshold=v_threshold, reset_mechanism=reset_mechanism,
+            reset_delay=reset_delay, surrogate=surrogate, alpha=alpha,
+        )  # fmt: skip
+
+
+class AdLIF(_ManyStates):
+    r"""Adaptive LIF neuron over T time steps: :func:`sdit_kernels.adlif` that keeps both states between calls.
+
+    ::
+
+        h[t] = beta * v[t-1] + (1 - beta) * (x[t] - w[t-1])
+        s[t] = 1 where h[t] >= v_threshold, else 0
+        v[t] = 0 where s[t], else h[t]
+        w[t] = beta_w * w[t-1] + (1 - beta_w) * (a * v[t] + b * s[t])
+
+    Shapes and errors are the same as in :class:`LIF`.
+
+    Args:
+        beta (float | Tensor): decay of the membrane potential per step, 0 to 1. A number, a scalar tensor, or a tensor (C,)
+            with one value per channel of x's last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of
+            the module.
+        beta_w (float | Tensor): decay of the adaptation current per step, 0 to 1, like beta.
+        a (float | Tensor): how much the membrane potential drives the adaptation, like beta.
+        b (float | Tensor): how much a spike drives the adaptation, like beta.
+        v_threshold (float | Tensor): firing threshold, like beta.
+        surrogate (str | Callable): a name in ``sdit_kernels.SURROGATES``, or a function of z = h - v_threshold that returns
+            ds/dz (not fused).
+        alpha: sharpness of the surrogate. None: the default of the surrogate.
+        step_mode: "m" (multi-step) or "s" (single-step), as in :class:`LIF`.
+        store_state_seq: store both states after every step of the last call in ``.v_seq`` and ``.w_seq``.
+    Attributes:
+        v (Tensor | None): the membrane potential after the last step, as in :class:`LIF`.
+        w (Tensor | None): the adaptation current after the last step; it behaves as ``v`` of :class:`LIF`.
+
+    Source: Baronig et al., Advancing spatio-temporal processing through adaptation in spiking neural networks, Nature
+    Communications 16 (2025), arXiv 2408.07517: SE-adLIF with a resting potential of 0.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels.nn import AdLIF
+        >>> neuron = AdLIF(beta=0.5, beta_w=0.5, a=1.0, b=2.0)
+        >>> neuron(torch.tensor([[2.0], [1.0], [1.0]])).flatten().tolist(), neuron.v.tolist(), neuron.w.tolist()
+        ([1.0, 0.0, 0.0], [0.25], [0.375])
+    """
+
+    _op = staticmethod(adlif)
+    _states = ("v", "w")
+    _settings = ("beta", "beta_w", "a", "b", "v_threshold", "surrogate", "alpha")
+    _shown = (*_settings, "step_mode", "store_state_seq")
+
+    def __init__(
+        self,
+        beta,
+        beta_w,
+        a,
+        b,
+        v_threshold=1.0,
+        *,
+        surrogate="atan",
+        alpha: float | None = None,
+        step_mode: str = "m",
+        store_state_seq: bool = False,
+    ):
+        super().__init__(
+            step_mode, store_state_seq, beta=beta, beta_w=beta_w, a=a, b=b, v_threshold=v_threshold, surrogate=surrogate,
+            alpha=alpha,
+        )  # fmt: skip
+
+
+class OwnNeuron(_ManyStates):
+    """A neuron of the user, made by the method ``module`` of an op of :func:`sdit_kernels.neuron.define`.
+
+    Its states and settings are attributes with their names. They behave as in :class:`LIF`.
+    """
+
+    def __init__(self, op, step_mode, store_state_seq, **settings):
+        for name in settings:
+            if name not in (*op.parameters, *op.flags, "surrogate", "alpha"):
+                raise TypeError(f"{op.name} has the settings {', '.join((*op.parameters, *op.flags)) or 'none'}, got {name!r}")
+        given = op.defaults | op.flags | settings
+        super().__init__(step_mode, store_state_seq, op=op, **given)
+
+    def _get_name(self):
+        return self.op.name
+
+    @property
+    def _op(self):
+        return self.op
+
+    @property
+    def _states(self):
+        return self.op.states
+
+    @property
+    def _settings(self):
+        return *self.op.parameters, *self.op.flags, "surrogate", "alpha"
+
+    @property
+    def _shown(self):
+        return *self._settings, "step_mode", "store_state_seq"
 
 
 class LIFRate(_Neuron):

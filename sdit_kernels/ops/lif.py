@@ -21,14 +21,15 @@ from ..dtypes import state_dtype
 from ..layout import empty_like
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
+from ..reference.neuron import returned
 from .neuron import (
     allocate_parameter_gradients,
     any_given,
     check_spike_dtype,
     check_steps,
     define,
+    launch,
     per_channel,
-    run,
     sum_parameter_gradients,
 )
 from .operator import kernels, register, values_are_readable
@@ -279,7 +280,7 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
-    channels = check_steps(x, v, return_v, return_v_seq)
+    channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
     )
@@ -296,7 +297,7 @@ def lif(
             spike_dtype=spike_dtype,
         )  # fmt: skip
     parameters = tau_tensor, threshold_tensor
-    return run(_lif_call, x, v, parameters, neuron, return_v, return_v_seq, spike_dtype, backend)
+    return returned(launch(_lif_call, x, (v,), parameters, neuron, return_v, return_v_seq, spike_dtype, backend), single=True)
 
 
 def _check_rate_of_levels(levels, T, dtype, return_counts):

@@ -1,4 +1,4 @@
-"""The operators of neurons over T time steps: one factory for all neurons.
+"""The operators of neurons over T time steps: one factory for all neurons, and the call that their ops share.
 
 An operator has a CPU, a CUDA and a fake implementation and an autograd formula. The backend is an argument of the operator,
 because the backward pass may run on another thread than the one that chose the backend.
@@ -9,29 +9,52 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import tuning
-from ..checks import check_data, check_flag, check_levels_fit, check_membrane, wants_gradient
+from .. import dispatch, reference, tuning
+from ..checks import (
+    check_data,
+    check_flag,
+    check_levels_fit,
+    check_membrane,
+    check_neuron_parameter,
+    check_number,
+    check_surrogate,
+    wants_gradient,
+    warn_of_custom_surrogate,
+)
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
 from ..levels import Levels
 from ..neuron import Neuron, Variant
-from .operator import kernels, register
+from ..reference.neuron import returned
+from .operator import kernels, register, values_are_readable
 
 INFERENCE_DTYPES = (torch.uint8, torch.bool)
 LEVEL_DTYPES = (torch.uint8, torch.int8)  # for inference with integer or ternary spikes
 
 
-def check_steps(x, v, return_v, return_v_seq):
-    """Check the data of a neuron with one state over T steps. Return its number of channels, or None if x is (T,)."""
+def check_steps(x, states, **flags):
+    """Check x, the states by their names in messages, and flags. Return the number of channels, or None if x is (T,)."""
     check_data("x", x)
     if x.dim() == 0:
         raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
     shape = x.shape[1:]
-    if v is not None:
-        check_membrane("v", v, shape, x)
-    check_flag("return_v", return_v)
-    check_flag("return_v_seq", return_v_seq)
+    for name, v in states.items():
+        if v is not None:
+            check_membrane(name, v, shape, x)
+    for name, flag in flags.items():
+        check_flag(name, flag)
     return shape[-1] if shape else None
+
+
+def check_state(state, names):
+    """Return the states of a neuron, given as a tuple or None, as a tuple with an entry per state."""
+    if state is None:
+        return (None,) * len(names)
+    if not isinstance(state, (tuple, list)) or len(state) != len(names):
+        found = f"{len(state)} items" if isinstance(state, (tuple, list)) else type(state).__name__
+        form = f"({', '.join(names)}{',' * (len(names) == 1)})"
+        raise TypeError(f"state must be None or a tuple {form} of tensors or None, got {found}")
+    return tuple(state)
 
 
 def check_spike_dtype(spike_dtype, x, *tensors, levels=None):
@@ -51,14 +74,13 @@ def check_spike_dtype(spike_dtype, x, *tensors, levels=None):
         raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
 
 
-def run(call, x, v, parameters, values, return_v, return_v_seq, spike_dtype, backend):
-    """Call the operator of a neuron with one state. Return s, or a tuple of s, v and v_seq as requested."""
-    T = x.shape[0]  # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *parameters)
-    s, v_final, v_seq, _ = call(x, v, *parameters, *values, return_v, return_v_seq, spike_dtype, keep, backend)
-    if return_v:
-        return (s, v_final, v_seq) if return_v_seq else (s, v_final)
-    return (s, v_seq) if return_v_seq else s
+def launch(call, x, states, parameters, values, return_state, return_state_seq, spike_dtype, backend):
+    """Call the operator of a neuron. Return (s, last states, their sequences); what is not requested is None."""
+    T, S = x.shape[0], len(states)
+    # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, *states, *parameters)
+    found = call(x, *states, *parameters, *values, return_state, return_state_seq, spike_dtype, keep, backend)
+    return found[0], found[1 : 1 + S] if return_state else None, found[1 + S : 1 + 2 * S] if return_state_seq else None
 
 
 def any_given(tensors: Sequence[Tensor | None]) -> bool:
@@ -212,3 +234,76 @@ def define(
         output_axes=(1, *(0 for _ in T), *(None for _ in names)),
     )
     return call
+
+
+class NeuronOp:
+    """The op of a neuron whose settings are its parameters, the flags of its step, and a surrogate.
+
+    checks: per parameter, a function of (name, number, dtype of the arithmetic) that raises an error if the number is out of
+    range. Without ``checks_tensors``, tensors are not read. constants: the neuron's numbers.
+    """
+
+    def __init__(self, neuron: Neuron, checks=None, constants=(), checks_tensors=True):
+        self.neuron, self.constants, self.checks_tensors = neuron, tuple(constants), checks_tensors
+        self.checks = checks or (check_number,) * len(neuron.parameters)
+        self.flags = tuple(neuron.flags)
+        values = [f"float {name}_value" for name in neuron.parameters]
+        flags = [f"{type(flag).__name__} {name}" for name, flag in neuron.flags.items()]
+        schema = ", ".join([*values, *flags, "str surrogate", "float alpha"])
+        self._call = define(neuron, neuron.parameters, schema, self._variant, self._check_values)
+
+    def _variant(self, *values):
+        n = len(self.neuron.parameters)
+        *flags, surrogate, alpha = values[n:]
+        return Variant(self.neuron, tuple(flags), (*values[:n], *self.constants), surrogate, alpha)
+
+    def _check_values(self, parameters, values, dtype):
+        """Check the values of tensor parameters."""
+        for name, p, check in zip(self.neuron.parameters, parameters, self.checks):
+            if self.checks_tensors and p is not None and p.numel():
+                check(name, p.min().item(), dtype)
+                check(name, p.max().item(), dtype)
+
+    def one_state(
+        self, x, v, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
+    ):  # fmt: skip
+        """Run a neuron whose only state is the argument v. Return s, or (s, v), (s, v_seq) or (s, v, v_seq)."""
+        channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
+        found = self._run(x, (v,), parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype, channels)
+        return returned(found, single=True)
+
+    def states(self, x, state, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype):
+        """Run a neuron whose states are the argument ``state``, a tuple. Return s, or s and what was requested."""
+        names = self.neuron.states
+        states = check_state(state, names)
+        named = {f"state's {name}": v for name, v in zip(names, states)}
+        channels = check_steps(x, named, return_state=return_state, return_state_seq=return_state_seq)
+        found = self._run(
+            x, states, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype, channels
+        )  # fmt: skip
+        return returned(found)
+
+    def _run(
+        self, x, states, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype, channels
+    ):  # fmt: skip
+        names, dtype = self.neuron.parameters, state_dtype(x.dtype)
+        given = [check_neuron_parameter(name, p, x, channels) for name, p in zip(names, parameters)]
+        values, tensors = tuple(value for value, _ in given), tuple(tensor for _, tensor in given)
+        for name, value, tensor, check in zip(names, values, tensors, self.checks):
+            if tensor is None:
+                check(name, value, dtype)
+        check_spike_dtype(spike_dtype, x, *states, *tensors)
+        alpha = check_surrogate(surrogate, alpha, dtype)
+        if alpha is None:
+            warn_of_custom_surrogate()
+        backend = dispatch.choose(x.device.type, fused=alpha is not None)
+        if backend == "reference":
+            if values_are_readable(x):
+                self._check_values(tensors, (), dtype)
+            return reference.neuron.run(
+                self.neuron, x, states, parameters, dict(zip(self.flags, flags)), surrogate, alpha, return_state,
+                return_state_seq, spike_dtype, self.constants,
+            )  # fmt: skip
+        assert alpha is not None  # the reference has served a custom surrogate function
+        settings = (*values, *flags, surrogate, alpha)
+        return launch(self._call, x, states, tensors, settings, return_state, return_state_seq, spike_dtype, backend)

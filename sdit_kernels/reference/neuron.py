@@ -4,6 +4,7 @@ The operations run in the order of the step, in float32 (float64 for float64 dat
 repeat them bit for bit, so the backward pass recomputes every spike exactly.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..dtypes import state_dtype
 from ..levels import decode, encode
-from ..neuron import LEAKY, LIF, Neuron, Values
+from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
 from ..surrogate import SURROGATES
 
 
@@ -148,23 +149,24 @@ class TensorOperations:
     def where(self, condition, a, b):
         if not isinstance(a, Tensor) and not isinstance(b, Tensor):
             a = torch.full((), a, dtype=condition.dtype, device=condition.device)
-        a, b = (t.expand_as(condition) if isinstance(t, Tensor) and t.shape != condition.shape else t for t in (a, b))
-        return _Where.apply(condition, a, b)
+        given = condition, a, b
+        shape = torch.broadcast_shapes(*(t.shape for t in given if isinstance(t, Tensor)))
+        return _Where.apply(*(t.expand(shape) if isinstance(t, Tensor) and t.shape != shape else t for t in given))
 
     def maximum(self, a, b):
-        return torch.maximum(*_tensors(a, b))
+        return torch.maximum(*_tensors(a, b)) if isinstance(a, Tensor) or isinstance(b, Tensor) else max(a, b)
 
     def minimum(self, a, b):
-        return torch.minimum(*_tensors(a, b))
+        return torch.minimum(*_tensors(a, b)) if isinstance(a, Tensor) or isinstance(b, Tensor) else min(a, b)
 
     def abs(self, a):
-        return a.abs()
+        return abs(a)
 
     def exp(self, a):
-        return a.exp()
+        return a.exp() if isinstance(a, Tensor) else math.exp(a)
 
     def detach(self, a):
-        return a.detach()
+        return a.detach() if isinstance(a, Tensor) else a
 
 
 def _tensors(a, b):
@@ -198,28 +200,58 @@ def bind(neuron: Neuron, values, derivative, **flags):
     return step
 
 
-def simulate(step, x, v, start, return_v, return_v_seq, spike_dtype=None):
-    """Run a neuron with one state over the steps of x, (T, ...). v: the state before the first step; None: ``start``."""
+def simulate(step, x, states, starts, return_state, return_state_seq, spike_dtype=None):
+    """Run a neuron over the steps of x, (T, ...). states: before the first step; a state that is None starts from its start.
+
+    Return (s, last states, their sequences). What is not requested is None.
+    """
     dtype = state_dtype(x.dtype)
-    if v is None:
-        v = torch.full(x.shape[1:], start, dtype=dtype, device=x.device)
-    else:
-        v = v.to(dtype, copy=bool(x.shape[0] == 0))  # under torch.jit.trace, shape[0] is a tensor
-    spikes, membrane = [], []
+    empty = bool(x.shape[0] == 0)  # under torch.jit.trace, shape[0] is a tensor
+    states = tuple(
+        torch.full(x.shape[1:], start, dtype=dtype, device=x.device) if v is None else v.to(dtype, copy=empty)
+        for v, start in zip(states, starts)
+    )
+    spikes, sequences = [], [[] for _ in states]
     for x_t in x.to(dtype).unbind(0):
-        s, (v,) = step(x_t, (v,))
-        spikes.append(s)
-        membrane.append(v)
+        s, states = step(x_t, states)
+        spikes.append(_filling(x_t, s))
+        states = tuple(_filling(x_t, v) for v in states)
+        for sequence, v in zip(sequences, states):
+            sequence.append(v)
     s = torch.stack(spikes) if spikes else x.clone()
     if spike_dtype in (torch.uint8, torch.int8):
         s = s.detach().nan_to_num(nan=0.0)
     s = s.to(spike_dtype or x.dtype)
-    out = [s]
-    if return_v:
-        out.append(v)
-    if return_v_seq:
-        out.append(torch.stack(membrane) if membrane else x.to(dtype, copy=True))
-    return tuple(out) if len(out) > 1 else s
+    seqs = tuple(torch.stack(seq) if seq else x.to(dtype, copy=True) for seq in sequences) if return_state_seq else None
+    return s, states if return_state else None, seqs
+
+
+def _filling(x, value):
+    """Return a value of a step in the shape of x: it may be a number, or come from parameters alone."""
+    if not isinstance(value, Tensor):
+        return torch.full_like(x, value)
+    return value if value.shape == x.shape else value.expand(x.shape)
+
+
+def returned(found, single=False):
+    """Return what an op returns: s, or s and what was requested. single: the neuron has one state, which is not in a tuple."""
+    s, *states = found
+    states = [v[0] if single else v for v in states if v is not None]
+    return (s, *states) if states else s
+
+
+def run(neuron, x, states, values, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype, numbers=()):
+    """Run the definition of a neuron. values: its parameters, numbers or tensors; numbers: its numbers.
+
+    A parameter that is a number becomes a tensor: arithmetic on two parameters rounds as it does in the kernels.
+    """
+    dtype = state_dtype(x.dtype)
+    values = [p if isinstance(p, Tensor) else torch.full((), float(p), dtype=dtype, device=x.device) for p in values]
+    values = [*(as_parameter(p, dtype) for p in values), *numbers]
+    known = dict(zip((*neuron.parameters, *neuron.numbers), values))
+    step = bind(neuron, values, surrogate_function(surrogate, alpha), **flags)
+    starts = [0.0 if name is None else known[name] for name in neuron.start]
+    return simulate(step, x, states, starts, return_state, return_state_seq, spike_dtype)
 
 
 def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
@@ -246,7 +278,7 @@ def lif(
 ):
     """See :func:`sdit_kernels.lif`."""
     step = _bind_lif(state_dtype(x.dtype), tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels)
-    return simulate(step, x, v, v_reset or 0.0, return_v, return_v_seq, spike_dtype)
+    return returned(simulate(step, x, (v,), (v_reset or 0.0,), return_v, return_v_seq, spike_dtype), True)
 
 
 def lif_rate(
@@ -295,7 +327,68 @@ def leaky(
     spike_dtype=None,
 ):
     """See :func:`sdit_kernels.leaky`."""
-    dtype = state_dtype(x.dtype)
-    values = as_parameter(beta, dtype), as_parameter(v_threshold, dtype)
-    step = bind(LEAKY, values, surrogate_function(surrogate, alpha), reset=reset, delay=reset_delay or reset == "none")
-    return simulate(step, x, v, 0.0, return_v, return_v_seq, spike_dtype)
+    flags = dict(reset=reset, delay=reset_delay or reset == "none")
+    values = beta, v_threshold
+    return returned(run(LEAKY, x, (v,), values, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype), True)
+
+
+def lapicque(
+    x,
+    v=None,
+    *,
+    R=1.0,
+    C,
+    time_step=1.0,
+    v_threshold=1.0,
+    reset="subtract",
+    surrogate="atan",
+    alpha=None,
+    return_v=False,
+    return_v_seq=False,
+    spike_dtype=None,
+):
+    """See :func:`sdit_kernels.lapicque`."""
+    values = R, C, time_step, v_threshold
+    found = run(LAPICQUE, x, (v,), values, dict(reset=reset), surrogate, alpha, return_v, return_v_seq, spike_dtype)
+    return returned(found, True)
+
+
+def cuba(
+    x,
+    state=None,
+    *,
+    beta_i,
+    beta,
+    v_threshold=1.0,
+    reset="subtract",
+    reset_delay=True,
+    surrogate="atan",
+    alpha=None,
+    return_state=False,
+    return_state_seq=False,
+    spike_dtype=None,
+):
+    """See :func:`sdit_kernels.cuba`."""
+    flags, values = dict(reset=reset, delay=reset_delay or reset == "none"), (beta_i, beta, v_threshold)
+    states = (None, None) if state is None else state
+    return returned(run(CUBA, x, states, values, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype))
+
+
+def adlif(
+    x,
+    state=None,
+    *,
+    beta,
+    beta_w,
+    a,
+    b,
+    v_threshold=1.0,
+    surrogate="atan",
+    alpha=None,
+    return_state=False,
+    return_state_seq=False,
+    spike_dtype=None,
+):
+    """See :func:`sdit_kernels.adlif`."""
+    states, values = (None, None) if state is None else state, (beta, beta_w, a, b, v_threshold)
+    return returned(run(ADLIF, x, states, values, {}, surrogate, alpha, return_state, return_state_seq, spike_dtype))

@@ -190,6 +190,141 @@ def leaky(x, v=None, *, beta, v_threshold=1.0, reset="subtract", reset_delay=Tru
     return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
 
 
+def lapicque(x, v=None, *, R=1.0, C, time_step=1.0, v_threshold=1.0, reset="subtract", surrogate="atan", alpha=None):
+    """x (T, ...) -> s, v after the last step, v after every step. Gradients: x, v, R, C, time_step, v_threshold."""
+    T, g = len(x), derivative(surrogate, alpha)
+    R_, C_, dt, theta = (np.asarray(p, float) for p in (R, C, time_step, v_threshold))
+    v = np.zeros(x.shape[1:]) if v is None else v
+    before, after, spikes = [], [], []
+    for t in range(T):
+        before.append(v)
+        r = v > theta  # fired in the step before; no gradient passes through r
+        u = x[t] * R_ * (1 / (R_ * C_)) * dt + (1 - dt / (R_ * C_)) * v
+        if reset == "subtract":
+            u = u - np.where(r, theta, 0.0)
+        v = np.where(r & (reset == "zero"), 0.0, u)
+        spikes.append(v > theta)
+        after.append(v)
+
+    def backward(ds=None, dv_last=None, dv_every=None):
+        ds, dv, dv_every = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dv_every, x)
+        dx, dR, dC, ddt, dtheta = (np.zeros(x.shape) for _ in range(5))
+        for t in reversed(range(T)):
+            r, z = before[t] > theta, after[t] - theta
+            dz = times(g(z), ds[t])
+            du = dv + dv_every[t] + dz
+            dtheta[t] = -dz
+            if reset == "subtract":
+                dtheta[t] -= np.where(r, du, 0.0)
+            if reset == "zero":
+                du = np.where(r, 0.0, du)
+            # u = x dt / C + (1 - dt / (R C)) v; R and 1 / R cancel in the first term
+            dx[t], dv = du * dt / C_, du * (1 - dt / (R_ * C_))
+            dR[t] = times(du, before[t]) * dt / (R_**2 * C_)
+            dC[t] = times(du, before[t] / R_ - x[t]) * dt / C_**2
+            ddt[t] = times(du, x[t] - before[t] / R_) / C_
+        sums = dict(R=sum_to(dR, R), C=sum_to(dC, C), time_step=sum_to(ddt, time_step))
+        return dict(x=dx, v=dv, v_threshold=sum_to(dtheta, v_threshold)) | sums
+
+    return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
+
+
+def cuba(x, i=None, v=None, *, beta_i, beta, v_threshold=1.0, reset="subtract", reset_delay=True, surrogate="atan", alpha=None):
+    """x (T, ...) -> s, (i, v) after the last step, (i, v) after every step. Gradients: x, i, v, beta_i, beta, v_threshold."""
+    T, g = len(x), derivative(surrogate, alpha)
+    bi, b, theta = (np.asarray(p, float) for p in (beta_i, beta, v_threshold))
+    i, v = (np.zeros(x.shape[1:]) if state is None else state for state in (i, v))
+    before, charge, after, spikes = [], [], [], []
+    for t in range(T):
+        before.append((i, v))
+        r = v > theta  # fired in the step before; no gradient passes through r
+        i = bi * i + x[t]
+        h = b * v + i
+        if reset == "subtract":
+            h = h - np.where(r, theta, 0.0)
+        if reset == "zero":
+            h = np.where(r, 0.0, h)
+        s = h > theta
+        v = h
+        if not reset_delay and reset == "subtract":
+            v = h - (s * 1.0 - r) * theta
+        if not reset_delay and reset == "zero":
+            v = np.where(s, 0.0, h)
+        charge.append(h)
+        spikes.append(s)
+        after.append((i, v))
+
+    def backward(ds=None, di_last=None, dv_last=None, di_every=None, dv_every=None):
+        ds, di, dv = zeros_unless(ds, x), zeros_unless(di_last, v), zeros_unless(dv_last, v)
+        di_every, dv_every = zeros_unless(di_every, x), zeros_unless(dv_every, x)
+        dx, dbi, db, dtheta = (np.zeros(x.shape) for _ in range(4))
+        for t in reversed(range(T)):
+            h, s, r = charge[t], spikes[t], before[t][1] > theta
+            di, dv = di + di_every[t], dv + dv_every[t]
+            dh, d_spike = dv, 0.0  # v = h
+            if not reset_delay and reset == "subtract":  # v = h - (s - r) theta
+                d_spike, dtheta[t] = -theta * dv, -(s * 1.0 - r) * dv
+            if not reset_delay and reset == "zero":  # v = 0 where s, else h
+                dh, d_spike = np.where(s, 0.0, dv), times(dv, -h)
+            dz = times(g(h - theta), ds[t] + d_spike)  # z = h - theta
+            dh, dtheta[t] = dh + dz, dtheta[t] - dz
+            if reset == "subtract":  # h = beta v + i - r theta
+                dtheta[t] -= np.where(r, dh, 0.0)
+            if reset == "zero":
+                dh = np.where(r, 0.0, dh)
+            di = di + dh
+            dx[t], dbi[t], db[t] = di, times(di, before[t][0]), times(dh, before[t][1])
+            di, dv = di * bi, dh * b
+        return dict(
+            x=dx, i=di, v=dv, beta_i=sum_to(dbi, beta_i), beta=sum_to(db, beta), v_threshold=sum_to(dtheta, v_threshold)
+        )
+
+    seqs = [np.array(states).reshape(x.shape) for states in (zip(*after) if T else ((), ()))]
+    return (np.array(spikes, float).reshape(x.shape), i, v, *seqs), backward
+
+
+def adlif(x, v=None, w=None, *, beta, beta_w, a, b, v_threshold=1.0, surrogate="atan", alpha=None):
+    """x (T, ...) -> s, (v, w) after the last step, (v, w) after every step. Gradients: of every tensor argument."""
+    T, g = len(x), derivative(surrogate, alpha)
+    bv, bw, a_, b_, theta = (np.asarray(p, float) for p in (beta, beta_w, a, b, v_threshold))
+    v, w = (np.zeros(x.shape[1:]) if state is None else state for state in (v, w))
+    before, charge, after, spikes = [], [], [], []
+    for t in range(T):
+        before.append((v, w))
+        h = bv * v + (1 - bv) * (x[t] - w)
+        s = h >= theta
+        v = np.where(s, 0.0, h)
+        w = bw * w + (1 - bw) * (a_ * v + np.where(s, b_, 0.0))
+        charge.append(h)
+        spikes.append(s)
+        after.append((v, w))
+
+    def backward(ds=None, dv_last=None, dw_last=None, dv_every=None, dw_every=None):
+        ds, dv, dw = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dw_last, v)
+        dv_every, dw_every = zeros_unless(dv_every, x), zeros_unless(dw_every, x)
+        dx, dbv, dbw, da, db, dtheta = (np.zeros(x.shape) for _ in range(6))
+        for t in reversed(range(T)):
+            h, s, (v0, w0), v1 = charge[t], spikes[t], before[t], after[t][0]
+            dv, dw = dv + dv_every[t], dw + dw_every[t]
+            # w = beta_w w0 + (1 - beta_w) (a v1 + b s)
+            drive = dw * (1 - bw)
+            dbw[t] = times(dw, w0 - (a_ * v1 + np.where(s, b_, 0.0)))
+            da[t], db[t] = times(drive, v1), np.where(s, drive, 0.0)
+            dv = dv + drive * a_
+            # v1 = 0 where s, else h
+            dh, d_spike = np.where(s, 0.0, dv), drive * b_ + times(dv, -h)
+            dz = times(g(h - theta), ds[t] + d_spike)
+            dtheta[t], dh = -dz, dh + dz
+            # h = beta v0 + (1 - beta) (x - w0)
+            dbv[t] = times(dh, v0 - (x[t] - w0))
+            dx[t], dv, dw = dh * (1 - bv), dh * bv, dw * bw - dh * (1 - bv)
+        found = dict(beta=(dbv, beta), beta_w=(dbw, beta_w), a=(da, a), b=(db, b), v_threshold=(dtheta, v_threshold))
+        return dict(x=dx, v=dv, w=dw) | {name: sum_to(d, p) for name, (d, p) in found.items()}
+
+    seqs = [np.array(states).reshape(x.shape) for states in (zip(*after) if T else ((), ()))]
+    return (np.array(spikes, float).reshape(x.shape), v, w, *seqs), backward
+
+
 # --- scans ------------------------------------------------------------------------------------------------------------------
 
 
