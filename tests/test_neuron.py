@@ -68,7 +68,15 @@ def everything(x, s, p, o):
     return gate * fired, o.detach(h) * p.a - fired * gate + 3
 
 
+def both(x, s, p, o):
+    """One kind of spike at two thresholds."""
+    h = s.v + x
+    fired = o.either(o.fire(h - p.theta), o.fire_above(-h - p.theta))
+    return fired, o.where(fired, 0.25, h)
+
+
 STEPS = {
+    "both": Neuron("both", both, parameters=("theta",)),
     "ilif": Neuron("ilif", ilif, parameters=("beta", "theta")),
     "ternary": Neuron("ternary", ternary, parameters=("r", "theta")),
     "synaptic": Neuron("synaptic", synaptic, ("i", "v"), ("alpha_", "beta", "theta"), start=(None, None)),
