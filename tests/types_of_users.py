@@ -6,6 +6,7 @@ from typing_extensions import assert_type
 
 from sdit_kernels import (
     SURROGATES,
+    Levels,
     backend,
     lif,
     lif_rate,
@@ -29,7 +30,10 @@ assert_type(lif(x, None, tau=w, v_reset=None, surrogate=torch.sigmoid), Tensor)
 assert_type(lif(x, return_v=True), tuple[Tensor, Tensor])
 assert_type(lif(x, return_v_seq=True, alpha=2.0), tuple[Tensor, Tensor])
 assert_type(lif(x, return_v=True, return_v_seq=True), tuple[Tensor, Tensor, Tensor])
+assert_type(lif(x, v_reset=None, levels=(0, 4)), Tensor)
+assert_type(lif(x, levels="ternary", spike_dtype=torch.int8, return_v=True), tuple[Tensor, Tensor])
 assert_type(lif_rate(x, 4, residual=x), Tensor)
+assert_type(lif_rate(x, 1, tau=1.0, v_reset=None, levels=Levels(0, 4, scale=0.25)), Tensor)
 assert_type(wkv(w, w, x, x, r=x), Tensor)
 assert_type(wkv(w, w, x, x, x), Tensor)
 assert_type(wkv(None, w, x, x, log_decay=w, state=state, return_state=True), tuple[Tensor, tuple[Tensor, Tensor]])

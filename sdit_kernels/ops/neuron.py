@@ -59,6 +59,8 @@ def check_state(state, names):
 
 def check_spike_dtype(spike_dtype, x, *tensors, levels=None):
     """Check the dtype of the spikes. tensors: what may need a gradient besides x."""
+    if spike_dtype is None and levels is None:
+        return
     given = spike_dtype is not None and spike_dtype != x.dtype
     allowed = INFERENCE_DTYPES if levels is None else LEVEL_DTYPES
     if given and spike_dtype not in allowed:

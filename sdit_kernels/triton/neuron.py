@@ -25,6 +25,7 @@ from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view
 from ..neuron import trace
 from ..neuron.printer import ENTRIES, TRITON, load, text
+from ..neuron.trace import is_condition
 from ..surrogate import SURROGATES
 from .surrogate import surrogate_derivative
 from .tiles import (
@@ -436,10 +437,12 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
         row_view(layout, as_bytes(s)), _views(maybe_step_view, layout, finals), _views(maybe_row_view, layout, seqs),
         _views(maybe_row_view, layout, checkpoints),
     )  # fmt: skip
+    # The divisions of integer levels need many registers in a loop over segments.
+    options = all_registers() if flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike) else {}
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
         bind(forward_kernel, f"{variant.neuron.name}_forward_kernel", variant.neuron, variant.flags), x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states)), outputs, tensors, T, layout.R, layout.C, *numbers,
-        F=flags,
+        F=flags, **options,
     )  # fmt: skip
 
 
