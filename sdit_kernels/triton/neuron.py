@@ -437,8 +437,9 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
         row_view(layout, as_bytes(s)), _views(maybe_step_view, layout, finals), _views(maybe_row_view, layout, seqs),
         _views(maybe_row_view, layout, checkpoints),
     )  # fmt: skip
-    # The divisions of integer levels need many registers in a loop over segments.
-    options = all_registers() if flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike) else {}
+    # The divisions of integer levels need many registers in a loop over segments, and so do two states.
+    divides = flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike)
+    options = all_registers() if divides or (len(states) > 1 and T >= LIF_CHECKPOINT_STEPS) else {}
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
         bind(forward_kernel, f"{variant.neuron.name}_forward_kernel", variant.neuron, variant.flags), x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states)), outputs, tensors, T, layout.R, layout.C, *numbers,
@@ -460,7 +461,10 @@ def neuron_backward(
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
-    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
+    held = K * len(states)
+    if with_parameters:  # many parameters also need registers: for their values, and two sums each
+        held = 2 * held + 4 * max(0, len(parameters) - 2)
+    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held)
     sums = grid.partial_sums(layout, flags.KINDS[: len(parameters)], x, T) if with_parameters else None
     grid.launch(
         bind(
