@@ -1,6 +1,7 @@
 """Time models of other libraries before and after the one line of sdit_kernels.compat: layers, training steps, bytes kept.
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
+    python perf/bench_compat.py --only jelly_levels
     python perf/bench_compat.py --only snn_synaptic
     python perf/bench_compat.py --only published_models --json perf/results/published_models.json
     python perf/bench_compat.py --only handwritten_neurons --json perf/results/compat_handwritten.json
@@ -71,10 +72,6 @@ def jelly_neurons(args, settings):
         return skip_section(title, "spikingjelly")
     from spikingjelly.activation_based import neuron, surrogate
 
-    from sdit_kernels.compat.spikingjelly import accelerate
-
-    x = current(T, *args.shape, device=args.device)
-    g = torch.randn_like(x)
     nodes = {
         "LIFNode": neuron.LIFNode(surrogate_function=surrogate.ATan(), step_mode="m"),
         "LIFNode, soft reset, detached": neuron.LIFNode(v_reset=None, detach_reset=True, step_mode="m"),
@@ -82,6 +79,34 @@ def jelly_neurons(args, settings):
         "IFNode": neuron.IFNode(step_mode="m"),
         "ParametricLIFNode": neuron.ParametricLIFNode(step_mode="m"),
     }
+    return title, compare_nodes(nodes, args, settings, 3)
+
+
+def jelly_levels(args, settings):
+    """SpikingJelly's integer and ternary neurons, forward and backward in training; saved: by autograd, inputs included"""
+    title = f"SpikingJelly's integer and ternary neurons, T={T}, {args.shape}, fp32"
+    if reason_if_missing("spikingjelly"):
+        return skip_section(title, "spikingjelly")
+    from spikingjelly.activation_based import neuron, surrogate
+
+    if not hasattr(neuron, "ILIFNode"):
+        return title, [{"name": "ILIFNode", "note": "skipped: SpikingJelly has had it since 2.0.0"}]
+    atan = surrogate.ATan()
+    nodes = {
+        "ILIFNode": neuron.ILIFNode(tau=2.0, step_mode="m"),  # where tau is a power of two, the counts are equal
+        "ILIFNode, detached": neuron.ILIFNode(tau=2.0, detach_reset=True, step_mode="m"),
+        "TernaryLIFNode": neuron.TernaryLIFNode(surrogate_function=atan, step_mode="m"),
+        "TernaryIFNode, soft reset": neuron.TernaryIFNode(v_reset=None, surrogate_function=atan, step_mode="m"),
+    }
+    return title, compare_nodes(nodes, args, settings, 5)
+
+
+def compare_nodes(nodes, args, settings, least):
+    """Time neurons of SpikingJelly, forward and backward, before and after ``accelerate``. Return the rows."""
+    from sdit_kernels.compat.spikingjelly import accelerate
+
+    x = current(T, *args.shape, device=args.device)
+    g = torch.randn_like(x)
     contestants = []
     for name, node in nodes.items():
         node.to(args.device)
@@ -99,7 +124,7 @@ def jelly_neurons(args, settings):
         for label, f, n in ((f"{name}, fused", calls[0], fused), (f"{name}, SpikingJelly's own", calls[1], node)):
             row = {"saved_bytes": count_saved_bytes(f, x, n.parameters()), **(error if f is calls[0] else {})}
             contestants.append(Contestant(label, make_forward_backward(f, [x], g, tuple(n.parameters())), extra=row))
-    return title, record_speedups(compare(contestants, **settings), 3, "SpikingJelly layer")
+    return record_speedups(compare(contestants, **settings), least, "SpikingJelly layer")
 
 
 def spiking_cnn():
@@ -685,8 +710,8 @@ def vision_rwkv_layer(args, settings):
 SECTIONS = {
     f.__name__: f
     for f in (
-        jelly_neurons, jelly_models, published_models, snn_neurons, snn_synaptic, snn_model, handwritten_neurons, rwkv_step,
-        rwkv_layer, rwkv_decode, vision_rwkv_step, vision_rwkv_layer,
+        jelly_neurons, jelly_levels, jelly_models, published_models, snn_neurons, snn_synaptic, snn_model, handwritten_neurons,
+        rwkv_step, rwkv_layer, rwkv_decode, vision_rwkv_step, vision_rwkv_layer,
     )
 }  # fmt: skip
 

@@ -45,6 +45,13 @@ def values_lif(device, small):
     x = current(4, *shape, device=device)
     long = current(37, *shape[:2], 64, device=device)
     found |= check_against_definition("lif, 37 steps, soft reset", lambda x: lif(x, v_reset=None, surrogate="sigmoid"), [long])
+    for levels in ((0, 4), "ternary"):  # h / v_threshold is rounded as IEEE 754 says
+        found |= check_against_definition(
+            f"lif, levels {levels}",
+            lambda x, levels=levels: lif(x, v_threshold=0.9, v_reset=None, levels=levels),
+            [x],
+            exact_output=True,
+        )
     v = normal(*shape, device=device, scale=0.1)
     tau = (torch.rand(shape[-1], device=device) + 1.5).requires_grad_()
     found |= check_against_definition(

@@ -856,6 +856,24 @@ def test_fused_operators_are_on_a_line_of_their_own():
     assert report.fused_work()["lif"]["macs"] == 40 and "lif: 20 elements" in report.table()
 
 
+def test_integer_and_ternary_neurons_give_spikes():
+    """A level of n is n events, whatever the size of a spike."""
+    x, weight = 3 * torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(0)), nn.Linear(6, 5, bias=False)
+    for levels, kind, level, factor in (
+        ((0, 4), "levels", 4, 1.0),
+        (sdit_kernels.Levels(0, 4, scale=0.25), "levels", 4, 0.25),
+        ("ternary", "signed", 1, 1.0),
+    ):
+        for backend in ("reference", "cpu"):
+            with sdit_kernels.backend(backend):
+                s = sdit_kernels.lif(x, v_reset=None, levels=levels)
+                net = nn.Sequential(LIF(v_reset=None, levels=levels), weight)
+                (row,) = energy.count(net, x).rows
+            found = next(i for i in row.inputs if i.kind != "weights")
+            assert (found.kind, found.level, found.factor) == (kind, level, factor)
+            assert row.synaptic_operations == (s / factor).abs().sum().item() * 5
+
+
 # ---- ways to run a model ---------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,15 @@ def everything(x, s, p, o):
     return gate * fired, o.detach(h) * p.a - fired * gate + 3
 
 
+def both(x, s, p, o):
+    """One kind of spike at two thresholds."""
+    h = s.v + x
+    fired = o.either(o.fire(h - p.theta), o.fire_above(-h - p.theta))
+    return fired, o.where(fired, 0.25, h)
+
+
 STEPS = {
+    "both": Neuron("both", both, parameters=("theta",)),
     "ilif": Neuron("ilif", ilif, parameters=("beta", "theta")),
     "ternary": Neuron("ternary", ternary, parameters=("r", "theta")),
     "synaptic": Neuron("synaptic", synaptic, ("i", "v"), ("alpha_", "beta", "theta"), start=(None, None)),
@@ -284,6 +292,11 @@ def test_the_command_prints_the_code_of_a_neuron():
         assert all(f"def {entry}(" in out for entry in ("step", "record", "pullback", "tangent"))
     out = run("lif", "--backend", "triton", "--flags", "soft,detach", "--only", "pullback").stdout
     assert out.startswith("@triton.jit\ndef pullback(") and out.count("def ") == 1
+    out = run("lif", "--backend", "triton", "--flags", "soft,levels=integer,span=(-1,4),scale=0.25", "--only", "step").stdout
+    assert "level(t3, -1.0, 4.0)" in out and "* 0.25" in out
+    for flags, message in (("levels=integer", "need a soft reset"), ("levels=many", "'binary', 'integer', 'ternary'")):
+        failed = run("lif", "--flags", flags)
+        assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
     for flags, message in (("hard", "soft, decay, detach"), ("soft=3", "must be a bool"), ("reset=one", "must name some")):
         failed = run("lif", "--flags", flags)
         assert failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr

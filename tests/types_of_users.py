@@ -6,6 +6,7 @@ from typing_extensions import assert_type
 
 from sdit_kernels import (
     SURROGATES,
+    Levels,
     backend,
     cuba,
     lapicque,
@@ -32,6 +33,8 @@ assert_type(lif(x, None, tau=w, v_reset=None, surrogate=torch.sigmoid), Tensor)
 assert_type(lif(x, return_v=True), tuple[Tensor, Tensor])
 assert_type(lif(x, return_v_seq=True, alpha=2.0), tuple[Tensor, Tensor])
 assert_type(lif(x, return_v=True, return_v_seq=True), tuple[Tensor, Tensor, Tensor])
+assert_type(lif(x, v_reset=None, levels=(0, 4)), Tensor)
+assert_type(lif(x, levels="ternary", spike_dtype=torch.int8, return_v=True), tuple[Tensor, Tensor])
 assert_type(lapicque(x, C=2.0, return_v=True), tuple[Tensor, Tensor])
 assert_type(cuba(x, beta_i=0.5, beta=w), Tensor)
 assert_type(cuba(x, (w, None), beta_i=0.5, beta=w, return_state=True), tuple[Tensor, tuple[Tensor, Tensor]])
@@ -40,6 +43,7 @@ assert_type(own(x, k=w), Tensor)
 assert_type(own(x, k=w, return_state=True), tuple[Tensor, tuple[Tensor, ...]])
 assert_type(own.module(k=1.0).forward(x), Tensor)
 assert_type(lif_rate(x, 4, residual=x), Tensor)
+assert_type(lif_rate(x, 1, tau=1.0, v_reset=None, levels=Levels(0, 4, scale=0.25)), Tensor)
 assert_type(wkv(w, w, x, x, r=x), Tensor)
 assert_type(wkv(w, w, x, x, x), Tensor)
 assert_type(wkv(None, w, x, x, log_decay=w, state=state, return_state=True), tuple[Tensor, tuple[Tensor, Tensor]])

@@ -33,6 +33,7 @@ class Case(NamedTuple):
     v: bool = False  # with the states as input, and their gradients
     parameters: str = ""  # learnt parameters, see NEURONS: "scalar" or "channel"; "" for constants
     extras: bool = False  # lif_rate: with residual and gate
+    levels: str | tuple[int, int] | None = None  # with a soft reset
 
     load = None
 
@@ -49,6 +50,8 @@ class Case(NamedTuple):
         if self.parameters:
             size = () if self.parameters == "scalar" else SHAPE[-1:]
             keywords |= {name: torch.full(size, 1.0, requires_grad=True) for name in names}
+        if self.levels is not None:
+            keywords |= {"levels": self.levels, "v_reset": None}
         if self.extras:
             keywords |= {"residual": tensor(wanted=False), "gate": tensor()}
         wanted = [t for t in (inputs[0], *states, *keywords.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
@@ -135,16 +138,21 @@ CASES = (
     Case("T=4, learnt channels", parameters="channel"),
     Case("T=16, learnt channels", T=16, parameters="channel"),
     Case("T=32, learnt channels", T=32, parameters="channel"),
+    Case("T=4, integers", levels=(0, 4)),
+    Case("T=32, integers", T=32, levels=(0, 4)),
+    Case("T=4, integers, learnt channels", parameters="channel", levels=(0, 4)),
+    Case("T=4, ternary", levels="ternary"),
     Case("T=4", "lif_rate"),
     Case("T=32", "lif_rate", T=32),
     Case("T=4, gate, residual", "lif_rate", extras=True),
+    Case("T=1, integers", "lif_rate", T=1, levels=(0, 4)),
     Case("T=4, learnt scalars", "lif_rate", parameters="scalar"),
     Case("T=4, learnt channels", "lif_rate", parameters="channel"),
     SpikingJelly("T=4"),
     SpikingJelly("T=16", 16),
 )
 LEAKY_CASES = tuple(case._replace(op="leaky") for case in CASES[:6]) + (CASES[7]._replace(op="leaky"),)
-QUICK = tuple(c for c in CASES if c.T == 4 and c.variant not in ("T=4, v given", "T=4, learnt scalars"))
+QUICK = tuple(c for c in CASES if c.T == 4 and c.variant in ("T=4", "T=4, learnt channels", "T=4, gate, residual"))
 
 LIF_NOTES = """
 How to read it:

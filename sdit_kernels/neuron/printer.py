@@ -159,10 +159,8 @@ class _Lines:
             form = self._language.number if exact else self._language.wide_number
             return form.format(node.value, self._like)
         if is_condition(node):
-            first, *more = comparisons_of(node)
-            if more:
-                raise TypeError("a step must not return o.either as its spike, only use it in o.where")
-            return self._language.spike[first.op].format(*self._compared(first))
+            (comparison,) = comparisons_of(node)
+            return self._language.spike[comparison.op].format(*self._compared(comparison))
         return self._names[node.id]
 
     def _compared(self, comparison):

@@ -134,7 +134,7 @@ class Symbol:
 
 CONDITIONS = ("fire", "fire_above")  # the argument is compared with 0
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-_POLYNOMIAL = (*CONDITIONS, "input", "number", "+", "-", "*", "neg", "select", "detach")
+_POLYNOMIAL = (*CONDITIONS, "either", "input", "number", "+", "-", "*", "neg", "select", "detach")
 _SMOOTH = ("+", "-", "*", "/", "neg", "exp")
 
 
@@ -424,7 +424,10 @@ class Trace:
             raise TypeError(f"the step of {name} must return {len(states)} states ({', '.join(states)}), got {len(after)}")
         if not isinstance(spike, Symbol):
             raise TypeError(f"the step of {name} must return a spike that it computes, such as o.fire(..), got {spike!r}")
-        return self.graph.symbol(spike), tuple(map(self.graph.arithmetic, after))
+        spike = self.graph.symbol(spike)
+        if is_condition(spike) and len(comparisons_of(spike)) > 1:  # kernels store the result of one comparison, or a number
+            spike = self.graph.arithmetic(spike)
+        return spike, tuple(map(self.graph.arithmetic, after))
 
     def pullback(self, with_parameters: bool) -> list[Symbol]:
         """Return the gradients with respect to x, the states and, if asked for, the parameters."""
