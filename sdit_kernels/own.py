@@ -171,8 +171,10 @@ def define(
 
         o.fire(z)            1 where z >= 0, else 0, with the surrogate gradient
         o.fire_above(z)      1 where z > 0, else 0, with the surrogate gradient
+        o.either(c, d)       1 where the spike c or d is 1, of two spikes that never fire together
         o.where(c, a, b)     a where c, else b; c is a spike. The gradient of c is (a - b) times the gradient of the result
-        o.level(z, lo, hi)   z clipped to the integers lo and hi, then rounded, ties to even; its derivative is 1 within, else 0
+        o.level(z, lo, hi)   z clipped to the integers lo and hi, then rounded, ties to even; its derivative is 1 within, else
+                             0. unit=u: of z / u; window=(a, b): the derivative is 1 from a to b
         o.maximum(a, b), o.minimum(a, b), o.abs(a), o.exp(a)
         o.detach(a)          a without gradient
 

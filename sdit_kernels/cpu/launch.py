@@ -134,7 +134,7 @@ class Parameters:
         """Return (rows per group, number of groups, partial sums or None, their addresses).
 
         A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if one of
-        the parameters has several values, otherwise (tasks,). Those of a parameter with a value per token have the shape
+        the parameters has several values, otherwise (tasks,). With a value per token they have the shape
         (blocks of columns, number of values).
         """
         group = -(-layout.R // _GROUPS) if wanted else 1
