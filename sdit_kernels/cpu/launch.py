@@ -119,7 +119,7 @@ class Parameters:
                 p = p.detach().to(dtype)
                 if variant.neuron.parameters[i] in variant.neuron.reciprocals:
                     p = 1.0 / p
-                if p.numel() == 1:
+                if p.numel() == 1 and p.dim() < 2:
                     self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
                 else:
                     p = p.contiguous()
@@ -134,7 +134,7 @@ class Parameters:
         """Return (rows per group, number of groups, partial sums or None, their addresses).
 
         A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if one of
-        the parameters has several values, otherwise (tasks,). With a value per token they have the shape
+        the parameters has several values, otherwise (tasks,). For a parameter with a value per token it is
         (blocks of columns, number of values).
         """
         group = -(-layout.R // _GROUPS) if wanted else 1

@@ -96,7 +96,7 @@ def have_tokens(parameters: Sequence[Tensor | None]) -> bool:
 
 
 def per_channel(parameters: Sequence[Tensor | None]) -> bool:
-    return any(p is not None and p.numel() > 1 for p in parameters)
+    return any(p is not None and (p.numel() > 1 or p.dim() > 1) for p in parameters)
 
 
 def allocate_parameter_gradients(parameters, wanted):
@@ -113,7 +113,7 @@ def sum_parameter_gradients(neuron, parameters, sums, found):
         return found
     for i, (p, partial) in enumerate(zip(parameters, sums)):
         if p is not None:
-            d = partial.sum(0) if p.numel() > 1 else partial.sum()
+            d = partial.sum(0) if p.numel() > 1 or p.dim() > 1 else partial.sum()
             if neuron.parameters[i] in neuron.reciprocals:  # r = 1 / tau
                 d = -d / p.to(d.dtype).reshape(d.shape) ** 2
             found[i] = d.reshape(p.shape).to(p.dtype)

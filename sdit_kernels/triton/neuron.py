@@ -30,6 +30,7 @@ from ..surrogate import SURROGATES
 from .surrogate import surrogate_derivative
 from .tiles import (
     SINGLE,
+    STEP,
     Grid,
     all_registers,
     as_bytes,
@@ -235,6 +236,7 @@ def forward_kernel(
     for i in range(segments):
         segment = tl.cast(i, tl.int64)
         t0 = segment * K
+        tokens = t0 * R + rows  # indices of parameters per token and step
         for j in tl.static_range(len(states)):
             keep_ptr, keep_t, keep_r = keeps[j]
             if keep_ptr is not None:
@@ -246,7 +248,7 @@ def forward_kernel(
             xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
         for k in tl.static_range(K):
             x = xs[k].to(STATE)
-            q = load_tokens(p, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+            q = load_tokens(p, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
             spike, after = step(x, states, q)
             m = mask & (t0 + k < T) if F.LONG else mask
             s = as_output(spike, x, STATE, s_ptr.dtype.element_ty)
@@ -309,6 +311,7 @@ def backward_kernel(
         for j in range(segments):
             segment = tl.cast(segments - 1 - j, tl.int64)
             t0 = segment * K
+            tokens = t0 * R + rows
             states = load_states(inputs[1], of_row, first, rows, cols, mask, F, STATE)
             if F.LONG:
                 kept = ()
@@ -335,7 +338,7 @@ def backward_kernel(
                     held = held + (states,)
                 if not F.HOLDS_STATES or F.USES_TAPE or k < K - 1:
                     x = xs[k].to(STATE)
-                    q = load_tokens(of_row, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+                    q = load_tokens(of_row, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
                     tape, after = record(x, states, q)
                     states = as_tiles(after, x)
                     if not F.HOLDS_STATES:
@@ -353,13 +356,13 @@ def backward_kernel(
                     upstream_k = upstream_k + (d,)
                 ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 tape = held[k + 1] if F.USES_TAPE else held[k]
-                q = load_tokens(of_row, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+                q = load_tokens(of_row, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
                 dx, before, along = pullback(tape, xs[k].to(STATE), held[k], q, ds, upstream_k, a)
                 if sums is not None:
                     added = ()
                     for n in tl.static_range(len(sums)):
                         if F.KINDS[n] == 3:
-                            at = sums[n] + (first // BC * T + t0 + k) * R + rows
+                            at = sums[n] + first // BC * T * R + tokens + k * R
                             d = tl.sum(tl.where(m, along[n], 0.0), 1)[:, None]
                             tl.store(at, d, mask=(rows < R) & (t0 + k < T))
                             added = added + (found[n],)
@@ -447,11 +450,35 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     )  # fmt: skip
 
 
+def _backward_by_segments(variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, tuning):
+    """Run neuron_backward on segments of LIF_CHECKPOINT_STEPS steps, from the last to the first.
+
+    With a parameter per step, the loop over segments in the kernel would spill registers.
+    """
+    steps = [kind_of(p, x.dim()) == STEP for p in parameters]
+    found = []
+    for t0 in reversed(range(0, x.shape[0], LIF_CHECKPOINT_STEPS)):
+        part = slice(t0, t0 + LIF_CHECKPOINT_STEPS)
+        before = [c[t0 // LIF_CHECKPOINT_STEPS - 1] for c in checkpoints] if t0 else states
+        into = [torch.empty_like(v) for v in before] if t0 else d_states
+        of_part = [p[part] if step else p for p, step in zip(parameters, steps)]
+        upstream = None if g is None else g[part], g_finals, [None if d is None else d[part] for d in g_seqs]
+        found.insert(0, neuron_backward(
+            variant, *upstream, x[part], before, of_part, [None] * len(states), dx[part], into, True, tuning,
+        ))  # fmt: skip
+        g_finals = into
+    return [torch.cat(parts, 1) if step else sum(parts) for step, parts in zip(steps, zip(*found))]
+
+
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip
     """Fill dx, and the gradients of the states if given. If ``with_parameters``, return a partial sum per parameter."""
     T, state, per_channel = x.shape[0], state_dtype(x.dtype), any(map(is_per_channel, parameters))
+    if with_parameters and T > LIF_CHECKPOINT_STEPS and STEP in (kind_of(p, x.dim()) for p in parameters):
+        return _backward_by_segments(
+            variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, tuning
+        )  # fmt: skip
     layout = layout_of(x, dx, per_channel)
     plan = trace(variant.neuron, variant.flags).plan(with_parameters)
     K = min(T, LIF_CHECKPOINT_STEPS)

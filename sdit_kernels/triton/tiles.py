@@ -100,13 +100,16 @@ class Grid:
 
 def kind_of(p, axes=0):
     """Return what load_parameter needs to know of a parameter for data with so many axes, T included."""
-    if p is None or p.numel() == 1:
+    if p is None:
         return SINGLE
-    return CHANNEL if p.dim() == 1 else STEP if p.dim() == axes else TOKEN
+    if p.dim() > 1:
+        return STEP if p.dim() == axes else TOKEN
+    return SINGLE if p.numel() == 1 else CHANNEL
 
 
 def is_per_channel(p):
-    return p is not None and p.numel() > 1
+    """True if p has several values: rows and columns are then tokens and channels."""
+    return p is not None and (p.numel() > 1 or p.dim() > 1)
 
 
 def maybe_row_view(layout, t):
