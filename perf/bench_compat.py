@@ -2,6 +2,7 @@
 
     python perf/bench_compat.py --only jelly_neurons,jelly_models,snn_neurons,snn_model --json perf/results/compat_snn.json
     python perf/bench_compat.py --only jelly_levels
+    python perf/bench_compat.py --only snn_synaptic
     python perf/bench_compat.py --only published_models --json perf/results/published_models.json
     python perf/bench_compat.py --only handwritten_neurons --json perf/results/compat_handwritten.json
     python perf/bench_compat.py --only rwkv_step,rwkv_layer,rwkv_decode --json perf/results/compat_rwkv.json
@@ -39,6 +40,7 @@ from perf.harness import (
 from perf.ops import OPS, T, current
 from perf.peers import snntorch_loop
 from perf.vision_rwkv import FORMS, VisionRWKV, VRWKV_SpatialMix, chosen
+from sdit_kernels import cuba
 
 
 def skip_section(title, library):
@@ -366,6 +368,57 @@ def snn_neurons(args, settings):
     return title, rows
 
 
+def snn_synaptic(args, settings):
+    """snnTorch's Synaptic, forward and backward; cuba alone returns only spikes. saved: by autograd, inputs included"""
+    title = f"snnTorch's Synaptic, T={STEPS}, ({BATCH}, {HIDDEN}), fp32"
+    if reason_if_missing("snntorch"):
+        return skip_section(title, "snntorch")
+    import snntorch
+
+    from sdit_kernels.compat.snntorch import accelerate, unroll
+
+    x = current(STEPS, BATCH, HIDDEN, device=args.device)
+    g, zero, rows = torch.randn_like(x), torch.zeros_like(x[0]), []
+    learnt = {"learn_alpha": True, "learn_beta": True, "learn_threshold": True}
+    for name, options, fewer_bytes in (("fixed decays", {}, 1.7), ("learnt decays and threshold", learnt, 3.4)):
+        neuron = snntorch.Synaptic(alpha=0.8, beta=0.9, **options).to(args.device)
+        fused = copy.deepcopy(neuron)
+        assert accelerate(fused).replaced
+
+        def whole(x, neuron=fused):
+            return unroll(neuron, x, zero, syn=zero)
+
+        def in_loop(x, neuron):
+            syn, mem, steps = zero, zero, []
+            for x_t in x:
+                s, syn, mem = neuron(x_t, syn, mem)
+                steps.append((s, syn, mem))
+            return tuple(map(torch.stack, zip(*steps)))
+
+        fused_loop, loop = (functools.partial(in_loop, neuron=n) for n in (fused, neuron))
+        calls = {"unroll": (whole, fused), "accelerated, in the loop": (fused_loop, fused), "the loop": (loop, neuron)}
+        want, contestants, saved = loop(x), [], {}
+        wanted = make_forward_backward(loop, [x], g, tuple(neuron.parameters()))()
+        for label, (f, n) in calls.items():
+            check(f"{name}, {label}: spikes and states", f(x), want, 0, 0)
+            parameters = tuple(n.parameters())
+            run = make_forward_backward(f, [x], g, parameters)
+            error = check_gradients(f"{name}, {label}: gradient", run(), wanted, 1e-4, 1e-3)
+            saved[label] = count_saved_bytes(f, x, parameters)
+            extra = {"saved_bytes": saved[label]} | (error if n is fused else {})
+            contestants.append(Contestant(f"{name}, {label}", run, extra=extra))
+        if not options:
+            call = functools.partial(cuba, beta_i=0.8, beta=0.9)
+            check("cuba: spikes", call(x), want[0], 0, 0)
+            extra = {"saved_bytes": count_saved_bytes(call, x)}
+            contestants.append(Contestant("cuba alone", make_forward_backward(call, [x], g), extra=extra))
+        found = compare(contestants, **settings)
+        record_goal(f"snnTorch Synaptic, {name}: the loop over unroll", found[2]["ratio"], 5)
+        record_goal(f"snnTorch Synaptic, {name}: kept bytes", saved["the loop"] / saved["unroll"], fewer_bytes)
+        rows += found
+    return title, rows
+
+
 def snn_model(args, settings):
     """Training step of the network of the tutorials (784, 1000, 10), cross entropy at every step: forward, backward, Adam"""
     title = f"A network of snnTorch, T={STEPS}, batch {BATCH}, fp32"
@@ -657,8 +710,8 @@ def vision_rwkv_layer(args, settings):
 SECTIONS = {
     f.__name__: f
     for f in (
-        jelly_neurons, jelly_levels, jelly_models, published_models, snn_neurons, snn_model, handwritten_neurons, rwkv_step,
-        rwkv_layer, rwkv_decode, vision_rwkv_step, vision_rwkv_layer,
+        jelly_neurons, jelly_levels, jelly_models, published_models, snn_neurons, snn_synaptic, snn_model, handwritten_neurons,
+        rwkv_step, rwkv_layer, rwkv_decode, vision_rwkv_step, vision_rwkv_layer,
     )
 }  # fmt: skip
 

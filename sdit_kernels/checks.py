@@ -88,13 +88,16 @@ class Neuron(NamedTuple):
     levels: str  # see levels.encode
 
 
-def check_neuron(x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x"):
+def check_neuron(
+    x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x", tokens=False
+):  # fmt: skip
     """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
 
-    Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
+    tokens: tau and v_threshold may have a value per token too. Return (Neuron, tau tensor, v_threshold tensor). The Neuron is
+    None if the user gave a surrogate function.
     """
-    tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data)
-    threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data)
+    tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data, tokens)
+    threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data, tokens)
     _check_tau(tau_value, decay_input)
     dtype = state_dtype(x.dtype)
     check_threshold(threshold_value, dtype)
@@ -147,8 +150,12 @@ def check_levels_fit(levels, dtype, what):
         raise ValueError(f"{what} is {dtype}, which holds integers from {least} to {most}, got levels from {lo} to {hi}")
 
 
-def check_neuron_parameter(name, p, x, channels, data="x"):
-    """Check tau, beta or v_threshold. Return (number, None), or (1.0, tensor) for a tensor."""
+def check_neuron_parameter(name, p, x, channels, data="x", tokens=False):
+    """Check tau, beta or v_threshold. Return (number, None), or (1.0, tensor) for a tensor.
+
+    tokens: p may have a value per token of x, (T, .., L, C). Such a p is returned with all axes of x except C, which is 1, and
+    without T if it is the same at every step.
+    """
     if isinstance(p, Tensor):
         check_tensor(name, p)
         if p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, x.dtype) != p.dtype:
@@ -158,13 +165,36 @@ def check_neuron_parameter(name, p, x, channels, data="x"):
             )
         if p.device != x.device:
             raise ValueError(f"{name} must be on the device of {data}, {x.device}, got {p.device}")
+        if tokens and p.dim() > 1 and channels is not None and (spread := _spread_over_tokens(p, x.shape)) is not None:
+            return 1.0, spread
         if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
-            per_channel = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
-            raise ValueError(f"{name} must be a scalar{per_channel}, got {tuple(p.shape)}")
+            allowed = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
+            if tokens and x.dim() > 2:
+                shapes = (*x.shape[1:-1], 1), (*x.shape[:-1], 1)
+                allowed += f", or broadcast to {shapes[0]} or {shapes[1]}, one per token or per token and step"
+            raise ValueError(f"{name} must be a scalar{allowed}, got {tuple(p.shape)}")
         return 1.0, p
     if not is_number(p):
         raise TypeError(f"{name} must be a number or a tensor, got {type(p).__name__}")
     return float(p), None
+
+
+def _spread_over_tokens(p, shape):
+    """Expand p to a value per token, (.., L, 1), or per token and step, (T, .., L, 1); a scalar if p has one element.
+
+    Return None if p has another shape. shape: (T, .., L, C).
+    """
+    if p.shape[-1] != 1 or p.dim() > len(shape):
+        return None
+    if p.numel() == 1:
+        return p.reshape(())
+    if p.dim() == len(shape) and p.shape[0] == 1:  # the same at every step
+        p = p[0]
+    wanted = (*(shape if p.dim() == len(shape) else shape[1:])[:-1], 1)
+    if any(n not in (1, m) for n, m in zip(reversed(p.shape), reversed(wanted))):
+        return None
+    p = p.expand(wanted)
+    return p if p.dim() > 1 and p.numel() != 1 else p.reshape(())
 
 
 def check_membrane(name, t, shape, like, data="x"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import check_flag, check_number, is_number
 from .neuron import Neuron, Trace
 from .neuron.printer import TORCH, text
-from .neuron.trace import is_condition
+from .neuron.trace import in_order, is_condition
 from .nn.neurons import OwnNeuron
 from .ops.lif import No, Yes
 from .ops.neuron import NeuronOp
@@ -241,6 +241,20 @@ def define(
     for name, value in start.items():
         _check_finite(f"start of {name}", value)
     return Op(step, states, parameters if isinstance(parameters, Mapping) else tuple(parameters), start)
+
+
+def costs(name: str) -> tuple[int, int] | None:
+    """Return the multiply-adds and additions of a step of a neuron of the user by the name of its operator; None: unknown.
+
+    A sum of a product counts with the product, and a division as a product. Comparisons, maxima and selects are additions.
+    """
+    if name not in _operators:
+        return None
+    traced = Trace(_operators[name].neuron)
+    nodes = [n for n in in_order((traced.spike, *traced.after)) if n.args and n.op not in ("neg", "detach", "exp")]
+    products = {n.id for n in nodes if n.op in ("*", "/")}
+    sums = [n for n in nodes if n.op in ("+", "-") and any(a.id in products for a in n.args)]
+    return len(products), len(nodes) - len(products) - len(sums)
 
 
 def _check_finite(name, value):

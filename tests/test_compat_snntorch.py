@@ -422,7 +422,7 @@ def test_unsupported_neurons_are_left_with_a_reason(snn):
         "straight": snn.Leaky(beta=0.5, spike_grad=surrogate.straight_through_estimator()),
         "own": snn.Leaky(beta=0.5, spike_grad=surrogate.custom_surrogate(lambda x, g, s: g)),
         "function": snn.Leaky(beta=0.5, spike_grad=torch.relu), "slope": snn.Leaky(beta=0.5, spike_grad=surrogate.atan(-1.0)),
-        "synaptic": snn.Synaptic(alpha=0.9, beta=0.8),
+        "recurrent": snn.RSynaptic(alpha=0.9, beta=0.8, all_to_all=False),
     })  # fmt: skip
     report = accelerate(net)
     assert report.replaced == (("defaults", "Defaults"),)
@@ -439,14 +439,14 @@ def test_unsupported_neurons_are_left_with_a_reason(snn):
         "own": "surrogate custom_surrogate has no formula here",
         "function": "surrogate relu has no formula here",
         "slope": "surrogate atan has alpha=-1.0, which is not a positive number",
-        "synaptic": "this kind of neuron has no fused kernel here",
+        "recurrent": "this kind of neuron has no fused kernel here",
     }
     x = torch.rand(5, 2, 3)
     with pytest.warns(UserWarning, match="Quicker runs step by step: Quicker overrides fire of Leaky"):
         spikes, history = unroll(net["quicker"], x, torch.zeros(2, 3))
     assert torch.equal(spikes, history)
-    with pytest.warns(UserWarning, match="Synaptic runs step by step: this kind of neuron has no fused kernel here"):
-        assert [t.shape for t in unroll(net["synaptic"], x)] == [x.shape] * 3
+    with pytest.warns(UserWarning, match="Alpha runs step by step: this kind of neuron has no fused kernel here"):
+        assert [t.shape for t in unroll(snn.Alpha(0.9, 0.8), x)] == [x.shape] * 4
 
 
 def test_changes_after_accelerate_are_warned_about(snn):
@@ -571,12 +571,12 @@ def test_every_unsupported_neuron_is_in_the_report(snn):
     from snntorch._neurons.leakykernel import LeakyKernel
 
     net = nn.ModuleDict({
-        "parallel": snn.LeakyParallel(5, 5), "kernel": LeakyKernel(5, 5), "lapicque": snn.Lapicque(beta=0.5),
+        "parallel": snn.LeakyParallel(5, 5), "kernel": LeakyKernel(5, 5), "alpha": snn.Alpha(0.9, 0.8),
         "recurrent": snn.RLeaky(beta=0.5, all_to_all=False), "delta": snn.DeltaLeaky(beta=0.5),
     })  # fmt: skip
     report = accelerate(net)
     assert {name: kind for name, kind, _ in report.left} == {
-        "parallel": "LeakyParallel", "kernel": "LeakyKernel", "lapicque": "Lapicque", "recurrent": "RLeaky",
+        "parallel": "LeakyParallel", "kernel": "LeakyKernel", "alpha": "Alpha", "recurrent": "RLeaky",
         "delta": "DeltaLeaky",
     }  # fmt: skip
     assert all(left.reason == "this kind of neuron has no fused kernel here" for left in report.left[:-1])
@@ -607,3 +607,185 @@ def test_data_changed_in_place_before_the_backward_pass_is_refused(snn):
     y += spikes
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         spikes.sum().backward()
+
+
+# ---- Synaptic and Lapicque -------------------------------------------------------------------------------------------
+
+
+def loop_over(neuron, x, states):
+    """Return (spikes, states after every step), stacked, from snnTorch's loop."""
+    steps = []
+    for x_t in x:
+        s, *states = neuron(x_t, *states)
+        steps.append((s, *states))
+    return tuple(map(torch.stack, zip(*steps)))
+
+
+def unrolled(neuron, x, states):
+    return unroll(neuron, x, states[-1], **({"syn": states[0]} if len(states) == 2 else {}))
+
+
+def differentiated(run, neuron, x, states, seed):
+    """Return the outputs, and the gradients of the data, the states and the parameters."""
+    x, states = x.clone().requires_grad_(), [v.clone().requires_grad_() for v in states]
+    outputs = run(neuron, x, states)
+    for name, seq in zip(("syn", "mem") if len(states) == 2 else ("mem",), outputs[1:], strict=True):
+        assert torch.equal(getattr(neuron, name), seq[-1])
+    made = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(t.shape, generator=made, dtype=torch.float64) for t in outputs]
+    tensors = [x, *states, *neuron.parameters()]
+    loss = sum((t * w).sum() for t, w in zip(outputs, weights))
+    return outputs, torch.autograd.grad(loss, tensors, allow_unused=True, materialize_grads=True)
+
+
+def value(kind, number, generator):
+    size = {"number": (), "channel": (5,), "neuron": (2, 5)}[kind]
+    t = torch.rand(size, generator=generator, dtype=torch.float64)
+    return torch.tensor(number, dtype=torch.float64) + 0.1 * t if size else number
+
+
+@st.composite
+def two_state_cases(draw):
+    kinds = [draw(st.sampled_from(["number", "channel", "neuron"])) for _ in range(3)]
+    flag = st.booleans()
+    options = dict(
+        reset_mechanism=draw(st.sampled_from(["subtract", "zero", "none"])), reset_delay=draw(flag), learn_alpha=draw(flag),
+        learn_beta=draw(flag), learn_threshold=draw(flag),
+    )  # fmt: skip
+    return kinds, options, draw(st.sampled_from([1, 4, 20])), draw(st.integers(0, 99))
+
+
+def check_against_loop(monkeypatch, make, states, x, seed):
+    """Compare the accelerated neuron in the loop and unrolled, and the neuron unrolled, with snnTorch's loop in float64."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # snnTorch rounds its spikes to float32
+    want = differentiated(loop_over, make(), x, states, seed)
+    fused, again, plain = make(), make(), make()  # a learnt beta of Lapicque has one backward pass, in snnTorch too
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert accelerate(fused).replaced and "fused by sdit_kernels" in repr(fused)
+        accelerate(again)
+        with backend("reference"):  # test_cuba.py compares the kernels with the reference
+            found = [differentiated(unrolled, neuron, x, states, seed) for neuron in (fused, plain)]
+            found.append(differentiated(loop_over, again, x, states, seed))
+    scale = max(1.0, *(g.abs().max().item() for g in want[1]))
+    for outputs, gradients in found:
+        assert torch.equal(outputs[0], want[0][0])
+        for got, wanted in zip(outputs[1:], want[0][1:], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        for got, wanted in zip(gradients, want[1], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-10 * scale)
+
+
+@settings(max_examples=25)
+@given(case=two_state_cases())
+def test_synaptic_equals_the_librarys_loop(snn, case):
+    kinds, options, T, seed = case
+
+    def make():
+        made = torch.Generator().manual_seed(seed)
+        alpha, beta, threshold = (value(kind, number, made) for kind, number in zip(kinds, (0.8, 0.6, 0.7)))
+        return snn.Synaptic(alpha, beta, threshold=threshold, **options).double()
+
+    made = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(T, 2, 5, generator=made, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        check_against_loop(patch, make, [torch.randn(2, 5, generator=made, dtype=torch.float64) for _ in range(2)], x, seed)
+
+
+LAPICQUE = [  # the parameters that snnTorch takes; beta learnt needs a scalar, which C then depends on
+    dict(R=5, C=1e-1, time_step=0.3), dict(beta=0.7), dict(beta=0.6, R=2.0), dict(beta=0.5, C=1.5), dict(R=1.5, C=2.0),
+    dict(beta=torch.tensor(0.7, dtype=torch.float64), learn_beta=True),
+]  # fmt: skip
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_lapicque_equals_the_librarys_loop(snn, data):
+    options = dict(
+        data.draw(st.sampled_from(LAPICQUE)), reset_mechanism=data.draw(st.sampled_from(["subtract", "zero", "none"])),
+        learn_threshold=data.draw(st.booleans()),
+    )  # fmt: skip
+    seed, T, kind = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([1, 4, 20])), data.draw(st.sampled_from(
+        ["number", "channel", "neuron"]
+    ))  # fmt: skip
+    per_channel = data.draw(st.booleans()) and "R" not in options and "learn_beta" not in options
+
+    def make():
+        made = torch.Generator().manual_seed(seed)
+        given_ = dict(options, threshold=value(kind, 0.6, made))
+        if per_channel:
+            given_["beta"] = 0.5 + 0.4 * torch.rand(1, generator=made, dtype=torch.float64)
+        if "learn_beta" in given_:
+            given_["beta"] = given_["beta"].clone()
+            return snn.Lapicque(**given_)
+        return snn.Lapicque(**given_).double()
+
+    made = torch.Generator().manual_seed(seed + 1)
+    x = 2 * torch.randn(T, 2, 5, generator=made, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        check_against_loop(patch, make, [torch.randn(2, 5, generator=made, dtype=torch.float64)], x, seed)
+
+
+def test_synaptic_bits_equal_the_librarys_in_float32(snn):
+    x = 1.5 * torch.randn(20, 3, 40, generator=torch.Generator().manual_seed(0))
+    for make in (lambda: snn.Synaptic(0.83, 0.71, threshold=0.9), lambda: snn.Lapicque(R=2.7, C=1.3, time_step=0.6)):
+        neuron, fused = make(), make()
+        accelerate(fused)
+        states = [torch.zeros(3, 40) for _ in (("syn", "mem") if hasattr(neuron, "syn") else ("mem",))]
+        want = loop_over(neuron, x, states)
+        for run in (loop_over, unrolled):
+            assert all(torch.equal(a, b) for a, b in zip(run(fused, x, states), want, strict=True))
+
+
+def test_hidden_states_of_synaptic_work_as_in_the_library(snn):
+    from snntorch import utils
+
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Linear(6, 8), snn.Synaptic(0.8, 0.7, init_hidden=True), nn.Linear(8, 4),
+            snn.Synaptic(torch.full((4,), 0.8), 0.7, threshold=0.3, init_hidden=True, output=True, reset_mechanism="zero"),
+        )  # fmt: skip
+
+    plain, fused = net(), net()
+    x = 3 * torch.rand(10, 2, 6)
+    want = [torch.stack(t) for t in zip(*[plain(x_t) for x_t in x])]
+    assert len(accelerate(fused).replaced) == 2
+    got = [torch.cat(t) for t in zip(*[unroll(fused, part) for part in x.split([4, 6])])]
+    assert len(got) == 3 and got[0].any()
+    for g, w in zip(got, want):
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-5)
+    assert torch.equal(fused[3].syn, got[1][-1]) and torch.equal(fused[3].mem, got[2][-1])
+    utils.reset(fused)
+    assert not fused[1].syn.any() and not fused[1].mem.any() and fused[1].syn.grad_fn is None
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert restore(fused).replaced == (("1", "Synaptic"), ("3", "Synaptic"))
+    with pytest.raises(TypeError, match="syn must not be given to a neuron with init_hidden=True"):
+        unroll(compat.Synaptic(0.9, 0.8, init_hidden=True), x, syn=x[0])
+
+
+def test_the_states_of_another_neuron_are_refused(snn):
+    x = torch.ones(4, 3, 5)
+    with pytest.raises(ValueError, match="syn belongs to a neuron that has it, got a Leaky"):
+        unroll(snn.Leaky(0.5), x, syn=x[0])
+    with pytest.raises(TypeError, match="syn must be a tensor or None, got float"):
+        unroll(snn.Synaptic(0.5, 0.5), x, syn=0.5)
+    with pytest.raises(ValueError, match="syn belongs to a single neuron, got a ReLU"):
+        unroll(nn.ReLU(), x, syn=x[0])
+    with pytest.raises(ValueError, match="Synaptic cannot be fused: inhibition"), pytest.warns(UserWarning):
+        compat.Synaptic(0.5, 0.5, inhibition=True)
+    late = compat.Lapicque(R=1.0, C=2.0)
+    late.C.fill_(-1.0)
+    with pytest.warns(UserWarning, match="Lapicque runs snnTorch's own code: its C is not positive and finite"):
+        late(x[0], x[0])
+
+
+def test_a_neuron_with_two_states_compiles_in_one_graph(snn):
+    torch.compiler.reset()
+    fused, twin = (compat.Synaptic(0.8, torch.full((5,), 0.7), init_hidden=True, output=True) for _ in range(2))
+    x = torch.rand(4, 3, 5)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    compiled_unroll = torch.compile(lambda x: unroll(fused, x), fullgraph=True, backend="aot_eager")
+    for x_t in x:
+        assert all(map(torch.equal, compiled(x_t), twin(x_t)))
+    assert all(map(torch.equal, compiled_unroll(x), unroll(twin, x)))

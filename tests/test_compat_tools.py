@@ -252,7 +252,7 @@ def make_class(name, module, base=nn.Module):
         compat_jelly,
         "LIFNode, IFNode, ParametricLIFNode, ILIFNode or a ternary neuron of SpikingJelly, activation_based or clock_driven",
     ),
-    (compat_snn, "snntorch.Leaky"),
+    (compat_snn, "snntorch.Leaky, Synaptic or Lapicque"),
 ])  # fmt: skip
 def test_neurons_of_unknown_libraries_are_left_with_a_reason(drop_in, known):
     copied = make_class("MultiStepLIFNode", "src.spikingjelly.clock_driven.neuron")

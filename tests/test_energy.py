@@ -1150,6 +1150,25 @@ def test_neurons_without_leak_have_no_multiplications_of_a_leak():
     }  # fmt: skip
 
 
+def test_neurons_with_two_states_and_neurons_of_the_user_are_counted():
+    def step(x, s, p, o):
+        h = s.v * p.k + (x - s.v) * 0.5  # two products, one sum that no product takes part in
+        fired = o.fire(h - 1.0)  # two additions
+        return fired, o.where(fired, 0.0, h)  # one
+
+    op = sdit_kernels.neuron.define(step, parameters=("k",))
+
+    def run(self, x):
+        sdit_kernels.cuba(x, beta_i=0.5, beta=0.5)
+        op(x, k=0.5)
+
+    with sdit_kernels.backend("cpu"):
+        work = energy.count(Call(run), torch.randn(4, 5)).fused_work()
+    assert [(name.partition("_")[0], w["macs"], w["additions"]) for name, w in sorted(work.items())] == [
+        ("cuba", 60, 20), ("step", 40, 80),
+    ]  # fmt: skip
+
+
 def test_the_costs_are_checked():
     nan, inf = float("nan"), float("inf")
     numbers = ("mac", "add", "int_multiply", "int_add", "byte", "value_bytes", "quantised_weight_bytes")

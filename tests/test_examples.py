@@ -13,6 +13,7 @@ CASES = {  # file: (library it needs, arguments that make it short, words in its
     "spikingjelly_digits.py": ("spikingjelly", ("--epochs", "1"), ("SpikingJelly: ", "accelerated: ", "% right")),
     "snntorch_digits.py": ("snntorch", ("--epochs", "1"), ("loop: ", "unroll: ", "% right")),
     "rwkv_text.py": ("transformers", ("--steps", "1"), ("loss", "ms a step", "def ")),
+    "own_neuron.py": ("sklearn", ("--epochs", "1"), ("epoch 1: loss ", "% right")),
     "ops_digits.py": ("sklearn", ("--epochs", "1"), ("epoch 1: loss ", "% right")),
     "sdit_digits.py": ("diffusers", ("--steps", "2", "--dim", "32"), ("10 digits in samples.png",)),
 }

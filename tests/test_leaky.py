@@ -296,14 +296,10 @@ def test_a_users_surrogate_gives_the_gradient():
 def test_lapicque_of_two_steps_per_time_constant_is_leaky_on_half_the_input(name):
     """R = 1 and C = 2: h = x / 2 + v / 2. test_cuba.py compares lapicque with loops."""
     x = exact((4, 30), torch.float32, 3).requires_grad_()
-    found = [run_any(name, lapicque, x, C=2.0, return_v=True), run_any(name, leaky, x / 2, beta=0.5, return_v=True)]
-    assert all(map(torch.equal, *found))
-    assert torch.equal(*(gradients(out, [x], 1)[0] for out in found))
-
-
-def run_any(name, function, *args, **kwargs):
     with backend(name):
-        return function(*args, **kwargs)
+        found = [lapicque(x, C=2.0, return_v=True), leaky(x / 2, beta=0.5, return_v=True)]
+        assert all(map(torch.equal, *found))
+        assert torch.equal(*(gradients(out, [x], 1)[0] for out in found))
 
 
 def test_the_modes_contain_every_reset():

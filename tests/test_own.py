@@ -403,9 +403,9 @@ def fires(x, s, p, o):
 
 
 REFUSED = {
-    "a step that is no function": (TypeError, "step must be a function", lambda: define("klif")),
+    "a step that is not a function": (TypeError, "step must be a function", lambda: define("klif")),
     "too few arguments": (TypeError, r"step must take the arguments \(x, s, p, o\)", lambda: define(lambda x, s: x)),
-    "a flag that is no bool": (TypeError, "argument mode of the step", lambda: define(lambda x, s, p, o, *, mode="a": x)),
+    "a flag that is not a bool": (TypeError, "argument mode of the step", lambda: define(lambda x, s, p, o, *, mode="a": x)),
     "no flag default": (TypeError, "argument mode of the step", lambda: define(lambda x, s, p, o, *, mode: x)),
     "a state alone": (TypeError, "states must be a sequence of names", lambda: define(fires, "v")),
     "no state": (ValueError, "at least one state", lambda: define(fires, ())),
@@ -413,7 +413,7 @@ REFUSED = {
     "one name twice": (ValueError, "different names, got 'v' twice", lambda: define(fires, ("v",), ("v",))),
     "a start of no state": (ValueError, "start must name states, v, got w", lambda: define(fires, start={"w": 1.0})),
     "an infinite start": (ValueError, "start of v must be finite, got inf", lambda: define(fires, start=math.inf)),
-    "a default that is no number": (TypeError, "default of the parameter k must", lambda: define(fires, parameters={"k": "a"})),
+    "a default that is not a number": (TypeError, "default of the parameter k", lambda: define(fires, parameters={"k": "a"})),
     "one state too many": (TypeError, "return 1 states .v., got 2", lambda: define(lambda x, s, p, o: (o.fire(x), (x, x)))),
     "no states": (TypeError, r"must return \(spike, state\)", lambda: define(lambda x, s, p, o: o.fire(x))),
     "a constant spike": (TypeError, "must return a spike that it computes", lambda: define(lambda x, s, p, o: (1.0, x))),

@@ -8,8 +8,11 @@ from sdit_kernels import (
     SURROGATES,
     Levels,
     backend,
+    cuba,
+    lapicque,
     lif,
     lif_rate,
+    neuron,
     nn,
     relu_squared,
     spiking_wkv,
@@ -32,6 +35,13 @@ assert_type(lif(x, return_v_seq=True, alpha=2.0), tuple[Tensor, Tensor])
 assert_type(lif(x, return_v=True, return_v_seq=True), tuple[Tensor, Tensor, Tensor])
 assert_type(lif(x, v_reset=None, levels=(0, 4)), Tensor)
 assert_type(lif(x, levels="ternary", spike_dtype=torch.int8, return_v=True), tuple[Tensor, Tensor])
+assert_type(lapicque(x, C=2.0, return_v=True), tuple[Tensor, Tensor])
+assert_type(cuba(x, beta_i=0.5, beta=w), Tensor)
+assert_type(cuba(x, (w, None), beta_i=0.5, beta=w, return_state=True), tuple[Tensor, tuple[Tensor, Tensor]])
+own = neuron.define(lambda x, s, p, o: (o.fire(x), s.v), parameters=("k",))
+assert_type(own(x, k=w), Tensor)
+assert_type(own(x, k=w, return_state=True), tuple[Tensor, tuple[Tensor, ...]])
+assert_type(own.module(k=1.0).forward(x), Tensor)
 assert_type(lif_rate(x, 4, residual=x), Tensor)
 assert_type(lif_rate(x, 1, tau=1.0, v_reset=None, levels=Levels(0, 4, scale=0.25)), Tensor)
 assert_type(wkv(w, w, x, x, r=x), Tensor)

@@ -1,4 +1,4 @@
-"""The calls of lif, lif_rate and leaky, and of SpikingJelly's LIF."""
+"""The calls of lif, lif_rate, leaky, lapicque, cuba and adlif, and of SpikingJelly's LIF."""
 
 from typing import NamedTuple
 
@@ -12,14 +12,26 @@ from perf.ops import passes
 STRETCH = 16  # time steps that a LIF kernel holds in registers; for a longer T, it loops over stretches
 
 
+# op: (settings as numbers, names of its parameters)
+NEURONS = {
+    "lif": ({}, ("tau", "v_threshold")),
+    "leaky": ({"beta": 0.5}, ("beta", "v_threshold")),
+    "lapicque": ({"R": 1.0, "C": 2.0}, ("R", "C", "time_step", "v_threshold")),
+    "cuba": ({"beta_i": 0.5, "beta": 0.5}, ("beta_i", "beta", "v_threshold")),
+    "adlif": ({"beta": 0.5, "beta_w": 0.5, "a": 0.5, "b": 1.0}, ("beta", "beta_w", "a", "b", "v_threshold")),
+}
+NEURONS["lif_rate"] = NEURONS["lif"]
+TWO_STATES = ("cuba", "adlif")
+
+
 class Case(NamedTuple):
-    """A call of lif, lif_rate or leaky, forward and backward."""
+    """A call of a neuron's op, forward and backward."""
 
     variant: str
     op: str = "lif"
     T: int = 4
-    v: bool = False  # with a membrane as input, and its gradient
-    parameters: str = ""  # learnt tau (leaky: beta) and v_threshold: "scalar" or "channel"; "" for constants
+    v: bool = False  # with the states as input, and their gradients
+    parameters: str = ""  # learnt parameters, see NEURONS: "scalar" or "channel"; "" for constants
     extras: bool = False  # lif_rate: with residual and gate
     levels: str | tuple[int, int] | None = None  # with a soft reset
 
@@ -30,21 +42,26 @@ class Case(NamedTuple):
             return torch.empty(*leading, *SHAPE, dtype=dtype, requires_grad=wanted)
 
         inputs = [tensor() if self.op == "lif_rate" else tensor(self.T)]
-        keywords = {"lif_rate": {"T": self.T}, "leaky": {"beta": 0.5}}.get(self.op, {})
+        keywords, names = NEURONS[self.op]
+        keywords = keywords | ({"T": self.T} if self.op == "lif_rate" else {})
+        states = [tensor() for _ in range(self.states)] if self.v else []
         if self.v:
-            inputs.append(tensor())
+            inputs.append(tuple(states) if self.op in TWO_STATES else states[0])
         if self.parameters:
             size = () if self.parameters == "scalar" else SHAPE[-1:]
-            names = ("beta" if self.op == "leaky" else "tau", "v_threshold")
             keywords |= {name: torch.full(size, 1.0, requires_grad=True) for name in names}
         if self.levels is not None:
             keywords |= {"levels": self.levels, "v_reset": None}
         if self.extras:
             keywords |= {"residual": tensor(wanted=False), "gate": tensor()}
-        wanted = [t for t in (*inputs, *keywords.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
+        wanted = [t for t in (inputs[0], *states, *keywords.values()) if isinstance(t, torch.Tensor) and t.requires_grad]
         with sdit_kernels.backend("triton"):
             out = getattr(sdit_kernels, self.op)(*inputs, **keywords)
             torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+    @property
+    def states(self) -> int:
+        return 2 if self.op in TWO_STATES else 1
 
     def floor(self, direction: str, size: int, rows: int = 1) -> float:
         """Return the bytes per element of x that must move.
@@ -52,13 +69,13 @@ class Case(NamedTuple):
         ``size`` is the bytes of an element; ``rows`` is the number of rows of a tile that share the parameters of a channel.
         States (a membrane input, the checkpoint) count once per neuron and stretch, vectors of parameters once per program.
         """
-        backward, per_neuron = direction == "backward", 0
+        backward, per_neuron, count = direction == "backward", 0, len(NEURONS[self.op][1])
         if self.T > STRETCH and self.op != "lif_rate":
-            per_neuron += 4  # the checkpoint
+            per_neuron += 4 * self.states  # the checkpoint
         if self.v:
-            per_neuron += 2 * size if backward else size
+            per_neuron += self.states * (2 * size if backward else size)
         if self.parameters == "channel":
-            per_neuron += (16 if backward else 8) / rows  # tau and threshold; backward: also their partial gradients
+            per_neuron += count * (8 if backward else 4) / rows  # backward: also their partial gradients
         tensors = passes(direction, 2) + (not backward) if self.extras else passes(direction, 1)  # residual
         return tensors * size + per_neuron / (1 if self.op == "lif_rate" else min(self.T, STRETCH))
 
@@ -71,6 +88,11 @@ class Case(NamedTuple):
         if self.parameters == "scalar":
             small = launched.found["loads"].get(32, 0) + launched.found["stores"].get(32, 0)
             count, widths = count | {"bytes": count["bytes"] - 4 * small}, widths - {32}
+        elif not self.parameters and self.op == "adlif":  # its fifth number travels as a tensor; other loads repeat per step
+            small = launched.found["loads"].get(32, 0) % steps
+            count = count | {"bytes": count["bytes"] - 4 * small}
+            if launched.found["loads"].get(32) == small and 32 not in launched.found["stores"]:
+                widths = widths - {32}
         floor = self.floor(launched.direction, launched.size, launched.arguments.get("BR", 1))
         if self.op == "lif_rate":
             return Figures(launched.name, count, launched.neurons, floor, steps, widths)
@@ -160,5 +182,18 @@ LEAKY_NOTES = """\
   in the forward pass and 3 b in the backward pass.
 """
 
+CUBA_CASES = (
+    *(case._replace(op="cuba") for case in LEAKY_CASES), Case("T=16, learnt channels", "cuba", T=16, parameters="channel"),
+    Case("T=4", "adlif"), Case("T=16", "adlif", T=16), Case("T=4, learnt channels", "adlif", parameters="channel"),
+    Case("T=4", "lapicque"), Case("T=4, learnt channels", "lapicque", parameters="channel"),
+)  # fmt: skip
+CUBA_NOTES = """\
+
+- Columns as in compile_lif.md; reset "subtract", with delay. `cuba` and `adlif` have two states, `lapicque` has one. They
+  move as many bytes as `lif`: with b bytes an element, 2 b in the forward pass and 3 b in the backward pass. A checkpoint per
+  16 steps and given states count once per state.
+"""
+
 LIF = Stem(CASES, QUICK, 1.001, True, LIF_NOTES)
 LEAKY = Stem(LEAKY_CASES, LEAKY_CASES[:1], 1.001, True, LEAKY_NOTES)
+CUBA = Stem(CUBA_CASES, (CUBA_CASES[0],), 1.001, True, CUBA_NOTES)

@@ -9,15 +9,22 @@ import pathlib
 
 from perf import harness
 from perf.compile import launch
-from perf.compile.lif import LEAKY, LIF
+from perf.compile.lif import CUBA, LEAKY, LIF
 from perf.compile.mix import MIX
 from perf.compile.rows import rows_of
 from perf.compile.spiking_wkv import SPIKING_WKV
 from perf.compile.wkv import WKV
 
-STEMS = {"lif": LIF, "leaky": LEAKY, "wkv": WKV, "spiking_wkv": SPIKING_WKV, "mix": MIX}
+STEMS = {"lif": LIF, "leaky": LEAKY, "cuba": CUBA, "wkv": WKV, "spiking_wkv": SPIKING_WKV, "mix": MIX}
 # {prefix of a kernel's name: its stem}, where they differ
-KERNELS = {"token_shift": "mix", "relu_squared": "mix", "fla": "wkv", "spikingjelly": "lif"}
+KERNELS = {
+    "adlif": "cuba",
+    "lapicque": "cuba",
+    "token_shift": "mix",
+    "relu_squared": "mix",
+    "fla": "wkv",
+    "spikingjelly": "lif",
+}
 QUICK_TARGETS = ("cuda:90", "hip:gfx942")
 TOLERANCE = 1.10  # allowed growth of instructions over the committed figures
 
@@ -156,7 +163,7 @@ def verdict(rows: list[dict]) -> str:
     spilt, over = (sum(map(is_wrong, ours)) for is_wrong in (is_spilling, is_above_floor))
     text = f"{len(ours)} kernels of this project: {spilt} with spills to memory, {over} above the floor of "
     if over or len(wide) < len(ours):
-        text = text.replace("above", "more than 10 % (lif, leaky, mix: 0.1 %) above")
+        text = text.replace("above", "more than 10 % (lif, leaky, cuba, mix: 0.1 %) above")
     if not wide:
         return text + "bytes; accesses as wide as an element, the accesses of a warp side by side."
     return text + f"bytes; accesses of 128 bits {'in all except ' + '; '.join(narrow) if narrow else 'throughout'}."

@@ -391,6 +391,16 @@ def fill(target, n, source, offset, value, code, S):
 
 
 @numba.njit(forceinline=True, error_model="numpy")
+def fill_parameter(target, n, source, per_channel, c, token, value, S):
+    """Fill a tile with a parameter for n columns from c on: a value per channel, the value of a token, or ``value``."""
+    if source == 0 or per_channel:
+        fill(target, n, source, c, value, S, S)
+    else:
+        x = load(source, token, S)
+        fill(target, n, 0, 0, x if x == x else num(math.nan, S), S, S)
+
+
+@numba.njit(forceinline=True, error_model="numpy")
 def sum_tile(target, n, size, S):
     """Return the sum of n elements. ``size`` is a power of two and at least n.
 

@@ -94,18 +94,25 @@ def _constants(variant):
     return (neuron, flags, zeros), (*values, *(given.get(name, 0.0) for name in neuron.start), alpha)
 
 
+CONSTANT, CHANNELS, TOKENS = range(3)  # what Parameters.spread says
+
+
 class Parameters:
     """The parameters and numbers of a neuron for a kernel.
 
     ``code`` holds the arguments of ``trace`` for the neuron: each set of them is generated code of its own. ``numbers`` holds
     the parameters and numbers in the order of ``variant.values``, then the value of each state before the first step, then the
     sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per channel, or 0.
+
+    ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, TOKENS if some have a value per
+    token. With TOKENS, ``addresses`` holds for each (address, 1 if it has a value per step, 1 if per token, 1 if per channel).
     """
 
-    def __init__(self, variant, parameters, dtype):
+    def __init__(self, variant, parameters, dtype, axes=0):
+        """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
         self.code, self.numbers = _constants(variant)
         self._dtype, self._count, self._alive = dtype, len(parameters), []
-        addresses, self.are_numbers = [0] * len(variant.values), True
+        places, self.are_numbers, self.spread = [(0, 0, 0, 0)] * len(variant.values), True, CONSTANT
         for i, p in enumerate(parameters):
             if p is not None:
                 self.are_numbers = False
@@ -115,20 +122,31 @@ class Parameters:
                 if p.numel() == 1:
                     self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
                 else:
-                    self._alive.append(p.contiguous())
-                    addresses[i] = self._alive[-1].data_ptr()
-        self.addresses, self.per_channel = tuple(addresses), bool(self._alive)
+                    p = p.contiguous()
+                    self._alive.append(p)
+                    tokens = p.dim() > 1
+                    places[i] = p.data_ptr(), int(p.dim() == axes), int(tokens), int(not tokens)
+                    self.spread = max(self.spread, TOKENS if tokens else CHANNELS)
+        self._places, self.per_channel = places, self.spread != CONSTANT
+        self.addresses = tuple(n for place in places for n in place) if self.spread == TOKENS else tuple(p[0] for p in places)
 
-    def partial_sums(self, layout, wanted):
+    def partial_sums(self, layout, wanted, steps=1):
         """Return (rows per group, number of groups, partial sums or None, their addresses).
 
-        A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if a
-        parameter has one value per channel, otherwise (tasks,).
+        A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if one of
+        the parameters has several values, otherwise (tasks,). Those of a parameter with a value per token have the shape
+        (blocks of columns, number of values).
         """
         group = -(-layout.R // _GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
             return group, groups, None, ()
-        shape = (groups, layout.C) if self.per_channel else (groups * -(-layout.C // BACKWARD_COLUMNS),)
+        chunks = -(-layout.C // BACKWARD_COLUMNS)
+        shape = (groups, layout.C) if self.per_channel else (groups * chunks,)
         sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
+        if self.spread == TOKENS:
+            sums = list(sums)
+            for i, (_, step, token, _) in enumerate(self._places[: self._count]):
+                if token:
+                    sums[i] = torch.empty((chunks, layout.R * (steps if step else 1)), dtype=self._dtype, device="cpu")
         return group, groups, sums, tuple(map(address, sums))

@@ -23,6 +23,7 @@ from .intrinsics import (
     SIZES,
     add_rows,
     fill,
+    fill_parameter,
     load,
     load_input,
     load_rows,
@@ -40,7 +41,18 @@ from .intrinsics import (
     tile,
 )
 from .kernel import STREAM, Kernel, share
-from .launch import BACKWARD_COLUMNS, FORWARD_COLUMNS, Parameters, placed, placed_all, placed_gradient, placed_state
+from .launch import (
+    BACKWARD_COLUMNS,
+    CHANNELS,
+    CONSTANT,
+    FORWARD_COLUMNS,
+    TOKENS,
+    Parameters,
+    placed,
+    placed_all,
+    placed_gradient,
+    placed_state,
+)
 from .surrogate import surrogate_derivative
 from .vector import (
     absolute,
@@ -74,17 +86,18 @@ def generate(code, V, kind, with_parameters, entries):
 
 
 @functools.cache
-def _forward_kernel(X, O, V, code, PER_CHANNEL):
+def _forward_kernel(X, O, V, code, spread):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
-    ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if PER_CHANNEL else 1
+    SPREAD, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if SPREAD else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
     (step,) = generate(code, S, 0, False, ("step",))
 
-    def neuron_forward(part, T, R, C, inputs, outputs, numbers, per_channel):
+    def neuron_forward(part, T, R, C, inputs, outputs, numbers, places):
         x, x_t, x_r = inputs[:3]
         s, s_t, s_r = outputs[:3]
         before, after, seq, keep = inputs[3:], outputs[FINALS:SEQS], outputs[SEQS:KEEPS], outputs[KEEPS:]
@@ -96,12 +109,17 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
             c = (task - row * chunks) * BLOCK
             n = min(BLOCK, C - c)
             v, ps = tile(AREA, S), tile(P_AREA, S)
-            if PER_CHANNEL:
+            if ON_CHANNELS:
                 for j in range(PARAMETERS):
-                    fill(ps + j * ROW, n, per_channel[j], c, p[j], S, S)
+                    fill(ps + j * ROW, n, places[j], c, p[j], S, S)
             for j in range(STATES):
                 fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
             for t in range(T):
+                if ON_TOKENS:
+                    for j in range(PARAMETERS):
+                        at, per_step, per_channel = places[4 * j], places[4 * j + 1], places[4 * j + 3]
+                        if t == 0 or per_step:
+                            fill_parameter(ps + j * ROW, n, at, per_channel, c, per_step * t * R + row, p[j], S)
                 if t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
                     for j in range(STATES):
                         to, to_t, to_r = keep[3 * j], keep[3 * j + 1], keep[3 * j + 2]
@@ -111,7 +129,7 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
                 for i in range(n):
-                    q = load_rows(ps, i, PARAMETERS, ROW, S) if PER_CHANNEL else p
+                    q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
                     spike, states = step(load(xt, i, X), load_rows(v, i, STATES, ROW, S), q)
                     if FIRES:
                         store_spike(st, i, spike, O)
@@ -127,19 +145,20 @@ def _forward_kernel(X, O, V, code, PER_CHANNEL):
                 if to != 0:
                     fill(to + (row * to_r + c) * sb, n, v + j * ROW, 0, start[j], S, S)
 
-    return Kernel(neuron_forward, f"{step.__name__}_{X}{O}{V}{PER_CHANNEL:d}")
+    return Kernel(neuron_forward, f"{step.__name__}_{X}{O}{V}{spread}")
 
 
 @functools.cache
-def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
+def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
     """WANTED: the gradients of the parameters are wanted. STREAMED: dx bypasses the caches."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
     GRADIENTS = len(code[0].parameters)
     PARAMETERS = GRADIENTS + len(code[0].numbers)
+    SPREAD, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
     ROW, AREA = BLOCK * sb, STATES * BLOCK
-    STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if PER_CHANNEL else 1, GRADIENTS * BLOCK if WANTED else 1
+    STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if SPREAD else 1, GRADIENTS * BLOCK if WANTED else 1
     plan = trace(*code).plan(WANTED)
     # Row t of the history has the tape of step t, or the states before step t. In both cases row t + 1 has what follows.
     HISTORY, KEEPS_STATES, USES_TAPE = (LIF_CHECKPOINT_STEPS + 1) * AREA, plan.keeps_states, plan.uses_tape
@@ -147,7 +166,7 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
     KEEPS, SEQS, SUMS = 3 + 2 * STATES, 4 + 2 * STATES, 3 + 2 * STATES  # where a group of arguments has these tensors
     record, pullback = generate(code, S, kind, WANTED, ("record", "pullback"))
 
-    def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, per_channel):
+    def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, places):
         x, x_t, x_r = inputs[:3]
         g, g_t, g_r, g_c = upstream[:4]
         dx, dx_t, dx_r = gradients[:3]
@@ -164,13 +183,16 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
             history, carry, row_out = tile(HISTORY, S), tile(AREA, S), tile(BLOCK, S)
             ps, total = tile(P_AREA, S), tile(G_AREA, S)
             v = history if KEEPS_STATES else history + LIF_CHECKPOINT_STEPS * STEP  # the states where a segment starts
-            if PER_CHANNEL:
+            if ON_CHANNELS:
                 for j in range(PARAMETERS):
-                    fill(ps + j * ROW, n, per_channel[j], c, p[j], S, S)
+                    fill(ps + j * ROW, n, places[j], c, p[j], S, S)
             if WANTED:
                 for j in range(GRADIENTS):
                     fill(total + j * ROW, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
+                if ON_TOKENS:
+                    for j in range(PARAMETERS):
+                        fill_parameter(ps + j * ROW, n, places[4 * j], places[4 * j + 3], c, row, p[j], S)
                 for j in range(STATES):
                     fill(carry + j * ROW, n, g_after[2 * j], row * g_after[2 * j + 1] + c, zero, S, S)
                 for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
@@ -190,9 +212,13 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                         if not STREAMED:
                             prefetch(dxs + t * dx_t, n * xb, 1)
                         if USES_TAPE or t < steps - 1:
+                            if ON_TOKENS:
+                                for j in range(PARAMETERS):
+                                    if places[4 * j + 1]:  # a value per step
+                                        fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
                             now = v + t * AHEAD
                             for i in range(n):
-                                q = load_rows(ps, i, PARAMETERS, ROW, S) if PER_CHANNEL else p
+                                q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
                                 states = load_rows(now, i, STATES, ROW, S)
                                 tape, states = record(load_input(xs + t * x_t, i, X), states, q)
                                 store_rows(now + AHEAD, i, states, ROW, S)
@@ -200,6 +226,10 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                                     store_rows(history + t * STEP, i, tape, ROW, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
+                        if ON_TOKENS:
+                            for j in range(PARAMETERS):
+                                if places[4 * j + 1]:
+                                    fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
                         for j in range(STATES):
                             gj, gj_t, gj_r = g_seq[3 * j], g_seq[3 * j + 1], g_seq[3 * j + 2]
                             if gj != 0:
@@ -209,7 +239,7 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                         target = row_out if STREAMED else dxs + t * dx_t
                         now = history + t * STEP
                         for i in range(n):
-                            q = load_rows(ps, i, PARAMETERS, ROW, S) if PER_CHANNEL else p
+                            q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
                             d, states, d_q = pullback(
                                 load_rows(now + AHEAD, i, STATES, ROW, S), load_input(xs + t * x_t, i, X),
                                 load_rows(now, i, STATES, ROW, S), q, load_input(gs + t * g_t, i, X),
@@ -219,6 +249,12 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                             store_rows(carry, i, states, ROW, S)
                             if WANTED:
                                 add_rows(total, i, d_q, ROW, S)
+                        if WANTED and ON_TOKENS:
+                            for j in range(GRADIENTS):
+                                if places[4 * j + 1]:
+                                    sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                                    store(sums[j], ((task - block * chunks) * T + t0 + t) * R + row, sum_, S)
+                                    fill(total + j * ROW, n, 0, 0, zero, S, S)
                         if STREAMED:
                             stream(dxs + t * dx_t, row_out, n * xb)
                 for j in range(STATES):
@@ -226,14 +262,22 @@ def _backward_kernel(X, V, code, kind, PER_CHANNEL, WANTED, STREAMED):
                     if to != 0:
                         for i in range(n):
                             store(to + (row * to_r + c) * vb, i, load(carry + j * ROW, i, S), V)
+                if WANTED and ON_TOKENS:
+                    for j in range(GRADIENTS):
+                        if places[4 * j + 2] and not places[4 * j + 1]:  # a value per token, the same at every step
+                            sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                            store(sums[j], (task - block * chunks) * R + row, sum_, S)
+                            fill(total + j * ROW, n, 0, 0, zero, S, S)
             if WANTED:
                 for j in range(GRADIENTS):
-                    if PER_CHANNEL:
+                    if ON_TOKENS and places[4 * j + 2]:
+                        continue
+                    if SPREAD:
                         fill(sums[j] + (block * C + c) * sb, n, total + j * ROW, 0, zero, S, S)
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
 
-    name = f"{pullback.__name__}_{X}{V}{kind}{PER_CHANNEL:d}{WANTED:d}{STREAMED:d}"
+    name = f"{pullback.__name__}_{X}{V}{kind}{spread}{WANTED:d}{STREAMED:d}"
     return Kernel(neuron_backward, name)
 
 
@@ -251,12 +295,12 @@ def _same_dtype(states, dtype):
 def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints, tuning):
     """Fill s, and per state the final one, the sequence and the checkpoint if they are given. x is not empty."""
     dtype = state_dtype(x.dtype)
-    p = Parameters(variant, parameters, dtype)
+    p = Parameters(variant, parameters, dtype, x.dim())
     layout = layout_of(x, s, p.per_channel)
     states, V = _same_dtype(states, dtype)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states))
     more, outputs = placed_all(layout, (placed, (s,)), (placed_state, finals), (placed, seqs), (placed, checkpoints))
-    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.per_channel)(
+    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread)(
         x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
     )
 
@@ -270,7 +314,7 @@ def neuron_backward(
     value per channel, otherwise (tasks,).
     """
     dtype = state_dtype(x.dtype)
-    p = Parameters(variant, parameters, dtype)
+    p = Parameters(variant, parameters, dtype, x.dim())
     layout = layout_of(x, dx, p.per_channel)
     states, V = _same_dtype(states, dtype)
     into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
@@ -279,9 +323,9 @@ def neuron_backward(
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states), (placed, checkpoints))
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
-    group, groups, sums, sums_ = p.partial_sums(layout, with_parameters)
+    group, groups, sums, sums_ = p.partial_sums(layout, with_parameters, x.shape[0])
     _backward_kernel(
-        CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.per_channel, with_parameters,
+        CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
         dx.nbytes >= STREAM,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,

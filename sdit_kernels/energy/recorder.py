@@ -36,6 +36,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
+from .. import own
 from .._torch import OperatorMode, in_backward, written_arguments
 from . import products
 from .products import Product
@@ -202,6 +203,13 @@ FUSED_COSTS = {
     "token_shift": (3, 1),  # a mix per output
     "relu_squared": (1, 0),
 }
+
+
+def is_fused(name: str) -> bool:
+    """True if the operator has costs here. The costs of a neuron of the user follow from its step."""
+    if name not in FUSED_COSTS and (costs := own.costs(name)) is not None:
+        FUSED_COSTS[name] = costs
+    return name in FUSED_COSTS
 
 
 def fused_work(facts: "Facts", args: tuple, kwargs: dict) -> tuple[str, int]:
@@ -474,7 +482,7 @@ class Recorder:
         if kwargs:
             tensors += tensors_in(kwargs)
         if facts.namespace == "sdit_kernels":
-            if facts.short in FUSED_COSTS:
+            if is_fused(facts.short):
                 name, elements = fused_work(facts, args, kwargs)
                 self.found.fused[name, self.layer] += elements
         elif facts.may_contract:

@@ -52,7 +52,7 @@ class _Neuron(torch.nn.Module):
         settings = {self._renamed.get(name, name): getattr(self, name) for name in self._settings}
         settings = {name: 1.0 if isinstance(value, Tensor) else value for name, value in settings.items()}
         with backend("reference"):
-            op(torch.empty(0, device="cpu", dtype=torch.float32), **arguments, **settings)
+            op(torch.empty((0, 1), device="cpu", dtype=torch.float32), **arguments, **settings)
 
     def op_arguments(self, x):
         return {self._renamed.get(name, name): getattr(self, name) for name in self._settings}
@@ -224,6 +224,9 @@ class LIF(_Stateful):
         detach_reset: True: no gradient flows through the reset.
         levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary", (lo, hi) or ``Levels(lo, hi, ..)``: see
             :func:`sdit_kernels.lif`. Integers need v_reset=None.
+        threshold: None, "rms" or "mean": v_threshold times this norm of each token is its threshold, see
+            :func:`sdit_kernels.lif`.
+        detach_threshold: True: no gradient flows to x through the norm.
         step_mode: "m" (multi-step): x and the spikes are (T, ...). "s" (single-step): they are (...), one step per call.
         store_v_seq: store the membrane potential after every step of the last call in ``.v_seq``, (T, ...). In single-step
             mode T = 1.
@@ -256,6 +259,8 @@ class LIF(_Stateful):
         >>> neuron.reset()
     """
 
+    _settings = (*_Neuron._settings, "threshold", "detach_threshold")
+
     def __init__(
         self,
         tau=2.0,
@@ -267,12 +272,15 @@ class LIF(_Stateful):
         alpha: float | None = None,
         detach_reset: bool = False,
         levels=None,
+        threshold: str | None = None,
+        detach_threshold: bool = False,
         step_mode: str = "m",
         store_v_seq: bool = False,
     ):
         super().__init__(
             step_mode, store_v_seq, tau=tau, decay_input=decay_input, v_threshold=v_threshold, v_reset=v_reset,
-            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset, levels=levels,
+            surrogate=surrogate, alpha=alpha, detach_reset=detach_reset, levels=levels, threshold=threshold,
+            detach_threshold=detach_threshold,
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ..checks import (
     check_levels_fit,
     check_membrane,
     check_neuron,
+    check_neuron_parameter,
     check_neuron_values,
     wants_gradient,
     warn_of_custom_surrogate,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
 NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, "
     "float alpha, str levels"
@@ -166,7 +168,29 @@ class Settings(TypedDict, total=False):
 
 
 class _Settings(Settings, total=False):
+    threshold: Literal["rms", "mean"] | None
+    detach_threshold: bool
     spike_dtype: torch.dtype | None
+
+
+def _threshold_of_tokens(x, factor, kind, detach):
+    """Return factor times the norm of every token of x at every step, (T, .., L, 1), in the dtype of the arithmetic."""
+    if kind not in ("rms", "mean"):
+        raise ValueError(f"threshold must be None, 'rms' or 'mean', got {kind!r}")
+    check_data("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"threshold={kind!r} needs x of shape (T, .., C), got {tuple(x.shape)}")
+    if isinstance(factor, Tensor) and factor.numel() != 1 and (factor.dim() < 2 or factor.shape[-1] != 1):
+        raise ValueError(
+            f"v_threshold is a factor where threshold={kind!r}: it must be a number, a scalar or have a value per token, "
+            f"(.., L, 1), got {tuple(factor.shape)}"
+        )
+    number, given = check_neuron_parameter("v_threshold", factor, x, x.shape[-1], tokens=True)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+        C = x.shape[-1]
+        norm = torch.linalg.vector_norm(x, 2 if kind == "rms" else 1, dim=-1, keepdim=True, dtype=state_dtype(x.dtype))
+        norm = torch.sqrt(norm * norm / C + THRESHOLD_EPS) if kind == "rms" else norm / C + THRESHOLD_EPS
+    return norm * (number if given is None else given)
 
 
 No = Literal[False]
@@ -207,6 +231,8 @@ def lif(
     surrogate="atan",
     alpha: float | None = None,
     levels=None,
+    threshold: str | None = None,
+    detach_threshold: bool = False,
     return_v: bool = False,
     return_v_seq: bool = False,
     spike_dtype: torch.dtype | None = None,
@@ -220,6 +246,11 @@ def lif(
         s[t] = 1 where h[t] >= v_threshold, else 0
         v[t] = v_reset where s[t], else h[t]                 hard reset
         v[t] = h[t] - s[t] * v_threshold                     soft reset (v_reset=None; v_reset above is then 0)
+
+    With ``threshold``, v_threshold is a factor, and every token has a threshold of its own at every step::
+
+        v_threshold[t] = factor * sqrt(mean over C of x[t]^2 + 1e-6)                    "rms"
+        v_threshold[t] = factor * (mean over C of |x[t]| + 1e-6)                        "mean"
 
     With ``levels``, spikes are ternary, or integers with a soft reset::
 
@@ -240,6 +271,8 @@ def lif(
             with soft reset.
         tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
             channel of x's last axis. ``math.inf`` with ``decay_input=False`` is the integrate-and-fire neuron without leak.
+            Or a value per token of x, (T, .., L, C): a tensor that broadcasts to (.., L, 1), the same at every step, or to
+            (T, .., L, 1).
         v_threshold (float | Tensor): firing threshold. A number or a tensor, like tau.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
         decay_input: True: the leak divides the input by tau too.
@@ -250,6 +283,9 @@ def lif(
         levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary": spikes of -1, 0 and 1. (lo, hi) or
             ``Levels(lo, hi, window, scale)``: integer spikes; needs v_reset=None and no surrogate. Both need a positive
             v_threshold, and a dtype of the spikes that holds all levels exactly: bfloat16 up to 256, float16 up to 2048.
+        threshold: None, "rms" or "mean": the norm of x that makes the thresholds, see above; any number of channels. It is
+            computed in float32 (float64) in one pass over x before the kernel. Gradients reach x and the factor through it.
+        detach_threshold: True: no gradient flows to x through the norm.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
         spike_dtype: dtype of the spikes. None: the dtype of x. For inference torch.uint8 and torch.bool, with levels
@@ -281,8 +317,11 @@ def lif(
         [0.0, 1.0]
     """
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
+    if threshold is not None:
+        v_threshold = _threshold_of_tokens(x, v_threshold, threshold, detach_threshold)
+    check_flag("detach_threshold", detach_threshold)
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
+        x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, tokens=True
     )
     check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels)
     if neuron is None:
@@ -291,6 +330,10 @@ def lif(
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
+        tau, v_threshold = (
+            tau if tau_tensor is None else tau_tensor,
+            v_threshold if threshold_tensor is None else threshold_tensor,
+        )
         return reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,

@@ -90,6 +90,11 @@ def any_given(tensors: Sequence[Tensor | None]) -> bool:
     return False
 
 
+def have_tokens(parameters: Sequence[Tensor | None]) -> bool:
+    """True if a parameter has a value per token."""
+    return any(p is not None and p.dim() > 1 for p in parameters)
+
+
 def per_channel(parameters: Sequence[Tensor | None]) -> bool:
     return any(p is not None and p.numel() > 1 for p in parameters)
 
@@ -100,7 +105,10 @@ def allocate_parameter_gradients(parameters, wanted):
 
 
 def sum_parameter_gradients(neuron, parameters, sums, found):
-    """Replace in ``found`` the gradients of tensor parameters, from a launcher's partial sums: (groups, C) or (programs,)."""
+    """Replace in ``found`` the gradients of tensor parameters, from a launcher's partial sums.
+
+    The partial sums of a scalar have any shape; of a parameter with several values, (any, number of values).
+    """
     if sums is None:
         return found
     for i, (p, partial) in enumerate(zip(parameters, sums)):
@@ -223,6 +231,7 @@ def define(
         output_axes=(1, *(0 for _ in T), *(1 for _ in T), *(1 for _ in T)),
         save=save,
         gradient=gradient,
+        loop=lambda given: have_tokens(given[1 + S :]),
     )
     upstream = tensors("Tensor?", [f"g_{v}" for v in neuron.states] + [f"g_{v}_seq" for v in neuron.states])
     backward_call = register(
@@ -232,6 +241,7 @@ def define(
         backward_fake,
         batch_axes=(1, *(0 for _ in T), *(1 for _ in T), 1, *(0 for _ in T), *(None for _ in names), *(1 for _ in T)),
         output_axes=(1, *(0 for _ in T), *(None for _ in names)),
+        loop=lambda given: have_tokens(given[2 + 3 * S : 2 + 3 * S + P]),
     )
     return call
 

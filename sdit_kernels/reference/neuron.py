@@ -189,11 +189,14 @@ def as_parameter(p, dtype):
 
 
 def bind(neuron: Neuron, values, derivative, **flags):
-    """Return the step of a neuron as a function (x, states) -> (spike, states). values: its parameters, then its numbers."""
-    p = Values((*neuron.parameters, *neuron.numbers), values)
-    o = TensorOperations(derivative)
+    """Return the step of a neuron as a function (x, states, t) -> (spike, states). values: its parameters, then its numbers.
 
-    def step(x, states):
+    A parameter with more axes than x has a value for every step t.
+    """
+    names, o = (*neuron.parameters, *neuron.numbers), TensorOperations(derivative)
+
+    def step(x, states, t=0):
+        p = Values(names, [p[t] if isinstance(p, Tensor) and p.dim() > x.dim() else p for p in values])
         s, after = neuron.step(x, Values(neuron.states, states), p, o, **flags)
         return s, after if isinstance(after, tuple) else (after,)
 
@@ -212,8 +215,8 @@ def simulate(step, x, states, starts, return_state, return_state_seq, spike_dtyp
         for v, start in zip(states, starts)
     )
     spikes, sequences = [], [[] for _ in states]
-    for x_t in x.to(dtype).unbind(0):
-        s, states = step(x_t, states)
+    for t, x_t in enumerate(x.to(dtype).unbind(0)):
+        s, states = step(x_t, states, t)
         spikes.append(_filling(x_t, s))
         states = tuple(_filling(x_t, v) for v in states)
         for sequence, v in zip(sequences, states):

@@ -29,6 +29,7 @@ from ..neuron.trace import is_condition
 from ..surrogate import SURROGATES
 from .surrogate import surrogate_derivative
 from .tiles import (
+    SINGLE,
     Grid,
     all_registers,
     as_bytes,
@@ -37,6 +38,7 @@ from .tiles import (
     divide,
     gradient_view,
     is_per_channel,
+    kind_of,
     load_parameter,
     maybe_row_view,
     maybe_step_view,
@@ -116,9 +118,9 @@ def bind(kernel, name, neuron, flags, surrogate="atan", with_parameters=False):
 class Flags(NamedTuple):
     """Compile-time constants of the kernels of neurons."""
 
-    CHANNELS: tuple[bool, ...]  # for each parameter: one element per column
+    KINDS: tuple[int, ...]  # for each parameter: SINGLE, CHANNEL, TOKEN or STEP, see tiles.py
     RECIPROCAL: tuple[bool, ...]  # for each parameter: a tensor holds its reciprocal
-    PER_CHANNEL: bool  # one of them has an element per column
+    PER_CHANNEL: bool  # one of them has several values, so columns are channels and rows are tokens
     START: tuple[int, ...]  # for each state: which parameter it starts from; -1: from 0
     K: int  # steps held in registers; rate: T if the loop over steps is unrolled, else 0
     LONG: bool = False  # T > K
@@ -131,13 +133,29 @@ class Flags(NamedTuple):
 def load_parameters(pointers, numbers, cols, mask, F: tl.constexpr, STATE: tl.constexpr):
     """Load the parameters and numbers of a neuron in the state type."""
     values = ()
-    for i in tl.static_range(len(F.CHANNELS)):  # not of pointers: Triton 3.6 cannot count a tuple that holds None
-        p = load_parameter(pointers[i], numbers[i] if i < len(numbers) else 0.0, cols, mask, F.CHANNELS[i], STATE)
-        if F.RECIPROCAL[i]:
-            if pointers[i] is not None:
-                p = divide(1.0, p)
+    for i in tl.static_range(len(F.KINDS)):  # not of pointers: Triton 3.6 cannot count a tuple that holds None
+        if F.KINDS[i] >= 2:  # see load_tokens
+            p = tl.zeros([], STATE)
+        else:
+            p = load_parameter(pointers[i], numbers[i] if i < len(numbers) else 0.0, cols, mask, F.KINDS[i] == 1, STATE)
+            if F.RECIPROCAL[i]:
+                if pointers[i] is not None:
+                    p = divide(1.0, p)
         values = values + (p,)
     return values
+
+
+@triton.jit
+def load_tokens(values, pointers, tokens, mask, KIND: tl.constexpr, F: tl.constexpr, STATE: tl.constexpr):
+    """Replace the parameters of a kind, TOKEN or STEP, by their values at the indices ``tokens``, (BR, 1)."""
+    found = ()
+    for i in tl.static_range(len(F.KINDS)):
+        if F.KINDS[i] == KIND:
+            p = tl.load(pointers[i] + tokens, mask=mask, other=1.0).to(STATE)
+            found = found + (divide(1.0, p) if F.RECIPROCAL[i] else p,)
+        else:
+            found = found + (values[i],)
+    return found
 
 
 @triton.jit
@@ -211,6 +229,7 @@ def forward_kernel(
     rows = row + tl.arange(0, BR)[:, None]
     mask = mask_c & (rows < R)
     p = load_parameters(parameters, (n0, n1, n2, n3), first + cols, mask_c, F, STATE)
+    p = load_tokens(p, parameters, rows, rows < R, 2, F, STATE)
     states = load_states(inputs[1], p, first, rows, cols, mask, F, STATE)
     segments = tl.cdiv(T, K) if F.LONG else 1
     for i in range(segments):
@@ -227,7 +246,8 @@ def forward_kernel(
             xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
         for k in tl.static_range(K):
             x = xs[k].to(STATE)
-            spike, after = step(x, states, p)
+            q = load_tokens(p, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+            spike, after = step(x, states, q)
             m = mask & (t0 + k < T) if F.LONG else mask
             s = as_output(spike, x, STATE, s_ptr.dtype.element_ty)
             tl.store(s_ptr + first + (t0 + k) * s_t + rows * s_r + cols, s, mask=m)
@@ -272,6 +292,7 @@ def backward_kernel(
     for i in range(1 if sums is None else group):
         rows = row + i * BR + tl.arange(0, BR)[:, None]
         mask = mask_c & (rows < R)
+        of_row = load_tokens(p, parameters, rows, rows < R, 2, F, STATE)
         carry = ()  # the gradients of the states
         for n in tl.static_range(S):
             g_final_ptr, g_final_r = g_finals[n]
@@ -280,15 +301,15 @@ def backward_kernel(
             else:
                 carry = carry + (tl.load(g_final_ptr + first + rows * g_final_r + cols, mask=mask, other=0.0),)
         # The gradients of the parameters. Elements outside of the tensors are masked per step, or if possible at the end.
-        found = totals if F.LONG else ()
-        if sums is not None and not F.LONG:
-            for n in tl.static_range(len(sums)):  # noqa: B007
-                found = found + (tl.zeros([BR, BC], STATE),)
+        found = ()
+        if sums is not None:
+            for n in tl.static_range(len(sums)):
+                found = found + (totals[n] if F.LONG and F.KINDS[n] <= 1 else tl.zeros([BR, BC], STATE),)
         segments = tl.cdiv(T, K) if F.LONG else 1
         for j in range(segments):
             segment = tl.cast(segments - 1 - j, tl.int64)
             t0 = segment * K
-            states = load_states(inputs[1], p, first, rows, cols, mask, F, STATE)
+            states = load_states(inputs[1], of_row, first, rows, cols, mask, F, STATE)
             if F.LONG:
                 kept = ()
                 for n in tl.static_range(S):
@@ -314,7 +335,8 @@ def backward_kernel(
                     held = held + (states,)
                 if not F.HOLDS_STATES or F.USES_TAPE or k < K - 1:
                     x = xs[k].to(STATE)
-                    tape, after = record(x, states, p)
+                    q = load_tokens(of_row, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+                    tape, after = record(x, states, q)
                     states = as_tiles(after, x)
                     if not F.HOLDS_STATES:
                         held = held + (tape,)
@@ -331,11 +353,18 @@ def backward_kernel(
                     upstream_k = upstream_k + (d,)
                 ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 tape = held[k + 1] if F.USES_TAPE else held[k]
-                dx, before, along = pullback(tape, xs[k].to(STATE), held[k], p, ds, upstream_k, a)
+                q = load_tokens(of_row, parameters, (t0 + k) * R + rows, (rows < R) & (t0 + k < T), 3, F, STATE)
+                dx, before, along = pullback(tape, xs[k].to(STATE), held[k], q, ds, upstream_k, a)
                 if sums is not None:
                     added = ()
                     for n in tl.static_range(len(sums)):
-                        added = added + (found[n] + (tl.where(m, along[n], 0.0) if F.LONG else along[n]),)
+                        if F.KINDS[n] == 3:
+                            at = sums[n] + (first // BC * T + t0 + k) * R + rows
+                            d = tl.sum(tl.where(m, along[n], 0.0), 1)[:, None]
+                            tl.store(at, d, mask=(rows < R) & (t0 + k < T))
+                            added = added + (found[n],)
+                        else:
+                            added = added + (found[n] + (tl.where(m, along[n], 0.0) if F.LONG else along[n]),)
                     found = added
                 before = as_tiles(before, ds)
                 if F.LONG:
@@ -350,15 +379,19 @@ def backward_kernel(
             d_ptr, d_r = d_states[n]
             if d_ptr is not None:
                 tl.store(d_ptr + first + rows * d_r + cols, carry[n].to(d_ptr.dtype.element_ty), mask=mask)
-        if F.LONG:
-            totals = found
-        elif sums is not None:
+        if sums is not None:
             added = ()
             for n in tl.static_range(len(sums)):
-                added = added + (totals[n] + tl.where(mask, found[n], 0.0),)
+                if F.KINDS[n] == 2:
+                    at = sums[n] + first // BC * R + rows
+                    tl.store(at, tl.sum(tl.where(mask, found[n], 0.0), 1)[:, None], mask=rows < R)
+                if F.LONG or F.KINDS[n] >= 2:
+                    added = added + (found[n],)
+                else:
+                    added = added + (totals[n] + tl.where(mask, found[n], 0.0),)
             totals = added
     if sums is not None:
-        store_sums(sums, totals, block, C, first, cols, mask_c, F.PER_CHANNEL)
+        store_sums(sums, totals, block, C, first, cols, mask_c, F)
 
 
 # --- launchers: the same signatures as in cpu/neuron.py ----------------------------------------------------------------------
@@ -369,11 +402,12 @@ def _flags(neuron, kinds, K, **flags):
     kinds, names = (*kinds, *[None] * len(neuron.numbers)), neuron.parameters + neuron.numbers
     reciprocal = tuple(kind is not None and name in neuron.reciprocals for name, kind in zip(names, kinds))
     start = tuple(-1 if name is None else names.index(name) for name in neuron.start)
-    return Flags(tuple(map(bool, kinds)), reciprocal, any(kinds), start, K, **flags)
+    return Flags(tuple(kind or SINGLE for kind in kinds), reciprocal, any(kinds), start, K, **flags)
 
 
-def flags_of(variant, parameters, K, **flags):
-    return _flags(variant.neuron, tuple(None if p is None else p.numel() > 1 for p in parameters), K, **flags)
+def flags_of(variant, parameters, K, axes=0, **flags):
+    """axes: the number of axes of the data, T included, where parameters may have a value per token."""
+    return _flags(variant.neuron, tuple(None if p is None else kind_of(p, axes) for p in parameters), K, **flags)
 
 
 def values_of(variant, parameters, like):
@@ -397,14 +431,15 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     """Fill s, and per state the last one, its sequence and its checkpoint if given. x must not be empty."""
     T, per_channel = x.shape[0], any(map(is_per_channel, parameters))
     layout = layout_of(x, s, per_channel)
-    flags = flags_of(variant, parameters, min(T, LIF_CHECKPOINT_STEPS), LONG=T > LIF_CHECKPOINT_STEPS)
+    flags = flags_of(variant, parameters, min(T, LIF_CHECKPOINT_STEPS), x.dim(), LONG=T > LIF_CHECKPOINT_STEPS)
     tensors, numbers = values_of(variant, parameters, x)
     outputs = (
         row_view(layout, as_bytes(s)), _views(maybe_step_view, layout, finals), _views(maybe_row_view, layout, seqs),
         _views(maybe_row_view, layout, checkpoints),
     )  # fmt: skip
-    # The divisions of integer levels need many registers in a loop over segments.
-    options = all_registers() if flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike) else {}
+    # The divisions of integer levels need many registers in a loop over segments, and so do two states.
+    divides = flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike)
+    options = all_registers() if divides or (len(states) > 1 and T >= LIF_CHECKPOINT_STEPS) else {}
     Grid(tuning, layout, x.dtype, False, per_channel).launch(
         bind(forward_kernel, f"{variant.neuron.name}_forward_kernel", variant.neuron, variant.flags), x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states)), outputs, tensors, T, layout.R, layout.C, *numbers,
@@ -421,13 +456,16 @@ def neuron_backward(
     plan = trace(variant.neuron, variant.flags).plan(with_parameters)
     K = min(T, LIF_CHECKPOINT_STEPS)
     flags = flags_of(
-        variant, parameters, K, LONG=T > LIF_CHECKPOINT_STEPS, HOLDS_STATES=plan.uses_states,
+        variant, parameters, K, x.dim(), LONG=T > LIF_CHECKPOINT_STEPS, HOLDS_STATES=plan.uses_states,
         USES_TAPE=plan.uses_tape and plan.uses_states,
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
-    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=K * len(states) * (2 if with_parameters else 1))
-    sums = grid.partial_sums(layout, per_channel, x, len(parameters)) if with_parameters else None
+    held = K * len(states)
+    if with_parameters:  # many parameters also need registers: for their values, and two sums each
+        held = 2 * held + 4 * max(0, len(parameters) - 2)
+    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held)
+    sums = grid.partial_sums(layout, flags.KINDS[: len(parameters)], x, T) if with_parameters else None
     grid.launch(
         bind(
             backward_kernel, f"{variant.neuron.name}_backward_kernel", variant.neuron, variant.flags, variant.surrogate,

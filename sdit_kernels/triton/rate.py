@@ -136,7 +136,7 @@ def rate_backward_kernel(
                 added = added + (totals[n] + tl.where(mask & (d != 0.0), g * d, 0.0),)
             totals = added
     if sums is not None:
-        store_sums(sums, totals, block, C, first, cols, mask_c, F.PER_CHANNEL)
+        store_sums(sums, totals, block, C, first, cols, mask_c, F)
 
 
 # --- launchers: the same signatures as in cpu/rate.py ------------------------------------------------------------------------
@@ -162,7 +162,7 @@ def rate_backward(variant, g, x, gate, parameters, T, dx, dgate, with_parameters
     layout = layout_of_step(x, dx, flags.PER_CHANNEL)
     g, _, g_r, g_c = gradient_view(layout, g.unsqueeze(0), g.dtype)
     grid = Grid(tuning, layout, x.dtype, with_parameters, flags.PER_CHANNEL)
-    sums = grid.partial_sums(layout, flags.PER_CHANNEL, x, len(parameters)) if with_parameters else None
+    sums = grid.partial_sums(layout, flags.KINDS[: len(parameters)], x) if with_parameters else None
     tensors, numbers = values_of(variant, parameters, x)
     starts = ((None, 0),) * len(neuron.states)
     grid.launch(

@@ -53,7 +53,7 @@ class Flags(NamedTuple):
     TOKENS: int  # tokens per tile
     RATE: bool  # the output is the mean of the spikes over T
     LOG_OF_RATE: bool  # w is -exp(time_decay)
-    CHANNELS: tuple[bool, ...]  # these three as in neuron.Flags
+    KINDS: tuple[int, ...]  # these three as in neuron.Flags
     RECIPROCAL: tuple[bool, ...]
     START: tuple[int, ...]
     HELD: int = 0  # tokens that the backward pass holds in registers
@@ -369,7 +369,7 @@ def _launch(kernel, k, flags, tuning, *args):
 
 def _flags(tuning, variant, parameters, T, rate, decay_is_log_of_rate, **flags):
     f, tokens = neuron.flags_of(variant, parameters, T), spiking_tile(T, "triton", tuning)
-    rules = f.CHANNELS, f.RECIPROCAL, f.START
+    rules = f.KINDS, f.RECIPROCAL, f.START
     return Flags(tuning.spiking_threads, T, tokens, rate, decay_is_log_of_rate, *rules, **flags)
 
 

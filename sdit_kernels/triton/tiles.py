@@ -21,6 +21,8 @@ from ..layout import row_view, step_view
 
 # A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
 _MAX_HELD_VALUES = 128
+# Kinds of parameters: one value; a value per channel; a value per token, at every step the same or another one.
+SINGLE, CHANNEL, TOKEN, STEP = range(4)
 STATES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
@@ -77,20 +79,30 @@ class Grid:
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
         self.BR = 1 if flat else elements // self.BC
-        column_blocks, row_blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
-        self.group = cdiv(column_blocks * row_blocks, tuning.sum_programs) if parameters else 1
+        self._column_blocks, row_blocks = cdiv(layout.C, self.BC), cdiv(layout.R, self.BR)
+        self.group = cdiv(self._column_blocks * row_blocks, tuning.sum_programs) if parameters else 1
         self.groups = cdiv(row_blocks, self.group)
-        self.programs = column_blocks * self.groups
+        self.programs = self._column_blocks * self.groups
 
-    def partial_sums(self, layout, per_channel, like, parameters):
-        shape = (self.groups, layout.C) if per_channel else (self.programs,)
+    def partial_sums(self, layout, kinds, like, steps=1):
+        """Return partial sums of the gradients of parameters. kinds: their kinds."""
+        shape = (self.groups, layout.C) if any(kinds) else (self.programs,)
+        tokens = self._column_blocks, layout.R
+        shapes = {SINGLE: shape, CHANNEL: shape, TOKEN: tokens, STEP: (tokens[0], steps * layout.R)}
         # Separate tensors, not parts of one: the address of a part is aligned for some batch sizes only, and Triton compiles
         # another kernel for an unaligned address.
-        return tuple(torch.empty(shape, dtype=state_dtype(like.dtype), device=like.device) for _ in range(parameters))
+        return tuple(torch.empty(shapes[kind], dtype=state_dtype(like.dtype), device=like.device) for kind in kinds)
 
     def launch(self, kernel, device, *args, **flags):
         flags |= dict(BR=self.BR, BC=self.BC, num_warps=warps_of(self.threads), enable_fp_fusion=False)
         launch(kernel, self.programs, device, *args, **flags)
+
+
+def kind_of(p, axes=0):
+    """Return what load_parameter needs to know of a parameter for data with so many axes, T included."""
+    if p is None or p.numel() == 1:
+        return SINGLE
+    return CHANNEL if p.dim() == 1 else STEP if p.dim() == axes else TOKEN
 
 
 def is_per_channel(p):
@@ -165,11 +177,12 @@ def tile_of_program(R, C, group, BR: tl.constexpr, BC: tl.constexpr):
 
 
 @triton.jit
-def store_sums(pointers, sums, block, C, first, cols, mask_c, PER_CHANNEL: tl.constexpr):
+def store_sums(pointers, sums, block, C, first, cols, mask_c, F: tl.constexpr):
     """Store this program's partial sums: one row per group of rows for parameters per channel, else one number."""
     for i in tl.static_range(len(pointers)):
-        if PER_CHANNEL:
-            at = pointers[i] + block.to(tl.int64) * C + first + cols
-            tl.store(at, tl.sum(sums[i], 0)[None, :], mask=mask_c)
-        else:
-            tl.store(pointers[i] + tl.program_id(0), tl.sum(tl.sum(sums[i], 1), 0))
+        if F.KINDS[i] <= 1:  # otherwise the sums per token are stored already
+            if F.PER_CHANNEL:
+                at = pointers[i] + block.to(tl.int64) * C + first + cols
+                tl.store(at, tl.sum(sums[i], 0)[None, :], mask=mask_c)
+            else:
+                tl.store(pointers[i] + tl.program_id(0), tl.sum(tl.sum(sums[i], 1), 0))

@@ -23,8 +23,15 @@ def zeros_unless(upstream, like):
 
 
 def sum_to(d, parameter):
-    """Sum to the gradient of a number, or of a parameter with one value per channel (the last axis)."""
-    return d.sum() if np.ndim(parameter) == 0 else d.reshape(-1, d.shape[-1]).sum(0)
+    """Sum over the axes along which a parameter was broadcast: a number, or one value per channel or per token."""
+    shape = np.shape(parameter)
+    d = d.sum(tuple(range(d.ndim - len(shape))))
+    return d.sum(tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+
+
+def of_step(p, x, t):
+    """Return a parameter at step t. It has a value per step if it has as many axes as x."""
+    return p[t if len(p) > 1 else 0] if np.ndim(p) == x.ndim else p
 
 
 def sigmoid(x):
@@ -43,11 +50,13 @@ def lif(
         return _lif_with_levels(
             x, v, tau, v_threshold, v_reset, decay_input, detach_reset, derivative(surrogate, alpha), levels
         )
-    T, r, theta, g = len(x), 1 / np.asarray(tau, float), np.asarray(v_threshold, float), derivative(surrogate, alpha)
+    T, leaks, g = len(x), 1 / np.asarray(tau, float), derivative(surrogate, alpha)
+    thetas = np.asarray(v_threshold, float)
     soft, rest = v_reset is None, 0.0 if v_reset is None else v_reset
     v = np.full(x.shape[1:], rest) if v is None else v
     before, charge, after, spikes = [], [], [], []
     for t in range(T):
+        r, theta = of_step(leaks, x, t), of_step(thetas, x, t)
         before.append(v)
         h = v + (x[t] - (v - rest)) * r if decay_input else v - (v - rest) * r + x[t]
         s = h >= theta
@@ -60,6 +69,7 @@ def lif(
         ds, dv, dv_every = zeros_unless(ds, x), zeros_unless(dv_last, v), zeros_unless(dv_every, x)
         dx, dr, dtheta = np.zeros(x.shape), np.zeros(x.shape), np.zeros(x.shape)
         for t in reversed(range(T)):
+            r, theta = of_step(leaks, x, t), of_step(thetas, x, t)
             h, s, slope = charge[t], spikes[t], g(charge[t] - theta)
             dv = dv + dv_every[t]
             if soft:  # v = h - s theta
@@ -75,7 +85,7 @@ def lif(
             else:  # h = v - (v - rest) r + x
                 dx[t], dr[t] = dh, times(dh, rest - before[t])
             dv = dh * (1 - r)
-        return dict(x=dx, v=dv, tau=sum_to(-dr * r**2, tau), v_threshold=sum_to(dtheta, v_threshold))
+        return dict(x=dx, v=dv, tau=sum_to(-dr * leaks**2, tau), v_threshold=sum_to(dtheta, v_threshold))
 
     return (np.array(spikes, float).reshape(x.shape), v, np.array(after).reshape(x.shape)), backward
 
