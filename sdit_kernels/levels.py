@@ -52,6 +52,13 @@ def encode(levels: Any) -> str:
 
 @assume_constant_result  # torch.compile need not trace it
 def _encode(levels):
+    try:  # the checks take 6 us
+        return _check_once(levels, *(map(type, levels) if isinstance(levels, tuple) else ()))
+    except TypeError:  # wrong, or a window that is a list
+        return _check(levels)
+
+
+def _check(levels):
     if levels is None:
         return BINARY
     if isinstance(levels, str):
@@ -79,6 +86,11 @@ def _encode(levels):
         raise ValueError(f"scale of levels must be a positive finite number, got {scale!r}")
     window = () if window is None or tuple(window) == (lo, hi) else (float(window[0]), float(window[1]))
     return repr((int(lo), int(hi), window, float(scale)))
+
+
+@functools.lru_cache(maxsize=256)
+def _check_once(levels, *types):
+    return _check(levels)
 
 
 @assume_constant_result

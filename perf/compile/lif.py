@@ -172,6 +172,7 @@ How to read it:
 - learnt: tau and v_threshold are tensors that require gradients. T=32 is a loop over stretches of 16 steps. Backward kernels
   that keep many values per neuron use narrower tiles, so that no register spills. Their accesses have 64 or 32 bits and are
   contiguous across the warp.
+- integers: levels=(0, 4); they and ternary spikes have a soft reset. An exact division takes about ten instructions.
 - `spikingjelly`: its Triton kernels for LIF with its own launch settings. They take a membrane and return one. The forward
   kernel writes the charge of every step in fp32 for the backward kernel. Their floor is the floor of `lif` without a membrane.
 """

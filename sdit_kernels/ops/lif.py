@@ -22,6 +22,7 @@ from ..dtypes import state_dtype
 from ..layout import empty_like
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
+from ..reference.neuron import norm_of_tokens
 from ..reference.neuron import returned
 from .neuron import (
     allocate_parameter_gradients,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
 NEURON_SCHEMA = (
     "float tau_value, float v_threshold_value, float? v_reset, bool decay_input, bool detach_reset, str surrogate, "
     "float alpha, str levels"
@@ -186,11 +186,7 @@ def _threshold_of_tokens(x, factor, kind, detach):
             f"(.., L, 1), got {tuple(factor.shape)}"
         )
     number, given = check_neuron_parameter("v_threshold", factor, x, x.shape[-1], tokens=True)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-        C = x.shape[-1]
-        norm = torch.linalg.vector_norm(x, 2 if kind == "rms" else 1, dim=-1, keepdim=True, dtype=state_dtype(x.dtype))
-        norm = torch.sqrt(norm * norm / C + THRESHOLD_EPS) if kind == "rms" else norm / C + THRESHOLD_EPS
-    return norm * (number if given is None else given)
+    return norm_of_tokens(x, kind, detach) * (number if given is None else given)
 
 
 No = Literal[False]

@@ -16,6 +16,9 @@ from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
 from ..surrogate import SURROGATES
 
 
+THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
+
+
 class _Fire(torch.autograd.Function):
     """s = 1 where z >= 0, else 0, with the surrogate gradient: dz = ds * derivative(z).
 
@@ -257,6 +260,14 @@ def run(neuron, x, states, values, flags, surrogate, alpha, return_state, return
     return simulate(step, x, states, starts, return_state, return_state_seq, spike_dtype)
 
 
+def norm_of_tokens(x, kind, detach):
+    """Return the norm over the channels of x, (T, .., C), that scales thresholds, as (T, .., 1). See lif's ``threshold``."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+        norm = torch.linalg.vector_norm(x, 2 if kind == "rms" else 1, dim=-1, keepdim=True, dtype=state_dtype(x.dtype))
+        norm = norm * norm if kind == "rms" else norm
+        return torch.sqrt(norm / x.shape[-1] + THRESHOLD_EPS) if kind == "rms" else norm / x.shape[-1] + THRESHOLD_EPS
+
+
 def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
     values = 1.0 / as_parameter(tau, dtype), as_parameter(v_threshold, dtype), v_reset or 0.0
     flags = dict(zip(LIF.flags, (v_reset is None, decay_input, detach_reset, *decode(encode(levels)))))
@@ -275,11 +286,15 @@ def lif(
     surrogate="atan",
     alpha=None,
     levels=None,
+    threshold=None,
+    detach_threshold=False,
     return_v=False,
     return_v_seq=False,
     spike_dtype=None,
 ):
     """See :func:`sdit_kernels.lif`."""
+    if threshold is not None:
+        v_threshold = norm_of_tokens(x, threshold, detach_threshold) * v_threshold
     step = _bind_lif(state_dtype(x.dtype), tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels)
     return returned(simulate(step, x, (v,), (v_reset or 0.0,), return_v, return_v_seq, spike_dtype), True)
 
