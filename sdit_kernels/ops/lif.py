@@ -22,8 +22,7 @@ from ..dtypes import state_dtype
 from ..layout import empty_like
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
-from ..reference.neuron import norm_of_tokens
-from ..reference.neuron import returned
+from ..reference.neuron import norm_of_tokens, returned
 from .neuron import (
     allocate_parameter_gradients,
     any_given,

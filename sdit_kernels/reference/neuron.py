@@ -15,7 +15,6 @@ from ..levels import decode, encode
 from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
 from ..surrogate import SURROGATES
 
-
 THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
 
 
