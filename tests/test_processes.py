@@ -266,6 +266,7 @@ def test_disabled_numba_is_named_with_a_way_out():
 
 SMALL = {  # file: a -k expression for its small cases
     "test_lif.py": "triton and (threshold or empty or staircase or not_a_number or spike_dtypes or small)",
+    "test_leaky.py": "triton and (above_the_threshold or empty or not_a_number) or small",
     "test_mix.py": "triton and (laws or pad or empty or not_a_number or saved) or channels_than",
     "test_wkv_triton.py": "small",
 }
