@@ -148,6 +148,9 @@ def check_levels_fit(levels, dtype, what):
         least, most = torch.iinfo(dtype).min, torch.iinfo(dtype).max
     if lo < least or hi > most:
         raise ValueError(f"{what} is {dtype}, which holds integers from {least} to {most}, got levels from {lo} to {hi}")
+    scale = 1.0 if levels == "ternary" or len(levels) < 4 else levels[3]
+    if dtype.is_floating_point and not torch.finfo(dtype).tiny <= scale <= torch.finfo(dtype).max / max(-lo, hi):
+        raise ValueError(f"{what} is {dtype}, which does not hold levels from {lo} to {hi} times the scale {scale}")
 
 
 def check_neuron_parameter(name, p, x, channels, data="x", tokens=False):

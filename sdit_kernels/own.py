@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import check_flag, check_number, is_number
 from .neuron import Neuron, Trace
 from .neuron.printer import TORCH, text
-from .neuron.trace import in_order, is_condition
+from .neuron.trace import Operations, in_order, is_condition
 from .nn.neurons import OwnNeuron
 from .ops.lif import No, Yes
 from .ops.neuron import NeuronOp
@@ -26,8 +26,8 @@ from .ops.operator import refuse_script
 _RESERVED = {
     "x", "ds", "g", "tape", "states", "parameters", "sharpness", "torch", "tl", "triton", "numba", "V", "KIND", "step",
     "record", "pullback", "tangent", "state", "surrogate", "alpha", "return_state", "return_state_seq", "spike_dtype",
-    "op", "keep", "backend", "Tensor", "Scalar", "ScalarType", "Device", "Layout", "Generator", "int", "float", "bool", "str",
-    "complex", "inf", "nan", *dir(torch.nn.Module()), *dir(OwnNeuron),
+    "op", "self", "keep", "backend", "Tensor", "Scalar", "ScalarType", "Device", "Layout", "Generator", "int", "float", "bool",
+    "str", "complex", "inf", "nan", *dir(torch.nn.Module()), *dir(OwnNeuron),
 }  # fmt: skip
 _GENERATED = re.compile(r"t\d+|d_\w+|g_\w+|(tape|states|parameters)\d+|checkpoint\w*|start_\w+|\w+_value|\w+_seq")
 _operators: dict[str, NeuronOp] = {}  # by the text of the neuron
@@ -41,6 +41,8 @@ class Op:
 
     def __init__(self, step, states, parameters, start):
         self.step, self.states, self.start = step, states, start
+        if not isinstance(parameters, Mapping) and len(set(parameters)) < len(parameters):
+            raise ValueError(f"parameters must have different names, got {parameters!r}")
         self.defaults = dict(parameters) if isinstance(parameters, Mapping) else dict.fromkeys(parameters)
         self.parameters = tuple(self.defaults)
         name = re.sub(r"\W", "", getattr(step, "__name__", ""), flags=re.ASCII).strip("_")
@@ -65,20 +67,24 @@ class Op:
             self.name, self.step, self.states, self.parameters, numbers,
             tuple(f"start_{state}" if value else None for state, value in starts.items()),
         )  # fmt: skip
-        found, binary = [repr((self.states, self.parameters, self.flags, starts))], True
+        found, binary, traces = [repr((self.states, self.parameters, self.flags, starts))], True, {}
         for setting in itertools.product((False, True), repeat=len(self.flags)):
             try:
                 traced = Trace(neuron, dict(zip(self.flags, setting)))
             except AttributeError as error:
-                names = f"its states are {', '.join(self.states)}, its parameters {', '.join(self.parameters) or 'none'}"
+                operations = [name for name in dir(Operations) if not name.startswith("_")]
+                names = f"its states are {', '.join(self.states)}, its parameters {', '.join(self.parameters) or 'none'}, "
+                names += f"the operations o.{', o.'.join(operations)}"
                 raise AttributeError(f"the step of {self.name} uses a name that it does not have ({error}); {names}") from error
+            traces[setting] = traced
             found.append(text(traced, TORCH, True, ("step", "pullback")))
-            binary = binary and is_condition(traced.spike)
+            binary = binary and _is_binary(traced.spike)
         name = f"{self.name}_{hashlib.sha256(chr(0).join(found).encode()).hexdigest()[:12]}"
         with _lock:
             if name not in _operators:
                 constants = [value for value in starts.values() if value]
-                _operators[name] = NeuronOp(dataclasses.replace(neuron, name=name), constants=constants, checks_tensors=False)
+                frozen = dataclasses.replace(neuron, name=name, step=_freeze(self.step, traces))
+                _operators[name] = NeuronOp(frozen, constants=constants)
             return _operators[name], binary
 
     def __repr__(self):
@@ -257,6 +263,26 @@ def costs(name: str) -> tuple[int, int] | None:
     products = {n.id for n in nodes if n.op in ("*", "/")}
     sums = [n for n in nodes if n.op in ("+", "-") and any(a.id in products for a in n.args)]
     return len(products), len(nodes) - len(products) - len(sums)
+
+
+def _freeze(step, traces):
+    """Return a step that always computes what ``step`` computed when it was traced. traces: by the values of the flags."""
+    names = tuple(_flags_of(step))
+
+    def frozen(x, s, p, o, **flags):
+        return traces[tuple(flags[name] for name in names)].replay(x, s, p, o)
+
+    keywords = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default) for name, default in _flags_of(step).items()
+    ]
+    positional = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in "xspo"]
+    frozen.__signature__ = inspect.Signature(positional + keywords)  # type: ignore[attr-defined]
+    return frozen
+
+
+def _is_binary(spike):
+    chosen = spike.op == "select" and all(a.op == "number" and float(a.value) in (0, 1) for a in spike.args[1:])
+    return chosen or is_condition(spike)
 
 
 def _check_finite(name, value):

@@ -432,6 +432,14 @@ REFUSED = {
     "iteration": (TypeError, "an element of a symbol", lambda: define(lambda x, s, p, o: (o.fire(x), sum(x)))),
     "torch": (TypeError, "a torch function of a symbol", lambda: define(lambda x, s, p, o: (o.fire(x), torch.tanh(x)))),
     "numpy": (TypeError, "symbol", lambda: define(lambda x, s, p, o: (o.fire(x), np.exp(x)))),
+    "a reversed window": (ValueError, "a <= b, got .3, 1.", lambda: define(lambda x, s, p, o: (o.level(x, 0, 4, 1, (3, 1)), x))),
+    "a window that is a number": (TypeError, "window of o.level", lambda: define(lambda x, s, p, o: (o.level(x, 0, 4, 1, 3), x))),
+    "a unit of 0": (ValueError, "unit of o.level", lambda: define(lambda x, s, p, o: (o.level(x, 0, 4, unit=0.0), x))),
+    "a huge constant": (ValueError, "must be finite", lambda: define(lambda x, s, p, o: (o.fire(x), x * 10**400))),
+    "a function that does not exist": (AttributeError, "o.maximum", lambda: define(lambda x, s, p, o: (o.fire(x), o.tanh(x)))),
+    "self": (ValueError, "must not be called 'self'", lambda: define(fires, parameters=("self",))),
+    "a parameter twice": (ValueError, "different names, got", lambda: define(fires, parameters=("k", "k"))),
+    "a NaN in a parameter": (ValueError, "k must be finite", lambda: KLIF(torch.ones(2, 3), k=torch.tensor(math.nan))),
     "a missing parameter": (TypeError, "adaptive needs its parameter rho", lambda: ALIF(torch.ones(2, 3), beta=0.5)),
     "an unknown setting": (TypeError, "klif has the settings k, got 'tau'", lambda: KLIF(torch.ones(2, 3), tau=2.0)),
     "an infinite parameter": (ValueError, "k must be finite, got inf", lambda: KLIF(torch.ones(2, 3), k=math.inf)),
@@ -482,3 +490,42 @@ def test_names_that_look_dangerous_and_are_not():
         with backend(where):
             found.append(op(x, **values, return_state=True)[1][0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+# --- what a step reads from outside ---------------------------------------------------------------------------------------
+
+
+def test_a_step_keeps_what_it_read_when_it_was_defined():
+    """Changing a variable later changes nothing, on any backend and in any setting, also not for an op of the same text."""
+    level, ops = {"theta": 1.0}, []
+
+    def step(x, s, p, o, *, hard=False):
+        h = s.v * 0.5 + x
+        fired = o.fire(h - level["theta"])
+        return fired, o.where(fired, 0.0, h) if hard else h - fired * level["theta"]
+
+    for level["theta"] in (1.0, 100.0):  # noqa: B007
+        ops.append(define(step))
+    x = torch.full((3, 1), 3.0)
+    for name in ("reference", "cpu"):
+        with backend(name):
+            found = [[int(op(x, hard=hard).sum()) for op in ops] for hard in (True, False)]
+        assert found == [[3, 0], [3, 0]], name
+    level["theta"] = 1.0
+    assert define(step)(x).sum() == 3
+
+
+def test_numbers_of_numpy_work_on_both_sides():
+    decay = np.exp(-1 / 20)
+    left = define(lambda x, s, p, o: (o.fire(x), decay * s.v + x))
+    right = define(lambda x, s, p, o: (o.fire(x), s.v * decay + x))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.equal(left(x, return_state=True)[1][0], right(x, return_state=True)[1][0])
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_either_of_two_spikes_is_0_or_1(name):
+    op = define(lambda x, s, p, o: (o.either(o.fire(x - 1.0), o.fire(x - 2.0)), x))
+    with backend(name):
+        x = torch.tensor([[3.0], [1.5], [0.0]])
+        assert op(x).flatten().tolist() == [1, 1, 0] and op(x, spike_dtype=torch.uint8).dtype == torch.uint8

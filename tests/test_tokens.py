@@ -115,6 +115,7 @@ def test_transforms_and_the_compiler_take_values_per_token():
         (dict(v_threshold=torch.ones(3, 1)), r"broadcast to \(2, 4, 1\) or \(3, 2, 4, 1\).*got \(3, 1\)"),
         (dict(tau=torch.full((4, 5), 2.0)), r"tau must be a scalar or have shape \(5,\)"),
         (dict(v_threshold=torch.full((4, 1), math.nan)), "v_threshold must be finite"),
+        (dict(detach_threshold=True), "detach_threshold=True needs threshold"),
         (dict(threshold="max"), "threshold must be None, 'rms' or 'mean', got 'max'"),
         (dict(threshold="rms", v_threshold=torch.ones(5)), r"a factor where threshold='rms'.*got \(5,\)"),
         (dict(v_threshold=torch.zeros(4, 1), v_reset=None, levels=(0, 4)), "v_threshold must be positive"),
@@ -126,7 +127,16 @@ def test_errors_name_the_shapes(settings, message):
         lif(torch.zeros(3, 2, 4, 5), **settings)
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_norm_that_is_not_finite_makes_a_finite_threshold(name):
+    x = torch.tensor([math.nan, math.inf, 1e30, 0.0])[None, :, None].expand(1, 4, 3)
+    with backend(name):
+        assert lif(x, tau=1.0, v_threshold=0.5, threshold="rms")[0, :, 0].tolist() == [0, 1, 1, 0]
+        assert lif(x[..., :0], threshold="mean").shape == (1, 4, 0)
+
+
 def test_a_module_learns_thresholds_of_tokens():
     neuron = LIF(v_threshold=torch.nn.Parameter(torch.ones(4, 1)), threshold="mean")
     neuron(torch.rand(3, 2, 4, 5)).sum().backward()
+    assert "threshold='mean', detach_threshold=False" in repr(neuron)
     assert neuron.v_threshold.grad.shape == (4, 1) and neuron.v_threshold.grad.abs().sum() > 0

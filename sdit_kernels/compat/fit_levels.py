@@ -124,9 +124,22 @@ def _measure_window(probe: Probe, threshold, lo, hi, scale, known) -> tuple[floa
         end = rounded((centre + sign * inside) / threshold, [*known, float(lo), float(hi)])
         end = 0.0 if abs(end) < 1e-12 else end
         if slopes([end * threshold]).item() == 0:
-            raise Cannot(4, "its gradient is 0 at the ends of its window", final=True)
+            end = _inside(end, (lo + hi) / 2)
+            if slopes([end * threshold]).item() == 0:
+                raise Cannot(4, "its gradient is 0 near the ends of its window", final=True)
         ends.append(end)
     return ends[0], ends[1]
+
+
+def _inside(end: float, centre: float) -> float:
+    """Return the float32 next to the end of a window, inside it: the window does not contain its ends.
+
+    torch.clamp has the gradient 1 at its bounds before PyTorch 2.14, and 0 from then on.
+    """
+    if end == 0:
+        return math.copysign(2.0**-100, centre)
+    ends = (torch.tensor(a, dtype=torch.float32, device="cpu") for a in (end, centre))
+    return torch.nextafter(*ends).item()
 
 
 def _measure_reset(probe: Probe, stairs: _Stairs, known: list[float]) -> tuple[float, bool]:

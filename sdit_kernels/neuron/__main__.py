@@ -15,7 +15,7 @@ def parse_flags(words, flags):
     for word in filter(None, re.split(r",(?![^(]*\))", words)):  # not at the commas of a tuple
         name, given, value = word.partition("=")
         if name not in flags:
-            raise ValueError(f"--flags must name some of {', '.join(flags)}, got {name!r}")
+            raise ValueError(f"--flags must name some of {', '.join(flags) or 'none (this neuron has no flags)'}, got {name!r}")
         try:
             found[name] = ast.literal_eval(value) if given else True
         except (ValueError, SyntaxError):

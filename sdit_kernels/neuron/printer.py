@@ -258,6 +258,7 @@ def load(code: str, stem: str, environment: dict[str, Any]) -> dict[str, Any]:
     code = _DEFINITION.sub(rf"def {stem}_\1_{digest}(", code)
     name = f"<sdit_kernels.neuron {stem}_{digest}>"
     if directory := os.environ.get("SDIT_KERNELS_DUMP"):
+        Path(directory).mkdir(parents=True, exist_ok=True)
         Path(directory, f"{stem}_{digest}.py").write_text(code)
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)  # for inspect.getsource and tracebacks
     environment = dict(environment)

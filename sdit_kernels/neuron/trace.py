@@ -124,6 +124,11 @@ class Symbol:
     __array__ = _refuse("a numpy array")
     __torch_function__ = classmethod(_refuse("a torch function"))
 
+    def __array_ufunc__(self, ufunc, method, *inputs, **_):
+        """A number of numpy times a symbol comes here."""
+        op = _NUMPY.get(ufunc.__name__)
+        return self.graph.binary(op, *inputs) if op and method == "__call__" else _refuse(f"np.{ufunc.__name__}")(self)
+
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
@@ -133,6 +138,7 @@ class Symbol:
 
 
 CONDITIONS = ("fire", "fire_above")  # the argument is compared with 0
+_NUMPY = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "true_divide": "/"}
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _POLYNOMIAL = (*CONDITIONS, "either", "input", "number", "+", "-", "*", "neg", "select", "detach")
 _SMOOTH = ("+", "-", "*", "/", "neg", "exp")
@@ -164,7 +170,11 @@ class Graph:
                 raise TypeError("a step used a symbol of another trace: a step must not keep values from call to call")
             return value
         if is_number(value):
-            if not math.isfinite(value):
+            try:
+                finite = math.isfinite(value)
+            except OverflowError:  # an int
+                finite = False
+            if not finite:
                 raise ValueError(f"the constants of a step must be finite, got {value}")
             return self.number(value)
         raise TypeError(f"a step must compute with numbers, its inputs and their results, got {type(value).__name__}")
@@ -314,6 +324,13 @@ class Operations:
         return self._graph.node("either", c, d)
 
     def level(self, z, lo, hi, unit=1.0, window=None):
+        if is_number(unit) and not (unit != 0 and math.isfinite(unit)):
+            raise ValueError(f"unit of o.level must not be 0, and finite, got {unit}")
+        if window not in (None, ()):
+            if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(map(is_number, window))):
+                raise TypeError(f"window of o.level must be None or a pair of numbers, got {window!r}")
+            if not window[0] <= window[1]:
+                raise ValueError(f"window of o.level must be (a, b) with a <= b, got {window!r}")
         for name, value in (("lo", lo), ("hi", hi)):
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise TypeError(f"{name} of o.level must be an int, got {type(value).__name__}")
@@ -563,6 +580,30 @@ class Trace:
                 t = zero
             d[n.id] = t
         return d_states, [d.get(n.id, zero) for n in outputs]
+
+    def replay(self, x, s, p, o):
+        """Run the traced step on tensors or on symbols. Arguments and result as those that ``neuron.step`` has."""
+        names = {name: vars_ for vars_, names in ((s, self.neuron.states), (p, self.neuron.parameters)) for name in names}
+        found = {}
+        for n in in_order((self.spike, *self.after)):
+            a = [found[m.id] for m in n.args]
+            if n.op == "input":
+                found[n.id] = x if n.value == "x" else getattr(names[n.value], n.value)
+            elif n.op == "number":
+                found[n.id] = float(n.value)
+            elif n.op in _ARITHMETIC:
+                found[n.id] = _ARITHMETIC[n.op](*a)
+            elif n.op == "neg":
+                found[n.id] = -a[0]
+            elif n.op == "select":
+                found[n.id] = o.where(*a)
+            elif n.op == "level":
+                z, unit = (found[m.id] for m in n.args[0].args) if n.args[0].op == "/" else (a[0], 1.0)
+                found[n.id] = o.level(z, int(a[1]), int(a[2]), unit, (a[3], a[4]))
+            else:  # fire, fire_above, either, maximum, minimum, abs, exp, detach
+                found[n.id] = getattr(o, n.op)(*a)
+        after = tuple(found[n.id] for n in self.after)
+        return found[self.spike.id], after if len(after) > 1 else after[0]
 
     def plan(self, with_parameters: bool) -> Plan:
         """Choose what the backward pass keeps: what makes the pullback cheapest. The states always suffice."""

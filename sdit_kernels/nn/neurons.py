@@ -214,7 +214,8 @@ class LIF(_Stateful):
 
     Args:
         tau (float | Tensor): time constant in steps, at least 1. A number, a scalar tensor, or a tensor (C,) with one value per
-            channel of x's last axis. A ``torch.nn.Parameter`` is learned; another tensor becomes a buffer of the module.
+            channel of x's last axis, or a value per token as in :func:`sdit_kernels.lif`. A ``torch.nn.Parameter`` is learned;
+            another tensor becomes a buffer of the module.
         decay_input: True: the leak divides the input by tau too.
         v_threshold (float | Tensor): firing threshold. A number, a tensor or a parameter, like tau.
         v_reset: membrane potential after a spike. None subtracts the threshold instead (soft reset).
@@ -260,6 +261,7 @@ class LIF(_Stateful):
     """
 
     _settings = (*_Neuron._settings, "threshold", "detach_threshold")
+    _shown = (*_settings, "step_mode", "store_v_seq")
 
     def __init__(
         self,

@@ -279,7 +279,8 @@ def lif(
             ``Levels(lo, hi, window, scale)``: integer spikes; needs v_reset=None and no surrogate. Both need a positive
             v_threshold, and a dtype of the spikes that holds all levels exactly: bfloat16 up to 256, float16 up to 2048.
         threshold: None, "rms" or "mean": the norm of x that makes the thresholds, see above; any number of channels. It is
-            computed in float32 (float64) in one pass over x before the kernel. Gradients reach x and the factor through it.
+            computed in float32 (float64) in one pass over x before the kernel. Gradients reach x and the factor through it. A
+            norm that is not finite counts as 1e30 (1e300). v_threshold must then not have a value per channel.
         detach_threshold: True: no gradient flows to x through the norm.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
@@ -315,6 +316,8 @@ def lif(
     if threshold is not None:
         v_threshold = _threshold_of_tokens(x, v_threshold, threshold, detach_threshold)
     check_flag("detach_threshold", detach_threshold)
+    if detach_threshold and threshold is None:
+        raise ValueError("detach_threshold=True needs threshold='rms' or 'mean', got threshold=None")
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, tokens=True
     )
@@ -384,8 +387,8 @@ def lif_rate(
         T: number of time steps, 1 to 2^24.
         residual: added to the rate. The shape of x, the dtype of x or float32 (float64). The output has the dtype of residual.
         gate: logits of a gate on the current, with the shape and dtype of x.
-        tau (float | Tensor): time constant in steps, as in :func:`lif`.
-        v_threshold (float | Tensor): firing threshold, as in :func:`lif`.
+        tau (float | Tensor): time constant in steps, at least 1: a number, a scalar tensor, or a tensor (C,).
+        v_threshold (float | Tensor): firing threshold: a number, a scalar tensor, or a tensor (C,).
         v_reset: membrane potential after a spike, as in :func:`lif`. Every call starts from v_reset (0 with soft reset).
         decay_input: True: the leak divides the input by tau too.
         detach_reset: True: no gradient flows through the reset.

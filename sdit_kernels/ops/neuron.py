@@ -250,11 +250,11 @@ class NeuronOp:
     """The op of a neuron whose settings are its parameters, the flags of its step, and a surrogate.
 
     checks: per parameter, a function of (name, number, dtype of the arithmetic) that raises an error if the number is out of
-    range. Without ``checks_tensors``, tensors are not read. constants: the neuron's numbers.
+    range. constants: the neuron's numbers.
     """
 
-    def __init__(self, neuron: Neuron, checks=None, constants=(), checks_tensors=True):
-        self.neuron, self.constants, self.checks_tensors = neuron, tuple(constants), checks_tensors
+    def __init__(self, neuron: Neuron, checks=None, constants=()):
+        self.neuron, self.constants = neuron, tuple(constants)
         self.checks = checks or (check_number,) * len(neuron.parameters)
         self.flags = tuple(neuron.flags)
         values = [f"float {name}_value" for name in neuron.parameters]
@@ -270,7 +270,7 @@ class NeuronOp:
     def _check_values(self, parameters, values, dtype):
         """Check the values of tensor parameters."""
         for name, p, check in zip(self.neuron.parameters, parameters, self.checks):
-            if self.checks_tensors and p is not None and p.numel():
+            if p is not None and p.numel():
                 check(name, p.min().item(), dtype)
                 check(name, p.max().item(), dtype)
 

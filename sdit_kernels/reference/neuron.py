@@ -13,6 +13,7 @@ from torch import Tensor
 from ..dtypes import state_dtype
 from ..levels import decode, encode
 from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
+from ..neuron.trace import HUGE
 from ..surrogate import SURROGATES
 
 THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
@@ -142,7 +143,7 @@ class TensorOperations:
         return _FireAbove.apply(z, self._derivative)
 
     def either(self, c, d):
-        return c + d
+        return c + d - (c * d).detach()
 
     def level(self, z, lo, hi, unit=1.0, window=None):
         unit = unit if isinstance(unit, Tensor) else torch.full((), unit, dtype=z.dtype, device=z.device)
@@ -262,9 +263,12 @@ def run(neuron, x, states, values, flags, surrogate, alpha, return_state, return
 def norm_of_tokens(x, kind, detach):
     """Return the norm over the channels of x, (T, .., C), that scales thresholds, as (T, .., 1). See lif's ``threshold``."""
     with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-        norm = torch.linalg.vector_norm(x, 2 if kind == "rms" else 1, dim=-1, keepdim=True, dtype=state_dtype(x.dtype))
+        dtype = state_dtype(x.dtype)
+        norm = torch.linalg.vector_norm(x, 2 if kind == "rms" else 1, dim=-1, keepdim=True, dtype=dtype)
         norm = norm * norm if kind == "rms" else norm
-        return torch.sqrt(norm / x.shape[-1] + THRESHOLD_EPS) if kind == "rms" else norm / x.shape[-1] + THRESHOLD_EPS
+        norm = torch.sqrt(norm / x.shape[-1] + THRESHOLD_EPS) if kind == "rms" else norm / x.shape[-1] + THRESHOLD_EPS
+        huge = HUGE[dtype == torch.float64]
+        return torch.where(norm < huge, norm, huge)  # a token that is not finite, or overflows, has a finite threshold too
 
 
 def _bind_lif(dtype, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
