@@ -69,6 +69,9 @@ def tuned(record: Tuning | None = None, **changes: int):
         record: a complete record; None: the current record.
         changes: fields of the record and their new values.
 
+    Raises:
+        ValueError: the record has no such field.
+
     Example:
         >>> import torch, sdit_kernels
         >>> from sdit_kernels.tuning import tuned
@@ -76,6 +79,8 @@ def tuned(record: Tuning | None = None, **changes: int):
         ...     s = sdit_kernels.lif(torch.ones(4, 3) * 2)
     """
     global _current
+    if unknown := changes.keys() - set(Tuning._fields):  # Python 3.13 raises another error than the versions before
+        raise ValueError(f"tuned takes the fields {', '.join(Tuning._fields)}, got {', '.join(sorted(unknown))}")
     before = _current
     _current = (before if record is None else record)._replace(**changes)
     try:

@@ -695,7 +695,7 @@ def test_positional_arguments_are_those_of_spikingjelly(kind, positional):
     assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
     defaults = {"tau": 2.0, "init_tau": 2.0, "decay_input": True, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
     defaults |= {"surrogate": "atan", "alpha": None, "step_mode": "m", "store_v_seq": False, "channels": None, "T": 4}
-    defaults |= {"levels": None}
+    defaults |= {"levels": None, "threshold": None, "detach_threshold": False}
     assert all(p.default == defaults[p.name] for p in parameters)
 
 

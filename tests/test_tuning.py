@@ -18,7 +18,7 @@ def test_a_block_changes_the_record_and_restores_it():
         assert current() == before._replace(wkv_held_tokens=4)
         raise KeyError
     assert current() is before
-    with pytest.raises(ValueError, match="unexpected field"), tuned(tile=4):
+    with pytest.raises(ValueError, match="tuned takes the fields .*, got tile"), tuned(tile=4):
         pass
 
 
