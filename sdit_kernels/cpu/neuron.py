@@ -91,8 +91,8 @@ def _forward_kernel(X, O, V, code, spread):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
-    SPREAD, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
-    ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if SPREAD else 1
+    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if VARIES else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
     (step,) = generate(code, S, 0, False, ("step",))
@@ -129,7 +129,7 @@ def _forward_kernel(X, O, V, code, spread):
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
                 for i in range(n):
-                    q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
+                    q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
                     spike, states = step(load(xt, i, X), load_rows(v, i, STATES, ROW, S), q)
                     if FIRES:
                         store_spike(st, i, spike, O)
@@ -156,9 +156,9 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
     BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
     GRADIENTS = len(code[0].parameters)
     PARAMETERS = GRADIENTS + len(code[0].numbers)
-    SPREAD, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
     ROW, AREA = BLOCK * sb, STATES * BLOCK
-    STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if SPREAD else 1, GRADIENTS * BLOCK if WANTED else 1
+    STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if VARIES else 1, GRADIENTS * BLOCK if WANTED else 1
     plan = trace(*code).plan(WANTED)
     # Row t of the history has the tape of step t, or the states before step t. In both cases row t + 1 has what follows.
     HISTORY, KEEPS_STATES, USES_TAPE = (LIF_CHECKPOINT_STEPS + 1) * AREA, plan.keeps_states, plan.uses_tape
@@ -218,7 +218,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                                         fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
                             now = v + t * AHEAD
                             for i in range(n):
-                                q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
+                                q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
                                 states = load_rows(now, i, STATES, ROW, S)
                                 tape, states = record(load_input(xs + t * x_t, i, X), states, q)
                                 store_rows(now + AHEAD, i, states, ROW, S)
@@ -239,7 +239,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                         target = row_out if STREAMED else dxs + t * dx_t
                         now = history + t * STEP
                         for i in range(n):
-                            q = load_rows(ps, i, PARAMETERS, ROW, S) if SPREAD else p
+                            q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
                             d, states, d_q = pullback(
                                 load_rows(now + AHEAD, i, STATES, ROW, S), load_input(xs + t * x_t, i, X),
                                 load_rows(now, i, STATES, ROW, S), q, load_input(gs + t * g_t, i, X),
@@ -272,7 +272,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                 for j in range(GRADIENTS):
                     if ON_TOKENS and places[4 * j + 2]:
                         continue
-                    if SPREAD:
+                    if VARIES:
                         fill(sums[j] + (block * C + c) * sb, n, total + j * ROW, 0, zero, S, S)
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)

@@ -325,7 +325,7 @@ class Operations:
 
     def level(self, z, lo, hi, unit=1.0, window=None):
         if is_number(unit) and not (unit != 0 and math.isfinite(unit)):
-            raise ValueError(f"unit of o.level must not be 0, and finite, got {unit}")
+            raise ValueError(f"unit of o.level must be finite and not 0, got {unit}")
         if window not in (None, ()):
             if not (isinstance(window, (tuple, list)) and len(window) == 2 and all(map(is_number, window))):
                 raise TypeError(f"window of o.level must be None or a pair of numbers, got {window!r}")
@@ -582,8 +582,8 @@ class Trace:
         return d_states, [d.get(n.id, zero) for n in outputs]
 
     def replay(self, x, s, p, o):
-        """Run the traced step on tensors or on symbols. Arguments and result as those that ``neuron.step`` has."""
-        names = {name: vars_ for vars_, names in ((s, self.neuron.states), (p, self.neuron.parameters)) for name in names}
+        """Run the traced step on tensors or on symbols. It takes and returns what ``neuron.step`` does."""
+        names = {name: vars_ for vars_, group in ((s, self.neuron.states), (p, self.neuron.parameters)) for name in group}
         found = {}
         for n in in_order((self.spike, *self.after)):
             a = [found[m.id] for m in n.args]
