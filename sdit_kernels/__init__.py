@@ -11,6 +11,7 @@ from .ops.cuba import adlif, cuba
 from .ops.leaky import lapicque, leaky
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
+from .ops.norm_lif import norm_lif
 from .ops.operator import refuse_script as _refuse_script
 from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
@@ -28,6 +29,7 @@ __all__ = [
     "leaky",
     "lif",
     "lif_rate",
+    "norm_lif",
     "relu_squared",
     "token_shift",
     "spiking_wkv",

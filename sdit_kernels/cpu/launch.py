@@ -111,7 +111,7 @@ class Parameters:
     def __init__(self, variant, parameters, dtype, axes=0):
         """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
         self.code, self.numbers = _constants(variant)
-        self._dtype, self._count, self._alive = dtype, len(parameters), []
+        self._dtype, self._count, self._alive = dtype, len(variant.neuron.learnt), []
         places, self.are_numbers, self.spread = [(0, 0, 0, 0)] * len(variant.values), True, CONSTANT
         for i, p in enumerate(parameters):
             if p is not None:

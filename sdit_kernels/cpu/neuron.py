@@ -149,13 +149,13 @@ def _forward_kernel(X, O, V, code, spread):
 
 
 @functools.cache
-def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
-    """WANTED: the gradients of the parameters are wanted. STREAMED: dx bypasses the caches."""
+def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
+    """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches."""
     S = state_code(X)
     xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
     BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
-    GRADIENTS = len(code[0].parameters)
-    PARAMETERS = GRADIENTS + len(code[0].numbers)
+    GRADIENTS = len(code[0].learnt)
+    PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
     ROW, AREA = BLOCK * sb, STATES * BLOCK
     STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if VARIES else 1, GRADIENTS * BLOCK if WANTED else 1
@@ -209,7 +209,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                     dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
                     for t in range(steps):
                         prefetch(gs + t * g_t, n * xb, 0)
-                        if not STREAMED:
+                        if WRITES and not STREAMED:
                             prefetch(dxs + t * dx_t, n * xb, 1)
                         if USES_TAPE or t < steps - 1:
                             if ON_TOKENS:
@@ -236,7 +236,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                                 gj += ((t0 + t) * gj_t + row * gj_r + c) * sb
                                 for i in range(n):
                                     store(carry + j * ROW, i, load(carry + j * ROW, i, S) + load_input(gj, i, S), S)
-                        target = row_out if STREAMED else dxs + t * dx_t
+                        target = dxs + t * dx_t if WRITES and not STREAMED else row_out
                         now = history + t * STEP
                         for i in range(n):
                             q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
@@ -277,7 +277,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED):
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
 
-    name = f"{pullback.__name__}_{X}{V}{kind}{spread}{WANTED:d}{STREAMED:d}"
+    name = f"{pullback.__name__}_{X}{V}{kind}{spread}{WANTED:d}{WRITES:d}{STREAMED:d}"
     return Kernel(neuron_backward, name)
 
 
@@ -308,14 +308,14 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip
-    """Fill dx, and the gradients of the states that are given. x is not empty.
+    """Fill dx, if given, and the gradients of the states that are given. x is not empty.
 
     With ``with_parameters``, return partial sums of the gradients of the parameters: (groups, C) each if one of them has one
     value per channel, otherwise (tasks,).
     """
     dtype = state_dtype(x.dtype)
     p = Parameters(variant, parameters, dtype, x.dim())
-    layout = layout_of(x, dx, p.per_channel)
+    layout = layout_of(x, x if dx is None else dx, p.per_channel)
     states, V = _same_dtype(states, dtype)
     into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
     g_finals, g_seqs = ([None if t is None else t.to(dtype) for t in group] for group in (g_finals, g_seqs))
@@ -326,7 +326,7 @@ def neuron_backward(
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters, x.shape[0])
     _backward_kernel(
         CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
-        dx.nbytes >= STREAM,
+        dx is not None, dx is not None and dx.nbytes >= STREAM,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
         p.addresses,
