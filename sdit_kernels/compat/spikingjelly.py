@@ -32,10 +32,12 @@ import sys
 
 import torch
 
+from ..checks import check_flag
 from ..dispatch import backend
 from ..ops.lif import lif
+from .fuse import FusedNorm, norm_chooser
 from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, neuron_settings, obstacle
-from .swap import Report, changed_behaviour, fuse_class, suspected_neuron, swap, swap_back
+from .swap import Report, changed_behaviour, check_model, fuse_class, suspected_neuron, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
 
@@ -103,21 +105,29 @@ def _choose(module, bases):
     return methods
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def accelerate(model: torch.nn.Module, *, fuse: bool = False) -> Report:
     """Run the LIF, IF, parametric LIF, integer LIF and ternary neurons of a SpikingJelly model on the fused kernels.
+
+    With ``fuse``, a BatchNorm and the neuron that gets its output, directly or through views, run as one operation,
+    :func:`sdit_kernels.norm_lif`. The normalised input of the neuron is then neither written to memory nor kept. The norm and
+    the neuron find each other in each call, so the path of forward may change after ``accelerate``. A norm whose output goes
+    elsewhere computes as before.
 
     Args:
         model: a neuron of SpikingJelly, or any module that contains some. The function changes it in place. A second call
-            changes nothing more.
+            changes nothing more, except for options that are new.
+        fuse: fuse the BatchNorms too: PyTorch's ``BatchNorm1d``, ``2d`` and ``3d``, and the norms of SpikingJelly's ``layer``,
+            also tdBN, TEBN and BNTT. Norms with hooks, shared norms, parametrized norms and subclasses with another forward
+            are left.
 
     Returns:
         A report that you can print. ``replaced`` holds pairs (name, class). ``left`` holds triples (name, class, reason) of the
         neurons that did not change: other neurons; subclasses that override more than defaults; surrogates without a formula in
         ``sdit_kernels.SURROGATES``, with ``spiking=False``, with hooks, or with an alpha that is not a positive number; neurons
-        with a neuron precision; parametrized modules.
+        with a neuron precision; parametrized modules. With ``fuse``, both lists hold the norms too.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or fuse is not a bool.
 
     Example:
         >>> import torch
@@ -126,8 +136,11 @@ def accelerate(model: torch.nn.Module) -> Report:
         >>> accelerate(model).replaced
         ()
     """
+    check_model(model)
+    check_flag("fuse", fuse)
     bases = _all_classes()
-    return swap("SpikingJelly", model, lambda module: _choose(module, bases), _suspect)
+    choose_norm = norm_chooser(model) if fuse else lambda module: None
+    return swap("SpikingJelly", model, lambda module: _choose(module, bases) or choose_norm(module), _suspect)
 
 
 def restore(model: torch.nn.Module) -> Report:
@@ -142,4 +155,4 @@ def restore(model: torch.nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep))
+    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm))

@@ -22,6 +22,7 @@ from ..dtypes import state_dtype
 from ..layout import empty_like
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
+from ..pending import Pending, computed, run_with_norm
 from ..reference.neuron import norm_of_tokens, returned
 from .neuron import (
     allocate_parameter_gradients,
@@ -312,6 +313,18 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
+    if isinstance(x, Pending):
+        from .norm_lif import norm_lif  # which builds on this module
+
+        if threshold is None and not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold)):
+            spikes = run_with_norm(
+                norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+                detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
+                return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+            )  # fmt: skip
+            if spikes is not None:
+                return spikes
+        x = computed(x)
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     if threshold is not None:
         v_threshold = _threshold_of_tokens(x, v_threshold, threshold, detach_threshold)
