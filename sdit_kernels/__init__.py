@@ -16,6 +16,7 @@ from .ops.operator import refuse_script as _refuse_script
 from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .own import define as _define
+from .packed import packed_spikes
 from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "lif",
     "lif_rate",
     "norm_lif",
+    "packed_spikes",
     "relu_squared",
     "token_shift",
     "spiking_wkv",
@@ -43,5 +45,5 @@ __all__ = [
 neuron.define = _define  # neuron/ cannot import it, because it builds on the ops, which import neuron/
 
 for _name in __all__:  # torch.jit.script calls this hook, which raises an error that names the alternatives
-    if _name not in ("Levels", "SURROGATES", "backend"):
+    if _name not in ("Levels", "SURROGATES", "backend", "packed_spikes"):
         globals()[_name].__prepare_scriptable__ = _refuse_script

@@ -84,7 +84,7 @@ class Op:
             if name not in _operators:
                 constants = [value for value in starts.values() if value]
                 frozen = dataclasses.replace(neuron, name=name, step=_freeze(self.step, traces))
-                _operators[name] = NeuronOp(frozen, constants=constants)
+                _operators[name] = NeuronOp(frozen, constants=constants, binary=binary)
             return _operators[name], binary
 
     def __repr__(self):
@@ -281,7 +281,7 @@ def _freeze(step, traces):
 
 
 def _is_binary(spike):
-    chosen = spike.op == "select" and all(a.op == "number" and float(a.value) in (0, 1) for a in spike.args[1:])
+    chosen = spike.op == "select" and all(a.op == "number" and str(float(a.value)) in ("0.0", "1.0") for a in spike.args[1:])
     return chosen or is_condition(spike)
 
 

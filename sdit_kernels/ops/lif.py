@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, tuning
+from .. import dispatch, memory, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -345,13 +345,17 @@ def lif(
             tau if tau_tensor is None else tau_tensor,
             v_threshold if threshold_tensor is None else threshold_tensor,
         )
-        return reference.lif(
+        found = reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
             spike_dtype=spike_dtype,
         )  # fmt: skip
-    parameters = tau_tensor, threshold_tensor
-    return returned(launch(_lif_call, x, (v,), parameters, neuron, return_v, return_v_seq, spike_dtype, backend), single=True)
+    else:
+        parameters = tau_tensor, threshold_tensor
+        found = launch(_lif_call, x, (v,), parameters, neuron, return_v, return_v_seq, spike_dtype, backend)
+        found = returned(found, single=True)
+    packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
+    return found
 
 
 def _check_rate_of_levels(levels, T, dtype, return_counts):
@@ -461,8 +465,12 @@ def lif_rate(
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
-        return reference.lif_rate(
+        rate = reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_counts=return_counts,
         )  # fmt: skip
-    return _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
+    else:
+        rate = _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
+    if residual is None and not return_counts:
+        packed.note_spikes(rate, levels, T)
+    return rate

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference, tuning
+from .. import dispatch, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -250,10 +250,11 @@ class NeuronOp:
     """The op of a neuron whose settings are its parameters, the flags of its step, and a surrogate.
 
     checks: per parameter, a function of (name, number, dtype of the arithmetic) that raises an error if the number is out of
-    range. constants: the neuron's numbers.
+    range. constants: the neuron's numbers. binary: True if all spikes are 0 or 1.
     """
 
-    def __init__(self, neuron: Neuron, checks=None, constants=()):
+    def __init__(self, neuron: Neuron, checks=None, constants=(), binary=True):
+        self.binary = binary
         self.neuron, self.constants = neuron, tuple(constants)
         self.checks = checks or (check_number,) * len(neuron.parameters)
         self.flags = tuple(neuron.flags)
@@ -310,10 +311,18 @@ class NeuronOp:
         if backend == "reference":
             if values_are_readable(x):
                 self._check_values(tensors, (), dtype)
-            return reference.neuron.run(
+            found = reference.neuron.run(
                 self.neuron, x, states, parameters, dict(zip(self.flags, flags)), surrogate, alpha, return_state,
                 return_state_seq, spike_dtype, self.constants,
             )  # fmt: skip
+            return self._noted(found)
         assert alpha is not None  # the reference has served a custom surrogate function
         settings = (*values, *flags, surrogate, alpha)
-        return launch(self._call, x, states, tensors, settings, return_state, return_state_seq, spike_dtype, backend)
+        return self._noted(
+            launch(self._call, x, states, tensors, settings, return_state, return_state_seq, spike_dtype, backend)
+        )
+
+    def _noted(self, found):
+        if self.binary:
+            packed.note_spikes(found[0])
+        return found

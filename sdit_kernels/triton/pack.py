@@ -1,0 +1,162 @@
+"""Spikes as bits in Triton; reference/pack.py defines the packed form.
+
+A program packs or restores a few blocks, one row of its tile each. The elements of a word's bits lie 512 bytes apart. So the
+bits of a word come from one load each, and a warp reads 512 bytes of neighbouring elements at a time. Nothing is checked, and
+nothing waits for the GPU: the table of integer levels has a NaN, and other values cannot occur.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
+from .tiles import cdiv, launch, power_of_2, warps_of
+
+_ROW = 512  # bytes of a row of words
+_BLOCK = tl.constexpr(BLOCK)
+
+
+@triton.jit(do_not_specialize=["N", "first"])
+def pack_kernel(
+    x_ptr, words_ptr, N, first, inverse: "fp64", COUNT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    WORD: tl.constexpr = words_ptr.dtype.element_ty
+    STATE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    cols = tl.arange(0, BC)[None, :]
+    mask = (row * _BLOCK < N) & (cols < BC)
+    unit = tl.full([], inverse, STATE)
+    planes = ()
+    for _ in tl.static_range(BITS):
+        planes = planes + (tl.zeros([BR, BC], WORD),)
+    for k in tl.static_range(_BLOCK // BC):
+        at = row * _BLOCK + k * BC + cols
+        x = tl.load(x_ptr + at, mask=at < N, other=0.0)
+        if COUNT == 2:
+            code = (x != 0).to(WORD)
+        else:
+            z = x.to(STATE) * unit - first
+            z = tl.where(z > 0.0, tl.where(z < COUNT - 1.0, z, COUNT - 1.0), 0.0)
+            code = tl.where(x == x, (z + 0.5).to(tl.int32), COUNT - 1).to(WORD)
+        total = ()
+        for j in tl.static_range(BITS):
+            total = total + (planes[j] | (((code >> j) & 1) << k),)
+        planes = total
+    for j in tl.static_range(BITS):
+        tl.store(words_ptr + (row * BITS + j) * BC + cols, planes[j], mask=mask)
+
+
+@triton.jit(do_not_specialize=["N"])
+def unpack_kernel(
+    words_ptr, table_ptr, out_ptr, N, COUNT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
+    cols = tl.arange(0, BC)[None, :]
+    mask = (row * _BLOCK < N) & (cols < BC)
+    planes = ()
+    for j in tl.static_range(BITS):
+        planes = planes + (tl.load(words_ptr + (row * BITS + j) * BC + cols, mask=mask, other=0),)
+    for k in tl.static_range(_BLOCK // BC):
+        code = (planes[0] >> k) & 1
+        for j in tl.static_range(1, BITS):
+            code = code | (((planes[j] >> k) & 1) << j)
+        at = row * _BLOCK + k * BC + cols
+        if COUNT == 2:
+            x = code.to(tl.int32).to(out_ptr.dtype.element_ty)
+        else:
+            x = tl.load(table_ptr + code.to(tl.int32))
+        tl.store(out_ptr + at, x, mask=at < N)
+
+
+@triton.jit(do_not_specialize=["rows", "H"])
+def window_codes_kernel(
+    indices_ptr, codes_ptr, rows, H, W, inner, stride, padding, dilation, width,
+    KH: tl.constexpr, KW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row, first, cols, mask, top, left = _window(H, W, inner, stride, padding, BC)
+    index = tl.load(indices_ptr + row * W * inner + cols, mask=mask, other=0)
+    i = tl.zeros([BC], tl.int64)
+    for k in tl.static_range(1, KH):
+        i += (index >= (top + k * dilation[0]) * width).to(tl.int64)
+    start = (top + i * dilation[0]) * width + left
+    j = tl.zeros([BC], tl.int64)
+    for k in tl.static_range(1, KW):
+        j += (index >= start + k * dilation[1]).to(tl.int64)
+    tl.store(codes_ptr + row * W * inner + cols, (i * KW + j).to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "H"])
+def window_indices_kernel(
+    codes_ptr, indices_ptr, rows, H, W, inner, stride, padding, dilation, width,
+    KH: tl.constexpr, KW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    row, first, cols, mask, top, left = _window(H, W, inner, stride, padding, BC)
+    code = tl.load(codes_ptr + row * W * inner + cols, mask=mask, other=0).to(tl.int32)
+    i = code // KW
+    index = (top + i * dilation[0]).to(tl.int64) * width + left + (code - i * KW) * dilation[1]
+    tl.store(indices_ptr + row * W * inner + cols, index, mask=mask)
+
+
+@triton.jit
+def _window(H, W, inner, stride, padding, BC: tl.constexpr):
+    """Return (row, first column of the tile, columns, mask, first row of the windows, first columns of the windows)."""
+    chunks = tl.cdiv(W * inner, BC)
+    pid = tl.program_id(0)
+    row = (pid // chunks).to(tl.int64)
+    first = (pid % chunks) * BC
+    cols = first + tl.arange(0, BC)
+    top = ((pid // chunks) % H) * stride[0] - padding[0]
+    return row, first, cols, cols < W * inner, top, (cols // inner) * stride[1] - padding[1]
+
+
+# --- launchers: the same signatures as in cpu/pack.py -----------------------------------------------------------------------
+
+
+def _as_word(t):
+    return t.view(torch.uint8) if t.dtype in (torch.bool, torch.int8) else t
+
+
+def _launch(kernel, blocks, lanes, device, tuning, *args, **flags):
+    rows = max(1, tuning.elementwise_threads * 16 // _ROW)
+    launch(kernel, cdiv(blocks, rows), device, *args, **flags, BR=rows, BC=lanes, num_warps=warps_of(tuning.elementwise_threads))
+
+
+def pack(flat, values, tuning):
+    """Return (words, True). The elements of flat are values of the table."""
+    words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
+    _launch(
+        pack_kernel, words.shape[0], words.shape[2], flat.device, tuning, _as_word(flat), words, flat.numel(), values.first,
+        values.inverse, COUNT=values.n, BITS=bits_of(values.n),
+    )  # fmt: skip
+    return words, True
+
+
+def unpack(words, values, flat, tuning):
+    """Fill flat."""
+    table = None if values.n == 2 else _as_word(values.on(flat.device))
+    _launch(
+        unpack_kernel, words.shape[0], words.shape[2], flat.device, tuning, words, table, _as_word(flat), flat.numel(),
+        COUNT=values.n, BITS=bits_of(values.n),
+    )  # fmt: skip
+
+
+def _launch_windows(kernel, source, target, shape, window, tuning):
+    planes, H, W, inner = shape
+    BC = min(power_of_2(W * inner), tuning.elementwise_threads * 2)
+    launch(
+        kernel, planes * H * cdiv(W * inner, BC), source.device, source, target, planes * H, H, W, inner, window.stride,
+        window.padding, window.dilation, window.width, KH=window.size[0], KW=window.size[1], BC=BC,
+        num_warps=warps_of(max(BC // 2, 1)),
+    )  # fmt: skip
+
+
+def window_codes(flat, shape, window, tuning):
+    """Return (codes, True); see reference/pack.py."""
+    codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
+    _launch_windows(window_codes_kernel, flat, codes, shape, window, tuning)
+    return codes, True
+
+
+def window_indices(codes, shape, window, flat, tuning):
+    """Fill flat."""
+    _launch_windows(window_indices_kernel, codes, flat, shape, window, tuning)
