@@ -179,7 +179,7 @@ class ChannelLayout(NamedTuple):
         if self.S is None:
             return p.contiguous()
         p = p.unsqueeze(-1).unsqueeze(-3)
-        return p.expand(*p.shape[:-3], self.B, self.C, 1).contiguous()
+        return p.expand(*p.shape[:-3], self.B, self.C, 1)
 
     def gather(self, d: Tensor) -> Tensor:
         """Sum a gradient that has the shape of ``spread`` over the rows of each channel."""

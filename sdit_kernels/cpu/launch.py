@@ -94,7 +94,7 @@ def _constants(variant):
     return (neuron, flags, zeros), (*values, *(given.get(name, 0.0) for name in neuron.start), alpha)
 
 
-CONSTANT, CHANNELS, TOKENS = range(3)  # what Parameters.spread says
+CONSTANT, CHANNELS, ROWS, TOKENS = range(4)  # what Parameters.spread says
 
 
 class Parameters:
@@ -104,31 +104,57 @@ class Parameters:
     the parameters and numbers in the order of ``variant.values``, then the value of each state before the first step, then the
     sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per channel, or 0.
 
-    ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, TOKENS if some have a value per
-    token. With TOKENS, ``addresses`` holds for each (address, 1 if it has a value per step, 1 if per token, 1 if per channel).
+    ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, ROWS if some have a value per
+    token (a token is a row of the data), TOKENS if some have a value per token and some per channel. With ROWS and TOKENS,
+    ``addresses`` holds for each (address, 1 if it has a value per step, 1 if per token, 1 if per channel). With ROWS it then
+    holds the address of a table with a row per parameter and number, the length of its rows, the number of tokens of a step,
+    after which the values repeat, and 1 if the table has all steps.
     """
 
     def __init__(self, variant, parameters, dtype, axes=0):
         """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
         self.code, self.numbers = _constants(variant)
         self._dtype, self._count, self._alive = dtype, len(variant.neuron.learnt), []
-        places, self.are_numbers, self.spread = [(0, 0, 0, 0)] * len(variant.values), True, CONSTANT
+        places, self.are_numbers, tensors = [(0, 0, 0, 0)] * len(variant.values), True, {}
         for i, p in enumerate(parameters):
             if p is not None:
                 self.are_numbers = False
-                p = p.detach().to(dtype)
-                if variant.neuron.parameters[i] in variant.neuron.reciprocals:
-                    p = 1.0 / p
                 if p.numel() == 1 and p.dim() < 2:
-                    self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
+                    number = self._value(variant, i, p).item()
+                    self.numbers = *self.numbers[:i], number, *self.numbers[i + 1 :]
                 else:
-                    p = p.contiguous()
-                    self._alive.append(p)
                     tokens = p.dim() > 1
-                    places[i] = p.data_ptr(), int(p.dim() == axes), int(tokens), int(not tokens)
-                    self.spread = max(self.spread, TOKENS if tokens else CHANNELS)
-        self._places, self.per_channel = places, self.spread != CONSTANT
-        self.addresses = tuple(n for place in places for n in place) if self.spread == TOKENS else tuple(p[0] for p in places)
+                    tensors[i], places[i] = p, (1, int(p.dim() == axes), int(tokens), int(not tokens))
+        kinds = {p.dim() > 1 for p in tensors.values()}
+        self.spread = TOKENS if len(kinds) > 1 else ROWS if True in kinds else CHANNELS if kinds else CONSTANT
+        self._places, self.per_channel, table = places, self.spread != CONSTANT, ()
+        if self.spread == ROWS:
+            # a normalisation has the same values for every sample: then the axis in front of the tokens has the stride 0
+            if axes == 4 and all(p.stride(-3) == 0 or p.shape[-3] == 1 for p in tensors.values()):
+                tensors = {i: p.select(-3, 0) for i, p in tensors.items()}
+                axes = 3
+            table = self._table({i: self._value(variant, i, p) for i, p in tensors.items()}, axes)
+        else:
+            for i, p in tensors.items():
+                p = self._value(variant, i, p).contiguous()
+                self._alive.append(p)
+                places[i] = p.data_ptr(), *places[i][1:]
+        self.addresses = (*(n for place in places for n in place), *table) if self.spread >= ROWS else tuple(p[0] for p in places)
+
+    def _value(self, variant, i, p):
+        p = p.detach().to(self._dtype)
+        return 1.0 / p if variant.neuron.parameters[i] in variant.neuron.reciprocals else p
+
+    def _table(self, tensors, axes):
+        """Return what ``addresses`` holds of the table. tensors: the parameters that are not numbers, by their places."""
+        steps = max((p.shape[0] for p in tensors.values() if p.dim() == axes), default=0)
+        tokens = next(p.numel() // (steps if p.dim() == axes else 1) for p in tensors.values())
+        table = torch.tensor(self.numbers[: len(self._places)], dtype=self._dtype, device="cpu").reshape(-1, 1, 1)
+        table = table.repeat(1, max(steps, 1), tokens)
+        for i, p in tensors.items():
+            table[i] = p.reshape(-1, tokens)
+        self._alive.append(table)
+        return table.data_ptr(), table[0].numel(), tokens, int(steps > 0)
 
     def partial_sums(self, layout, wanted, steps=1):
         """Return (rows per group, number of groups, partial sums or None, their addresses).
@@ -144,7 +170,7 @@ class Parameters:
         chunks = -(-layout.C // BACKWARD_COLUMNS)
         shape = (groups, layout.C) if self.per_channel else (groups * chunks,)
         sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
-        if self.spread == TOKENS:
+        if self.spread >= ROWS:
             sums = list(sums)
             for i, (_, step, token, _) in enumerate(self._places[: self._count]):
                 if token:

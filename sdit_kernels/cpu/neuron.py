@@ -44,8 +44,8 @@ from .kernel import STREAM, Kernel, share
 from .launch import (
     BACKWARD_COLUMNS,
     CHANNELS,
-    CONSTANT,
     FORWARD_COLUMNS,
+    ROWS,
     TOKENS,
     Parameters,
     placed,
@@ -91,7 +91,8 @@ def _forward_kernel(X, O, V, code, spread):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
-    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
+    TABLE = 4 * PARAMETERS  # where ``places`` says where the table of ROWS is
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if VARIES else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
@@ -115,6 +116,9 @@ def _forward_kernel(X, O, V, code, spread):
             for j in range(STATES):
                 fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
             for t in range(T):
+                if ON_ROWS and (t == 0 or places[TABLE + 3]):
+                    token = row % places[TABLE + 2] + t * places[TABLE + 3] * places[TABLE + 2]
+                    p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
                         at, per_step, per_channel = places[4 * j], places[4 * j + 1], places[4 * j + 3]
@@ -156,7 +160,8 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
     BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
     GRADIENTS = len(code[0].learnt)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
-    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
+    TABLE = 4 * PARAMETERS  # where ``places`` says where the table of ROWS is
     ROW, AREA = BLOCK * sb, STATES * BLOCK
     STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if VARIES else 1, GRADIENTS * BLOCK if WANTED else 1
     plan = trace(*code).plan(WANTED)
@@ -180,6 +185,9 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)
+            width = 16  # the power of two for sum_tile
+            while width < n:
+                width <<= 1
             history, carry, row_out = tile(HISTORY, S), tile(AREA, S), tile(BLOCK, S)
             ps, total = tile(P_AREA, S), tile(G_AREA, S)
             v = history if KEEPS_STATES else history + LIF_CHECKPOINT_STEPS * STEP  # the states where a segment starts
@@ -190,6 +198,8 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                 for j in range(GRADIENTS):
                     fill(total + j * ROW, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
+                if ON_ROWS:
+                    p = load_rows(places[TABLE], row % places[TABLE + 2], PARAMETERS, places[TABLE + 1] * sb, S)
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
                         fill_parameter(ps + j * ROW, n, places[4 * j], places[4 * j + 3], c, row, p[j], S)
@@ -212,6 +222,9 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                         if WRITES and not STREAMED:
                             prefetch(dxs + t * dx_t, n * xb, 1)
                         if USES_TAPE or t < steps - 1:
+                            if ON_ROWS and places[TABLE + 3]:
+                                token = (t0 + t) * places[TABLE + 2] + row % places[TABLE + 2]
+                                p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
                             if ON_TOKENS:
                                 for j in range(PARAMETERS):
                                     if places[4 * j + 1]:  # a value per step
@@ -226,6 +239,9 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                     store_rows(history + t * STEP, i, tape, ROW, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
+                        if ON_ROWS and places[TABLE + 3]:
+                            token = (t0 + t) * places[TABLE + 2] + row % places[TABLE + 2]
+                            p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
                         if ON_TOKENS:
                             for j in range(PARAMETERS):
                                 if places[4 * j + 1]:
@@ -249,10 +265,10 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                             store_rows(carry, i, states, ROW, S)
                             if WANTED:
                                 add_rows(total, i, d_q, ROW, S)
-                        if WANTED and ON_TOKENS:
+                        if WANTED and (ON_ROWS or ON_TOKENS):
                             for j in range(GRADIENTS):
                                 if places[4 * j + 1]:
-                                    sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                                    sum_ = sum_tile(total + j * ROW, n, width, S)
                                     store(sums[j], ((task - block * chunks) * T + t0 + t) * R + row, sum_, S)
                                     fill(total + j * ROW, n, 0, 0, zero, S, S)
                         if STREAMED:
@@ -262,17 +278,17 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                     if to != 0:
                         for i in range(n):
                             store(to + (row * to_r + c) * vb, i, load(carry + j * ROW, i, S), V)
-                if WANTED and ON_TOKENS:
+                if WANTED and (ON_ROWS or ON_TOKENS):
                     for j in range(GRADIENTS):
                         if places[4 * j + 2] and not places[4 * j + 1]:  # a value per token, the same at every step
-                            sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                            sum_ = sum_tile(total + j * ROW, n, width, S)
                             store(sums[j], (task - block * chunks) * R + row, sum_, S)
                             fill(total + j * ROW, n, 0, 0, zero, S, S)
             if WANTED:
                 for j in range(GRADIENTS):
-                    if ON_TOKENS and places[4 * j + 2]:
+                    if (ON_ROWS or ON_TOKENS) and places[4 * j + 2]:
                         continue
-                    if VARIES:
+                    if VARIES or ON_ROWS:
                         fill(sums[j] + (block * C + c) * sb, n, total + j * ROW, 0, zero, S, S)
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
