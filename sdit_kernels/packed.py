@@ -244,6 +244,12 @@ def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None
             _note(s, values)
 
 
+def note_same(out: Tensor, source: Tensor) -> None:
+    """Note that out has values of source only."""
+    if _local.depth:
+        _note_same(out, (source,), None)
+
+
 # --- what autograd saves ------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from .._torch import has_hooks, is_tracing, transforms_active
 from ..dtypes import DATA_DTYPES
+from ..ops.pool import max_pool
+from ..packed import packed_spikes
 from ..pending import Norm, pending
-from .swap import Swapped, changed_behaviour, counted
+from .swap import Left, Report, Swapped, changed_behaviour, counted, replace_methods
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -157,3 +159,51 @@ def norm_chooser(model: nn.Module):
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return functools.partial(_choose_norm, names)
+
+
+# --- spikes as bits -----------------------------------------------------------------------------------------------------------
+
+
+class Packed(Swapped):
+    """A model whose forward pass runs under packed_spikes. torch.compile gets the forward pass without it."""
+
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        with packed_spikes():
+            return super().forward(*args, **kwargs)
+
+
+class PackedMaxPool(Swapped):
+    """A MaxPool2d that keeps the places of the maxima as bits, and not its input."""
+
+    def forward(self, x):
+        window = _pair(self.kernel_size)
+        usual = _pair(self.stride) == window and _pair(self.padding) == (0, 0) and _pair(self.dilation) == (1, 1)
+        usual = usual and not self.ceil_mode and not self.return_indices and _can_wait(self, x)
+        y = max_pool(x, window) if usual and x.dim() == (5 if getattr(self, "step_mode", "s") == "m" else 4) else None
+        return super().forward(x) if y is None else y
+
+
+def _pair(value):
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def choose_pool(module):
+    """Return PackedMaxPool for a MaxPool2d of PyTorch or SpikingJelly, the reason to leave it, or None for other modules."""
+    if not isinstance(module, nn.MaxPool2d):
+        return None
+    base = next(c for c in type(module).__mro__ if c is nn.MaxPool2d or c.__module__.startswith(_JELLY_FILES))
+    return changed_behaviour(module, base) or ("it has hooks" if has_hooks(module) else PackedMaxPool)
+
+
+_WHOLE = "packed needs a model with layers that get the spikes"
+
+
+def pack_spikes(model: nn.Module, report: Report) -> Report:
+    """Run the forward pass of the model under packed_spikes. Return the report with the model in it."""
+    name, kind = "(the model)", type(model).__name__
+    if isinstance(model, Swapped):
+        return report if isinstance(model, Packed) else report._replace(left=(*report.left, Left(name, kind, _WHOLE)))
+    replace_methods(model, Packed)
+    return report._replace(replaced=(*report.replaced, (name, kind)))

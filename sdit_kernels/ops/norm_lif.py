@@ -11,7 +11,7 @@ import numbers
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference, tuning
+from .. import dispatch, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -509,4 +509,5 @@ def norm_lif(
         x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step, training,
         group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
     )  # fmt: skip
+    packed.note_spikes(s, levels)
     return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
