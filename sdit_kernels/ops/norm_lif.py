@@ -221,10 +221,13 @@ def define_norm(neuron, names, schema, variant, check):
             finish(sums, dx)
             return dx, dv, found, joint
         summing = neuron_of(values, learnt)
-        in_place = mode == "all" and (not training or kernels(backend, "norm").finishes_in_place(x.dtype))
-        partial = launch(
-            summing, spread_, dx=layout.view(dx) if in_place else None, dv=_state(layout, dv), wanted=wanted or training
-        )
+        # The CPU's kernel is bound by arithmetic. So it writes its gradient, and a second kernel adds the share of the
+        # statistics. A GPU runs the kernel twice, and moves fewer bytes.
+        twice = backend == "triton" and training
+        first = None if mode == "sums" or twice else dx
+        if first is not None and training and x.dtype != dtype:  # or the gradient would be rounded twice
+            first = layout.empty(x, dtype, x.shape[0])
+        partial = launch(summing, spread_, dx=_maybe(layout, first), dv=_state(layout, dv), wanted=wanted or training)
         if not (wanted or training):
             return dx, dv, found, joint
         k = len(summing.neuron.learnt)
@@ -237,13 +240,13 @@ def define_norm(neuron, names, schema, variant, check):
                 if into is not None:
                     into.copy_((layout.gather(d) if d.dim() > 1 else d).reshape(into.shape))
         if training and mode == "all":
-            if in_place:
+            if twice:
+                finish(joint, dx)
+            else:
                 kernels(backend, "norm").norm_backward(
-                    layout.view(dx), y, layout.S is not None, given[3], *coefficients(layout, joint, given, x, options),
+                    layout.view(first), layout.view(dx), y, layout.S is not None, given[3], *coefficients(layout, joint, given, x, options),
                     tuning.current(),
                 )  # fmt: skip
-            else:
-                finish(joint, dx)
         return dx, dv, found, joint
 
     def split(rest):
@@ -464,7 +467,78 @@ def norm_lif(
     return_v_seq: bool = False,
     spike_dtype: torch.dtype | None = None,
 ):
-    """TODO"""
+    r"""BatchNorm and a leaky integrate-and-fire neuron over T time steps, in one pass: what is between them is never stored.
+
+    With the statistics of a channel over all steps, samples and positions, N values::
+
+        xhat = (x - mean) / sqrt(var + eps) * scale
+        s, v = lif(xhat * weight + bias, v, ..)
+
+    In training, mean and var (biased) are the statistics of x, and the running statistics are updated in place::
+
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_var  = (1 - momentum) * running_var + momentum * var * N / (N - 1)
+
+    In evaluation, mean and var are running_mean and running_var. Variants of BatchNorm for spiking networks::
+
+        step_factor, (T,)     current[t] = step_factor[t] * (xhat[t] * weight + bias)             TEBN
+        per_step              statistics, weight and bias of every step of its own, (T, C)        BNTT
+        scale                 scale = alpha * v_threshold                                         tdBN
+
+    The forward pass reads x twice (once in evaluation) and writes the spikes. For the backward pass it keeps x, vectors per
+    channel, v if given, and for T > 16 the membrane potential of every 16th step. The backward pass recomputes the neuron. With
+    dx, the gradient of the current xhat * weight + bias, S1 = sum dx and S2 = sum dx * xhat over the N values, it returns::
+
+        dbias = S1,    dweight = S2
+        dx_in = weight / sqrt(var + eps) * (dx - S1 / N - xhat * S2 / N)          in evaluation without the last two terms
+
+    Args:
+        x: input, (T, .., C, ..), float32, float64, bfloat16 or float16; statistics and arithmetic are float32 (float64).
+        weight, bias: (C,), or (T, C) with ``per_step``, at least as wide as x. None: 1 and 0.
+        running_mean, running_var: running statistics, in the shape of weight. Training updates them in place. None: not kept;
+            then use training=True.
+        v: membrane potential before the first step, x.shape[1:]. None: v_reset, or 0 with soft reset.
+        training: True: normalise with the statistics of x; False: with the running statistics.
+        momentum: weight of the new statistics. For a cumulative average (momentum=None of torch.nn.BatchNorm2d), give
+            1 / num_batches_tracked.
+        eps: added to the variance.
+        channel_axis: the axis of the channels, counted with T: 2 for (T, B, C, H, W), -1 for (T, B, L, C). Both layouts, and
+            channels_last strides, are read in place. With ``per_step`` or ``step_factor``, x is copied if its channels are
+            contiguous.
+        per_step: True: statistics, weight and bias have a value per time step and channel.
+        step_factor: factor of the current per time step, (T,) or (T, 1, ..). None: 1.
+        scale: a number that multiplies xhat.
+        process_group: a group of torch.distributed, or None. In training, the statistics are over the data of all its
+            processes, as in torch.nn.SyncBatchNorm. The number of samples may differ. Gradients of weight and bias are not
+            summed over processes.
+        tau (float | Tensor): as in :func:`lif`: a number, a scalar tensor, or (C,) with one value per channel of channel_axis.
+        v_threshold (float | Tensor): as tau.
+        v_reset, decay_input, detach_reset, return_v, return_v_seq, spike_dtype: as in :func:`lif`.
+        surrogate (str | Callable): as in :func:`lif`.
+        alpha: as in :func:`lif`.
+        levels (Levels | tuple[int, int] | str | None): ternary or integer spikes, as in :func:`lif`.
+
+    Returns:
+        s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, weight, bias, step_factor, v,
+        tau and v_threshold.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; one value per channel in training.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
+
+    Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167. TEBN: Duan et al., NeurIPS 2022. BNTT: Kim and Panda,
+    arXiv 2010.01729. tdBN: Zheng et al., arXiv 2011.05280.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import norm_lif
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1)  # T = 2, B = 2, C = 1
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> norm_lif(x, torch.tensor([2.0]), None, mean, var, training=True, momentum=0.5).flatten().tolist()
+        [0.0, 0.0, 0.0, 1.0]
+        >>> mean.item(), round(var.item(), 3)
+        (1.5, 2.833)
+    """
     check_data("x", x)
     axis = _check_axis(x, channel_axis)
     check_membrane("v", v, x.shape[1:], x) if v is not None else None
