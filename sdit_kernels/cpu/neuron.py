@@ -340,8 +340,9 @@ def neuron_backward(
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters, x.shape[0])
+    written = x if dx is None else dx
     _backward_kernel(
-        CODES[x.dtype], CODES[(x if dx is None else dx).dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
+        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
         dx is not None, dx is not None and dx.nbytes >= STREAM,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,

@@ -80,9 +80,7 @@ def _rows_kernel(X):
                         total, squares = _sums_around(at, n, around, X, S)
                         n_ = float(n)
                         rest = float(total) / n_
-                        _include(
-                            mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_
-                        )
+                        _include(mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_)
                         done += n
 
     return Kernel(norm_rows, f"norm_rows_{X}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference, tuning
+from .._torch import gather_over_processes, sum_over_processes
 from ..checks import (
     check_data,
     check_flag,
@@ -19,7 +20,6 @@ from ..checks import (
     check_neuron,
     check_neuron_values,
     check_number,
-    check_positive,
     check_tensor,
     is_number,
     wants_gradient,
@@ -70,8 +70,6 @@ _statistics_call = register(
 
 def _combine(mean, squares, count, group):
     """Combine the statistics of the processes of a group, whose counts may differ. Return (mean, squares, count)."""
-    from .._torch import gather_over_processes
-
     own = torch.stack([mean, squares, torch.full_like(mean, count)]).double()
     means, sums, counts = gather_over_processes(own, group).unbind(1)
     count = counts.sum(0)
@@ -112,9 +110,7 @@ def define_norm(neuron, names, schema, variant, check):
         """Return the parameters of the neuron behind the norm, as the view of the data needs them."""
         weight, bias, step_factor, mean, rstd, _, *parameters = given
         factor, shift = affine(rstd, weight, bias, step_factor, options[0], dtype)
-        parameters = [
-            p if p is None else p.reshape(()) if p.numel() == 1 else layout.spread(p.to(dtype)) for p in parameters
-        ]
+        parameters = [p if p is None else p.reshape(()) if p.numel() == 1 else layout.spread(p.to(dtype)) for p in parameters]
         return factor, [layout.spread(factor), layout.spread(shift), *parameters, layout.spread(mean)]
 
     def allocate(x, given, options, return_v, return_v_seq, spike_dtype, keep):
@@ -174,7 +170,7 @@ def define_norm(neuron, names, schema, variant, check):
             if into is not None:
                 into.copy_(d.reshape(into.shape))
 
-    def coefficients(layout, sums, given, x, options):
+    def coefficients(sums, given, x):
         """Return norm_offset and norm_slope from the joint sums."""
         rstd, count = given[4], given[5]
         count = x.numel() // rstd.numel() if count is None else count
@@ -214,7 +210,7 @@ def define_norm(neuron, names, schema, variant, check):
 
         def finish(joint, dx):
             """Compute dx again, with the statistics' share."""
-            more = [layout.spread(c) for c in coefficients(layout, joint, given, x, options)]
+            more = [layout.spread(c) for c in coefficients(joint, given, x)]
             launch(centred, [*spread_, *more], dx=layout.view(dx), dv=None, wanted=False)
 
         if mode == "apply":
@@ -236,17 +232,17 @@ def define_norm(neuron, names, schema, variant, check):
         joint = joint_sums(sums_, factor, options)
         if wanted:
             vector_gradients(sums_, given, options, found)
-            for into, p, d in zip(found[3:], spread_[2:], gradients[2:]):
+            for into, d in zip(found[3:], gradients[2:]):
                 if into is not None:
                     into.copy_((layout.gather(d) if d.dim() > 1 else d).reshape(into.shape))
         if training and mode == "all":
             if twice:
                 finish(joint, dx)
             else:
+                of_channels = given[3], *coefficients(joint, given, x)
                 kernels(backend, "norm").norm_backward(
-                    layout.view(first), layout.view(dx), y, layout.S is not None, given[3], *coefficients(layout, joint, given, x, options),
-                    tuning.current(),
-                )  # fmt: skip
+                    layout.view(first), layout.view(dx), y, layout.S is not None, *of_channels, tuning.current()
+                )
         return dx, dv, found, joint
 
     def split(rest):
@@ -302,8 +298,6 @@ def define_norm(neuron, names, schema, variant, check):
         wanted = any(needs[2:5]) or any(needs[8 : 8 + P])
         rest = *ctx.saved_tensors, *options, wanted, backend
         if options[3] and options[4]:
-            from .._torch import sum_over_processes
-
             joint, dv, *found = sums_call(*upstream, *rest)
             dx = apply_call(sum_over_processes(joint, options[4]), *upstream, *rest)
         else:
@@ -398,6 +392,11 @@ def _check_vector(name, p, shape, x, running=False):
         raise ValueError(f"{name} is updated in place and must not require a gradient")
 
 
+def _check_group(group):
+    if group is not None and not isinstance(getattr(group, "group_name", None), str):
+        raise TypeError(f"process_group must be a group of torch.distributed or None, got {type(group).__name__}")
+
+
 def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, axis, per_step, step_factor, scale):
     for name, flag in (("training", training), ("per_step", per_step)):
         check_flag(name, flag)
@@ -436,7 +435,7 @@ def batch_statistics(x, axis, per_step, group, backend):
     """Return (mean, sum of (x - mean)^2, number of values) per channel; the number is a tensor if there is a group."""
     mean, squares = _statistics_call(x.detach(), axis, per_step, backend)
     count = math.prod(x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis)
-    return _combine(mean, squares, count, group) if group else (mean, squares, count)
+    return (mean, squares, count) if group is None else _combine(mean, squares, count, group)
 
 
 def norm_lif(
@@ -546,12 +545,13 @@ def norm_lif(
         check_flag(name, flag)
     _check_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, axis, per_step, step_factor, scale)
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
+        x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )
     learnt = weight, bias, step_factor, tau_tensor, threshold_tensor
     check_spike_dtype(spike_dtype, x, v, *learnt, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
+    _check_group(process_group)
     per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if per_step else 1)) if x.numel() else 0
     if training and process_group is None and per_channel == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -568,9 +568,10 @@ def norm_lif(
         )  # fmt: skip
     dtype, group, count = state_dtype(x.dtype), "", None
     if training:
-        group = "" if process_group is None else process_group.group_name
-        mean, squares, n = batch_statistics(x, axis, per_step, group, backend)
-        var, count = squares / n, n if group else None
+        mean, squares, n = batch_statistics(x, axis, per_step, process_group, backend)
+        var = squares / n if process_group is not None or n else squares
+        if process_group is not None:
+            group, count = process_group.group_name, n
         if x.numel() or group:
             update_running(running_mean, running_var, mean, squares, n, momentum)
     else:
@@ -580,7 +581,7 @@ def norm_lif(
     # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
     keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt)
     s, final, seq, _ = _lif_call(
-        x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step, training,
-        group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
+        x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step,
+        training, group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
     )  # fmt: skip
     return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
