@@ -177,3 +177,19 @@ _graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", lambda: -
 def in_backward() -> bool:
     """True if this thread runs a backward pass, in which activation checkpointing repeats the forward pass."""
     return _graph_task() != -1
+
+
+# --- groups of processes ----------------------------------------------------------------------------------------------------
+
+
+def sum_over_processes(t: Tensor, name: str) -> Tensor:
+    """Sum a tensor over the processes of the group with this name. torch.compile can trace it."""
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(t.contiguous(), "sum", name))
+
+
+def gather_over_processes(t: Tensor, group) -> Tensor:
+    """Return the tensors of all processes of a group, one behind the other on a new first axis."""
+    functional, n = torch.ops._c10d_functional, group.size()
+    found = functional.all_gather_into_tensor(t.contiguous(), n, group.group_name)
+    return functional.wait_tensor(found).reshape(n, *t.shape)

@@ -187,7 +187,9 @@ class ChannelLayout(NamedTuple):
 
 
 def channel_layout(x: Tensor, axis: int, per_step: bool) -> ChannelLayout:
-    """Choose the memory order of outputs for x, (T, ..), with channels on ``axis``: the order of x if it is dense and T is outermost.
+    """Choose the memory order of outputs for x, (T, ..), with channels on ``axis``.
+
+    It is the order of x if x is dense and T is its outermost axis, else the order of a contiguous tensor.
 
     per_step: parameters have a value per step and channel, so channels must not be the innermost axis.
     """

@@ -114,7 +114,8 @@ def accelerate(model: torch.nn.Module, *, fuse: bool = False, packed: bool = Fal
     elsewhere computes as before.
 
     With ``packed``, the forward pass of the model runs under :class:`sdit_kernels.packed_spikes`: other layers keep spikes for
-    the backward pass as bits. A ``MaxPool2d`` over windows side by side runs on a kernel that keeps two bits per window of 2 x 2.
+    the backward pass as bits. A ``MaxPool2d`` over windows side by side runs on a kernel that keeps two bits per window of
+    2 x 2.
 
     Args:
         model: a neuron of SpikingJelly, or any module that contains some. The function changes it in place. A second call

@@ -139,7 +139,8 @@ class Parameters:
                 p = self._value(variant, i, p).contiguous()
                 self._alive.append(p)
                 places[i] = p.data_ptr(), *places[i][1:]
-        self.addresses = (*(n for place in places for n in place), *table) if self.spread >= ROWS else tuple(p[0] for p in places)
+        every = self.spread >= ROWS
+        self.addresses = (*(n for place in places for n in place), *table) if every else tuple(p[0] for p in places)
 
     def _value(self, variant, i, p):
         p = p.detach().to(self._dtype)

@@ -153,10 +153,10 @@ def _forward_kernel(X, O, V, code, spread):
 
 
 @functools.cache
-def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
+def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
     """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches."""
     S = state_code(X)
-    xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
+    xb, db, vb, sb = SIZES[X], SIZES[D], SIZES[V], SIZES[S]
     BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
     GRADIENTS = len(code[0].learnt)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
@@ -179,7 +179,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
         d_before, sums = gradients[3:SUMS], gradients[SUMS:]
         constants, zero = nums(numbers, S), num(0.0, S)
         p, start, alpha = constants[:PARAMETERS], constants[PARAMETERS:], constants[-1]
-        x_t, g_t, dx_t = x_t * xb, g_t * xb, dx_t * xb
+        x_t, g_t, dx_t = x_t * xb, g_t * xb, dx_t * db
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(groups * chunks, part):
             block = task // chunks
@@ -216,11 +216,11 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                             fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
-                    dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
+                    dxs = dx + t0 * dx_t + (row * dx_r + c) * db
                     for t in range(steps):
                         prefetch(gs + t * g_t, n * xb, 0)
                         if WRITES and not STREAMED:
-                            prefetch(dxs + t * dx_t, n * xb, 1)
+                            prefetch(dxs + t * dx_t, n * db, 1)
                         if USES_TAPE or t < steps - 1:
                             if ON_ROWS and places[TABLE + 3]:
                                 token = (t0 + t) * places[TABLE + 2] + row % places[TABLE + 2]
@@ -261,7 +261,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                 load_rows(now, i, STATES, ROW, S), q, load_input(gs + t * g_t, i, X),
                                 load_rows(carry, i, STATES, ROW, S), alpha,
                             )  # fmt: skip
-                            store_output(target, i, d, X)
+                            store_output(target, i, d, D)
                             store_rows(carry, i, states, ROW, S)
                             if WANTED:
                                 add_rows(total, i, d_q, ROW, S)
@@ -272,7 +272,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                     store(sums[j], ((task - block * chunks) * T + t0 + t) * R + row, sum_, S)
                                     fill(total + j * ROW, n, 0, 0, zero, S, S)
                         if STREAMED:
-                            stream(dxs + t * dx_t, row_out, n * xb)
+                            stream(dxs + t * dx_t, row_out, n * db)
                 for j in range(STATES):
                     to, to_r = d_before[2 * j], d_before[2 * j + 1]
                     if to != 0:
@@ -293,7 +293,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, WRITES, STREAMED):
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
 
-    name = f"{pullback.__name__}_{X}{V}{kind}{spread}{WANTED:d}{WRITES:d}{STREAMED:d}"
+    name = f"{pullback.__name__}_{X}{D}{V}{kind}{spread}{WANTED:d}{WRITES:d}{STREAMED:d}"
     return Kernel(neuron_backward, name)
 
 
@@ -324,7 +324,7 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip
-    """Fill dx, if given, and the gradients of the states that are given. x is not empty.
+    """Fill dx, in any dtype, if given, and the gradients of the states that are given. x is not empty.
 
     With ``with_parameters``, return partial sums of the gradients of the parameters: (groups, C) each if one of them has one
     value per channel, otherwise (tasks,).
@@ -340,8 +340,9 @@ def neuron_backward(
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, with_parameters, x.shape[0])
+    written = x if dx is None else dx
     _backward_kernel(
-        CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
+        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
         dx is not None, dx is not None and dx.nbytes >= STREAM,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,

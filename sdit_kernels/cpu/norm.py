@@ -80,9 +80,7 @@ def _rows_kernel(X):
                         total, squares = _sums_around(at, n, around, X, S)
                         n_ = float(n)
                         rest = float(total) / n_
-                        _include(
-                            mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_
-                        )
+                        _include(mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_)
                         done += n
 
     return Kernel(norm_rows, f"norm_rows_{X}")
@@ -163,12 +161,12 @@ def _combine_kernel(S):
 
 @functools.cache
 def _backward_kernel(X, ROWS, STEPS):
-    """Finish the gradients in place: d - offset - (x - mean) * slope. STEPS: these have a value per step."""
-    S, xb = state_code(X), SIZES[X]
-    BLOCK = 4096
+    """d - offset - (x - mean) * slope. STEPS: these have a value per step."""
+    S = state_code(X)
+    xb, sb = SIZES[X], SIZES[S]
 
-    def norm_backward(part, T, B, C, L, x_, d_, mean, offset, slope):
-        (x, x_t, x_r), (d, d_t, d_r) = x_, d_
+    def norm_backward(part, T, B, C, L, x_, d_, out_, mean, offset, slope):
+        (x, x_t, x_r), (d, d_t, d_r), (out, out_t, out_r) = x_, d_, out_
         if ROWS:
             for task in share(T * B, part):
                 t = task // B
@@ -177,33 +175,27 @@ def _backward_kernel(X, ROWS, STEPS):
                     k = t * C + c if STEPS else c
                     m, o, s = load(mean, k, S), load(offset, k, S), load(slope, k, S)
                     source = x + (t * x_t + (b * C + c) * x_r) * xb
-                    target = d + (t * d_t + (b * C + c) * d_r) * xb
+                    gradient = d + (t * d_t + (b * C + c) * d_r) * sb
+                    target = out + (t * out_t + (b * C + c) * out_r) * xb
                     for i in range(L):
                         y = load_input(source, i, X)
-                        store_output(target, i, load(target, i, X) - o - (y - m) * s, X)
+                        store_output(target, i, load(gradient, i, S) - o - (y - m) * s, X)
         else:
             for task in share(T * B, part):
                 t = task // B
                 b = task - t * B
                 source = x + (t * x_t + b * x_r) * xb
-                target = d + (t * d_t + b * d_r) * xb
+                gradient = d + (t * d_t + b * d_r) * sb
+                target = out + (t * out_t + b * out_r) * xb
                 for i in range(C):
                     y = load_input(source, i, X)
                     o, s = load_input(offset, i, S), load_input(slope, i, S)
-                    store_output(target, i, load(target, i, X) - o - (y - load_input(mean, i, S)) * s, X)
+                    store_output(target, i, load(gradient, i, S) - o - (y - load_input(mean, i, S)) * s, X)
 
     return Kernel(norm_backward, f"norm_backward_{X}{ROWS:d}{STEPS:d}")
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------------
-
-
-def finishes_in_place(dtype):
-    """True if the neuron's backward kernel writes its gradient, and ``norm_backward`` subtracts the rest.
-
-    The kernel is bound by arithmetic, so that is faster than a second run of it. It would round 16-bit gradients twice.
-    """
-    return dtype.itemsize > 2
 
 
 def norm_forward(x, rows, mean, squares, tuning):
@@ -228,13 +220,17 @@ def norm_forward(x, rows, mean, squares, tuning):
     )
 
 
-def norm_backward(dx, x, rows, mean, offset, slope, tuning):
-    """Subtract offset + (x - mean) * slope from dx in place. The last three are (C,), or (T, C) with values per step."""
+def norm_backward(d, dx, x, rows, mean, offset, slope, tuning):
+    """Fill dx with d - offset - (x - mean) * slope. The last three are (C,), or (T, C) with values per step.
+
+    d is in the state type. It may be dx.
+    """
     T, B, C = x.shape[:3]
     mean, offset, slope = (p.to(state_dtype(x.dtype)).contiguous() for p in (mean, offset, slope))
     layout = layout_of(x, dx, True)
     x, x_ = placed(layout, x)
-    dx, d_ = placed(layout, dx)
+    d, d_ = placed(layout, d)
+    dx, dx_ = placed(layout, dx)
     _backward_kernel(CODES[x.dtype], rows, mean.dim() == 2)(
-        x.numel(), T, B, C, x.shape[-1], x_, d_, mean.data_ptr(), offset.data_ptr(), slope.data_ptr()
+        x.numel(), T, B, C, x.shape[-1], x_, d_, dx_, mean.data_ptr(), offset.data_ptr(), slope.data_ptr()
     )

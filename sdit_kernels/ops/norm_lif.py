@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, packed, reference, tuning
+from .._torch import gather_over_processes, sum_over_processes
 from ..checks import (
     check_data,
     check_flag,
@@ -19,7 +20,6 @@ from ..checks import (
     check_neuron,
     check_neuron_values,
     check_number,
-    check_positive,
     check_tensor,
     is_number,
     wants_gradient,
@@ -70,8 +70,6 @@ _statistics_call = register(
 
 def _combine(mean, squares, count, group):
     """Combine the statistics of the processes of a group, whose counts may differ. Return (mean, squares, count)."""
-    from .._torch import gather_over_processes
-
     own = torch.stack([mean, squares, torch.full_like(mean, count)]).double()
     means, sums, counts = gather_over_processes(own, group).unbind(1)
     count = counts.sum(0)
@@ -112,9 +110,7 @@ def define_norm(neuron, names, schema, variant, check):
         """Return the parameters of the neuron behind the norm, as the view of the data needs them."""
         weight, bias, step_factor, mean, rstd, _, *parameters = given
         factor, shift = affine(rstd, weight, bias, step_factor, options[0], dtype)
-        parameters = [
-            p if p is None else p.reshape(()) if p.numel() == 1 else layout.spread(p.to(dtype)) for p in parameters
-        ]
+        parameters = [p if p is None else p.reshape(()) if p.numel() == 1 else layout.spread(p.to(dtype)) for p in parameters]
         return factor, [layout.spread(factor), layout.spread(shift), *parameters, layout.spread(mean)]
 
     def allocate(x, given, options, return_v, return_v_seq, spike_dtype, keep):
@@ -174,7 +170,7 @@ def define_norm(neuron, names, schema, variant, check):
             if into is not None:
                 into.copy_(d.reshape(into.shape))
 
-    def coefficients(layout, sums, given, x, options):
+    def coefficients(sums, given, x):
         """Return norm_offset and norm_slope from the joint sums."""
         rstd, count = given[4], given[5]
         count = x.numel() // rstd.numel() if count is None else count
@@ -214,17 +210,20 @@ def define_norm(neuron, names, schema, variant, check):
 
         def finish(joint, dx):
             """Compute dx again, with the statistics' share."""
-            more = [layout.spread(c) for c in coefficients(layout, joint, given, x, options)]
+            more = [layout.spread(c) for c in coefficients(joint, given, x)]
             launch(centred, [*spread_, *more], dx=layout.view(dx), dv=None, wanted=False)
 
         if mode == "apply":
             finish(sums, dx)
             return dx, dv, found, joint
         summing = neuron_of(values, learnt)
-        in_place = mode == "all" and (not training or kernels(backend, "norm").finishes_in_place(x.dtype))
-        partial = launch(
-            summing, spread_, dx=layout.view(dx) if in_place else None, dv=_state(layout, dv), wanted=wanted or training
-        )
+        # The CPU's kernel is bound by arithmetic. So it writes its gradient, and a second kernel adds the share of the
+        # statistics. A GPU runs the kernel twice, and moves fewer bytes.
+        twice = backend == "triton" and training
+        first = None if mode == "sums" or twice else dx
+        if first is not None and training and x.dtype != dtype:  # or the gradient would be rounded twice
+            first = layout.empty(x, dtype, x.shape[0])
+        partial = launch(summing, spread_, dx=_maybe(layout, first), dv=_state(layout, dv), wanted=wanted or training)
         if not (wanted or training):
             return dx, dv, found, joint
         k = len(summing.neuron.learnt)
@@ -233,17 +232,17 @@ def define_norm(neuron, names, schema, variant, check):
         joint = joint_sums(sums_, factor, options)
         if wanted:
             vector_gradients(sums_, given, options, found)
-            for into, p, d in zip(found[3:], spread_[2:], gradients[2:]):
+            for into, d in zip(found[3:], gradients[2:]):
                 if into is not None:
                     into.copy_((layout.gather(d) if d.dim() > 1 else d).reshape(into.shape))
         if training and mode == "all":
-            if in_place:
-                kernels(backend, "norm").norm_backward(
-                    layout.view(dx), y, layout.S is not None, given[3], *coefficients(layout, joint, given, x, options),
-                    tuning.current(),
-                )  # fmt: skip
-            else:
+            if twice:
                 finish(joint, dx)
+            else:
+                of_channels = given[3], *coefficients(joint, given, x)
+                kernels(backend, "norm").norm_backward(
+                    layout.view(first), layout.view(dx), y, layout.S is not None, *of_channels, tuning.current()
+                )
         return dx, dv, found, joint
 
     def split(rest):
@@ -299,8 +298,6 @@ def define_norm(neuron, names, schema, variant, check):
         wanted = any(needs[2:5]) or any(needs[8 : 8 + P])
         rest = *ctx.saved_tensors, *options, wanted, backend
         if options[3] and options[4]:
-            from .._torch import sum_over_processes
-
             joint, dv, *found = sums_call(*upstream, *rest)
             dx = apply_call(sum_over_processes(joint, options[4]), *upstream, *rest)
         else:
@@ -395,6 +392,11 @@ def _check_vector(name, p, shape, x, running=False):
         raise ValueError(f"{name} is updated in place and must not require a gradient")
 
 
+def _check_group(group):
+    if group is not None and not isinstance(getattr(group, "group_name", None), str):
+        raise TypeError(f"process_group must be a group of torch.distributed or None, got {type(group).__name__}")
+
+
 def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, axis, per_step, step_factor, scale):
     for name, flag in (("training", training), ("per_step", per_step)):
         check_flag(name, flag)
@@ -433,7 +435,7 @@ def batch_statistics(x, axis, per_step, group, backend):
     """Return (mean, sum of (x - mean)^2, number of values) per channel; the number is a tensor if there is a group."""
     mean, squares = _statistics_call(x.detach(), axis, per_step, backend)
     count = math.prod(x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis)
-    return _combine(mean, squares, count, group) if group else (mean, squares, count)
+    return (mean, squares, count) if group is None else _combine(mean, squares, count, group)
 
 
 def norm_lif(
@@ -464,7 +466,78 @@ def norm_lif(
     return_v_seq: bool = False,
     spike_dtype: torch.dtype | None = None,
 ):
-    """TODO"""
+    r"""BatchNorm and a leaky integrate-and-fire neuron over T time steps, in one pass: what is between them is never stored.
+
+    With the statistics of a channel over all steps, samples and positions, N values::
+
+        xhat = (x - mean) / sqrt(var + eps) * scale
+        s, v = lif(xhat * weight + bias, v, ..)
+
+    In training, mean and var (biased) are the statistics of x, and the running statistics are updated in place::
+
+        running_mean = (1 - momentum) * running_mean + momentum * mean
+        running_var  = (1 - momentum) * running_var + momentum * var * N / (N - 1)
+
+    In evaluation, mean and var are running_mean and running_var. Variants of BatchNorm for spiking networks::
+
+        step_factor, (T,)     current[t] = step_factor[t] * (xhat[t] * weight + bias)             TEBN
+        per_step              statistics, weight and bias of every step of its own, (T, C)        BNTT
+        scale                 scale = alpha * v_threshold                                         tdBN
+
+    The forward pass reads x twice (once in evaluation) and writes the spikes. For the backward pass it keeps x, vectors per
+    channel, v if given, and for T > 16 the membrane potential of every 16th step. The backward pass recomputes the neuron. With
+    dx, the gradient of the current xhat * weight + bias, S1 = sum dx and S2 = sum dx * xhat over the N values, it returns::
+
+        dbias = S1,    dweight = S2
+        dx_in = weight / sqrt(var + eps) * (dx - S1 / N - xhat * S2 / N)          in evaluation without the last two terms
+
+    Args:
+        x: input, (T, .., C, ..), float32, float64, bfloat16 or float16; statistics and arithmetic are float32 (float64).
+        weight, bias: (C,), or (T, C) with ``per_step``, at least as wide as x. None: 1 and 0.
+        running_mean, running_var: running statistics, in the shape of weight. Training updates them in place. None: not kept;
+            then use training=True.
+        v: membrane potential before the first step, x.shape[1:]. None: v_reset, or 0 with soft reset.
+        training: True: normalise with the statistics of x; False: with the running statistics.
+        momentum: weight of the new statistics. For a cumulative average (momentum=None of torch.nn.BatchNorm2d), give
+            1 / num_batches_tracked.
+        eps: added to the variance.
+        channel_axis: the axis of the channels, counted with T: 2 for (T, B, C, H, W), -1 for (T, B, L, C). Both layouts, and
+            channels_last strides, are read in place. With ``per_step`` or ``step_factor``, x is copied if its channels are
+            contiguous.
+        per_step: True: statistics, weight and bias have a value per time step and channel.
+        step_factor: factor of the current per time step, (T,) or (T, 1, ..). None: 1.
+        scale: a number that multiplies xhat.
+        process_group: a group of torch.distributed, or None. In training, the statistics are over the data of all its
+            processes, as in torch.nn.SyncBatchNorm. The number of samples may differ. Gradients of weight and bias are not
+            summed over processes.
+        tau (float | Tensor): as in :func:`lif`: a number, a scalar tensor, or (C,) with one value per channel of channel_axis.
+        v_threshold (float | Tensor): as tau.
+        v_reset, decay_input, detach_reset, return_v, return_v_seq, spike_dtype: as in :func:`lif`.
+        surrogate (str | Callable): as in :func:`lif`.
+        alpha: as in :func:`lif`.
+        levels (Levels | tuple[int, int] | str | None): ternary or integer spikes, as in :func:`lif`.
+
+    Returns:
+        s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, weight, bias, step_factor, v,
+        tau and v_threshold.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape, device or range; one value per channel in training.
+        RuntimeError: the chosen backend cannot serve the tensors, or a second derivative is requested.
+
+    Source: Ioffe and Szegedy, Batch Normalization, arXiv 1502.03167. TEBN: Duan et al., NeurIPS 2022. BNTT: Kim and Panda,
+    arXiv 2010.01729. tdBN: Zheng et al., arXiv 2011.05280.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import norm_lif
+        >>> x = torch.tensor([1.0, 2.0, 3.0, 6.0]).reshape(2, 2, 1)  # T = 2, B = 2, C = 1
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> norm_lif(x, torch.tensor([2.0]), None, mean, var, training=True, momentum=0.5).flatten().tolist()
+        [0.0, 0.0, 0.0, 1.0]
+        >>> mean.item(), round(var.item(), 3)
+        (1.5, 2.833)
+    """
     check_data("x", x)
     axis = _check_axis(x, channel_axis)
     check_membrane("v", v, x.shape[1:], x) if v is not None else None
@@ -472,12 +545,13 @@ def norm_lif(
         check_flag(name, flag)
     _check_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, axis, per_step, step_factor, scale)
     neuron, tau_tensor, threshold_tensor = check_neuron(
-        x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels
+        x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )
     learnt = weight, bias, step_factor, tau_tensor, threshold_tensor
     check_spike_dtype(spike_dtype, x, v, *learnt, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
+    _check_group(process_group)
     per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if per_step else 1)) if x.numel() else 0
     if training and process_group is None and per_channel == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -494,9 +568,10 @@ def norm_lif(
         )  # fmt: skip
     dtype, group, count = state_dtype(x.dtype), "", None
     if training:
-        group = "" if process_group is None else process_group.group_name
-        mean, squares, n = batch_statistics(x, axis, per_step, group, backend)
-        var, count = squares / n, n if group else None
+        mean, squares, n = batch_statistics(x, axis, per_step, process_group, backend)
+        var = squares / n if process_group is not None or n else squares
+        if process_group is not None:
+            group, count = process_group.group_name, n
         if x.numel() or group:
             update_running(running_mean, running_var, mean, squares, n, momentum)
     else:
@@ -506,8 +581,8 @@ def norm_lif(
     # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
     keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt)
     s, final, seq, _ = _lif_call(
-        x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step, training,
-        group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
+        x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step,
+        training, group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
     )  # fmt: skip
     packed.note_spikes(s, levels)
     return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)

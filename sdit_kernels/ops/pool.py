@@ -65,8 +65,8 @@ _backward_call = register(
 def max_pool(x: Tensor, window: tuple[int, int]) -> Tensor | None:
     """Return the maxima (.., H // kh, W // kw) of x (.., H, W) over windows (kh, kw) side by side, as torch's max_pool2d does.
 
-    Nothing but the places of the maxima is kept for the backward pass, in 2 bits each for up to 4 elements in a window, 4 for up
-    to 16, 8 for up to 256. Return None if the kernels cannot take x or the window.
+    Nothing but the places of the maxima is kept for the backward pass, in 2 bits each for up to 4 elements in a window, 4 for
+    up to 16, 8 for up to 256. Return None if the kernels cannot take x or the window.
     """
     (kh, kw), shape = window, x.shape
     if x.dim() < 3 or x.dtype not in DATA_DTYPES or x.device.type not in ("cpu", "cuda") or kh * kw > 256:

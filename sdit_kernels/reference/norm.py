@@ -84,9 +84,9 @@ def norm_lif(
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     factor, shift = affine(1.0 / torch.sqrt(var + eps), weight, bias, step_factor, scale, dtype)
     found = lif(
-        (y - _spread(mean, y)) * _spread(factor, y) + _spread(shift, y), None if v is None else v.movedim(channels - 1, -1), tau=tau, v_threshold=v_threshold,
-        v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels,
-        return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype or x.dtype,
+        (y - _spread(mean, y)) * _spread(factor, y) + _spread(shift, y), None if v is None else v.movedim(channels - 1, -1),
+        tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
+        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype or x.dtype,
     )  # fmt: skip
     found = found if isinstance(found, tuple) else (found,)
     found = tuple(t.movedim(-1, channels - (t.dim() < x.dim())) for t in found)

@@ -473,7 +473,8 @@ def _backward_by_segments(variant, g, g_finals, g_seqs, x, states, parameters, c
         of_part = [p[part] if step else p for p, step in zip(parameters, steps)]
         upstream = None if g is None else g[part], g_finals, [None if d is None else d[part] for d in g_seqs]
         found.insert(0, neuron_backward(
-            variant, *upstream, x[part], before, of_part, [None] * len(states), None if dx is None else dx[part], into, True, tuning,
+            variant, *upstream, x[part], before, of_part, [None] * len(states), None if dx is None else dx[part], into, True,
+            tuning,
         ))  # fmt: skip
         g_finals = into
     return [torch.cat(parts, 1) if step else sum(parts) for step, parts in zip(steps, zip(*found))]
@@ -513,7 +514,7 @@ def neuron_backward(
         x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
-        (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C, grid.group,
-        *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
+        (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C,
+        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
     )  # fmt: skip
     return sums
