@@ -153,6 +153,10 @@ class OperatorMode(_TorchDispatchMode):
         return False
 
 
+# A base class of modes that torch.compile does not trace. PyTorch's wrapper imports the compiler at the first call.
+UntracedMode: Any = _TorchDispatchMode
+
+
 _HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
 
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tuning
-from ._torch import OperatorMode, dispatch_mode_count, is_tracing, transforms_active
+from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active
 from .dtypes import state_dtype
 from .levels import decode, encode
 from .reference.pack import Window, bits_of
@@ -281,7 +282,7 @@ def _pack(t):
         packed = _pack_storage(known, t)
         if packed is not None:
             return _Saved(packed, t.size(), t.stride(), t.storage_offset())
-        del _known[known.key]
+        _known.pop(known.key, None)
     return t, None if t.is_inference() else t._version
 
 
@@ -408,16 +409,27 @@ _RULES: dict[Any, Callable[..., None]] = {
 }  # fmt: skip
 
 
+def _dispatch(function, args, kwargs):
+    kwargs = kwargs or {}
+    out = function(*args, **kwargs)
+    rule = _RULES.get(function)
+    if rule is not None and not is_tracing():
+        rule(out, args, kwargs)
+    return out
+
+
 class _Mode(OperatorMode):
     """See PyTorch's operators, and note the results of those in _RULES."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = function(*args, **kwargs)
-        rule = _RULES.get(function)
-        if rule is not None and not is_tracing():
-            rule(out, args, kwargs)
-        return out
+        return _dispatch(function, args, kwargs)
+
+
+class _ModeBesideCompiler(UntracedMode):
+    """The same where the compiler is loaded. Otherwise it would trace the mode."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return _dispatch(function, args, kwargs)
 
 
 # --- the context ----------------------------------------------------------------------------------------------------------------
@@ -427,8 +439,9 @@ class _Local(threading.local):
     depth = 0  # how many of the thread's contexts are active
 
     def __init__(self):
-        self.entered = []  # per context, True if it is active
-        self.mode = _Mode()
+        self.entered: list[bool] = []  # per context, True if it is active
+        self.modes = _Mode(), _ModeBesideCompiler()
+        self.mode = self.modes[0]
 
 
 _local = _Local()
@@ -451,6 +464,7 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
         if active:
             _HOOKS.__enter__()
             if not _local.depth:
+                _local.mode = _local.modes["torch._dynamo" in sys.modules]
                 _local.mode.__enter__()
             _local.depth += 1
         _local.entered.append(active)

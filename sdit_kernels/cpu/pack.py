@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
 from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, load_int, state_code, tile
-from .kernel import Kernel, share
+from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
@@ -40,8 +40,7 @@ def _broadcast(builder, value, lanes):
     return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
-def _vector_at(builder, address, offset, vector):
-    address = builder.add(address, ir.Constant(I64, offset))
+def _pointer(builder, address, vector):
     return builder.inttoptr(address, vector.as_pointer())
 
 
@@ -87,8 +86,35 @@ def _nearest_codes(builder, x, first, inverse, code, lanes, n):
     return builder.select(builder.fcmp_unordered("uno", x, x), _splat(wide, n - 1), codes)
 
 
+def _has_bit(builder, words, bit):
+    return builder.icmp_unsigned("!=", builder.and_(words, bit), _splat(words.type, 0))
+
+
 def _any(builder, masks):
     return functools.reduce(builder.or_, masks)
+
+
+def _each_bit(builder, W, unrolled):
+    """Yield the number k of each bit of a word, as an int or, in a loop that is not unrolled, as a 64-bit integer."""
+    if unrolled:
+        yield from range(W)
+    else:
+        with cgutils.for_range(builder, ir.Constant(I64, W)) as loop:
+            yield loop.index
+
+
+def _bit(builder, vector, k):
+    """Return a vector with only bit k set in each word."""
+    if isinstance(k, int):
+        return _splat(vector, 1 << k)
+    width = vector.element.width
+    k = k if width == 64 else builder.trunc(k, vector.element)
+    return _broadcast(builder, builder.shl(ir.Constant(vector.element, 1), k), vector.count)
+
+
+def _row(builder, address, k):
+    offset = ir.Constant(I64, k * _ROW) if isinstance(k, int) else builder.mul(k, ir.Constant(I64, _ROW))
+    return builder.add(address, offset)
 
 
 @intrinsic(prefer_literal=True)
@@ -101,47 +127,49 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n):
         word, lanes, W = _words(code_)
         vector, bits = ir.VectorType(word, lanes), bits_of(n_)
         values = _values(builder, table, word, lanes, n_) if n_ <= _COMPARED else None
-        planes, zero, exact = [_splat(vector, 0)] * bits, _splat(vector, 0), None
-        for k in range(W):
-            elements = builder.load(_vector_at(builder, x, k * _ROW, vector), align=SIZES[code_])
+        zero = _splat(vector, 0)
+        planes = [cgutils.alloca_once_value(builder, zero) for _ in range(bits)]
+        unknown = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), lanes), [0] * lanes))
+        for memory in planes:  # the entry block has stored the value once, but a chunk is one of many
+            builder.store(zero, memory)
+        builder.store(ir.Constant(ir.VectorType(ir.IntType(1), lanes), [0] * lanes), unknown)
+        for k in _each_bit(builder, W, values):
+            elements = builder.load(_pointer(builder, _row(builder, x, k), vector), align=SIZES[code_])
             if values:
                 equal = [builder.icmp_unsigned("==", elements, value) for value in values]
                 masks = [_any(builder, [e for c, e in enumerate(equal) if c >> j & 1]) for j in range(bits)]
-                known = _any(builder, equal)
+                other = builder.not_(_any(builder, equal))
             else:
                 codes = _nearest_codes(builder, elements, first, inverse, code_, lanes, n_)
-                wide = codes.type
-                masks = [
-                    builder.icmp_unsigned("!=", builder.and_(codes, _splat(wide, 1 << j)), _splat(wide, 0)) for j in range(bits)
-                ]
-                known = builder.icmp_unsigned("==", elements, _look_up(builder, table, codes, word, lanes))
-            exact = known if exact is None else builder.and_(exact, known)
-            one = _splat(vector, 1 << k)
-            planes = [builder.or_(plane, builder.select(mask, one, zero)) for plane, mask in zip(planes, masks)]
-        for j, plane in enumerate(planes):
-            builder.store(plane, _vector_at(builder, words, j * _ROW, vector), align=SIZES[code_])
-        every = builder.bitcast(exact, ir.IntType(lanes))
-        return builder.zext(builder.icmp_unsigned("!=", every, ir.Constant(every.type, -1)), I64)
+                masks = [_has_bit(builder, codes, _splat(codes.type, 1 << j)) for j in range(bits)]
+                other = builder.icmp_unsigned("!=", elements, _look_up(builder, table, codes, word, lanes))
+            builder.store(builder.or_(builder.load(unknown), other), unknown)
+            one = _bit(builder, vector, k)
+            for memory, mask in zip(planes, masks):
+                builder.store(builder.or_(builder.load(memory), builder.select(mask, one, zero)), memory)
+        for j, memory in enumerate(planes):
+            builder.store(builder.load(memory), _pointer(builder, _row(builder, words, j), vector), align=SIZES[code_])
+        any_ = builder.bitcast(builder.load(unknown), ir.IntType(lanes))
+        return builder.zext(builder.icmp_unsigned("!=", any_, ir.Constant(any_.type, 0)), I64)
 
     return types.int64(types.int64, types.int64, types.int64, types.float64, types.float64, code, n), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _unpack_chunk(typingctx, words, table, out, code, n):
-    """Write the elements of a line of words."""
-    code_, n_ = code.literal_value, n.literal_value
+def _unpack_chunk(typingctx, words, table, out, nontemporal, code, n):
+    """Write the elements of a line of words. nontemporal: past the caches; ``out`` is then a multiple of 64."""
+    code_, n_, nontemporal_ = code.literal_value, n.literal_value, nontemporal.literal_value
 
     def codegen(context, builder, signature, args):
         words, table, out = args[:3]
         word, lanes, W = _words(code_)
         vector, bits = ir.VectorType(word, lanes), bits_of(n_)
-        planes = [
-            builder.load(_vector_at(builder, words, j * _ROW, vector), align=SIZES[code_]) for j in range(bits)
-        ]
+        rows = [_pointer(builder, _row(builder, words, j), vector) for j in range(bits)]
+        planes = [builder.load(row, align=SIZES[code_]) for row in rows]
         values = _values(builder, table, word, lanes, n_) if n_ <= _COMPARED else None
-        for k in range(W):
-            one = _splat(vector, 1 << k)
-            masks = [builder.icmp_unsigned("!=", builder.and_(plane, one), _splat(vector, 0)) for plane in planes]
+        for k in _each_bit(builder, W, values):
+            one = _bit(builder, vector, k)
+            masks = [_has_bit(builder, plane, one) for plane in planes]
             if values:
                 found = values + values[:1] * ((1 << bits) - n_)
                 for mask in masks:
@@ -151,10 +179,13 @@ def _unpack_chunk(typingctx, words, table, out, code, n):
                 wide = ir.VectorType(I32, lanes)
                 codes = [builder.select(mask, _splat(wide, 1 << j), _splat(wide, 0)) for j, mask in enumerate(masks)]
                 elements = _look_up(builder, table, _any(builder, codes), word, lanes)
-            builder.store(elements, _vector_at(builder, out, k * _ROW, vector), align=SIZES[code_])
+            align = _LINE if nontemporal_ else SIZES[code_]
+            stored = builder.store(elements, _pointer(builder, _row(builder, out, k), vector), align=align)
+            if nontemporal_:
+                stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, code, n), codegen
+    return types.void(types.int64, types.int64, types.int64, nontemporal, code, n), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -227,7 +258,7 @@ def _pack_kernel(X, n):
 
 
 @functools.cache
-def _unpack_kernel(X, n):
+def _unpack_kernel(X, n, nontemporal):
     size, S, bits = SIZES[X], state_code(X), bits_of(n)
 
     def unpack(part, N, words, table, out):
@@ -237,14 +268,14 @@ def _unpack_kernel(X, n):
             if rest < BLOCK:
                 padded = tile(BLOCK, S)
                 for line in range(0, _ROW, _LINE):
-                    _unpack_chunk(source + line, table, padded + line, X, n)
+                    _unpack_chunk(source + line, table, padded + line, 0, X, n)
                 for i in range(rest):
                     _copy_element(target, i, padded, i, X)
             else:
                 for line in range(0, _ROW, _LINE):
-                    _unpack_chunk(source + line, table, target + line, X, n)
+                    _unpack_chunk(source + line, table, target + line, nontemporal, X, n)
 
-    return Kernel(unpack, f"unpack_{X}_{n}")
+    return Kernel(unpack, f"unpack_{X}_{n}_{nontemporal}")
 
 
 @_inline
@@ -326,7 +357,8 @@ def pack(flat, values, tuning):
 
 def unpack(words, values, flat, tuning):
     """Fill flat."""
-    _unpack_kernel(CODES[flat.dtype], values.n)(
+    nontemporal = int(flat.nbytes >= STREAM and flat.data_ptr() % _LINE == 0)
+    _unpack_kernel(CODES[flat.dtype], values.n, nontemporal)(
         flat.numel(), flat.numel(), words.data_ptr(), values.table.data_ptr(), flat.data_ptr()
     )
 

@@ -82,9 +82,10 @@ def window_codes(flat: Tensor, shape: tuple, window: Window, tuning=None) -> tup
     indices, (row, column), (dh, dw) = flat.view(shape), _starts(shape, window, flat.device), window.dilation
     i, j = (indices // window.width - row) // dh, (indices % window.width - column) // dw
     codes = i * window.size[1] + j
-    found = torch.empty_like(flat)
-    window_indices(codes.flatten().to(torch.uint8), shape, window, found)
-    return codes.flatten().to(torch.uint8), torch.equal(found, flat)
+    inside = (i >= 0) & (i < window.size[0]) & (j >= 0) & (j < window.size[1])
+    codes, found = codes.flatten().to(torch.uint8), torch.empty_like(flat)
+    window_indices(codes, shape, window, found)
+    return codes, bool(inside.all()) and torch.equal(found, flat)
 
 
 def window_indices(codes: Tensor, shape: tuple, window: Window, flat: Tensor, tuning=None) -> None:

@@ -18,8 +18,9 @@ _BLOCK = tl.constexpr(BLOCK)
 
 @triton.jit(do_not_specialize=["N", "first"])
 def pack_kernel(
-    x_ptr, words_ptr, N, first, inverse: "fp64", COUNT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
-):
+    x_ptr, words_ptr, N, first, inverse: "fp64",
+    COUNT: tl.constexpr, BINARY: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
     WORD: tl.constexpr = words_ptr.dtype.element_ty
     STATE: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
@@ -32,7 +33,7 @@ def pack_kernel(
     for k in tl.static_range(_BLOCK // BC):
         at = row * _BLOCK + k * BC + cols
         x = tl.load(x_ptr + at, mask=at < N, other=0.0)
-        if COUNT == 2:
+        if BINARY:
             code = (x != 0).to(WORD)
         else:
             z = x.to(STATE) * unit - first
@@ -48,7 +49,7 @@ def pack_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def unpack_kernel(
-    words_ptr, table_ptr, out_ptr, N, COUNT: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+    words_ptr, table_ptr, out_ptr, N, BINARY: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)[:, None]
     cols = tl.arange(0, BC)[None, :]
@@ -61,7 +62,7 @@ def unpack_kernel(
         for j in tl.static_range(1, BITS):
             code = code | (((planes[j] >> k) & 1) << j)
         at = row * _BLOCK + k * BC + cols
-        if COUNT == 2:
+        if BINARY:
             x = code.to(tl.int32).to(out_ptr.dtype.element_ty)
         else:
             x = tl.load(table_ptr + code.to(tl.int32))
@@ -126,17 +127,17 @@ def pack(flat, values, tuning):
     words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
     _launch(
         pack_kernel, words.shape[0], words.shape[2], flat.device, tuning, _as_word(flat), words, flat.numel(), values.first,
-        values.inverse, COUNT=values.n, BITS=bits_of(values.n),
+        values.inverse, COUNT=values.n, BINARY=values.is_binary, BITS=bits_of(values.n),
     )  # fmt: skip
     return words, True
 
 
 def unpack(words, values, flat, tuning):
     """Fill flat."""
-    table = None if values.n == 2 else _as_word(values.on(flat.device))
+    table = None if values.is_binary else _as_word(values.on(flat.device))
     _launch(
         unpack_kernel, words.shape[0], words.shape[2], flat.device, tuning, words, table, _as_word(flat), flat.numel(),
-        COUNT=values.n, BITS=bits_of(values.n),
+        BINARY=values.is_binary, BITS=bits_of(values.n),
     )  # fmt: skip
 
 
