@@ -94,8 +94,8 @@ def check_neuron(
 ):  # fmt: skip
     """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
 
-    axis: another name of the axis of the channels, for messages. tokens: tau and v_threshold may have a value per token too. Return (Neuron, tau tensor, v_threshold tensor). The Neuron is
-    None if the user gave a surrogate function.
+    axis: another name of the axis of the channels, for messages. tokens: tau and v_threshold may have a value per token too.
+    Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
     """
     tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data, tokens, axis)
     threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data, tokens, axis)

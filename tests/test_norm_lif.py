@@ -72,7 +72,8 @@ def run(name, x, tensors, upstream, running=None, **settings):
 
 def compare(name, x, tensors, running=None, seed=0, **settings):
     """Compare outputs and gradients with the oracle, in float64 up to rounding, otherwise where no spike differs."""
-    upstream = draw(x.shape, seed + 10), draw(x.shape[1:], seed + 11), draw(x.shape, seed + 12)
+    shapes = x.shape, x.shape[1:], x.shape
+    upstream = [draw(shape, seed + 10 + i, x.dtype).double() for i, shape in enumerate(shapes)]
     arrays = {n: t.double().numpy() for n, t in tensors.items()}
     given = None if running is None else [r.double().numpy() for r in running]
     (*wanted, _, _), backward = loops.norm_lif(x.double().numpy(), running=given, **arrays, **settings)
@@ -172,11 +173,11 @@ SIZE = st.sampled_from([1, 2, 3, 7, 16, 17, 33])
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype, learnt", [(torch.float32, None), (torch.float32, "channel"), (torch.bfloat16, None)])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_random_shapes_and_layouts_equal_the_oracle(name, dtype, learnt, data):
-    T = data.draw(st.sampled_from([1, 3, 4, 17, 20]))
-    shape = (T, data.draw(SIZE), data.draw(SIZE), *data.draw(st.lists(SIZE, min_size=0, max_size=2)))
+    T = data.draw(st.sampled_from([4, 18]))
+    shape = (T, data.draw(SIZE), data.draw(SIZE), *data.draw(st.lists(SIZE, min_size=0, max_size=1)))
     while math.prod(shape) >= 1 << 15:  # larger tensors compile a second CPU kernel
         shape = (*shape[:-1], 1)
         shape = shape if math.prod(shape) < 1 << 15 else (shape[0], 2, *shape[2:])
@@ -235,7 +236,7 @@ def test_statistics_are_exact_to_rounding(name, layout, per_step, case):
         mean, squares, count = batch_statistics(x, 2, per_step, None, name)
     axes = (1, 3, 4) if per_step else (0, 1, 3, 4)
     want = x.double()
-    torch.testing.assert_close(mean.double(), want.mean(axes), rtol=2e-7, atol=2e-7)
+    torch.testing.assert_close(mean.double(), want.mean(axes), rtol=2e-7, atol=1e-5 * max(0.2, want.std().item()))
     torch.testing.assert_close(squares.double() / count, want.var(axes, unbiased=False), rtol=2e-6, atol=1e-12)
     with backend(name):
         again = batch_statistics(x, 2, per_step, None, name)

@@ -74,7 +74,7 @@ def norm_lif(
     if training:
         axes = tuple(range(1 if per_step else 0, y.dim() - 1))
         count = torch.full((), math.prod(y.shape[a] for a in axes), dtype=dtype, device=x.device)
-        count = _sum_over_processes(count, process_group)
+        count = _sum_over_processes(count, process_group).clamp(min=1.0)
         mean = _sum_over_processes(y.sum(axes), process_group) / count
         squares = _sum_over_processes((y - _spread(mean, y)).square().sum(axes), process_group)
         var = squares / count
@@ -86,7 +86,8 @@ def norm_lif(
     found = lif(
         (y - _spread(mean, y)) * _spread(factor, y) + _spread(shift, y), None if v is None else v.movedim(channels - 1, -1),
         tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype or x.dtype,
+        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
+        spike_dtype=spike_dtype or x.dtype,
     )  # fmt: skip
     found = found if isinstance(found, tuple) else (found,)
     found = tuple(t.movedim(-1, channels - (t.dim() < x.dim())) for t in found)
