@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, tuning
-from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active
+from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active, without_modes
 from .dtypes import state_dtype
 from .levels import decode, encode
 from .reference.pack import Window, bits_of
@@ -186,6 +186,34 @@ class _Plain(NamedTuple):
         return self.codes
 
 
+class Counts(NamedTuple):
+    """The elements of a tensor are integers from 0 to 32,767 times a power of two: sums of products of spikes."""
+
+    unit: float
+    most: int  # the greatest integer
+
+    def pack(self, flat, backend):
+        numbers = (flat / self.unit).to(torch.int16)
+        packed = _Multiples(numbers, self.unit, flat.dtype)
+        exact = flat.device.type != "cpu" or torch.equal(packed.restore().view(torch.uint8), flat.view(torch.uint8))
+        return packed if exact else None
+
+    def cast(self, dtype: torch.dtype) -> "Counts | None":
+        return self if dtype in (torch.float32, torch.float64) else None
+
+
+class _Multiples:
+    """Numbers of 16 bits and their unit."""
+
+    __slots__ = ("__weakref__", "dtype", "numbers", "unit")
+
+    def __init__(self, numbers, unit, dtype):
+        self.numbers, self.unit, self.dtype = numbers, unit, dtype
+
+    def restore(self) -> Tensor:
+        return self.numbers.to(self.dtype).mul_(self.unit)
+
+
 # --- known tensors ------------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +255,12 @@ def _values_at(t: Any) -> Values | None:
     return known.kind if known is not None and type(known.kind) is Values else None
 
 
-def _note(t: Tensor, kind: Values | Indices) -> None:
+def _numbers_at(t: Any) -> "Values | Counts | None":
+    known = _find(t) if isinstance(t, Tensor) else None
+    return known.kind if known is not None and type(known.kind) in (Values, Counts) else None
+
+
+def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
     if type(t) not in _PLAIN_TENSOR_TYPES or t.is_inference() or t.is_meta:
         return
     storage = t.untyped_storage()
@@ -279,7 +312,8 @@ def _pack_storage(known: _Known, t: Tensor):
 def _pack(t):
     known = None if is_tracing() else _find(t)
     if known is not None:
-        packed = _pack_storage(known, t)
+        with without_modes():
+            packed = _pack_storage(known, t)
         if packed is not None:
             return _Saved(packed, t.size(), t.stride(), t.storage_offset())
         _known.pop(known.key, None)
@@ -306,13 +340,13 @@ _aten = torch.ops.aten
 
 
 def _note_same(out, args, kwargs):
-    values = _values_at(args[0])
-    if values is not None and out.dtype == values.table.dtype:
+    values = _numbers_at(args[0])
+    if values is not None and out.dtype == args[0].dtype:
         _note(out, values)
 
 
 def _note_cast(out, args, kwargs):
-    values = _values_at(args[0])
+    values = _numbers_at(args[0])
     if values is not None and (values := values.cast(out.dtype)) is not None:
         _note(out, values)
 
@@ -350,8 +384,41 @@ def _note_sum(out, args, kwargs):
             _note(out, values)
 
 
+def _unit_of(a: "Values | Counts") -> tuple[float, int] | None:
+    """Return (unit, greatest multiple) of values that are multiples of a power of two and not negative, or None."""
+    if type(a) is Counts:
+        return a.unit, a.most
+    unit = 1 / a.inverse
+    return (unit, a.last) if a.first >= 0 and not a.nan and math.frexp(unit)[0] == 0.5 else None
+
+
+def _note_multiples(out, unit, most):
+    """Note that the elements of out are multiples of a power of two, from 0 to ``most``."""
+    values = _multiples(0, most, unit, 1, False, out.dtype) if most < _MOST else None
+    if values is not None:
+        _note(out, values)
+    elif most < 1 << 14 and out.dtype in (torch.float32, torch.float64):
+        _note(out, Counts(unit, most))
+
+
+def _note_matmul(out, args, kwargs):
+    """The sums are exact in any order: integers below 2^14, times a power of two. TF32 may round them to other integers."""
+    a, b = _numbers_at(args[0]), _numbers_at(args[1])
+    if a is not None and b is not None and (a := _unit_of(a)) is not None and (b := _unit_of(b)) is not None:
+        _note_multiples(out, a[0] * b[0], a[1] * b[1] * args[0].shape[-1])
+
+
+def _note_scaled(out, args, kwargs):
+    a, factor = _numbers_at(args[0]), args[1]
+    a = None if a is None else _unit_of(a)
+    if a is not None and factor > 0 and math.frexp(factor)[0] == 0.5:
+        _note_multiples(out, a[0] * factor, a[1])
+
+
 def _note_product(out, args, kwargs):
     """A binary tensor times values that are not negative; 0 times a negative value is -0."""
+    if isinstance(args[1], (int, float)):
+        return _note_scaled(out, args, kwargs)
     a, b = _values_at(args[0]), _values_at(args[1])
     if a is not None and b is not None and a.table.dtype == b.table.dtype:
         values = b if a.is_binary else a if b.is_binary else None
@@ -403,6 +470,9 @@ _RULES: dict[Any, Callable[..., None]] = {
     _aten.relu.default: _note_relu,
     _aten.add.Tensor: _note_sum,
     _aten.mul.Tensor: _note_product,
+    _aten.mul.Scalar: _note_scaled,
+    _aten.mm.default: _note_matmul,
+    _aten.bmm.default: _note_matmul,
     _aten.max_pool2d_with_indices.default: _note_pool,
     _aten.adaptive_max_pool2d.default: functools.partial(_note_narrow, 2),
     _aten.max_pool3d_with_indices.default: functools.partial(_note_narrow, 3),

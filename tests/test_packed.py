@@ -492,6 +492,32 @@ def test_sums_and_products_of_spikes(monkeypatch):
 # --- pooling ------------------------------------------------------------------------------------------------------------------
 
 
+def test_matmuls_of_spikes_are_counts(monkeypatch):
+    def attention(q, k, v):
+        y = (q @ k.transpose(-1, -2)) @ v * 0.125  # multiples of 1/8 up to 64 * 64 / 8
+        return y.transpose(1, 2).reshape(4, 64, 256).square().sum() + ((q @ k.mT) * 0.5).square().sum()
+
+    x = torch.randn(3, 4, 4, 64, 64, requires_grad=True)
+    with keeping(monkeypatch) as kept:
+        loss = attention(*(lif(t) for t in x))
+    (found,) = torch.autograd.grad(loss, x)
+    wanted = attention(*(lif(t) for t in x))
+    assert same_bits(loss, wanted) and same_bits(found, torch.autograd.grad(wanted, x)[0])
+    assert [t.shape for t in kept.others()] == 3 * [x.shape[1:]]
+    assert {type(item).__name__ for item in kept.storages()} == {"_Bits", "_Multiples"}
+
+
+def test_matmuls_that_are_not_counts_stay_as_they_are():
+    s, weight = lif(torch.randn(4, 64, 64)), torch.randn(64, 64)
+    for make in (
+        lambda s: s @ weight, lambda s: (s @ s) * 0.3, lambda s: (s @ s) * -0.5,
+        lambda s: lif(3 * torch.randn(4, 64, 64), levels="ternary") @ s, lambda s: s.repeat(1, 1, 300) @ s.repeat(1, 300, 1),
+    ):  # fmt: skip
+        with packed_spikes():
+            t = make(lif(torch.randn(4, 64, 64)))
+            assert packed._find(t) is None
+
+
 @pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
 def test_the_indices_of_max_pooling_take_two_bits(name, memory, monkeypatch):
@@ -619,7 +645,8 @@ def test_attention_between_spikes(monkeypatch):
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), w)])
     assert all(map(torch.equal, *results)) and results[0][1].abs().sum() > 0
     floats = [t for t in kept.others() if t.numel() >= 1024 and bool(((t == 0) | (t == 1)).all())]
-    assert not floats and len(kept.spikes()) == 3 + 3 + 1  # s for three layers, q, k, v, the last input
+    # s for three layers, q, k, v, the product of q and k, the input of the last neuron, the last input
+        assert not floats and len(kept.spikes()) == 3 + 3 + 1 + 1 + 1
 
 
 # --- other contexts -----------------------------------------------------------------------------------------------------------

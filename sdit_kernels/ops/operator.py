@@ -21,6 +21,7 @@ from .._torch import (
     is_zerotensor,
     profiler_enabled,
     transforms_active,
+    without_modes,
 )
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
@@ -232,10 +233,14 @@ def register(
                     return True
         return False
 
+    def run_directly(*args):
+        if dispatch_mode_count() > 0:  # the mode of packed_spikes need not see the operators inside
+            with without_modes():
+                return implementation(*args)
+        return implementation(*args)
+
     def run(*args):
-        if not needs_dispatcher(args):
-            return implementation(*args)
-        return call_below_autograd(*args)
+        return call_below_autograd(*args) if needs_dispatcher(args) else run_directly(*args)
 
     class Autograd(torch.autograd.Function):
         @staticmethod
@@ -296,6 +301,6 @@ def register(
             return operator(*args)
         if mutates:
             return run_without_gradient(*args)
-        return Autograd.apply(*args) if may_need_grad(args) else implementation(*args)
+        return Autograd.apply(*args) if may_need_grad(args) else run_directly(*args)
 
     return entry
