@@ -35,7 +35,7 @@ def _kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"sdit_kernels.{backend}.pack")
 
 
-# --- which values the elements of a tensor can have --------------------------------------------------------------------------
+# --- which values the elements of a tensor can have -------------------------------------------------------------------------
 
 
 class Values:
@@ -108,7 +108,7 @@ def _sum_of(a: Values, b: Values) -> Values | None:
     return _multiples(a.first + b.first, a.last + b.last, scale, 1, a.nan or b.nan, a.table.dtype)
 
 
-# --- packed data -------------------------------------------------------------------------------------------------------------
+# --- packed data ------------------------------------------------------------------------------------------------------------
 
 
 class _Bits:
@@ -186,7 +186,7 @@ class _Plain(NamedTuple):
         return self.codes
 
 
-# --- known tensors ------------------------------------------------------------------------------------------------------------
+# --- known tensors ----------------------------------------------------------------------------------------------------------
 
 
 class _Known(weakref.ref):
@@ -245,7 +245,7 @@ def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None
             _note(s, values)
 
 
-# --- what autograd saves ------------------------------------------------------------------------------------------------------
+# --- what autograd saves ----------------------------------------------------------------------------------------------------
 
 
 class _Saved(NamedTuple):
@@ -294,7 +294,7 @@ def _unpack(saved):
 
 _HOOKS = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
-# --- operators that move elements -----------------------------------------------------------------------------------------------
+# --- operators that move elements -------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
 
@@ -426,7 +426,7 @@ class _ModeBesideCompiler(UntracedMode):
         return _dispatch(function, args, kwargs)
 
 
-# --- the context ----------------------------------------------------------------------------------------------------------------
+# --- the context ------------------------------------------------------------------------------------------------------------
 
 
 class _Local(threading.local):
@@ -443,7 +443,8 @@ _local = _Local()
 
 def has_other_modes() -> bool:
     """True if a mode other than the mode of packed_spikes must see the operators."""
-    return dispatch_mode_count() > (_local.depth > 0)
+    count = dispatch_mode_count()
+    return count is True or count > (_local.depth > 0)  # True: this version of PyTorch does not tell the number
 
 
 class packed_spikes:  # noqa: N801, a context manager is called like a function

@@ -86,7 +86,7 @@ def allocated(run):
     return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------------------
+# --- kernels ----------------------------------------------------------------------------------------------------------------
 
 
 def table(first, last, scale, dtype, nan):
@@ -146,7 +146,8 @@ def test_launchers_have_equal_signatures_on_every_backend():
 
 POOLS = [  # size, stride, padding, dilation, ceil_mode, height, width
     (2, 2, 0, 1, False, 8, 8), (2, 2, 0, 1, False, 7, 9), (2, 2, 1, 1, True, 7, 9), (3, 2, 1, 1, False, 9, 7),
-    ((2, 3), (1, 2), (1, 1), (2, 1), True, 9, 8), (5, 3, 2, 1, False, 5, 2), (2, 2, 0, 3, False, 9, 9), (1, 1, 0, 1, False, 3, 4),
+    ((2, 3), (1, 2), (1, 1), (2, 1), True, 9, 8), (5, 3, 2, 1, False, 5, 2), (2, 2, 0, 3, False, 9, 9),
+    (1, 1, 0, 1, False, 3, 4),
 ]  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def test_indices_of_windows_are_restored(name, pool):
             assert not KERNELS[name].window_codes(flat, shape, window, SMALL)[1]
 
 
-# --- the spikes of every op ---------------------------------------------------------------------------------------------------
+# --- the spikes of every op -------------------------------------------------------------------------------------------------
 
 
 def klif(x, s, p, o):
@@ -247,9 +248,12 @@ def test_the_spikes_of_every_op_are_kept_as_bits(op, name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_is_not_lost(dtype):
-    """Binary and ternary spikes of NaN are 0. Integer levels keep the NaN: it has a code on a GPU, where nothing is checked. On
-    the CPU, spikes with a NaN of other bits than torch.nan stay as they are."""
-    x, w = torch.randn(4, 2000, dtype=dtype), weight(2000, dtype=dtype)
+    """Binary and ternary spikes of NaN are 0. Integer levels keep the NaN: it has a code.
+
+    On the CPU, spikes with a NaN of other bits than torch.nan stay as they are. On a GPU, where nothing is checked, each NaN
+    becomes torch.nan.
+    """
+    x = torch.randn(4, 2000, dtype=dtype)
     x[:, ::7], x[:, 1::7] = torch.nan, -torch.nan
     for name in ("cpu", "triton", "reference"):
         for levels, bits in ((None, 1), ("ternary", 2), ((0, 4), 3)):
@@ -279,7 +283,7 @@ def test_a_neuron_of_the_user_that_writes_a_negative_zero_is_not_binary():
     assert s.signbit().any() and packed._find(s) is None
 
 
-# --- what is known ------------------------------------------------------------------------------------------------------------
+# --- what is known ----------------------------------------------------------------------------------------------------------
 
 
 def spikes(*shape, levels=None, dtype=torch.float32):
@@ -496,7 +500,7 @@ def test_sums_and_products_of_spikes(monkeypatch):
     assert packed._values_at(a * t) is None and n == 6
 
 
-# --- pooling ------------------------------------------------------------------------------------------------------------------
+# --- pooling ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
@@ -542,7 +546,7 @@ def test_large_planes_keep_32_bits():
     assert packed.Indices(1 << 32, (), None).pack(torch.tensor([1 << 31]), "cpu") is None
 
 
-# --- a network ----------------------------------------------------------------------------------------------------------------
+# --- a network --------------------------------------------------------------------------------------------------------------
 
 
 class Net(nn.Module):
@@ -629,7 +633,7 @@ def test_attention_between_spikes(monkeypatch):
     assert not floats and len(kept.spikes()) == 3 + 3 + 1  # s for three layers, q, k, v, the last input
 
 
-# --- other contexts -----------------------------------------------------------------------------------------------------------
+# --- other contexts ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -68,7 +68,7 @@ How to read it:
   a code for NaN.
 - *floor*: the element and its bits, once each. To restore levels, a thread reads each value from a table that stays in the L1
   cache; these reads do not count, neither as bytes nor as accesses.
-- *indices*: the 64-bit indices of a max-pooling become their places in the windows, one byte each, which `pack` packs further.
+- *indices*: the 64-bit indices of a max-pooling become their places in the windows, one byte each. `pack` packs these further.
 """
 
 PACK = Stem(CASES, CASES[:1], 1.001, True, NOTES)
