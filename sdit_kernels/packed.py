@@ -461,11 +461,11 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
     bits. The indices that max_pool2d keeps take ceil(log2(size of the window)) bits instead of 64. All other tensors stay as
     they are, and so do spikes that were changed in place, and tensors of less than 4 KiB.
 
-    The block may be nested and entered again, and ``packed_spikes()`` decorates functions. It belongs to one thread. Other hooks
-    on saved tensors, such as activation checkpointing, act instead of it inside their own blocks. Inside the transforms of
-    torch.func and torch.jit.trace it does nothing. torch.func.grad, vjp, jacrev and hessian raise PyTorch's error if they are
-    called inside the block, and functions compiled by torch.compile run there without compilation (with fullgraph=True they raise
-    PyTorch's error). Each operator of PyTorch takes about 3 us longer in the block.
+    The block may be nested and entered again, and ``packed_spikes()`` decorates functions. It belongs to one thread. Other
+    hooks on saved tensors, such as activation checkpointing, act instead of it inside their own blocks. Inside the transforms
+    of torch.func and torch.jit.trace it does nothing. torch.func.grad, vjp, jacrev and hessian raise PyTorch's error if they
+    are called inside the block. Functions compiled by torch.compile run there without compilation; with fullgraph=True they
+    raise PyTorch's error. Each operator of PyTorch takes about 3 us longer in the block.
 
     Raises:
         RuntimeError: torch.compile with fullgraph=True compiles the ``with`` statement.
@@ -483,8 +483,8 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
     def __enter__(self) -> "packed_spikes":
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "packed_spikes() cannot be entered in a function that torch.compile compiles, because nothing is compiled inside "
-                "it: call the function without torch.compile, or leave packed_spikes() out"
+                "packed_spikes() cannot be entered in a function that torch.compile compiles, because nothing is compiled "
+                "inside it: call the function without torch.compile, or leave packed_spikes() out"
             )
         active = not transforms_active() and not is_tracing()
         if active:
@@ -509,7 +509,8 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
             raise TypeError(f"packed_spikes() decorates a function, got {type(function).__name__}")
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function) or inspect.isclass(function):
             raise TypeError(
-                f"packed_spikes() decorates a function that runs when it is called, got {function!r}: use a with statement in it"
+                f"packed_spikes() decorates a function that runs when it is called, got {function!r}: use a with statement "
+                "in it"
             )
 
         @functools.wraps(function)

@@ -64,8 +64,8 @@ CASES = (
 NOTES = """
 How to read it:
 
-- Columns as in compile_lif.md; *bytes*, *instructions* and *special* per element. *(lo, hi)*: spikes of the levels lo to hi, and
-  a code for NaN.
+- Columns as in compile_lif.md; *bytes*, *instructions* and *special* per element. *(lo, hi)*: spikes of the levels lo to hi,
+  and a code for NaN.
 - *floor*: the element and its bits, once each. To restore levels, a thread reads each value from a table that stays in the L1
   cache; these reads do not count, neither as bytes nor as accesses.
 - *indices*: the 64-bit indices of a max-pooling become their places in the windows, one byte each. `pack` packs these further.
