@@ -35,7 +35,7 @@ def _kernels(backend: str) -> ModuleType:
     return importlib.import_module(f"sdit_kernels.{backend}.pack")
 
 
-# --- which values the elements of a tensor can have --------------------------------------------------------------------------
+# --- which values the elements of a tensor can have -------------------------------------------------------------------------
 
 
 class Values:
@@ -108,7 +108,7 @@ def _sum_of(a: Values, b: Values) -> Values | None:
     return _multiples(a.first + b.first, a.last + b.last, scale, 1, a.nan or b.nan, a.table.dtype)
 
 
-# --- packed data -------------------------------------------------------------------------------------------------------------
+# --- packed data ------------------------------------------------------------------------------------------------------------
 
 
 class _Bits:
@@ -214,7 +214,7 @@ class _Multiples:
         return self.numbers.to(self.dtype).mul_(self.unit)
 
 
-# --- known tensors ------------------------------------------------------------------------------------------------------------
+# --- known tensors ----------------------------------------------------------------------------------------------------------
 
 
 class _Known(weakref.ref):
@@ -284,7 +284,7 @@ def note_same(out: Tensor, source: Tensor) -> None:
         _note_same(out, (source,), None)
 
 
-# --- what autograd saves ------------------------------------------------------------------------------------------------------
+# --- what autograd saves ----------------------------------------------------------------------------------------------------
 
 
 class _Saved(NamedTuple):
@@ -334,7 +334,7 @@ def _unpack(saved):
 
 _HOOKS = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
-# --- operators that move elements -----------------------------------------------------------------------------------------------
+# --- operators that move elements -------------------------------------------------------------------------------------------
 
 _aten = torch.ops.aten
 
@@ -502,7 +502,7 @@ class _ModeBesideCompiler(UntracedMode):
         return _dispatch(function, args, kwargs)
 
 
-# --- the context ----------------------------------------------------------------------------------------------------------------
+# --- the context ------------------------------------------------------------------------------------------------------------
 
 
 class _Local(threading.local):
@@ -519,16 +519,48 @@ _local = _Local()
 
 def has_other_modes() -> bool:
     """True if a mode other than the mode of packed_spikes must see the operators."""
-    return dispatch_mode_count() > (_local.depth > 0)
+    count = dispatch_mode_count()
+    return count is True or count > (_local.depth > 0)  # True: this version of PyTorch does not tell the number
 
 
 class packed_spikes:  # noqa: N801, a context manager is called like a function
-    """documented below"""
+    """Keep spikes as bits for the backward pass, in this block.
+
+    A layer that reads spikes, such as a convolution or a matrix multiplication, keeps them for its backward pass. In this block
+    it keeps their codes: 1 bit per binary spike, 2 bits per ternary spike, ceil(log2(n)) bits per spike of n levels. The
+    backward pass restores them exactly, so gradients stay the same bit for bit. It may run inside or after the block::
+
+        bits kept per spike = ceil(log2(number of values)),    instead of 32 in float32, 16 in bfloat16
+
+    The spikes of all ops and modules of this package are known, also means over time, and tensors made of them by copies,
+    views, casts, concatenation, padding, ReLU, max-pooling, sums and products of spikes. Layers with the same input share its
+    bits. The indices that max_pool2d keeps take ceil(log2(size of the window)) bits instead of 64. All other tensors stay as
+    they are, and so do spikes that were changed in place, and tensors of less than 4 KiB.
+
+    The block may be nested and entered again, and ``packed_spikes()`` decorates functions. It belongs to one thread. Other
+    hooks on saved tensors, such as activation checkpointing, act instead of it inside their own blocks. Inside the transforms
+    of torch.func and torch.jit.trace it does nothing. torch.func.grad, vjp, jacrev and hessian raise PyTorch's error if they
+    are called inside the block. Functions compiled by torch.compile run there without compilation; with fullgraph=True they
+    raise PyTorch's error. Each operator of PyTorch takes about 3 us longer in the block.
+
+    Raises:
+        RuntimeError: torch.compile with fullgraph=True compiles the ``with`` statement.
+        TypeError: the decorated object is not a function, or is a generator or coroutine function.
+
+    Example:
+        >>> import torch
+        >>> from sdit_kernels import lif, packed_spikes
+        >>> linear = torch.nn.Linear(384, 384)
+        >>> with packed_spikes():
+        ...     y = linear(lif(torch.randn(4, 8, 394, 384)))  # linear keeps 0.6 MB instead of 19.4 MB
+        >>> y.sum().backward()
+    """
 
     def __enter__(self) -> "packed_spikes":
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "packed_spikes() cannot be entered in a function that torch.compile compiles: call the function in the context"
+                "packed_spikes() cannot be entered in a function that torch.compile compiles, because nothing is compiled "
+                "inside it: call the function without torch.compile, or leave packed_spikes() out"
             )
         active = not transforms_active() and not is_tracing()
         if active:
@@ -553,7 +585,8 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
             raise TypeError(f"packed_spikes() decorates a function, got {type(function).__name__}")
         if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function) or inspect.isclass(function):
             raise TypeError(
-                f"packed_spikes() decorates a function that runs when it is called, got {function!r}: use a with statement in it"
+                f"packed_spikes() decorates a function that runs when it is called, got {function!r}: use a with statement "
+                "in it"
             )
 
         @functools.wraps(function)

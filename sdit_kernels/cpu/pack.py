@@ -344,9 +344,7 @@ def _window_indices_kernel(KH, KW):
 
 def pack(flat, values, tuning):
     """Return (words, True if each element of flat is one of the values bit for bit)."""
-    words = torch.empty(
-        words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device
-    )
+    words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
     wrong = torch.zeros((), dtype=torch.int64, device=flat.device)
     _pack_kernel(CODES[flat.dtype], values.n)(
         flat.numel(), flat.numel(), flat.data_ptr(), values.table.data_ptr(), words.data_ptr(), wrong.data_ptr(),

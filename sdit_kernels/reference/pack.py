@@ -69,7 +69,7 @@ class Window(NamedTuple):
 def _starts(shape, window, device):
     """Return the row and the column at which each window starts, in the shape (1, H, 1, 1) and (1, 1, W, 1)."""
     (sh, sw), (ph, pw) = window.stride, window.padding
-    rows, columns = (torch.arange(n, device=device) for n in shape[1:3])
+    rows, columns = (torch.arange(n, dtype=torch.int64, device=device) for n in shape[1:3])
     return (rows * sh - ph).view(1, -1, 1, 1), (columns * sw - pw).view(1, 1, -1, 1)
 
 

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
-from .tiles import cdiv, launch, power_of_2, warps_of
+from .tiles import cdiv, launch, warps_of
 
 _ROW = 512  # bytes of a row of words
 _BLOCK = tl.constexpr(BLOCK)
 
 
-@triton.jit(do_not_specialize=["N", "first"])
+@triton.jit(do_not_specialize=["first"])
 def pack_kernel(
     x_ptr, words_ptr, N, first, inverse: "fp64",
     COUNT: tl.constexpr, BINARY: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
@@ -47,7 +47,7 @@ def pack_kernel(
         tl.store(words_ptr + (row * BITS + j) * BC + cols, planes[j], mask=mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def unpack_kernel(
     words_ptr, table_ptr, out_ptr, N, BINARY: tl.constexpr, BITS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
 ):
@@ -69,45 +69,46 @@ def unpack_kernel(
         tl.store(out_ptr + at, x, mask=at < N)
 
 
-@triton.jit(do_not_specialize=["rows", "H"])
-def window_codes_kernel(
-    indices_ptr, codes_ptr, rows, H, W, inner, stride, padding, dilation, width,
-    KH: tl.constexpr, KW: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    row, first, cols, mask, top, left = _window(H, W, inner, stride, padding, BC)
-    index = tl.load(indices_ptr + row * W * inner + cols, mask=mask, other=0)
-    i = tl.zeros([BC], tl.int64)
-    for k in tl.static_range(1, KH):
-        i += (index >= (top + k * dilation[0]) * width).to(tl.int64)
-    start = (top + i * dilation[0]) * width + left
-    j = tl.zeros([BC], tl.int64)
-    for k in tl.static_range(1, KW):
-        j += (index >= start + k * dilation[1]).to(tl.int64)
-    tl.store(codes_ptr + row * W * inner + cols, (i * KW + j).to(tl.uint8), mask=mask)
-
-
-@triton.jit(do_not_specialize=["rows", "H"])
-def window_indices_kernel(
-    codes_ptr, indices_ptr, rows, H, W, inner, stride, padding, dilation, width,
-    KH: tl.constexpr, KW: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    row, first, cols, mask, top, left = _window(H, W, inner, stride, padding, BC)
-    code = tl.load(codes_ptr + row * W * inner + cols, mask=mask, other=0).to(tl.int32)
-    i = code // KW
-    index = (top + i * dilation[0]).to(tl.int64) * width + left + (code - i * KW) * dilation[1]
-    tl.store(indices_ptr + row * W * inner + cols, index, mask=mask)
-
-
 @triton.jit
-def _window(H, W, inner, stride, padding, BC: tl.constexpr):
-    """Return (row, first column of the tile, columns, mask, first row of the windows, first columns of the windows)."""
-    chunks = tl.cdiv(W * inner, BC)
-    pid = tl.program_id(0)
-    row = (pid // chunks).to(tl.int64)
-    first = (pid % chunks) * BC
-    cols = first + tl.arange(0, BC)
-    top = ((pid // chunks) % H) * stride[0] - padding[0]
-    return row, first, cols, cols < W * inner, top, (cols // inner) * stride[1] - padding[1]
+def _windows(N, H, row_size, inner, stride, padding, BLOCK: tl.constexpr):
+    """Return (elements of this program, mask, first rows and first columns of their windows)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    first_row = start // row_size
+    at = (start - first_row * row_size).to(tl.int32) + tl.arange(0, BLOCK)  # 32 bits: a 64-bit division is a function call
+    row = at // row_size
+    top = (((first_row % H).to(tl.int32) + row) % H) * stride[0] - padding[0]
+    left = ((at - row * row_size) // inner) * stride[1] - padding[1]
+    elements = start + tl.arange(0, BLOCK)
+    return elements, elements < N, top.to(tl.int64), left
+
+
+@triton.jit(do_not_specialize=["H"])
+def window_codes_kernel(
+    indices_ptr, codes_ptr, N, H, row_size, inner, stride, padding, dilation, width,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    elements, mask, top, left = _windows(N, H, row_size, inner, stride, padding, BLOCK)
+    index = tl.load(indices_ptr + elements, mask=mask, other=0)
+    i = tl.zeros([BLOCK], tl.int32)
+    for k in tl.static_range(1, KH):
+        i += (index >= (top + k * dilation[0]) * width).to(tl.int32)
+    column = (index - (top + i * dilation[0]) * width).to(tl.int32) - left
+    j = tl.zeros([BLOCK], tl.int32)
+    for k in tl.static_range(1, KW):
+        j += (column >= k * dilation[1]).to(tl.int32)
+    tl.store(codes_ptr + elements, (i * KW + j).to(tl.uint8), mask=mask)
+
+
+@triton.jit(do_not_specialize=["H"])
+def window_indices_kernel(
+    codes_ptr, indices_ptr, N, H, row_size, inner, stride, padding, dilation, width,
+    KH: tl.constexpr, KW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    elements, mask, top, left = _windows(N, H, row_size, inner, stride, padding, BLOCK)
+    code = tl.load(codes_ptr + elements, mask=mask, other=0).to(tl.int32)
+    i = code // KW
+    index = (top + i * dilation[0]) * width + left + (code - i * KW) * dilation[1]
+    tl.store(indices_ptr + elements, index, mask=mask)
 
 
 # --- launchers: the same signatures as in cpu/pack.py -----------------------------------------------------------------------
@@ -119,7 +120,9 @@ def _as_word(t):
 
 def _launch(kernel, blocks, lanes, device, tuning, *args, **flags):
     rows = max(1, tuning.elementwise_threads * 16 // _ROW)
-    launch(kernel, cdiv(blocks, rows), device, *args, **flags, BR=rows, BC=lanes, num_warps=warps_of(tuning.elementwise_threads))
+    launch(
+        kernel, cdiv(blocks, rows), device, *args, **flags, BR=rows, BC=lanes, num_warps=warps_of(tuning.elementwise_threads)
+    )
 
 
 def pack(flat, values, tuning):
@@ -142,12 +145,13 @@ def unpack(words, values, flat, tuning):
 
 
 def _launch_windows(kernel, source, target, shape, window, tuning):
-    planes, H, W, inner = shape
-    BC = min(power_of_2(W * inner), tuning.elementwise_threads * 2)
+    _, H, W, inner = shape
+    threads = tuning.elementwise_threads
+    block = threads * 16  # 16 codes per thread
     launch(
-        kernel, planes * H * cdiv(W * inner, BC), source.device, source, target, planes * H, H, W, inner, window.stride,
-        window.padding, window.dilation, window.width, KH=window.size[0], KW=window.size[1], BC=BC,
-        num_warps=warps_of(max(BC // 2, 1)),
+        kernel, cdiv(source.numel(), block), source.device, source, target, source.numel(), H, W * inner, inner, window.stride,
+        window.padding, window.dilation, window.width, KH=window.size[0], KW=window.size[1], BLOCK=block,
+        num_warps=warps_of(threads),
     )  # fmt: skip
 
 
