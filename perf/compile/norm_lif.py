@@ -72,8 +72,8 @@ CASES = (
 NOTES = """\
 
 - Columns as in compile_lif.md. `norm_forward` finds the statistics, `norm_combine` combines its partial results,
-  `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel (*sums*), and for the gradient of
-  x (*gradient*). With b bytes an element, the calls move 3 b in the forward pass and 5 b in the backward pass.
+  `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel (*sums*), and for the
+  gradient of x (*gradient*). With b bytes an element, the calls move 3 b in the forward pass and 5 b in the backward pass.
 - Vectors of channels and partial sums do not count as bytes. images: (T, B, C, H, W), otherwise (T, B, L, C).
 """
 NORM_LIF = Stem(CASES, CASES[:1], 1.01, True, NOTES)
