@@ -11,6 +11,7 @@ from torch import nn
 
 import sdit_kernels
 import sdit_kernels.ops.norm_lif as norm_lif_module
+from sdit_kernels import energy
 from sdit_kernels.compat import handwritten
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 from sdit_kernels.nn import IF, LIF, OverTime
@@ -535,3 +536,14 @@ def test_no_warnings():
         net = Net(direct)
         accelerate(net, fuse=True)
         net(torch.randn(T * B, 2, 5, 7)).sum().backward()
+
+
+def test_the_energy_counter_sees_fused_layers():
+    net, x = Net(direct), torch.randn(T * B, 2, 5, 7)
+    found = []
+    for _ in range(2):
+        reset_net(net)
+        report = energy.count(net, x)
+        found.append((report.macs, report.synaptic_operations, sorted(report.fused)))
+        accelerate(net, fuse=True)
+    assert found[0][:2] == found[1][:2] and found[0][2] == ["lif"] and found[1][2] == ["norm_lif"]
