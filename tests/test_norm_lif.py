@@ -168,12 +168,12 @@ def test_more_than_16_steps_equal_the_oracle(name, variant, layout):
     compare(name, x, tensors, per_step=per_step)
 
 
-SIZE = st.sampled_from([1, 2, 3, 7, 16, 17, 33])
+SIZE = st.sampled_from([1, 3, 7, 33])
 
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("dtype, learnt", [(torch.float32, None), (torch.float32, "channel"), (torch.bfloat16, None)])
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_random_shapes_and_layouts_equal_the_oracle(name, dtype, learnt, data):
     T = data.draw(st.sampled_from([4, 18]))

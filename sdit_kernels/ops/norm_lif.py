@@ -575,6 +575,7 @@ def norm_lif(
         if x.numel() or group:
             update_running(running_mean, running_var, mean, squares, n, momentum)
     else:
+        assert running_mean is not None and running_var is not None  # checked above
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     rstd = 1.0 / torch.sqrt(var + eps)
     T = x.shape[0]
