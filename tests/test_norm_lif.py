@@ -132,25 +132,32 @@ def test_the_result_is_batch_norm_then_lif(name, training, shape, axis):
 
 # --- every backend and variant against the oracle ---------------------------------------------------------------------------
 
-VARIANTS = [  # variant of the norm, in training, settings of the neuron, learnt parameters, with v
-    (dict(), True, dict(), None, False),
-    (dict(), False, dict(v_reset=None), None, True),
-    (dict(scale=1.5), True, dict(v_reset=-0.25, decay_input=False), "channel", True),
-    (dict(), True, dict(levels="ternary", detach_reset=True), None, False),
-    (dict(), True, dict(levels=(0, 4), v_reset=None), None, False),
-    (dict(step_factor=True), True, dict(surrogate="sigmoid"), "scalar", False),
-    (dict(step_factor=True), False, dict(), "channel", False),
-    (dict(per_step=True), True, dict(), None, True),
-    (dict(per_step=True, step_factor=True), False, dict(detach_reset=True), "channel", False),
+# Every variant compiles its own kernels, so there are few. "images" have their channels in the middle, "tokens" at the end.
+VARIANTS = [  # memory order, variant of the norm, in training, settings of the neuron, learnt parameters, with v
+    ("images", dict(), True, dict(), None, False),
+    ("tokens", dict(), True, dict(), None, True),
+    ("images", dict(), False, dict(v_reset=None), None, True),
+    ("tokens", dict(), False, dict(decay_input=False), None, False),
+    ("images", dict(scale=1.5), True, dict(v_reset=-0.25, decay_input=False), "channel", True),
+    ("tokens", dict(scale=1.5), True, dict(v_reset=None), "channel", False),
+    ("tokens", dict(), True, dict(levels="ternary", detach_reset=True), None, False),
+    ("images", dict(), True, dict(levels=(0, 4), v_reset=None), None, False),
+    ("images", dict(step_factor=True), True, dict(surrogate="sigmoid"), "scalar", False),
+    ("tokens", dict(step_factor=True), False, dict(), "channel", False),
+    ("images", dict(per_step=True), True, dict(), None, True),
+    ("tokens", dict(per_step=True, step_factor=True), True, dict(), None, False),
 ]
 
 
+def order(x, name):
+    return with_layout(x, "channels last") if name == "tokens" else x
+
+
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-@pytest.mark.parametrize("norm, training, neuron, learnt, given_v", VARIANTS, ids=str)
-def test_variants_equal_the_oracle(name, layout, norm, training, neuron, learnt, given_v):
+@pytest.mark.parametrize("memory, norm, training, neuron, learnt, given_v", VARIANTS, ids=str)
+def test_variants_equal_the_oracle(name, memory, norm, training, neuron, learnt, given_v):
     shape, norm = (4, 3, 5, 3, 4), dict(norm)
-    x = with_layout(draw(shape, mean=1.0, spread=2.0), layout)
+    x = order(draw(shape, mean=1.0, spread=2.0), memory)
     step_factor, per_step = norm.pop("step_factor", False), norm.get("per_step", False)
     tensors = vectors(4, 5, torch.float64, per_step, step_factor, learnt, v_shape=shape[1:] if given_v else None)
     size = (4, 5) if per_step else (5,)
@@ -159,21 +166,19 @@ def test_variants_equal_the_oracle(name, layout, norm, training, neuron, learnt,
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("variant", [dict(), dict(step_factor=True), dict(per_step=True)], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
-def test_more_than_16_steps_equal_the_oracle(name, variant, layout):
-    x = with_layout(draw((19, 2, 3, 2, 3), spread=2.0), layout)
-    per_step = variant.get("per_step", False)
-    tensors = vectors(19, 3, torch.float64, learnt="channel", v_shape=x.shape[1:], **variant)
-    compare(name, x, tensors, per_step=per_step)
+@pytest.mark.parametrize("memory, variant", [("images", dict()), ("tokens", dict()), ("images", dict(per_step=True))], ids=str)
+def test_more_than_16_steps_equal_the_oracle(name, memory, variant):
+    x = order(draw((19, 2, 3, 2, 3), spread=2.0), memory)
+    tensors = vectors(19, 3, torch.float64, v_shape=x.shape[1:], **variant)
+    compare(name, x, tensors, per_step=variant.get("per_step", False))
 
 
-SIZE = st.sampled_from([1, 2, 3, 7, 16, 17, 33])
+SIZE = st.sampled_from([1, 3, 7, 33])
 
 
 @pytest.mark.parametrize("name", FUSED)
-@pytest.mark.parametrize("dtype, learnt", [(torch.float32, None), (torch.float32, "channel"), (torch.bfloat16, None)])
-@settings(max_examples=8)
+@pytest.mark.parametrize("dtype, learnt", [(torch.float32, "channel"), (torch.bfloat16, None)])
+@settings(max_examples=5)
 @given(data=st.data())
 def test_random_shapes_and_layouts_equal_the_oracle(name, dtype, learnt, data):
     T = data.draw(st.sampled_from([4, 18]))
@@ -334,8 +339,7 @@ def test_the_only_large_tensor_kept_is_x(name, T, layout):
 # --- torch ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_under_autocast(dtype):
+def test_under_autocast(dtype=torch.bfloat16):
     """The convolution before it gives 16-bit data; weight, bias and running statistics stay float32."""
     conv, x = torch.nn.Conv2d(3, 8, 3), torch.randn(6, 3, 8, 8)
     weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)

@@ -106,56 +106,36 @@ class Parameters:
 
     ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, ROWS if some have a value per
     token (a token is a row of the data), TOKENS if some have a value per token and some per channel. With ROWS and TOKENS,
-    ``addresses`` holds for each (address, 1 if it has a value per step, 1 if per token, 1 if per channel). With ROWS it then
-    holds the address of a table with a row per parameter and number, the length of its rows, the number of tokens of a step,
-    after which the values repeat, and 1 if the table has all steps.
+    ``addresses`` holds for each (address, 1 if it has a value per step, number of tokens after which its values repeat, 1 if it
+    has a value per channel).
     """
 
     def __init__(self, variant, parameters, dtype, axes=0):
         """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
         self.code, self.numbers = _constants(variant)
         self._dtype, self._count, self._alive = dtype, len(variant.neuron.learnt), []
-        places, self.are_numbers, tensors = [(0, 0, 0, 0)] * len(variant.values), True, {}
+        places, self.are_numbers, kinds = [(0, 0, 0, 0)] * len(variant.values), True, set()
         for i, p in enumerate(parameters):
             if p is not None:
                 self.are_numbers = False
-                if p.numel() == 1 and p.dim() < 2:
-                    number = self._value(variant, i, p).item()
-                    self.numbers = *self.numbers[:i], number, *self.numbers[i + 1 :]
+                steps, tokens = p.dim() == axes, p.dim() > 1
+                if p.dim() > 2 and p.stride(-3) == 0:  # the same values for every sample, behind a normalisation
+                    p = p.select(-3, 0)
+                p = p.detach().to(dtype)
+                if variant.neuron.parameters[i] in variant.neuron.reciprocals:
+                    p = 1.0 / p
+                if p.numel() == 1 and not tokens:
+                    self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
                 else:
-                    tokens = p.dim() > 1
-                    tensors[i], places[i] = p, (1, int(p.dim() == axes), int(tokens), int(not tokens))
-        kinds = {p.dim() > 1 for p in tensors.values()}
+                    p = p.contiguous()
+                    self._alive.append(p)
+                    period = p.numel() // (p.shape[0] if steps else 1) if tokens else 0
+                    places[i] = p.data_ptr(), int(steps), period, int(not tokens)
+                    kinds.add(tokens)
         self.spread = TOKENS if len(kinds) > 1 else ROWS if True in kinds else CHANNELS if kinds else CONSTANT
-        self._places, self.per_channel, table = places, self.spread != CONSTANT, ()
-        if self.spread == ROWS:
-            # a normalisation has the same values for every sample: then the axis in front of the tokens has the stride 0
-            if axes == 4 and all(p.stride(-3) == 0 or p.shape[-3] == 1 for p in tensors.values()):
-                tensors = {i: p.select(-3, 0) for i, p in tensors.items()}
-                axes = 3
-            table = self._table({i: self._value(variant, i, p) for i, p in tensors.items()}, axes)
-        else:
-            for i, p in tensors.items():
-                p = self._value(variant, i, p).contiguous()
-                self._alive.append(p)
-                places[i] = p.data_ptr(), *places[i][1:]
-        every = self.spread >= ROWS
-        self.addresses = (*(n for place in places for n in place), *table) if every else tuple(p[0] for p in places)
-
-    def _value(self, variant, i, p):
-        p = p.detach().to(self._dtype)
-        return 1.0 / p if variant.neuron.parameters[i] in variant.neuron.reciprocals else p
-
-    def _table(self, tensors, axes):
-        """Return what ``addresses`` holds of the table. tensors: the parameters that are not numbers, by their places."""
-        steps = max((p.shape[0] for p in tensors.values() if p.dim() == axes), default=0)
-        tokens = next(p.numel() // (steps if p.dim() == axes else 1) for p in tensors.values())
-        table = torch.tensor(self.numbers[: len(self._places)], dtype=self._dtype, device="cpu").reshape(-1, 1, 1)
-        table = table.repeat(1, max(steps, 1), tokens)
-        for i, p in tensors.items():
-            table[i] = p.reshape(-1, tokens)
-        self._alive.append(table)
-        return table.data_ptr(), table[0].numel(), tokens, int(steps > 0)
+        self._places, self.per_channel = places, self.spread != CONSTANT
+        flat = self.spread < ROWS
+        self.addresses = tuple(place[0] for place in places) if flat else tuple(n for place in places for n in place)
 
     def partial_sums(self, layout, wanted, steps=1):
         """Return (rows per group, number of groups, partial sums or None, their addresses).

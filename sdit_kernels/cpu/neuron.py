@@ -26,6 +26,7 @@ from .intrinsics import (
     fill_parameter,
     load,
     load_input,
+    load_parameters,
     load_rows,
     num,
     nums,
@@ -92,7 +93,6 @@ def _forward_kernel(X, O, V, code, spread):
     BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
-    TABLE = 4 * PARAMETERS  # where ``places`` says where the table of ROWS is
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if VARIES else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
@@ -116,14 +116,13 @@ def _forward_kernel(X, O, V, code, spread):
             for j in range(STATES):
                 fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
             for t in range(T):
-                if ON_ROWS and (t == 0 or places[TABLE + 3]):
-                    token = row % places[TABLE + 2] + t * places[TABLE + 3] * places[TABLE + 2]
-                    p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
+                if ON_ROWS:
+                    p = load_parameters(places, constants[:PARAMETERS], t, row, S)
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
-                        at, per_step, per_channel = places[4 * j], places[4 * j + 1], places[4 * j + 3]
+                        at, per_step, period = places[4 * j], places[4 * j + 1], places[4 * j + 2]
                         if t == 0 or per_step:
-                            fill_parameter(ps + j * ROW, n, at, per_channel, c, per_step * t * R + row, p[j], S)
+                            fill_parameter(ps + j * ROW, n, at, per_step, period, c, t, row, p[j], S)
                 if t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
                     for j in range(STATES):
                         to, to_t, to_r = keep[3 * j], keep[3 * j + 1], keep[3 * j + 2]
@@ -161,7 +160,6 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
     GRADIENTS = len(code[0].learnt)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
-    TABLE = 4 * PARAMETERS  # where ``places`` says where the table of ROWS is
     ROW, AREA = BLOCK * sb, STATES * BLOCK
     STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if VARIES else 1, GRADIENTS * BLOCK if WANTED else 1
     plan = trace(*code).plan(WANTED)
@@ -198,11 +196,9 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                 for j in range(GRADIENTS):
                     fill(total + j * ROW, n, 0, 0, zero, S, S)
             for row in range(block * group, min(R, block * group + group)):
-                if ON_ROWS:
-                    p = load_rows(places[TABLE], row % places[TABLE + 2], PARAMETERS, places[TABLE + 1] * sb, S)
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
-                        fill_parameter(ps + j * ROW, n, places[4 * j], places[4 * j + 3], c, row, p[j], S)
+                        fill_parameter(ps + j * ROW, n, places[4 * j], 0, places[4 * j + 2], c, 0, row, p[j], S)
                 for j in range(STATES):
                     fill(carry + j * ROW, n, g_after[2 * j], row * g_after[2 * j + 1] + c, zero, S, S)
                 for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
@@ -222,13 +218,14 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                         if WRITES and not STREAMED:
                             prefetch(dxs + t * dx_t, n * db, 1)
                         if USES_TAPE or t < steps - 1:
-                            if ON_ROWS and places[TABLE + 3]:
-                                token = (t0 + t) * places[TABLE + 2] + row % places[TABLE + 2]
-                                p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
+                            if ON_ROWS:
+                                p = load_parameters(places, constants[:PARAMETERS], t0 + t, row, S)
                             if ON_TOKENS:
                                 for j in range(PARAMETERS):
                                     if places[4 * j + 1]:  # a value per step
-                                        fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
+                                        fill_parameter(
+                                            ps + j * ROW, n, places[4 * j], 1, places[4 * j + 2], c, t0 + t, row, p[j], S
+                                        )
                             now = v + t * AHEAD
                             for i in range(n):
                                 q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
@@ -239,13 +236,14 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                     store_rows(history + t * STEP, i, tape, ROW, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
-                        if ON_ROWS and places[TABLE + 3]:
-                            token = (t0 + t) * places[TABLE + 2] + row % places[TABLE + 2]
-                            p = load_rows(places[TABLE], token, PARAMETERS, places[TABLE + 1] * sb, S)
+                        if ON_ROWS:
+                            p = load_parameters(places, constants[:PARAMETERS], t0 + t, row, S)
                         if ON_TOKENS:
                             for j in range(PARAMETERS):
                                 if places[4 * j + 1]:
-                                    fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
+                                    fill_parameter(
+                                        ps + j * ROW, n, places[4 * j], 1, places[4 * j + 2], c, t0 + t, row, p[j], S
+                                    )
                         for j in range(STATES):
                             gj, gj_t, gj_r = g_seq[3 * j], g_seq[3 * j + 1], g_seq[3 * j + 2]
                             if gj != 0:

@@ -434,7 +434,7 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
 def batch_statistics(x, axis, per_step, group, backend):
     """Return (mean, sum of (x - mean)^2, number of values) per channel; the number is a tensor if there is a group."""
     mean, squares = _statistics_call(x.detach(), axis, per_step, backend)
-    count = math.prod(x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis)
+    count = math.prod([x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis])  # torch.compile needs a list
     return (mean, squares, count) if group is None else _combine(mean, squares, count, group)
 
 
@@ -575,6 +575,7 @@ def norm_lif(
         if x.numel() or group:
             update_running(running_mean, running_var, mean, squares, n, momentum)
     else:
+        assert running_mean is not None and running_var is not None  # checked above
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     rstd = 1.0 / torch.sqrt(var + eps)
     T = x.shape[0]

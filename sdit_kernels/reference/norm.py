@@ -73,7 +73,7 @@ def norm_lif(
     y = x.to(dtype).movedim(channels, -1)  # (T, .., C)
     if training:
         axes = tuple(range(1 if per_step else 0, y.dim() - 1))
-        count = torch.full((), math.prod(y.shape[a] for a in axes), dtype=dtype, device=x.device)
+        count = torch.full((), math.prod([y.shape[a] for a in axes]), dtype=dtype, device=x.device)
         count = _sum_over_processes(count, process_group).clamp(min=1.0)
         mean = _sum_over_processes(y.sum(axes), process_group) / count
         squares = _sum_over_processes((y - _spread(mean, y)).square().sum(axes), process_group)
