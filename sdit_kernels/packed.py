@@ -232,7 +232,7 @@ def _note(t: Tensor, kind: Values | Indices) -> None:
         return
     storage = t.untyped_storage()
     size = storage.nbytes()
-    if size >= _SMALL and size == t.numel() * t.itemsize:
+    if size and size == t.numel() * t.itemsize:  # t covers the storage
         known = _Known(storage, t._version, t.dtype, kind)
         _known[known.key] = known
 
@@ -272,7 +272,7 @@ def _pack_storage(known: _Known, t: Tensor):
 
 def _pack(t):
     known = None if is_tracing() else _find(t)
-    if known is not None:
+    if known is not None and t.untyped_storage().nbytes() >= _SMALL:
         packed = _pack_storage(known, t)
         if packed is not None:
             return _Saved(packed, t.size(), t.stride(), t.storage_offset())
