@@ -309,7 +309,8 @@ def test_small_tensors_stay_as_they_are(monkeypatch):
 
 @pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("levels, dtype, bits", [
-    (None, torch.bool, 1), (None, torch.uint8, 1), ("ternary", torch.int8, 2), ((0, 4), torch.uint8, 3), ((-8, 9), torch.int8, 5)
+    (None, torch.bool, 1), (None, torch.uint8, 1), ("ternary", torch.int8, 2), ((0, 4), torch.uint8, 3),
+    ((-8, 9), torch.int8, 5),
 ])  # fmt: skip
 def test_spikes_of_integer_dtypes(levels, dtype, bits, name):
     with backend(name), packed_spikes():
