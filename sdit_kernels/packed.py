@@ -265,7 +265,7 @@ def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
         return
     storage = t.untyped_storage()
     size = storage.nbytes()
-    if size >= _SMALL and size == t.numel() * t.itemsize:
+    if size and size == t.numel() * t.itemsize:  # t covers the storage
         known = _Known(storage, t._version, t.dtype, kind)
         _known[known.key] = known
 
@@ -311,7 +311,7 @@ def _pack_storage(known: _Known, t: Tensor):
 
 def _pack(t):
     known = None if is_tracing() else _find(t)
-    if known is not None:
+    if known is not None and t.untyped_storage().nbytes() >= _SMALL:
         with without_modes():
             packed = _pack_storage(known, t)
         if packed is not None:

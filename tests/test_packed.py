@@ -299,10 +299,27 @@ def test_outside_of_the_context_nothing_is_noted():
 
 
 def test_small_tensors_stay_as_they_are(monkeypatch):
+    """Spikes of single steps may be small, and their stack large."""
     with keeping(monkeypatch) as kept:
         for n in (1023, 1024):
             spikes(1, n) * weight(n)
-    assert [item.size[1] for item in kept.spikes()] == [1024]
+        torch.stack([spikes(1, 500) for _ in range(4)]) * weight(500)
+    assert [item.size for item in kept.spikes()] == [(1, 1024), (4, 1, 500)]
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize("levels, dtype, bits", [
+    (None, torch.bool, 1), (None, torch.uint8, 1), ("ternary", torch.int8, 2), ((0, 4), torch.uint8, 3),
+    ((-8, 9), torch.int8, 5),
+])  # fmt: skip
+def test_spikes_of_integer_dtypes(levels, dtype, bits, name):
+    with backend(name), packed_spikes():
+        s = lif(4 * torch.randn(4, 2000), v_reset=None, levels=levels, spike_dtype=dtype)
+        saved = packed._pack(s)
+        assert same_bits(packed._unpack(saved), s)
+        if bits < 5 or name != "cpu":  # numba reads bytes as unsigned, so it finds no codes of more than 16 signed levels
+            assert saved.packed.words.shape[1] == bits
+            assert packed._values_at(s.float()) is not None
 
 
 def test_a_reused_address_is_not_taken_for_spikes(monkeypatch):

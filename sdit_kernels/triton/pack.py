@@ -115,7 +115,7 @@ def window_indices_kernel(
 
 
 def _as_word(t):
-    return t.view(torch.uint8) if t.dtype in (torch.bool, torch.int8) else t
+    return t.view(torch.uint8) if t.dtype == torch.bool else t
 
 
 def _launch(kernel, blocks, lanes, device, tuning, *args, **flags):
