@@ -1,6 +1,6 @@
 """Draw the chart of docs/fused-layers.md: kept bytes and step time of four models, four ways.
 
-    python perf/plot_memory.py        # reads perf/results/memory.json, writes memory.png there
+python perf/plot_memory.py        # reads perf/results/memory.json, writes memory.png there
 """
 
 import argparse
@@ -35,7 +35,9 @@ def draw(path, found):
 
     with pyplot.rc_context({"font.size": 9}):
         figure, both = pyplot.subplots(1, 2, figsize=(8, 4.2), sharey=True, layout="constrained", facecolor="white")
-        for axes, title, which in zip(both, ("bytes kept for the backward pass", "time of a training step"), (0, 1), strict=True):
+        for axes, title, which in zip(
+            both, ("bytes kept for the backward pass", "time of a training step"), (0, 1), strict=True
+        ):
             for i, model in enumerate(MODELS):
                 most = found[model]["SpikingJelly"][which]
                 for j, (way, color) in enumerate(WAYS.items()):

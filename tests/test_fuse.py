@@ -16,6 +16,7 @@ from sdit_kernels.compat import handwritten
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 from sdit_kernels.nn import IF, LIF, OverTime
 from sdit_kernels.nn import reset as reset_net
+from sdit_kernels.ops.neuron import NeuronOp
 from sdit_kernels.pending import Pending
 
 T, B, C = 4, 3, 6
@@ -242,6 +243,62 @@ def test_other_ops_take_a_pending_tensor(backend, monkeypatch):
             y = op(n(x).unflatten(0, (T, B)))
             results.append([y, *torch.autograd.grad(y.square().sum(), [x, *n.parameters()]), *n.buffers()])
         same(*results)
+
+
+def klif(x, s, p, o):
+    f = o.maximum(p.k * (s.v + (x - s.v) * 0.5), 0.0)
+    fired = o.fire(f - 1.0)
+    return fired, f - fired * 1.0
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_every_neuron_with_one_state_fuses(backend, monkeypatch):
+    monkeypatch.setenv("SDIT_KERNELS_BACKEND", backend)
+    op = sdit_kernels.neuron.define(klif, parameters={"k": 1.0})
+    k = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+    neurons = {
+        "leaky": lambda x: sdit_kernels.leaky(x, beta=0.9, return_v=True),
+        "lapicque": lambda x: sdit_kernels.lapicque(x, C=2.0, return_v_seq=True),
+        "own": lambda x: op(x, k=k),
+        "own, states": lambda x: (lambda s, v: (s, v[0]))(*op(x, k=k, return_state=True)),
+    }
+    monkeypatch.setattr(sdit_kernels.pending.Norm, "compute", None)  # nothing computes the norm alone
+    for T_ in (4, 18):
+        x = torch.randn(T_ * B, C, 5, 3, dtype=torch.float64, requires_grad=True)
+        norm = nn.BatchNorm2d(C).double()
+        for name, neuron in neurons.items():
+            results = []
+            for n in (norm, copy.deepcopy(norm)):
+                if n is not norm:
+                    accelerate(n, fuse=True)
+                ys = neuron(n(x).unflatten(0, (T_, B)))
+                ys = ys if isinstance(ys, tuple) else (ys,)
+                inputs = [x, *n.parameters(), *([k] if "own" in name else [])]
+                results.append([*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), inputs), *n.buffers()])
+            same(*results)
+        settings = dict(training=True, k=k, return_state=True)
+        s, (v,) = op.after_norm(x.unflatten(0, (T_, B)), norm.weight, norm.bias, **settings)
+        wanted, (v_wanted,) = op(norm(x).unflatten(0, (T_, B)), k=k, return_state=True)
+        same([s, v, *torch.autograd.grad(v.sum(), [x, k])], [wanted, v_wanted, *torch.autograd.grad(v_wanted.sum(), [x, k])])
+
+
+def test_errors_of_after_norm():
+    op = sdit_kernels.neuron.define(klif, parameters={"k": 1.0})
+    x = torch.randn(4, 3, C, 5)
+    for message, change in {
+        "running_mean and running_var must be given where training=False": dict(training=False),
+        r"weight must have shape \(6,\), one per channel": dict(weight=torch.ones(5)),
+        "klif has the settings k, got 'j'": dict(j=1.0),
+        r"k must be a scalar or have shape \(6,\), one per channel": dict(k=torch.ones(5)),
+    }.items():
+        with pytest.raises((TypeError, ValueError), match=message):
+            op.after_norm(x, **{"training": True} | change)
+
+    def two(x, s, p, o):
+        return o.fire(s.v), (s.v + s.w, x)
+
+    with pytest.raises(TypeError, match="after_norm is for neurons with one state, and two has v, w"):
+        sdit_kernels.neuron.define(two, states=("v", "w")).after_norm(x, training=True)
 
 
 class Hooked(Net):
@@ -496,7 +553,15 @@ class Threshold(torch.autograd.Function):
         return g * (ctx.saved_tensors[0].abs() < 0.5)
 
 
-def test_hand_written_neurons(fused_calls):
+def test_hand_written_neurons(monkeypatch):
+    leaky_calls, own = [], NeuronOp.after_norm
+
+    def counted(*args, **kwargs):
+        leaky_calls.append(kwargs["channel_axis"])
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(NeuronOp, "after_norm", counted)
+
     def path(net, y):
         return net.neuron(net.norm(y).view(B, T, C, 5, 7))
 
@@ -507,6 +572,7 @@ def test_hand_written_neurons(fused_calls):
     assert handwritten.accelerate(fused).replaced
     accelerate(fused, fuse=True)
     same(run(fused, x), run(net, x))
+    assert len(leaky_calls) == 2
 
 
 @pytest.mark.peers

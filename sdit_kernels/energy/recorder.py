@@ -189,14 +189,12 @@ def tensors_in(value: object) -> Iterator[Tensor]:
 # multiply-adds and additions per element and step of our own operators, without exponentials and divisions
 FUSED_COSTS = {
     "lif": (2, 2),  # v + (x - v) / tau, compare, reset
-    "norm_lif": (3, 3),  # (x - mean) * scale + shift, then lif; without the statistics
     "lif_rate": (2, 3),  # as lif, and count the spike
     "leaky": (2, 1),  # beta * v + x, compare, reset
     "lapicque": (3, 1),  # two products, compare, reset
     "cuba": (3, 1),  # beta_i * i + x, beta * v + i, compare, reset
     "adlif": (7, 2),  # beta * v + (1 - beta) (x - w), compare, reset, beta_w * w + (1 - beta_w) (a v + b s)
     "lif without leak": (1, 2),  # v + x, compare, reset
-    "norm_lif without leak": (2, 3),
     "lif_rate without leak": (1, 3),
     "leaky without leak": (1, 2),
     "wkv": (6, 3),  # numerator and denominator: decay, add the token, add the bonus; three exponents
@@ -209,8 +207,14 @@ FUSED_COSTS = {
 
 def is_fused(name: str) -> bool:
     """True if the operator has costs here. The costs of a neuron of the user follow from its step."""
-    if name not in FUSED_COSTS and (costs := own.costs(name)) is not None:
-        FUSED_COSTS[name] = costs
+    base = name.removeprefix("norm_")
+    if base not in FUSED_COSTS and (costs := own.costs(base)) is not None:
+        FUSED_COSTS[base] = costs
+    if name != base and base in FUSED_COSTS:  # (x - mean) * scale + shift, then the neuron; without the statistics
+        for suffix in ("", " without leak"):
+            if base + suffix in FUSED_COSTS:
+                products, sums = FUSED_COSTS[base + suffix]
+                FUSED_COSTS[name + suffix] = products + 1, sums + 1
     return name in FUSED_COSTS
 
 
@@ -220,7 +224,7 @@ def fused_work(facts: "Facts", args: tuple, kwargs: dict) -> tuple[str, int]:
     name = facts.short
     if name in ("lif", "lif_rate", "norm_lif") and given["tau"] is None and math.isinf(given["tau_value"]):
         name += " without leak"
-    if name == "leaky" and given["beta"] is None and given["beta_value"] == 1:
+    if name in ("leaky", "norm_leaky") and given["beta"] is None and given["beta_value"] == 1:
         name += " without leak"
     return name, args[0].numel() * (given["T"] if facts.short == "lif_rate" else 1)
 

@@ -7,6 +7,7 @@ need not write to its arguments, and the processes of a group exchange their sum
 import functools
 import math
 import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -438,6 +439,66 @@ def batch_statistics(x, axis, per_step, group, backend):
     return (mean, squares, count) if group is None else _combine(mean, squares, count, group)
 
 
+class Norm(NamedTuple):
+    """The arguments of a BatchNorm in front of a neuron."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    channel_axis: int
+    per_step: bool
+    step_factor: Tensor | None
+    scale: float
+    process_group: Any
+
+    @property
+    def learnt(self):
+        return self.weight, self.bias, self.step_factor
+
+    def check(self, x, states, **flags):
+        """Check x, the states and the arguments of the norm. Return the axis of the channels, counted from 0."""
+        check_data("x", x)
+        axis = _check_axis(x, self.channel_axis)
+        for name, v in states.items():
+            if v is not None:
+                check_membrane(name, v, x.shape[1:], x)
+        for name, flag in flags.items():
+            check_flag(name, flag)
+        _check_norm(x, *self[:7], axis, *self[8:11])
+        _check_group(self.process_group)
+        per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if self.per_step else 1)) if x.numel() else 0
+        if self.training and self.process_group is None and per_channel == 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        return axis
+
+    def launch(self, call, x, v, axis, parameters, values, return_v, return_v_seq, spike_dtype, backend):
+        """Compute the statistics, then the neuron whose operator is ``call``. Return what norm_lif returns."""
+        dtype, group, count = state_dtype(x.dtype), "", None
+        if self.training:
+            mean, squares, n = batch_statistics(x, axis, self.per_step, self.process_group, backend)
+            var = squares / n if self.process_group is not None or n else squares
+            if self.process_group is not None:
+                group, count = self.process_group.group_name, n
+            if x.numel() or group:
+                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
+        else:
+            assert self.running_mean is not None and self.running_var is not None  # check has made sure
+            mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+        rstd = 1.0 / torch.sqrt(var + self.eps)
+        T = x.shape[0]
+        # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
+        keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *self.learnt, *parameters)
+        s, final, seq, _ = call(
+            x, v, *self.learnt, mean, rstd, count, *parameters, float(self.scale), axis, self.per_step, self.training, group,
+            *values, return_v, return_v_seq, spike_dtype, keep, backend,
+        )  # fmt: skip
+        return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
+
+
 def norm_lif(
     x: Tensor,
     weight: Tensor | None = None,
@@ -538,52 +599,29 @@ def norm_lif(
         >>> mean.item(), round(var.item(), 3)
         (1.5, 2.833)
     """
-    check_data("x", x)
-    axis = _check_axis(x, channel_axis)
-    check_membrane("v", v, x.shape[1:], x) if v is not None else None
-    for name, flag in (("return_v", return_v), ("return_v_seq", return_v_seq)):
-        check_flag(name, flag)
-    _check_norm(x, weight, bias, running_mean, running_var, training, momentum, eps, axis, per_step, step_factor, scale)
+    norm = Norm(weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
+                process_group)  # fmt: skip
+    axis = norm.check(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )
-    learnt = weight, bias, step_factor, tau_tensor, threshold_tensor
-    check_spike_dtype(spike_dtype, x, v, *learnt, levels=levels)
+    check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
-    _check_group(process_group)
-    per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if per_step else 1)) if x.numel() else 0
-    if training and process_group is None and per_channel == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
-        return reference.norm_lif(
+        found = reference.norm_lif(
             x, weight, bias, running_mean, running_var, v, training=training, momentum=momentum, eps=eps,
             channel_axis=axis, per_step=per_step, step_factor=step_factor, scale=scale, process_group=process_group,
             tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
             spike_dtype=spike_dtype,
         )  # fmt: skip
-    dtype, group, count = state_dtype(x.dtype), "", None
-    if training:
-        mean, squares, n = batch_statistics(x, axis, per_step, process_group, backend)
-        var = squares / n if process_group is not None or n else squares
-        if process_group is not None:
-            group, count = process_group.group_name, n
-        if x.numel() or group:
-            update_running(running_mean, running_var, mean, squares, n, momentum)
     else:
-        assert running_mean is not None and running_var is not None  # checked above
-        mean, var = running_mean.to(dtype), running_var.to(dtype)
-    rstd = 1.0 / torch.sqrt(var + eps)
-    T = x.shape[0]
-    # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-    keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt)
-    s, final, seq, _ = _lif_call(
-        x, v, weight, bias, step_factor, mean, rstd, count, tau_tensor, threshold_tensor, float(scale), axis, per_step,
-        training, group, *neuron, return_v, return_v_seq, spike_dtype, keep, backend,
-    )  # fmt: skip
-    packed.note_spikes(s, levels)
-    return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
+        found = norm.launch(
+            _lif_call, x, v, axis, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype, backend
+        )
+    packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
+    return found

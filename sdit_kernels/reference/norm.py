@@ -69,6 +69,23 @@ def norm_lif(
     spike_dtype=None,
 ):
     """See :func:`sdit_kernels.norm_lif`."""
+    current, channels = normalise(
+        x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
+        process_group,
+    )  # fmt: skip
+    found = lif(
+        current, None if v is None else v.movedim(channels - 1, -1), tau=tau, v_threshold=v_threshold, v_reset=v_reset,
+        decay_input=decay_input, detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
+        return_v_seq=return_v_seq, spike_dtype=spike_dtype or x.dtype,
+    )  # fmt: skip
+    return move_back(found, x, channels)
+
+
+def normalise(
+    x, weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
+    process_group,
+):  # fmt: skip
+    """Return (the current of the neuron (T, .., C) in the dtype of the arithmetic, the axis of the channels of x)."""
     dtype, channels = state_dtype(x.dtype), channel_axis % x.dim()
     y = x.to(dtype).movedim(channels, -1)  # (T, .., C)
     if training:
@@ -83,12 +100,11 @@ def norm_lif(
     else:
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     factor, shift = affine(1.0 / torch.sqrt(var + eps), weight, bias, step_factor, scale, dtype)
-    found = lif(
-        (y - _spread(mean, y)) * _spread(factor, y) + _spread(shift, y), None if v is None else v.movedim(channels - 1, -1),
-        tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
-        spike_dtype=spike_dtype or x.dtype,
-    )  # fmt: skip
+    return (y - _spread(mean, y)) * _spread(factor, y) + _spread(shift, y), channels
+
+
+def move_back(found, x, channels):
+    """Move the channels of the outputs of a neuron from the last axis to their place in x."""
     found = found if isinstance(found, tuple) else (found,)
     found = tuple(t.movedim(-1, channels - (t.dim() < x.dim())) for t in found)
     return found if len(found) > 1 else found[0]
