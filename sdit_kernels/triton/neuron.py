@@ -504,6 +504,10 @@ def neuron_backward(
     held = K * len(states)
     if with_parameters:  # many parameters also need registers: for their values, and two sums each
         held = 2 * held + 4 * max(0, len(variant.neuron.learnt) - 2)
+    centred = variant.neuron.input_gradient is not None  # behind a norm: two more vectors, and the difference from the mean
+    if centred and flags.LONG:
+        held *= 2
+    needs_registers = centred or (with_parameters and flags.LONG)
     grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held)
     sums = grid.partial_sums(layout, flags.KINDS[: len(variant.neuron.learnt)], x, T) if with_parameters else None
     grid.launch(
@@ -515,6 +519,6 @@ def neuron_backward(
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
         (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C,
-        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
+        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if needs_registers else {}),
     )  # fmt: skip
     return sums
