@@ -127,7 +127,7 @@ def compare_nodes(nodes, args, settings, least):
     return record_speedups(compare(contestants, **settings), least, "SpikingJelly layer")
 
 
-def spiking_cnn():
+def spiking_cnn(T=T):
     """Make the spiking CNN of SpikingJelly's tutorials for images of 28 x 28, and its input."""
     from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
@@ -163,7 +163,7 @@ class SpikformerBlock(nn.Module):
         return x + self.mlp(x)
 
 
-def spikformer_block():
+def spikformer_block(T=T):
     return SpikformerBlock(128, 8), 2 * torch.rand(T, 16, 128, 64)
 
 

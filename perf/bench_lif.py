@@ -27,8 +27,8 @@ from perf.harness import (
     reason_if_missing,
     record_goal,
 )
-from perf.ops import OPS, T, current, make_contestant
-from sdit_kernels import lif, lif_rate, reference
+from perf.ops import OPS, T, current, make_contestant, normal
+from sdit_kernels import lif, lif_rate, norm_lif, reference
 from sdit_kernels.memory import pool
 
 FIGURE = harness.ROOT / "perf" / "results" / "lif_scaling.png"
@@ -107,6 +107,40 @@ def rate(args, settings):
             record_goal(f"lif_rate {mode}, times repeat -> LIFNode -> mean", ratio(found, repeated.name), 15)
         rows += found
     return f"lif_rate, T={T}, {args.shape}, fp32, beside a {x.shape[-1]} x {x.shape[-1]} matrix multiplication", rows
+
+
+def norm(args, settings):
+    """norm_lif against BatchNorm, then lif, in training"""
+    rows, B = [], 2 if args.quick else 16
+    for layout, shape, axis in (("images", (T, B, 64, 28, 28), 2), ("tokens", (T, *args.shape), -1)):
+        x = normal(*shape, device=args.device, mean=0.5, scale=1.5)
+        g, C = torch.randn_like(x), shape[axis]
+        weight, bias = (torch.full((C,), value, device=args.device, requires_grad=True) for value in (1.0, 0.2))
+
+        def fused(x, weight, bias, axis=axis):
+            return norm_lif(x, weight, bias, training=True, channel_axis=axis)
+
+        def apart(x, weight, bias, axis=axis):
+            y = x.flatten(0, 1) if axis == 2 else x.reshape(-1, x.shape[-1])
+            return lif(torch.nn.functional.batch_norm(y, None, None, weight, bias, training=True).view(x.shape))
+
+        leaves = [x, weight, bias]
+        agreeing = (fused(*leaves) == apart(*leaves)).double().mean().item()
+        if agreeing < 0.9999:  # the two round the current differently, which matters next to the threshold
+            raise AssertionError(f"norm_lif, {layout}: only {agreeing:.2%} of the spikes agree")
+        for mode in MODES:
+            found = compare(
+                [
+                    make_contestant(f"norm_lif, {layout}", mode, fused, leaves, g, bytes=3 * x.nbytes),
+                    make_contestant(f"batch_norm, then lif, {layout}", mode, apart, leaves, g),
+                    harness.make_copy_contestant(2 * x.nbytes, args.device),
+                ],
+                **settings,
+            )
+            rows += found
+        saved = [harness.saved_bytes(lambda f=f, leaves=leaves: f(*leaves))[0] / x.nbytes for f in (fused, apart)]
+        rows.append({"name": f"bytes kept over the bytes of x, {layout}: norm_lif, apart", "saved_over_x": saved})
+    return f"BatchNorm and LIF, T={T}, fp32, training", rows
 
 
 def bandwidth(args, settings):
@@ -237,7 +271,7 @@ def memory(args, settings):
     return "Bytes kept for the backward pass, fp32", rows
 
 
-SECTIONS = {"peers": compare_peers} | {f.__name__: f for f in (rate, bandwidth, overhead, scaling, memory)}
+SECTIONS = {"peers": compare_peers} | {f.__name__: f for f in (rate, norm, bandwidth, overhead, scaling, memory)}
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ If there are folders photos/train and photos/test, these hold the class folders.
 
 The folder of the run holds checkpoints, metrics.jsonl, pictures in samples/ and TensorBoard's files if it is installed. Only
 one process can train in it at a time. --resume takes all options of the command that began the run; it can change --data,
---device, --steps, --accumulate, --keep and the --*-every.
+--device, --steps, --accumulate, --keep, --tf32, --compile and the --*-every.
 """
 _SAMPLE = """\
 Draw images with a trained model: a labelled grid, and a GIF of the denoising.
@@ -79,6 +79,8 @@ _SETTINGS = {  # help of the fields of TrainSettings
     "ema": "decay of the average of the weights, 0 for no average",
     "flip": "mirror half of the images, if mirrored images keep their class",
     "bf16": "compute matrix multiplications in bfloat16",
+    "tf32": "on a GPU, compute float32 matrix multiplications in TF32 (the default)",
+    "compile": "compile model and loss with torch.compile; the first step takes a minute",
     "seed": "seed of the initial weights and all random numbers",
     "log_every": "steps between lines of metrics.jsonl",
     "sample_every": "steps between pictures in samples/, 0 for none",
@@ -126,6 +128,11 @@ def _parser():
         option("--batch-size", "images at a time (64)", type=int, metavar="N")
         option("--ema", "use the averaged weights (the default)", action=argparse.BooleanOptionalAction)
         option("--bf16", "compute matrix multiplications in bfloat16", action="store_true")
+        option(
+            "--tf32", "on a GPU, compute float32 matrix multiplications in TF32 (the default)",
+            action=argparse.BooleanOptionalAction,
+        )  # fmt: skip
+        option("--compile", "compile the model with torch.compile; the first images take a minute", action="store_true")
         option("--device", device)
 
     def change(part):

@@ -200,7 +200,10 @@ def training_loss(
 def add_noise(config, x0, noise, t):
     """Return (x_t, the time that the model receives, the tables at t). Flow has only the first two tables."""
     flow = config.prediction == "flow"
-    every = _flow_tables(x0.device, x0.dtype) if flow else _tables(x0.device, x0.dtype)
+    make = _flow_tables if flow else _tables
+    if torch.compiler.is_compiling():  # the compiler traces what the cache would hold, and warns about the cache
+        make = make.__wrapped__
+    every = make(x0.device, x0.dtype)
     tables = tuple(table[t].view(-1, 1, 1, 1) for table in every)
     xt = tables[0] * x0 + tables[1] * noise  # autocast leaves elementwise arithmetic in float32, here and above
     return (xt, t + 1, tables) if flow else (xt, t, _Tables(*tables))
@@ -222,6 +225,8 @@ def _check_ints(name, value, n, largest):
         raise TypeError(f"{name} must be a tensor of ints, got {getattr(value, 'dtype', type(value).__name__)}")
     if value.shape != (n,):
         raise ValueError(f"{name} must have shape ({n},), one per image, got {tuple(value.shape)}")
+    if torch.compiler.is_compiling():
+        return
     if value.device.type == "cpu" and n and not (value.min() >= 0 and value.max() <= largest):
         raise ValueError(f"{name} must be in 0..{largest}, got {value.min()}..{value.max()}")
 
@@ -237,7 +242,7 @@ def _variational_bound(tables, x0, error, v, first):
     distance = tables.shift * error  # mean of q - mean of p; the mean of q is x0 itself at t = 0
     d = tables.log_posterior - log_variance
     kl = 0.5 * (torch.expm1(d) - d + distance.square() * torch.exp(-log_variance))
-    if first.device.type != "cpu":  # indexing with nonzero would make the CPU wait for the device
+    if first.device.type != "cpu" or torch.compiler.is_compiling():  # nonzero would make the CPU wait for the device
         first = first.view(-1, 1, 1, 1)
         return torch.where(first, -_log_likelihood(x0, distance, log_variance), kl) / math.log(2)
     i = first.nonzero().flatten()  # one image in a thousand; the likelihood of all images took a twelfth of a training step

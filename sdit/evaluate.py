@@ -131,6 +131,7 @@ def draw(
     folder: str | Path | None = None,
     ema: bool = True,
     bf16: bool = False,
+    tf32: bool = True,
     device: str | None = None,
     sampler: str | None = None,
     steps: int | None = None,
@@ -139,6 +140,7 @@ def draw(
     clip: bool = False,
     seed: int = 0,
     batch_size: int = 64,
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor, dict]:
     """Generate n images with a checkpoint, the classes in turn, and keep each batch on the disk.
 
@@ -149,8 +151,8 @@ def draw(
         n: number of images, at least 1.
         folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
             hash of all settings that change them. You may delete it at any time.
-        ema, bf16, device: as in ``sdit sample``.
-        sampler, steps, guidance, threshold, clip, seed, batch_size: as in :func:`sdit.sample.sample`.
+        ema, bf16, tf32, device: as in ``sdit sample``.
+        sampler, steps, guidance, threshold, clip, seed, batch_size, compile: as in :func:`sdit.sample.sample`.
 
     Returns:
         Images (n, S, S, C) uint8, labels (n,) int64, and a dict of the settings that determine the images, for JSON.
@@ -186,6 +188,7 @@ def draw(
     settings |= {"batch_size": batch_size}
     sampling.check_settings(model.config, **settings)
     facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
+    facts |= {"compile": compile} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
     facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
     facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
     key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
@@ -200,6 +203,7 @@ def draw(
             lock(folder / "lock", f"{folder}, where these images are kept,", "wait until it ends"),
             sampling.progress_bar(n, True) as bar,
             cast,
+            sampling.matmul_precision(device, tf32),
         ):
             for start in range(0, n, batch_size):
                 wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
@@ -209,7 +213,7 @@ def draw(
                         ensure_writable(path, "folder (XDG_CACHE_HOME moves it)", (1 << 20) + (n - start) * size)
                         checked = True
                     drawn = sampling.sample(
-                        model, wanted, first=start, **settings,
+                        model, wanted, first=start, compile=compile, **settings,
                         callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
                     )  # fmt: skip
                     save_npz(path, drawn, wanted)

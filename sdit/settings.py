@@ -29,6 +29,8 @@ class TrainSettings:
         ema: decay of the average of the weights, 0 for no average. At step n the decay is at most (1 + n) / (10 + n).
         flip: mirror half of the images left to right, if mirrored images of the data set keep their class.
         bf16: compute matrix multiplications in bfloat16 (autocast).
+        tf32: on a GPU, compute float32 matrix multiplications in TF32: 10 bits of precision, not 23, and several times faster.
+        compile: compile the model and the loss with torch.compile, as one graph. The first step then takes a minute.
         seed: seed of the initial weights and of all random numbers.
         log_every: steps between lines of metrics.jsonl. A line holds the means over these steps.
         sample_every: steps between pictures in samples/, 0 for none.
@@ -56,6 +58,8 @@ class TrainSettings:
     ema: float = 0.0
     flip: bool = False
     bf16: bool = False
+    tf32: bool = True
+    compile: bool = False
     seed: int = 0
     log_every: int = 20
     sample_every: int = 1000

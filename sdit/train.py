@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -31,14 +32,14 @@ from .files import atomic_write, name_in_errors
 from .lock import lock
 from .model import SDiT
 from .pictures import check_pillow, save_grid
-from .sample import class_names, resolve_device, sample
+from .sample import class_names, matmul_precision, name_switch, resolve_device, sample
 from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
 _MAX_BATCH = 4096  # limit of batch_size; a larger data set raises it to its number of images
 # Settings that a resumed run may change
-_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate")
+_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate", "tf32", "compile")
 
 
 def train(
@@ -74,7 +75,7 @@ def train(
         settings: None takes ``TrainSettings.of(config)``, or with ``resume`` the settings of the checkpoint.
         out_dir: folder of the run.
         resume: continue from the newest checkpoint in out_dir. A resumed run may change steps, accumulate, keep, log_every,
-            sample_every and save_every.
+            sample_every and save_every. It may also change tf32 and compile, with a warning, because they change the rounding.
         data: images to train on; None loads ``sdit.data.load(config.dataset, root)``.
         root: folder of the data set; None with ``resume`` takes the folder that the checkpoint stores.
         device: None takes a GPU if there is one, or with ``resume`` the device that was named at the start.
@@ -125,6 +126,7 @@ def train(
         else:
             _refuse_existing_run(out)
         remembered = {"data": remembered, "device": named and str(named)}
+        stack.enter_context(matmul_precision(device, settings.tf32))
         run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
         run.restore(state, start)
         run.loop(start)
@@ -229,6 +231,12 @@ def _check_resumed(path, meta, config, settings):
             key = changed[0]
             raise ValueError(f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}")
     settings = settings or stored
+    for key in ("tf32", "compile"):
+        before, after = getattr(stored, key), getattr(settings, key)
+        if before != after:
+            warnings.warn(
+                f"{key} was {before} until step {step} and is {after} from here on: the rounding differs", stacklevel=3
+            )
     if settings.steps < step:
         raise ValueError(f"steps must be at least the {step} steps that {path} has done, got {settings.steps}")
     return stored_config, settings, step
@@ -268,6 +276,7 @@ class _Run:
         self.parameters = list(self.model.parameters())
         fused = device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        self.loss = torch.compile(training_loss, fullgraph=True) if settings.compile else training_loss
         self.order = Order(len(data), settings.seed)
         self.pending = []  # (loss, mse, vb, gradient norm) of each step since the last line of metrics.jsonl
 
@@ -342,16 +351,28 @@ class _Run:
         total = 0
         for i, batch in enumerate(self.batches(step), start=1):
             last = i == self.settings.accumulate
-            with nullcontext() if last or self.world == 1 else network.no_sync():
-                with self.autocast():
-                    losses = training_loss(network, **batch)
+            with nullcontext() if last or network is self.model else network.no_sync():
+                with self.autocast(), name_switch(self.settings.compile, "train"):
+                    losses = self.loss(network, **batch)
                 (losses["loss"] / self.settings.accumulate).backward()
             total = total + torch.stack([losses[name].detach() for name in ("loss", "mse", "vb")])
+        if self.world > 1 and network is self.model:
+            for p in self.parameters:
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
         return total / self.settings.accumulate
+
+    @torch.no_grad()
+    def measure_rates(self, step):
+        """Return the firing rates of a step that ran compiled, from another forward pass over its first part."""
+        with self.model.record() as rates, self.autocast():
+            training_loss(self.model, **next(self.batches(step)))
+        return rates
 
     def loop(self, start):
         s, model = self.settings, self.model
-        network = DistributedDataParallel(model) if self.world > 1 else model
+        # DistributedDataParallel breaks a graph, so a compiled run averages the gradients itself
+        network = DistributedDataParallel(model) if self.world > 1 and not s.compile else model
         model.train()
         with ExitStack() as stack:
             stop = stack.enter_context(_catch_signals())
@@ -363,8 +384,10 @@ class _Run:
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
                 self.optimizer.zero_grad(set_to_none=True)
-                with model.record() if logs else nullcontext({}) as rates:
+                with model.record() if logs and not s.compile else nullcontext({}) as rates:
                     losses = self.compute_gradients(network, step)
+                if logs and s.compile:
+                    rates = self.measure_rates(step)
                 norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
                 row = torch.cat([losses, norm.float().view(1)])
                 if self.world > 1:

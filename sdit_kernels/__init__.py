@@ -11,10 +11,12 @@ from .ops.cuba import adlif, cuba
 from .ops.leaky import lapicque, leaky
 from .ops.lif import lif, lif_rate
 from .ops.mix import relu_squared, token_shift
+from .ops.norm_lif import norm_lif
 from .ops.operator import refuse_script as _refuse_script
 from .ops.spiking_wkv import spiking_wkv
 from .ops.wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 from .own import define as _define
+from .packed import packed_spikes
 from .surrogate import SURROGATES
 
 __version__ = "0.1.0"
@@ -28,6 +30,8 @@ __all__ = [
     "leaky",
     "lif",
     "lif_rate",
+    "norm_lif",
+    "packed_spikes",
     "relu_squared",
     "token_shift",
     "spiking_wkv",
@@ -41,5 +45,5 @@ __all__ = [
 neuron.define = _define  # neuron/ cannot import it, because it builds on the ops, which import neuron/
 
 for _name in __all__:  # torch.jit.script calls this hook, which raises an error that names the alternatives
-    if _name not in ("Levels", "SURROGATES", "backend"):
+    if _name not in ("Levels", "SURROGATES", "backend", "packed_spikes"):
         globals()[_name].__prepare_scriptable__ = _refuse_script

@@ -5,6 +5,7 @@ through PyTorch's dispatcher or through autograd, and the result is the same. Fu
 every eager call of an op calls several of them.
 """
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable
@@ -40,6 +41,10 @@ is_tracing = getattr(_C, "_is_tracing", torch.jit.is_tracing)
 
 # A context in which operators run without their autograd formula. None: register defines a second operator without a formula.
 below_autograd = getattr(_C, "_AutoDispatchBelowAutograd", None)
+
+
+# A context in which no mode sees the operators. Fallback: the modes see them, which costs 5 us per operator.
+without_modes = getattr(_C, "_DisableTorchDispatch", contextlib.nullcontext)
 
 
 def _in_forward_mode() -> bool:
@@ -153,6 +158,10 @@ class OperatorMode(_TorchDispatchMode):
         return False
 
 
+# A base class of modes that torch.compile does not trace. PyTorch's wrapper imports the compiler at the first call.
+UntracedMode: Any = _TorchDispatchMode
+
+
 _HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
 
 
@@ -177,3 +186,19 @@ _graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", lambda: -
 def in_backward() -> bool:
     """True if this thread runs a backward pass, in which activation checkpointing repeats the forward pass."""
     return _graph_task() != -1
+
+
+# --- groups of processes ----------------------------------------------------------------------------------------------------
+
+
+def sum_over_processes(t: Tensor, name: str) -> Tensor:
+    """Sum a tensor over the processes of the group with this name. torch.compile can trace it."""
+    functional = torch.ops._c10d_functional
+    return functional.wait_tensor(functional.all_reduce(t.contiguous(), "sum", name))
+
+
+def gather_over_processes(t: Tensor, group) -> Tensor:
+    """Return the tensors of all processes of a group, one behind the other on a new first axis."""
+    functional, n = torch.ops._c10d_functional, group.size()
+    found = functional.all_gather_into_tensor(t.contiguous(), n, group.group_name)
+    return functional.wait_tensor(found).reshape(n, *t.shape)

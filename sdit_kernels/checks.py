@@ -89,15 +89,16 @@ class Neuron(NamedTuple):
 
 
 def check_neuron(
-    x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x", tokens=False
+    x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x", tokens=False,
+    axis="last axis",
 ):  # fmt: skip
     """Check the settings of a neuron for data x, which the messages call ``data``. ``channels``: the size of x's last axis.
 
-    tokens: tau and v_threshold may have a value per token too. Return (Neuron, tau tensor, v_threshold tensor). The Neuron is
-    None if the user gave a surrogate function.
+    axis: another name of the axis of the channels, for messages. tokens: tau and v_threshold may have a value per token too.
+    Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
     """
-    tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data, tokens)
-    threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data, tokens)
+    tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data, tokens, axis)
+    threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data, tokens, axis)
     _check_tau(tau_value, decay_input)
     dtype = state_dtype(x.dtype)
     check_threshold(threshold_value, dtype)
@@ -153,7 +154,7 @@ def check_levels_fit(levels, dtype, what):
         raise ValueError(f"{what} is {dtype}, which does not hold levels from {lo} to {hi} times the scale {scale}")
 
 
-def check_neuron_parameter(name, p, x, channels, data="x", tokens=False):
+def check_neuron_parameter(name, p, x, channels, data="x", tokens=False, axis="last axis"):
     """Check tau, beta or v_threshold. Return (number, None), or (1.0, tensor) for a tensor.
 
     tokens: p may have a value per token of x, (T, .., L, C). Such a p is returned with all axes of x except C, which is 1, and
@@ -171,7 +172,7 @@ def check_neuron_parameter(name, p, x, channels, data="x", tokens=False):
         if tokens and p.dim() > 1 and channels is not None and (spread := _spread_over_tokens(p, x.shape)) is not None:
             return 1.0, spread
         if p.dim() > 1 or (p.numel() != 1 and p.shape != (channels,)):
-            allowed = f" or have shape ({channels},), one per channel of {data}'s last axis" if channels is not None else ""
+            allowed = f" or have shape ({channels},), one per channel of {data}'s {axis}" if channels is not None else ""
             if tokens and x.dim() > 2:
                 shapes = (*x.shape[1:-1], 1), (*x.shape[:-1], 1)
                 allowed += f", or broadcast to {shapes[0]} or {shapes[1]}, one per token or per token and step"

@@ -163,3 +163,64 @@ def sum_over_steps(partial: Tensor, p: Tensor | None, T: int) -> Tensor:
     if p is None or p.numel() == 1:
         return partial.sum().reshape(1)
     return partial.view(1, -1) if p.numel() == partial.numel() else partial.view(T, -1).sum(0, keepdim=True)
+
+
+class ChannelLayout(NamedTuple):
+    """The memory order of outputs whose channels lie on any axis: T x B x C x S values, or T x B x C without an inner axis."""
+
+    order: tuple  # the axes after T, outermost first
+    B: int  # the product of the axes before the channels
+    C: int
+    S: int | None  # the product of the axes behind them, in rows of contiguous values; None: the channels are contiguous
+
+    def empty(self, like: Tensor, dtype: torch.dtype, steps: int | None) -> Tensor:
+        """Allocate an output for x, or with other steps, or a state without the T axis (steps=None)."""
+        sizes, strides, stride = like.shape[1:], [0] * (like.dim() - 1), 1
+        for axis in reversed(self.order):
+            strides[axis - 1] = stride
+            stride *= max(sizes[axis - 1], 1)
+        first = () if steps is None else (steps,)
+        if strides == sorted(strides, reverse=True):
+            return memory.empty_contiguous((*first, *sizes), dtype, like)
+        return memory.empty_strided((*first, *sizes), (*(stride for _ in first), *strides), dtype, like)
+
+    def view(self, t: Tensor) -> Tensor:
+        """Return a tensor with the axes of x as (T, B, C, S) or (T, B, C), in place if one stride of rows describes it."""
+        rows = t.permute(0, *self.order).reshape(t.shape[0], self.B, self.C, *(() if self.S is None else (self.S,)))
+        if rows.is_contiguous() or not any(rows.stride()):
+            return rows
+        shape = rows.shape[0], rows.shape[1:-1].numel(), rows.shape[-1]
+        return rows if _view(rows, range(1, rows.dim()), shape) is not None else rows.contiguous()
+
+    def state(self, t: Tensor) -> Tensor:
+        return self.view(t.unsqueeze(0)).squeeze(0)
+
+    def spread(self, p: Tensor) -> Tensor:
+        """Return a value per channel, (C,), or per step and channel, (T, C), as parameter of a neuron for such a view."""
+        if self.S is None:
+            return p.contiguous()
+        p = p.unsqueeze(-1).unsqueeze(-3)
+        return p.expand(*p.shape[:-3], self.B, self.C, 1)
+
+    def gather(self, d: Tensor) -> Tensor:
+        """Sum a gradient that has the shape of ``spread`` over the rows of each channel."""
+        return d if self.S is None else d.sum(-3).squeeze(-1)
+
+
+def channel_layout(x: Tensor, axis: int, per_step: bool) -> ChannelLayout:
+    """Choose the memory order of outputs for x, (T, ..), with channels on ``axis``.
+
+    It is the order of x if x is dense and T is its outermost axis, else the order of a contiguous tensor.
+
+    per_step: parameters have a value per step and channel, so channels must not be the innermost axis.
+    """
+    order = list(range(1, x.dim()))
+    if not x.is_contiguous() and x.numel() and _dense(x) and x.shape[0] * x.stride(0) == x.numel():
+        order.sort(key=lambda a: (-x.stride(a), a))
+    if per_step and math.prod(x.shape[a] for a in order[order.index(axis) + 1 :]) == 1:
+        order.remove(axis)
+        order.insert(0, axis)
+    at = order.index(axis)
+    inner = math.prod(x.shape[a] for a in order[at + 1 :])
+    outer = math.prod(x.shape[a] for a in order[:at])
+    return ChannelLayout(tuple(order), outer, x.shape[axis], None if inner == 1 and not per_step else inner)

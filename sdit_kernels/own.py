@@ -19,7 +19,7 @@ from .neuron.printer import TORCH, text
 from .neuron.trace import Operations, in_order, is_condition
 from .nn.neurons import OwnNeuron
 from .ops.lif import No, Yes
-from .ops.neuron import NeuronOp
+from .ops.neuron import NeuronOp, check_state
 from .ops.operator import refuse_script
 
 # Names that generated code, the schemas of operators, or the arguments and attributes of ops and modules use
@@ -84,7 +84,7 @@ class Op:
             if name not in _operators:
                 constants = [value for value in starts.values() if value]
                 frozen = dataclasses.replace(neuron, name=name, step=_freeze(self.step, traces))
-                _operators[name] = NeuronOp(frozen, constants=constants)
+                _operators[name] = NeuronOp(frozen, constants=constants, binary=binary)
             return _operators[name], binary
 
     def __repr__(self):
@@ -126,6 +126,13 @@ class Op:
         **settings,
     ):  # fmt: skip
         """Run T steps; see :func:`sdit_kernels.neuron.define`."""
+        parameters, flags = self._settings(settings, spike_dtype)
+        return self._operator.states(
+            x, state, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype
+        )  # fmt: skip
+
+    def _settings(self, settings, spike_dtype):
+        """Return (parameters, flags) in the order of the step."""
         for name in settings:
             if name not in self.defaults and name not in self.flags:
                 names = ", ".join((*self.parameters, *self.flags)) or "none"
@@ -140,9 +147,35 @@ class Op:
             check_flag(name, flags[-1])
         if spike_dtype is not None and not self._binary:
             raise ValueError(f"spike_dtype is for spikes that are 0 or 1, and {self.name} computes others: leave it out")
-        return self._operator.states(
-            x, state, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype
+        return parameters, flags
+
+    def after_norm(
+        self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, running_mean: Tensor | None = None,
+        running_var: Tensor | None = None, state: Sequence[Tensor | None] | None = None, *, training: bool,
+        momentum: float = 0.1, eps: float = 1e-5, channel_axis: int = 2, per_step: bool = False,
+        step_factor: Tensor | None = None, scale: float = 1.0, process_group: Any = None, surrogate: Any = "atan",
+        alpha: float | None = None, return_state: bool = False, return_state_seq: bool = False,
+        spike_dtype: torch.dtype | None = None, **settings: Any,
+    ):  # fmt: skip
+        """Run a BatchNorm and T steps of this neuron, which must have one state, in one pass.
+
+        The arguments of the norm are as in :func:`sdit_kernels.norm_lif`; the others, and the result, are as in a call of the
+        op. A parameter (C,) has one value per channel of ``channel_axis``.
+
+        Raises:
+            TypeError: the neuron has several states. Otherwise the errors of :func:`sdit_kernels.norm_lif`.
+        """
+        if len(self.states) != 1:
+            raise TypeError(f"after_norm is for neurons with one state, and {self.name} has {', '.join(self.states)}")
+        (v,) = check_state(state, self.states)
+        parameters, flags = self._settings(settings, spike_dtype)
+        found = self._operator.after_norm(
+            x, weight, bias, running_mean, running_var, v, training=training, momentum=momentum, eps=eps,
+            channel_axis=channel_axis, per_step=per_step, step_factor=step_factor, scale=scale, process_group=process_group,
+            parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha, return_v=return_state,
+            return_v_seq=return_state_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
+        return (found[0], *((v,) for v in found[1:])) if isinstance(found, tuple) else found
 
     def module(
         self, *, surrogate="atan", alpha: float | None = None, step_mode: str = "m", store_state_seq: bool = False, **settings
@@ -281,7 +314,7 @@ def _freeze(step, traces):
 
 
 def _is_binary(spike):
-    chosen = spike.op == "select" and all(a.op == "number" and float(a.value) in (0, 1) for a in spike.args[1:])
+    chosen = spike.op == "select" and all(a.op == "number" and str(float(a.value)) in ("0.0", "1.0") for a in spike.args[1:])
     return chosen or is_condition(spike)
 
 

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import hypothesis
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(items):
         for mark, files in MARKED.items():
             if item.path.stem in files:
                 item.add_marker(mark)
+
+
+@pytest.fixture(autouse=True)
+def same_draws_in_every_run(request):
+    """A failure repeats: torch's generator starts from the name of the test, whatever ran before in the process."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)

@@ -116,7 +116,7 @@ def test_kernels_of_any_neuron_equal_its_step(name, T, kind):
     (neuron, values), shape, float64 = NEURONS[name], (3, 20), torch.float64
     S, P = len(neuron.states), len(neuron.parameters)
     variant = Variant(neuron, (), values, "atan", 2.0)
-    x = torch.randn(T, *shape, dtype=float64, requires_grad=True)
+    x = (3 * torch.randn(T, *shape, dtype=float64)).requires_grad_()  # large enough for every neuron to fire
     states = [None if kind is None else torch.randn(shape, dtype=float64, requires_grad=True) for _ in range(S)]
     p = [None if kind is None else torch.full(kind, value, dtype=float64, requires_grad=True) for value in values[:P]]
     given = [value if t is None else t for value, t in zip(values, [*p, *[None] * len(neuron.numbers)])]

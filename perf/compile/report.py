@@ -11,17 +11,31 @@ from perf import harness
 from perf.compile import launch
 from perf.compile.lif import CUBA, LEAKY, LIF
 from perf.compile.mix import MIX
+from perf.compile.norm_lif import NORM_LIF
+from perf.compile.pack import PACK
 from perf.compile.rows import rows_of
 from perf.compile.spiking_wkv import SPIKING_WKV
 from perf.compile.wkv import WKV
 
-STEMS = {"lif": LIF, "leaky": LEAKY, "cuba": CUBA, "wkv": WKV, "spiking_wkv": SPIKING_WKV, "mix": MIX}
+STEMS = {
+    "lif": LIF,
+    "leaky": LEAKY,
+    "cuba": CUBA,
+    "norm_lif": NORM_LIF,
+    "wkv": WKV,
+    "spiking_wkv": SPIKING_WKV,
+    "mix": MIX,
+    "pack": PACK,
+}
 # {prefix of a kernel's name: its stem}, where they differ
 KERNELS = {
     "adlif": "cuba",
     "lapicque": "cuba",
+    "norm": "norm_lif",
     "token_shift": "mix",
     "relu_squared": "mix",
+    "unpack": "pack",
+    "window": "pack",
     "fla": "wkv",
     "spikingjelly": "lif",
 }

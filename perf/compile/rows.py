@@ -58,7 +58,9 @@ class Launched(NamedTuple):
     @property
     def size(self) -> int:
         """Bytes of an element of the data; 4 if a kernel reads no data."""
-        data = next((self.arguments[name] for name in ("inputs", "k_ptr", "x_ptr", "gs_ptr") if name in self.arguments), None)
+        data = next(
+            (self.arguments[name] for name in ("inputs", "k_ptr", "x_ptr", "gs_ptr", "out_ptr") if name in self.arguments), None
+        )
         while isinstance(data, tuple):
             data = data[0]
         return 4 if data is None else data.element_size()

@@ -25,6 +25,7 @@ from ..dispatch import backend
 from ..dtypes import DATA_DTYPES, state_dtype
 from ..ops.leaky import leaky
 from ..ops.lif import lif
+from ..pending import without_values
 from ..surrogate import SURROGATES
 
 SIMPLE = (bool, int, float, str, type(None))  # attributes whose values can be compared
@@ -136,7 +137,7 @@ def _run(form: Form, x: Tensor, parameters) -> Tensor:
     dtype = state_dtype(x.dtype)
     decay, threshold = _values(form, parameters, dtype)
     rests = form.start == 0 and form.v_reset == 0  # without v, the ops start at v_reset
-    v = None if rests else x.new_ones(x.shape[1:], dtype=dtype) * (form.start * threshold)
+    v = None if rests else without_values(x).new_ones(x.shape[1:], dtype=dtype) * (form.start * threshold)
     # lif compares h >= threshold and leaky h > threshold. h > a is h >= (the next number after a), in the dtype of h.
     nudge = int(form.strict) if not form.exact else int(form.strict) - 1
     fires_at = threshold

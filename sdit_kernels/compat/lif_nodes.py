@@ -22,6 +22,7 @@ from ..dtypes import DATA_DTYPES, state_dtype
 from ..levels import Levels, encode
 from ..ops.lif import lif
 from ..ops.operator import values_are_readable
+from ..pending import without_values
 from .swap import Methods, counted, fused_methods, refuse_symbols, replace_methods, warn
 
 _SURROGATES = {
@@ -169,7 +170,7 @@ class Node(Methods):
         settings = _ready(neuron, x)
         if settings is None:
             return own(neuron, x, *args, **kwargs)
-        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, x), False, settings)
+        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, without_values(x)), False, settings)
         if neuron.store_v_seq and hasattr(neuron, "_append_v_seq"):  # SpikingJelly 2 collects the steps
             neuron._append_v_seq(neuron.v)
         return spikes.squeeze(0)
@@ -181,7 +182,8 @@ class Node(Methods):
             return own(neuron, x_seq, *args, **kwargs)
         if not x_seq.shape[0]:
             return own(neuron, x_seq, *args, **kwargs)  # it has an error for T = 0
-        spikes, neuron.v, v_seq = _run_steps(x_seq, _start(neuron, x_seq[0]), neuron.store_v_seq, settings)
+        v = _start(neuron, without_values(x_seq)[0])
+        spikes, neuron.v, v_seq = _run_steps(x_seq, v, neuron.store_v_seq, settings)
         if neuron.store_v_seq or "v_seq" in neuron.__dict__:
             neuron.v_seq = v_seq
         return spikes
@@ -255,10 +257,8 @@ class _LastCall:
 
     def _count_changes(self):
         """Return the numbers of changes in place; inference tensors have none."""
-        return [
-            t._version for t in (self.x_seq, self.v, *self.settings.values())
-            if isinstance(t, torch.Tensor) and not t.is_inference()
-        ]  # fmt: skip
+        tensors = (without_values(self.x_seq), self.v, *self.settings.values())
+        return [t._version for t in tensors if isinstance(t, torch.Tensor) and not t.is_inference()]
 
     def changed(self) -> bool:
         """True if an input was changed in place after the call. The inputs of a compiled call do not tell."""
@@ -310,7 +310,8 @@ class SingleStep(Methods):
         settings = _ready(neuron, x)
         if settings is None:
             return _run_own(own, neuron, x)
-        x, v = _same_shape(neuron, x)
+        step, v = _same_shape(neuron, without_values(x))
+        x = x if x.shape == step.shape else x.expand(step.shape)
         spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), v, False, settings)
         return spikes.squeeze(0)
 
@@ -325,7 +326,7 @@ class MultiStep(Methods):
         settings = _ready(neuron, x_seq, 1)
         if settings is None or x_seq.dim() < 2 or not x_seq.shape[0]:
             return _run_own(own, neuron, x_seq)
-        x, v = _same_shape(neuron, x_seq[0])
+        x, v = _same_shape(neuron, without_values(x_seq)[0])
         if x_seq.shape[1:] != x.shape:  # v has more axes, or longer ones
             missing = [1] * (1 + x.dim() - x_seq.dim())
             x_seq = x_seq.reshape(len(x_seq), *missing, *x_seq.shape[1:]).expand(-1, *x.shape)

@@ -32,10 +32,12 @@ import sys
 
 import torch
 
+from ..checks import check_flag
 from ..dispatch import backend
 from ..ops.lif import lif
+from .fuse import FusedNorm, Packed, PackedMaxPool, choose_pool, norm_chooser, pack_spikes
 from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, neuron_settings, obstacle
-from .swap import Report, changed_behaviour, fuse_class, suspected_neuron, swap, swap_back
+from .swap import Report, changed_behaviour, check_model, fuse_class, suspected_neuron, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
 
@@ -103,21 +105,34 @@ def _choose(module, bases):
     return methods
 
 
-def accelerate(model: torch.nn.Module) -> Report:
+def accelerate(model: torch.nn.Module, *, fuse: bool = False, packed: bool = False) -> Report:
     """Run the LIF, IF, parametric LIF, integer LIF and ternary neurons of a SpikingJelly model on the fused kernels.
+
+    With ``fuse``, a BatchNorm and the neuron that gets its output, directly or through views, run as one operation,
+    :func:`sdit_kernels.norm_lif`. The normalised input of the neuron is then neither written to memory nor kept. The norm and
+    the neuron find each other in each call, so the path of forward may change after ``accelerate``. A norm whose output goes
+    elsewhere computes as before.
+
+    With ``packed``, the forward pass of the model runs under :class:`sdit_kernels.packed_spikes`: other layers keep spikes for
+    the backward pass as bits. A ``MaxPool2d`` over windows side by side runs on a kernel that keeps two bits per window of
+    2 x 2.
 
     Args:
         model: a neuron of SpikingJelly, or any module that contains some. The function changes it in place. A second call
-            changes nothing more.
+            changes nothing more, except for options that are new.
+        fuse: fuse the BatchNorms too: PyTorch's ``BatchNorm1d``, ``2d`` and ``3d``, and the norms of SpikingJelly's ``layer``,
+            also tdBN, TEBN and BNTT. Norms with hooks, shared norms, parametrized norms and subclasses with another forward
+            are left.
+        packed: keep spikes as bits in calls of the model. To call only a part of the model, enter the context yourself.
 
     Returns:
         A report that you can print. ``replaced`` holds pairs (name, class). ``left`` holds triples (name, class, reason) of the
         neurons that did not change: other neurons; subclasses that override more than defaults; surrogates without a formula in
         ``sdit_kernels.SURROGATES``, with ``spiking=False``, with hooks, or with an alpha that is not a positive number; neurons
-        with a neuron precision; parametrized modules.
+        with a neuron precision; parametrized modules. With ``fuse``, both lists hold the norms too.
 
     Raises:
-        TypeError: model is not a module.
+        TypeError: model is not a module, or an option is not a bool.
 
     Example:
         >>> import torch
@@ -126,8 +141,17 @@ def accelerate(model: torch.nn.Module) -> Report:
         >>> accelerate(model).replaced
         ()
     """
+    check_model(model)
+    check_flag("fuse", fuse)
+    check_flag("packed", packed)
     bases = _all_classes()
-    return swap("SpikingJelly", model, lambda module: _choose(module, bases), _suspect)
+    more = [norm_chooser(model)] * fuse + [choose_pool] * packed
+
+    def choose(module):
+        return _choose(module, bases) or next(filter(None, (chooser(module) for chooser in more)), None)
+
+    report = swap("SpikingJelly", model, choose, _suspect)
+    return pack_spikes(model, report) if packed else report
 
 
 def restore(model: torch.nn.Module) -> Report:
@@ -142,4 +166,4 @@ def restore(model: torch.nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep))
+    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm, Packed, PackedMaxPool))

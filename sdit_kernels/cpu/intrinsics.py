@@ -401,13 +401,34 @@ def fill(target, n, source, offset, value, code, S):
             store(target, i, value, S)
 
 
+@intrinsic(prefer_literal=True)
+def load_parameters(typingctx, places, values, step, row, code):
+    """Return the parameters at a step and a row as a tuple: from their ``places``, see launch.Parameters, or ``values``."""
+    code_, n = code.literal_value, len(values)
+
+    def codegen(context, builder, signature, args):
+        places_, values_ = (cgutils.unpack_tuple(builder, args[i]) for i in (0, 1))
+        zero, found = ir.Constant(I64, 0), []
+        for i in range(n):
+            address, per_step, period = places_[4 * i : 4 * i + 3]
+            number = cgutils.alloca_once_value(builder, values_[i])
+            has_tokens = builder.icmp_signed("!=", period, zero)
+            divisor = builder.select(has_tokens, period, ir.Constant(I64, 1))
+            token = builder.add(builder.srem(args[3], divisor), builder.mul(builder.mul(per_step, args[2]), period))
+            address = builder.select(has_tokens, address, builder.ptrtoint(number, I64))
+            found.append(_load(context, builder, (address, builder.select(has_tokens, token, zero)), code_))
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return values(places, values, types.int64, types.int64, code), codegen
+
+
 @numba.njit(forceinline=True, error_model="numpy")
-def fill_parameter(target, n, source, per_channel, c, token, value, S):
+def fill_parameter(target, n, source, per_step, period, c, step, row, value, S):
     """Fill a tile with a parameter for n columns from c on: a value per channel, the value of a token, or ``value``."""
-    if source == 0 or per_channel:
+    if source == 0 or period == 0:
         fill(target, n, source, c, value, S, S)
     else:
-        x = load(source, token, S)
+        x = load(source, per_step * step * period + row % period, S)
         fill(target, n, 0, 0, x if x == x else num(math.nan, S), S, S)
 
 

@@ -94,7 +94,7 @@ def _constants(variant):
     return (neuron, flags, zeros), (*values, *(given.get(name, 0.0) for name in neuron.start), alpha)
 
 
-CONSTANT, CHANNELS, TOKENS = range(3)  # what Parameters.spread says
+CONSTANT, CHANNELS, ROWS, TOKENS = range(4)  # what Parameters.spread says
 
 
 class Parameters:
@@ -104,31 +104,38 @@ class Parameters:
     the parameters and numbers in the order of ``variant.values``, then the value of each state before the first step, then the
     sharpness of the surrogate. ``addresses`` holds, per parameter and number, the address of one value per channel, or 0.
 
-    ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, TOKENS if some have a value per
-    token. With TOKENS, ``addresses`` holds for each (address, 1 if it has a value per step, 1 if per token, 1 if per channel).
+    ``spread`` is CONSTANT if all are single values, CHANNELS if some have a value per channel, ROWS if some have a value per
+    token (a token is a row of the data), TOKENS if some have a value per token and some per channel. With ROWS and TOKENS,
+    ``addresses`` holds for each (address, 1 if it has a value per step, number of tokens after which its values repeat, 1 if it
+    has a value per channel).
     """
 
     def __init__(self, variant, parameters, dtype, axes=0):
         """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
         self.code, self.numbers = _constants(variant)
-        self._dtype, self._count, self._alive = dtype, len(parameters), []
-        places, self.are_numbers, self.spread = [(0, 0, 0, 0)] * len(variant.values), True, CONSTANT
+        self._dtype, self._count, self._alive = dtype, len(variant.neuron.learnt), []
+        places, self.are_numbers, kinds = [(0, 0, 0, 0)] * len(variant.values), True, set()
         for i, p in enumerate(parameters):
             if p is not None:
                 self.are_numbers = False
+                steps, tokens = p.dim() == axes, p.dim() > 1
+                if p.dim() > 2 and p.stride(-3) == 0:  # the same values for every sample, behind a normalisation
+                    p = p.select(-3, 0)
                 p = p.detach().to(dtype)
                 if variant.neuron.parameters[i] in variant.neuron.reciprocals:
                     p = 1.0 / p
-                if p.numel() == 1 and p.dim() < 2:
+                if p.numel() == 1 and not tokens:
                     self.numbers = *self.numbers[:i], p.item(), *self.numbers[i + 1 :]
                 else:
                     p = p.contiguous()
                     self._alive.append(p)
-                    tokens = p.dim() > 1
-                    places[i] = p.data_ptr(), int(p.dim() == axes), int(tokens), int(not tokens)
-                    self.spread = max(self.spread, TOKENS if tokens else CHANNELS)
+                    period = p.numel() // (p.shape[0] if steps else 1) if tokens else 0
+                    places[i] = p.data_ptr(), int(steps), period, int(not tokens)
+                    kinds.add(tokens)
+        self.spread = TOKENS if len(kinds) > 1 else ROWS if True in kinds else CHANNELS if kinds else CONSTANT
         self._places, self.per_channel = places, self.spread != CONSTANT
-        self.addresses = tuple(n for place in places for n in place) if self.spread == TOKENS else tuple(p[0] for p in places)
+        flat = self.spread < ROWS
+        self.addresses = tuple(place[0] for place in places) if flat else tuple(n for place in places for n in place)
 
     def partial_sums(self, layout, wanted, steps=1, columns=BACKWARD_COLUMNS, normed=-1):
         """Return (rows per group, number of groups, partial sums or None, their addresses).
@@ -144,7 +151,7 @@ class Parameters:
         chunks = -(-layout.C // columns)
         shape = (groups, layout.C) if self.per_channel else (groups * chunks,)
         sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
-        if self.spread == TOKENS or normed >= 0:
+        if self.spread >= ROWS or normed >= 0:
             sums = list(sums)
             for i, (_, step, token, _) in enumerate(self._places[: self._count]):
                 if token or i == normed:

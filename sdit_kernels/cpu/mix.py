@@ -27,10 +27,10 @@ _GROUPS = 64  # the most partial sums per mix and channel
 # These loops may use fused multiply-adds, because no other backend must repeat them bit for bit. LLVM may also reorder the sums
 # over a row, so that they vectorise. Their order depends on C, but not on the number of threads.
 _row_loop = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract"})
-_row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
+row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
-@_row_sum
+@row_sum
 def _sum(row, C, X, S):
     total = num(0.0, S)
     for i in range(C):
@@ -38,7 +38,7 @@ def _sum(row, C, X, S):
     return total
 
 
-@_row_sum
+@row_sum
 def _centre(row, out, C, mean, X, S):
     """Write row - mean, and return the sum of its squares."""
     total = num(0.0, S)
@@ -49,7 +49,7 @@ def _centre(row, out, C, mean, X, S):
     return total
 
 
-@_row_sum
+@row_sum
 def _sum_products(a, b, C, S):
     total = num(0.0, S)
     for i in range(C):

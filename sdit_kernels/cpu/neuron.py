@@ -30,6 +30,7 @@ from .intrinsics import (
     fill_parameter,
     load,
     load_input,
+    load_parameters,
     load_rows,
     num,
     nums,
@@ -49,8 +50,8 @@ from .kernel import STREAM, Kernel, share
 from .launch import (
     BACKWARD_COLUMNS,
     CHANNELS,
-    CONSTANT,
     FORWARD_COLUMNS,
+    ROWS,
     TOKENS,
     Parameters,
     placed,
@@ -97,7 +98,7 @@ def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     STATES, NORM, NORMED = len(code[0].states), norm != "", _normed(code, norm)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
-    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if VARIES else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
@@ -121,11 +122,13 @@ def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
             for j in range(STATES):
                 fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
             for t in range(T):
+                if ON_ROWS:
+                    p = load_parameters(places, constants[:PARAMETERS], t, row, S)
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
-                        at, per_step, per_channel = places[4 * j], places[4 * j + 1], places[4 * j + 3]
+                        at, per_step, period = places[4 * j], places[4 * j + 1], places[4 * j + 2]
                         if t == 0 or per_step:
-                            fill_parameter(ps + j * ROW, n, at, per_channel, c, per_step * t * R + row, p[j], S)
+                            fill_parameter(ps + j * ROW, n, at, per_step, period, c, t, row, p[j], S)
                 if t > 0 and t % LIF_CHECKPOINT_STEPS == 0:
                     for j in range(STATES):
                         to, to_t, to_r = keep[3 * j], keep[3 * j + 1], keep[3 * j + 2]
@@ -159,14 +162,17 @@ def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
 
 
 @functools.cache
-def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUGH=False, BLOCK=BACKWARD_COLUMNS):
-    """WANTED: the gradients of the parameters are wanted. STREAMED: dx bypasses the caches. THROUGH: dx includes the norm."""
+def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED, norm="", THROUGH=False, BLOCK=BACKWARD_COLUMNS):
+    """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches.
+
+    THROUGH: dx includes the norm.
+    """
     S = state_code(X)
-    xb, vb, sb = SIZES[X], SIZES[V], SIZES[S]
+    xb, db, vb, sb = SIZES[X], SIZES[D], SIZES[V], SIZES[S]
     STATES, NORM, NORMED, RMS = len(code[0].states), norm != "", _normed(code, norm), norm == "rms"
-    GRADIENTS = len(code[0].parameters)
-    PARAMETERS = GRADIENTS + len(code[0].numbers)
-    VARIES, ON_CHANNELS, ON_TOKENS = spread != CONSTANT, spread == CHANNELS, spread == TOKENS
+    GRADIENTS = len(code[0].learnt)
+    PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
+    VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
     ROW, AREA = BLOCK * sb, STATES * BLOCK
     STEP, P_AREA, G_AREA = AREA * sb, PARAMETERS * BLOCK if VARIES else 1, GRADIENTS * BLOCK if WANTED else 1
     plan = trace(*code).plan(WANTED)
@@ -175,7 +181,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
     AHEAD = STEP if KEEPS_STATES else 0
     KEEPS, SEQS, SUMS = 3 + 2 * STATES, 4 + 2 * STATES, 3 + 2 * STATES  # where a group of arguments has these tensors
     record, pullback = generate(code, S, kind, WANTED, ("record", "pullback"))
-    norm_of_row, D, MOST = _norm_of_row(norm, X), S if THROUGH else X, HUGE[S == F64]
+    norm_of_row, INTO, MOST = _norm_of_row(norm, X), S if THROUGH else D, HUGE[S == F64]
 
     def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, places):
         x, x_t, x_r = inputs[:3]
@@ -185,12 +191,15 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
         d_before, sums = gradients[3:SUMS], gradients[SUMS:]
         constants, zero = nums(numbers, S), num(0.0, S)
         p, start, alpha = constants[:PARAMETERS], constants[PARAMETERS:], constants[-1]
-        x_t, g_t, dx_t = x_t * xb, g_t * xb, dx_t * xb
+        x_t, g_t, dx_t = x_t * xb, g_t * xb, dx_t * db
         chunks = (C + BLOCK - 1) // BLOCK
         for task in share(groups * chunks, part):
             block = task // chunks
             c = (task - block * chunks) * BLOCK
             n = min(BLOCK, C - c)
+            width = 16  # the power of two for sum_tile
+            while width < n:
+                width <<= 1
             history, carry, row_out = tile(HISTORY, S), tile(AREA, S), tile(BLOCK, S)
             ps, total = tile(P_AREA, S), tile(G_AREA, S)
             ahead = BLOCK
@@ -206,7 +215,7 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
             for row in range(block * group, min(R, block * group + group)):
                 if ON_TOKENS:
                     for j in range(PARAMETERS):
-                        fill_parameter(ps + j * ROW, n, places[4 * j], places[4 * j + 3], c, row, p[j], S)
+                        fill_parameter(ps + j * ROW, n, places[4 * j], 0, places[4 * j + 2], c, 0, row, p[j], S)
                 for j in range(STATES):
                     fill(carry + j * ROW, n, g_after[2 * j], row * g_after[2 * j + 1] + c, zero, S, S)
                 for segment in range((T - 1) // LIF_CHECKPOINT_STEPS, -1, -1):
@@ -220,19 +229,23 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
                             fill(v + j * ROW, n, before[2 * j], row * before[2 * j + 1] + c, start[j], V, S)
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
-                    dxs = dx + t0 * dx_t + (row * dx_r + c) * xb
+                    dxs = dx + t0 * dx_t + (row * dx_r + c) * db
                     if NORM:
                         for t in range(steps):
                             store(norms, t, norm_of_row(xs + t * x_t, C), S)
                     for t in range(steps):
                         prefetch(gs + t * g_t, n * xb, 0)
-                        if not STREAMED:
-                            prefetch(dxs + t * dx_t, n * xb, 1)
+                        if WRITES and not STREAMED:
+                            prefetch(dxs + t * dx_t, n * db, 1)
                         if USES_TAPE or t < steps - 1:
+                            if ON_ROWS:
+                                p = load_parameters(places, constants[:PARAMETERS], t0 + t, row, S)
                             if ON_TOKENS:
                                 for j in range(PARAMETERS):
                                     if places[4 * j + 1]:  # a value per step
-                                        fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
+                                        fill_parameter(
+                                            ps + j * ROW, n, places[4 * j], 1, places[4 * j + 2], c, t0 + t, row, p[j], S
+                                        )
                             now = v + t * AHEAD
                             if NORM:
                                 factor = load(ps + NORMED * ROW, 0, S) if VARIES else p[NORMED]
@@ -248,17 +261,21 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
                                     store_rows(history + t * STEP, i, tape, ROW, S)
                     for t in range(steps - 1, -1, -1):
                         prefetch(xs + t * x_t + ahead * xb, ahead * xb, 0)
+                        if ON_ROWS:
+                            p = load_parameters(places, constants[:PARAMETERS], t0 + t, row, S)
                         if ON_TOKENS:
                             for j in range(PARAMETERS):
                                 if places[4 * j + 1]:
-                                    fill_parameter(ps + j * ROW, n, places[4 * j], 0, c, (t0 + t) * R + row, p[j], S)
+                                    fill_parameter(
+                                        ps + j * ROW, n, places[4 * j], 1, places[4 * j + 2], c, t0 + t, row, p[j], S
+                                    )
                         for j in range(STATES):
                             gj, gj_t, gj_r = g_seq[3 * j], g_seq[3 * j + 1], g_seq[3 * j + 2]
                             if gj != 0:
                                 gj += ((t0 + t) * gj_t + row * gj_r + c) * sb
                                 for i in range(n):
                                     store(carry + j * ROW, i, load(carry + j * ROW, i, S) + load_input(gj, i, S), S)
-                        target = row_out if STREAMED else dxs + t * dx_t
+                        target = dxs + t * dx_t if WRITES and not STREAMED else row_out
                         into, now = target, history + t * STEP
                         if NORM:
                             norm_ = load(norms, t, S)
@@ -275,12 +292,12 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
                                 load_rows(now, i, STATES, ROW, S), q, load_input(gs + t * g_t, i, X),
                                 load_rows(carry, i, STATES, ROW, S), alpha,
                             )  # fmt: skip
-                            store_output(into, i, d, D)
+                            store_output(into, i, d, INTO)
                             store_rows(carry, i, states, ROW, S)
                             if WANTED:
                                 add_rows(total, i, d_q, ROW, S)
                         if WANTED and NORM:
-                            d_threshold = sum_tile(total + NORMED * ROW, n, BLOCK, S)
+                            d_threshold = sum_tile(total + NORMED * ROW, n, width, S)
                             fill(total + NORMED * ROW, n, 0, 0, zero, S, S)
                             store(sums[NORMED], (t0 + t) * R + row, d_threshold * norm_, S)
                         if THROUGH:
@@ -289,38 +306,38 @@ def _backward_kernel(X, V, code, kind, spread, WANTED, STREAMED, norm="", THROUG
                             for i in range(n):
                                 xi = load_input(xs + t * x_t, i, X)
                                 d = slope * (xi if RMS else sign(xi, S))
-                                store_output(target, i, load(row_d, i, S) + (d if finite else zero), X)
-                        if WANTED and ON_TOKENS:
+                                store_output(target, i, load(row_d, i, S) + (d if finite else zero), D)
+                        if WANTED and (ON_ROWS or ON_TOKENS):
                             for j in range(GRADIENTS):
                                 if places[4 * j + 1] and j != NORMED:
-                                    sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                                    sum_ = sum_tile(total + j * ROW, n, width, S)
                                     store(sums[j], ((task - block * chunks) * T + t0 + t) * R + row, sum_, S)
                                     fill(total + j * ROW, n, 0, 0, zero, S, S)
                         if STREAMED:
-                            stream(dxs + t * dx_t, row_out, n * xb)
+                            stream(dxs + t * dx_t, row_out, n * db)
                 for j in range(STATES):
                     to, to_r = d_before[2 * j], d_before[2 * j + 1]
                     if to != 0:
                         for i in range(n):
                             store(to + (row * to_r + c) * vb, i, load(carry + j * ROW, i, S), V)
-                if WANTED and ON_TOKENS:
+                if WANTED and (ON_ROWS or ON_TOKENS):
                     for j in range(GRADIENTS):
-                        if (
-                            places[4 * j + 2] and not places[4 * j + 1] and j != NORMED
-                        ):  # a value per token, the same at every step
-                            sum_ = sum_tile(total + j * ROW, n, BLOCK, S)
+                        # a value per token, the same at every step
+                        if places[4 * j + 2] and not places[4 * j + 1] and j != NORMED:
+                            sum_ = sum_tile(total + j * ROW, n, width, S)
                             store(sums[j], (task - block * chunks) * R + row, sum_, S)
                             fill(total + j * ROW, n, 0, 0, zero, S, S)
             if WANTED:
                 for j in range(GRADIENTS):
-                    if j == NORMED or (ON_TOKENS and places[4 * j + 2]):
+                    if j == NORMED or ((ON_ROWS or ON_TOKENS) and places[4 * j + 2]):
                         continue
-                    if VARIES:
+                    if VARIES or ON_ROWS:
                         fill(sums[j] + (block * C + c) * sb, n, total + j * ROW, 0, zero, S, S)
                     else:
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
 
-    name = f"{pullback.__name__}_{X}{V}{kind}{spread}{WANTED:d}{STREAMED:d}" + (f"{norm}{THROUGH:d}{BLOCK}" if NORM else "")
+    name = f"{pullback.__name__}_{X}{D}{V}{kind}{spread}{WANTED:d}{WRITES:d}{STREAMED:d}"
+    name += f"{norm}{THROUGH:d}{BLOCK}" if NORM else ""
     return Kernel(neuron_backward, name)
 
 
@@ -368,14 +385,14 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip
-    """Fill dx, and the gradients of the states that are given. x is not empty.
+    """Fill dx, in any dtype, if given, and the gradients of the states that are given. x is not empty.
 
     With ``with_parameters``, return partial sums of the gradients of the parameters: (groups, C) each if one of them has one
     value per channel, otherwise (tasks,).
     """
     dtype = state_dtype(x.dtype)
     p = Parameters(variant, parameters, dtype, x.dim())
-    layout = layout_of(x, dx, p.per_channel or variant.norm != "")
+    layout = layout_of(x, x if dx is None else dx, p.per_channel or variant.norm != "")
     columns, normed = _columns(variant, layout.C, BACKWARD_COLUMNS), _normed(p.code, variant.norm)
     wanted, through = with_parameters or variant.differentiates_norm, variant.differentiates_norm
     states, V = _same_dtype(states, dtype)
@@ -386,9 +403,10 @@ def neuron_backward(
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, wanted, x.shape[0], columns, normed)
+    written = x if dx is None else dx
     _backward_kernel(
-        CODES[x.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx.nbytes >= STREAM, variant.norm,
-        through, columns,
+        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
+        dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
         p.addresses,

@@ -207,8 +207,14 @@ FUSED_COSTS = {
 
 def is_fused(name: str) -> bool:
     """True if the operator has costs here. The costs of a neuron of the user follow from its step."""
-    if name not in FUSED_COSTS and (costs := own.costs(name)) is not None:
-        FUSED_COSTS[name] = costs
+    base = name.removeprefix("norm_")
+    if base not in FUSED_COSTS and (costs := own.costs(base)) is not None:
+        FUSED_COSTS[base] = costs
+    if name != base and base in FUSED_COSTS:  # (x - mean) * scale + shift, then the neuron; without the statistics
+        for suffix in ("", " without leak"):
+            if base + suffix in FUSED_COSTS:
+                products, sums = FUSED_COSTS[base + suffix]
+                FUSED_COSTS[name + suffix] = products + 1, sums + 1
     return name in FUSED_COSTS
 
 
@@ -216,9 +222,9 @@ def fused_work(facts: "Facts", args: tuple, kwargs: dict) -> tuple[str, int]:
     """Return the name in ``FUSED_COSTS`` of a call of one of our operators, and its number of elements and steps."""
     given = dict(zip(facts.arguments, args)) | kwargs
     name = facts.short
-    if name in ("lif", "lif_rate") and given["tau"] is None and math.isinf(given["tau_value"]):
+    if name in ("lif", "lif_rate", "norm_lif") and given["tau"] is None and math.isinf(given["tau_value"]):
         name += " without leak"
-    if name == "leaky" and given["beta"] is None and given["beta_value"] == 1:
+    if name in ("leaky", "norm_leaky") and given["beta"] is None and given["beta_value"] == 1:
         name += " without leak"
     return name, args[0].numel() * (given["T"] if facts.short == "lif_rate" else 1)
 

@@ -38,6 +38,14 @@ class Neuron:
     numbers: tuple[str, ...] = ()  # numbers only, without gradients
     start: tuple[str | None, ...] = (None,)  # per state, its value before the first step: the name of a number, or None for 0
     reciprocals: tuple[str, ...] = ()  # the parameters that users give as their reciprocals: r as tau
+    fixed: tuple[str, ...] = ()  # the last of the parameters, if they have no gradient
+    # (gradient of x, x, p) -> what the backward pass writes as the gradient of x; None: the gradient
+    input_gradient: Callable[..., Any] | None = None
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """The parameters with gradients."""
+        return self.parameters[: len(self.parameters) - len(self.fixed)]
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -426,6 +434,7 @@ class Trace:
         )
         s = Values(neuron.states, self.states)
         p = Values((*neuron.parameters, *neuron.numbers), (*self.parameters, *self.numbers))
+        self._values = p
         self.spike, self.after = self._outputs(neuron.step(self.x, s, p, Operations(graph), **self.flags))
         graph.exact = False  # everything from here on is a derivative
         self.d_spike = graph.input("ds")
@@ -450,8 +459,12 @@ class Trace:
     def pullback(self, with_parameters: bool) -> list[Symbol]:
         """Return the gradients with respect to x, the states and, if asked for, the parameters."""
         if with_parameters not in self._pullbacks:
-            wanted = (self.x, *self.states, *(self.parameters if with_parameters else ()))
-            self._pullbacks[with_parameters] = self._pull((self.spike, *self.after), (self.d_spike, *self.d_after), wanted)
+            x, *parameters = self.directions(with_parameters)
+            wanted = (x, *self.states, *parameters)
+            found = self._pull((self.spike, *self.after), (self.d_spike, *self.d_after), wanted)
+            if self.neuron.input_gradient is not None:
+                found[0] = self.neuron.input_gradient(found[0], self.x, self._values)
+            self._pullbacks[with_parameters] = found
         return self._pullbacks[with_parameters]
 
     def _pull(self, outputs, upstream, wanted):
@@ -517,7 +530,7 @@ class Trace:
 
     def directions(self, with_parameters: bool) -> list[Symbol]:
         """Return the inputs along which ``tangent`` differentiates."""
-        return [self.x, *(self.parameters if with_parameters else ())]
+        return [self.x, *(self.parameters[: len(self.neuron.learnt)] if with_parameters else ())]
 
     def tangent(self, direction: Symbol) -> tuple[list[Symbol], list[Symbol]]:
         """Differentiate along one input in forward mode. Return (d_states, [ds, *d_after]). x must be finite, see HUGE.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, tuning
+from .. import dispatch, memory, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -21,6 +21,7 @@ from ..dtypes import state_dtype
 from ..layout import empty_like, norm_columns
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
+from ..pending import Pending, computed, run_with_norm
 from ..reference.neuron import norm_of_tokens, returned
 from .neuron import (
     allocate_parameter_gradients,
@@ -320,6 +321,18 @@ def lif(
         >>> lif(x[2:], v).flatten().tolist()
         [0.0, 1.0]
     """
+    if isinstance(x, Pending):
+        from .norm_lif import norm_lif  # which builds on this module
+
+        if threshold is None and not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold)):
+            spikes = run_with_norm(
+                norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+                detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
+                return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+            )  # fmt: skip
+            if spikes is not None:
+                return spikes
+        x = computed(x)
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     if threshold is not None:
         _check_norm(x, v_threshold, threshold)
@@ -340,16 +353,20 @@ def lif(
             tau if tau_tensor is None else tau_tensor,
             v_threshold if threshold_tensor is None else threshold_tensor,
         )
-        return reference.lif(
+        found = reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
             surrogate=surrogate, alpha=alpha, levels=levels, threshold=threshold, detach_threshold=detach_threshold,
             return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
-    if threshold is not None and not _norm_fits(x, backend):
-        factor = neuron.v_threshold if threshold_tensor is None else threshold_tensor
-        threshold_tensor, threshold = norm_of_tokens(x, threshold, detach_threshold) * factor, None
-    parameters, values = (tau_tensor, threshold_tensor), (*neuron, threshold or "", detach_threshold)
-    return returned(launch(_lif_call, x, (v,), parameters, values, return_v, return_v_seq, spike_dtype, backend), single=True)
+    else:
+        if threshold is not None and not _norm_fits(x, backend):
+            factor = neuron.v_threshold if threshold_tensor is None else threshold_tensor
+            threshold_tensor, threshold = norm_of_tokens(x, threshold, detach_threshold) * factor, None
+        parameters, values = (tau_tensor, threshold_tensor), (*neuron, threshold or "", detach_threshold)
+        found = launch(_lif_call, x, (v,), parameters, values, return_v, return_v_seq, spike_dtype, backend)
+        found = returned(found, single=True)
+    packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
+    return found
 
 
 def _check_rate_of_levels(levels, T, dtype, return_counts):
@@ -459,8 +476,12 @@ def lif_rate(
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
-        return reference.lif_rate(
+        rate = reference.lif_rate(
             x, T, residual, gate, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_counts=return_counts,
         )  # fmt: skip
-    return _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
+    else:
+        rate = _rate_call(x, residual, gate, tau_tensor, threshold_tensor, T, *neuron, return_counts, backend)
+    if residual is None and not return_counts:
+        packed.note_spikes(rate, levels, T)
+    return rate

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch, reference, tuning
+from .. import dispatch, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -25,6 +25,7 @@ from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, empty_like, empty_state_like, empty_states_like
 from ..levels import Levels
 from ..neuron import Neuron, Variant
+from ..pending import Pending, computed, run_with_norm
 from ..reference.neuron import returned
 from .operator import kernels, register, values_are_readable
 
@@ -256,16 +257,18 @@ class NeuronOp:
     """The op of a neuron whose settings are its parameters, the flags of its step, and a surrogate.
 
     checks: per parameter, a function of (name, number, dtype of the arithmetic) that raises an error if the number is out of
-    range. constants: the neuron's numbers.
+    range. constants: the neuron's numbers. binary: True if all spikes are 0 or 1.
     """
 
-    def __init__(self, neuron: Neuron, checks=None, constants=()):
+    def __init__(self, neuron: Neuron, checks=None, constants=(), binary=True):
+        self.binary = binary
         self.neuron, self.constants = neuron, tuple(constants)
         self.checks = checks or (check_number,) * len(neuron.parameters)
         self.flags = tuple(neuron.flags)
         values = [f"float {name}_value" for name in neuron.parameters]
         flags = [f"{type(flag).__name__} {name}" for name, flag in neuron.flags.items()]
         schema = ", ".join([*values, *flags, "str surrogate", "float alpha"])
+        self._schema, self._norm_call = schema, None
         self._call = define(neuron, neuron.parameters, schema, self._variant, self._check_values)
 
     def _variant(self, *values):
@@ -284,14 +287,71 @@ class NeuronOp:
         self, x, v, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
     ):  # fmt: skip
         """Run a neuron whose only state is the argument v. Return s, or (s, v), (s, v_seq) or (s, v, v_seq)."""
+        if isinstance(x, Pending):
+            found = self._run_pending(x, v, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype)
+            if found is not None:
+                return found
+            x = computed(x)
         channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
         found = self._run(x, (v,), parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype, channels)
         return returned(found, single=True)
+
+    def _run_pending(self, x, v, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype):
+        """Compute the norm of which x is the output and the neuron in one pass; None if that is not possible."""
+        if any(isinstance(p, Tensor) and p.numel() > 1 for p in parameters):
+            return None
+        return run_with_norm(
+            self.after_norm, x, v, parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha, return_v=return_v,
+            return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+        )  # fmt: skip
+
+    def after_norm(
+        self, x, weight=None, bias=None, running_mean=None, running_var=None, v=None, *, training, momentum=0.1, eps=1e-5,
+        channel_axis=2, per_step=False, step_factor=None, scale=1.0, process_group=None, parameters, flags, surrogate, alpha,
+        return_v, return_v_seq, spike_dtype,
+    ):  # fmt: skip
+        """Run a BatchNorm and this neuron, which has one state, in one pass; see norm_lif."""
+        from .norm_lif import Norm, define_norm  # which builds on this module
+
+        norm = Norm(
+            weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
+            process_group,
+        )  # fmt: skip
+        axis = norm.check(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
+        values, tensors, alpha = self._check(x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis])
+        backend = dispatch.choose(x.device.type, fused=alpha is not None)
+        if backend == "reference":
+            if values_are_readable(x):
+                self._check_values(tensors, (), state_dtype(x.dtype))
+            current, axis = reference.norm.normalise(x, *norm)
+            found = reference.neuron.run(
+                self.neuron, current, (None if v is None else v.movedim(axis - 1, -1),), parameters,
+                dict(zip(self.flags, flags)), surrogate, alpha, return_v, return_v_seq, spike_dtype or x.dtype, self.constants,
+            )  # fmt: skip
+            found = reference.norm.move_back(returned(found, single=True), x, axis)
+        else:
+            assert alpha is not None  # the reference has served a custom surrogate function
+            if self._norm_call is None:
+                names, schema = self.neuron.parameters, self._schema
+                self._norm_call = define_norm(self.neuron, names, schema, self._variant, self._check_values)
+            settings = (*values, *flags, surrogate, alpha)
+            found = norm.launch(self._norm_call, x, v, axis, tensors, settings, return_v, return_v_seq, spike_dtype, backend)
+        self._noted(found if isinstance(found, tuple) else (found,))
+        return found
 
     def states(self, x, state, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype):
         """Run a neuron whose states are the argument ``state``, a tuple. Return s, or s and what was requested."""
         names = self.neuron.states
         states = check_state(state, names)
+        if isinstance(x, Pending):
+            found = None
+            if len(names) == 1:
+                found = self._run_pending(
+                    x, states[0], parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype
+                )  # fmt: skip
+            if found is not None:
+                return (found[0], *((v,) for v in found[1:])) if isinstance(found, tuple) else found
+            x = computed(x)
         named = {f"state's {name}": v for name, v in zip(names, states)}
         channels = check_steps(x, named, return_state=return_state, return_state_seq=return_state_seq)
         found = self._run(
@@ -299,27 +359,41 @@ class NeuronOp:
         )  # fmt: skip
         return returned(found)
 
-    def _run(
-        self, x, states, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype, channels
-    ):  # fmt: skip
+    def _check(self, x, more, parameters, surrogate, alpha, spike_dtype, channels):
+        """Check the settings. Return (numbers, tensors or None, alpha). more: tensors that may need a gradient."""
         names, dtype = self.neuron.parameters, state_dtype(x.dtype)
         given = [check_neuron_parameter(name, p, x, channels) for name, p in zip(names, parameters)]
         values, tensors = tuple(value for value, _ in given), tuple(tensor for _, tensor in given)
         for name, value, tensor, check in zip(names, values, tensors, self.checks):
             if tensor is None:
                 check(name, value, dtype)
-        check_spike_dtype(spike_dtype, x, *states, *tensors)
+        check_spike_dtype(spike_dtype, x, *more, *tensors)
         alpha = check_surrogate(surrogate, alpha, dtype)
         if alpha is None:
             warn_of_custom_surrogate()
+        return values, tensors, alpha
+
+    def _run(
+        self, x, states, parameters, flags, surrogate, alpha, return_state, return_state_seq, spike_dtype, channels
+    ):  # fmt: skip
+        values, tensors, alpha = self._check(x, states, parameters, surrogate, alpha, spike_dtype, channels)
+        dtype = state_dtype(x.dtype)
         backend = dispatch.choose(x.device.type, fused=alpha is not None)
         if backend == "reference":
             if values_are_readable(x):
                 self._check_values(tensors, (), dtype)
-            return reference.neuron.run(
+            found = reference.neuron.run(
                 self.neuron, x, states, parameters, dict(zip(self.flags, flags)), surrogate, alpha, return_state,
                 return_state_seq, spike_dtype, self.constants,
             )  # fmt: skip
+            return self._noted(found)
         assert alpha is not None  # the reference has served a custom surrogate function
         settings = (*values, *flags, surrogate, alpha)
-        return launch(self._call, x, states, tensors, settings, return_state, return_state_seq, spike_dtype, backend)
+        return self._noted(
+            launch(self._call, x, states, tensors, settings, return_state, return_state_seq, spike_dtype, backend)
+        )
+
+    def _noted(self, found):
+        if self.binary:
+            packed.note_spikes(found[0])
+        return found

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import nvtx
+from .. import nvtx, packed
 from .._torch import (
     below_autograd,
     dispatch_mode_count,
@@ -21,6 +21,7 @@ from .._torch import (
     is_zerotensor,
     profiler_enabled,
     transforms_active,
+    without_modes,
 )
 
 _LIBRARY = torch.library.Library("sdit_kernels", "FRAGMENT")
@@ -212,9 +213,10 @@ def register(
                 return operator(*args)
 
     def needs_dispatcher(args):
-        """True if PyTorch's dispatcher must see this call: a dispatch mode or the profiler is active, or an argument is a
+        """True if PyTorch's dispatcher must see this call: a dispatch mode (other than packed_spikes, which knows the
+        operators of this package) or the profiler is active, or an argument is a
         tensor subclass, meta, or lazily negated. Otherwise an eager call skips the dispatcher and saves about 24 us."""
-        if dispatch_mode_count() > 0 or profiler_enabled():
+        if (dispatch_mode_count() > 0 and packed.has_other_modes()) or profiler_enabled():
             return True
         for t in args[:tensor_count]:  # a loop takes half the time of any()
             if t is not None and (type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t)):
@@ -231,10 +233,14 @@ def register(
                     return True
         return False
 
+    def run_directly(*args):
+        if dispatch_mode_count() > 0:  # the mode of packed_spikes need not see the operators inside
+            with without_modes():
+                return implementation(*args)
+        return implementation(*args)
+
     def run(*args):
-        if not needs_dispatcher(args):
-            return implementation(*args)
-        return call_below_autograd(*args)
+        return call_below_autograd(*args) if needs_dispatcher(args) else run_directly(*args)
 
     class Autograd(torch.autograd.Function):
         @staticmethod
@@ -295,6 +301,6 @@ def register(
             return operator(*args)
         if mutates:
             return run_without_gradient(*args)
-        return Autograd.apply(*args) if may_need_grad(args) else implementation(*args)
+        return Autograd.apply(*args) if may_need_grad(args) else run_directly(*args)
 
     return entry

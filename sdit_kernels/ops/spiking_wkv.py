@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, tuning
+from .. import dispatch, memory, packed, reference, tuning
 from ..checks import (
     Neuron,
     check_flag,
@@ -316,11 +316,13 @@ def spiking_wkv(
     if backend == "reference":
         if values_are_readable(k):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype), encode(levels))
-        return reference.spiking_wkv(
+        found = reference.spiking_wkv(
             time_decay, time_first, k, v, r, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
             detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, log_decay=log_decay,
             scan_state=scan_state, membrane=membrane, return_state=return_state, rate=rate,
         )  # fmt: skip
+        packed.note_spikes(found[0] if return_state else found, levels, T if rate else None)
+        return found
     keep = wants_gradient(k, v, r, decay, time_first, ybar, lse, membrane, tau_tensor, threshold_tensor)
 
     def one(k, v, r, scan_state, membrane, rate=False, return_state=True):
@@ -335,4 +337,5 @@ def spiking_wkv(
         out, state = _chunks(k, v, r, scan_state, membrane, rate, one)
     else:
         out, state = one(k, v, r, scan_state, membrane, rate, return_state)
+    packed.note_spikes(out, levels, T if rate else None)
     return (out, state) if return_state else out

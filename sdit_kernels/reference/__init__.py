@@ -2,6 +2,7 @@
 
 from .mix import relu_squared, token_shift
 from .neuron import adlif, cuba, lapicque, leaky, lif, lif_rate
+from .norm import norm_lif
 from .spiking_wkv import spiking_wkv
 from .wkv import wkv, wkv_state_from_rwkv, wkv_state_to_rwkv, wkv_step, wkv_step_
 
@@ -12,6 +13,7 @@ __all__ = [
     "leaky",
     "lif",
     "lif_rate",
+    "norm_lif",
     "relu_squared",
     "spiking_wkv",
     "token_shift",

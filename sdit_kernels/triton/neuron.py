@@ -16,6 +16,7 @@ to call.
 """
 
 import functools
+import itertools
 import types
 from typing import NamedTuple
 
@@ -129,6 +130,7 @@ class Flags(NamedTuple):
     RECIPROCAL: tuple[bool, ...]  # for each parameter: a tensor holds its reciprocal
     PER_CHANNEL: bool  # one of them has several values, so columns are channels and rows are tokens
     START: tuple[int, ...]  # for each state: which parameter it starts from; -1: from 0
+    SLOTS: tuple[int, ...]  # for each parameter: its place among the real numbers; -1: it is a tensor
     K: int  # steps held in registers; rate: T if the loop over steps is unrolled, else 0
     LONG: bool = False  # T > K
     HOLDS_STATES: bool = False  # the backward pass holds the states before every step, not the tape
@@ -148,7 +150,7 @@ def load_parameters(pointers, numbers, cols, mask, F: tl.constexpr, STATE: tl.co
         if F.KINDS[i] >= 2:  # see load_tokens
             p = tl.zeros([], STATE)
         else:
-            p = load_parameter(pointers[i], numbers[i] if i < len(numbers) else 0.0, cols, mask, F.KINDS[i] == 1, STATE)
+            p = load_parameter(pointers[i], numbers[F.SLOTS[i]] if F.SLOTS[i] >= 0 else 0.0, cols, mask, F.KINDS[i] == 1, STATE)
             if F.RECIPROCAL[i]:
                 if pointers[i] is not None:
                     p = divide(1.0, p)
@@ -412,8 +414,9 @@ def backward_kernel(
                     for n in tl.static_range(S):
                         left = left + (tl.where(t0 + k < T, before[n], upstream_k[n]),)
                     before = left
-                dx = as_tile(dx, ds).to(dx_ptr.dtype.element_ty)
-                tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dx, mask=m)
+                if dx_ptr is not None:
+                    dx = as_tile(dx, ds).to(dx_ptr.dtype.element_ty)
+                    tl.store(dx_ptr + first + (t0 + k) * dx_t + rows * dx_r + cols, dx, mask=m)
                 carry = before
         for n in tl.static_range(S):
             d_ptr, d_r = d_states[n]
@@ -447,7 +450,9 @@ def _flags(neuron, kinds, K, **flags):
     if flags.get("NORM"):
         flags["NORMED"] = at = names.index("v_threshold")
         flags["SUM_KINDS"] = *found[:at], STEP, *found[at + 1 :]
-    return Flags(found, reciprocal, any(kinds), start, K, **flags)
+    order = list(itertools.accumulate((kind is None for kind in kinds), initial=0))
+    slots = tuple(n if kind is None and n < NUMBERS else -1 for kind, n in zip(kinds, order))
+    return Flags(found, reciprocal, any(kinds), start, slots, K, **flags)
 
 
 def flags_of(variant, parameters, K, axes=0, **flags):
@@ -460,12 +465,16 @@ def values_of(variant, parameters, like):
 
     A real number is an argument of its own, because in a tuple it would become float32. Numbers beyond NUMBERS become tensors.
     """
-    values, dtype = variant.values, state_dtype(like.dtype)
+    dtype = state_dtype(like.dtype)
     tensors = [*map(contiguous, parameters), *[None] * len(variant.neuron.numbers)]
-    for i in range(NUMBERS, len(values)):
+    numbers = []
+    for i, value in enumerate(variant.values):
         if tensors[i] is None:
-            tensors[i] = torch.full((1,), values[i], dtype=dtype, device=like.device)
-    return tuple(tensors), (*values[:NUMBERS], *[0.0] * (NUMBERS - len(values)))
+            if len(numbers) < NUMBERS:
+                numbers.append(value)
+            else:
+                tensors[i] = torch.full((1,), value, dtype=dtype, device=like.device)
+    return tuple(tensors), (*numbers, *[0.0] * (NUMBERS - len(numbers)))
 
 
 def _views(view, layout, tensors):
@@ -508,7 +517,8 @@ def _backward_by_segments(variant, g, g_finals, g_seqs, x, states, parameters, c
         of_part = [p[part] if step else p for p, step in zip(parameters, steps)]
         upstream = None if g is None else g[part], g_finals, [None if d is None else d[part] for d in g_seqs]
         found.insert(0, neuron_backward(
-            variant, *upstream, x[part], before, of_part, [None] * len(states), dx[part], into, True, tuning,
+            variant, *upstream, x[part], before, of_part, [None] * len(states), None if dx is None else dx[part], into, True,
+            tuning,
         ))  # fmt: skip
         g_finals = into
     return [torch.cat(parts, 1) if step else sum(parts) for step, parts in zip(steps, zip(*found))]
@@ -517,14 +527,17 @@ def _backward_by_segments(variant, g, g_finals, g_seqs, x, states, parameters, c
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip
-    """Fill dx, and the gradients of the states if given. If ``with_parameters``, return a partial sum per parameter."""
+    """Fill dx, if given, and the gradients of the states if given.
+
+    If ``with_parameters``, return a partial sum per parameter with a gradient.
+    """
     T, state, normed = x.shape[0], state_dtype(x.dtype), variant.norm != ""
     per_channel = normed or any(map(is_per_channel, parameters))
     if with_parameters and T > LIF_CHECKPOINT_STEPS and STEP in (kind_of(p, x.dim()) for p in parameters):
         return _backward_by_segments(
             variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, tuning
         )  # fmt: skip
-    layout, differentiated = layout_of(x, dx, per_channel), with_parameters or variant.differentiates_norm
+    layout, differentiated = layout_of(x, x if dx is None else dx, per_channel), with_parameters or variant.differentiates_norm
     plan = trace(variant.neuron, variant.flags).plan(differentiated)
     K = min(T, LIF_CHECKPOINT_STEPS)
     flags = flags_of(
@@ -534,12 +547,13 @@ def neuron_backward(
     tensors, numbers = values_of(variant, parameters, x)
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
     held = K * len(states)
+    learnt = len(variant.neuron.learnt)
     if differentiated:  # many parameters also need registers: for their values, and two sums each
-        held = 2 * held + 4 * max(0, len(parameters) - 2)
+        held = 2 * held + 4 * max(0, learnt - 2)
     if normed:  # layout.norm_columns relies on this
         held = power_of_2(K) * state.itemsize
     grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held, whole_rows=normed)
-    sums = grid.partial_sums(layout, flags.SUM_KINDS[: len(parameters)], x, T, flags.PER_CHANNEL) if with_parameters else None
+    sums = grid.partial_sums(layout, flags.SUM_KINDS[:learnt], x, T, flags.PER_CHANNEL) if with_parameters else None
     grid.launch(
         bind(
             backward_kernel, f"{variant.neuron.name}_backward_kernel", variant.neuron, variant.flags, variant.surrogate,
@@ -548,8 +562,8 @@ def neuron_backward(
         x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
-        (row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C, grid.group,
-        *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
+        (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C,
+        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
     )  # fmt: skip
     if normed and with_parameters:
         at = flags.NORMED

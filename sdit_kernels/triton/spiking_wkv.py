@@ -53,9 +53,10 @@ class Flags(NamedTuple):
     TOKENS: int  # tokens per tile
     RATE: bool  # the output is the mean of the spikes over T
     LOG_OF_RATE: bool  # w is -exp(time_decay)
-    KINDS: tuple[int, ...]  # these three as in neuron.Flags
+    KINDS: tuple[int, ...]  # these four as in neuron.Flags
     RECIPROCAL: tuple[bool, ...]
     START: tuple[int, ...]
+    SLOTS: tuple[int, ...]
     HELD: int = 0  # tokens that the backward pass holds in registers
     HOLDS_STATES: bool = False  # the backward pass holds the membranes before every step, not the tape
     USES_TAPE: bool = False  # and the pullback needs the tape too: the membrane after the step
@@ -369,7 +370,7 @@ def _launch(kernel, k, flags, tuning, *args):
 
 def _flags(tuning, variant, parameters, T, rate, decay_is_log_of_rate, **flags):
     f, tokens = neuron.flags_of(variant, parameters, T), spiking_tile(T, "triton", tuning)
-    rules = f.KINDS, f.RECIPROCAL, f.START
+    rules = f.KINDS, f.RECIPROCAL, f.START, f.SLOTS
     return Flags(tuning.spiking_threads, T, tokens, rate, decay_is_log_of_rate, *rules, **flags)
 
 

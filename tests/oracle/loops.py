@@ -139,6 +139,49 @@ def _lif_with_levels(x, v, tau, v_threshold, v_reset, decay_input, detach_reset,
     return (np.array(counts, float).reshape(x.shape) * scale, v, np.array(after).reshape(x.shape)), backward
 
 
+def norm_lif(
+    x, weight=None, bias=None, v=None, step_factor=None, *, running=None, eps=1e-5, channel_axis=2, per_step=False, scale=1.0,
+    **neuron,
+):  # fmt: skip
+    """lif behind a normalisation per channel. running: (mean, var), in evaluation.
+
+    Return (s, v after the last step, v after every step, mean, var), backward. Gradients: x, weight, bias, v, step_factor, tau,
+    v_threshold.
+    """
+    y = np.moveaxis(x, channel_axis, -1)  # (T, .., C)
+    axes = tuple(range(1 if per_step else 0, y.ndim - 1))
+    N = int(np.prod([y.shape[a] for a in axes]))
+
+    def spread(p):
+        return p.reshape(p.shape[0], *[1] * (y.ndim - 2), p.shape[1]) if np.ndim(p) == 2 else p
+
+    mean, var = (y.mean(axes), y.var(axes)) if running is None else running
+    rstd = spread(1 / np.sqrt(var + eps))
+    xhat = (y - spread(mean)) * rstd
+    normal = xhat * scale
+    gamma = 1.0 if weight is None else spread(weight)
+    beta = 0.0 if bias is None else spread(bias)
+    steps = 1.0 if step_factor is None else step_factor.reshape(-1, *[1] * (y.ndim - 1))
+    (s, *vs), back = lif((normal * gamma + beta) * steps, None if v is None else np.moveaxis(v, channel_axis - 1, -1), **neuron)
+
+    def home(a):
+        return np.moveaxis(a, -1, channel_axis - (a.ndim < x.ndim))
+
+    def backward(ds=None, dv_last=None, dv_every=None):
+        upstream = ds, dv_last, dv_every
+        found = back(*(None if d is None else np.moveaxis(d, channel_axis - (d.ndim < x.ndim), -1) for d in upstream))
+        d = found["x"] * steps
+        dxhat = d * gamma * scale
+        dx = rstd * dxhat
+        if running is None:
+            dx -= rstd * (dxhat.sum(axes, keepdims=True) / N + xhat * (dxhat * xhat).sum(axes, keepdims=True) / N)
+        terms = (found["x"] * (normal * gamma + beta)).sum(tuple(range(1, y.ndim)))
+        sums = dict(weight=(d * normal).sum(axes), bias=d.sum(axes), step_factor=terms)
+        return found | sums | dict(x=home(dx), v=home(found["v"]))
+
+    return (home(s), *map(home, vs), mean, var), backward
+
+
 def lif_rate(x, T=4, residual=None, gate=None, **neuron):
     """(...) -> residual + mean over T of lif(sigmoid(gate) x), (...). Gradients: x, residual, gate, tau, v_threshold."""
     share = 1.0 if gate is None else sigmoid(gate)

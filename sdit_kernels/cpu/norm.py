@@ -1,0 +1,236 @@
+"""The statistics of a normalisation per channel, and the end of its backward pass, on the CPU.
+
+The data are T x B x C x S values with contiguous S, or T x B x C. A task finds the mean and the sum of squared differences of
+every channel of a block for a group of its values, in chunks: two passes over a chunk that is in a cache. Chunks and groups are
+combined with their counts, in float64 and in a fixed order, so a large mean loses no digits of the variance.
+"""
+
+import functools
+
+import torch
+
+from ..dtypes import state_dtype
+from ..layout import layout_of
+from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, store_output, tile
+from .kernel import Kernel, share
+from .launch import placed
+from .mix import row_sum
+
+_GROUPS = 64  # the most partial sums per channel
+_CHUNK = 4096  # values of a row that two passes read, 16 KiB
+_COLUMNS, _ROWS = 256, 32  # channels and rows of a chunk where the channels are contiguous: 32 KiB
+
+
+@row_sum
+def _sum(row, n, X, S):
+    total = num(0.0, S)
+    for i in range(n):
+        total += load(row, i, X)
+    return total
+
+
+@row_sum
+def _sums_around(row, n, mean, X, S):
+    """Return the sums of row - mean and of its square."""
+    total, squares = num(0.0, S), num(0.0, S)
+    for i in range(n):
+        centred = load(row, i, X) - mean
+        total += centred
+        squares += centred * centred
+    return total, squares
+
+
+@row_sum
+def _include(means, sums, i, before, mean, squares, n):
+    """Include n values with this mean and sum of squares in the statistics of ``before`` values."""
+    old = load(means, i, F64)
+    d = mean - old
+    share_ = n / (before + n)
+    store(means, i, old + d * share_, F64)
+    store(sums, i, load(sums, i, F64) + squares + d * d * before * share_, F64)
+
+
+@functools.cache
+def _rows_kernel(X):
+    S, xb = state_code(X), SIZES[X]
+    CHUNK, BLOCK = _CHUNK, 64
+
+    def norm_rows(part, outer, K, B, C, L, size, groups, x_, means, sums):
+        x, x_t, x_r = x_
+        blocks = (C + BLOCK - 1) // BLOCK
+        for task in share(outer * groups * blocks, part):
+            group = task // blocks
+            o = group // groups
+            first = (group - o * groups) * size
+            c0 = (task - group * blocks) * BLOCK
+            mean_at, sum_at = means + group * C * 8, sums + group * C * 8
+            for c in range(c0, min(C, c0 + BLOCK)):
+                store(mean_at, c, 0.0, F64)
+                store(sum_at, c, 0.0, F64)
+            for k in range(first, min(K, first + size)):
+                t = k // B
+                row = (o + t) * x_t + (k - t * B) * C * x_r
+                before = float((k - first) * L)
+                for c in range(c0, min(C, c0 + BLOCK)):
+                    done = 0
+                    while done < L:
+                        n = min(CHUNK, L - done)
+                        at = x + (row + c * x_r + done) * xb
+                        around = _sum(at, n, X, S) / num(float(n), S)
+                        total, squares = _sums_around(at, n, around, X, S)
+                        n_ = float(n)
+                        rest = float(total) / n_
+                        _include(mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_)
+                        done += n
+
+    return Kernel(norm_rows, f"norm_rows_{X}")
+
+
+@functools.cache
+def _columns_kernel(X):
+    S, xb = state_code(X), SIZES[X]
+    BLOCK, ROWS = _COLUMNS, _ROWS
+
+    def norm_columns(part, outer, K, B, C, size, groups, x_, means, sums):
+        x, x_t, x_r = x_
+        blocks = (C + BLOCK - 1) // BLOCK
+        for task in share(outer * groups * blocks, part):
+            group = task // blocks
+            o = group // groups
+            first = (group - o * groups) * size
+            last = min(K, first + size)
+            c0 = (task - group * blocks) * BLOCK
+            n = min(BLOCK, C - c0)
+            mean_at, sum_at = means + (group * C + c0) * 8, sums + (group * C + c0) * 8
+            around, total, squares = tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
+            for i in range(n):
+                store(mean_at, i, 0.0, F64)
+                store(sum_at, i, 0.0, F64)
+            for k0 in range(first, last, ROWS):
+                rows = min(ROWS, last - k0)
+                for i in range(n):
+                    store(around, i, num(0.0, S), S)
+                    store(total, i, num(0.0, S), S)
+                    store(squares, i, num(0.0, S), S)
+                # sums of differences from the first row, which is a value of every channel
+                t0 = k0 // B
+                head = x + ((o + t0) * x_t + (k0 - t0 * B) * x_r + c0) * xb
+                for k in range(k0, k0 + rows):
+                    t = k // B
+                    at = x + ((o + t) * x_t + (k - t * B) * x_r + c0) * xb
+                    for i in range(n):
+                        store(around, i, load(around, i, S) + (load_input(at, i, X) - load_input(head, i, X)), S)
+                share_ = num(1.0, S) / num(float(rows), S)
+                for i in range(n):
+                    store(around, i, load(head, i, X) + load(around, i, S) * share_, S)
+                for k in range(k0, k0 + rows):
+                    t = k // B
+                    at = x + ((o + t) * x_t + (k - t * B) * x_r + c0) * xb
+                    for i in range(n):
+                        d = load_input(at, i, X) - load(around, i, S)
+                        store(total, i, load(total, i, S) + d, S)
+                        store(squares, i, load(squares, i, S) + d * d, S)
+                before, rows_ = float(k0 - first), float(rows)
+                for i in range(n):
+                    rest = float(load(total, i, S)) / rows_
+                    _include(
+                        mean_at, sum_at, i, before, float(load(around, i, S)) + rest,
+                        float(load(squares, i, S)) - rest * rest * rows_, rows_,
+                    )  # fmt: skip
+
+    return Kernel(norm_columns, f"norm_columns_{X}")
+
+
+@functools.cache
+def _combine_kernel(S):
+    def norm_combine(part, outer, K, C, L, size, groups, means, sums, mean, squares):
+        for o in share(outer, part):
+            at = o * groups * C * 8
+            for group in range(1, groups):
+                first = group * size
+                before, n = float(first * L), float((min(K, first + size) - first) * L)
+                here = at + group * C * 8
+                for c in range(C):
+                    _include(means + at, sums + at, c, before, load(means + here, c, F64), load(sums + here, c, F64), n)
+            for c in range(C):
+                store(mean, o * C + c, num(load(means + at, c, F64), S), S)
+                store(squares, o * C + c, num(load(sums + at, c, F64), S), S)
+
+    return Kernel(norm_combine, f"norm_combine_{S}")
+
+
+@functools.cache
+def _backward_kernel(X, ROWS, STEPS):
+    """d - offset - (x - mean) * slope. STEPS: these have a value per step."""
+    S = state_code(X)
+    xb, sb = SIZES[X], SIZES[S]
+
+    def norm_backward(part, T, B, C, L, x_, d_, out_, mean, offset, slope):
+        (x, x_t, x_r), (d, d_t, d_r), (out, out_t, out_r) = x_, d_, out_
+        if ROWS:
+            for task in share(T * B, part):
+                t = task // B
+                b = task - t * B
+                for c in range(C):
+                    k = t * C + c if STEPS else c
+                    m, o, s = load(mean, k, S), load(offset, k, S), load(slope, k, S)
+                    source = x + (t * x_t + (b * C + c) * x_r) * xb
+                    gradient = d + (t * d_t + (b * C + c) * d_r) * sb
+                    target = out + (t * out_t + (b * C + c) * out_r) * xb
+                    for i in range(L):
+                        y = load_input(source, i, X)
+                        store_output(target, i, load(gradient, i, S) - o - (y - m) * s, X)
+        else:
+            for task in share(T * B, part):
+                t = task // B
+                b = task - t * B
+                source = x + (t * x_t + b * x_r) * xb
+                gradient = d + (t * d_t + b * d_r) * sb
+                target = out + (t * out_t + b * out_r) * xb
+                for i in range(C):
+                    y = load_input(source, i, X)
+                    o, s = load_input(offset, i, S), load_input(slope, i, S)
+                    store_output(target, i, load(gradient, i, S) - o - (y - load_input(mean, i, S)) * s, X)
+
+    return Kernel(norm_backward, f"norm_backward_{X}{ROWS:d}{STEPS:d}")
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------------
+
+
+def norm_forward(x, rows, mean, squares, tuning):
+    """Fill mean and squares, the sum of (x - mean)^2, both (C,), or (T, C) to have them per step. x is not empty.
+
+    x is (T, B, C, S) if ``rows``, else (T, B, C).
+    """
+    T, B, C = x.shape[:3]
+    L = x.shape[3] if rows else 1
+    outer, K = (T, B) if mean.dim() == 2 else (1, T * B)
+    size = -(-K // _GROUPS)
+    groups = -(-K // size)
+    x, x_ = placed(layout_of(x, x, True), x)
+    table = torch.empty((2, outer * groups, C), dtype=torch.float64, device="cpu")
+    means, sums = table[0].data_ptr(), table[1].data_ptr()
+    if rows:
+        _rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, x_, means, sums)
+    else:
+        _columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, x_, means, sums)
+    _combine_kernel(CODES[mean.dtype])(
+        table.numel(), outer, K, C, L, size, groups, means, sums, mean.data_ptr(), squares.data_ptr()
+    )
+
+
+def norm_backward(d, dx, x, rows, mean, offset, slope, tuning):
+    """Fill dx with d - offset - (x - mean) * slope. The last three are (C,), or (T, C) with values per step.
+
+    d is in the state type. It may be dx.
+    """
+    T, B, C = x.shape[:3]
+    mean, offset, slope = (p.to(state_dtype(x.dtype)).contiguous() for p in (mean, offset, slope))
+    layout = layout_of(x, dx, True)
+    x, x_ = placed(layout, x)
+    d, d_ = placed(layout, d)
+    dx, dx_ = placed(layout, dx)
+    _backward_kernel(CODES[x.dtype], rows, mean.dim() == 2)(
+        x.numel(), T, B, C, x.shape[-1], x_, d_, dx_, mean.data_ptr(), offset.data_ptr(), slope.data_ptr()
+    )
