@@ -5,8 +5,8 @@
 
 The ways: SpikingJelly's own code; the same with its memory option, memopt.optimize_memory, which repeats the forward pass and
 compresses spikes; after accelerate; after accelerate with fuse and packed. "ideal" is what no rewrite of norms and neurons can
-avoid: the inputs of norms, spikes and sums of spikes in the fewest bits, places of a pooling of 2 x 2 in two bits, and everything
-else that autograd saves.
+avoid: the inputs of norms, spikes and sums of spikes in the fewest bits, places of a pooling of 2 x 2 in two bits, and all else
+that autograd saves.
 """
 
 import copy

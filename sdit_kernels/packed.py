@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, tuning
+from . import dispatch, memory, tuning
 from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active, without_modes
 from .dtypes import state_dtype
 from .levels import decode, encode
@@ -120,7 +120,7 @@ class _Bits:
         self.words, self.values, self.backend, self.dtype, self.n = words, values, backend, dtype, n
 
     def restore(self) -> Tensor:
-        flat = torch.empty(self.n, dtype=self.dtype, device=self.words.device)
+        flat = memory.empty_contiguous((self.n,), self.dtype, self.words)
         _kernels(self.backend).unpack(self.words, self.values, flat, tuning.current())
         return flat
 
@@ -140,7 +140,7 @@ class _Codes:
 
     def restore(self) -> Tensor:
         codes = self.bits.restore()
-        flat = torch.empty(codes.shape, dtype=torch.int64, device=codes.device)
+        flat = memory.empty_contiguous(codes.shape, torch.int64, codes)
         _kernels(self.bits.backend).window_indices(codes, self.shape, self.window, flat, tuning.current())
         return flat
 

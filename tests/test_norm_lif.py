@@ -1,5 +1,7 @@
 """norm_lif: the definition against torch's BatchNorm, every backend against the oracle, statistics, groups, memory, errors."""
 
+import importlib
+import inspect
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,8 +16,9 @@ from hypothesis import assume, given, settings
 from oracle import loops
 
 import sdit_kernels
-from sdit_kernels import backend, lif, norm_lif
-from sdit_kernels.ops.norm_lif import batch_statistics
+from sdit_kernels import backend, leaky, lif, norm_lif
+from sdit_kernels.neuron import LEAKY, Variant
+from sdit_kernels.ops.norm_lif import batch_statistics, define_norm
 
 BACKENDS = ["reference", "cpu", "triton"]
 FUSED = BACKENDS[1:]
@@ -510,6 +513,33 @@ def test_spikes_for_inference():
     assert s.dtype == torch.uint8 and torch.equal(s.float(), norm_lif(X, training=True))
     with pytest.raises(ValueError, match="carries no gradient"):
         norm_lif(X.clone().requires_grad_(), training=True, spike_dtype=torch.uint8)
+
+
+def test_define_norm_serves_other_neurons():
+    """The operators of snnTorch's Leaky behind a BatchNorm."""
+
+    def variant(beta, v_threshold, reset, delay, surrogate, alpha):
+        return Variant(LEAKY, (reset, delay), (beta, v_threshold), surrogate, alpha)
+
+    schema = "float beta_value, float v_threshold_value, str reset, bool delay, str surrogate, float alpha"
+    call = define_norm(LEAKY, ("beta", "v_threshold"), schema, variant, lambda *_: None)
+    x, weight = draw((4, 3, 5, 6)).requires_grad_(), (1 + draw((5,), 1).abs()).requires_grad_()
+    mean, squares, count = batch_statistics(x, 2, False, None, "cpu")
+    vectors_ = weight, None, None, mean, 1 / torch.sqrt(squares / count + 1e-5), None, None, None
+    neuron = 0.9, 1.0, "subtract", True, "atan", 2.0
+    s = call(x, None, *vectors_, 1.0, 2, False, True, "", *neuron, False, False, None, False, "cpu")[0]
+    y = F.batch_norm(x.flatten(0, 1), None, None, weight, None, training=True).view(x.shape)
+    want = leaky(y, beta=0.9)
+    assert torch.equal(s, want)
+    gradients = [torch.autograd.grad(o, [x, weight], draw(o.shape, 2)) for o in (s, want)]
+    for found, wanted in zip(*gradients):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_launchers_have_equal_signatures():
+    """Triton has no norm_backward: it runs the kernel of the neuron twice."""
+    cpu, triton = (importlib.import_module(f"sdit_kernels.{room}.norm") for room in ("cpu", "triton"))
+    assert inspect.signature(cpu.norm_forward) == inspect.signature(triton.norm_forward)
 
 
 def test_the_op_is_exported():

@@ -536,7 +536,7 @@ def test_matmuls_of_spikes_are_counts(monkeypatch):
 
 
 def test_matmuls_that_are_not_counts_stay_as_they_are():
-    s, weight = lif(torch.randn(4, 64, 64)), torch.randn(64, 64)
+    weight = torch.randn(64, 64)
     for make in (
         lambda s: s @ weight, lambda s: (s @ s) * 0.3, lambda s: (s @ s) * -0.5,
         lambda s: lif(3 * torch.randn(4, 64, 64), levels="ternary") @ s, lambda s: s.repeat(1, 1, 300) @ s.repeat(1, 300, 1),

@@ -550,8 +550,12 @@ def neuron_backward(
     learnt = len(variant.neuron.learnt)
     if differentiated:  # many parameters also need registers: for their values, and two sums each
         held = 2 * held + 4 * max(0, learnt - 2)
+    centred = variant.neuron.input_gradient is not None  # behind a BatchNorm: two more vectors, and the difference from the mean
+    if centred and flags.LONG:
+        held *= 2
     if normed:  # layout.norm_columns relies on this
         held = power_of_2(K) * state.itemsize
+    needs_registers = centred or (with_parameters and flags.LONG)
     grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held, whole_rows=normed)
     sums = grid.partial_sums(layout, flags.SUM_KINDS[:learnt], x, T, flags.PER_CHANNEL) if with_parameters else None
     grid.launch(
@@ -563,7 +567,7 @@ def neuron_backward(
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
         (gradient_view(layout, g, x.dtype), _views(maybe_step_view, layout, g_finals), _views(maybe_row_view, layout, g_seqs)),
         (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C,
-        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if with_parameters and flags.LONG else {}),
+        grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if needs_registers else {}),
     )  # fmt: skip
     if normed and with_parameters:
         at = flags.NORMED
