@@ -550,7 +550,7 @@ def neuron_backward(
     learnt = len(variant.neuron.learnt)
     if differentiated:  # many parameters also need registers: for their values, and two sums each
         held = 2 * held + 4 * max(0, learnt - 2)
-    centred = variant.neuron.input_gradient is not None  # behind a BatchNorm: two more vectors, and the difference from the mean
+    centred = variant.neuron.input_gradient is not None  # behind a BatchNorm: two more vectors and the difference from the mean
     if centred and flags.LONG:
         held *= 2
     if normed:  # layout.norm_columns relies on this
