@@ -14,6 +14,10 @@ from . import memory
 from .tuning import Tuning
 
 LIF_CHECKPOINT_STEPS = 16  # steps between the membranes that the backward pass starts from; for T <= 16 there are none
+# lif's kernels compute the norm that makes the thresholds up to these sizes; beyond them, a pass over x precedes the kernel.
+# Triton: bytes of all steps of a row, in the dtype of the arithmetic. A program holds them in registers, without spills.
+NORM_BYTES_TRITON = 16384
+NORM_COLUMNS_CPU = 4096  # a task holds 17 steps of a row on its stack: 272 KiB, or 544 KiB of float64
 
 
 class Layout(NamedTuple):
@@ -142,6 +146,23 @@ def spiking_tile(T: int, backend: str, tuning: Tuning) -> int:
     while tokens > 2 and tokens * T > pairs:
         tokens //= 2
     return tokens
+
+
+def norm_columns(backend: str, T: int, itemsize: int) -> int:
+    """The most channels for which lif's kernel computes the norm of x. itemsize: of the dtype of the arithmetic.
+
+    Triton: 1024 for T <= 4, 512 for T <= 8, 256 for T <= 16; float64: 512, 256 and none.
+    """
+    if backend == "cpu":
+        return NORM_COLUMNS_CPU
+    return NORM_BYTES_TRITON // itemsize // max(4, 1 << (T - 1).bit_length()) if T * itemsize <= 64 else 0
+
+
+def sum_over_steps(partial: Tensor, p: Tensor | None, T: int) -> Tensor:
+    """Return the partial sums of a parameter's gradient, (1, number of values), from its gradients per step and row."""
+    if p is None or p.numel() == 1:
+        return partial.sum().reshape(1)
+    return partial.view(1, -1) if p.numel() == partial.numel() else partial.view(T, -1).sum(0, keepdim=True)
 
 
 class ChannelLayout(NamedTuple):

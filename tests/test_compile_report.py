@@ -13,13 +13,19 @@ VERSION = tuple(int(part) for part in importlib.metadata.version("triton").split
 if not (3, 6) <= VERSION < (3, 9):
     pytest.skip(f"perf/compile/ knows Triton 3.6 to 3.8, not {VERSION[0]}.{VERSION[1]}", allow_module_level=True)
 
+import torch  # noqa: E402
+
+import sdit_kernels  # noqa: E402
 from perf import compile_report  # noqa: E402
+from perf.compile.code import inspect  # noqa: E402
 from perf.compile.launch import launches  # noqa: E402
 from perf.compile.lif import Case, SpikingJelly  # noqa: E402
 from perf.compile.mix import MixCase  # noqa: E402
 from perf.compile.report import find_faults, markdown, rows_of_all, verdict  # noqa: E402
 from perf.compile.rows import TYPES, rows_of  # noqa: E402
 from perf.compile.wkv import Fla, WkvCase  # noqa: E402
+from sdit_kernels.layout import norm_columns  # noqa: E402
+from sdit_kernels.tuning import Tuning, tuned  # noqa: E402
 
 FACTS = {"date": "today", "command": "report", "commit": "0", "dirty": False}
 FACTS["versions"] = dict.fromkeys(("torch", "triton", "spikingjelly", "fla-core"))
@@ -48,6 +54,20 @@ def test_lif_kernels_have_no_spills_and_move_minimal_bytes(rows):
         assert row["bytes_per_element"] == row["floor"] == size * (3 if "backward" in row["kernel"] else 2), row
         narrow = row["kernel"] == "lif_backward" and row["variant"] == "T=16" and row["data"] == "bf16"
         assert row["narrowest"] == (64 if narrow else 128), row
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("T, dtype", [(4, torch.float32), (8, torch.bfloat16), (4, torch.float64)], ids=str)
+def test_lif_kernels_with_a_norm_have_no_spills_up_to_the_stated_size(target, T, dtype):
+    C = norm_columns("triton", T, max(4, dtype.itemsize))
+    x = torch.empty(T, 8, C, dtype=dtype, requires_grad=True)
+    tau, factor = (torch.full(size, 2.0, dtype=torch.float64, requires_grad=True) for size in ((C,), ()))
+    with launches(target) as found, sdit_kernels.backend("triton"), tuned(Tuning()):
+        s = sdit_kernels.lif(x, tau=tau, v_threshold=factor, threshold="rms")
+        torch.autograd.grad(s, (x, tau, factor), torch.empty_like(s))
+    rows = [inspect(kernel) for kernel, _ in found]
+    assert len(rows) == 2 and all(arguments["BC"] == C for _, arguments in found)
+    assert all(row["spills"] == row["spill_bytes"] == 0 for row in rows), rows
 
 
 def test_lif_kernels_need_few_instructions(rows):

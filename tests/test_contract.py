@@ -539,6 +539,7 @@ OPERATORS = {  # calls of x, (3, 4, 5), and p, (5,), which together reach every 
     "lif": lambda x, p: sdit_kernels.lif(x),
     "lif, long": lambda x, p: sdit_kernels.lif(x.repeat(6, 1, 1), x[0], tau=p[0] + 1, v_threshold=p, return_v_seq=True),
     "lif, tokens": lambda x, p: sdit_kernels.lif(x, tau=p[:4, None] + 1, v_threshold=p[:3, None, None].expand(3, 4, 1)),
+    "lif, norm": lambda x, p: sdit_kernels.lif(x, v_threshold=p[0] + 0.5, threshold="rms"),
     "lif, uint8": lambda x, p: sdit_kernels.lif(x.detach().transpose(0, 1), spike_dtype=torch.uint8, return_v=True),
     "lif, permuted": lambda x, p: sdit_kernels.lif(x.reshape(3, 2, 2, 5).permute(0, 2, 3, 1), return_v_seq=True),
     "lif, no step": lambda x, p: sdit_kernels.lif(x[:0], x[0], return_v=True, return_v_seq=True),

@@ -9,9 +9,11 @@ import torch
 from oracle import loops
 
 from sdit_kernels import backend, lif
+from sdit_kernels.layout import norm_columns
 from sdit_kernels.nn import LIF
 
 BACKENDS = ["reference", "cpu", "triton"]
+
 NEURONS = [dict(), dict(v_reset=None, detach_reset=True), dict(decay_input=False, v_reset=-0.25)]
 
 
@@ -53,30 +55,122 @@ def normed(x, kind):
     return x.square().mean(-1, keepdim=True).add(1e-6).sqrt() if kind == "rms" else x.abs().mean(-1, keepdim=True) + 1e-6
 
 
+def kernel_holds(name, x):
+    """True if the norm of x is computed in a kernel: then only x and the factor are kept."""
+    return name != "reference" and x.shape[-1] <= norm_columns(name, x.shape[0], max(4, x.element_size()))
+
+
+def saved_by(function):
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t) if t.numel() else t, lambda t: t):
+        return function(), kept.values()
+
+
+FACTORS = {"number": 1.2, "scalar": (), "(L, 1)": (4, 1), "(T, B, L, 1)": (3, 2, 4, 1)}
+
+
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("kind", ["rms", "mean"])
-@pytest.mark.parametrize("C", [6, 1500])
-def test_a_norm_makes_the_thresholds(name, kind, C):
-    """C = 1500 is more than one program or task holds."""
-    generator = torch.Generator().manual_seed(C)
+@pytest.mark.parametrize(
+    "C, kind, factor",
+    [
+        (6, "rms", "scalar"),
+        (300, "mean", "(T, B, L, 1)"),  # more than 256 columns of a CPU task
+        (1024, "rms", "(L, 1)"),
+        (1500, "mean", "number"),  # more than a program of Triton holds, and 1024 columns of a CPU task
+        (4100, "rms", "scalar"),  # more than a CPU task holds
+    ],
+)
+def test_a_norm_makes_the_thresholds(name, C, kind, factor):
+    if name == "triton" and C in (300, 1024):
+        C //= 10  # the CPU takes a minute to compile a program of Triton that holds more
+    generator, factor = torch.Generator().manual_seed(C), FACTORS[factor]
     x = torch.randn(3, 2, 4, C, generator=generator, dtype=torch.float64).requires_grad_()
-    factor = torch.tensor(1.2, dtype=torch.float64, requires_grad=True)
+    learnt = [] if factor == 1.2 else [parameter(factor, 3, 0.8)]
+    factor = learnt[0] if learnt else factor
     g = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     with backend(name):
-        s = lif(x, v_threshold=factor, threshold=kind, surrogate="fast_sigmoid")
-        found = torch.autograd.grad(s, (x, factor), g)
+        s, kept = saved_by(lambda: lif(x, v_threshold=factor, threshold=kind, surrogate="fast_sigmoid"))
+        found = torch.autograd.grad(s, (x, *learnt), g)
         (alone,) = torch.autograd.grad(
             lif(x, v_threshold=factor, threshold=kind, detach_threshold=True, surrogate="fast_sigmoid"), x, g
         )
     with backend("reference"):
         want = lif(x, v_threshold=factor * normed(x, kind), surrogate="fast_sigmoid")
-        wanted = torch.autograd.grad(want, (x, factor), g)
-        (detached,) = torch.autograd.grad(
-            lif(x, v_threshold=factor.detach() * normed(x, kind).detach(), surrogate="fast_sigmoid"), x, g
-        )
+        wanted = torch.autograd.grad(want, (x, *learnt), g)
+        thresholds = factor * normed(x, kind)
+        (detached,) = torch.autograd.grad(lif(x, v_threshold=thresholds.detach(), surrogate="fast_sigmoid"), x, g)
     assert torch.equal(s, want) and 0 < s.mean() < 1
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(alone, detached, rtol=1e-9, atol=1e-9)
+    if kernel_holds(name, x):
+        assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in (x, *learnt)}
+
+
+@pytest.mark.parametrize("name, T, C", [("cpu", 20, 300), ("triton", 4, 20), ("triton", 20, 6)])
+@pytest.mark.parametrize(
+    "neuron",
+    [
+        dict(threshold="rms", v_reset=None, tau=2.5),
+        dict(threshold="mean", tau=(1,), decay_input=False, v_reset=-0.25),
+        dict(threshold="rms", tau=(3, 1), levels="ternary"),
+        dict(threshold="rms", v_reset=None, levels=(0, 4)),
+    ],
+    ids=str,
+)
+def test_other_neurons_with_a_norm_equal_the_reference(name, T, C, neuron):
+    """With a membrane, all outputs, and gradients of all of them; tau is a number, per channel or per token."""
+    generator, neuron = torch.Generator().manual_seed(T + C), dict(neuron)
+    x, v, *g = (torch.randn(s, generator=generator, dtype=torch.float64) for s in [(T, 2, 3, C), (2, 3, C), (T, 2, 3, C)])
+    g += [torch.randn(s, generator=generator, dtype=torch.float64) for s in [(2, 3, C), (T, 2, 3, C)]]
+    leaves = dict(v_threshold=parameter((), 1, 0.9))
+    if isinstance(tau := neuron.pop("tau", 2.0), tuple):
+        leaves["tau"] = parameter((C,) if tau == (1,) else tau, 2, 1.5)
+    else:
+        neuron["tau"] = tau
+    found, gradients = run(name, x, v, g, leaves, **neuron)
+    want, wanted = run("reference", x, v, g, leaves, **neuron)
+    assert torch.equal(found[0], want[0])
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("C", [37, 200])
+def test_the_backward_pass_finds_the_same_thresholds(name, dtype, C):
+    """The membranes are a few units in the last place around the threshold. dx is 0 exactly where the neuron fired."""
+    generator, state = torch.Generator().manual_seed(C), torch.float64 if dtype == torch.float64 else torch.float32
+    x = torch.randn(1, 40, C, generator=generator).to(dtype).requires_grad_()
+    theta = normed(x.detach().to(state), "rms")[0]
+    v = 2 * (theta - x[0].detach().to(state) / 2)
+    v = v * (1 + torch.randint(-4, 5, v.shape, generator=generator) * torch.finfo(state).eps)
+    settings = dict(threshold="rms", detach_reset=True, detach_threshold=True, return_v=True)
+    with backend(name):
+        s, v_last = lif(x, v.requires_grad_(), **settings)
+        dx, dv = torch.autograd.grad(v_last, (x, v), torch.ones_like(v_last))
+        (through,) = torch.autograd.grad(lif(x, v, **settings | dict(detach_threshold=False))[1], x, torch.ones_like(v_last))
+    assert torch.equal(dv == 0, s[0] == 1) and torch.equal(dx == 0, s == 1) and 0 < s.float().mean() < 1
+    torch.testing.assert_close(through, dx)
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_norms_of_other_dtypes_and_strides_equal_the_reference(name):
+    """The reference sees the same values in float32, because autograd adds two gradients of a bfloat16 x in bfloat16."""
+    generator = torch.Generator().manual_seed(5)
+    factor = torch.tensor(1.1, requires_grad=True)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+        x = torch.randn(4, 3, 20, 5, generator=generator).to(dtype).transpose(2, 3).requires_grad_()
+        same = x.detach().float().requires_grad_()
+        for g in (torch.randn(4, 3, 5, 20, generator=generator).to(dtype), torch.ones((), dtype=dtype).expand(4, 3, 5, 20)):
+            with backend(name):
+                s = lif(x, v_threshold=factor, threshold="rms")
+                found = torch.autograd.grad(s, (x, factor), g)
+            with backend("reference"):
+                want = lif(same, v_threshold=factor, threshold="rms")
+                wanted = torch.autograd.grad(want, (same, factor), g.float())
+            assert s.dtype == dtype and torch.equal(s.float(), want)
+            torch.testing.assert_close(found[0].float(), wanted[0], rtol=rtol, atol=rtol / 10)
+            torch.testing.assert_close(found[1], wanted[1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])
@@ -102,11 +196,27 @@ def test_transforms_and_the_compiler_take_values_per_token():
     thetas = torch.rand(6, 4, 1) + 0.5
     one = [lif(member, v_threshold=t) for member, t in zip(x, thetas)]
     assert torch.equal(torch.func.vmap(lambda x, t: lif(x, v_threshold=t))(x, thetas), torch.stack(one))
-    compiled = torch.compile(lambda x, t: lif(x, v_threshold=t, threshold="rms"), fullgraph=True, backend="aot_eager")
+
+    def normed_lif(x, t):
+        return lif(x, v_threshold=t, threshold="rms")
+
+    for f in (0.9, theta, theta[0]):
+        one = [normed_lif(member, f) for member in x]
+        assert torch.equal(torch.func.vmap(lambda x, f=f: normed_lif(x, f))(x), torch.stack(one))
+    one = [normed_lif(member, t) for member, t in zip(x, thetas)]
+    assert torch.equal(torch.func.vmap(normed_lif)(x, thetas), torch.stack(one))
+    gradient = torch.func.vmap(torch.func.grad(lambda x, t: normed_lif(x, t).sum(), (0, 1)))(x, thetas)
+    for i, (member, t) in enumerate(zip(x, thetas)):
+        leaves = member.clone().requires_grad_(), t.clone().requires_grad_()
+        torch.testing.assert_close([d[i] for d in gradient], list(torch.autograd.grad(normed_lif(*leaves).sum(), leaves)))
+    compiled = torch.compile(normed_lif, fullgraph=True, backend="aot_eager")
+    any_size = torch.compile(normed_lif, fullgraph=True, backend="aot_eager", dynamic=True)
     x, theta = x[0].requires_grad_(), theta.requires_grad_()
-    for f in (compiled, lambda x, t: lif(x, v_threshold=t, threshold="rms")):
+    for f in (compiled, any_size):
         found = torch.autograd.grad(f(x, theta).sum(), (x, theta))
-        torch.testing.assert_close(found, torch.autograd.grad(lif(x, v_threshold=theta, threshold="rms").sum(), (x, theta)))
+        torch.testing.assert_close(found, torch.autograd.grad(normed_lif(x, theta).sum(), (x, theta)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(normed_lif(x, theta), normed_lif(x.detach(), theta)) and normed_lif(x, theta).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -133,6 +243,11 @@ def test_a_norm_that_is_not_finite_makes_a_finite_threshold(name):
     with backend(name):
         assert lif(x, tau=1.0, v_threshold=0.5, threshold="rms")[0, :, 0].tolist() == [0, 1, 1, 0]
         assert lif(x[..., :0], threshold="mean").shape == (1, 4, 0)
+        x = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(lif(x, tau=1.0, v_threshold=0.5, threshold="rms").sum(), x)
+        assert name == "reference" or not dx[:, 2:].isnan().any()  # the norm is a constant where it is not finite
+        tiny = torch.full((1, 3, 40), 1e-30, dtype=x.dtype) * torch.tensor([0.0, 1.0, 1e-9])[:, None]
+        assert lif(tiny, tau=1.0, v_threshold=1e-30, threshold="rms").sum(-1).tolist() == [[0, 40, 0]]
 
 
 def test_a_module_learns_thresholds_of_tokens():

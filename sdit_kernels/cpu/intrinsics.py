@@ -262,6 +262,17 @@ def add_rows(typingctx, address, index, values, stride, code):
 
 
 @intrinsic(prefer_literal=True)
+def replaced(typingctx, values, index, value):
+    """Return a tuple with another element at ``index``."""
+    i = index.literal_value
+
+    def codegen(context, builder, signature, args):
+        return builder.insert_value(args[0], args[2], i)
+
+    return values(values, index, value), codegen
+
+
+@intrinsic(prefer_literal=True)
 def _prefetch(typingctx, address, write):
     write_ = write.literal_value
 

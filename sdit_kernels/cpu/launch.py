@@ -37,14 +37,14 @@ def placed_state(layout, t):
     return t, (t.data_ptr(), row)
 
 
-def placed_gradient(layout, g, like):
+def placed_gradient(layout, g, like, columns=BACKWARD_COLUMNS):
     """Return (g, (address, stride of T, stride of R, factor of the column offset)) of an upstream gradient.
 
     If g repeats one value, the result holds this value for the columns of one task, not for all elements.
     """
-    if g is None or (g.numel() > BACKWARD_COLUMNS and not any(g.stride())):
+    if g is None or (g.numel() > columns and not any(g.stride())):
         value = like.new_zeros(()) if g is None else g.as_strided((), ()).to(like.dtype)
-        value = value.repeat(BACKWARD_COLUMNS)
+        value = value.repeat(columns)
         return value, (value.data_ptr(), 0, 0, 0)
     g, step, row = row_view(layout, g.to(like.dtype))
     return g, (g.data_ptr(), step, row, 1)
@@ -88,7 +88,7 @@ def placed_all(layout, *groups):
 @functools.lru_cache(maxsize=256)
 def _constants(variant):
     """Return (code, numbers) of a neuron whose parameters are numbers; see Parameters."""
-    neuron, flags, values, _, alpha = variant
+    neuron, flags, values, _, alpha, *_ = variant
     given = dict(zip((*neuron.parameters, *neuron.numbers), values))
     zeros = tuple(name for name in neuron.numbers if given[name] == 0)
     return (neuron, flags, zeros), (*values, *(given.get(name, 0.0) for name in neuron.start), alpha)
@@ -137,23 +137,25 @@ class Parameters:
         flat = self.spread < ROWS
         self.addresses = tuple(place[0] for place in places) if flat else tuple(n for place in places for n in place)
 
-    def partial_sums(self, layout, wanted, steps=1):
+    def partial_sums(self, layout, wanted, steps=1, columns=BACKWARD_COLUMNS, normed=-1):
         """Return (rows per group, number of groups, partial sums or None, their addresses).
 
         A task processes a block of columns of one group. The partial sums of a parameter have the shape (groups, C) if one of
         the parameters has several values, otherwise (tasks,). For a parameter with a value per token it is
-        (blocks of columns, number of values).
+        (blocks of columns, number of values); for the parameter ``normed``, a factor of a norm, (1, steps * rows).
         """
         group = -(-layout.R // _GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
             return group, groups, None, ()
-        chunks = -(-layout.C // BACKWARD_COLUMNS)
+        chunks = -(-layout.C // columns)
         shape = (groups, layout.C) if self.per_channel else (groups * chunks,)
         sums = torch.empty((self._count, *shape), dtype=self._dtype, device="cpu")
-        if self.spread >= ROWS:
+        if self.spread >= ROWS or normed >= 0:
             sums = list(sums)
             for i, (_, step, token, _) in enumerate(self._places[: self._count]):
-                if token:
-                    sums[i] = torch.empty((chunks, layout.R * (steps if step else 1)), dtype=self._dtype, device="cpu")
+                if token or i == normed:
+                    sums[i] = torch.empty(
+                        (chunks, layout.R * (steps if step or i == normed else 1)), dtype=self._dtype, device="cpu"
+                    )
         return group, groups, sums, tuple(map(address, sums))

@@ -7,6 +7,9 @@ The backward pass goes through the steps from last to first, in segments of 16 s
 values per step from which the pullback starts, into tiles. The segment starts from the given states or from the checkpoint, to
 which the forward pass writes the states every 16 steps. The arithmetic follows the step operation by operation. Parameter
 gradients are summed per task and then over tasks. The order of this sum does not depend on the number of threads.
+
+With a norm (``Variant.norm``), a task processes whole rows. It first reads x for the norm; then x is in a cache.
+The backward pass adds the gradient through the norm to dx of a step when all columns of this step are done.
 """
 
 import functools
@@ -14,12 +17,13 @@ import functools
 import numba
 
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, layout_of
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of, sum_over_steps
 from ..neuron import printer, trace
-from ..neuron.trace import is_condition
+from ..neuron.trace import HUGE, is_condition
 from ..surrogate import SURROGATES
 from .intrinsics import (
     CODES,
+    F64,
     SIZES,
     add_rows,
     fill,
@@ -31,6 +35,7 @@ from .intrinsics import (
     num,
     nums,
     prefetch,
+    replaced,
     state_code,
     store,
     store_level,
@@ -63,6 +68,7 @@ from .vector import (
     level,
     maximum,
     minimum,
+    norm_of_row,
     sign,
     vset,
     where_at_least,
@@ -87,16 +93,16 @@ def generate(code, V, kind, with_parameters, entries):
 
 
 @functools.cache
-def _forward_kernel(X, O, V, code, spread):
+def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
-    BLOCK, STATES = FORWARD_COLUMNS, len(code[0].states)
+    STATES, NORM, NORMED = len(code[0].states), norm != "", _normed(code, norm)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
     ROW, AREA, P_AREA = BLOCK * sb, STATES * BLOCK, PARAMETERS * BLOCK if VARIES else 1
     FINALS, SEQS, KEEPS = 3, 3 + 2 * STATES, 3 + 5 * STATES  # where the outputs have these tensors
     FIRES = is_condition(trace(*code).spike)
-    (step,) = generate(code, S, 0, False, ("step",))
+    (step,), norm_of_row = generate(code, S, 0, False, ("step",)), _norm_of_row(norm, X)
 
     def neuron_forward(part, T, R, C, inputs, outputs, numbers, places):
         x, x_t, x_r = inputs[:3]
@@ -131,8 +137,12 @@ def _forward_kernel(X, O, V, code, spread):
                             fill(to, n, v + j * ROW, 0, start[j], S, S)
                 xt = x + (t * x_t + row * x_r + c) * xb
                 st = s + (t * s_t + row * s_r + c) * ob
+                if NORM:
+                    threshold = norm_of_row(xt, C) * (load(ps + NORMED * ROW, 0, S) if VARIES else p[NORMED])
                 for i in range(n):
                     q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
+                    if NORM:
+                        q = replaced(q, NORMED, threshold)
                     spike, states = step(load(xt, i, X), load_rows(v, i, STATES, ROW, S), q)
                     if FIRES:
                         store_spike(st, i, spike, O)
@@ -148,15 +158,18 @@ def _forward_kernel(X, O, V, code, spread):
                 if to != 0:
                     fill(to + (row * to_r + c) * sb, n, v + j * ROW, 0, start[j], S, S)
 
-    return Kernel(neuron_forward, f"{step.__name__}_{X}{O}{V}{spread}")
+    return Kernel(neuron_forward, f"{step.__name__}_{X}{O}{V}{spread}" + (f"{norm}{BLOCK}" if NORM else ""))
 
 
 @functools.cache
-def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
-    """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches."""
+def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED, norm="", THROUGH=False, BLOCK=BACKWARD_COLUMNS):
+    """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches.
+
+    THROUGH: dx includes the norm.
+    """
     S = state_code(X)
     xb, db, vb, sb = SIZES[X], SIZES[D], SIZES[V], SIZES[S]
-    BLOCK, STATES = BACKWARD_COLUMNS, len(code[0].states)
+    STATES, NORM, NORMED, RMS = len(code[0].states), norm != "", _normed(code, norm), norm == "rms"
     GRADIENTS = len(code[0].learnt)
     PARAMETERS = len(code[0].parameters) + len(code[0].numbers)
     VARIES, ON_CHANNELS, ON_ROWS, ON_TOKENS = spread in (CHANNELS, TOKENS), spread == CHANNELS, spread == ROWS, spread == TOKENS
@@ -168,6 +181,7 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
     AHEAD = STEP if KEEPS_STATES else 0
     KEEPS, SEQS, SUMS = 3 + 2 * STATES, 4 + 2 * STATES, 3 + 2 * STATES  # where a group of arguments has these tensors
     record, pullback = generate(code, S, kind, WANTED, ("record", "pullback"))
+    norm_of_row, INTO, MOST = _norm_of_row(norm, X), S if THROUGH else D, HUGE[S == F64]
 
     def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, places):
         x, x_t, x_r = inputs[:3]
@@ -188,6 +202,9 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                 width <<= 1
             history, carry, row_out = tile(HISTORY, S), tile(AREA, S), tile(BLOCK, S)
             ps, total = tile(P_AREA, S), tile(G_AREA, S)
+            ahead = BLOCK
+            if NORM:
+                norms, row_d, ahead = tile(LIF_CHECKPOINT_STEPS, S), tile(BLOCK, S), n
             v = history if KEEPS_STATES else history + LIF_CHECKPOINT_STEPS * STEP  # the states where a segment starts
             if ON_CHANNELS:
                 for j in range(PARAMETERS):
@@ -213,6 +230,9 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                     xs = x + t0 * x_t + (row * x_r + c) * xb
                     gs = g + t0 * g_t + (row * g_r + c * g_c) * xb
                     dxs = dx + t0 * dx_t + (row * dx_r + c) * db
+                    if NORM:
+                        for t in range(steps):
+                            store(norms, t, norm_of_row(xs + t * x_t, C), S)
                     for t in range(steps):
                         prefetch(gs + t * g_t, n * xb, 0)
                         if WRITES and not STREAMED:
@@ -227,15 +247,20 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                             ps + j * ROW, n, places[4 * j], 1, places[4 * j + 2], c, t0 + t, row, p[j], S
                                         )
                             now = v + t * AHEAD
+                            if NORM:
+                                factor = load(ps + NORMED * ROW, 0, S) if VARIES else p[NORMED]
+                                threshold = load(norms, t, S) * factor
                             for i in range(n):
                                 q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
+                                if NORM:
+                                    q = replaced(q, NORMED, threshold)
                                 states = load_rows(now, i, STATES, ROW, S)
                                 tape, states = record(load_input(xs + t * x_t, i, X), states, q)
                                 store_rows(now + AHEAD, i, states, ROW, S)
                                 if not KEEPS_STATES:
                                     store_rows(history + t * STEP, i, tape, ROW, S)
                     for t in range(steps - 1, -1, -1):
-                        prefetch(xs + t * x_t + BLOCK * xb, BLOCK * xb, 0)
+                        prefetch(xs + t * x_t + ahead * xb, ahead * xb, 0)
                         if ON_ROWS:
                             p = load_parameters(places, constants[:PARAMETERS], t0 + t, row, S)
                         if ON_TOKENS:
@@ -251,21 +276,40 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                                 for i in range(n):
                                     store(carry + j * ROW, i, load(carry + j * ROW, i, S) + load_input(gj, i, S), S)
                         target = dxs + t * dx_t if WRITES and not STREAMED else row_out
-                        now = history + t * STEP
+                        into, now = target, history + t * STEP
+                        if NORM:
+                            norm_ = load(norms, t, S)
+                            factor = load(ps + NORMED * ROW, 0, S) if VARIES else p[NORMED]
+                            threshold = norm_ * factor
+                        if THROUGH:
+                            into = row_d
                         for i in range(n):
                             q = load_rows(ps, i, PARAMETERS, ROW, S) if VARIES else p
+                            if NORM:
+                                q = replaced(q, NORMED, threshold)
                             d, states, d_q = pullback(
                                 load_rows(now + AHEAD, i, STATES, ROW, S), load_input(xs + t * x_t, i, X),
                                 load_rows(now, i, STATES, ROW, S), q, load_input(gs + t * g_t, i, X),
                                 load_rows(carry, i, STATES, ROW, S), alpha,
                             )  # fmt: skip
-                            store_output(target, i, d, D)
+                            store_output(into, i, d, INTO)
                             store_rows(carry, i, states, ROW, S)
                             if WANTED:
                                 add_rows(total, i, d_q, ROW, S)
+                        if WANTED and NORM:
+                            d_threshold = sum_tile(total + NORMED * ROW, n, width, S)
+                            fill(total + NORMED * ROW, n, 0, 0, zero, S, S)
+                            store(sums[NORMED], (t0 + t) * R + row, d_threshold * norm_, S)
+                        if THROUGH:
+                            slope = d_threshold * factor / ((norm_ if RMS else num(1.0, S)) * num(C * 1.0, S))
+                            finite = norm_ < num(MOST, S)
+                            for i in range(n):
+                                xi = load_input(xs + t * x_t, i, X)
+                                d = slope * (xi if RMS else sign(xi, S))
+                                store_output(target, i, load(row_d, i, S) + (d if finite else zero), D)
                         if WANTED and (ON_ROWS or ON_TOKENS):
                             for j in range(GRADIENTS):
-                                if places[4 * j + 1]:
+                                if places[4 * j + 1] and j != NORMED:
                                     sum_ = sum_tile(total + j * ROW, n, width, S)
                                     store(sums[j], ((task - block * chunks) * T + t0 + t) * R + row, sum_, S)
                                     fill(total + j * ROW, n, 0, 0, zero, S, S)
@@ -278,13 +322,14 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                             store(to + (row * to_r + c) * vb, i, load(carry + j * ROW, i, S), V)
                 if WANTED and (ON_ROWS or ON_TOKENS):
                     for j in range(GRADIENTS):
-                        if places[4 * j + 2] and not places[4 * j + 1]:  # a value per token, the same at every step
+                        # a value per token, the same at every step
+                        if places[4 * j + 2] and not places[4 * j + 1] and j != NORMED:
                             sum_ = sum_tile(total + j * ROW, n, width, S)
                             store(sums[j], (task - block * chunks) * R + row, sum_, S)
                             fill(total + j * ROW, n, 0, 0, zero, S, S)
             if WANTED:
                 for j in range(GRADIENTS):
-                    if (ON_ROWS or ON_TOKENS) and places[4 * j + 2]:
+                    if j == NORMED or ((ON_ROWS or ON_TOKENS) and places[4 * j + 2]):
                         continue
                     if VARIES or ON_ROWS:
                         fill(sums[j] + (block * C + c) * sb, n, total + j * ROW, 0, zero, S, S)
@@ -292,7 +337,24 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED):
                         store(sums[j], task, sum_tile(total + j * ROW, n, BLOCK, S), S)
 
     name = f"{pullback.__name__}_{X}{D}{V}{kind}{spread}{WANTED:d}{WRITES:d}{STREAMED:d}"
+    name += f"{norm}{THROUGH:d}{BLOCK}" if NORM else ""
     return Kernel(neuron_backward, name)
+
+
+def _normed(code, norm):
+    """Return the index of the parameter that is a factor of the norm, or -1."""
+    return code[0].parameters.index("v_threshold") if norm else -1
+
+
+def _norm_of_row(norm, X):
+    return norm_of_row(norm, X) if norm else None
+
+
+def _columns(variant, C, columns):
+    """Return the most columns of a task; the norm of a row needs all of them."""
+    while variant.norm and columns < C:
+        columns *= 4
+    return columns
 
 
 def _same_dtype(states, dtype):
@@ -310,11 +372,12 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     """Fill s, and per state the final one, the sequence and the checkpoint if they are given. x is not empty."""
     dtype = state_dtype(x.dtype)
     p = Parameters(variant, parameters, dtype, x.dim())
-    layout = layout_of(x, s, p.per_channel)
+    layout = layout_of(x, s, p.per_channel or variant.norm != "")
     states, V = _same_dtype(states, dtype)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states))
     more, outputs = placed_all(layout, (placed, (s,)), (placed_state, finals), (placed, seqs), (placed, checkpoints))
-    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread)(
+    columns = _columns(variant, layout.C, FORWARD_COLUMNS)
+    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread, variant.norm, columns)(
         x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
     )
 
@@ -329,19 +392,21 @@ def neuron_backward(
     """
     dtype = state_dtype(x.dtype)
     p = Parameters(variant, parameters, dtype, x.dim())
-    layout = layout_of(x, x if dx is None else dx, p.per_channel)
+    layout = layout_of(x, x if dx is None else dx, p.per_channel or variant.norm != "")
+    columns, normed = _columns(variant, layout.C, BACKWARD_COLUMNS), _normed(p.code, variant.norm)
+    wanted, through = with_parameters or variant.differentiates_norm, variant.differentiates_norm
     states, V = _same_dtype(states, dtype)
     into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
     g_finals, g_seqs = ([None if t is None else t.to(dtype) for t in group] for group in (g_finals, g_seqs))
-    g, g_ = placed_gradient(layout, g, x)
+    g, g_ = placed_gradient(layout, g, x, columns)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states), (placed, checkpoints))
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
-    group, groups, sums, sums_ = p.partial_sums(layout, with_parameters, x.shape[0])
+    group, groups, sums, sums_ = p.partial_sums(layout, wanted, x.shape[0], columns, normed)
     written = x if dx is None else dx
     _backward_kernel(
-        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, with_parameters,
-        dx is not None, dx is not None and dx.nbytes >= STREAM,
+        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
+        dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
     )(
         2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
         p.addresses,
@@ -349,4 +414,6 @@ def neuron_backward(
     for d, filled in zip(d_states, into):
         if filled is not d:
             d.copy_(filled)
-    return sums
+    if normed >= 0 and with_parameters:
+        sums[normed] = sum_over_steps(sums[normed], parameters[normed], x.shape[0])
+    return sums if with_parameters else None

@@ -8,6 +8,8 @@ in every lane. So results depend neither on the number of lanes nor on the distr
 ``V // 8`` is the number of lanes.
 """
 
+import functools
+import math
 import operator
 
 import numba
@@ -17,7 +19,8 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, overload, register_model, type_callable
 
-from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, state_code
+from ..neuron.trace import HUGE, THRESHOLD_EPS
+from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, load, num, state_code, store, sum_tile, tile
 
 LANES = 16  # a cache line of float32; the work on one AVX2 register hides the latency of the other
 
@@ -385,3 +388,45 @@ def sign(z, V):
 def share(a, b, g, V):
     """Return the part of the gradient g of maximum(a, b) that belongs to a: g, g / 2 where a equals b, 0 where a is less."""
     return where_less(a, b, vset(0.0, V), where_equal(a, b, vset(0.5, V) * g, g))
+
+
+# --- the norm of a row, for neurons whose thresholds are a multiple of it -----------------------------------------------------
+
+
+@functools.cache
+def norm_of_row(norm, X):
+    """Return a function (address, n) -> the norm of n elements: sqrt(mean of x^2 + 1e-6), or for "mean" mean of |x| + 1e-6.
+
+    A norm that is not finite counts as huge. The order of the sum depends on n only.
+    """
+    S, V, RMS, STEP = state_code(X), vec(X, LANES), norm == "rms", 4 * LANES
+    W, EPS, MOST = vec(S, LANES), THRESHOLD_EPS, HUGE[S == F64]
+
+    @_inline
+    def size(x):
+        return x * x if RMS else absolute(x)
+
+    @_inline
+    def norm_of_row(x, n):
+        sums, whole, a = tile(STEP, S), n // STEP * STEP, vset(0.0, V)
+        b, c, d = a, a, a
+        for i in range(0, whole, STEP):
+            a = a + size(vload(x, i, V))
+            b = b + size(vload(x, i + LANES, V))
+            c = c + size(vload(x, i + 2 * LANES, V))
+            d = d + size(vload(x, i + 3 * LANES, V))
+        for i in range(whole, n - LANES + 1, LANES):
+            a = a + size(vload(x, i, V))
+        vstore(sums, 0, a, W)
+        vstore(sums, LANES, b, W)
+        vstore(sums, 2 * LANES, c, W)
+        vstore(sums, 3 * LANES, d, W)
+        for i in range(n // LANES * LANES, n):
+            store(sums, i % LANES, load(sums, i % LANES, S) + size(load(x, i, X)), S)
+        mean = sum_tile(sums, STEP, STEP, S) / num(n * 1.0, S)
+        found, most = mean + num(EPS, S), num(MOST, S)
+        if RMS:
+            found = math.sqrt(found)
+        return found if found < most else most
+
+    return norm_of_row

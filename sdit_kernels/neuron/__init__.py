@@ -25,6 +25,12 @@ class Variant(NamedTuple):
     values: tuple[float, ...]  # the parameters, then the numbers
     surrogate: str
     alpha: float
+    norm: str = ""  # "rms" or "mean": v_threshold is a factor of this norm of the token
+    detach_norm: bool = False
+
+    @property
+    def differentiates_norm(self) -> bool:
+        return self.norm != "" and not self.detach_norm
 
 
 @functools.cache

@@ -390,6 +390,7 @@ def in_order(roots: Iterable[Symbol], given=()) -> list[Symbol]:
 # Callers of a tangent bound x by this number, float32 or float64. There every surrogate gradient is 0 as at infinity, but the
 # states stay finite, so that 0 times a state is 0.
 HUGE = 1e30, 1e300
+THRESHOLD_EPS = 1e-6  # in the norm that makes the thresholds; it keeps the threshold of a token of zeros positive
 
 
 def _is_polynomial(n: Symbol) -> bool:

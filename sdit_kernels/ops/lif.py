@@ -13,13 +13,12 @@ from ..checks import (
     check_levels_fit,
     check_membrane,
     check_neuron,
-    check_neuron_parameter,
     check_neuron_values,
     wants_gradient,
     warn_of_custom_surrogate,
 )
 from ..dtypes import state_dtype
-from ..layout import empty_like
+from ..layout import empty_like, norm_columns
 from ..levels import BINARY, Levels, decode, encode, span
 from ..neuron import LIF, Variant
 from ..pending import Pending, computed, run_with_norm
@@ -50,19 +49,21 @@ NEURON_SCHEMA = (
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
 
-def lif_variant(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels):
+def lif_variant(
+    tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, norm="", detach_norm=False
+):  # fmt: skip
     """Return the neuron as launchers take it."""
     flags = v_reset is None, decay_input, detach_reset
     if levels != BINARY:
         flags += decode(levels)
-    return Variant(LIF, flags, (1.0 / tau, v_threshold, v_reset or 0.0), surrogate, alpha)
+    return Variant(LIF, flags, (1.0 / tau, v_threshold, v_reset or 0.0), surrogate, alpha, norm, detach_norm)
 
 
 def _check_values(parameters, values, dtype):
     check_neuron_values(*parameters, values[3], dtype, values[7])
 
 
-_lif_call = define(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant, _check_values)
+_lif_call = define(LIF, ("tau", "v_threshold"), f"{NEURON_SCHEMA}, str norm, bool detach_norm", lif_variant, _check_values)
 
 
 def _rate_output(x, residual, parameters, return_counts):
@@ -173,8 +174,8 @@ class _Settings(Settings, total=False):
     spike_dtype: torch.dtype | None
 
 
-def _threshold_of_tokens(x, factor, kind, detach):
-    """Return factor times the norm of every token of x at every step, (T, .., L, 1), in the dtype of the arithmetic."""
+def _check_norm(x, factor, kind):
+    """Check x and v_threshold where a norm of x makes the thresholds."""
     if kind not in ("rms", "mean"):
         raise ValueError(f"threshold must be None, 'rms' or 'mean', got {kind!r}")
     check_data("x", x)
@@ -185,8 +186,13 @@ def _threshold_of_tokens(x, factor, kind, detach):
             f"v_threshold is a factor where threshold={kind!r}: it must be a number, a scalar or have a value per token, "
             f"(.., L, 1), got {tuple(factor.shape)}"
         )
-    number, given = check_neuron_parameter("v_threshold", factor, x, x.shape[-1], tokens=True)
-    return norm_of_tokens(x, kind, detach) * (number if given is None else given)
+
+
+def _norm_fits(x, backend):
+    """True if a kernel of the backend computes the norm of x. False for symbolic sizes, which a comparison would specialise."""
+    T, C = x.shape[0], x.shape[-1]
+    known = isinstance(T, int) and isinstance(C, int)
+    return known and norm_columns(backend, T, state_dtype(x.dtype).itemsize) >= C
 
 
 No = Literal[False]
@@ -279,9 +285,11 @@ def lif(
         levels (Levels | tuple[int, int] | str | None): None: binary spikes. "ternary": spikes of -1, 0 and 1. (lo, hi) or
             ``Levels(lo, hi, window, scale)``: integer spikes; needs v_reset=None and no surrogate. Both need a positive
             v_threshold, and a dtype of the spikes that holds all levels exactly: bfloat16 up to 256, float16 up to 2048.
-        threshold: None, "rms" or "mean": the norm of x that makes the thresholds, see above; any number of channels. It is
-            computed in float32 (float64) in one pass over x before the kernel. Gradients reach x and the factor through it. A
-            norm that is not finite counts as 1e30 (1e300). v_threshold must then not have a value per channel.
+        threshold: None, "rms" or "mean": the norm of x that makes the thresholds, see above. It is computed in float32
+            (float64). The kernel does it on the CPU up to C = 4096, in Triton up to C = 1024 for T <= 4, 512 for T <= 8 and 256
+            for T <= 16 (float64: 512, 256 and none). For larger sizes, a pass over x does it before the kernel, and thresholds
+            of shape (T, .., L, 1) are kept. Gradients reach x and the factor through the norm. A norm that is not finite counts
+            as 1e30 (1e300). v_threshold must then not have a value per channel.
         detach_threshold: True: no gradient flows to x through the norm.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
@@ -327,7 +335,7 @@ def lif(
         x = computed(x)
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     if threshold is not None:
-        v_threshold = _threshold_of_tokens(x, v_threshold, threshold, detach_threshold)
+        _check_norm(x, v_threshold, threshold)
     check_flag("detach_threshold", detach_threshold)
     if detach_threshold and threshold is None:
         raise ValueError("detach_threshold=True needs threshold='rms' or 'mean', got threshold=None")
@@ -347,12 +355,15 @@ def lif(
         )
         found = reference.lif(
             x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-            surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
-            spike_dtype=spike_dtype,
+            surrogate=surrogate, alpha=alpha, levels=levels, threshold=threshold, detach_threshold=detach_threshold,
+            return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     else:
-        parameters = tau_tensor, threshold_tensor
-        found = launch(_lif_call, x, (v,), parameters, neuron, return_v, return_v_seq, spike_dtype, backend)
+        if threshold is not None and not _norm_fits(x, backend):
+            factor = neuron.v_threshold if threshold_tensor is None else threshold_tensor
+            threshold_tensor, threshold = norm_of_tokens(x, threshold, detach_threshold) * factor, None
+        parameters, values = (tau_tensor, threshold_tensor), (*neuron, threshold or "", detach_threshold)
+        found = launch(_lif_call, x, (v,), parameters, values, return_v, return_v_seq, spike_dtype, backend)
         found = returned(found, single=True)
     packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
     return found

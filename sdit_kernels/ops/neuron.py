@@ -142,8 +142,12 @@ def define(
     inputs = 1 + S + P
     T, nothing = range(S), [None] * S
 
-    def allocate(x, parameters, return_state, return_state_seq, spike_dtype, keep):
-        dtype, channels = state_dtype(x.dtype), per_channel(parameters)
+    def reads_rows(given, parameters):
+        """True if the kernels need to know which elements are the channels of a token."""
+        return given.norm != "" or per_channel(parameters)
+
+    def allocate(x, given, parameters, return_state, return_state_seq, spike_dtype, keep):
+        dtype, channels = state_dtype(x.dtype), reads_rows(given, parameters)
         s = empty_like(x, spike_dtype or x.dtype, channels)
         finals = [empty_state_like(s, dtype) for _ in T] if return_state else nothing
         seqs = [empty_like(x, dtype, channels) for _ in T] if return_state_seq else nothing
@@ -154,8 +158,8 @@ def define(
 
     def forward(x, *rest):
         states, parameters, values, flags, backend = rest[:S], rest[S : S + P], rest[S + P : -5], rest[-5:-1], rest[-1]
-        s, finals, seqs, checkpoints = allocate(x, parameters, *flags)
         given = variant(*values)
+        s, finals, seqs, checkpoints = allocate(x, given, parameters, *flags)
         if x.device.type == "cpu" and any_given(parameters):
             check(parameters, values, state_dtype(x.dtype))
         if x.numel():
@@ -168,15 +172,15 @@ def define(
         return s, *finals, *seqs, *checkpoints
 
     def forward_fake(x, *rest):
-        s, finals, seqs, checkpoints = allocate(x, rest[S : S + P], *rest[-5:-1])
+        s, finals, seqs, checkpoints = allocate(x, variant(*rest[S + P : -5]), rest[S : S + P], *rest[-5:-1])
         return s, *finals, *seqs, *checkpoints
 
     def starts(given):
         numbers = dict(zip((*neuron.parameters, *neuron.numbers), given.values))
         return [numbers.get(start, 0.0) for start in neuron.start]
 
-    def allocate_gradients(x, states, parameters, wanted):
-        dx = empty_like(x, x.dtype, per_channel(parameters))
+    def allocate_gradients(x, given, states, parameters, wanted):
+        dx = empty_like(x, x.dtype, reads_rows(given, parameters))
         d_states = [None if v is None else empty_state_like(dx, v.dtype) for v in states]
         return dx, d_states, allocate_parameter_gradients(parameters, wanted)
 
@@ -184,7 +188,8 @@ def define(
         g_finals, g_seqs, (x, *states) = rest[:S], rest[S : 2 * S], rest[2 * S : 3 * S + 1]
         rest = rest[3 * S + 1 :]
         parameters, checkpoints, values, wanted, backend = rest[:P], rest[P : P + S], rest[P + S : -2], rest[-2], rest[-1]
-        dx, d_states, d_parameters = allocate_gradients(x, states, parameters, wanted)
+        given = variant(*values)
+        dx, d_states, d_parameters = allocate_gradients(x, given, states, parameters, wanted)
         if x.numel() == 0:
             for d, v, g_final in zip(d_states, states, g_finals):
                 if v is not None:
@@ -196,13 +201,14 @@ def define(
             # The forward pass ran without a checkpoint (torch.func or symbolic T), so recompute it.
             checkpoints = forward(x, *states, *parameters, *values, False, False, None, True, backend)[1 + 2 * S :]
         sums = kernels(backend, "neuron").neuron_backward(
-            variant(*values), g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, wanted, tuning.current(),
+            given, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, wanted, tuning.current(),
         )  # fmt: skip
         return dx, *d_states, *sum_parameter_gradients(neuron, parameters, sums, d_parameters)
 
     def backward_fake(g, *rest):
         (x, *states), parameters = rest[2 * S : 3 * S + 1], rest[3 * S + 1 : 3 * S + 1 + P]
-        dx, d_states, d_parameters = allocate_gradients(x, states, parameters, rest[-2])
+        given = variant(*rest[3 * S + 1 + P + S : -2])
+        dx, d_states, d_parameters = allocate_gradients(x, given, states, parameters, rest[-2])
         return dx, *d_states, *d_parameters
 
     def save(ctx, arguments, outputs):

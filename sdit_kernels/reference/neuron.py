@@ -13,10 +13,8 @@ from torch import Tensor
 from ..dtypes import state_dtype
 from ..levels import decode, encode
 from ..neuron import ADLIF, CUBA, LAPICQUE, LEAKY, LIF, Neuron, Values
-from ..neuron.trace import HUGE
+from ..neuron.trace import HUGE, THRESHOLD_EPS
 from ..surrogate import SURROGATES
-
-THRESHOLD_EPS = 1e-6  # keeps the threshold of a token of zeros positive
 
 
 class _Fire(torch.autograd.Function):

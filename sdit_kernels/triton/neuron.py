@@ -9,6 +9,8 @@ step, or the states before it. It recomputes them in registers, from the given s
 states that the forward pass stored. Arithmetic follows the definition operation by operation, compiled without fused
 multiply-adds. Parameter gradients are summed per program and then over programs, never by atomics.
 
+With a norm (``Variant.norm``), a program holds whole rows; layout.norm_columns says how many columns a row may have.
+
 Real numbers arrive as "fp64" and are rounded once to the state type. Triton does not specialise on sizes that change from call
 to call.
 """
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..dtypes import state_dtype
-from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view
+from ..layout import LIF_CHECKPOINT_STEPS, layout_of, row_view, sum_over_steps
 from ..neuron import trace
 from ..neuron.printer import ENTRIES, TRITON, load, text
 from ..neuron.trace import is_condition
@@ -44,10 +46,14 @@ from .tiles import (
     load_parameter,
     maybe_row_view,
     maybe_step_view,
+    norm_of_rows,
+    power_of_2,
+    slope_of_norm,
     store_sums,
     tile_of_program,
 )
 
+NORMS = {"": 0, "rms": 1, "mean": 2}
 NUMBERS = 4  # real numbers that a kernel takes; a neuron's further numbers travel as tensors
 step = record = pullback = None  # the printed functions of a neuron; see bind
 
@@ -130,6 +136,10 @@ class Flags(NamedTuple):
     HOLDS_STATES: bool = False  # the backward pass holds the states before every step, not the tape
     USES_TAPE: bool = False  # and the pullback needs the tape too: the states after the step
     COUNTS: bool = False  # rate returns the number of spikes, not their mean
+    NORM: int = 0  # a parameter is a factor of the norm of a row: 1: rms, 2: mean
+    NORMED: int = 0  # which parameter
+    THROUGH_NORM: bool = False  # the gradient flows through the norm to x
+    SUM_KINDS: tuple[int, ...] = ()  # KINDS, except that the gradient of a factor of a norm is stored per step
 
 
 @triton.jit
@@ -158,6 +168,14 @@ def load_tokens(values, pointers, tokens, mask, KIND: tl.constexpr, F: tl.conste
             found = found + (divide(1.0, p) if F.RECIPROCAL[i] else p,)
         else:
             found = found + (values[i],)
+    return found
+
+
+@triton.jit
+def replace(values, index: tl.constexpr, value):
+    found = ()
+    for i in tl.static_range(len(values)):
+        found = found + (value if i == index else values[i],)
     return found
 
 
@@ -251,6 +269,8 @@ def forward_kernel(
         for k in tl.static_range(K):
             x = xs[k].to(STATE)
             q = load_tokens(p, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
+            if F.NORM:
+                q = replace(q, F.NORMED, q[F.NORMED] * norm_of_rows(x, C, F.NORM))
             spike, after = step(x, states, q)
             m = mask & (t0 + k < T) if F.LONG else mask
             s = as_output(spike, x, STATE, s_ptr.dtype.element_ty)
@@ -308,7 +328,7 @@ def backward_kernel(
         found = ()
         if sums is not None:
             for n in tl.static_range(len(sums)):
-                found = found + (totals[n] if F.LONG and F.KINDS[n] <= 1 else tl.zeros([BR, BC], STATE),)
+                found = found + (totals[n] if F.LONG and F.SUM_KINDS[n] <= 1 else tl.zeros([BR, BC], STATE),)
         segments = tl.cdiv(T, K) if F.LONG else 1
         for j in range(segments):
             segment = tl.cast(segments - 1 - j, tl.int64)
@@ -334,6 +354,10 @@ def backward_kernel(
                 xs = xs + (tl.load(x_ptr + first + (t0 + k) * x_t + rows * x_r + cols, mask=m, other=0.0),)
                 if g_ptr is not None:
                     gs = gs + (tl.load(g_ptr + (t0 + k) * g_t + rows * g_r + (first + cols) * g_c, mask=m, other=0.0),)
+            norms = ()
+            if F.NORM:
+                for k in tl.static_range(K):
+                    norms = norms + (norm_of_rows(xs[k].to(STATE), C, F.NORM),)
             held = ()  # the states before every step, or the tape of every step
             for k in tl.static_range(K):
                 if F.HOLDS_STATES:
@@ -341,6 +365,8 @@ def backward_kernel(
                 if not F.HOLDS_STATES or F.USES_TAPE or k < K - 1:
                     x = xs[k].to(STATE)
                     q = load_tokens(of_row, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
+                    if F.NORM:
+                        q = replace(q, F.NORMED, q[F.NORMED] * norms[k])
                     tape, after = record(x, states, q)
                     states = as_tiles(after, x)
                     if not F.HOLDS_STATES:
@@ -359,13 +385,24 @@ def backward_kernel(
                 ds = gs[k].to(STATE) if g_ptr is not None else tl.zeros([BR, BC], STATE)  # gradient of the spike
                 tape = held[k + 1] if F.USES_TAPE else held[k]
                 q = load_tokens(of_row, parameters, tokens + k * R, (rows < R) & (t0 + k < T), 3, F, STATE)
+                if F.NORM:
+                    factor = q[F.NORMED]
+                    q = replace(q, F.NORMED, factor * norms[k])
                 dx, before, along = pullback(tape, xs[k].to(STATE), held[k], q, ds, upstream_k, a)
+                if F.NORM and len(along) > 0:
+                    d_threshold = tl.sum(tl.where(m, along[F.NORMED], 0.0), 1)[:, None]
+                    along = replace(along, F.NORMED, d_threshold * norms[k])
+                    if F.THROUGH_NORM:
+                        slope = slope_of_norm(xs[k].to(STATE), norms[k], C, F.NORM)
+                        dx = as_tile(dx, ds) + d_threshold * factor * slope
                 if sums is not None:
                     added = ()
                     for n in tl.static_range(len(sums)):
-                        if F.KINDS[n] == 3:
+                        if F.SUM_KINDS[n] == 3:
                             at = sums[n] + first // BC * T * R + tokens + k * R
-                            d = tl.sum(tl.where(m, along[n], 0.0), 1)[:, None]
+                            d = along[n]
+                            if not F.NORM or n != F.NORMED:
+                                d = tl.sum(tl.where(m, along[n], 0.0), 1)[:, None]
                             tl.store(at, d, mask=(rows < R) & (t0 + k < T))
                             added = added + (found[n],)
                         else:
@@ -388,10 +425,10 @@ def backward_kernel(
         if sums is not None:
             added = ()
             for n in tl.static_range(len(sums)):
-                if F.KINDS[n] == 2:
+                if F.SUM_KINDS[n] == 2:
                     at = sums[n] + first // BC * R + rows
                     tl.store(at, tl.sum(tl.where(mask, found[n], 0.0), 1)[:, None], mask=rows < R)
-                if F.LONG or F.KINDS[n] >= 2:
+                if F.LONG or F.SUM_KINDS[n] >= 2:
                     added = added + (found[n],)
                 else:
                     added = added + (totals[n] + tl.where(mask, found[n], 0.0),)
@@ -408,9 +445,14 @@ def _flags(neuron, kinds, K, **flags):
     kinds, names = (*kinds, *[None] * len(neuron.numbers)), neuron.parameters + neuron.numbers
     reciprocal = tuple(kind is not None and name in neuron.reciprocals for name, kind in zip(names, kinds))
     start = tuple(-1 if name is None else names.index(name) for name in neuron.start)
+    found = tuple(kind or SINGLE for kind in kinds)
+    flags["SUM_KINDS"] = found
+    if flags.get("NORM"):
+        flags["NORMED"] = at = names.index("v_threshold")
+        flags["SUM_KINDS"] = *found[:at], STEP, *found[at + 1 :]
     order = list(itertools.accumulate((kind is None for kind in kinds), initial=0))
     slots = tuple(n if kind is None and n < NUMBERS else -1 for kind, n in zip(kinds, order))
-    return Flags(tuple(kind or SINGLE for kind in kinds), reciprocal, any(kinds), start, slots, K, **flags)
+    return Flags(found, reciprocal, any(kinds), start, slots, K, **flags)
 
 
 def flags_of(variant, parameters, K, axes=0, **flags):
@@ -441,9 +483,11 @@ def _views(view, layout, tensors):
 
 def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints, tuning):
     """Fill s, and per state the last one, its sequence and its checkpoint if given. x must not be empty."""
-    T, per_channel = x.shape[0], any(map(is_per_channel, parameters))
+    T, per_channel = x.shape[0], variant.norm != "" or any(map(is_per_channel, parameters))
     layout = layout_of(x, s, per_channel)
-    flags = flags_of(variant, parameters, min(T, LIF_CHECKPOINT_STEPS), x.dim(), LONG=T > LIF_CHECKPOINT_STEPS)
+    flags = flags_of(
+        variant, parameters, min(T, LIF_CHECKPOINT_STEPS), x.dim(), LONG=T > LIF_CHECKPOINT_STEPS, NORM=NORMS[variant.norm]
+    )
     tensors, numbers = values_of(variant, parameters, x)
     outputs = (
         row_view(layout, as_bytes(s)), _views(maybe_step_view, layout, finals), _views(maybe_row_view, layout, seqs),
@@ -452,7 +496,7 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     # The divisions of integer levels need many registers in a loop over segments, and so do two states.
     divides = flags.LONG and not is_condition(trace(variant.neuron, variant.flags).spike)
     options = all_registers() if divides or (len(states) > 1 and T >= LIF_CHECKPOINT_STEPS) else {}
-    Grid(tuning, layout, x.dtype, False, per_channel).launch(
+    Grid(tuning, layout, x.dtype, False, per_channel, whole_rows=variant.norm != "").launch(
         bind(forward_kernel, f"{variant.neuron.name}_forward_kernel", variant.neuron, variant.flags), x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states)), outputs, tensors, T, layout.R, layout.C, *numbers,
         F=flags, **options,
@@ -487,33 +531,37 @@ def neuron_backward(
 
     If ``with_parameters``, return a partial sum per parameter with a gradient.
     """
-    T, state, per_channel = x.shape[0], state_dtype(x.dtype), any(map(is_per_channel, parameters))
+    T, state, normed = x.shape[0], state_dtype(x.dtype), variant.norm != ""
+    per_channel = normed or any(map(is_per_channel, parameters))
     if with_parameters and T > LIF_CHECKPOINT_STEPS and STEP in (kind_of(p, x.dim()) for p in parameters):
         return _backward_by_segments(
             variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, tuning
         )  # fmt: skip
-    layout = layout_of(x, x if dx is None else dx, per_channel)
-    plan = trace(variant.neuron, variant.flags).plan(with_parameters)
+    layout, differentiated = layout_of(x, x if dx is None else dx, per_channel), with_parameters or variant.differentiates_norm
+    plan = trace(variant.neuron, variant.flags).plan(differentiated)
     K = min(T, LIF_CHECKPOINT_STEPS)
     flags = flags_of(
         variant, parameters, K, x.dim(), LONG=T > LIF_CHECKPOINT_STEPS, HOLDS_STATES=plan.uses_states,
-        USES_TAPE=plan.uses_tape and plan.uses_states,
+        USES_TAPE=plan.uses_tape and plan.uses_states, NORM=NORMS[variant.norm], THROUGH_NORM=variant.differentiates_norm,
     )  # fmt: skip
     tensors, numbers = values_of(variant, parameters, x)
     g_finals, g_seqs = ([None if t is None else t.to(state) for t in given] for given in (g_finals, g_seqs))
     held = K * len(states)
-    if with_parameters:  # many parameters also need registers: for their values, and two sums each
-        held = 2 * held + 4 * max(0, len(variant.neuron.learnt) - 2)
-    centred = variant.neuron.input_gradient is not None  # behind a norm: two more vectors, and the difference from the mean
+    learnt = len(variant.neuron.learnt)
+    if differentiated:  # many parameters also need registers: for their values, and two sums each
+        held = 2 * held + 4 * max(0, learnt - 2)
+    centred = variant.neuron.input_gradient is not None  # behind a BatchNorm: two more vectors and the difference from the mean
     if centred and flags.LONG:
         held *= 2
+    if normed:  # layout.norm_columns relies on this
+        held = power_of_2(K) * state.itemsize
     needs_registers = centred or (with_parameters and flags.LONG)
-    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held)
-    sums = grid.partial_sums(layout, flags.KINDS[: len(variant.neuron.learnt)], x, T) if with_parameters else None
+    grid = Grid(tuning, layout, x.dtype, with_parameters, per_channel, held=held, whole_rows=normed)
+    sums = grid.partial_sums(layout, flags.SUM_KINDS[:learnt], x, T, flags.PER_CHANNEL) if with_parameters else None
     grid.launch(
         bind(
             backward_kernel, f"{variant.neuron.name}_backward_kernel", variant.neuron, variant.flags, variant.surrogate,
-            with_parameters,
+            differentiated,
         ),
         x.device,
         (row_view(layout, x), _views(maybe_step_view, layout, states), _views(maybe_row_view, layout, checkpoints)),
@@ -521,4 +569,7 @@ def neuron_backward(
         (maybe_row_view(layout, dx), _views(maybe_step_view, layout, d_states), sums), tensors, T, layout.R, layout.C,
         grid.group, *numbers, variant.alpha, F=flags, **(all_registers() if needs_registers else {}),
     )  # fmt: skip
+    if normed and with_parameters:
+        at = flags.NORMED
+        return *sums[:at], sum_over_steps(sums[at], parameters[at], T), *sums[at + 1 :]
     return sums

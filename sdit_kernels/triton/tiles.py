@@ -68,14 +68,18 @@ class Grid:
     Tile sizes depend only on the variant of the kernel and, if there are rows, on C. So a new batch size does not compile a new
     kernel. ``held``: values per neuron that a thread holds; if they exceed its registers, the tile
     shrinks and a thread reads 8 or 4 bytes at a time. ``parameters``: whether gradients of parameters are wanted.
-    ``per_channel``: the columns are channels, even if there is a single row.
+    ``per_channel``: the columns are channels, even if there is a single row. ``whole_rows``: a tile holds all columns, with as
+    many threads as they need.
     """
 
-    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, held=0):
+    def __init__(self, tuning, layout, dtype, parameters, per_channel=False, held=0, whole_rows=False):
         self.threads = tuning.elementwise_threads
         elements = self.threads * 16 // dtype.itemsize
         while held * elements // self.threads >= _MAX_HELD_VALUES:
             elements //= 2
+        if whole_rows and elements < layout.C:
+            self.threads *= power_of_2(layout.C) // elements
+            elements = power_of_2(layout.C)
         flat = layout.R == 1 and not per_channel
         self.BC = elements if flat else min(power_of_2(layout.C), elements)
         self.BR = 1 if flat else elements // self.BC
@@ -84,9 +88,9 @@ class Grid:
         self.groups = cdiv(row_blocks, self.group)
         self.programs = self._column_blocks * self.groups
 
-    def partial_sums(self, layout, kinds, like, steps=1):
-        """Return partial sums of the gradients of parameters. kinds: their kinds."""
-        shape = (self.groups, layout.C) if any(kinds) else (self.programs,)
+    def partial_sums(self, layout, kinds, like, steps=1, per_channel=None):
+        """Return partial sums of the gradients of parameters. kinds: their kinds. per_channel: one has several values."""
+        shape = (self.groups, layout.C) if (any(kinds) if per_channel is None else per_channel) else (self.programs,)
         tokens = self._column_blocks, layout.R
         shapes = {SINGLE: shape, CHANNEL: shape, TOKEN: tokens, STEP: (tokens[0], steps * layout.R)}
         # Separate tensors, not parts of one: the address of a part is aligned for some batch sizes only, and Triton compiles
@@ -169,6 +173,42 @@ def load_parameter(ptr, value, cols, mask, CHANNELS: tl.constexpr, STATE: tl.con
 
 
 @triton.jit
+def norm_of_rows(x, C, NORM: tl.constexpr):
+    """Return sqrt(mean of x^2 + 1e-6) of each row, or if NORM is 2, mean of |x| + 1e-6; (BR, 1). Not finite counts as huge.
+
+    The sum is a sum of integers: x is divided by the power of 2 below the greatest |x| and rounded to 50 bits. So the result
+    does not depend on the distribution of columns over threads, which differs between the forward and the backward kernel.
+    """
+    WIDE: tl.constexpr = x.dtype == tl.float64
+    size = tl.abs(x)
+    greatest = tl.max(size.to(tl.int64 if WIDE else tl.int32, bitcast=True), 1)[:, None]  # ordered as the numbers; NaN is last
+    exponent = greatest & (0x7FF0000000000000 if WIDE else 0x7F800000)
+    exponent = tl.maximum(exponent, 0x0370000000000000 if WIDE else 0x1B800000)  # 2^-968, 2^-72
+    unit = exponent.to(x.dtype, bitcast=True)
+    inverse = ((0x7FE0000000000000 if WIDE else 0x7F000000) - exponent).to(x.dtype, bitcast=True)
+    z = size * inverse
+    total = tl.sum((z * (z * 1125899906842624.0 if NORM == 1 else 1125899906842624.0)).to(tl.int64), 1)[:, None]  # 2^50
+    mean = total.to(x.dtype) * divide(1.0, tl.full([], C, x.dtype) * 1125899906842624.0) * unit
+    norm = (mean * unit if NORM == 1 else mean) + tl.full([], 1e-6, x.dtype)
+    if NORM == 1:
+        norm = tl.sqrt_rn(norm) if x.dtype == tl.float32 else tl.sqrt(norm)
+    most = tl.full([], 1e300 if WIDE else 1e30, x.dtype)
+    return tl.where(norm < most, norm, most)
+
+
+@triton.jit
+def slope_of_norm(x, norm, C, NORM: tl.constexpr):
+    """Return the derivative of the norm of a row along x, 0 where the norm is not finite."""
+    width = tl.full([], C, x.dtype)
+    if NORM == 1:
+        slope = x * divide(1.0, width * norm)
+    else:
+        slope = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0)).to(x.dtype) * divide(1.0, width)
+    most = tl.full([], 1e300 if x.dtype == tl.float64 else 1e30, x.dtype)
+    return tl.where(norm < most, slope, 0.0)
+
+
+@triton.jit
 def tile_of_program(R, C, group, BR: tl.constexpr, BC: tl.constexpr):
     """Return (index of the row group, first row, first column, columns within the tile, mask of columns) of this program."""
     chunks = tl.cdiv(C, BC)
@@ -183,7 +223,7 @@ def tile_of_program(R, C, group, BR: tl.constexpr, BC: tl.constexpr):
 def store_sums(pointers, sums, block, C, first, cols, mask_c, F: tl.constexpr):
     """Store this program's partial sums: one row per group of rows for parameters per channel, else one number."""
     for i in tl.static_range(len(pointers)):
-        if F.KINDS[i] <= 1:  # otherwise the sums per token are stored already
+        if F.SUM_KINDS[i] <= 1:  # otherwise the sums per token are stored already
             if F.PER_CHANNEL:
                 at = pointers[i] + block.to(tl.int64) * C + first + cols
                 tl.store(at, tl.sum(sums[i], 0)[None, :], mask=mask_c)
