@@ -43,6 +43,9 @@ is_tracing = getattr(_C, "_is_tracing", torch.jit.is_tracing)
 below_autograd = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
 
+# A context in which functions on tensor subclasses do what they do on tensors. Without it, pending tensors would not work.
+without_functions_of_subclasses = getattr(_C, "DisableTorchFunctionSubclass", None) or _C.DisableTorchFunction
+
 # A context in which no mode sees the operators. Fallback: the modes see them, which costs 5 us per operator.
 without_modes = getattr(_C, "_DisableTorchDispatch", contextlib.nullcontext)
 

@@ -20,6 +20,7 @@ from .neuron.trace import Operations, in_order, is_condition
 from .nn.neurons import OwnNeuron
 from .ops.lif import No, Yes
 from .ops.neuron import NeuronOp, check_state
+from .ops.norm_lif import Norm
 from .ops.operator import refuse_script
 
 # Names that generated code, the schemas of operators, or the arguments and attributes of ops and modules use
@@ -169,10 +170,12 @@ class Op:
             raise TypeError(f"after_norm is for neurons with one state, and {self.name} has {', '.join(self.states)}")
         (v,) = check_state(state, self.states)
         parameters, flags = self._settings(settings, spike_dtype)
+        norm = Norm(
+            weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
+            process_group,
+        )  # fmt: skip
         found = self._operator.after_norm(
-            x, weight, bias, running_mean, running_var, v, training=training, momentum=momentum, eps=eps,
-            channel_axis=channel_axis, per_step=per_step, step_factor=step_factor, scale=scale, process_group=process_group,
-            parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha, return_v=return_state,
+            x, norm, v, None, parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha, return_v=return_state,
             return_v_seq=return_state_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
         return (found[0], *((v,) for v in found[1:])) if isinstance(found, tuple) else found

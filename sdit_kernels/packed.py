@@ -21,10 +21,11 @@ from torch import Tensor
 
 from . import dispatch, memory, tuning
 from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active, without_modes
-from .dtypes import state_dtype
+from .dtypes import DATA_DTYPES, state_dtype
 from .levels import decode, encode
 from .reference.pack import Window, bits_of
 
+_PACKED_DTYPES = (*DATA_DTYPES, torch.uint8, torch.int8, torch.bool)  # what the kernels take
 _SMALL = 4096  # bytes; a tensor with fewer is kept as it is
 _MOST = 256  # values of a table
 _PLAIN_TENSOR_TYPES = (Tensor, torch.nn.Parameter)
@@ -63,7 +64,11 @@ class Values:
         """Return the values after a cast of the tensor. None: the cast changes values, or the tensor takes few bytes."""
         if dtype not in self._cast:
             found = None
-            if dtype.is_floating_point or (not self.nan and torch.equal(self.table.to(dtype).to(self.table.dtype), self.table)):
+            if dtype not in _PACKED_DTYPES:
+                pass
+            elif dtype.is_floating_point or (
+                not self.nan and torch.equal(self.table.to(dtype).to(self.table.dtype), self.table)
+            ):
                 found = _unless_wide(self.table.to(dtype), self.first, self.inverse, self.nan)
             self._cast[dtype] = found
         return self._cast[dtype]

@@ -1,25 +1,31 @@
 """``Pending``: the output of a BatchNorm that nobody has computed yet.
 
-A norm returns ``pending(x, norm)``. Views of it stay pending. If a neuron's op gets one, it computes norm and neuron in one
-pass from the norm's input (ops/norm_lif.py). Any other use computes the output, and continues with it. So a model may do with
-the output of a norm whatever it likes, and nothing has to know in advance which module comes next.
+Inside a ``waiting`` block, a norm computes its statistics and returns ``make_pending(x, norm, ..)``. Views of it stay pending.
+If a neuron's op gets one, it computes norm and neuron in one pass from the norm's input (ops/norm_lif.py). Any other use
+computes the output, and continues with it. At its end, the block computes all pending tensors that are still alive. So a model
+may do with the output of a norm whatever it likes, and nothing has to know in advance which module comes next.
 """
 
+import contextlib
+import threading
+import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ._torch import without_functions_of_subclasses
+
 # Functions that do not read the values.
 _METADATA = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout")),
     *(getattr(Tensor, name).__get__ for name in ("is_nested", "is_sparse", "is_quantized", "is_meta", "is_leaf", "itemsize")),
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.__len__, Tensor.is_floating_point,
-    Tensor.is_complex, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride, torch.numel,
-    torch.is_floating_point, torch.is_complex,
+    Tensor.is_complex, Tensor.is_inference, Tensor.is_contiguous, Tensor.stride, torch.numel, torch.is_floating_point,
+    torch.is_complex,
 }  # fmt: skip
 
 # Functions whose result has the values of their first argument, at other places.
@@ -30,60 +36,81 @@ _VIEWS = {
     torch.moveaxis, torch.swapaxes, torch.swapdims,
 }  # fmt: skip
 _COPIES = {Tensor.contiguous}
+_TOO_LATE = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
 
 
-class Norm(NamedTuple):
-    """The settings of a BatchNorm for one call, as norm_lif takes them."""
+class _Local(threading.local):
+    def __init__(self):
+        self.blocks = []  # of the thread: per block, weak references to its pending tensors
 
-    weight: Tensor | None
-    bias: Tensor | None
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    training: bool  # the statistics come from the data
-    momentum: float
-    eps: float
-    axis: int  # of the channels: 1 in (N, C, ...), 2 in (T, B, C, ...)
-    step_factor: Tensor | None = None  # (T,): a factor per time step, TEBN
-    per_step: bool = False  # statistics, weight and bias are (T, C), BNTT
-    after_update: Callable[[], None] | None = None  # called when running_mean and running_var were updated
 
-    def compute(self, x: Tensor, update: bool) -> Tensor:
-        """Return the output as PyTorch computes it. update: in training, update the running statistics."""
-        if self.per_step:
-            stacked = (self.weight, self.bias, self.running_mean, self.running_var)
-            steps = [
-                self._replace(axis=1, per_step=False, **dict(zip(("weight", "bias", "running_mean", "running_var"), row)))
-                for row in zip(*((t,) * len(x) if t is None else t for t in stacked))
-            ]
-            y = torch.stack([norm.compute(step, update) for norm, step in zip(steps, x)])
-            if update and self.after_update is not None:
-                self.after_update()
-            return y
-        mean, var = (self.running_mean, self.running_var) if update or not self.training else (None, None)
-        y = x.flatten(0, 1) if self.axis == 2 else x
-        y = F.batch_norm(y, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps).view(x.shape)
-        return y if self.step_factor is None else y * self.step_factor.view(-1, *[1] * (x.dim() - 1))
+_local = _Local()
+
+
+def is_waiting() -> bool:
+    """True inside a ``waiting`` block of this thread."""
+    return bool(_local.blocks)
+
+
+@contextlib.contextmanager
+def waiting():
+    """Let norms wait for their neurons inside this block."""
+    made: list[weakref.ref] = []
+    _local.blocks.append(made)
+    try:
+        yield
+    finally:
+        _local.blocks.pop()
+    for reference in made:  # not after an exception: activation checkpointing raises one to stop a forward pass
+        if (t := reference()) is not None:
+            t._place.compute()
 
 
 class _Call:
     """One call of a norm. All pending views of its output share it."""
 
-    def __init__(self, x: Tensor, norm: Norm):
-        self.x, self.norm, self.needs_grad = x, norm, torch.is_grad_enabled()
-        self.is_counted = not norm.training or norm.running_mean is None  # the running statistics have seen x
+    def __init__(self, x, norm, axis, statistics):
+        self.x, self.norm, self.axis, self.statistics = x, norm, axis, statistics
+        self.needs_grad = torch.is_grad_enabled()
+        self.versions = self._count_changes()
         self.output: Tensor | None = None
+        self.is_fused = False
+
+    def parameters(self):
+        return [t for t in self.norm.learnt if t is not None]
+
+    def _count_changes(self):
+        return [t._version for t in (self.x, *self.parameters())]
+
+    def check_changes(self):
+        if self.versions != self._count_changes():
+            raise RuntimeError(
+                "the input, weight or bias of a fused BatchNorm was changed in place before its output was used: change a "
+                "copy, or use the output before, or accelerate the model without fuse"
+            )
 
     def compute(self) -> Tensor:
+        """Return the output as PyTorch computes it."""
         if self.output is None:
             with torch.set_grad_enabled(self.needs_grad):
-                self.output = self.norm.compute(self.x, not self.is_counted)
-            self.is_counted = True
+                self.output = self.evaluate(self.x, *self.norm.learnt)
         return self.output
 
-    def __del__(self):  # nobody has read the output; the statistics must see x all the same
-        if not self.is_counted:
-            self.needs_grad = False
-            self.compute()
+    def evaluate(self, x, weight, bias, step_factor):
+        self.check_changes()
+        norm, mean = self.norm, self.statistics.mean
+        if norm.per_step:
+            rows = zip(x, *((None,) * len(x) if t is None else t for t in (weight, bias, mean, norm.running_var)))
+            y = torch.stack([self._normalise(*row) for row in rows])
+        else:
+            y = self._normalise(x.flatten(0, 1) if self.axis == 2 else x, weight, bias, mean, norm.running_var)
+            y = y.view(x.shape) if self.axis == 2 else y
+        return y if step_factor is None else y * step_factor.view(-1, *[1] * (x.dim() - 1))
+
+    def _normalise(self, x, weight, bias, mean, var):
+        training = self.norm.training
+        mean, var = (None, None) if training else (mean.to(var.dtype), var)
+        return F.batch_norm(x, mean, var, weight, bias, training, 0.0, self.norm.eps)
 
 
 class _Link(torch.autograd.Function):
@@ -96,44 +123,66 @@ class _Link(torch.autograd.Function):
     @staticmethod
     def forward(ctx, place, *inputs):
         ctx.place = place
-        x = place.x
-        return Tensor._make_wrapper_subclass(Pending, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device)
+        meta, x = place.meta, place.x
+        return Tensor._make_wrapper_subclass(Pending, meta.shape, strides=meta.stride(), dtype=x.dtype, device=x.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        inputs = ctx.place.call.x, *ctx.place.parameters()
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:]) if needed]
-        found = iter(torch.autograd.grad(ctx.place.compute(), wanted, g, retain_graph=True, allow_unused=True))
-        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+        place, needed = ctx.place, ctx.needs_input_grad[1:]
+        # the graph of the computed output may have been used already
+        copies = [None if t is None else t.detach().requires_grad_() for t in (place.call.x, *place.call.norm.learnt)]
+        with torch.enable_grad():
+            y = place.show(place.call.evaluate(*copies))
+        inputs = [t for t in copies if t is not None]
+        found = iter(torch.autograd.grad(y, [t for t, n in zip(inputs, needed) if n], g))
+        return None, *(next(found) if n else None for n in needed)
+
+
+class _Values(torch.autograd.Function):
+    """The values of a pending tensor that another autograd.Function has returned. Gradients go through that function."""
+
+    @staticmethod
+    def forward(ctx, t, values):
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g, None
 
 
 class _Place:
     """What a pending tensor shows of the output of a call: the views that led to it, applied to the norm's input too."""
 
-    def __init__(self, call, x, probe, views=()):
+    def __init__(self, call, x, probe, meta, views=()):
         self.call, self.x, self.views = call, x, views
-        self.probe = probe  # a tensor without memory, see find_axes
-        self._output = None
-
-    def parameters(self):
-        norm = self.call.norm
-        return [t for t in (norm.weight, norm.bias, norm.step_factor) if t is not None]
+        self.probe = probe  # a tensor without memory, see find_axis
+        self.meta = meta  # a tensor without memory, with the strides of the output
+        self.output: Tensor | None = None
 
     def compute(self) -> Tensor:
-        if self._output is None:
+        if self.output is None:
             y = self.call.compute()
             with torch.set_grad_enabled(self.call.needs_grad):
-                for function, args, kwargs in self.views:
-                    y = function(y, *args, **kwargs)
-            self._output = y
-        return self._output
+                self.output = self.show(y)
+        return self.output
 
-    def view(self, function, args, kwargs) -> "_Place":
-        with torch.set_grad_enabled(self.call.needs_grad):
-            x = function(self.x, *args, **kwargs)
-        probe = self.probe if function in _COPIES else function(self.probe, *args, **kwargs)
-        return _Place(self.call, x, probe, (*self.views, (function, args, kwargs)))
+    def show(self, y):
+        """Return this view of the output y of the call."""
+        for function, args, kwargs in self.views:
+            y = function(y, *args, **kwargs)
+        return y
+
+    def view(self, function, args, kwargs) -> "_Place | None":
+        """Return the place of a view of this one, or None if the norm's input or the probe have no such view."""
+        meta = function(self.meta, *args, **kwargs)
+        try:
+            with torch.set_grad_enabled(self.call.needs_grad):
+                x = function(self.x, *args, **kwargs)
+            probe = self.probe if function in _COPIES else function(self.probe, *args, **kwargs)
+        except RuntimeError:
+            return None
+        return _Place(self.call, x, probe, meta, (*self.views, (function, args, kwargs)))
 
     def find_axis(self) -> int | None:
         """Return the axis of the channels, or None if the views have torn them apart or moved the first axis where it matters.
@@ -143,11 +192,11 @@ class _Place:
         """
         moves = [(axis, move) for axis, (n, move) in enumerate(zip(self.probe.shape, self.probe.stride())) if n > 1 and move]
         channels, steps = [axis for axis, move in moves if move == 1], [axis for axis, move in moves if move > 1]
-        norm = self.call.norm
-        has_steps = norm.per_step or norm.step_factor is not None
-        if len(channels) != 1 or channels[0] == 0 or self.probe.shape[channels[0]] != self.call.x.shape[norm.axis]:
+        call = self.call
+        has_steps = call.norm.per_step or call.norm.step_factor is not None
+        if len(channels) != 1 or channels[0] == 0 or self.probe.shape[channels[0]] != call.x.shape[call.axis]:
             return None
-        return channels[0] if steps == ([0] if has_steps and self.call.x.shape[0] > 1 else []) else None
+        return channels[0] if steps == ([0] if has_steps and call.x.shape[0] > 1 else []) else None
 
 
 class Pending(Tensor):
@@ -159,11 +208,20 @@ class Pending(Tensor):
     def __torch_function__(cls, function: Any, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in _METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_functions_of_subclasses():
                 return function(*args, **kwargs)
-        is_view = function in _VIEWS and args and type(args[0]) is Pending and not any(isinstance(a, torch.dtype) for a in args)
-        if is_view and args[0]._place.call.output is None:
-            return _make(args[0]._place.view(function, args[1:], kwargs))
+        first = args[0] if args else None
+        if function in _VIEWS and type(first) is Pending and _waits(first):
+            place = None
+            if not any(isinstance(a, torch.dtype) for a in args):
+                place = first._place.view(function, args[1:], kwargs)
+            if place is not None:
+                return _make(place)
+        if function in _TOO_LATE and isinstance(first, Pending) and first._place.call.is_fused:
+            raise RuntimeError(
+                f"{function.__name__} on the output of a fused BatchNorm has no effect after a neuron has used it: call it "
+                "before, or accelerate the model without fuse"
+            )
         return function(*tree_map(computed, args), **tree_map(computed, kwargs))
 
     @classmethod
@@ -174,48 +232,73 @@ class Pending(Tensor):
         return function(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def _make(place: _Place) -> Tensor:
-    t = _Link.apply(place, place.call.x, *place.parameters())
+def _graph_of(t: Pending):
+    """Return the autograd node of a pending tensor."""
+    with without_functions_of_subclasses():
+        return t.grad_fn
+
+
+def _is_own(t: Pending) -> bool:
+    """True if gradients of t go to the norm, and not to an autograd.Function that returned t."""
+    node = _graph_of(t)
+    return node is None and not t.requires_grad or type(node).__name__ == "_LinkBackward"
+
+
+def _waits(t: Pending) -> bool:
+    return t._place.call.output is None and t._place.output is None and _is_own(t)
+
+
+def _make(place: _Place, ends_with_block=True) -> Tensor:
+    t = _Link.apply(place, place.call.x, *place.call.parameters())
     t._place = place
+    if ends_with_block:
+        _local.blocks[-1].append(weakref.ref(t)) if _local.blocks else place.compute()
     return t
+
+
+def keep_waiting(t):
+    """Return a copy of a pending tensor that the end of the block does not compute; another tensor as it is."""
+    return _make(t._place, False) if isinstance(t, Pending) and _waits(t) else t
 
 
 def computed(t):
     """Return a pending tensor's values as an ordinary tensor; anything else as it is."""
-    return t._place.compute() if isinstance(t, Pending) else t
+    if not isinstance(t, Pending):
+        return t
+    y = t._place.compute()
+    return y if _is_own(t) else _Values.apply(t, y)
 
 
-def pending(x: Tensor, norm: Norm) -> Tensor:
-    """Return the output of a BatchNorm on x, without computing it."""
-    C = x.shape[norm.axis]
+def make_pending(x: Tensor, norm, axis: int, statistics) -> Tensor:
+    """Return the output of a BatchNorm on x, without computing it.
+
+    norm: a Norm of ops/norm_lif.py, whose running statistics have seen x; in evaluation they must not change later. axis: the
+    axis of the channels, 1 or 2.
+    """
     moves = [0] * x.dim()
-    moves[norm.axis] = 1
+    moves[axis] = 1
     if norm.per_step or norm.step_factor is not None:
-        moves[0] = C
-    return _make(_Place(_Call(x, norm), x, torch.empty(0, device="meta").as_strided(x.shape, moves)))
+        moves[0] = x.shape[axis]
+    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    if not x.is_contiguous():  # as F.batch_norm chooses the order of its output
+        keeps = x.dim() == 4 and axis == 1 and x.is_contiguous(memory_format=torch.channels_last)
+        meta = meta if keeps else torch.empty(x.shape, dtype=x.dtype, device="meta")
+    probe = torch.empty(0, device="meta").as_strided(x.shape, moves)
+    return _make(_Place(_Call(x, norm, axis, statistics), x, probe, meta))
 
 
-def run_with_norm(op: Callable[..., Any], t: Pending, *state: Tensor | None, **settings: Any) -> Any:
-    """Compute the norm and the neuron ``op``, norm_lif or an op with the same arguments for the norm, in one pass.
+def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settings: Any) -> Any:
+    """Run op(x, norm, v, statistics, ..), which computes norm and neuron in one pass, in place of a neuron on t.
 
-    Return the outputs of op, or None if t must be computed first, because somebody has read it or its axes have no place.
+    Return None if t must be computed first, because somebody has read it, or its axes have no place in the op.
     """
     place = t._place
     call, axis = place.call, place.find_axis()
-    if call.output is not None or axis is None:
+    if axis is None or not _waits(t):
         return None
-    norm = call.norm
-    if call.is_counted and norm.training:
-        norm = norm._replace(running_mean=None, running_var=None, after_update=None)
-    call.is_counted = True
-    outputs = op(
-        place.x, norm.weight, norm.bias, norm.running_mean, norm.running_var, *state, training=norm.training,
-        momentum=norm.momentum, eps=norm.eps, channel_axis=axis, per_step=norm.per_step, step_factor=norm.step_factor,
-        **settings,
-    )  # fmt: skip
-    if norm.after_update is not None:
-        norm.after_update()
-    return outputs
+    call.check_changes()
+    call.is_fused = True
+    return op(place.x, call.norm._replace(channel_axis=axis), v, call.statistics, **settings)
 
 
 def without_values(t):

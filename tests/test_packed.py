@@ -535,6 +535,15 @@ def test_matmuls_of_spikes_are_counts(monkeypatch):
     assert {type(item).__name__ for item in kept.storages()} == {"_Bits", "_Multiples"}
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64, torch.complex64])
+def test_casts_to_other_dtypes_stay_as_they_are(dtype):
+    x = torch.randn(4, 8, 64, 64, requires_grad=True)
+    with packed_spikes():
+        s = lif(x)
+        y = s * s.to(dtype)
+    assert same_bits(y.real if y.is_complex() else y, s)
+
+
 def test_matmuls_that_are_not_counts_stay_as_they_are():
     weight = torch.randn(64, 64)
     for make in (

@@ -5,33 +5,37 @@ for pairs: what follows a norm may change from call to call.
 """
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .._torch import has_hooks, is_tracing, transforms_active
+from ..dispatch import choose
 from ..dtypes import DATA_DTYPES
+from ..ops.norm_lif import Norm
 from ..ops.pool import max_pool
 from ..packed import packed_spikes
-from ..pending import Norm, pending
+from ..pending import computed, is_waiting, make_pending, waiting
 from .swap import Left, Report, Swapped, changed_behaviour, counted, replace_methods
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class FusedNorm(Swapped):
-    """A BatchNorm whose output is pending where a neuron can take it, and the norm's own otherwise."""
+    """A BatchNorm whose output is pending inside an accelerated model, and the norm's own otherwise."""
 
     def forward(self, x):
-        axis = self._find_axis(x)
-        if axis is None or not _can_wait(self, x):
+        axis = self._find_axis(x) if is_waiting() and _can_wait(self, x) else None
+        if axis is None or not 0 <= (self.momentum or 0) <= 1:
             return super().forward(x)
-        norm = self._norm(x, axis)
-        return super().forward(x) if norm is None else pending(x, norm)
+        y = self._wait(x, axis)
+        return super().forward(x) if y is None else y
 
     def _find_axis(self, x):
         """Return the axis of the channels, or None if the norm's own code must judge x."""
-        if not isinstance(x, Tensor) or x.dim() < 2:
+        if x.dim() < 2:
             return None
         axis = 2 if self._takes_steps() else 1
         try:
@@ -44,17 +48,35 @@ class FusedNorm(Swapped):
     def _takes_steps(self):
         return getattr(self, "step_mode", "s") == "m"
 
-    def _norm(self, x, axis):
+    def _wait(self, x, axis, step_factor=None):
         uses_data = self.training or (self.running_mean is None and self.running_var is None)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        tracks = self.training and self.track_running_stats
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
         keeps = not self.training or self.track_running_stats
         mean, var = (self.running_mean, self.running_var) if keeps else (None, None)
-        return Norm(self.weight, self.bias, mean, var, uses_data, momentum, self.eps, axis)
+        if (mean is None) != (var is None):
+            return None
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.momentum is None and self.num_batches_tracked is not None and self.training:
+            momentum = 1.0 / float(self.num_batches_tracked + 1)
+        y = _begin(x, axis, self.weight, self.bias, mean, var, uses_data, momentum, self.eps, step_factor=step_factor)
+        if y is not None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+
+def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=False, step_factor=None):
+    """Compute the statistics of x and return a pending output, or None if norm_lif refuses the arguments."""
+    backend, steps = choose(x.device.type), x if axis == 2 else x.unsqueeze(0)  # (T, B, C, ..)
+    norm = Norm(weight, bias, mean, var, training, momentum, eps, 2, per_step, step_factor, 1.0, None)
+    if backend == "reference":
+        return None
+    try:
+        norm.check(steps, {})
+    except (TypeError, ValueError):
+        return None
+    statistics = norm.statistics(steps.detach(), 2, backend)
+    if not training:  # they may change before the output is used
+        norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
+    return make_pending(x, norm if not training else norm.without_update(), axis, statistics)
 
 
 class FusedMultiStepNorm(FusedNorm):
@@ -67,15 +89,17 @@ class FusedMultiStepNorm(FusedNorm):
 class FusedTEBN(FusedNorm):
     """The output of TEBN has a learnt factor per time step."""
 
-    def _norm(self, x, axis):
-        return super()._norm(x, axis)._replace(step_factor=self.scale) if self.scale.shape == x.shape[:1] else None
+    def _wait(self, x, axis):
+        return super()._wait(x, axis, self.scale) if self.scale.shape == x.shape[:1] else None
 
 
 class FusedBNTT(FusedNorm):
     """BNTT has a BatchNorm per time step."""
 
+    momentum = None  # each step has its own
+
     def _find_axis(self, x):
-        first, T = self.t + 1, x.shape[0] if isinstance(x, Tensor) and x.dim() > 2 else 0
+        first, T = self.t + 1, x.shape[0] if x.dim() > 2 else 0
         norms = self.bn_list[first : first + T] if T and self.step_mode == "m" else []
         if len(norms) != T or not T:
             return None
@@ -85,35 +109,31 @@ class FusedBNTT(FusedNorm):
             return None
         settings = {(n.num_features, n.eps, n.momentum, n.training, n.track_running_stats, n.affine) for n in norms}
         usable = settings == {(x.shape[2], norms[0].eps, norms[0].momentum, self.training, True, True)}
-        return 2 if usable and None not in next(iter(settings)) and x.shape[2] > 1 and x[0].numel() > x.shape[2] else None
+        usable = usable and norms[0].momentum is not None and 0 <= norms[0].momentum <= 1
+        return 2 if usable and x.shape[2] > 1 and x[0].numel() > x.shape[2] else None
 
-    def _norm(self, x, axis):
+    def _wait(self, x, axis):
         first, T = self.t + 1, len(x)
         norms = self.bn_list[first : first + T]
-        self.t += T
         mean, var = (torch.stack([getattr(norm, name) for norm in norms]) for name in ("running_mean", "running_var"))
-
-        def write_back():
-            with torch.no_grad():
-                for norm, *rows in zip(norms, mean, var):
-                    norm.running_mean.copy_(rows[0])
-                    norm.running_var.copy_(rows[1])
-
-        if self.training:
-            for norm in norms:
-                norm.num_batches_tracked.add_(1)
         weight = torch.stack([norm.weight for norm in norms])
-        return Norm(
-            weight, None, mean, var, self.training, norms[0].momentum, norms[0].eps, axis, per_step=True,
-            after_update=write_back if self.training else None,
-        )  # fmt: skip
+        y = _begin(x, axis, weight, None, mean, var, self.training, norms[0].momentum, norms[0].eps, per_step=True)
+        if y is not None:
+            self.t += T
+            if self.training:
+                with torch.no_grad():
+                    for norm, new_mean, new_var in zip(norms, mean, var):
+                        norm.running_mean.copy_(new_mean)
+                        norm.running_var.copy_(new_var)
+                        norm.num_batches_tracked.add_(1)
+        return y
 
 
 def _can_wait(norm, x):
-    """True if nothing but a neuron or ordinary PyTorch code will see the output."""
-    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.dtype not in DATA_DTYPES or x.layout is not torch.strided:
+    """True if the module may return something else than its own code would for x."""
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or x.dtype not in DATA_DTYPES or x.is_inference():
         return False
-    return not (transforms_active() or is_tracing() or has_hooks(norm) or counted())
+    return x.layout is torch.strided and not (transforms_active() or is_tracing() or has_hooks(norm) or counted())
 
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -164,14 +184,20 @@ def norm_chooser(model: nn.Module):
 # --- spikes as bits -----------------------------------------------------------------------------------------------------------
 
 
-class Packed(Swapped):
-    """A model whose forward pass runs under packed_spikes. torch.compile gets the forward pass without it."""
+class Whole(Swapped):
+    """A model in whose forward pass norms wait for their neurons, or later layers keep spikes as bits, or both.
+
+    torch.compile gets the forward pass without it.
+    """
+
+    _fuses = _packs = False
 
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        with packed_spikes():
-            return super().forward(*args, **kwargs)
+        with packed_spikes() if self._packs else nullcontext(), waiting() if self._fuses else nullcontext():
+            out = super().forward(*args, **kwargs)
+        return tree_map(computed, out) if self._fuses else out
 
 
 class PackedMaxPool(Swapped):
@@ -197,13 +223,15 @@ def choose_pool(module):
     return changed_behaviour(module, base) or ("it has hooks" if has_hooks(module) else PackedMaxPool)
 
 
-_WHOLE = "packed needs a model with layers that get the spikes"
-
-
-def pack_spikes(model: nn.Module, report: Report) -> Report:
-    """Run the forward pass of the model under packed_spikes. Return the report with the model in it."""
+def accelerate_whole(model: nn.Module, report: Report, fuse: bool, packed: bool) -> Report:
+    """Let norms wait, or keep spikes as bits, in the forward pass of the model. Return the report with the model in it."""
     name, kind = "(the model)", type(model).__name__
-    if isinstance(model, Swapped):
-        return report if isinstance(model, Packed) else report._replace(left=(*report.left, Left(name, kind, _WHOLE)))
-    replace_methods(model, Packed)
-    return report._replace(replaced=(*report.replaced, (name, kind)))
+    if isinstance(model, Swapped) and not isinstance(model, Whole):
+        reason = "fuse and packed need a model that contains the layers"
+        return report._replace(left=(*report.left, Left(name, kind, reason)))
+    before = vars(model).get("_fuses", False), vars(model).get("_packs", False)
+    if not isinstance(model, Whole):
+        replace_methods(model, Whole)
+    vars(model).update(_fuses=before[0] or fuse, _packs=before[1] or packed)
+    changed = before != (before[0] or fuse, before[1] or packed)
+    return report._replace(replaced=(*report.replaced, (name, kind))) if changed else report

@@ -22,7 +22,7 @@ from ..dtypes import DATA_DTYPES, state_dtype
 from ..levels import Levels, encode
 from ..ops.lif import lif
 from ..ops.operator import values_are_readable
-from ..pending import without_values
+from ..pending import keep_waiting, without_values
 from .swap import Methods, counted, fused_methods, refuse_symbols, replace_methods, warn
 
 _SURROGATES = {
@@ -331,7 +331,7 @@ class MultiStep(Methods):
             missing = [1] * (1 + x.dim() - x_seq.dim())
             x_seq = x_seq.reshape(len(x_seq), *missing, *x_seq.shape[1:]).expand(-1, *x.shape)
         spikes, neuron.v, _ = _run_steps(x_seq, v, False, settings)
-        neuron.v_seq = _LastCall(x_seq, v, settings, torch.is_grad_enabled())
+        neuron.v_seq = _LastCall(keep_waiting(x_seq), v, settings, torch.is_grad_enabled())
         return spikes
 
     @staticmethod

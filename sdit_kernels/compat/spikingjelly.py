@@ -35,7 +35,7 @@ import torch
 from ..checks import check_flag
 from ..dispatch import backend
 from ..ops.lif import lif
-from .fuse import FusedNorm, Packed, PackedMaxPool, choose_pool, norm_chooser, pack_spikes
+from .fuse import FusedNorm, PackedMaxPool, Whole, accelerate_whole, choose_pool, norm_chooser
 from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, neuron_settings, obstacle
 from .swap import Report, changed_behaviour, check_model, fuse_class, suspected_neuron, swap, swap_back
 
@@ -151,7 +151,7 @@ def accelerate(model: torch.nn.Module, *, fuse: bool = False, packed: bool = Fal
         return _choose(module, bases) or next(filter(None, (chooser(module) for chooser in more)), None)
 
     report = swap("SpikingJelly", model, choose, _suspect)
-    return pack_spikes(model, report) if packed else report
+    return accelerate_whole(model, report, fuse, packed) if fuse or packed else report
 
 
 def restore(model: torch.nn.Module) -> Report:
@@ -166,4 +166,4 @@ def restore(model: torch.nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm, Packed, PackedMaxPool))
+    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm, PackedMaxPool, Whole))

@@ -322,11 +322,11 @@ def lif(
         [0.0, 1.0]
     """
     if isinstance(x, Pending):
-        from .norm_lif import norm_lif  # which builds on this module
+        from .norm_lif import run_norm_lif  # which builds on this module
 
         if threshold is None and not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold)):
             spikes = run_with_norm(
-                norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+                run_norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
                 detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
                 return_v_seq=return_v_seq, spike_dtype=spike_dtype,
             )  # fmt: skip

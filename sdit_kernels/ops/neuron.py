@@ -268,7 +268,7 @@ class NeuronOp:
         values = [f"float {name}_value" for name in neuron.parameters]
         flags = [f"{type(flag).__name__} {name}" for name, flag in neuron.flags.items()]
         schema = ", ".join([*values, *flags, "str surrogate", "float alpha"])
-        self._schema, self._norm_call = schema, None
+        self.schema, self._norm_call = schema, None
         self._call = define(neuron, neuron.parameters, schema, self._variant, self._check_values)
 
     def _variant(self, *values):
@@ -306,24 +306,20 @@ class NeuronOp:
         )  # fmt: skip
 
     def after_norm(
-        self, x, weight=None, bias=None, running_mean=None, running_var=None, v=None, *, training, momentum=0.1, eps=1e-5,
-        channel_axis=2, per_step=False, step_factor=None, scale=1.0, process_group=None, parameters, flags, surrogate, alpha,
-        return_v, return_v_seq, spike_dtype,
+        self, x, norm, v, statistics, *, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
     ):  # fmt: skip
-        """Run a BatchNorm and this neuron, which has one state, in one pass; see norm_lif."""
-        from .norm_lif import Norm, define_norm  # which builds on this module
+        """Run a BatchNorm, a Norm of norm_lif.py, and this neuron, which has one state, in one pass; see run_norm_lif there."""
+        from .norm_lif import define_norm  # which builds on this module
 
-        norm = Norm(
-            weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
-            process_group,
+        axis = norm.check(x, {f"state's {self.neuron.states[0]}": v}, return_v=return_v, return_v_seq=return_v_seq)
+        values, tensors, alpha = self._check(
+            x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
         )  # fmt: skip
-        axis = norm.check(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
-        values, tensors, alpha = self._check(x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis])
         backend = dispatch.choose(x.device.type, fused=alpha is not None)
         if backend == "reference":
             if values_are_readable(x):
                 self._check_values(tensors, (), state_dtype(x.dtype))
-            current, axis = reference.norm.normalise(x, *norm)
+            current, axis = reference.norm.normalise(x, *(norm if statistics is None else norm.without_update()))
             found = reference.neuron.run(
                 self.neuron, current, (None if v is None else v.movedim(axis - 1, -1),), parameters,
                 dict(zip(self.flags, flags)), surrogate, alpha, return_v, return_v_seq, spike_dtype or x.dtype, self.constants,
@@ -332,10 +328,13 @@ class NeuronOp:
         else:
             assert alpha is not None  # the reference has served a custom surrogate function
             if self._norm_call is None:
-                names, schema = self.neuron.parameters, self._schema
+                names, schema = self.neuron.parameters, self.schema
                 self._norm_call = define_norm(self.neuron, names, schema, self._variant, self._check_values)
+            statistics = norm.statistics(x, axis, backend) if statistics is None else statistics
             settings = (*values, *flags, surrogate, alpha)
-            found = norm.launch(self._norm_call, x, v, axis, tensors, settings, return_v, return_v_seq, spike_dtype, backend)
+            found = norm.launch(
+                self._norm_call, x, v, axis, statistics, tensors, settings, return_v, return_v_seq, spike_dtype, backend
+            )
         self._noted(found if isinstance(found, tuple) else (found,))
         return found
 
@@ -359,10 +358,10 @@ class NeuronOp:
         )  # fmt: skip
         return returned(found)
 
-    def _check(self, x, more, parameters, surrogate, alpha, spike_dtype, channels):
+    def _check(self, x, more, parameters, surrogate, alpha, spike_dtype, channels, axis="last axis"):
         """Check the settings. Return (numbers, tensors or None, alpha). more: tensors that may need a gradient."""
         names, dtype = self.neuron.parameters, state_dtype(x.dtype)
-        given = [check_neuron_parameter(name, p, x, channels) for name, p in zip(names, parameters)]
+        given = [check_neuron_parameter(name, p, x, channels, axis=axis) for name, p in zip(names, parameters)]
         values, tensors = tuple(value for value, _ in given), tuple(tensor for _, tensor in given)
         for name, value, tensor, check in zip(names, values, tensors, self.checks):
             if tensor is None:

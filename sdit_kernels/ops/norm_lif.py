@@ -370,7 +370,8 @@ def _check_axis(x, channel_axis):
     axis = channel_axis + x.dim() if channel_axis < 0 else channel_axis
     if not 1 <= axis < x.dim():
         raise ValueError(
-            f"channel_axis must be an axis of x, {tuple(x.shape)}, and not its first, the time steps; got {channel_axis}"
+            f"channel_axis (2 by default) must be an axis of x, {tuple(x.shape)}, and not its first, the time steps; "
+            f"got {channel_axis}"
         )
     return int(axis)
 
@@ -406,6 +407,9 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
         _check_vector(name, p, shape, x)
     for name, p in (("running_mean", running_mean), ("running_var", running_var)):
         _check_vector(name, p, shape, x, running=True)
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"running_mean and running_var must both be given or both be None, got {missing}=None")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var must be given where training=False; without them use training=True")
     if not is_number(momentum):
@@ -459,6 +463,10 @@ class Norm(NamedTuple):
     def learnt(self):
         return self.weight, self.bias, self.step_factor
 
+    def without_update(self) -> "Norm":
+        """Return the same norm for data that the running statistics have seen."""
+        return self._replace(running_mean=None, running_var=None) if self.training else self
+
     def check(self, x, states, **flags):
         """Check x, the states and the arguments of the norm. Return the axis of the channels, counted from 0."""
         check_data("x", x)
@@ -475,28 +483,38 @@ class Norm(NamedTuple):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return axis
 
-    def launch(self, call, x, v, axis, parameters, values, return_v, return_v_seq, spike_dtype, backend):
-        """Compute the statistics, then the neuron whose operator is ``call``. Return what norm_lif returns."""
-        dtype, group, count = state_dtype(x.dtype), "", None
-        if self.training:
-            mean, squares, n = batch_statistics(x, axis, self.per_step, self.process_group, backend)
-            var = squares / n if self.process_group is not None or n else squares
-            if self.process_group is not None:
-                group, count = self.process_group.group_name, n
-            if x.numel() or group:
-                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
-        else:
+    def statistics(self, x, axis, backend) -> "Statistics":
+        """Return the statistics to normalise x with. In training, update the running statistics."""
+        if not self.training:
             assert self.running_mean is not None and self.running_var is not None  # check has made sure
-            mean, var = self.running_mean.to(dtype), self.running_var.to(dtype)
+            dtype = state_dtype(x.dtype)
+            mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
+            return Statistics(mean, 1.0 / torch.sqrt(var + self.eps), None, "")
+        group = self.process_group
+        mean, squares, n = batch_statistics(x, axis, self.per_step, group, backend)
+        var = squares / n if group is not None or n else squares
+        if x.numel() or group is not None:
+            update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
         rstd = 1.0 / torch.sqrt(var + self.eps)
+        return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
+
+    def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
+        """Run the neuron whose operator is ``call``. Return what norm_lif returns."""
         T = x.shape[0]
         # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
         keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *self.learnt, *parameters)
         s, final, seq, _ = call(
-            x, v, *self.learnt, mean, rstd, count, *parameters, float(self.scale), axis, self.per_step, self.training, group,
-            *values, return_v, return_v_seq, spike_dtype, keep, backend,
+            x, v, *self.learnt, *statistics[:3], *parameters, float(self.scale), axis, self.per_step, self.training,
+            statistics.group, *values, return_v, return_v_seq, spike_dtype, keep, backend,
         )  # fmt: skip
         return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
+
+
+class Statistics(NamedTuple):
+    mean: Tensor
+    rstd: Tensor
+    values: Tensor | None  # the number of the values per channel, from all processes; None: of x
+    group: str  # the name of the group of processes
 
 
 def norm_lif(
@@ -601,6 +619,17 @@ def norm_lif(
     """
     norm = Norm(weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
                 process_group)  # fmt: skip
+    return run_norm_lif(
+        x, norm, v, None, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
+        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+    )  # fmt: skip
+
+
+def run_norm_lif(
+    x, norm, v, statistics, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, return_v,
+    return_v_seq, spike_dtype,
+):  # fmt: skip
+    """Run norm_lif. statistics: of x; None: they are computed, and the running statistics are updated."""
     axis = norm.check(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
@@ -612,16 +641,18 @@ def norm_lif(
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
+        own = norm if statistics is None else norm.without_update()
         found = reference.norm_lif(
-            x, weight, bias, running_mean, running_var, v, training=training, momentum=momentum, eps=eps,
-            channel_axis=axis, per_step=per_step, step_factor=step_factor, scale=scale, process_group=process_group,
-            tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-            surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq,
-            spike_dtype=spike_dtype,
+            x, *own[:4], v, training=norm.training, momentum=norm.momentum, eps=norm.eps, channel_axis=axis,
+            per_step=norm.per_step, step_factor=norm.step_factor, scale=norm.scale, process_group=norm.process_group, tau=tau,
+            v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset, surrogate=surrogate,
+            alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     else:
+        statistics = norm.statistics(x, axis, backend) if statistics is None else statistics
         found = norm.launch(
-            _lif_call, x, v, axis, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype, backend
-        )
+            _lif_call, x, v, axis, statistics, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype,
+            backend,
+        )  # fmt: skip
     packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
     return found
