@@ -27,12 +27,16 @@ from sdit_kernels import memory
 WAYS = ("SpikingJelly", "SpikingJelly, memopt", "accelerated", "fused and packed")
 
 
+class Unit(nn.Sequential):
+    """A convolution, its norm and its neurons, as one module, so that memopt can choose it."""
+
+
 def make_unit(conv, IF=False):
-    """Return a convolution, its norm and neurons, for (T, B, C, H, W), as one module, so that memopt can choose it."""
+    """Return a Unit for (T, B, C, H, W)."""
     from spikingjelly.activation_based import layer, neuron, surrogate
 
     node = neuron.IFNode if IF else neuron.LIFNode
-    return nn.Sequential(conv, layer.BatchNorm2d(conv.out_channels), node(surrogate_function=surrogate.ATan()))
+    return Unit(conv, layer.BatchNorm2d(conv.out_channels), node(surrogate_function=surrogate.ATan()))
 
 
 def conv3x3(inputs, outputs, stride=1):
@@ -155,7 +159,7 @@ def compare_ways(name, make, goals, args, settings):
     """Measure a model in four ways, with T = 4 and 16. goals: least ratios of kept bytes, of two ways to ours."""
     if reason_if_missing("spikingjelly"):
         return skip_section(name, "spikingjelly")
-    from spikingjelly.activation_based import functional, memopt
+    from spikingjelly.activation_based import functional, memopt, neuron
 
     from sdit_kernels.compat.spikingjelly import accelerate
 
@@ -165,7 +169,7 @@ def compare_ways(name, make, goals, args, settings):
         net, x = make(T)
         net, x = net.to(args.device).train(), x.to(args.device)
         nets = [net, *(copy.deepcopy(net) for _ in WAYS[1:])]
-        memopt.optimize_memory(nets[1], nn.Sequential, lambda model, x=x: model(x), level=1)
+        memopt.optimize_memory(nets[1], (Unit, neuron.BaseNode), lambda model, x=x: model(x), level=1)
         reset(nets[1])
         reports = [accelerate(nets[2]), accelerate(nets[3], fuse=True, packed=True)]
         assert not any(report.left for report in reports), reports

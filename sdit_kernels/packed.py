@@ -198,9 +198,9 @@ class Counts(NamedTuple):
     most: int  # the greatest integer
 
     def pack(self, flat, backend):
-        numbers = (flat / self.unit).to(torch.int16)
+        numbers = flat.mul(1 / self.unit).to(torch.int16)
         packed = _Multiples(numbers, self.unit, flat.dtype)
-        exact = flat.device.type != "cpu" or torch.equal(packed.restore().view(torch.uint8), flat.view(torch.uint8))
+        exact = flat.device.type != "cpu" or torch.equal(packed.restore(), flat)
         return packed if exact else None
 
     def cast(self, dtype: torch.dtype) -> "Counts | None":
