@@ -48,7 +48,7 @@ def draw(path, found):
                 if which == 0:
                     ideal = found[model]["ideal"][0] / most
                     axes.plot([ideal] * 2, [i + 0.2, i + 0.4], color="black", linewidth=1.5, label="ideal" if i == 0 else None)
-            axes.set(xlim=(0, 1.25), xticks=[])
+            axes.set(xlim=(0, 1.25 if which == 0 else 1.75), xticks=[])
             axes.set_title(title + ("" if which == 0 else ", SpikingJelly = 1"), fontsize=10)
             axes.spines[["top", "right", "bottom"]].set_visible(False)
             axes.tick_params(length=0)

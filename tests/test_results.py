@@ -58,6 +58,23 @@ def test_the_table_of_the_cpu_equals_the_results():
         assert f"| {label} | {times(found, peer)} |" in PERFORMANCE
 
 
+def test_the_table_of_fused_layers_equals_the_results():
+    labels = {
+        "cnn_28": "CNN, 28 x 28", "cnn_64": "VGG-like CNN, 64 x 64", "sew_resnet18": "SEW-ResNet18, 32 x 32",
+        "spikformer": "Spikformer block",
+    }  # fmt: skip
+    for section, label in labels.items():
+        for T in ("T = 4", "T = 16"):
+            ways = ("SpikingJelly", "accelerated", "SpikingJelly, memopt", "fused and packed")
+            *others, ours = (row(rows("memory.json", section), name=f"{T}, {way}") for way in ways)
+            kept = " | ".join(digits(other["kept_bytes"] / ours["kept_bytes"]) for other in others)
+            step = " | ".join(digits(one["ratio"]).removesuffix("x") for one in (ours, others[2]))
+            assert f"| {label}, {T} | {kept} | {step} |" in PAGES["fused-layers"]
+    for section, words in (("cnn_28", "a CNN keeps {} fewer bytes"), ("spikformer", "a Spikformer block {} (")):
+        own, ours = (row(rows("memory.json", section), name=f"T = 4, {way}") for way in ("SpikingJelly", "fused and packed"))
+        assert words.format(digits(own["kept_bytes"] / ours["kept_bytes"])) in README
+
+
 def test_the_table_of_the_gpu_equals_the_results():
     peers, rate = rows("gpu_h200.json", "lif", 1), rows("gpu_h200.json", "rate", 3)
     for label, found, peer in (
