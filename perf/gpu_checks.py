@@ -29,6 +29,7 @@ from sdit_kernels import (
     wkv_step,
     wkv_step_,
 )
+from sdit_kernels.compat.spikingjelly import accelerate
 from sdit_kernels.tuning import tuned
 
 
@@ -341,6 +342,32 @@ def autocast(device, small):
     return {"loss_fp32": losses[0], "loss_bf16": losses[1]}
 
 
+def fused_layers(device, small):
+    """Check convolutions, norms, neurons and a pooling with fuse and packed: float64 results, kept bytes in float32."""
+    C, size, batch = (4, 8, 2) if small else (64, 32, 64)
+
+    def stack(inputs):
+        block = torch.nn.Sequential(torch.nn.Conv2d(inputs, C, 3, padding=1, bias=False), torch.nn.BatchNorm2d(C))
+        return nn.OverTime(block), nn.LIF(detach_reset=True), nn.OverTime(torch.nn.MaxPool2d(2))
+
+    net = torch.nn.Sequential(*stack(3), *stack(C)).to(device)
+    fused = copy.deepcopy(net)
+    report = accelerate(fused, fuse=True, packed=True)
+    assert not report.left, report
+    x, found = torch.rand(4, batch, 3, size, size, device=device), []
+    for n in (net, fused):
+        n.double()
+        y = n(x.double())
+        found.append([y, *torch.autograd.grad(y.square().mean(), list(n.parameters())), *n.buffers()])
+        nn.reset(n)
+        n.float()
+    worst = max(rms_error(b, a) for a, b in zip(*found) if a.is_floating_point() and a.abs().max())
+    assert worst < 1e-8, f"relative rms {worst:.2e} between a fused model and the model, in float64"
+    kept = [harness.allocated_bytes(lambda n=n: (n(x), nn.reset(n))[0], device)["kept_bytes"] for n in (net, fused)]
+    assert kept[1] < kept[0], f"{kept[1]} bytes kept fused and packed, {kept[0]} before"
+    return {"rms_error": worst, "kept_bytes": kept[0], "kept_bytes_fused_and_packed": kept[1]}
+
+
 def network(device, small):
     """Check the whole network in float64, outputs and every gradient, against its plain form."""
     return bench_sdit.check_forms_agree(device, "digits" if small else bench_sdit.PRESET)
@@ -383,7 +410,7 @@ def big_offsets(device, small):
 CHECKS = {
     f.__name__: f
     for f in (
-        on_its_stream, values_wkv_half, values_wkv_states, values_wkv, network, autocast, values_spiking_wkv, compiled,
-        big_offsets, steep_decays, values_mix, values_lif, accuracy,
+        on_its_stream, values_wkv_half, values_wkv_states, values_wkv, network, autocast, fused_layers, values_spiking_wkv,
+        compiled, big_offsets, steep_decays, values_mix, values_lif, accuracy,
     )
 }  # fmt: skip

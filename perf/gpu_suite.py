@@ -33,7 +33,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import torch
 
-from perf import bench_compat, bench_lif, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
+from perf import bench_compat, bench_lif, bench_memory, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
 from perf.gpu_checks import CHECKS, calls
 from perf.harness import Contestant, compare, make_forward_backward
 from perf.ops import OPS
@@ -285,6 +285,8 @@ TIMINGS = {
     "bandwidth": section(bench_lif, "bandwidth"),
     "mix": mix,
     "jelly": section(bench_compat, "jelly_neurons"),
+    "fused_cnn": section(bench_memory, "cnn_28"),
+    "fused_spikformer": section(bench_memory, "spikformer"),
     "snn": snn,
     "algorithms": algorithms,
     "decoding": section(bench_wkv, "decoding"),
