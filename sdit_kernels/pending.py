@@ -283,7 +283,7 @@ def make_pending(x: Tensor, norm, axis: int, statistics) -> Tensor:
     if not x.is_contiguous():  # as F.batch_norm chooses the order of its output
         keeps = x.dim() == 4 and axis == 1 and x.is_contiguous(memory_format=torch.channels_last)
         meta = meta if keeps else torch.empty(x.shape, dtype=x.dtype, device="meta")
-    probe = torch.empty(0, device="meta").as_strided(x.shape, moves)
+    probe = torch.empty(0, dtype=x.dtype, device="meta").as_strided(x.shape, moves)
     return _make(_Place(_Call(x, norm, axis, statistics), x, probe, meta))
 
 

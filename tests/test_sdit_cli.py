@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from test_sdit_train import hear_ctrl_c
 
 from sdit import PRESETS, SDiT
 from sdit.checkpoint import load, load_model, newest, save
@@ -231,7 +232,7 @@ def test_ctrl_c_saves_and_exits_with_130(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "sdit", "train", "--preset", "digits", "--out", str(out), "--log-every", "1", *TINY]
     child = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+                             stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)  # fmt: skip
     deadline = time.monotonic() + 1800
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").stat().st_size:
         assert child.poll() is None and time.monotonic() < deadline
@@ -249,7 +250,7 @@ def interrupted(words, moment, folder):
     """Run ``sdit``, send SIGINT after stderr matches ``moment``, and return (exit code, later lines of stderr)."""
     command = [sys.executable, "-X", "importtime", "-m", "sdit", *words]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE) as child:
+    with subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c) as child:
         seen = b""
         while not re.search(moment, seen):
             part = os.read(child.stderr.fileno(), 1 << 16)

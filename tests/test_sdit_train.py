@@ -201,7 +201,12 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
 def start_training(out, how="start", steps=40):
     code = _CHILD.format(root=str(ROOT), changes=f"steps={steps}, save_every=5")
     command = [sys.executable, "-c", code, str(out), how]
-    return subprocess.Popen(command, env=ENVIRONMENT, cwd=out.parent, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, cwd=out.parent, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c)
+
+
+def hear_ctrl_c():
+    """A shell lets its background jobs ignore SIGINT, and they pass that on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def torchrun(folder, changes, out):

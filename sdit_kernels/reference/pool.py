@@ -42,7 +42,7 @@ def max_pool(x: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     shape, per = codes_shape(planes, OH, OW, window), per_byte(window)
     rows = F.pad(place.flatten(1), (0, shape[1] * group_rows(OH, OW) * OW - OH * OW)).view(planes, shape[1], -1)
     rows = F.pad(rows, (0, shape[2] * per - rows.shape[-1])).view(planes, shape[1], per, shape[2])
-    base = torch.tensor([256 ** (k / per) for k in range(per)], device=x.device).long()
+    base = torch.tensor([1 << (8 // per * k) for k in range(per)], dtype=torch.int64, device=x.device)
     return y, (rows * base.view(-1, 1)).sum(2).to(torch.uint8)
 
 
@@ -54,6 +54,6 @@ def max_pool_backward(g: Tensor, codes: Tensor, window: tuple[int, int], size: t
     place = torch.stack([(codes >> (k * bits)) & (2**bits - 1) for k in range(per)], 2).flatten(2).long()
     rows = group_rows(OH, OW)
     place = place[..., : rows * OW].reshape(planes, -1)[:, : OH * OW].view(planes, OH, OW, 1)
-    spread = torch.where(place == torch.arange(KH * KW, device=g.device), g.unsqueeze(-1), 0.0)
+    spread = torch.where(place == torch.arange(KH * KW, dtype=torch.int64, device=g.device), g.unsqueeze(-1), 0.0)
     spread = spread.view(planes, OH, OW, KH, KW).transpose(2, 3).reshape(planes, OH * KH, OW * KW)
     return F.pad(spread, (0, W - OW * KW, 0, H - OH * KH))
