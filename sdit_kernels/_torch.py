@@ -43,8 +43,24 @@ is_tracing = getattr(_C, "_is_tracing", torch.jit.is_tracing)
 below_autograd = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
 
-# A context in which functions on tensor subclasses do what they do on tensors. Without it, pending tensors would not work.
-without_functions_of_subclasses = getattr(_C, "DisableTorchFunctionSubclass", None) or _C.DisableTorchFunction
+# What pending tensors need: a context in which functions treat them as ordinary tensors, and a tensor without memory. Fallback
+# of the second: None, and norms do not wait for their neurons.
+without_functions_of_subclasses = getattr(_C, "DisableTorchFunctionSubclass", contextlib.nullcontext)
+make_wrapper_subclass = getattr(Tensor, "_make_wrapper_subclass", None)
+
+
+def _tree_map(function, tree):
+    """Apply a function to all leaves of nested tuples, lists and dicts."""
+    if isinstance(tree, dict):
+        return {key: _tree_map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        found = [_tree_map(function, value) for value in tree]
+        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)
+    return function(tree)
+
+
+# Applies a function to all leaves of a tree. Fallback: of tuples, lists and dicts only.
+tree_map: Callable = getattr(getattr(torch.utils, "_pytree", None), "tree_map", _tree_map)
 
 # A context in which no mode sees the operators. Fallback: the modes see them, which costs 5 us per operator.
 without_modes = getattr(_C, "_DisableTorchDispatch", contextlib.nullcontext)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from ._torch import without_functions_of_subclasses
+from ._torch import make_wrapper_subclass, tree_map, without_functions_of_subclasses
 
 # Functions that do not read the values.
 _METADATA = {
@@ -49,7 +48,7 @@ _local = _Local()
 
 def is_waiting() -> bool:
     """True inside a ``waiting`` block of this thread."""
-    return bool(_local.blocks)
+    return bool(_local.blocks) and make_wrapper_subclass is not None
 
 
 @contextlib.contextmanager
@@ -124,7 +123,7 @@ class _Link(torch.autograd.Function):
     def forward(ctx, place, *inputs):
         ctx.place = place
         meta, x = place.meta, place.x
-        return Tensor._make_wrapper_subclass(Pending, meta.shape, strides=meta.stride(), dtype=x.dtype, device=x.device)
+        return make_wrapper_subclass(Pending, meta.shape, strides=meta.stride(), dtype=x.dtype, device=x.device)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

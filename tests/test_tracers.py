@@ -20,6 +20,7 @@ from sdit_kernels import (
     lif,
     lif_rate,
     nn,
+    norm_lif,
     relu_squared,
     spiking_wkv,
     token_shift,
@@ -48,6 +49,10 @@ OPS = {
         lambda B: [(18, B, C), (B, C)],
     ),
     "lapicque": (lambda x: lapicque(x, R=ONE, C=2.0), lambda B: [(3, B, C)]),
+    "norm_lif": (
+        lambda x: norm_lif(x, 2 * ONE, ONE, 0.5 * ONE, ONE, training=False, eps=0.0, channel_axis=-1),
+        lambda B: [(3, B, C)],
+    ),
     "cuba": (lambda x: cuba(x, beta_i=0.5, beta=0.5), lambda B: [(3, B, C)]),
     "cuba, all": (
         lambda x, i, v: cuba(x, (i, v), beta_i=ONE, beta=ONE, return_state=True, return_state_seq=True),
@@ -107,8 +112,11 @@ STATEFUL = ("LIF", "LIF, single-step", "IF", "ParametricLIF", "Leaky")
 ALL = [*OPS, *MODULES]
 
 
+NOT_OPS = ("Levels", "backend", "packed_spikes")
+
+
 def test_the_lists_contain_every_op_and_module():
-    ops = {name for name in sdit_kernels.__all__ if callable(getattr(sdit_kernels, name)) and name not in ("Levels", "backend")}
+    ops = {name for name in sdit_kernels.__all__ if callable(getattr(sdit_kernels, name)) and name not in NOT_OPS}
     assert {name.split(",")[0] for name in OPS} == ops
     modules = {name for name in nn.__all__ if isinstance(getattr(nn, name), type)}
     assert {name.split(",")[0] for name in MODULES} == modules
@@ -369,7 +377,7 @@ def test_a_leaf_module_and_wrap_allow_symbolic_trace():
 
 @pytest.mark.parametrize("name", [*sdit_kernels.__all__, *MODULES])
 def test_script_is_refused(name):
-    if name in ("Levels", "SURROGATES", "backend"):
+    if name in ("Levels", "SURROGATES", "backend", "packed_spikes"):
         return
     message = "torch.jit.script cannot compile sdit_kernels: use torch.jit.trace"
     if name in MODULES:

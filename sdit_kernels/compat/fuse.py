@@ -9,9 +9,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from .._torch import has_hooks, is_tracing, transforms_active
+from .._torch import has_hooks, is_tracing, transforms_active, tree_map
 from ..dispatch import choose
 from ..dtypes import DATA_DTYPES
 from ..ops.norm_lif import Norm

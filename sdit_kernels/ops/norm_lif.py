@@ -370,8 +370,8 @@ def _check_axis(x, channel_axis):
     axis = channel_axis + x.dim() if channel_axis < 0 else channel_axis
     if not 1 <= axis < x.dim():
         raise ValueError(
-            f"channel_axis (2 by default) must be an axis of x, {tuple(x.shape)}, and not its first, the time steps; "
-            f"got {channel_axis}"
+            f"channel_axis must be an axis of x, {tuple(x.shape)}, and not its first, the time steps; got {channel_axis} "
+            "(the default is 2)"
         )
     return int(axis)
 
@@ -407,9 +407,6 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
         _check_vector(name, p, shape, x)
     for name, p in (("running_mean", running_mean), ("running_var", running_var)):
         _check_vector(name, p, shape, x, running=True)
-    if (running_mean is None) != (running_var is None):
-        missing = "running_mean" if running_mean is None else "running_var"
-        raise ValueError(f"running_mean and running_var must both be given or both be None, got {missing}=None")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var must be given where training=False; without them use training=True")
     if not is_number(momentum):
