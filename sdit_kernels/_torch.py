@@ -53,9 +53,8 @@ def _tree_map(function, tree):
     """Apply a function to all leaves of nested tuples, lists and dicts."""
     if isinstance(tree, dict):
         return {key: _tree_map(function, value) for key, value in tree.items()}
-    if isinstance(tree, (tuple, list)):
-        found = [_tree_map(function, value) for value in tree]
-        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)
+    if type(tree) in (tuple, list):
+        return type(tree)(_tree_map(function, value) for value in tree)
     return function(tree)
 
 

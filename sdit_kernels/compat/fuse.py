@@ -136,6 +136,7 @@ def _can_wait(norm, x):
 
 
 _TORCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_OTHERS = (nn.SyncBatchNorm, nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d)
 _JELLY_FILES = (
     "spikingjelly.activation_based.layer", "spikingjelly.clock_driven.layer", "sdit_kernels.compat.clock_driven.layer",
 )  # fmt: skip
@@ -162,7 +163,7 @@ def _find_base(module):
 def _choose_norm(names, module):
     base, kind = _find_base(module)
     if base is None:
-        is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        is_norm = isinstance(module, _OTHERS)
         return f"a {type(module).__name__} has no fused form here" if is_norm else None
     reason = changed_behaviour(module, base)
     if reason is None and has_hooks(module):
