@@ -102,7 +102,7 @@ class SpikingTimeMix(TimeMix):
 def pad_tokens(first: nn.Linear, second: nn.Linear, r: Tensor, rest: int) -> Tensor:
     """Return second(first(r)^T), (B, L, C), of r (B, L, C), with ``rest`` tokens of zeros more inside.
 
-    A GPU multiplies matrices several times faster if their rows start at multiples of 16 bytes, which 197 tokens do not give.
+    The fast matmul kernels of a GPU need rows that start at multiples of 16 bytes, which 197 tokens do not give.
     The weights of the added tokens are 0, so the result is the same.
     """
     L = r.shape[1]

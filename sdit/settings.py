@@ -29,7 +29,7 @@ class TrainSettings:
         ema: decay of the average of the weights, 0 for no average. At step n the decay is at most (1 + n) / (10 + n).
         flip: mirror half of the images left to right, if mirrored images of the data set keep their class.
         bf16: compute matrix multiplications in bfloat16 (autocast).
-        tf32: on a GPU, compute float32 matrix multiplications in TF32: 10 bits of precision, not 23, and several times faster.
+        tf32: on a GPU, compute float32 matrix multiplications in TF32: 10 bits of precision instead of 23.
         compile: compile the model and the loss with torch.compile, as one graph. The first step then takes a minute.
         seed: seed of the initial weights and of all random numbers.
         log_every: steps between lines of metrics.jsonl. A line holds the means over these steps.
