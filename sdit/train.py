@@ -127,6 +127,8 @@ def train(
             _refuse_existing_run(out)
         remembered = {"data": remembered, "device": named and str(named)}
         stack.enter_context(matmul_precision(device, settings.tf32))
+        if device.type == "cuda" and settings.tf32 and not settings.bf16 and progress and rank == 0:
+            print("float32 matrix multiplications run in TF32; --no-tf32 turns it off", file=sys.stderr)
         run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
         run.restore(state, start)
         run.loop(start)
