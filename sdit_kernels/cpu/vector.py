@@ -259,6 +259,24 @@ def all_at_most(typingctx, x, y):
 
 
 @intrinsic
+def vsum(typingctx, x):
+    """Return the sum over all lanes. Each half is added to the other until one lane is left."""
+
+    def codegen(context, builder, signature, args):
+        y, lanes = args[0], lanes_of(x.V)
+        while lanes > 1:
+            lanes //= 2
+            low, high = (
+                builder.shuffle_vector(y, y, ir.Constant(ir.VectorType(I32, lanes), list(range(start, start + lanes))))
+                for start in (0, lanes)
+            )
+            y = builder.fadd(low, high)
+        return builder.extract_element(y, ir.Constant(I32, 0))
+
+    return _of(state_code(code_of(x.V)))(x), codegen
+
+
+@intrinsic
 def _exponent(typingctx, x):
     """Return the float whose exponent bits are the lowest bits of x."""
 
