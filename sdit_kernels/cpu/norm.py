@@ -7,6 +7,7 @@ combined with their counts, in float64 and in a fixed order, so a large mean los
 
 import functools
 
+import numba
 import torch
 
 from ..dtypes import state_dtype
@@ -14,11 +15,14 @@ from ..layout import layout_of
 from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, store_output, tile
 from .kernel import Kernel, share
 from .launch import placed
-from .mix import row_sum
 
 _GROUPS = 64  # the most partial sums per channel
 _CHUNK = 4096  # values of a row that two passes read, 16 KiB
 _COLUMNS, _ROWS = 256, 32  # channels and rows of a chunk where the channels are contiguous: 32 KiB
+
+
+# LLVM may reorder these sums, so that they vectorise. Their order does not depend on the number of threads.
+row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 @row_sum
