@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -353,25 +354,36 @@ def run_sections(doc: str, sections: dict, figure=None, add_arguments=None, choo
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
+class _Saved:
+    """A tensor that a node of a graph holds."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 def saved_bytes(fn, exclude=()) -> tuple[int, list[tuple]]:
     """Measure what autograd saves for the backward pass in `fn`: (bytes, [(shape, dtype, bytes), ...]).
 
     Every storage counts once; a saved view counts its whole storage. `exclude`: tensors that exist anyway (inputs, parameters).
-    Tensors that are attributes of `ctx` are not counted, because autograd's hooks do not see them; `allocated_bytes` does.
+    What only nodes hold that the result does not need does not count. Tensors that are attributes of `ctx` are not counted
+    either, because autograd's hooks do not see them; `allocated_bytes` counts them.
     """
     seen = {t.untyped_storage()._cdata for t in exclude}
-    kept, tensors = [], []
+    saved = []
 
     def pack(t):
-        storage = t.untyped_storage()
-        if storage._cdata not in seen:
-            seen.add(storage._cdata)
-            kept.append(storage)  # keep it alive until we return, so that its identity is not reused
-            tensors.append((tuple(t.shape), str(t.dtype).removeprefix("torch."), storage.nbytes()))
-        return t.detach()  # shares the memory; saving an output itself would make a reference cycle
+        held = _Saved(t.detach())  # shares the memory; saving an output itself would make a reference cycle
+        # the storage is kept alive until we return, so that its identity is not reused
+        saved.append((weakref.ref(held), t.untyped_storage(), tuple(t.shape), str(t.dtype).removeprefix("torch.")))
+        return held
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
         result = fn()
+    tensors = []
+    for held, storage, shape, dtype in saved:
+        if held() is not None and storage._cdata not in seen:
+            seen.add(storage._cdata)
+            tensors.append((shape, dtype, storage.nbytes()))
     del result
     return sum(n for _, _, n in tensors), tensors
 
@@ -401,9 +413,16 @@ def allocated_bytes(fn, device="cpu") -> dict:
         trace = os.path.join(folder, "trace.json")
         profile.export_chrome_trace(trace)
         events = json.loads(pathlib.Path(trace).read_text())["traceEvents"]
-    events = sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"])
-    level = numpy.cumsum([0, *(e["args"]["Bytes"] for e in events)])
-    return {"kept_bytes": int(level[-1]), "peak_bytes": int(level.max())}
+    # The profiler also reports that memory is freed which was allocated before: it belongs to earlier calls and is not counted.
+    live, level, peak = {}, 0, 0
+    for event in sorted((e["args"] | {"ts": e["ts"]} for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        if event["Bytes"] > 0:
+            live[event["Addr"]] = event["Bytes"]
+            level += event["Bytes"]
+            peak = max(peak, level)
+        else:
+            level -= live.pop(event["Addr"], 0)
+    return {"kept_bytes": level, "peak_bytes": peak}
 
 
 # ---- provenance ------------------------------------------------------------------------------------------------------

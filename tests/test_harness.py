@@ -1,6 +1,7 @@
 """perf/harness.py: its clock is replaced by one with a known drift, so the reported numbers are known exactly."""
 
 import csv
+import gc
 import json
 import os
 import subprocess
@@ -109,6 +110,30 @@ class KeepsInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * 2
+
+
+def test_bytes_of_dead_nodes_and_of_earlier_calls_do_not_count():
+    x = torch.randn(1000, requires_grad=True)
+
+    def fn():
+        y = x.exp()  # saves its result
+        y.sin().detach()  # a node that nothing needs: it saves y, which lives on anyway, and then dies
+        torch.randn(500, requires_grad=True).square().detach()  # and one whose tensor dies with it
+        return y.sum()
+
+    assert saved_bytes(fn, exclude=[x])[0] == 4000
+    assert len({allocated_bytes(fn)["kept_bytes"] for _ in range(3)}) == 1
+    cycles = []
+
+    def with_cycles():  # the garbage of an earlier call is collected during a later one
+        gc.collect()
+        cycle = [torch.zeros(1000)]
+        cycle.append(cycle)
+        cycles[:] = [1]
+        return x.exp().sum()
+
+    kept = [allocated_bytes(with_cycles)["kept_bytes"] for _ in range(3)]
+    assert len(set(kept)) == 1 and kept[0] >= 4000 + 4
 
 
 def test_saved_and_allocated_bytes_agree():
