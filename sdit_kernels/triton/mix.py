@@ -57,13 +57,19 @@ def _normalize(x, C, mask, eps, stats_ptr, b, t, inside, L, NORM: tl.constexpr, 
 
 
 @triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
 def _normalize_backward(d, normal, scale, C, stats_ptr, b, t, inside, L, NORM: tl.constexpr, STATE: tl.constexpr):
     """Return the gradient of the rows from the gradient d of the normalised rows."""
     if NORM == 0:
         return d
     elif NORM == 1:
         inverse = 1.0 / tl.full([1, 1], C, STATE)
-        return (d - tl.sum(d, 1)[:, None] * inverse - normal * (tl.sum(d * normal, 1)[:, None] * inverse)) * scale
+        total, products = tl.reduce((d, d * normal), 1, _add_pairs)  # one reduction: its warps wait for each other once
+        return (d - total[:, None] * inverse - normal * (products[:, None] * inverse)) * scale
     else:
         at = stats_ptr + (b * (L + 1) + t + 1) * 4
         return (d - tl.load(at + 2, mask=inside, other=0.0) - normal * tl.load(at + 3, mask=inside, other=0.0)) * scale
