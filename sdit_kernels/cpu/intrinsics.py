@@ -30,6 +30,13 @@ LLVM_TYPES = (ir.FloatType(), ir.DoubleType(), ir.IntType(16), ir.HalfType(), ir
 I32, I64 = ir.IntType(32), ir.IntType(64)
 
 
+# Options of a function that only compiled code calls. It is inlined and has no entry for Python or C. So the first forward and
+# backward passes of lif and wkv compile in 7.5 s of CPU time instead of 8.9 s.
+NO_ENTRY = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
+INLINE = dict(forceinline=True, error_model="numpy", **NO_ENTRY)
+inline = numba.njit(**INLINE)
+
+
 def state_code(code: int) -> int:
     return F64 if code == F64 else F32
 
@@ -287,7 +294,7 @@ def _prefetch(typingctx, address, write):
     return types.void(types.int64, write), codegen
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def prefetch(address, size, write):
     """Prefetch ``size`` bytes from ``address``, which may be invalid. The hardware does not predict short runs by itself."""
     for offset in range(0, size, 64):
@@ -310,7 +317,7 @@ def _copy(typingctx, target, source, offset, size, nontemporal):
     return types.void(types.int64, types.int64, types.int64, size, nontemporal), codegen
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def stream(target, source, size):
     """Copy ``size`` bytes from a tile to memory and bypass the caches.
 
@@ -357,7 +364,7 @@ def _truncate(typingctx, x):
     return types.int32(types.float32), codegen
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def exp_negative(x, code):
     """Return exp(x) for x <= 0, within 1.5 ulp. float32 uses a polynomial, because LLVM cannot vectorise a call into libm."""
     if code == F64:
@@ -379,14 +386,14 @@ def exp_negative(x, code):
     return num(0.0, code) if tiny else p
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def sigmoid(x, S):
     e = exp_negative(-abs(x), S)
     p = num(1.0, S) / (num(1.0, S) + e)
     return p if x >= num(0.0, S) else e * p
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def fill(target, n, source, offset, value, code, S):
     """Fill a tile with n elements of the array at ``source``, or with ``value`` if source is 0.
 
@@ -422,7 +429,7 @@ def load_parameters(typingctx, places, values, step, row, code):
     return values(places, values, types.int64, types.int64, code), codegen
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def fill_parameter(target, n, source, per_step, period, c, step, row, value, S):
     """Fill a tile with a parameter for n columns from c on: a value per channel, the value of a token, or ``value``."""
     if source == 0 or period == 0:
@@ -432,7 +439,7 @@ def fill_parameter(target, n, source, per_step, period, c, step, row, value, S):
         fill(target, n, 0, 0, x if x == x else num(math.nan, S), S, S)
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def sum_tile(target, n, size, S):
     """Return the sum of n elements. ``size`` is a power of two and at least n.
 

@@ -21,7 +21,7 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic
 
 from .. import dispatch
-from .intrinsics import I32, I64
+from .intrinsics import I32, I64, NO_ENTRY, inline
 
 
 def _source_stamp() -> str:
@@ -98,7 +98,7 @@ def _find_openmp() -> bool:
 _OPENMP = _find_openmp()
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def share(tasks, part):
     """Return the range of tasks of one thread. ``part`` is (number of this thread, number of threads)."""
     i, n = part
@@ -159,7 +159,7 @@ class Kernel:
         # Python's error model tests every divisor for zero, and LLVM does not vectorise this test.
         options = dict(nogil=True, error_model="numpy")
         self._function.__name__ = self._function.__qualname__ = self._name
-        body = numba.njit(self._function, **options)
+        body = numba.njit(self._function, **options, **NO_ENTRY)
 
         if _OPENMP:
 
@@ -176,14 +176,14 @@ class Kernel:
         entry.__name__ = entry.__qualname__ = self._name
         signature = numba.typeof((0, 1)), numba.typeof(args)
         try:
-            compiled = numba.njit(entry, cache=True, **options)
+            compiled = numba.njit(entry, cache=True, no_cfunc_wrapper=True, **options)
         except RuntimeError:  # numba did not find a writable folder
             _warn_uncached(_NO_FOLDER)
-            compiled = numba.njit(entry, **options)
+            compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
         else:
             if not _set_cache_key(compiled, self._key()):
                 _warn_uncached(_NO_CACHE)
-                compiled = numba.njit(entry, **options)
+                compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
         with event.install_listener("numba:compile", _SlowCompileNotice(compiled)):
             try:
                 compiled.compile(signature)
@@ -194,7 +194,7 @@ class Kernel:
                     _warn_uncached(_NO_FOLDER)
                     emptied = False
                 if not emptied:
-                    compiled = numba.njit(entry, **options)
+                    compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
                 compiled.compile(signature)
         return compiled
 

@@ -13,7 +13,7 @@ import torch
 
 from ..dtypes import state_dtype
 from ..layout import layout_of_step, same_strides, sequences
-from .intrinsics import CODES, SIZES, load, load_int, num, prefetch, state_code, store
+from .intrinsics import CODES, INLINE, SIZES, load, load_int, num, prefetch, state_code, store
 from .kernel import Kernel, share
 from .launch import address, placed_state
 from .vector import LANES, fma, vec, vload, vset, vstore, vsum
@@ -26,7 +26,7 @@ _GROUPS = 64  # the most partial sums per mix and channel
 
 # These loops may use fused multiply-adds, because no other backend must repeat them bit for bit. They are vectors throughout:
 # LLVM does not vectorise a loop that sums and writes, because the rows may overlap. The order of a sum depends on C only.
-_row_loop = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract"})
+_row_loop = numba.njit(**INLINE, fastmath={"contract"})
 
 
 @_row_loop

@@ -14,8 +14,6 @@ The backward pass adds the gradient through the norm to dx of a step when all co
 
 import functools
 
-import numba
-
 from ..dtypes import state_dtype
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of, sum_over_steps
 from ..neuron import printer, trace
@@ -28,6 +26,7 @@ from .intrinsics import (
     add_rows,
     fill,
     fill_parameter,
+    inline,
     load,
     load_input,
     load_parameters,
@@ -78,7 +77,7 @@ from .vector import (
 from .vector import share as share_
 
 _OPERATIONS = dict(
-    numba=numba, vset=vset, surrogate_derivative=surrogate_derivative, where_at_least=where_at_least, where_less=where_less,
+    inline=inline, vset=vset, surrogate_derivative=surrogate_derivative, where_at_least=where_at_least, where_less=where_less,
     where_equal=where_equal, fma=fma, exp=exp, absolute=absolute, maximum=maximum, minimum=minimum, level=level, inside=inside,
     sign=sign, share=share_,
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 
 from ..dtypes import state_dtype
 from ..layout import layout_of
-from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, store_output, tile
+from .intrinsics import CODES, F64, INLINE, SIZES, load, load_input, num, state_code, store, store_output, tile
 from .kernel import Kernel, share
 from .launch import placed
 
@@ -22,7 +22,7 @@ _COLUMNS, _ROWS = 256, 32  # channels and rows of a chunk where the channels are
 
 
 # LLVM may reorder these sums, so that they vectorise. Their order does not depend on the number of threads.
-row_sum = numba.njit(forceinline=True, error_model="numpy", fastmath={"contract", "reassoc"})
+row_sum = numba.njit(**INLINE, fastmath={"contract", "reassoc"})
 
 
 @row_sum

@@ -6,7 +6,6 @@ vector code, because numba computes with 64-bit integers only. Tables of up to 1
 
 import functools
 
-import numba
 import torch
 from llvmlite import ir
 from numba import types
@@ -14,13 +13,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
-from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, load_int, state_code, tile
+from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, inline, load_int, state_code, tile
 from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
 _COMPARED = 16  # values of a table that are compared one by one
-_inline = numba.njit(forceinline=True, error_model="numpy")
 
 
 def _words(code):
@@ -278,7 +276,7 @@ def _unpack_kernel(X, n, nontemporal):
     return Kernel(unpack, f"unpack_{X}_{n}_{nontemporal}")
 
 
-@_inline
+@inline
 def _code_run(indices, codes, at, n, top, left, step, dilation, width, KH, KW):
     """Write the codes of n indices, whose windows start at the columns left, left + step, .. Return 0 if all are right."""
     wrong = 0
@@ -294,7 +292,7 @@ def _code_run(indices, codes, at, n, top, left, step, dilation, width, KH, KW):
     return wrong
 
 
-@_inline
+@inline
 def _index_run(codes, indices, at, n, top, left, step, dilation, width, KH, KW):
     for c in range(n):
         code, i = _load_byte(codes, at + c), 0

@@ -23,13 +23,12 @@ first key of the tile if the scan has seen nothing); in fast-decaying channels n
 running maximum.
 """
 
-import numba
 import numpy as np
 import torch
 
 from ..dtypes import state_dtype
 from ..reference.wkv import MIN_LOG_DECAY
-from .intrinsics import F64
+from .intrinsics import F64, inline
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less
 
 # Limits of a shared-maximum tile. No value overflows, because 36 + 8 + 26 < 88 - ln 2^24.
@@ -39,8 +38,6 @@ _MAX_TILE_DECAY, _MAX_BONUS, _MAX_RISE, _MAX_FALL = 36.0, 8.0, 26.0, 30.0
 LEAST = 1e-30
 # After so many tokens, the exponent becomes one rounded number and m restarts at 0, because float32 counts only to 2^24.
 FAR = 4.0e6
-
-inline = numba.njit(forceinline=True, error_model="numpy")
 
 
 def parameters(decay, bonus, decay_is_log_of_rate, k):

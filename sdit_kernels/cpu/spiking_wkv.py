@@ -18,7 +18,7 @@ from ..layout import spiking_tile
 from ..neuron import trace
 from ..surrogate import SURROGATES
 from . import scan
-from .intrinsics import CODES, SIZES, state_code, tile
+from .intrinsics import CODES, SIZES, inline, state_code, tile
 from .kernel import Kernel, share
 from .launch import Parameters, address, placed_rows
 from .neuron import generate
@@ -37,7 +37,7 @@ def _fields(gate, code, with_parameters):
     return (9 if gate else 7) + trace(*code).plan(with_parameters).uses_x
 
 
-@scan.inline
+@inline
 def _enter_tile(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
     """Return (shared_max, exponent, factor, U, D) of a tile. factor converts a and b to the exponent; see cpu/scan.py."""
     one = vset(1.0, W)
@@ -49,7 +49,7 @@ def _enter_tile(constants, k, k_l, n, tokens, ka, b, w, u, V, W):
     return False, ka, one, one, one
 
 
-@scan.inline
+@inline
 def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
     """Include one token. Return the numerator and denominator of y, the weights of the state and of the token in both, the
     state (ka, m, a, b) after the token, and the weights (A, E) of the update."""
@@ -65,7 +65,7 @@ def _step(shared_max, growth, bonus, decay, ka, m, a, b, k, v, w, u, W):
     return y, z, old, new, ka, m, a, b, A, E
 
 
-@scan.inline
+@inline
 def _neuron_parameters(numbers, addresses, c, W):
     """Return the parameters of the neurons of the channels from c on."""
     r, th, reset = numbers[:3]
@@ -81,7 +81,7 @@ def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
     AREA, COUNTS, CONSTANTS = TILE * ROW, TILE * ROW if RATE else 1, (TILE + 2) * ROW
     (neuron,) = generate(code, W, 0, False, ("step",))
 
-    @scan.inline
+    @inline
     def token(
         shared_max, growth, bonus, decay, ka, m, a, b, k, v, r, membrane, counts, s_, l, k_l, v_l, r_l, C, c, slot, w, u, p
     ):  # fmt: skip
@@ -202,7 +202,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
     _, _, _, USES_X, USES_STATES = trace(*code).plan(PARAMETERS)
     record, pullback = generate(code, W, kind, PARAMETERS, ("record", "pullback"))
 
-    @scan.inline
+    @inline
     def recompute_token(
         shared_max, growth, bonus, decay, here, ka, m, a, b, k, v, r, membrane, l, k_l, v_l, r_l, c, w, u, p
     ):  # fmt: skip

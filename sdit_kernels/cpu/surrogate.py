@@ -2,12 +2,11 @@
 
 import math
 
-import numba
-
+from .intrinsics import inline
 from .vector import absolute, exp_below, negative_abs, vset, where_less
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def surrogate_derivative(kind, z, a, V):
     """Return ds/dz of a vector of type V, or of a number if V is a storage code."""
     zero, half, one = vset(0.0, V), vset(0.5, V), vset(1.0, V)

@@ -12,7 +12,6 @@ import functools
 import math
 import operator
 
-import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -20,7 +19,22 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, overload, register_model, type_callable
 
 from ..neuron.trace import HUGE, THRESHOLD_EPS
-from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, load, num, state_code, store, sum_tile, tile
+from .intrinsics import (
+    BF16,
+    F16,
+    F64,
+    I32,
+    INLINE,
+    LLVM_TYPES,
+    exp_negative,
+    inline,
+    load,
+    num,
+    state_code,
+    store,
+    sum_tile,
+    tile,
+)
 
 LANES = 16  # a cache line of float32; the work on one AVX2 register hides the latency of the other
 
@@ -293,7 +307,7 @@ def _exponent(typingctx, x):
     return x(x), codegen
 
 
-@numba.njit(forceinline=True, error_model="numpy")
+@inline
 def vexp(x, V):
     """Return exp(x) of a vector or number x <= 80, or x <= 700 in float64. A NaN stays NaN.
 
@@ -341,7 +355,7 @@ def exp_below(x, V):
     """Return exp(x) of a vector or number x <= 0."""
 
 
-@overload(exp_below, prefer_literal=True, jit_options=dict(forceinline=True, error_model="numpy"))
+@overload(exp_below, prefer_literal=True, jit_options=INLINE)
 def _exp_below(x, V):
     if isinstance(x, Vector):
         return lambda x, V: vexp(x, V)
@@ -350,10 +364,8 @@ def _exp_below(x, V):
 
 # --- the operations of neurons, on vectors and numbers ----------------------------------------------------------------------
 
-_inline = numba.njit(forceinline=True, error_model="numpy")
 
-
-@_inline
+@inline
 def exp(x, V):
     """Return exp(x) of any x: 0 or infinity if the result is out of range. The error is within 5 ulp."""
     half, most = vset(0.5, V) * x, vset(400.0 if V % 8 == F64 else 80.0, V)
@@ -361,13 +373,13 @@ def exp(x, V):
     return e * e
 
 
-@_inline
+@inline
 def maximum(x, y):
     """Return the greater of x and y, or NaN if one of them is NaN."""
     return where_equal(x, x, where_less(y, x, x, y), x)
 
 
-@_inline
+@inline
 def minimum(x, y):
     """Return the lesser of x and y, or NaN if one of them is NaN."""
     return where_equal(x, x, where_less(x, y, x, y), x)
@@ -383,26 +395,26 @@ def _round(typingctx, x):
     return x(x), codegen
 
 
-@_inline
+@inline
 def level(z, lo, hi, V):
     """Return round(clip(z, lo, hi)), never a negative zero. A NaN stays NaN."""
     z = where_less(z, lo, lo, z)
     return _round(where_less(hi, z, hi, z)) + vset(0.0, V)
 
 
-@_inline
+@inline
 def inside(z, lo, hi, g, V):
     """Return g where lo <= z <= hi, else 0."""
     return where_at_least(z, lo, where_at_least(hi, z, g, vset(0.0, V)), vset(0.0, V))
 
 
-@_inline
+@inline
 def sign(z, V):
     """Return 1, -1 or, where z is zero or NaN, z."""
     return where_less(vset(0.0, V), z, vset(1.0, V), where_less(z, vset(0.0, V), vset(-1.0, V), z))
 
 
-@_inline
+@inline
 def share(a, b, g, V):
     """Return the part of the gradient g of maximum(a, b) that belongs to a: g, g / 2 where a equals b, 0 where a is less."""
     return where_less(a, b, vset(0.0, V), where_equal(a, b, vset(0.5, V) * g, g))
@@ -420,11 +432,11 @@ def norm_of_row(norm, X):
     S, V, RMS, STEP = state_code(X), vec(X, LANES), norm == "rms", 4 * LANES
     W, EPS, MOST = vec(S, LANES), THRESHOLD_EPS, HUGE[S == F64]
 
-    @_inline
+    @inline
     def size(x):
         return x * x if RMS else absolute(x)
 
-    @_inline
+    @inline
     def norm_of_row(x, n):
         sums, whole, a = tile(STEP, S), n // STEP * STEP, vset(0.0, V)
         b, c, d = a, a, a

@@ -20,7 +20,7 @@ import torch
 
 from ..layout import wkv_rows
 from . import scan
-from .intrinsics import CODES, SIZES, load_int, state_code, tile
+from .intrinsics import CODES, SIZES, inline, load_int, state_code, tile
 from .kernel import Kernel, share
 from .launch import address, placed_rows
 from .vector import (
@@ -142,7 +142,7 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
     STATE = (_BLOCK + 1) * lanes
     RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 2) * STATE)
 
-    @scan.inline
+    @inline
     def write(out, at, y, z, r, r_at):
         z = z + vset(scan.LEAST, W)  # so that y is 0 if the scan has seen nothing: then y and z are 0
         if GATE:
@@ -297,7 +297,7 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
 _A, _B, _KEEP, _NEW, _SELF, _SEEN, _Y, _RA, _RB, _RKEEP, _RNEW, _RSEEN, _RK, _RM = range(14)
 
 
-@scan.inline
+@inline
 def _recompute_tile(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants, h, lanes, V, W, BOTH, sb, TILE):
     """Recompute a tile of n tokens from its entry states and fill ``h``. Return (ka, m, a, b, rka, rm, factor, mean).
 
@@ -382,7 +382,7 @@ def _recompute_tile(n, kt0, k_l, vt0, v_l, left, right, rows, C, w, u, constants
     return ka, m, a, b, rka, rm, entry, mean
 
 
-@scan.inline
+@inline
 def _upstream(g, index, r, r_index, V, W, GATE):
     """Return the gradient with respect to y, the output before the gate."""
     x = vload(g, index, V)

@@ -92,7 +92,7 @@ TRITON = Language(
     typed="{0}.to({1}.dtype)",
 )
 NUMBA = Language(
-    head='@numba.njit(forceinline=True, error_model="numpy")',
+    head="@inline",
     forms=_INFIX
     | {
         "exp": "exp({0}, V)",
