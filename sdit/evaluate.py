@@ -206,11 +206,8 @@ def draw(
             with processes.only_first(kept.hold(size)), cast, matmul_precision(device, tf32):
                 missing = processes.share(kept.missing)
                 mine = missing[processes.rank :: processes.world]
-                left = sum(len(kept.labels_of(start)) for start in missing)
-                total = n - left + sum(len(kept.labels_of(start)) for start in mine)
-                with sampling.progress_bar(total, processes.rank == 0) as bar:
-                    bar.initial += n - left  # kept images do not count in the images per second
-                    bar.update(n - left)
+                done = n - kept.count(missing)
+                with sampling.progress_bar(done + kept.count(mine), processes.rank == 0, done) as bar:
                     for start, drawn in sampling.sample_batches(
                         model, labels, mine, compile=compile, graph=graph, **settings,
                         callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
@@ -236,6 +233,9 @@ class _KeptBatches:
 
     def labels_of(self, start):
         return self.labels[start : start + self.batch_size]
+
+    def count(self, starts):
+        return sum(len(self.labels_of(start)) for start in starts)
 
     @contextmanager
     def hold(self, size):

@@ -211,11 +211,12 @@ def _override_threshold(model, value):
             module.v_threshold = old
 
 
-def progress_bar(total, wanted):
+def progress_bar(total, wanted, done=0):
+    """Return a progress bar of images. ``done`` images do not count in the images per second."""
     from tqdm import tqdm  # installed with diffusers
 
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=total, unit=" images", bar_format=form, disable=not wanted)
+    return tqdm(total=total, initial=done, unit=" images", bar_format=form, disable=not wanted)
 
 
 # Labels
