@@ -62,13 +62,18 @@ class CudaGraphs:
         current.wait_stream(self.stream)
         return out
 
-    def record(self, work: Callable) -> tuple[Callable, Tensor | None]:
-        """Record work without computing it. Return a function that computes it, and the result that each call overwrites."""
+    def record(self, work: Callable) -> Callable:
+        """Record work without computing it. Return a function that computes it; each call overwrites the same result."""
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads, such as TensorBoard's or NCCL's, may use the GPU meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             out = work()
-        return graph.replay, out
+
+        def replay():
+            graph.replay()
+            return out
+
+        return replay
 
 
 def make_recorder(graph: bool, device: torch.device, world: int = 1) -> CudaGraphs | None:
@@ -96,7 +101,7 @@ class Replayed:
 
     def __init__(self, function: Callable, recorder: CudaGraphs, command: str):
         self.function, self.recorder, self.command = function, recorder, command
-        self.inputs, self.calls, self.replay, self.out = None, 0, None, None
+        self.inputs, self.calls, self.replay = None, 0, None
 
     def __call__(self, **inputs: Tensor) -> Tensor | None:
         if self.inputs is None:
@@ -108,11 +113,11 @@ class Replayed:
             return self.recorder.warm_up(self._work)
         if self.replay is None:
             try:
-                self.replay, self.out = self.recorder.record(self._work)
+                self.replay = self.recorder.record(self._work)
             except Exception as error:
                 raise RuntimeError(f"graph (--graph) failed, {self.command} without it: {_first_line(error)}") from error
-        self.replay()
-        return None if self.out is None else self.out.clone()
+        out = self.replay()
+        return None if out is None else out.clone()
 
     def _work(self):
         return self.function(**self.inputs)

@@ -82,7 +82,12 @@ class Recorder:
             out = work()
         recording.undo()
         self.recorded += 1
-        return recording.replay, out
+
+        def replay():
+            recording.replay()
+            return out
+
+        return replay
 
 
 @pytest.fixture
