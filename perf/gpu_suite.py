@@ -186,6 +186,8 @@ def steps(args, settings):
     cases = ("digits", 2, True), ("digits", 4, False)
     if not args.quick:
         cases = ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False), ("fashion_mnist", 32, True)
+    if args.first:
+        cases = [(preset, batch, False) for preset, batch, _ in cases if preset in ("fashion_mnist", "digits")]
     for preset, batch, plain in cases:
         model, inputs = bench_sdit.make_case(args.device, batch, preset)
         forms = ("ours", torch.bfloat16), ("graph", torch.bfloat16), ("ours", None), *[("plain", None)] * plain
@@ -338,8 +340,8 @@ TIMINGS = {
 
 # What changed since the last run on a GPU, checks that failed or never ran there, and what they are for
 FIRST = (
-    "tests", "big_offsets", "compat", "fused_layers", "sdit_graph", "compiled", "values_lif", "steps", "models", "profile", "host",
-    "rules",
+    "tests", "big_offsets", "compat", "fused_layers", "sdit_graph", "compiled", "values_lif", "steps", "models", "profile",
+    "host", "rules",
 )  # fmt: skip
 FIRST_TESTS = [f"test_{stem}.py" for stem in ("norm_lif", "packed", "pool", "lif", "levels", "cuba", "own")]
 FIRST_CASES = "lif", "lif_rate", "token_shift", "spiking_wkv"
