@@ -198,13 +198,13 @@ def steps(args, settings):
             step = functools.partial(
                 bench_sdit.run_training_step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype
             )
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             if form == "graph":
                 with graphs(args.device):
                     step = Replayed(step, sdit_train.make_recorder(True, torch.device(args.device)), "run")
                 for _ in range(3):  # the third call records
                     step()
-            if args.device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             row = {"name": f"{preset}, batch {batch}, {form}, {'bf16' if dtype else 'fp32'}"}
             if form == "plain":
                 step()
