@@ -276,6 +276,19 @@ def test_runs_that_cannot_be_resumed_are_refused(whole, tmp_path):
         train(out_dir=tmp_path, resume=True)
 
 
+def test_a_run_may_start_from_the_weights_of_a_model(whole, tmp_path):
+    out, model = whole
+    first = TrainSettings.of(TINY, **QUICK | dict(steps=1, ema=0.0, lr=1e-9))
+    got = train(TINY, first, tmp_path / "next", initial=model, progress=False)
+    for a, b in zip(got.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(got.position, SDiT(TINY).position)
+    with pytest.raises(ValueError, match="initial must be a model of config, .*dim=64"):
+        train(PRESETS["digits"], settings(), tmp_path / "other", initial=model, progress=False)
+    with pytest.raises(ValueError, match="initial must be None with resume"):
+        train(out_dir=out, resume=True, initial=model, progress=False)
+
+
 # Errors
 
 
