@@ -210,7 +210,7 @@ def draw(
                 with sampling.progress_bar(done + kept.count(mine), processes.rank == 0, done) as bar:
                     for start, drawn in sampling.sample_batches(
                         model, labels, mine, compile=compile, graph=graph, **settings,
-                        callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
+                        callback=lambda _, step, steps, x: sampling.advance_bar(bar, len(x) / steps if step else 0),
                     ):  # fmt: skip
                         save_npz(kept.path(start), drawn, kept.labels_of(start))
                 processes.wait()

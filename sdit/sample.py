@@ -24,8 +24,8 @@ from .pictures import Film, check_image_folder, check_pillow, save_gif, save_gri
 from .processes import join_processes
 
 __all__ = [
-    "Film", "check_settings", "choose_labels", "class_names", "progress_bar", "run", "sample", "sample_batches", "save_gif",
-    "save_grid", "save_npz",
+    "Film", "advance_bar", "check_settings", "choose_labels", "class_names", "progress_bar", "run", "sample", "sample_batches",
+    "save_gif", "save_grid", "save_npz",
 ]  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def sample_batches(
             for step, t in enumerate(times, start=1):
                 model_t = torch.full((len(y),), t, device=weight.device)
                 x = reverse_step(scheduler, call(x=x, t=model_t, y=y), t, x, generators)
-                bar.update(len(y) / len(times))
+                advance_bar(bar, len(y) / len(times))
                 if callback is not None:
                     callback(start, step, len(times), x)
             if not x.isfinite().all():
@@ -173,13 +173,17 @@ def sample_batches(
 def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first=0) -> None:
     """Raise TypeError, ValueError or ImportError if :func:`sample` cannot draw with these settings."""
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        _check_int(name, value, least)
     make_scheduler(sampler, steps, config, clip)
     check_guidance(config, guidance)
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
+
+
+def _check_int(name, value, least):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
 def _check_labels(labels, num_classes):
@@ -217,6 +221,10 @@ def progress_bar(total, wanted, done=0):
 
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
     return tqdm(total=total, initial=done, unit=" images", bar_format=form, disable=not wanted)
+
+
+def advance_bar(bar, images):
+    bar.update(min(images, bar.total - bar.n))  # the sum of the parts of an image may exceed it by a rounding error
 
 
 # Labels
@@ -348,6 +356,7 @@ def run(
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
     check_pillow()
+    _check_int("batch_size", batch_size, 1)
     with join_processes(device) as processes:
         rank, world, device = processes
         model = load_model(checkpoint, ema=ema).to(device)

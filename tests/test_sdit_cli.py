@@ -149,6 +149,7 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("evaluate {run} --npz {tmp}/images.txt", ": --npz must end in .npz"),
         ("evaluate {tmp}/text.npz", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
         ("evaluate {tmp}/text.npz --seed 1 --batch-size 3", "images that exist already: --seed, --batch-size cannot"),
+        ("sample {run} --batch-size 0", ": --batch-size must be an int of at least 1, got 0"),
         ("sample {run} --images {run}", ": --images must be an empty or new folder, .* holds files already"),
         ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
         ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
