@@ -5,14 +5,26 @@ The tests run them on the CPU with small sizes, so that they keep working.
 """
 
 import argparse
+import contextlib
 import copy
+import dataclasses
 import functools
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 from perf import bench_sdit, bench_wkv, harness, ops
 from perf.ops import HALF, OPS, check_against_definition, current, decay_and_bonus, normal, rms_error
 from perf.peers import wkv_then_lif
+from sdit import PRESETS
+from sdit.checkpoint import load_model
+from sdit.data import load as load_data
+from sdit.plot import read_metrics
+from sdit.sample import sample
+from sdit.train import TrainSettings, train
 from sdit_kernels import (
     adlif,
     cuba,
@@ -368,6 +380,104 @@ def fused_layers(device, small):
     return {"rms_error": worst, "kept_bytes": kept[0], "kept_bytes_fused_and_packed": kept[1]}
 
 
+@contextlib.contextmanager
+def graphs(device):
+    """Make --graph run on the CPU as well, where a replay runs the function again. It changes nothing on a GPU."""
+    if device != "cpu":
+        yield
+        return
+    again = SimpleNamespace(warm_up=lambda work: work(), record=lambda work: work)
+    with contextlib.ExitStack() as stack:
+        for module in ("train", "sample"):
+            stack.enter_context(mock.patch(f"sdit.{module}.make_recorder", lambda graph, *_: again if graph else None))
+        yield
+
+
+def sdit_graph(device, small):
+    """Check `sdit train --graph` and `sdit sample --graph` against the same without it: losses, weights, images."""
+    config = PRESETS["digits"] if small else dataclasses.replace(PRESETS["fashion_mnist"], variant="improved", dataset="digits")
+    if small:
+        config = dataclasses.replace(config, dim=32, depth=2)
+    settings = TrainSettings.of(config, steps=8, batch_size=16, log_every=1, sample_every=0, accumulate=2, warmup=4)
+    modes = {"eager": {}, "graph": {"graph": True}, "graph, bf16": {"graph": True, "bf16": True}, "bf16": {"bf16": True}}
+    modes |= {} if small else {"graph, compiled": {"graph": True, "compile": True}, "compiled": {"compile": True}}
+    losses, weights, found = {}, {}, {}
+    with tempfile.TemporaryDirectory() as folder, graphs(device):
+        for name, changes in modes.items():
+            run = Path(folder) / name
+            s, data = dataclasses.replace(settings, **changes), load_data("digits", size=config.image_size)
+            train(config, s, run, data=data, device=device, progress=False)
+            losses[name] = torch.tensor([row["loss"] for row in read_metrics(run)])
+            weights[name] = torch.cat([p.flatten() for p in load_model(run, ema=False).parameters()])
+        for name in (name for name in modes if name.startswith("graph")):
+            other = name.removeprefix("graph").removeprefix(", ") or "eager"
+            loss = (losses[name] / losses[other] - 1).abs().max().item()
+            # AdamW moves a weight with a tiny gradient by the learning rate, so rounding may move it either way
+            moved = ((weights[name] - weights[other]).norm() / weights[other].norm()).item()
+            assert loss < 0.02 and moved < 0.02, f"{name}: losses differ by {loss:.2e}, weights by {moved:.2e}"
+            found[name] = {"loss_difference": loss, "weights_difference": moved}
+        model = load_model(Path(folder) / "eager").to(device)
+        for guidance in (1.0, 2.0):
+            how = dict(sampler="dpm++", steps=6, guidance=guidance, batch_size=4)
+            images = [sample(model, [0, 1, 2, 3, 4, 5], graph=graph, **how) for graph in (False, True)]
+            error = (images[0] - images[1]).abs().max().item()
+            assert error < 0.05, f"guidance {guidance}: images differ by {error:.2e}"
+            found[f"images, guidance {guidance}"] = error
+    return found
+
+
+def compat(device, small):
+    """Check models of other libraries on the device, before and after ``accelerate``, in float64: outputs and gradients."""
+    found, shape = {}, (4, 3, 33) if small else (16, 64, 1024)
+
+    def agree(name, before, after, x):
+        x = x.double().requires_grad_()
+        results = []
+        for f in (before, after):
+            y = f(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        found[name] = max(rms_error(b, a) for a, b in zip(*results))
+        assert found[name] < 1e-8, f"{name}: relative rms {found[name]:.2e} between a fused neuron and the neuron"
+
+    x = current(*shape, device=device, requires_grad=False)
+    if not harness.reason_if_missing("spikingjelly"):
+        from spikingjelly.activation_based import functional
+        from spikingjelly.activation_based import neuron as jelly
+
+        for kind in (jelly.LIFNode, jelly.IFNode, jelly.ParametricLIFNode):
+            node = kind(step_mode="m", detach_reset=True).to(device).double()
+            fused = torch.nn.Sequential(copy.deepcopy(node))
+            assert not accelerate(fused).left
+
+            def run(x, net=None):
+                functional.reset_net(net)
+                return net(x)
+
+            agree(kind.__name__, functools.partial(run, net=node), functools.partial(run, net=fused), x)
+    if not harness.reason_if_missing("snntorch"):
+        import snntorch
+
+        from sdit_kernels.compat import snntorch as compat_snntorch
+
+        for kind, how in ((snntorch.Leaky, {"beta": 0.9}), (snntorch.Synaptic, {"alpha": 0.8, "beta": 0.9})):
+            node = kind(**how).to(device).double()
+            fused = copy.deepcopy(node)
+            assert compat_snntorch.accelerate(fused).replaced
+            zero = torch.zeros_like(x[0], dtype=torch.float64)
+            zeros = [zero] * len(how)
+
+            def loop(x, node=node, states=zeros):
+                spikes = []
+                for step in x:
+                    s, *states = node(step, *states)
+                    spikes.append(s)
+                return torch.stack(spikes)
+
+            start = {"mem": zero} | ({"syn": zero} if len(how) > 1 else {})
+            agree(kind.__name__, loop, lambda x, f=fused, s=start: compat_snntorch.unroll(f, x, **s)[0], x)
+    return found or {"note": "neither spikingjelly nor snntorch is installed"}
+
+
 def network(device, small):
     """Check the whole network in float64, outputs and every gradient, against its plain form."""
     return bench_sdit.check_forms_agree(device, "digits" if small else bench_sdit.PRESET)
@@ -411,6 +521,6 @@ CHECKS = {
     f.__name__: f
     for f in (
         on_its_stream, values_wkv_half, values_wkv_states, values_wkv, network, autocast, fused_layers, values_spiking_wkv,
-        compiled, big_offsets, steep_decays, values_mix, values_lif, accuracy,
+        compiled, big_offsets, steep_decays, values_mix, values_lif, accuracy, sdit_graph, compat,
     )
 }  # fmt: skip

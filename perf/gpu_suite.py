@@ -2,6 +2,7 @@
 
     python perf/gpu_suite.py --json gpu.json
     python perf/gpu_suite.py --only checks,rules
+    python perf/gpu_suite.py --only first       what changed last, in four minutes; --minutes sets another limit
     python perf/gpu_suite.py --dry-run          a small run on the CPU, to test this script; its times mean nothing
 
 tests     the project's tests of the Triton kernels; every launch copies CPU tensors to the device and back
@@ -34,10 +35,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import torch
 
 from perf import bench_compat, bench_lif, bench_memory, bench_mix, bench_sdit, bench_wkv, harness, ops, profile_sdit
-from perf.gpu_checks import CHECKS, calls
+from perf.gpu_checks import CHECKS, calls, graphs
 from perf.harness import Contestant, compare, make_forward_backward
 from perf.ops import OPS
 from perf.peers import snntorch_loop, wkv_then_lif
+from sdit import train as sdit_train
+from sdit.execution import Replayed
 from sdit_kernels.compat import snntorch as compat_snntorch
 from sdit_kernels.tuning import tuned
 
@@ -121,6 +124,8 @@ def rules(args, settings):
     """Launch parameters side by side; "percent of copy" counts the bytes that an ideal kernel moves"""
     rows = []
     for case in make_launch_cases(args.device, args.quick):
+        if args.first and case.name not in FIRST_CASES:
+            continue
         f, leaves, gs = prepare_case(case, args.device)
         for mode in MODES:
             moved = OPS[case.op].bytes(mode, leaves)
@@ -181,16 +186,25 @@ def steps(args, settings):
     cases = ("digits", 2, True), ("digits", 4, False)
     if not args.quick:
         cases = ("fashion_mnist", 256, False), ("cifar10", 64, False), ("cifar10", 256, False), ("fashion_mnist", 32, True)
+    if args.first:
+        cases = [(preset, batch, False) for preset, batch, _ in cases if preset in ("fashion_mnist", "digits")]
     for preset, batch, plain in cases:
         model, inputs = bench_sdit.make_case(args.device, batch, preset)
-        for form, dtype in (("ours", torch.bfloat16), ("ours", None), *[("plain", None)] * plain):
+        forms = ("ours", torch.bfloat16), ("graph", torch.bfloat16), ("ours", None), *[("plain", None)] * plain
+        for form, dtype in forms:
             network = bench_sdit.PlainSDiT(model) if form == "plain" else model
-            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+            recorded = {"capturable": True} if form == "graph" and args.device == "cuda" else {}
+            optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True, **recorded)
             step = functools.partial(
                 bench_sdit.run_training_step, network, inputs, torch.zeros((), device=args.device), optimizer, dtype
             )
             if args.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            if form == "graph":
+                with graphs(args.device):
+                    step = Replayed(step, sdit_train.make_recorder(True, torch.device(args.device)), "run")
+                for _ in range(3):  # the third call records
+                    step()
             row = {"name": f"{preset}, batch {batch}, {form}, {'bf16' if dtype else 'fp32'}"}
             if form == "plain":
                 step()
@@ -205,6 +219,31 @@ def steps(args, settings):
             rows.append(row)
             print(row["name"], f"{row['median_s']:.4g} s", flush=True)
     return "training steps", rows
+
+
+def models(args, settings):
+    """Training steps of spiking models of SpikingJelly before and after ``accelerate``: time and peak memory"""
+    title = "training steps of spiking models, fp32"
+    if harness.reason_if_missing("spikingjelly"):
+        return bench_compat.skip_section(title, "spikingjelly")
+    from spikingjelly.activation_based import functional
+
+    from sdit_kernels.compat.spikingjelly import accelerate
+
+    rows = []
+    for name, make in (("CNN, 28 x 28", bench_compat.spiking_cnn), ("Spikformer block", bench_compat.spikformer_block)):
+        net, x = (each.to(args.device) for each in make())
+        ways = {"before": {}, "accelerated": {}, "fused and packed": {"fuse": True, "packed": True}}
+        found = []
+        for way, options in ways.items():
+            changed = copy.deepcopy(net)
+            if way != "before":
+                accelerate(changed, **options)
+            step = bench_compat.make_training_step(changed, x, functional.reset_net)
+            peak = harness.allocated_bytes(step, args.device)["peak_bytes"]
+            found.append(Contestant(way, step, extra={"model": name, "peak_bytes": peak}))
+        rows += compare(found, **settings | {"rounds": 2 if args.quick else 5})
+    return title, rows
 
 
 def profile(args, settings):
@@ -274,6 +313,7 @@ def section(module, name, **changes):
 
 TIMINGS = {
     "steps": steps,
+    "models": models,
     "profile": profile,
     "spiking": section(bench_wkv, "spiking", backward=True),
     "sizes": sizes,
@@ -296,6 +336,15 @@ TIMINGS = {
     "sweep": section(bench_wkv, "sweep"),
     "rules": rules,
 }
+
+
+# What changed since the last run on a GPU, checks that failed or never ran there, and what they are for
+FIRST = (
+    "tests", "big_offsets", "compat", "fused_layers", "sdit_graph", "compiled", "values_lif", "steps", "models", "profile",
+    "host", "rules",
+)  # fmt: skip
+FIRST_TESTS = [f"test_{stem}.py" for stem in ("norm_lif", "packed", "pool", "lif", "levels", "cuba", "own")]
+FIRST_CASES = "lif", "lif_rate", "token_shift", "spiking_wkv"
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------------
@@ -326,12 +375,13 @@ def run_checks(names, device, small, workers):
             yield job.result()
 
 
-def start_tests(log, seconds, workers):
-    """Start pytest for the tests of Triton kernels in the background."""
+def start_tests(log, seconds, workers, files=("",)):
+    """Start pytest for the tests of Triton kernels in the background; ``files`` of tests/, all by default."""
     chosen = "(triton or chain) and not interpreter"
     command = ["timeout", "--signal=INT", str(int(seconds)), sys.executable, "-m", "pytest", "-q", "-k", chosen]
     command += ["-n", str(workers), "--dist", "worksteal", "-p", "no:cacheprovider", "-rfE", "--tb=short", "--color=no"]
-    return subprocess.Popen([*command, str(harness.ROOT / "tests")], stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT)
+    command += [str(harness.ROOT / "tests" / file) for file in files]
+    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=harness.ROOT)
 
 
 def tests_result(process, log):
@@ -347,25 +397,31 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--dry-run", action="store_true", help="a small run on the CPU, to test this script")
     p.add_argument("--json", metavar="PATH", help="write the results to this file after every part")
-    p.add_argument("--only", metavar="NAME[,NAME]", help=f"parts to run: tests, checks, {', '.join([*CHECKS, *TIMINGS])}")
-    p.add_argument("--minutes", type=float, default=9, help="skip parts that would start later (default: %(default)s)")
+    p.add_argument(
+        "--only", metavar="NAME[,NAME]",
+        help=f"parts to run: first (what changed last), tests, checks, {', '.join([*CHECKS, *TIMINGS])}",
+    )  # fmt: skip
+    p.add_argument("--minutes", type=float, help="skip parts that would start later (default: 9, 4 with --only first)")
     p.add_argument("--workers", type=int, default=8, help="processes for tests and for checks (default: %(default)s each)")
     options = p.parse_args(argv)
     names = options.only.split(",") if options.only is not None else ["tests", "checks", *TIMINGS]
+    first = names == ["first"]
+    names, minutes = FIRST if first else names, options.minutes or (4 if first else 9)
     if unknown := set(names) - {"tests", "checks", *CHECKS, *COMPILE, *TIMINGS}:
-        p.error(f"--only knows tests, checks, {', '.join([*CHECKS, *TIMINGS])}; got {', '.join(sorted(unknown))}")
+        known = ", ".join([*CHECKS, *TIMINGS])
+        p.error(f"--only knows first (alone), tests, checks, {known}; got {', '.join(sorted(unknown))}")
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("gpu_suite.py: torch sees no GPU; --dry-run runs on the CPU")
     device = "cpu" if options.dry_run else "cuda"
     args = argparse.Namespace(
         device=device, quick=options.dry_run, threads=None, plot=None, json=options.json, csv=None, dtype=torch.float32,
-        backward=True, shape=(1, 33, 32) if options.dry_run else harness.SHAPE,
+        backward=True, first=first, shape=(1, 33, 32) if options.dry_run else harness.SHAPE,
     )  # fmt: skip
     settings = harness.setup(args) | {"rounds": 2 if options.dry_run else 9}
     began, parts, failed = time.monotonic(), {}, []
 
     def seconds_left():
-        return 60 * options.minutes - (time.monotonic() - began)
+        return 60 * minutes - (time.monotonic() - began)
 
     def save():
         if options.json:
@@ -377,9 +433,12 @@ def main(argv=None):
     with tempfile.TemporaryFile("w+") as log:
         tests = None
         if "tests" in names and not options.dry_run:
-            tests = start_tests(log, seconds_left() / 2, options.workers)
+            tests = start_tests(log, seconds_left() / 2, options.workers, FIRST_TESTS if first else ("",))
+        cases = {
+            f"compile_{i}" for i, case in enumerate(make_launch_cases(device, True)) if not first or case.name in FIRST_CASES
+        }
         wanted = [
-            n for n in CHECKS | COMPILE if n in names or n in CHECKS and "checks" in names or n in COMPILE and "rules" in names
+            n for n in CHECKS | COMPILE if n in names or n in CHECKS and "checks" in names or n in cases and "rules" in names
         ]
         for name, result in run_checks(wanted, device, options.dry_run, options.workers):
             parts.setdefault("checks", {})[name] = result
@@ -413,9 +472,7 @@ def main(argv=None):
         if device == "cuda":
             torch.cuda.empty_cache()
         save()
-    print(
-        f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {options.minutes - seconds_left() / 60:.1f} minutes"
-    )
+    print(f"\n{'failed: ' + ', '.join(failed) if failed else 'all passed'}; {minutes - seconds_left() / 60:.1f} minutes")
     return bool(failed)
 
 

@@ -28,7 +28,7 @@ If there are folders photos/train and photos/test, these hold the class folders.
 
 The folder of the run holds checkpoints, metrics.jsonl, pictures in samples/ and TensorBoard's files if it is installed. Only
 one process can train in it at a time. --resume takes all options of the command that began the run; it can change --data,
---device, --steps, --accumulate, --keep, --tf32, --compile and the --*-every.
+--device, --steps, --accumulate, --keep, --tf32, --compile, --graph and the --*-every.
 """
 _SAMPLE = """\
 Draw images with a trained model: a labelled grid, and a GIF of the denoising.
@@ -41,7 +41,7 @@ _EVALUATE = """\
 Measure images: Frechet distance, KID and label accuracy in the features of a small classifier, compared with real images.
 
   sdit evaluate runs/fashion -n 5000 --sampler dpm++ --steps 50 --json fashion.json
-  sdit evaluate --images samples.npz                    images from sdit sample --npz
+  sdit evaluate samples.npz                             images from sdit sample --npz
   sdit evaluate runs/digits --classifier digits.safetensors
 
 The package has a classifier for Fashion-MNIST; perf/train_classifier.py trains others. The images are kept in
@@ -81,6 +81,7 @@ _SETTINGS = {  # help of the fields of TrainSettings
     "bf16": "compute matrix multiplications in bfloat16",
     "tf32": "on a GPU, compute float32 matrix multiplications in TF32 (the default)",
     "compile": "compile model and loss with torch.compile; the first step takes a minute",
+    "graph": "on a GPU, record a step as CUDA graphs and replay them: fewer waits for Python",
     "seed": "seed of the initial weights and all random numbers",
     "log_every": "steps between lines of metrics.jsonl",
     "sample_every": "steps between pictures in samples/, 0 for none",
@@ -133,6 +134,7 @@ def _parser():
             action=argparse.BooleanOptionalAction,
         )  # fmt: skip
         option("--compile", "compile the model with torch.compile; the first images take a minute", action="store_true")
+        option("--graph", "on a GPU, record the network as a CUDA graph and replay it", action="store_true")
         option("--device", device)
 
     def change(part):
@@ -171,18 +173,23 @@ def _parser():
     )  # fmt: skip
     part.add_argument("-n", type=int, help="number of images (40, or one for each label in the list)")
     part.add_argument("--npz", action="store_true", help="also write images and labels as arrays")
+    part.add_argument("--images", metavar="FOLDER", help="also write each image as a PNG file into this empty or new folder")
     part.add_argument("--gif", action=argparse.BooleanOptionalAction, default=True, help="write the GIF (the default)")
     sampling(part)
 
     part = command("evaluate", _EVALUATE, _evaluate)
-    part.add_argument("checkpoint", nargs="?", help="a .safetensors file, the folder of a run, or pretrained")
-    part.add_argument("--images", metavar="FILE", help="measure this .npz file: images (N, S, S, C) uint8, labels (N,)")
-    part.add_argument("-n", type=int, help="number of images, at least 129 (1000, or all of --images)")
+    part.add_argument(
+        "source",
+        help="a model to draw images with: a .safetensors file, the folder of a run, or pretrained; or an .npz file of images "
+             "(N, S, S, C) uint8 and labels (N,)",
+    )  # fmt: skip
+    part.add_argument("-n", type=int, help="number of images, at least 129 (1000, or all of the .npz file)")
     part.add_argument(
         "--classifier", metavar="FILE", help="a file of perf/train_classifier.py (the classifier in this package)"
     )
     part.add_argument("--json", metavar="FILE", help="write the measures, and the settings and versions behind them")
     part.add_argument("--npz", metavar="FILE", help="write the drawn images and their labels as arrays")
+    part.add_argument("--images", metavar="FOLDER", help="write each drawn image as a PNG file into this empty or new folder")
     data(part)
     sampling(part)
 
@@ -273,9 +280,9 @@ def _sample(args):
 def _evaluate(args):
     from .evaluate import run
 
-    excluded = ("command", "debug", "run", "checkpoint", "json", "data")
+    excluded = ("command", "debug", "run", "source", "json", "data")
     given = {name: value for name, value in vars(args).items() if name not in excluded}
-    run(args.checkpoint, report=args.json, root=args.data, **given)
+    run(args.source, report=args.json, root=args.data, **given)
 
 
 def _convert(args):

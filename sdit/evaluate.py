@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import zipfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .classifier import FASHION_MNIST, Classifier, features, label_accuracy, load_classifier
-from .data import load, to_uint8
+from .data import load
+from .execution import matmul_precision
 from .files import atomic_write, cache_folder, ensure_writable, sha256
 from .lock import lock
 from .metrics import frechet_distance, kid
-from .pictures import save_npz
+from .pictures import check_image_folder, save_images, save_npz
+from .processes import join_processes
 
 __all__ = [
     "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier", "run",
@@ -141,10 +143,12 @@ def draw(
     seed: int = 0,
     batch_size: int = 64,
     compile: bool = False,
+    graph: bool = False,
 ) -> tuple[Tensor, Tensor, dict]:
     """Generate n images with a checkpoint, the classes in turn, and keep each batch on the disk.
 
-    The same call continues after a kill, and a call with a larger n reuses the images of a smaller one.
+    The same call continues after a kill, and a call with a larger n reuses the images of a smaller one. Under ``torchrun``, or
+    an initialised ``torch.distributed``, each process draws some of the batches, and all processes return the same images.
 
     Args:
         checkpoint: a file, or the folder of a run, to load its newest checkpoint.
@@ -152,14 +156,14 @@ def draw(
         folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
             hash of all settings that change them. You may delete it at any time.
         ema, bf16, tf32, device: as in ``sdit sample``.
-        sampler, steps, guidance, threshold, clip, seed, batch_size, compile: as in :func:`sdit.sample.sample`.
+        sampler, steps, guidance, threshold, clip, seed, batch_size, compile, graph: as in :func:`sdit.sample.sample`.
 
     Returns:
         Images (n, S, S, C) uint8, labels (n,) int64, and a dict of the settings that determine the images, for JSON.
 
     Raises:
         The errors of :func:`sdit.checkpoint.load_model` and :func:`sdit.sample.sample`. OSError: folder cannot be written.
-        BlockingIOError: another process generates these images.
+        BlockingIOError: another process generates these images. FileNotFoundError: several processes do not share folder.
 
     Example:
         >>> import tempfile
@@ -180,53 +184,80 @@ def draw(
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be an int of at least 1, got {n!r}")
     checkpoint = newest(checkpoint)
-    device = sampling.resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = load_model(checkpoint, ema=ema).to(device)
-    sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
-    steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
-    settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip, "seed": seed}
-    settings |= {"batch_size": batch_size}
-    sampling.check_settings(model.config, **settings)
-    facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
-    facts |= {"compile": compile} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
-    facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
-    facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
-    key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
-    folder = (cache_folder() / "evaluate" if folder is None else Path(folder)) / key
-    facts["labels"] = "the classes in turn"
+    with join_processes(device) as processes:
+        device = processes.device
+        model = load_model(checkpoint, ema=ema).to(device)
+        sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
+        steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
+        settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip}
+        settings |= {"seed": seed, "batch_size": batch_size}
+        sampling.check_settings(model.config, **settings)
+        facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
+        facts |= {"compile": compile, "graph": graph} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
+        facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
+        facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
+        key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
+        folder = (cache_folder() / "evaluate" if folder is None else Path(folder)) / key
+        facts["labels"] = "the classes in turn"
+        labels, size = torch.arange(n) % model.config.num_classes, model.config.channels * model.config.image_size**2
+        kept = _KeptBatches(folder, labels, batch_size)
+        cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+        try:
+            with processes.only_first(kept.hold(size)), cast, matmul_precision(device, tf32):
+                missing = processes.share(kept.missing)
+                mine = missing[processes.rank :: processes.world]
+                done = n - kept.count(missing)
+                with sampling.progress_bar(done + kept.count(mine), processes.rank == 0, done) as bar:
+                    for start, drawn in sampling.sample_batches(
+                        model, labels, mine, compile=compile, graph=graph, **settings,
+                        callback=lambda _, step, steps, x: sampling.advance_bar(bar, len(x) / steps if step else 0),
+                    ):  # fmt: skip
+                        save_npz(kept.path(start), drawn, kept.labels_of(start))
+                processes.wait()
+                return kept.read_all(), labels, facts
+        except KeyboardInterrupt:
+            done = sum(len(part) for part in map(kept.read, kept.starts) if part is not None)
+            message = f"stopped after {done} of {n} images, which {folder} keeps: the same command continues"
+            raise KeyboardInterrupt(message) from None
 
-    parts, labels, checked = [], torch.arange(n) % model.config.num_classes, False
-    size = model.config.channels * model.config.image_size**2
-    cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-    try:
-        with (
-            lock(folder / "lock", f"{folder}, where these images are kept,", "wait until it ends"),
-            sampling.progress_bar(n, True) as bar,
-            cast,
-            sampling.matmul_precision(device, tf32),
-        ):
-            for start in range(0, n, batch_size):
-                wanted, path = labels[start : start + batch_size], folder / f"{start:07d}.npz"
-                part = _read_kept_images(path, wanted)
-                if part is None:
-                    if not checked:
-                        ensure_writable(path, "folder (XDG_CACHE_HOME moves it)", (1 << 20) + (n - start) * size)
-                        checked = True
-                    drawn = sampling.sample(
-                        model, wanted, first=start, compile=compile, **settings,
-                        callback=lambda _, step, steps, x: bar.update(len(x) / steps if step else 0),
-                    )  # fmt: skip
-                    save_npz(path, drawn, wanted)
-                    part = to_uint8(drawn).permute(0, 2, 3, 1)
-                else:
-                    bar.initial += len(part)  # kept images do not count in the images per second
-                    bar.update(len(part))
-                parts.append(part)
-    except KeyboardInterrupt:
-        done = sum(map(len, parts))
-        message = f"stopped after {done} of {n} images, which {folder} keeps: the same command continues"
-        raise KeyboardInterrupt(message) from None
-    return torch.cat(parts), labels, facts
+
+class _KeptBatches:
+    """The files of :func:`draw`, one for each batch."""
+
+    def __init__(self, folder, labels, batch_size):
+        self.folder, self.labels, self.batch_size = folder, labels, batch_size
+        self.starts, self.missing = range(0, len(labels), batch_size), []
+
+    def path(self, start):
+        return self.folder / f"{start:07d}.npz"
+
+    def labels_of(self, start):
+        return self.labels[start : start + self.batch_size]
+
+    def count(self, starts):
+        return sum(len(self.labels_of(start)) for start in starts)
+
+    @contextmanager
+    def hold(self, size):
+        """Hold the lock of the folder. Find the batches that are missing, and check that they can be written."""
+        with lock(self.folder / "lock", f"{self.folder}, where these images are kept,", "wait until it ends"):
+            self.missing = [start for start in self.starts if self.read(start) is None]
+            if self.missing:
+                room = (1 << 20) + (len(self.labels) - self.missing[0]) * size
+                ensure_writable(self.path(self.missing[0]), "folder (XDG_CACHE_HOME moves it)", room)
+            yield
+
+    def read(self, start):
+        """Return the images of a batch; None if its file is missing, damaged or different."""
+        return _read_kept_images(self.path(start), self.labels_of(start))
+
+    def read_all(self):
+        parts = []
+        for start in self.starts:
+            parts.append(self.read(start))
+            if parts[-1] is None:
+                raise FileNotFoundError(f"{self.path(start)} is missing: all processes must share this folder")
+        return torch.cat(parts)
 
 
 def _read_kept_images(path, labels):
@@ -253,37 +284,49 @@ def _read_npz(path):
 
 
 def run(
-    checkpoint: str | Path | None = None,
+    source: str | Path,
     *,
-    images: str | Path | None = None,
     n: int | None = None,
     classifier: str | Path | None = None,
     root: str | Path | None = None,
     npz: str | Path | None = None,
+    images: str | Path | None = None,
     report: str | Path | None = None,
+    device: str | None = None,
     **settings,
 ) -> dict:
     """Run ``sdit evaluate``: generate or read images, measure them with :func:`evaluate`, print and save the measures.
 
+    Under ``torchrun`` the processes draw different batches, and the first process measures and writes.
+
     Args:
-        checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``settings``.
-        images: instead of a checkpoint, measure the first ``n`` (default: all) images of this .npz file.
+        source: a checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``device`` and ``settings``.
+            Or an .npz file of images and labels: measure its first ``n`` (default: all) images.
         classifier: file of a classifier; None for the one in this package.
         root: folder of the data set.
         npz: write the generated images to this file.
+        images: write the generated images into this empty or new folder, see :func:`sdit.pictures.save_images`.
         report: write the measures, and the settings and versions behind them, to this JSON file.
 
     Returns:
-        The dict that ``report`` holds.
+        The dict that ``report`` holds; an empty dict in all processes except the first.
     """
-    if (checkpoint is None) == (images is None):
-        raise ValueError("give a checkpoint, or --images with a file that sdit sample --npz wrote")
     if npz is not None and Path(npz).suffix != ".npz":
         raise ValueError(f"npz must end in .npz, got {str(npz)!r}")
-    if images is not None and (settings or npz is not None):
-        wrong = [*settings, *(["npz"] if npz is not None else [])]
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        raise ValueError(f"--images measures existing images: {given} cannot be combined with it")
+    if Path(source).suffix == ".npz":
+        outputs = {"device": device, "npz": npz, "images": images}
+        if wrong := [*settings, *(name for name, value in outputs.items() if value is not None)]:
+            given = ", ".join(f"--{name.replace('_', '-')}" for name in wrong)
+            raise ValueError(f"{source} holds images that exist already: {given} cannot be combined with it")
+    with join_processes(device) as processes, processes.only_first(_hold_files(npz, images, report)):
+        return _evaluate_and_report(processes, source, n, classifier, root, npz, images, report, settings | {"device": device})
+
+
+@contextmanager
+def _hold_files(npz, images, report):
+    """Check that the files can be written, and hold their locks."""
+    if images is not None:
+        check_image_folder(images)
     with ExitStack() as stack:
         for name, path in (("npz", npz), ("json", report)):
             if path is not None:
@@ -291,38 +334,43 @@ def run(
                 ensure_writable(path, name)
                 advice = f"wait until it ends, or choose another {name} (--{name})"
                 stack.enter_context(lock(path.with_name(f".{path.name}.lock"), str(path), advice))
-        return _evaluate_and_report(checkpoint, images, n, classifier, root, npz, report, settings)
+        yield
 
 
-def _evaluate_and_report(checkpoint, images, n, classifier, root, npz, report, settings):
+def _evaluate_and_report(processes, source, n, classifier, root, npz, images, report, settings):
     from sdit_kernels import __version__
 
     from .checkpoint import load_model
 
     loaded_classifier, path = load_classifier(classifier), FASHION_MNIST if classifier is None else Path(classifier)
-    if images is not None:
-        pixels, labels = _read_npz(images)
+    exist = Path(source).suffix == ".npz"
+    if exist:
+        pixels, labels = _read_npz(source)
         if n is not None and not 0 < n <= len(labels):
-            raise ValueError(f"n must be 1 to {len(labels)}, as many as {images} holds, got {n}")
+            raise ValueError(f"n must be 1 to {len(labels)}, as many as {source} holds, got {n}")
         pixels, labels = pixels[:n], labels[:n]
-        facts = {"images": Path(images).name, "images_sha256": sha256(images)}
+        facts = {"images": Path(source).name, "images_sha256": sha256(source)}
     else:
         n = 1000 if n is None else n
-        model = load_model(checkpoint)
+        model = load_model(source)
         config, root = model.config, root or model.trained_on.get("root")
         _check_classifier_fits(loaded_classifier, config)
         _check_labels(torch.arange(max(n, 0)) % config.num_classes, loaded_classifier)
         _load_real_images(n, loaded_classifier, root)  # raises errors about the data before the images are generated
-        pixels, labels, facts = draw(checkpoint, n, **settings)
-        facts = {"checkpoint": str(checkpoint)} | facts
+        pixels, labels, facts = draw(source, n, **settings)
+        facts = {"checkpoint": str(source)} | facts
+    if processes.rank:
+        return {}
     found = evaluate(pixels, labels, loaded_classifier, root)
     found |= {"images": facts, "classifier": path.name, "classifier_sha256": sha256(path)}
     found |= {"sdit_kernels": __version__, "torch": torch.__version__, "numpy": np.__version__}
     print(_format_table(found))  # print before writing the files, because a write may fail
-    lost = "free some space, then the same command writes it" + (", without drawing the images again" if images is None else "")
+    lost = "free some space, then the same command writes it" + ("" if exist else ", without drawing the images again")
     if npz is not None:
         with atomic_write(Path(npz), lost) as file:
             np.savez(file, images=pixels.numpy(), labels=labels.numpy())
+    if images is not None:
+        save_images(images, pixels)
     if report is not None:
         with atomic_write(Path(report), lost) as file:
             file.write((json.dumps(found, indent=1) + "\n").encode())

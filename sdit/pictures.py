@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .data import to_uint8
-from .files import atomic_write
+from .files import atomic_write, name_in_errors
 
-__all__ = ["Film", "check_pillow", "save_gif", "save_grid", "save_npz"]
+__all__ = ["Film", "check_image_folder", "check_pillow", "save_gif", "save_grid", "save_images", "save_npz"]
 
 
 class Film:
@@ -37,12 +37,17 @@ class Film:
 
     def __call__(self, start: int, step: int, steps: int, x: Tensor) -> None:
         if start < self.images and (step == 0 or step * self.count // steps > (step - 1) * self.count // steps):
-            self._parts.setdefault(step, []).append(x[: self.images - start].float().clamp(-1, 1).cpu())
+            self._parts.setdefault(step, {})[start] = x[: self.images - start].float().clamp(-1, 1).cpu()
 
     @property
     def frames(self) -> list[Tensor]:
         """The noise, then ``frames`` states (fewer if there are fewer steps), (images, C, S, S) float32 each."""
-        return [torch.cat(parts) for _, parts in sorted(self._parts.items())]
+        return [torch.cat([part for _, part in sorted(parts.items())]) for _, parts in sorted(self._parts.items())]
+
+    def merge(self, other: "Film") -> None:
+        """Add the images that another film of the same run kept, in another process."""
+        for step, parts in other._parts.items():
+            self._parts.setdefault(step, {}).update(parts)
 
 
 def check_pillow() -> None:
@@ -111,6 +116,33 @@ def save_gif(path, frames: Sequence[Tensor], labels=None, names=None, columns: i
     each = max(20, round(1000 * seconds / len(pictures)))  # ms; browsers show faster GIFs slowly
     times = [each] * (len(pictures) - 1) + [2000]
     _save_picture(path, pictures[0], format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
+
+
+def check_image_folder(folder) -> None:
+    """Raise ValueError if :func:`save_images` cannot use this folder, because tools would read earlier images as well."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"images must be an empty or new folder, {folder} holds files already")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def save_images(folder, images: Tensor | np.ndarray) -> None:
+    """Write images (N, S, S, 1 or 3) uint8, as :func:`sdit.data.load` has them, into an empty folder: 00000.png, 00001.png, ...
+
+    Tools that compute the FID, such as clean-fid, read all image files of a folder and no labels.
+    """
+    check_pillow()
+    from PIL import Image
+
+    check_image_folder(folder)
+    images = torch.as_tensor(images)
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != torch.uint8:
+        raise ValueError(f"images must be (N, S, S, 1 or 3) uint8, got {tuple(images.shape)} {images.dtype}")
+    for i, image in enumerate(images.numpy()):
+        content = io.BytesIO()  # pillow's errors do not say that the disk is full
+        Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(content, format="PNG")
+        with name_in_errors(path := Path(folder) / f"{i:05d}.png", "free some space and empty this folder"):
+            path.write_bytes(content.getbuffer())
 
 
 def save_npz(path, images: Tensor, labels) -> None:

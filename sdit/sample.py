@@ -1,12 +1,13 @@
 """Draw images with a trained model.
 
-``sample`` draws images with a model; ``run`` is the body of ``sdit sample``: it loads a checkpoint and writes files.
+``sample`` draws images with a model, ``sample_batches`` does it batch by batch, and ``run`` is the body of ``sdit sample``: it
+loads a checkpoint and writes files.
 """
 
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
@@ -14,19 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import DATASETS
+from .data import DATASETS, to_uint8
 from .diffusion import check_guidance, make_scheduler, predict, reverse_step, samplers
+from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
 from .files import ensure_writable
 from .lock import lock
-from .pictures import Film, check_pillow, save_gif, save_grid, save_npz
+from .pictures import Film, check_image_folder, check_pillow, save_gif, save_grid, save_images, save_npz
+from .processes import join_processes
 
 __all__ = [
-    "Film", "check_settings", "choose_labels", "class_names", "progress_bar", "resolve_device", "run", "sample", "save_gif",
-    "save_grid", "save_npz",
+    "Film", "advance_bar", "check_settings", "choose_labels", "class_names", "progress_bar", "run", "sample", "sample_batches",
+    "save_gif", "save_grid", "save_npz",
 ]  # fmt: skip
 
 
-@torch.no_grad()
 def sample(
     model,
     labels: Sequence[int] | Tensor,
@@ -40,6 +42,7 @@ def sample(
     threshold: float | None = None,
     batch_size: int = 64,
     compile: bool = False,
+    graph: bool = False,
     progress: bool = False,
     callback: Callable[[int, int, int, Tensor], None] | None = None,
 ) -> Tensor:
@@ -63,6 +66,8 @@ def sample(
         threshold: v_threshold of all neurons during this run; None keeps the trained value.
         batch_size: images at a time; with guidance the network computes twice as many.
         compile: compile the network with torch.compile, as one graph. The first step takes a minute.
+        graph: on a GPU, record the network as a CUDA graph and replay it, from the third call on. A smaller last batch is
+            recorded anew.
         progress: show a progress bar with images per second.
         callback: called as callback(start, step, steps, x). x holds the images start, start + 1, .. (not limited to [-1, 1], on
             the model's device); step is 0 before the first step, and 1 .. steps after each step.
@@ -81,15 +86,60 @@ def sample(
         >>> sample(model, [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
         torch.Size([3, 1, 8, 8])
     """
+    settings = dict(sampler=sampler, steps=steps, guidance=guidance, seed=seed, first=first, clip=clip, threshold=threshold)
+    settings |= dict(batch_size=batch_size, compile=compile, graph=graph, progress=progress, callback=callback)
+    return torch.cat([images for _, images in sample_batches(model, labels, **settings)])
+
+
+@torch.no_grad()
+def sample_batches(
+    model,
+    labels: Sequence[int] | Tensor,
+    starts: Sequence[int] | None = None,
+    *,
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    clip: bool = False,
+    threshold: float | None = None,
+    batch_size: int = 64,
+    compile: bool = False,
+    graph: bool = False,
+    progress: bool = False,
+    callback: Callable[[int, int, int, Tensor], None] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Draw images batch by batch; yield (number of the first image, images) of each batch.
+
+    Args:
+        starts: numbers of the first images of the batches to draw, multiples of batch_size; None draws all batches. If several
+            processes draw different batches, together they draw the same images as one process.
+        model, labels and the others: as in :func:`sample`, which also lists the errors.
+
+    Example:
+        >>> from sdit import PRESETS, SDiT
+        >>> from sdit.sample import sample_batches
+        >>> model = SDiT(PRESETS["digits"], dim=32, depth=2)
+        >>> [(i, len(x)) for i, x in sample_batches(model, [3, 1, 4], [2], sampler="ddim", steps=2, batch_size=2)]
+        [(2, 1)]
+    """
     config = model.config
     labels = _check_labels(labels, config.num_classes)
     sampler = next(iter(samplers(config))) if sampler is None else sampler
     check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first)
+    starts = range(0, len(labels), batch_size) if starts is None else starts
+    if wrong := [start for start in starts if start % batch_size or not 0 <= start < len(labels)]:
+        raise ValueError(f"starts must be multiples of {batch_size} in 0..{len(labels) - 1}, got {wrong[0]}")
     weight = next(model.parameters())
+    recorder = make_recorder(graph, weight.device)
     network = torch.compile(model, fullgraph=True) if compile else model
     shape = (1, config.channels, config.image_size, config.image_size)
 
-    done = []
+    def call(x, t, y):
+        with name_switch(compile, "draw"):
+            return predict(network, x.to(weight.dtype), t, y, guidance).float()
+
     was_training = model.training
     with ExitStack() as stack:
         stack.callback(model.train, was_training)
@@ -97,8 +147,10 @@ def sample(
         if threshold is not None:
             stack.enter_context(_override_threshold(model, threshold))
         stack.enter_context(model.frozen())
-        bar = stack.enter_context(progress_bar(len(labels), progress))
-        for start in range(0, len(labels), batch_size):
+        if recorder is not None:  # a recording is only valid inside this frozen()
+            call = replay_by_shape(call, recorder, "draw")
+        bar = stack.enter_context(progress_bar(sum(len(labels[s : s + batch_size]) for s in starts), progress))
+        for start in starts:
             y = labels[start : start + batch_size].to(weight.device)
             generators = [_make_generator(seed, first + start + i) for i in range(len(y))]
             x = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
@@ -109,28 +161,29 @@ def sample(
                 callback(start, 0, len(times), x)
             for step, t in enumerate(times, start=1):
                 model_t = torch.full((len(y),), t, device=weight.device)
-                with name_switch(compile, "draw"):
-                    out = predict(network, x.to(weight.dtype), model_t, y, guidance).float()
-                x = reverse_step(scheduler, out, t, x, generators)
-                bar.update(len(y) / len(times))
+                x = reverse_step(scheduler, call(x=x, t=model_t, y=y), t, x, generators)
+                advance_bar(bar, len(y) / len(times))
                 if callback is not None:
                     callback(start, step, len(times), x)
             if not x.isfinite().all():
                 raise ValueError(f"the model outputs values that are not finite: images {start}..{start + len(y) - 1} are lost")
-            done.append(x.float().clamp(-1, 1).cpu())
-    return torch.cat(done)
+            yield start, x.float().clamp(-1, 1).cpu()
 
 
 def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first=0) -> None:
     """Raise TypeError, ValueError or ImportError if :func:`sample` cannot draw with these settings."""
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        _check_int(name, value, least)
     make_scheduler(sampler, steps, config, clip)
     check_guidance(config, guidance)
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
+
+
+def _check_int(name, value, least):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
 def _check_labels(labels, num_classes):
@@ -162,11 +215,16 @@ def _override_threshold(model, value):
             module.v_threshold = old
 
 
-def progress_bar(total, wanted):
+def progress_bar(total, wanted, done=0):
+    """Return a progress bar of images. ``done`` images do not count in the images per second."""
     from tqdm import tqdm  # installed with diffusers
 
     form = "{l_bar}{bar}| {n:.0f}/{total} [{elapsed}<{remaining}, {rate_fmt}]"
-    return tqdm(total=total, unit=" images", bar_format=form, disable=not wanted)
+    return tqdm(total=total, initial=done, unit=" images", bar_format=form, disable=not wanted)
+
+
+def advance_bar(bar, images):
+    bar.update(min(images, bar.total - bar.n))  # the sum of the parts of an image may exceed it by a rounding error
 
 
 # Labels
@@ -234,41 +292,6 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
 # The command
 
 
-def resolve_device(device) -> torch.device:
-    """Return the device that a user names. Raise ValueError if it cannot be used."""
-    try:
-        resolved = torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from None
-    if resolved.type == "meta":
-        raise ValueError("device 'meta' cannot be used: it holds no numbers")
-    return resolved
-
-
-@contextmanager
-def name_switch(compiles: bool, command: str):
-    """Name the switch in the error of a failed compilation."""
-    try:
-        yield
-    except Exception as error:
-        if not compiles or not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = next(filter(None, str(error).splitlines()), type(error).__name__)
-        raise RuntimeError(f"compile (--compile) failed, {command} without it: {reason}") from error
-
-
-@contextmanager
-def matmul_precision(device: torch.device, tf32: bool):
-    """On a GPU, compute float32 matrix multiplications in TF32, or in full float32, inside the with block."""
-    before = torch.get_float32_matmul_precision()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 def _save_after_error(error, images, labels, npz):
     """Save the images after a failed write; return an OSError that says where they are.
 
@@ -296,14 +319,18 @@ def run(
     names: Sequence[str] | None = None,
     gif: bool = True,
     npz: bool = False,
+    images: str | Path | None = None,
     ema: bool = True,
     bf16: bool = False,
     tf32: bool = True,
     device: str | None = None,
     seed: int = 0,
+    batch_size: int = 64,
     **settings,
 ) -> list[Path]:
     """Run ``sdit sample``: draw images with a checkpoint and write them to files.
+
+    Under ``torchrun`` the processes draw different batches, and the first process writes the files. The images are the same.
 
     Args:
         checkpoint: a file, the folder of a run, or "pretrained"; see :func:`sdit.checkpoint.load_model`.
@@ -313,50 +340,83 @@ def run(
         names: names of the classes; None takes the names of the training data.
         gif: write a GIF of the denoising.
         npz: write images and labels as arrays.
+        images: also write each image into this empty or new folder, see :func:`sdit.pictures.save_images`.
         ema: use the averaged weights.
         bf16: run the network under bfloat16 autocast.
         tf32: on a GPU, compute float32 matrix multiplications in TF32.
         device: None takes a GPU if there is one.
-        seed, settings: see :func:`sample`.
+        seed, batch_size, settings: see :func:`sample`.
 
     Returns:
-        The paths of the files.
+        The paths of the files, and of the folder ``images``.
     """
     from .checkpoint import load_model
 
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"out must end in .png, got {str(out)!r}")
-    device = resolve_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     check_pillow()
-    model = load_model(checkpoint, ema=ema).to(device)
-    names = class_names(model.config, model.trained_on.get("classes", ())) if names is None else tuple(names)
-    chosen = choose_labels(labels, n, names, seed)
+    _check_int("batch_size", batch_size, 1)
+    with join_processes(device) as processes:
+        rank, world, device = processes
+        model = load_model(checkpoint, ema=ema).to(device)
+        names = class_names(model.config, model.trained_on.get("classes", ())) if names is None else tuple(names)
+        chosen = choose_labels(labels, n, names, seed)
 
-    film = Film(images=_MAX_SHOWN) if gif else None
+        film = Film(images=_MAX_SHOWN) if gif else None
+        columns = len(names) if labels == "all" and len(names) <= 20 else None
+        files = [out] + [out.with_suffix(".gif")] * gif + [out.with_suffix(".npz")] * npz
+        written = files + ([] if images is None else [Path(images)])
+        pixels = len(chosen) * model.config.channels * model.config.image_size**2
+        with processes.only_first(_hold_files(out, images, pixels * npz)):
+            began = time.perf_counter()
+            try:
+                cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
+                with cast, matmul_precision(device, tf32):
+                    mine, how = range(rank * batch_size, len(chosen), world * batch_size), dict(settings, callback=film)
+                    drawn = list(
+                        sample_batches(model, chosen, mine, seed=seed, batch_size=batch_size, progress=rank == 0, **how)
+                    )
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"stopped, {out} is not written") from None
+            collected = processes.collect((drawn, film))
+            if collected is None:
+                return written
+            batches = sorted((batch for drawn, _ in collected for batch in drawn), key=lambda batch: batch[0])
+            pictures = torch.cat([batch for _, batch in batches])
+            for _, other in collected[1:]:
+                if gif:
+                    film.merge(other)
+            seconds = time.perf_counter() - began
+            _write_files(files, images, pictures, chosen, names, columns, film)
     shown = min(len(chosen), _MAX_SHOWN)
-    columns = len(names) if labels == "all" and len(names) <= 20 else None
-    written = [out] + [out.with_suffix(".gif")] * gif + [out.with_suffix(".npz")] * npz
-    pixels = len(chosen) * model.config.channels * model.config.image_size**2
-    ensure_writable(out, "out", (1 << 20) + pixels * npz)
-    with lock(out.with_name(f".{out.stem}.lock"), str(out), "wait until it ends, or choose another out (--out)"):
-        began = time.perf_counter()
-        try:
-            cast = torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else nullcontext()
-            with cast, matmul_precision(device, tf32):
-                images = sample(model, chosen, seed=seed, progress=True, callback=film, **settings)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped, {out} is not written") from None
-        seconds, written_npz = time.perf_counter() - began, None
-        try:
-            if npz:
-                save_npz(written[-1], images, chosen)
-                written_npz = written[-1]
-            save_grid(out, images[:shown], chosen[:shown], names, columns)
-            if gif:
-                save_gif(written[1], film.frames, chosen[:shown], names, columns)
-        except OSError as error:
-            raise _save_after_error(error, images, chosen, written_npz) from None
-    summary = f"{len(images)} images" + (f" (the first {shown} shown)" if shown < len(images) else "")
-    print(f"{summary} in {seconds:.1f} s, {len(images) / seconds:.3g} images/s: {', '.join(map(str, written))}")
+    summary = f"{len(pictures)} images" + (f" (the first {shown} shown)" if shown < len(pictures) else "")
+    print(f"{summary} in {seconds:.1f} s, {len(pictures) / seconds:.3g} images/s: {', '.join(map(str, written))}")
     return written
+
+
+@contextmanager
+def _hold_files(out, images, size):
+    """Check that the files can be written, and hold the lock of ``out``."""
+    ensure_writable(out, "out", (1 << 20) + size)
+    if images is not None:
+        check_image_folder(images)
+    with lock(out.with_name(f".{out.stem}.lock"), str(out), "wait until it ends, or choose another out (--out)"):
+        yield
+
+
+def _write_files(files, folder, images, labels, names, columns, film):
+    """Write the grid and, if ``files`` names them, the GIF and the arrays, the arrays first; and each image into ``folder``."""
+    paths, done = {path.suffix.lower(): path for path in files}, None
+    shown = slice(0, _MAX_SHOWN)
+    try:
+        if ".npz" in paths:
+            save_npz(paths[".npz"], images, labels)
+            done = paths[".npz"]
+        save_grid(files[0], images[shown], labels[shown], names, columns)
+        if ".gif" in paths:
+            save_gif(paths[".gif"], film.frames, labels[shown], names, columns)
+        if folder is not None:
+            save_images(folder, to_uint8(images).permute(0, 2, 3, 1))
+    except OSError as error:
+        raise _save_after_error(error, images, labels, done) from None

@@ -21,7 +21,7 @@ class TrainSettings:
         steps: total number of optimiser steps.
         batch_size: images of one step, over all processes and accumulated parts.
         accumulate: number of parts into which a process splits its images of a step, to save memory.
-        lr: learning rate of AdamW decay_progress the warm-up.
+        lr: learning rate of AdamW after the warm-up.
         weight_decay: weight decay of AdamW.
         warmup: steps over which the learning rate rises linearly.
         cosine: True lets the learning rate fall to 0 at the last step, along a cosine; False keeps it constant.
@@ -31,6 +31,7 @@ class TrainSettings:
         bf16: compute matrix multiplications in bfloat16 (autocast).
         tf32: on a GPU, compute float32 matrix multiplications in TF32: 10 bits of precision instead of 23.
         compile: compile the model and the loss with torch.compile, as one graph. The first step then takes a minute.
+        graph: on a GPU, record a step as CUDA graphs at the third step and replay them from then on. In one process only.
         seed: seed of the initial weights and of all random numbers.
         log_every: steps between lines of metrics.jsonl. A line holds the means over these steps.
         sample_every: steps between pictures in samples/, 0 for none.
@@ -60,6 +61,7 @@ class TrainSettings:
     bf16: bool = False
     tf32: bool = True
     compile: bool = False
+    graph: bool = False
     seed: int = 0
     log_every: int = 20
     sample_every: int = 1000

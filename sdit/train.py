@@ -6,40 +6,44 @@ the weights, their average, the state of the optimiser and n. On a CPU, a resume
 
 import copy
 import dataclasses
+import functools
 import json
 import math
-import os
 import signal
 import sys
 import threading
-import time
 import warnings
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from sdit_kernels._torch import move_towards
 
 from .checkpoint import about, checkpoints, load, newest, prune_checkpoints, save
 from .config import Config
 from .data import DATASETS, Images, Order, to_batch
 from .data import load as load_data
 from .diffusion import draw, make_scheduler, training_loss
-from .files import atomic_write, name_in_errors
+from .execution import Replayed, make_recorder, matmul_precision, name_switch, to_device
+from .files import atomic_write
 from .lock import lock
+from .log import Log, lines_until
 from .model import SDiT
 from .pictures import check_pillow, save_grid
-from .sample import class_names, matmul_precision, name_switch, resolve_device, sample
+from .processes import join_processes, resolve_device
+from .sample import class_names, sample
 from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]
 
 _MAX_BATCH = 4096  # limit of batch_size; a larger data set raises it to its number of images
+_ROUNDING = ("tf32", "compile", "graph")  # settings that may change the rounding
 # Settings that a resumed run may change
-_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate", "tf32", "compile")
+_MAY_CHANGE = ("steps", "log_every", "sample_every", "save_every", "keep", "accumulate", *_ROUNDING)
 
 
 def train(
@@ -51,6 +55,7 @@ def train(
     data: Images | None = None,
     root: str | Path | None = None,
     device: str | None = None,
+    initial: SDiT | None = None,
     progress: bool = True,
 ) -> SDiT:
     r"""Train a model and write the run into the folder ``out_dir``.
@@ -75,10 +80,12 @@ def train(
         settings: None takes ``TrainSettings.of(config)``, or with ``resume`` the settings of the checkpoint.
         out_dir: folder of the run.
         resume: continue from the newest checkpoint in out_dir. A resumed run may change steps, accumulate, keep, log_every,
-            sample_every and save_every. It may also change tf32 and compile, with a warning, because they change the rounding.
+            sample_every and save_every. It may also change tf32, compile and graph, with a warning, because they may change the
+            rounding.
         data: images to train on; None loads ``sdit.data.load(config.dataset, root)``.
         root: folder of the data set; None with ``resume`` takes the folder that the checkpoint stores.
         device: None takes a GPU if there is one, or with ``resume`` the device that was named at the start.
+        initial: start from the weights of this model, with a new optimiser; None draws initial weights from the seed.
         progress: show a progress bar with loss and mean firing rate.
 
     Returns:
@@ -112,16 +119,24 @@ def train(
     else:
         _refuse_existing_run(out)
         config, settings = _check_arguments(config, settings)
+        if initial is not None and initial.config != config:
+            raise ValueError(f"initial must be a model of config, {config}; got a model of {initial.config}")
+    if resume and initial is not None:
+        raise ValueError("initial must be None with resume, which continues from the weights of the checkpoint")
     named = device
     with ExitStack() as stack:
-        rank, world, device = stack.enter_context(_join_processes(device))
-        if not resume:  # check the data before making the folder
+        processes = stack.enter_context(join_processes(device))
+        rank, world, device = processes
+        if not resume:  # check graph and the data before making the folder
+            recorder = make_recorder(settings.graph, device, world)
             data, remembered = _load_images(config, settings, world, data, root)
-        stack.enter_context(_hold_run_lock(out, rank, world))
+        held = lock(out / "lock", f"the run in {out}", "wait until it ends, or train in another folder")
+        stack.enter_context(processes.only_first(held))
         if resume:
             state, meta = load(path := newest(out))
             config, settings, start = _check_resumed(path, meta, config, settings)
             _check_arguments(config, settings)
+            recorder = make_recorder(settings.graph, device, world)
             data, remembered = _load_images(config, settings, world, data, root, meta.get("data", {}))
         else:
             _refuse_existing_run(out)
@@ -129,9 +144,9 @@ def train(
         stack.enter_context(matmul_precision(device, settings.tf32))
         if device.type == "cuda" and settings.tf32 and not settings.bf16 and progress and rank == 0:
             print("float32 matrix multiplications run in TF32; --no-tf32 turns it off", file=sys.stderr)
-        run = _Run(config, settings, out, data, remembered, device, rank, world, progress)
+        run = _Run(config, settings, out, data, remembered, processes, progress, initial)
         run.restore(state, start)
-        run.loop(start)
+        run.loop(start, recorder)
         return (run.ema or run.model).eval()
 
 
@@ -150,25 +165,6 @@ def _check_arguments(config, settings):
         make_scheduler(_picture_sampler(config), None, config)  # raises now if a package is missing, not at the first picture
         check_pillow()
     return config, settings
-
-
-@contextmanager
-def _hold_run_lock(out, rank, world):
-    """Hold the lock of the run's folder in the first process. If it cannot take the lock, all processes raise its error."""
-    refused = None
-    with ExitStack() as stack:
-        if rank == 0:
-            try:
-                stack.enter_context(lock(out / "lock", f"the run in {out}", "wait until it ends, or train in another folder"))
-            except OSError as error:
-                refused = error
-        if world > 1:
-            shared = [refused]
-            dist.broadcast_object_list(shared)
-            refused = shared[0]
-        if refused is not None:
-            raise refused
-        yield
 
 
 def _picture_sampler(config):
@@ -233,51 +229,38 @@ def _check_resumed(path, meta, config, settings):
             key = changed[0]
             raise ValueError(f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}")
     settings = settings or stored
-    for key in ("tf32", "compile"):
+    for key in _ROUNDING:
         before, after = getattr(stored, key), getattr(settings, key)
         if before != after:
             warnings.warn(
-                f"{key} was {before} until step {step} and is {after} from here on: the rounding differs", stacklevel=3
+                f"{key} was {before} until step {step} and is {after} from here on: the rounding may differ", stacklevel=3
             )
     if settings.steps < step:
         raise ValueError(f"steps must be at least the {step} steps that {path} has done, got {settings.steps}")
     return stored_config, settings, step
 
 
-@contextmanager
-def _join_processes(device):
-    """Yield (rank, world, device) of this process. Under torchrun, join the process group until the with block ends."""
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-    local = int(os.environ.get("LOCAL_RANK", "0")) if ours or dist.is_initialized() else 0
-    if device is None:
-        device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    device = resolve_device(device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if ours:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield (dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else (0, 1, device)
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
 class _Run:
     """The state of one training run in one process."""
 
-    def __init__(self, config, settings, out, data, remembered, device, rank, world, progress):
+    def __init__(self, config, settings, out, data, remembered, processes, progress, initial=None):
         self.config, self.settings, self.out, self.data = config, settings, out, data
         self.meta = {"config": config.to_dict(), "settings": dataclasses.asdict(settings), **remembered}
-        self.device, self.rank, self.world, self.progress = device, rank, world, progress and rank == 0
+        self.processes, (self.rank, self.world, self.device) = processes, processes
+        self.progress = progress and self.rank == 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = SDiT(config).to(device)
+            self.model = SDiT(config)
+        if initial is not None:
+            self.model.load_state_dict(initial.state_dict())
+        self.model.to(self.device)
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval() if settings.ema else None
         self.names = [name for name, _ in self.model.named_parameters()]
         self.parameters = list(self.model.parameters())
-        fused = device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        # Tensors, because a recorded step repeats Python numbers
+        rate, self.ema_weight = (torch.zeros((), dtype=torch.float32, device=self.device) for _ in range(2))
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=settings.weight_decay, fused=fused)
         self.loss = torch.compile(training_loss, fullgraph=True) if settings.compile else training_loss
         self.order = Order(len(data), settings.seed)
         self.pending = []  # (loss, mse, vb, gradient norm) of each step since the last line of metrics.jsonl
@@ -302,9 +285,7 @@ class _Run:
                 raise ValueError(f"{self.out}: its newest checkpoint is not of this model: {error}") from None
             self.pending = list(state.get("pending", {}).get("steps", torch.empty(0, 4)).to(self.device))
         if self.rank == 0:
-            lines = b""
-            if state is not None and metrics.exists():
-                lines = b"".join(line for line in metrics.read_bytes().splitlines(True) if _step_of_line(line) <= step)
+            lines = b"" if state is None else lines_until(metrics, step)
             with atomic_write(metrics) as file:
                 file.write(lines)
             with atomic_write(self.out / "run.json") as file:
@@ -333,79 +314,101 @@ class _Run:
     def autocast(self):
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.settings.bf16 else nullcontext()
 
-    def batches(self, step):
-        """Yield this process's part of the batch in ``accumulate`` parts, each a dict of arguments of ``training_loss``."""
+    def batch(self, step):
+        """Return this process's part of the batch of a step, a dict of arguments of ``training_loss``."""
         s, config = self.settings, self.config
         part = (s.batch_size, self.rank, self.world)
         chosen, share = self.order.indices(step, *part), s.batch_size // self.world
-        flip = self.order.flips(step, *part) if s.flip and self.data.mirror else None
-        x0 = to_batch(self.data.images[chosen].to(self.device), config, flip)
-        y = self.data.labels[chosen].to(self.device)
+        flip = to_device(self.order.flips(step, *part), self.device) if s.flip and self.data.mirror else None
+        x0 = to_batch(to_device(self.data.images[chosen], self.device), config, flip)
+        y = to_device(self.data.labels[chosen], self.device)
         noise_seed = np.random.SeedSequence((s.seed, 2, step)).generate_state(1, np.uint64)[0]
         drawn = draw(config, s.batch_size, torch.Generator(self.device).manual_seed(int(noise_seed)))
         t, noise, drop = (tensor[self.rank * share : (self.rank + 1) * share] for tensor in drawn)
-        for piece in torch.arange(share).chunk(s.accumulate):
-            i = slice(int(piece[0]), int(piece[-1]) + 1)
-            yield {"x0": x0[i], "y": y[i], "t": t[i], "noise": noise[i], "drop": drop[i]}
+        return {"x0": x0, "y": y, "t": t, "noise": noise, "drop": drop}
 
-    def compute_gradients(self, network, step):
+    def parts(self, batch):
+        """Split a batch into ``accumulate`` parts of equal size."""
+        chunks = zip(*(tensor.chunk(self.settings.accumulate) for tensor in batch.values()))
+        return [dict(zip(batch, chunk)) for chunk in chunks]
+
+    def compute_gradients(self, network, batch):
         """Run forward and backward passes over all parts; return the means of (loss, mse, vb) over this process's part."""
-        total = 0
-        for i, batch in enumerate(self.batches(step), start=1):
-            last = i == self.settings.accumulate
-            with nullcontext() if last or network is self.model else network.no_sync():
+        total, parts = 0, self.parts(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, part in enumerate(parts, start=1):
+            with nullcontext() if i == len(parts) or network is self.model else network.no_sync():
                 with self.autocast(), name_switch(self.settings.compile, "train"):
-                    losses = self.loss(network, **batch)
-                (losses["loss"] / self.settings.accumulate).backward()
+                    losses = self.loss(network, **part)
+                (losses["loss"] / len(parts)).backward()
             total = total + torch.stack([losses[name].detach() for name in ("loss", "mse", "vb")])
         if self.world > 1 and network is self.model:
             for p in self.parameters:
                 dist.all_reduce(p.grad)
                 p.grad /= self.world
-        return total / self.settings.accumulate
+        return total / len(parts)
+
+    def compute_row(self, network, **batch):
+        """Compute the gradients of a batch and clip them; return (loss, mse, vb, norm of the gradient)."""
+        losses = self.compute_gradients(network, batch)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip or math.inf)
+        return torch.cat([losses, norm.float().view(1)])
+
+    def set_rates(self, step):
+        """Set the learning rate and the weight of the new values in the average; return the learning rate."""
+        rate = self.settings.learning_rate(step)
+        self.optimizer.param_groups[0]["lr"].fill_(rate)
+        self.ema_weight.fill_(1 - min(self.settings.ema, (1 + step) / (10 + step)))
+        return rate
 
     @torch.no_grad()
-    def measure_rates(self, step):
-        """Return the firing rates of a step that ran compiled, from another forward pass over its first part."""
+    def update(self):
+        """Update the weights and their average."""
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.optimizer.param_groups[0]["capturable"] = recording  # outside a recording, AdamW warns about it
+        self.optimizer.step()
+        if self.ema is not None:
+            move_towards(list(self.ema.parameters()), self.parameters, self.ema_weight)
+
+    @torch.no_grad()
+    def measure_rates(self, batch):
+        """Return the firing rates of a compiled or recorded step, from another forward pass over its first part."""
         with self.model.record() as rates, self.autocast():
-            training_loss(self.model, **next(self.batches(step)))
+            training_loss(self.model, **self.parts(batch)[0])
         return rates
 
-    def loop(self, start):
+    def loop(self, start, recorder=None):
         s, model = self.settings, self.model
         # DistributedDataParallel breaks a graph, so a compiled run averages the gradients itself
         network = DistributedDataParallel(model) if self.world > 1 and not s.compile else model
+        compute, update = functools.partial(self.compute_row, network), self.update
+        if recorder is not None:  # two recordings, so that check_finite can stop between them
+            compute, update = Replayed(compute, recorder, "train"), Replayed(update, recorder, "train")
+        records_rates = not s.compile and recorder is None
         model.train()
         with ExitStack() as stack:
             stop = stack.enter_context(_catch_signals())
-            log = stack.enter_context(_Log(self, start))
+            log = stack.enter_context(Log(self, start))
             if start and self.wants_picture(start) and not self.picture_file(start).exists():
                 self.save_picture(start)  # the earlier process stopped between its checkpoint and its picture
                 log.restart_clock()
             for step in range(start, s.steps):
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
-                self.optimizer.zero_grad(set_to_none=True)
-                with model.record() if logs and not s.compile else nullcontext({}) as rates:
-                    losses = self.compute_gradients(network, step)
-                if logs and s.compile:
-                    rates = self.measure_rates(step)
-                norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.clip or math.inf)
-                row = torch.cat([losses, norm.float().view(1)])
+                batch = self.batch(step)
+                with model.record() if logs and records_rates else nullcontext({}) as rates:
+                    row = compute(**batch)
+                if logs and not records_rates:
+                    rates = self.measure_rates(batch)
                 if self.world > 1:
                     dist.all_reduce(row)
                     row = row / self.world
                 self.pending.append(row)
                 stopping = self.any_process_stops(stop)
                 if self.device.type == "cpu" or logs or saves or stopping:  # on a GPU, checking every step would wait for it
-                    self.check_finite(step)
-                rate = s.learning_rate(step)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
-                self.optimizer.step()
-                if self.ema is not None:
-                    decay = min(s.ema, (1 + step) / (10 + step))
-                    get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), self.parameters, None)
+                    self.check_finite(step, batch)
+                rate = self.set_rates(step)
+                update()
                 if logs:
                     log.write_line(done, rate, rates)
                 log.advance()
@@ -427,7 +430,7 @@ class _Run:
         dist.all_reduce(flag)
         return bool(flag)
 
-    def check_finite(self, step):
+    def check_finite(self, step, batch):
         """Raise FloatingPointError if one of the pending steps has a loss or gradient that is not finite."""
         rows = torch.stack(self.pending)
         bad = (~rows.isfinite()).any(1).nonzero()
@@ -438,7 +441,7 @@ class _Run:
         terms = ", ".join(f"{name} is {value}" for name, value in values.items() if not math.isfinite(value) and name != "loss")
         lost = [name for name, p in zip(self.names, self.parameters) if p.grad is not None and not p.grad.isfinite().all()]
         where = [f"step {step - len(rows) + 1 + i + 1}: {terms or 'loss is not finite'}"]
-        layer = self.first_not_finite(step)
+        layer = self.first_not_finite(batch)
         if layer:
             where.append(f"the first layer with outputs that are not finite is {layer}")
         if lost:
@@ -449,8 +452,8 @@ class _Run:
         raise FloatingPointError("; ".join(where) + ". A lower lr (--lr), or another clip (--clip), may help")
 
     @torch.no_grad()
-    def first_not_finite(self, step):
-        """Return the name of the first module with an output that is not finite for this step's batch, or None."""
+    def first_not_finite(self, batch):
+        """Return the name of the first module with an output that is not finite for this batch, or None."""
         found = []
 
         def hook(name):
@@ -462,9 +465,9 @@ class _Run:
 
         handles = [m.register_forward_hook(hook(name)) for name, m in self.model.named_modules() if name]
         try:
-            for batch in self.batches(step):
+            for part in self.parts(batch):
                 with self.autocast():
-                    training_loss(self.model, **batch)
+                    training_loss(self.model, **part)
         finally:
             for handle in handles:
                 handle.remove()
@@ -489,14 +492,6 @@ class _Run:
         save_grid(self.picture_file(step), images, labels, names, columns=n, lost=lost)
 
 
-def _step_of_line(line):
-    """Return the step of a line of metrics.jsonl; infinity if the line is incomplete."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
 @contextmanager
 def _catch_signals():
     """Yield a list that collects SIGINT and SIGTERM. After the first signal, the earlier handlers act again."""
@@ -515,81 +510,3 @@ def _catch_signals():
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-class _Log:
-    """Write the metrics to metrics.jsonl, the progress bar and TensorBoard."""
-
-    def __init__(self, run, start):
-        self.run, self.start, self.file, self.board, self.bar = run, start, None, None, None
-
-    def __enter__(self):
-        run = self.run
-        if run.rank == 0:
-            self.file = (run.out / "metrics.jsonl").open("ab")
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=self.start + 1)
-        if run.progress:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                raise ImportError("the progress bar needs tqdm: pip install tqdm") from None
-            name = run.out.name
-            self.bar = tqdm(total=run.settings.steps, initial=self.start, desc=name, unit=" steps", dynamic_ncols=True)
-        self.restart_clock()
-        return self
-
-    def __exit__(self, *_):
-        for each in (self.bar, self.board, self.file):
-            if each is not None:
-                each.close()
-
-    def restart_clock(self):
-        self.began, self.seen = time.perf_counter(), 0
-
-    def advance(self):
-        self.seen += 1
-        if self.bar is not None:
-            self.bar.update()
-
-    def write_line(self, step, rate, rates):
-        """Write the means of the pending steps, and empty the list of pending steps."""
-        run = self.run
-        loss, mse, vb, norm = torch.stack(run.pending).mean(0).tolist()
-        run.pending.clear()
-        if self.file is None:
-            return
-        rates = {name: round(value.item(), 6) for name, value in rates.items()}
-        speed = (self.seen + 1) * run.settings.batch_size / (time.perf_counter() - self.began)
-        record = {"step": step, "loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate, "rates": rates}
-        record |= {"images_per_s": round(speed, 1), "memory_mb": _peak_memory_mb(run.device)}
-        advice = f"free some space, then --resume {run.out} continues from the newest checkpoint"
-        with name_in_errors(run.out / "metrics.jsonl", advice):
-            self.file.write(json.dumps(record).encode() + b"\n")
-            self.file.flush()
-        self.restart_clock()
-        self.seen = -1  # advance() still counts this step, whose time is already measured
-        firing = sum(rates.values()) / max(1, len(rates))
-        if self.bar is not None:
-            self.bar.set_postfix(loss=f"{loss:.4f}", firing=f"{firing:.3f}", refresh=False)
-        if self.board is not None:
-            for name in ("loss", "mse", "vb", "grad_norm", "lr", "images_per_s"):
-                self.board.add_scalar(name, record[name], step)
-            for name, value in rates.items():
-                self.board.add_scalar(f"firing rate/{name}", value, step)
-
-    def flush(self):
-        if self.file is not None:
-            os.fsync(self.file.fileno())
-
-
-def _peak_memory_mb(device):
-    """Return the peak memory so far in MB: of the GPU, or of the process on a CPU."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    with suppress(ImportError):
-        import resource
-
-        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)

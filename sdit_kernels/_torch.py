@@ -220,3 +220,22 @@ def gather_over_processes(t: Tensor, group) -> Tensor:
     functional, n = torch.ops._c10d_functional, group.size()
     found = functional.all_gather_into_tensor(t.contiguous(), n, group.group_name)
     return functional.wait_tensor(found).reshape(n, *t.shape)
+
+
+# --- lists of tensors ---------------------------------------------------------------------------------------------------------
+
+_HAS_LISTS = all(hasattr(torch, name) for name in ("_foreach_sub", "_foreach_mul_", "_foreach_add_"))
+
+
+def move_towards(averages: list[Tensor], tensors: list[Tensor], weight: Tensor) -> None:
+    """Add weight * (tensor - average) to each average in place. On a GPU this takes a few kernels for all tensors.
+
+    weight is a tensor with one element on the same device. Fallback: a kernel for each tensor.
+    """
+    if not _HAS_LISTS:
+        for average, t in zip(averages, tensors):
+            average.add_((t - average) * weight)
+        return
+    gaps = torch._foreach_sub(tensors, averages)
+    torch._foreach_mul_(gaps, weight)
+    torch._foreach_add_(averages, gaps)

@@ -147,11 +147,10 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("train --preset digits --data /nowhere", "leave --data out, got '/nowhere'"),
         ("sample {run} --labels 3,1,4 -n 2", ": -n must be at least 3, the number of labels, got 2"),
         ("evaluate {run} --npz {tmp}/images.txt", ": --npz must end in .npz"),
-        ("evaluate --images {tmp}/text", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
-        (
-            "evaluate --images {tmp}/text --seed 1 --batch-size 3",
-            ": --images measures existing images: --seed, --batch-size cannot",
-        ),
+        ("evaluate {tmp}/text.npz", "must hold the arrays .*: it is not an npz file, but 13 bytes of something else"),
+        ("evaluate {tmp}/text.npz --seed 1 --batch-size 3", "images that exist already: --seed, --batch-size cannot"),
+        ("sample {run} --batch-size 0", ": --batch-size must be an int of at least 1, got 0"),
+        ("sample {run} --images {run}", ": --images must be an empty or new folder, .* holds files already"),
         ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
         ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
         ("train --preset mnist --data {tmp}", "not found in folders named .*Leave --data out to have them downloaded"),
@@ -177,7 +176,8 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
 )
 def test_bad_input_gives_one_error_line(command, message, run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text").write_text("no checkpoint")
+    for name in ("text", "text.npz"):
+        (tmp_path / name).write_text("no checkpoint")
     from safetensors.torch import save_file
 
     save_file({"w": torch.ones(1)}, tmp_path / "other")

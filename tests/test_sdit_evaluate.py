@@ -402,18 +402,19 @@ FAST = {"sampler": "ddim", "steps": 2, "batch_size": 16}
 
 
 @pytest.fixture
-def calls_of_sample(monkeypatch):
-    """Return the (first, number of images) of each call of ``sample``, and that function, which stops at call ``stop``."""
-    calls, sample = [], sampling.sample
+def drawn_batches(monkeypatch):
+    """Return the (first, number of images) of each batch of ``sample_batches``, and that function, which stops at ``stop``."""
+    calls, sample_batches = [], sampling.sample_batches
 
-    def counted(model, labels, *, first, **settings):
-        calls.append((first, len(labels)))
-        if len(calls) == counted.stop:
-            raise KeyboardInterrupt
-        return sample(model, labels, first=first, **settings)
+    def counted(*args, **settings):
+        for start, images in sample_batches(*args, **settings):
+            calls.append((start, len(images)))
+            if len(calls) == counted.stop:
+                raise KeyboardInterrupt
+            yield start, images
 
     counted.stop = None
-    monkeypatch.setattr(sampling, "sample", counted)
+    monkeypatch.setattr(sampling, "sample_batches", counted)
     return calls, counted
 
 
@@ -426,8 +427,8 @@ def test_drawn_images_equal_those_of_sample(tiny, tmp_path, capsys):
     assert "40/40" in capsys.readouterr().err
 
 
-def test_a_stopped_run_draws_the_missing_images_only(tiny, tmp_path, calls_of_sample):
-    calls, sample = calls_of_sample
+def test_a_stopped_run_draws_the_missing_images_only(tiny, tmp_path, drawn_batches):
+    calls, sample = drawn_batches
     whole = draw(tiny, 50, folder=tmp_path / "whole", **FAST)
     assert calls == [(0, 16), (16, 16), (32, 16), (48, 2)]
     calls.clear()
@@ -445,8 +446,8 @@ def test_a_stopped_run_draws_the_missing_images_only(tiny, tmp_path, calls_of_sa
     assert torch.equal(fewer[0], whole[0][:33]) and torch.equal(more[0][:48], whole[0][:48])
 
 
-def test_damaged_files_are_drawn_again(tiny, tmp_path, calls_of_sample):
-    calls, _ = calls_of_sample
+def test_damaged_files_are_drawn_again(tiny, tmp_path, drawn_batches):
+    calls, _ = drawn_batches
     whole = draw(tiny, 64, folder=tmp_path, **FAST)[0]
     (folder,) = tmp_path.iterdir()
     (folder / "0000000.npz").write_bytes((folder / "0000000.npz").read_bytes()[:100])
@@ -460,8 +461,8 @@ def test_damaged_files_are_drawn_again(tiny, tmp_path, calls_of_sample):
     assert calls == [(0, 16), (16, 16), (32, 16), (48, 16)]
 
 
-def test_saved_images_are_separate_for_every_setting(tiny, tmp_path, calls_of_sample):
-    calls, _ = calls_of_sample
+def test_saved_images_are_separate_for_every_setting(tiny, tmp_path, drawn_batches):
+    calls, _ = drawn_batches
     other_half = tmp_path / "other.safetensors"
     save_model(other_half, SDiT(PRESETS["digits"], dim=32, depth=2))
     same = tmp_path / "same.safetensors"
@@ -488,7 +489,7 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_draws_the_missing_images_only(tiny, judge_file, tmp_path, calls_of_sample):
+def test_a_killed_run_draws_the_missing_images_only(tiny, judge_file, tmp_path, drawn_batches):
     """kill -9 while a batch is written. The images equal the images of an uninterrupted run."""
     words = [
         "evaluate",
@@ -506,7 +507,7 @@ def test_a_killed_run_draws_the_missing_images_only(tiny, judge_file, tmp_path, 
     ]
     process = subprocess.run([sys.executable, "-c", DYING, *words], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr
-    calls, _ = calls_of_sample
+    calls, _ = drawn_batches
     images, labels, _ = draw(tiny, 50, **FAST)
     assert calls == [(32, 16), (48, 2)]
     assert torch.equal(images, draw(tiny, 50, folder=tmp_path / "whole", **FAST)[0])
@@ -538,7 +539,7 @@ def test_the_command_prints_and_writes_the_measures(tiny, judge_file, tmp_path, 
     assert f"{found['drawn']['frechet_distance']:.4f}" in text and f"{found['floor']['frechet_distance']:.4f}" in text
     assert "FID" not in text + json.dumps(found)
 
-    command = ["evaluate", "--images", str(tmp_path / "out/a.npz"), "--classifier", str(judge_file)]
+    command = ["evaluate", str(tmp_path / "out/a.npz"), "--classifier", str(judge_file)]
     assert main([*command, "--json", str(tmp_path / "b.json")]) == 0
     again = json.loads((tmp_path / "b.json").read_text())
     assert {key: again[key] for key in measured} == measured
@@ -553,7 +554,7 @@ def test_two_processes_do_not_write_the_same_file(tiny, judge_file, tmp_path, ca
     with lock(folder / "lock", "it", "wait"), pytest.raises(BlockingIOError, match="where these images are kept, is in use by"):
         draw(tiny, 64, **FAST)
     np.savez(tmp_path / "a.npz", images=images.numpy(), labels=np.arange(64) % 10)
-    command = ["evaluate", "--images", str(tmp_path / "a.npz"), "--classifier", str(judge_file), "--json"]
+    command = ["evaluate", str(tmp_path / "a.npz"), "--classifier", str(judge_file), "--json"]
     with lock(tmp_path / ".a.json.lock", "it", "wait"):
         assert main([*command, str(tmp_path / "a.json")]) == 2
         assert "a.json is in use by process" in (err := capsys.readouterr().err) and "choose another --json" in err
@@ -613,8 +614,7 @@ def test_wrong_arguments_of_the_command_give_one_error_line(tiny, judge_file, tm
         save_model(path, SDiT(PRESETS["digits"], dim=32, depth=2, **changes))
     judged = ["--classifier", str(judge_file)]
     for words, message in (
-        ([], "give a checkpoint, or --images"),
-        ([tiny, "--images", tmp_path / "a.npz"], "give a checkpoint, or --images"),
+        ([tiny, *judged, "--images", tmp_path], ": --images must be an empty or new folder, "),
         ([tiny], "the model draws images of digits, the classifier is for fashion_mnist: give --classifier FILE, which "
                  "perf/train_classifier.py --dataset digits --size 8 --out FILE trains"),
         ([fashion, *judged], "the model draws images of mnist, the classifier is for digits"),
@@ -636,15 +636,16 @@ def test_wrong_arguments_of_the_command_give_one_error_line(tiny, judge_file, tm
         ([tiny, *judged, "--json", tmp_path], ": --json must be a file"),
         ([tiny, *judged, "--npz", tiny / "a.npz"], "tiny.safetensors"),
         ([tmp_path / "nope"], "does not exist"),
-        (["--images", tmp_path / "nope.npz", *judged], "nope.npz"),
-        (["--images", tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "images: --seed, --clip cannot be combined"),
-        (["--images", tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "--npz cannot be combined with it"),
-        (["--images", tmp_path / "a.npz", *judged, "-n", "151"], ": -n must be 1 to 150, as many as"),
-        (["--images", tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
-        (["--images", tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),
-        (["--images", tmp_path / "c.npz", *judged], "must hold the arrays images and labels"),
-        (["--images", tmp_path / "d.npy", *judged], "must hold the arrays images and labels"),
-        (["--images", tmp_path / "e.npz", *judged], "it is not an npz file, but 2 bytes of something else"),
+        ([tmp_path / "nope.npz", *judged], "nope.npz"),
+        ([tmp_path / "a.npz", *judged, "--seed", "1", "--clip"], "exist already: --seed, --clip cannot be combined"),
+        ([tmp_path / "a.npz", *judged, "--npz", tmp_path / "x.npz"], "--npz cannot be combined with it"),
+        ([tmp_path / "a.npz", *judged, "--images", tmp_path / "x"], "--images cannot be combined with it"),
+        ([tmp_path / "a.npz", *judged, "-n", "151"], ": -n must be 1 to 150, as many as"),
+        ([tmp_path / "a.npz"], r"images must be (N, 28, 28, 1 or 3), got (150, 8, 8, 1)"),
+        ([tmp_path / "b.npz", *judged], "must hold the arrays images and labels"),
+        ([tmp_path / "c.npz", *judged], "must hold the arrays images and labels"),
+        ([tmp_path / "d.npy", *judged], "is not a checkpoint of sdit"),
+        ([tmp_path / "e.npz", *judged], "it is not an npz file, but 2 bytes of something else"),
         ([tiny, "--classifier", tiny], "holds no classifier"),
     ):  # fmt: skip
         assert main(["evaluate", *map(str, words)]) == 2, words

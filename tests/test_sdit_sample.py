@@ -436,7 +436,7 @@ QUICK = dict(sampler="ddim", steps=2, device="cpu", gif=False)
 
 
 def test_a_full_disk_is_noticed_before_any_image_is_drawn(tmp_path, checkpoint, monkeypatch):
-    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: pytest.fail("an image is drawn"))
+    monkeypatch.setattr(module, "sample_batches", lambda *args, **kwargs: pytest.fail("an image is drawn"))
     with files_up_to(100_000), pytest.raises(OSError, match=r"out: no file of 1,048,576 bytes can be .*: File too large"):
         module.run("ckpt", tmp_path / "a.png", n=1, **QUICK)
     with files_up_to(3 << 20), pytest.raises(OSError, match=r"out: no file of 3,608,576 bytes can be written"):
@@ -447,17 +447,18 @@ def test_a_full_disk_is_noticed_before_any_image_is_drawn(tmp_path, checkpoint, 
 @pytest.mark.parametrize("npz, size", [(False, 1500), (True, 1500), (True, 10)])
 def test_a_disk_that_fills_while_drawing_loses_no_image(tmp_path, checkpoint, monkeypatch, npz, size):
     """The error names the file and where the images are: in the .npz, in the folder for temporary files, or lost."""
-    draw, limits = module.sample, ExitStack()
+    draw, limits = module.sample_batches, ExitStack()
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
     def fill_disk(*args, **kwargs):
-        drawn.append(draw(*args, **kwargs))
+        ((start, images),) = draw(*args, **kwargs)
+        drawn.append(images)
         limits.enter_context(files_up_to(size))
-        return drawn[0]
+        yield start, images
 
     drawn, out = [], tmp_path / "out" / "a.png"
-    monkeypatch.setattr(module, "sample", fill_disk)
+    monkeypatch.setattr(module, "sample_batches", fill_disk)
     with limits, pytest.raises(OSError) as caught:
         module.run("ckpt", out, n=10, npz=npz, **QUICK)
     said = str(caught.value)

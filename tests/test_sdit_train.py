@@ -24,6 +24,7 @@ from sdit.data import load as load_data
 from sdit.diffusion import draw, training_loss
 from sdit.lock import lock
 from sdit.plot import plot, read_metrics
+from sdit.processes import Processes
 from sdit.sample import class_names
 from sdit.settings import TrainSettings
 from sdit.train import train
@@ -136,9 +137,9 @@ def test_three_steps_equal_a_plain_loop(tmp_path):
 def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
     grads = {}
     for parts in (1, 4):
-        s, cpu = settings(accumulate=parts), torch.device("cpu")
-        run = trainer._Run(TINY, s, tmp_path, load_data("digits"), {}, cpu, 0, 1, False)
-        run.compute_gradients(run.model, 5)
+        alone = Processes(0, 1, torch.device("cpu"))
+        run = trainer._Run(TINY, settings(accumulate=parts), tmp_path, load_data("digits"), {}, alone, False)
+        run.compute_gradients(run.model, run.batch(5))
         grads[parts] = [p.grad for p in run.parameters]
     for one, four in zip(*grads.values()):
         torch.testing.assert_close(four, one, rtol=1e-4, atol=1e-6)
@@ -275,18 +276,31 @@ def test_runs_that_cannot_be_resumed_are_refused(whole, tmp_path):
         train(out_dir=tmp_path, resume=True)
 
 
+def test_a_run_may_start_from_the_weights_of_a_model(whole, tmp_path):
+    out, model = whole
+    first = TrainSettings.of(TINY, **QUICK | dict(steps=1, ema=0.0, lr=1e-9))
+    got = train(TINY, first, tmp_path / "next", initial=model, progress=False)
+    for a, b in zip(got.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(got.position, SDiT(TINY).position)
+    with pytest.raises(ValueError, match="initial must be a model of config, .*dim=64"):
+        train(PRESETS["digits"], settings(), tmp_path / "other", initial=model, progress=False)
+    with pytest.raises(ValueError, match="initial must be None with resume"):
+        train(out_dir=out, resume=True, initial=model, progress=False)
+
+
 # Errors
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
-    batches = trainer._Run.batches
+    batch = trainer._Run.batch
 
     def poisoned(run, step):
-        for batch in batches(run, step):
-            batch["noise"][0, 0, 0, 0] = math.nan if step == 5 else batch["noise"][0, 0, 0, 0]
-            yield batch
+        found = batch(run, step)
+        found["noise"][0, 0, 0, 0] = math.nan if step == 5 else found["noise"][0, 0, 0, 0]
+        return found
 
-    monkeypatch.setattr(trainer._Run, "batches", poisoned)
+    monkeypatch.setattr(trainer._Run, "batch", poisoned)
     with pytest.raises(FloatingPointError) as caught:
         train(TINY, settings(save_every=2), tmp_path, progress=False)
     said = str(caught.value)

@@ -14,7 +14,7 @@ NAMES = [
     "_is_zerotensor", "_is_tracing", "_AutoDispatchBelowAutograd", "_current_level", "_dynamo_marked_constant",
     "_get_tracing_state", "_functorch", "_wrap_for_grad", "is_dead_tensor_wrapper", "_get_current_function_mode_stack",
     "_get_current_dispatch_mode_stack", "_forward_hooks", "_C", "_schema",
-    "_current_graph_task_id", "_make_wrapper_subclass", "_pytree", "_DisableTorchDispatch",
+    "_current_graph_task_id", "_make_wrapper_subclass", "_pytree", "_DisableTorchDispatch", "_foreach_sub",
 ]  # fmt: skip
 
 
@@ -52,6 +52,7 @@ def test_every_private_name_of_that_file_is_tested():
     constants = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
     found = {value for value in constants if isinstance(value, str) and value.isidentifier() and private(value)}
     others = {"_python_dispatch", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+    others |= {"_foreach_mul_", "_foreach_add_"}
     assert found - others <= set(NAMES)
 
 
@@ -110,6 +111,10 @@ keep(wkv_step_(one, one, data[0], data[1], state), *state)
 refused("has no gradient", wkv_step_, one, one, data[0].clone().requires_grad_(), data[1], state)
 with sdit_kernels.backend("reference"):
     keep(lif(data, tau=torch.tensor(2.0)))
+
+averages = [data.clone(), one.clone()]
+module.move_towards(averages, [2 * data, 3 * one], torch.tensor(0.3))
+keep(*averages)
 
 neuron = nn.LIF()
 traced = torch.jit.trace(torch.nn.Sequential(neuron, torch.nn.Linear(5, 5), neuron), data)  # records twice to check its graph
