@@ -118,14 +118,12 @@ class BitPlanes(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        planes = torch.arange(self.planes, device=x.device).unsqueeze(1)
-        step = LIMIT / 2**self.planes
-        most = 2**self.planes - 1
-        q = (x.detach() / step).round().clamp(-most, most).unsqueeze(-2)  # (B, N, 1, inputs)
-        size = q.abs()
-        sign = q / size.clamp_min(1)  # of NaN: NaN
-        spikes = (size.nan_to_num().int() >> planes & 1) * sign  # (B, N, planes, inputs)
-        weight = self.weight.unsqueeze(1) * (step * 2**planes)  # (C, planes, inputs)
+        step, most = LIMIT / 2**self.planes, 2**self.planes - 1
+        powers = torch.exp2(torch.arange(self.planes + 1, dtype=x.dtype, device=x.device)).unsqueeze(1)  # (planes + 1, 1)
+        q = (x.detach().contiguous() / step).round().clamp(-most, most)
+        rest = (q.abs().unsqueeze(-2) / powers).floor_()  # (B, N, planes + 1, inputs): |q| without its last i bits
+        spikes = torch.sub(rest[..., :-1, :], rest[..., 1:, :], alpha=2).mul_(q.sign().unsqueeze(-2))  # (B, N, planes, inputs)
+        weight = self.weight.unsqueeze(1) * (step * powers[:-1])  # (C, planes, inputs)
         if self.plain:
             return sum(F.linear(spikes[..., i, :], weight[:, i]) for i in range(self.planes)) + self.bias
         return F.linear(spikes.flatten(-2), weight.flatten(1), self.bias)
@@ -255,8 +253,9 @@ class PureBlock(nn.Module):
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
         if self.skip is not None:  # (B, L, C), of a decoder block
-            own, other = self.skip_neurons
-            x = self.skip(torch.cat([own(x), other(skipped)], -1)).to(x.dtype)
+            dtype = autocast_dtype(x) or x.dtype  # the cast that autocast would do, of half as many bytes at a time
+            both = zip(self.skip_neurons, (x, skipped))
+            x = self.skip(torch.cat([neuron(a).to(dtype) for neuron, a in both], -1)).to(x.dtype)
         with nvtx.range("attention"):
             x = self.attention(x)
         with nvtx.range("mlp"):

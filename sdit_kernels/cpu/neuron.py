@@ -21,6 +21,7 @@ from ..layout import LIF_CHECKPOINT_STEPS, layout_of, sum_over_steps
 from ..neuron import printer, trace
 from ..neuron.trace import HUGE, is_condition
 from ..surrogate import SURROGATES
+from . import one_step
 from .intrinsics import (
     CODES,
     F64,
@@ -404,13 +405,18 @@ def neuron_backward(
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, wanted, x.shape[0], columns, normed)
     written = x if dx is None else dx
-    _backward_kernel(
-        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
-        dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
-    )(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
-        p.addresses,
-    )  # fmt: skip
+    if one_step.fits(variant, p, x.shape[0], states, (*g_finals, *g_seqs)) and written.dtype == x.dtype and dx is not None:
+        # places of x, g and dx are (address, stride of T, stride of R, ..)
+        places = (place[:3:2] for place in (inputs, g_, gradients))
+        one_step.run(variant, p, layout, x, *places, sums_[normed] if sums_ else 0, columns)
+    else:
+        _backward_kernel(
+            CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
+            dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
+        )(
+            2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
+            p.addresses,
+        )  # fmt: skip
     for d, filled in zip(d_states, into):
         if filled is not d:
             d.copy_(filled)
