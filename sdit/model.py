@@ -373,7 +373,8 @@ class SDiT(nn.Module):
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
         no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
-        with no_autocast:  # both ends of the network cost little, and the tokens keep their precision
+        # Both ends of the network cost little, and the tokens keep their precision. The bit planes cost more.
+        with contextlib.nullcontext() if self.pure else no_autocast:
             x = self.embed_inputs(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
         half, skips = len(self.blocks) // 2, []
         checkpointing = self.checkpointing and torch.is_grad_enabled()

@@ -50,12 +50,15 @@ class Spikes(nn.Module):
         self.log_factor.fill_(math.log(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x) or x.dtype  # so autocast does not cast the spikes
         if self.plain:
             z = self.normalise(x).clamp(self.lo, self.hi)
-            s = (z + (z.round() - z).detach()).to(x.dtype)
+            s = (z + (z.round() - z).detach()).to(dtype)
         else:
-            factor, levels = self.log_factor.exp(), (self.lo, self.hi)
-            s = lif(x.unsqueeze(0), tau=1.0, v_threshold=factor, v_reset=None, levels=levels, threshold="rms").squeeze(0)
+            s = lif(
+                x.unsqueeze(0), tau=1.0, v_threshold=self.log_factor.exp(), v_reset=None, levels=(self.lo, self.hi),
+                threshold="rms", spike_dtype=dtype,
+            ).squeeze(0)  # fmt: skip
         if self.recorder is not None:
             self.recorder("", (s != 0).detach())
         return s
@@ -175,7 +178,7 @@ class _Mix(nn.Module):
         s = self.neuron(x)
         if self.plain:
             return torch.where(self.own.bool(), s, F.pad(s[:, :-1], (0, 0, 1, 0)))
-        return token_shift(s, self.own, dtype=autocast_dtype(s))[0]
+        return token_shift(s, self.own)[0]
 
 
 class PureTimeMix(_Mix):
@@ -253,9 +256,8 @@ class PureBlock(nn.Module):
 
     def forward(self, x: Tensor, skipped: Tensor | None = None) -> Tensor:
         if self.skip is not None:  # (B, L, C), of a decoder block
-            dtype = autocast_dtype(x) or x.dtype  # the cast that autocast would do, of half as many bytes at a time
-            both = zip(self.skip_neurons, (x, skipped))
-            x = self.skip(torch.cat([neuron(a).to(dtype) for neuron, a in both], -1)).to(x.dtype)
+            own, other = self.skip_neurons
+            x = self.skip(torch.cat([own(x), other(skipped)], -1)).to(x.dtype)
         with nvtx.range("attention"):
             x = self.attention(x)
         with nvtx.range("mlp"):
