@@ -3,8 +3,8 @@
 Letters: B batch, L tokens, C channels, N patches.
 
 The tokens x are floats, to which every layer adds. Before each matrix multiplication, neurons turn them into spikes: integers
-between -levels and levels. An integer n stands for n spikes, with a sign. The neurons have no state, so a forward pass in training
-computes them once. ``SDiT.slots = True`` runs the spikes one after the other instead, in ``levels`` time slots.
+between -levels and levels. An integer n stands for n spikes, with a sign. The neurons have no state, so one pass computes all
+spikes of a neuron at once. ``SDiT.slots = True`` runs them one after the other instead, in ``levels`` time slots.
 
 Like the rest of the network, each part has two forms. The plain form, ``plain = True``, follows the equations in PyTorch.
 """
@@ -86,7 +86,7 @@ def slots_of(s: Tensor, slots: int) -> Tensor:
 
 
 class SpikeLinear(nn.Linear):
-    """torch.nn.Linear for spikes. With ``slots`` above 0, it multiplies the spikes of one time slot after the other and adds."""
+    """torch.nn.Linear for spikes. With ``slots`` above 0, it multiplies the spikes of each time slot and adds the results."""
 
     slots = 0
 
@@ -184,8 +184,8 @@ class _Mix(nn.Module):
 class PureTimeMix(_Mix):
     """RWKV's time mixing on spikes::
 
-        s   = shift(Spikes(x))
-        out = x + output(Spikes(sigmoid(receptance(s)) * wkv(key(s), value(s))))
+    s   = shift(Spikes(x))
+    out = x + output(Spikes(sigmoid(receptance(s)) * wkv(key(s), value(s))))
     """
 
     def __init__(self, channels: int, layer: int, layers: int, levels: int, bidirectional: bool):
@@ -193,9 +193,7 @@ class PureTimeMix(_Mix):
         self.place, self.bidirectional = (channels, layer, layers), bidirectional
         self.gated_neuron = Spikes(-levels, levels)
         self.time_decay, self.time_first = (nn.Parameter(torch.empty(channels)) for _ in range(2))
-        self.key, self.value, self.receptance, self.output = (
-            SpikeLinear(channels, channels, bias=False) for _ in range(4)
-        )
+        self.key, self.value, self.receptance, self.output = (SpikeLinear(channels, channels, bias=False) for _ in range(4))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -215,8 +213,8 @@ class PureTimeMix(_Mix):
 class PureChannelMix(_Mix):
     """RWKV's channel mixing on spikes. The hidden neurons have no negative levels::
 
-        s   = shift(Spikes(x))
-        out = x + sigmoid(receptance(s)) * value(Spikes(key(s)))
+    s   = shift(Spikes(x))
+    out = x + sigmoid(receptance(s)) * value(Spikes(key(s)))
     """
 
     def __init__(self, channels: int, levels: int):
@@ -238,9 +236,9 @@ class PureChannelMix(_Mix):
 class PureBlock(nn.Module):
     """One block of SDiT in spikes alone::
 
-        x = skip(concat[Spikes(x), Spikes(skipped)])         (decoder blocks)
-        x = TimeMix(x)
-        x = ChannelMix(x)
+    x = skip(concat[Spikes(x), Spikes(skipped)])         (decoder blocks)
+    x = TimeMix(x)
+    x = ChannelMix(x)
     """
 
     reconstruction = None

@@ -110,7 +110,7 @@ def test_spike_by_spike_equals_the_integer_pass_bit_for_bit():
 
 
 def run_layers(model, inputs):
-    """Run the mixing layers, each on its entry in ``inputs`` if there is one. Return ({layer: input}, {neuron: (z, levels)})."""
+    """Run the model, each mixing layer on its entry in ``inputs``, if any. Return ({layer: input}, {neuron: (z, levels)})."""
     given, fired, handles = {}, {}, []
 
     def before(name):

@@ -269,18 +269,20 @@ def test_kernels_of_one_step_equal_the_kernels_of_all_neurons(dtype, C, kind, se
     """Integer levels without an initial state have kernels of their own on the CPU; an initial state of zeros avoids them."""
     generator = torch.Generator().manual_seed(C)
     x, g = (torch.randn(2, 1, 3, 5, C, generator=generator, dtype=torch.float64)).to(dtype)
+    x[0, 1, 2, 7] = math.inf
     levels = Levels(-3, 4, window=(-3.5, 4.5), scale=0.5) if C == 101 else (-4, 4)
     settings = dict(tau=1.0, v_reset=None, levels=levels, threshold=kind) | settings
     found = []
     for v in (None, torch.zeros_like(x[0])):
-        leaves = x.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True, dtype=torch.promote_types(dtype, torch.float32))
+        factor = torch.tensor(0.5, requires_grad=True, dtype=torch.promote_types(dtype, torch.float32))
+        leaves = x.clone().requires_grad_(), factor
         with backend("cpu"):
             s = lif(leaves[0], v, v_threshold=leaves[1], **settings)
             found.append((s.detach(), *torch.autograd.grad(s, leaves, g)))
     (s, *gradients), (s_all, *gradients_all) = found
     assert torch.equal(s, s_all) and s.unique().numel() > 5
     for one, all_ in zip(gradients, gradients_all):
-        tolerance = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3}[dtype]
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
         assert (one - all_).abs().max() <= tolerance * all_.abs().max()
 
 

@@ -83,18 +83,17 @@ def _backward_kernel(X, G, norm, THROUGH, COLUMNS):
             d_theta = -(vsum(total) + vsum(rest))
             if sums != 0:
                 store(sums, row, d_theta * norm_, S)
-            slope = num(0.0, S)
-            if THROUGH and norm_ < num(MOST, S):
-                slope = d_theta * factor / ((norm_ if RMS else num(1.0, S)) * num(C * 1.0, S))
+            through = THROUGH and norm_ < num(MOST, S)  # not if the norm is not finite
+            slope = d_theta * factor / ((norm_ if RMS else num(1.0, S)) * num(C * 1.0, S))
             for i in range(0, whole, LANES):
                 d = vload(row_d, i, W)
-                if THROUGH:
+                if through:
                     xi = vload(xs, i, V)
                     d = d + vset(slope, W) * (xi if RMS else sign(xi, W))
                 vstore(dxs, i, d, V)
             for i in range(whole, C):
                 d = vload(row_d, i, W1)
-                if THROUGH:
+                if through:
                     xi = vload(xs, i, V1)
                     d = d + vset(slope, W1) * (xi if RMS else sign(xi, W1))
                 vstore(dxs, i, d, V1)

@@ -210,7 +210,7 @@ def fma(typingctx, x, y, z):
 
 @intrinsic
 def vsum(typingctx, x):
-    """Return the sum of all lanes, a power of two. As ``sum_tile``, it adds the upper half to the lower half until one is left."""
+    """Return the sum of all lanes, a power of two. As in ``sum_tile``, halves are added until one lane is left."""
 
     def codegen(context, builder, signature, args):
         v, lanes = args[0], lanes_of(x.V)

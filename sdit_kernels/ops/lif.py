@@ -326,7 +326,8 @@ def lif(
     if isinstance(x, Pending):
         from .norm_lif import run_norm_lif  # which builds on this module
 
-        if threshold is None and spike_dtype not in HALF_DTYPES and not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold)):
+        single = not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold))
+        if threshold is None and single and spike_dtype not in HALF_DTYPES:
             spikes = run_with_norm(
                 run_norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
                 detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
