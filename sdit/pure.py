@@ -63,10 +63,14 @@ class Spikes(nn.Module):
             self.recorder("", (s != 0).detach())
         return s
 
-    def normalise(self, x: Tensor) -> Tensor:
-        """Return x / theta, which the neurons round: float32, or float64 for float64 tokens."""
+    def thresholds(self, x: Tensor) -> Tensor:
+        """Return theta, (..., 1): float32, or float64 for float64 tokens."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x / (self.log_factor.exp() * (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+        return self.log_factor.exp() * (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return x / theta, which the neurons round."""
+        return x / self.thresholds(x)
 
     def extra_repr(self) -> str:
         return f"{self.lo}, {self.hi}"
@@ -174,7 +178,7 @@ class _Mix(nn.Module):
         self.register_buffer("own", own.float().view(1, 1, channels), persistent=False)
 
     def spikes(self, x):
-        """Return the spikes of x; those of the first half of the channels come from the token before."""
+        """Return the spikes of x, where the first half of the channels comes from the token before."""
         s = self.neuron(x)
         if self.plain:
             return torch.where(self.own.bool(), s, F.pad(s[:, :-1], (0, 0, 1, 0)))

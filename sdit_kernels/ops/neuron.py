@@ -67,7 +67,7 @@ def check_spike_dtype(spike_dtype, x, *tensors, levels=None, half=False):
     allowed = INFERENCE_DTYPES if levels is None else LEVEL_DTYPES
     halves = HALF_DTYPES if half and x.dtype == torch.float32 else ()
     if given and spike_dtype not in (*allowed, *halves):
-        names = " or ".join(map(str, (*allowed, *halves)))
+        names = " or ".join(map(str, (*halves, *allowed)))
         raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), {names}, got {spike_dtype}")
     if levels is not None:
         check_levels_fit(levels, spike_dtype if given else x.dtype, "the dtype of the spikes")
