@@ -372,9 +372,9 @@ class SDiT(nn.Module):
             raise RuntimeError("frozen() is for sampling runs: call the model under torch.no_grad() inside it")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
-        no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
-        # Both ends of the network cost little, and the tokens keep their precision. The bit planes cost more.
-        with contextlib.nullcontext() if self.pure else no_autocast:
+        # Both ends of the network cost little, and the tokens keep their precision. Spikes are exact in 16 bits.
+        no_autocast = torch.autocast(device, enabled=False) if autocast and not self.pure else contextlib.nullcontext()
+        with no_autocast:
             x = self.embed_inputs(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
         half, skips = len(self.blocks) // 2, []
         checkpointing = self.checkpointing and torch.is_grad_enabled()
@@ -390,7 +390,7 @@ class SDiT(nn.Module):
             if i < half:
                 skips.append(x)
         with no_autocast:
-            return self.decode_tokens(x)  # (B, out, S, S)
+            return self.decode_tokens(x).to(self.position.dtype)  # (B, out, S, S)
 
     @nvtx.range("embedding")
     def embed_inputs(self, x, t, y):

@@ -207,6 +207,7 @@ class PureTimeMix(_Mix):
         for linear, gain in ((self.key, 0.5), (self.value, 0.5), (self.receptance, 0.5), (self.output, 0.25)):
             set_normal(linear, gain)
 
+    @nvtx.range("attention")
     def forward(self, x: Tensor) -> Tensor:
         s = self.spikes(x)
         k, v, r = self.key(s), self.value(s), self.receptance(s)
@@ -232,6 +233,7 @@ class PureChannelMix(_Mix):
         for linear, gain in ((self.key, 0.5), (self.receptance, 0.5), (self.value, 0.25)):
             set_normal(linear, gain)
 
+    @nvtx.range("mlp")
     def forward(self, x: Tensor) -> Tensor:
         s = self.spikes(x)
         return x + torch.sigmoid(self.receptance(s)) * self.value(self.hidden_neuron(self.key(s)))
@@ -260,10 +262,7 @@ class PureBlock(nn.Module):
         if self.skip is not None:  # (B, L, C), of a decoder block
             own, other = self.skip_neurons
             x = self.skip(torch.cat([own(x), other(skipped)], -1)).to(x.dtype)
-        with nvtx.range("attention"):
-            x = self.attention(x)
-        with nvtx.range("mlp"):
-            return self.mlp(x)
+        return self.mlp(self.attention(x))
 
 
 @torch.no_grad()
