@@ -126,11 +126,13 @@ class BitPlanes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         step, most = LIMIT / 2**self.planes, 2**self.planes - 1
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32)).contiguous()  # 16 bits do not hold every q
         powers = torch.exp2(torch.arange(self.planes + 1, dtype=x.dtype, device=x.device)).unsqueeze(1)  # (planes + 1, 1)
-        q = (x.detach().contiguous() / step).round().clamp(-most, most)
+        q = (x / step).round().clamp(-most, most)
         rest = (q.abs().unsqueeze(-2) / powers).floor_()  # (B, N, planes + 1, inputs): |q| without its last i bits
-        spikes = torch.sub(rest[..., :-1, :], rest[..., 1:, :], alpha=2).mul_(q.sign().unsqueeze(-2))  # (B, N, planes, inputs)
-        weight = self.weight.unsqueeze(1) * (step * powers[:-1])  # (C, planes, inputs)
+        bits = torch.sub(rest[..., :-1, :], rest[..., 1:, :], alpha=2)
+        spikes = bits.mul_(q.sign().unsqueeze(-2)).to(self.weight.dtype)  # (B, N, planes, inputs)
+        weight = self.weight.unsqueeze(1) * (step * powers[:-1]).to(self.weight.dtype)  # (C, planes, inputs)
         if self.plain:
             return sum(F.linear(spikes[..., i, :], weight[:, i]) for i in range(self.planes)) + self.bias
         return F.linear(spikes.flatten(-2), weight.flatten(1), self.bias)
@@ -150,11 +152,11 @@ class TimeTable(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set every channel to a random smooth function of time with a standard deviation of about 1."""
-        rows, channels = self.weight.shape
-        time = torch.linspace(0, 1, rows, device=self.weight.device).unsqueeze(1)
-        wave = 2 * math.pi * (2 ** torch.arange(6, device=time.device) * 0.25 * time)  # 1/4 to 8 periods
-        waves = torch.cat([wave.cos(), wave.sin()], 1)
-        self.weight.copy_(waves @ torch.randn(waves.shape[1], channels, device=time.device) / math.sqrt(wave.shape[1]))
+        (rows, channels), like = self.weight.shape, dict(dtype=self.weight.dtype, device=self.weight.device)
+        periods = torch.exp2(torch.arange(-2, 4, **like))  # 1/4 to 8 over all times
+        angle = 2 * math.pi * periods * torch.linspace(0, 1, rows, **like).unsqueeze(1)
+        waves = torch.cat([angle.cos(), angle.sin()], 1)
+        self.weight.copy_(waves @ torch.randn(waves.shape[1], channels, **like) / math.sqrt(len(periods)))
 
     def forward(self, t: Tensor) -> Tensor:
         at = t.to(torch.promote_types(self.weight.dtype, torch.float32)).clamp(0, 1000) / KNOT
@@ -174,7 +176,8 @@ class _Mix(nn.Module):
     def __init__(self, channels, levels):
         super().__init__()
         self.neuron = Spikes(-levels, levels)
-        own = torch.arange(channels, device="cpu") >= channels // 2  # numbers, even if the model is made under device("meta")
+        # The buffer holds numbers even if the model is made under torch.device("meta").
+        own = torch.arange(channels, dtype=torch.int64, device="cpu") >= channels // 2
         self.register_buffer("own", own.float().view(1, 1, channels), persistent=False)
 
     def spikes(self, x):

@@ -341,3 +341,12 @@ def test_what_does_not_apply_is_refused():
         SDiT(PRESETS["digits"], dim=32, depth=2).slots = True
     with pytest.raises(ValueError, match="threshold must be None with spiking='pure', whose thresholds are learnt, got 0.5"):
         sample(build(torch.float32), [1], threshold=0.5)
+
+
+@pytest.mark.slow
+def test_the_model_compiles_as_one_graph():
+    model = build(torch.float32, dim=16, depth=2)
+    wanted = torch.autograd.grad(model(*batch(model)).square().sum(), list(model.parameters()))
+    found = torch.compile(model, fullgraph=True)(*batch(model))
+    for got, want in zip(torch.autograd.grad(found.square().sum(), list(model.parameters())), wanted):
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max()
