@@ -18,6 +18,7 @@ Train a model, with a progress bar that shows loss and mean firing rate.
   sdit train --preset digits                            minutes on two cores, no GPU
   sdit train --preset fashion_mnist --bf16              on a GPU
   sdit train --preset digits --set variant=faithful --out runs/faithful
+  sdit train --preset fashion_pure --bf16               every matrix multiplication sees spikes
   sdit train --preset digits --set prediction=flow --set learn_sigma=false --out runs/flow
   sdit train --preset fashion_tiny --set dataset=folder --set num_classes=2 --data photos --out runs/photos
   sdit train --resume runs/digits                       continue after a crash, a kill or Ctrl-C

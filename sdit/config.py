@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 __all__ = ["PRESETS", "Config"]
 
-SPIKING = ("rate", "wkv")
+SPIKING = ("rate", "wkv", "pure")
 VARIANTS = ("improved", "faithful")
 CONDITIONS = ("first", "every")
 SCANS = ("rows", "four")
@@ -34,7 +34,9 @@ class Config:
         learn_sigma: the network also predicts logits of the variance, in twice the output channels. Not with prediction "flow".
         reconstruction: each block has learned reconstruction tokens, from which it computes a gate.
         bidirectional: the scan over tokens runs in both directions.
-        spiking: "rate" (the firing rate after each mixing layer) or "wkv" (spikes inside the attention, see ``sdit.model``).
+        spiking: "rate" (the firing rate after each mixing layer), "wkv" (spikes inside the attention, see ``sdit.model``) or
+            "pure" (every matrix multiplication sees spikes, see ``sdit.pure``). The neurons of "pure" have no state and learn
+            their thresholds, so T, tau, v_threshold and alpha do not apply.
         variant: "improved" or "faithful" (to the research code). It selects the initial values, see ``sdit.model``, and the
             defaults of ``sdit.settings.TrainSettings``.
         dropout_label: probability with which a label becomes the null label in training.
@@ -46,6 +48,8 @@ class Config:
             carries it to the others; or "every", which also adds a learned projection of the condition to each patch.
         scan: order of the patches in a block: "rows"; or "four", where successive blocks use four orders in turn: rows, rows
             reversed, columns, columns reversed.
+        levels: the neurons of spiking "pure" fire integers from -levels to levels, 1 to 64.
+        planes: number of bit planes into which spiking "pure" splits the pixels, 1 to 16.
 
     Raises:
         TypeError, ValueError: a field is wrong; the message names the field, its value and the allowed values.
@@ -79,6 +83,8 @@ class Config:
     weighting: str = "uniform"
     condition: str = "first"
     scan: str = "rows"
+    levels: int = 4
+    planes: int = 10
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -114,8 +120,28 @@ class Config:
             raise TypeError(f"dataset must be a name or None, got {self.dataset!r}")
         if self.bidirectional and self.spiking == "wkv":
             raise ValueError("bidirectional must be false with spiking='wkv', whose scan goes one way")
+        self._check_spiking()
         if self.learn_sigma and self.prediction == "flow":
             raise ValueError("learn_sigma must be false with prediction='flow', whose samplers draw no noise")
+
+    def _check_spiking(self):
+        if self.spiking == "pure":
+            for name, most in (("levels", 64), ("planes", 16)):
+                if getattr(self, name) > most:
+                    raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}")
+            if self.variant != "improved":
+                raise ValueError(f"variant must be 'improved' with spiking='pure', got {self.variant!r}")
+            if self.reconstruction:
+                raise ValueError("reconstruction must be false with spiking='pure', whose blocks have no gate")
+            unused = ("T", "tau", "v_threshold", "alpha")
+        else:
+            unused = ("levels", "planes")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in unused:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name} does not apply to spiking={self.spiking!r}: it must be {defaults[name]}, got {getattr(self, name)}"
+                )
 
     @property
     def tokens(self) -> int:
@@ -170,3 +196,5 @@ PRESETS: dict[str, Config] = {
         scan="four",
     ),  # fmt: skip
 }
+# Like fashion_tiny, in spikes alone
+PRESETS["fashion_pure"] = dataclasses.replace(PRESETS["fashion_tiny"], spiking="pure", condition="every")

@@ -65,6 +65,7 @@ class Info:
     def __str__(self) -> str:
         spikes, rest, energy = sum(self.synaptic_operations.values()), self.total - self.spiking_multiply_adds, self.energy
         costs = self.report.costs
+        width = max(28, *map(len, (*self.rates, *self.synaptic_operations)))
         lines = [f"parameters {self.parameters:,}, blocks {self.blocks}", ""]
         lines += [f"{'multiply-adds of one image':30s}{'million':>12s}"]
         lines += [f"  {name:28s}{count / 1e6:12,.1f}" for name, count in self.multiply_adds.items()]
@@ -75,11 +76,13 @@ class Info:
             f"kept for the backward pass of one image: {self.saved_bytes / 2**20:.1f} MiB "
             f"(plain form: {self.plain_saved_bytes / 2**20:.1f})",
             "",
-            f"{'neurons':30s}{'rate':>12s}{'sparsity':>12s}{'silent':>12s}{'synaptic operations, million':>32s}",
+            f"{'neurons':{width + 2}s}{'rate':>12s}{'sparsity':>12s}{'silent':>12s}{'synaptic operations, million':>32s}",
         ]
         for name, rate in self.rates.items():
             each = f"{rate:12.3f}{1 - rate:12.3f}{self.silent[name]:12d}"
-            lines.append(f"  {name:28s}{each}{self.synaptic_operations.get(name, 0) / 1e6:32,.2f}")
+            lines.append(f"  {name:{width}s}{each}{self.synaptic_operations.get(name, 0) / 1e6:32,.2f}")
+        for name in [name for name in self.synaptic_operations if name not in self.rates]:  # their inputs are shared, or pixels
+            lines.append(f"  {name:{width}s}{'':36s}{self.synaptic_operations[name] / 1e6:32,.2f}")
         lines += [
             f"  {sum(self.silent.values()):,} of {self.neurons:,} neurons fire nowhere in this batch",
             "",
@@ -103,7 +106,7 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
     is an estimate: these counts times the energy per operation. It leaves out scans and neurons, so it compares forms of one
     network and does not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over
     T, adds them to real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone
-    does not apply to it. ``spiking="wkv"`` has spike-driven matrix multiplications.
+    does not apply to it. ``spiking="wkv"`` has spike-driven matrix multiplications, and ``spiking="pure"`` has no others.
 
     Args:
         model: any :class:`SDiT`.

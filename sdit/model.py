@@ -9,7 +9,7 @@ fast form gives the same numbers for less work. The scan over tokens is causal a
 depend on the reconstruction tokens. The scan of the reconstruction tokens starts from the state after the last image token. The
 reconstruction tokens are the same for the whole batch, so the fast form computes their norm, shift, keys, values and
 receptances once, except for the first one, which mixes with the last token of the image. ``sdit_kernels.backend`` selects the
-kernels or the reference for both forms.
+kernels or the reference for both forms. ``sdit.pure`` has the parts of a network in spikes alone.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ from sdit_kernels import lif, nvtx, spiking_wkv, token_shift
 from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
 
 from .config import Config
+from .pure import BitPlanes, PureBlock, SpikeLinear, Spikes, TimeTable, set_normal
 
 try:
     from einops import rearrange
@@ -224,6 +225,8 @@ class SDiT(nn.Module):
     Attributes:
         config: the configuration, with the overrides.
         plain: True computes the equations literally, for comparison; see the top of this file.
+        slots: True runs a model with spiking "pure" spike by spike: every matrix multiplication sees -1, 0 and 1 alone, in
+            config.levels time slots. The result is the same, except for rounding.
         trained_on: a dict that describes the training data, as the checkpoint stores it; empty for a new model. Keys: name,
             images (their number), classes (their names), root (where the files were, or None).
         checkpointing: True keeps only the input of each block for the backward pass, which recomputes the rest.
@@ -252,22 +255,29 @@ class SDiT(nn.Module):
         self.config = config = dataclasses.replace(config, **overrides)
         self.trained_on = {}
         self.checkpointing = False
-        C, P = config.dim, config.patch_size
-        self.patches = nn.Linear(config.channels * P * P, C)
-        self.time = nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
+        C, P, pure = config.dim, config.patch_size, config.spiking == "pure"
+        linear = SpikeLinear if pure else nn.Linear
+        pixels = config.channels * P * P
+        self.patches = BitPlanes(pixels, C, config.planes) if pure else nn.Linear(pixels, C)
+        self.time = TimeTable(C) if pure else nn.Sequential(nn.Linear(256, C), nn.SiLU(), nn.Linear(C, C))
         self.labels = nn.Embedding(config.num_classes + 1, C)
-        self.condition_to_patches = nn.Linear(C, C) if config.condition == "every" else None
+        self.condition_to_patches = linear(C, C) if config.condition == "every" else None
         self.position = nn.Parameter(torch.zeros(1, config.tokens, C))
         half = config.depth // 2
         if config.variant == "faithful":
             layers, places = config.depth, [*range(half + 1), *range(half)]
         else:
             layers, places = 2 * half + 1, range(2 * half + 1)
-        self.blocks = nn.ModuleList(Block(config, place, layers, skip=i > half) for i, place in enumerate(places))
+        block = PureBlock if pure else Block
+        self.blocks = nn.ModuleList(block(config, place, layers, skip=i > half) for i, place in enumerate(places))
         for name, order in zip(("_order", "_inverse_order"), _token_orders(config)):
             self.register_buffer(name, order, persistent=False)
-        self.final = nn.Linear(C, P * P * config.out_channels)
-        self.smooth = nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
+        self.final = linear(C, P * P * config.out_channels)
+        self.smooth = None if pure else nn.Conv2d(config.out_channels, config.out_channels, 3, padding=1)
+        if pure:
+            self.final_neuron = Spikes(-config.levels, config.levels)
+            if config.condition == "every":
+                self.condition_neuron = Spikes(-config.levels, config.levels)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -277,19 +287,22 @@ class SDiT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for linear in (self.time[0], self.time[2], self.labels):
+        for linear in (self.labels,) if self.pure else (self.time[0], self.time[2], self.labels):
             nn.init.normal_(linear.weight, std=0.02)
         for parameter in (self.final.weight, self.final.bias, self.position):
             nn.init.zeros_(parameter)
         if self.condition_to_patches is not None:
             nn.init.zeros_(self.condition_to_patches.weight)
-        self.smooth.reset_parameters()
+        if self.smooth is not None:
+            self.smooth.reset_parameters()
         for block in self.blocks:
             block.attention.reset_parameters()
             block.mlp.reset_parameters()
             if block.reconstruction is not None:
                 nn.init.ones_(block.reconstruction)
-        if self.config.variant == "improved":
+        if self.pure:
+            self._set_pure_values()
+        elif self.config.variant == "improved":
             self._set_improved_values()
 
     def _set_improved_values(self):
@@ -315,15 +328,43 @@ class SDiT(nn.Module):
         nn.init.dirac_(self.smooth.weight)
         nn.init.zeros_(self.smooth.bias)
 
+    def _set_pure_values(self):
+        """Set the initial values of a network in spikes alone, except in the mixing layers: neurons fire, and the condition
+        depends on time and label."""
+        for module in self.modules():
+            if isinstance(module, (Spikes, BitPlanes, TimeTable)):
+                module.reset_parameters()
+        for block in self.blocks:
+            if block.skip is not None:
+                set_normal(block.skip, 0.35)
+        nn.init.normal_(self.labels.weight, std=3)
+
+    @property
+    def pure(self) -> bool:
+        """True if every matrix multiplication sees spikes."""
+        return self.config.spiking == "pure"
+
     @property
     def plain(self) -> bool:
-        return self.blocks[0].plain
+        return self.blocks[0].mlp.neuron.plain
 
     @plain.setter
     def plain(self, plain: bool) -> None:
         for module in self.modules():
-            if isinstance(module, (Block, RecordedRate, SpikingTimeMix)):
+            if hasattr(module, "plain") and module is not self:
                 module.plain = plain
+
+    @property
+    def slots(self) -> bool:
+        return self.pure and self.final.slots > 0
+
+    @slots.setter
+    def slots(self, slots: bool) -> None:
+        if slots and not self.pure:
+            raise ValueError(f"slots needs a model with spiking='pure', this one has spiking={self.config.spiking!r}")
+        for module in self.modules():
+            if isinstance(module, SpikeLinear):
+                module.slots = self.config.levels if slots else 0
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         self._check(x, t, y)
@@ -331,8 +372,9 @@ class SDiT(nn.Module):
             raise RuntimeError("frozen() is for sampling runs: call the model under torch.no_grad() inside it")
         device = x.device.type
         autocast = torch.is_autocast_enabled(device) if device != "meta" else False
-        no_autocast = torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext()
-        with no_autocast:  # both ends of the network cost little, and the tokens keep their precision
+        # Both ends of the network cost little, and the tokens keep their precision. Spikes are exact in 16 bits.
+        no_autocast = torch.autocast(device, enabled=False) if autocast and not self.pure else contextlib.nullcontext()
+        with no_autocast:
             x = self.embed_inputs(x.to(self.position.dtype), t, y)  # (B, channels, S, S) -> (B, N+1, C)
         half, skips = len(self.blocks) // 2, []
         checkpointing = self.checkpointing and torch.is_grad_enabled()
@@ -348,26 +390,29 @@ class SDiT(nn.Module):
             if i < half:
                 skips.append(x)
         with no_autocast:
-            return self.decode_tokens(x)  # (B, out, S, S)
+            return self.decode_tokens(x).to(self.position.dtype)  # (B, out, S, S)
 
     @nvtx.range("embedding")
     def embed_inputs(self, x, t, y):
         """Return the tokens (B, N+1, C) of images: the condition, then the patches row by row."""
-        c = self.time(_sinusoid(t, self.position.dtype)) + self.labels(y)  # (B, C)
+        c = self.time(t if self.pure else _sinusoid(t, self.position.dtype)) + self.labels(y)  # (B, C)
         x = F.pixel_unshuffle(x, self.config.patch_size)  # (B, channels P P, S/P, S/P)
         x = self.patches(rearrange(x, "b c h w -> b (h w) c"))  # (B, N, C)
         if self.condition_to_patches is not None:
             # The condition is much larger than the patches, so it is normalised and its weights start at zero.
-            x = x + self.condition_to_patches(F.layer_norm(c, c.shape[-1:], eps=EPS)).unsqueeze(1)
+            normal = self.condition_neuron(c) if self.pure else F.layer_norm(c, c.shape[-1:], eps=EPS)
+            x = x + self.condition_to_patches(normal).unsqueeze(1)
         return torch.cat([c.unsqueeze(1), x], 1) + self.position  # (B, N+1, C)
 
     @nvtx.range("final")
     def decode_tokens(self, x):
         """Return the images (B, out, S, S) of tokens (B, N+1, C). The condition token is dropped."""
         P = self.config.patch_size
-        x = self.final(F.layer_norm(x[:, 1:], x.shape[-1:], eps=EPS))  # (B, N, P P out)
+        x = x[:, 1:]
+        x = self.final_neuron(x) if self.pure else F.layer_norm(x, x.shape[-1:], eps=EPS)
+        x = self.final(x)  # (B, N, P P out)
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.config.image_size // P, p=P, q=P)  # (B, out, S, S)
-        return self.smooth(x)
+        return x if self.smooth is None else self.smooth(x)
 
     def _check(self, x, t, y):
         config = self.config
@@ -406,7 +451,7 @@ class SDiT(nn.Module):
             (6, 'blocks.0.attention')
         """
         rates = {}
-        neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if isinstance(m, RecordedRate)]
+        neurons = [(name.removesuffix(".neuron"), m) for name, m in self.named_modules() if hasattr(m, "recorder")]
         for name, neuron in neurons:
             neuron.recorder = _RateRecorder(rates, fired, name)
         try:

@@ -63,7 +63,7 @@ def sample(
         guidance: see :func:`sdit.diffusion.predict`.
         seed: at least 0.
         first: number of the first image, at least 0.
-        threshold: v_threshold of all neurons during this run; None keeps the trained value.
+        threshold: v_threshold of all neurons during this run; None keeps the trained value. Not with spiking "pure".
         batch_size: images at a time; with guidance the network computes twice as many.
         compile: compile the network with torch.compile, as one graph. The first step takes a minute.
         graph: on a GPU, record the network as a CUDA graph and replay it, from the third call on. A smaller last batch is
@@ -179,6 +179,8 @@ def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batc
     number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
     if threshold is not None and not (number and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
+    if threshold is not None and config.spiking == "pure":
+        raise ValueError(f"threshold must be None with spiking='pure', whose thresholds are learnt, got {threshold!r}")
 
 
 def _check_int(name, value, least):

@@ -267,10 +267,10 @@ def _got(number, dtype):
 def check_neuron_values(tau, v_threshold, decay_input, dtype=torch.float64, levels=BINARY):
     """Check the values of tensors tau and v_threshold on the CPU."""
     if v_threshold is not None and levels != BINARY and v_threshold.numel():
-        _check_positive(v_threshold.min().item())
+        _check_positive((v_threshold if v_threshold.numel() == 1 else v_threshold.min()).item())
     for p in (tau, v_threshold):
         if p is not None and p.numel():
-            for extreme in (p.min().item(), p.max().item()):
+            for extreme in (p.item(),) if p.numel() == 1 else (p.min().item(), p.max().item()):
                 if p is tau:
                     _check_tau(extreme, decay_input)
                 else:

@@ -730,7 +730,7 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"alpha": 0}, ValueError, "alpha must be positive"),
         ({"dropout_label": 1.0}, ValueError, "dropout_label must be a probability below 1"),
         ({"learn_sigma": 1}, TypeError, "learn_sigma must be true or false"),
-        ({"spiking": "lif"}, ValueError, "spiking must be 'rate' or 'wkv', got 'lif'"),
+        ({"spiking": "lif"}, ValueError, "spiking must be 'rate' or 'wkv' or 'pure', got 'lif'"),
         ({"variant": ""}, ValueError, "variant must be 'improved' or 'faithful'"),
         ({"spiking": "wkv", "bidirectional": True}, ValueError, "bidirectional must be false"),
         ({"condition": "all"}, ValueError, "condition must be 'first' or 'every', got 'all'"),

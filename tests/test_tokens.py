@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracle import loops
 
-from sdit_kernels import backend, lif
+from sdit_kernels import Levels, backend, lif
 from sdit_kernels.layout import norm_columns
 from sdit_kernels.nn import LIF
 
@@ -255,3 +255,50 @@ def test_a_module_learns_thresholds_of_tokens():
     neuron(torch.rand(3, 2, 4, 5)).sum().backward()
     assert "threshold='mean', detach_threshold=False" in repr(neuron)
     assert neuron.v_threshold.grad.shape == (4, 1) and neuron.v_threshold.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "dtype, C, kind, settings",
+    [
+        (torch.float64, 37, "mean", {}),
+        (torch.float32, 101, "rms", dict(decay_input=False, tau=3.0)),
+        (torch.bfloat16, 128, "rms", dict(detach_threshold=True)),
+    ],
+)
+def test_kernels_of_one_step_equal_the_kernels_of_all_neurons(dtype, C, kind, settings):
+    """Integer levels without an initial state have kernels of their own on the CPU; an initial state of zeros avoids them."""
+    generator = torch.Generator().manual_seed(C)
+    x, g = (torch.randn(2, 1, 3, 5, C, generator=generator, dtype=torch.float64)).to(dtype)
+    x[0, 1, 2, 7] = math.inf
+    levels = Levels(-3, 4, window=(-3.5, 4.5), scale=0.5) if C == 101 else (-4, 4)
+    settings = dict(tau=1.0, v_reset=None, levels=levels, threshold=kind) | settings
+    found = []
+    for v in (None, torch.zeros_like(x[0])):
+        factor = torch.tensor(0.5, requires_grad=True, dtype=torch.promote_types(dtype, torch.float32))
+        leaves = x.clone().requires_grad_(), factor
+        with backend("cpu"):
+            s = lif(leaves[0], v, v_threshold=leaves[1], **settings)
+            found.append((s.detach(), *torch.autograd.grad(s, leaves, g)))
+    (s, *gradients), (s_all, *gradients_all) = found
+    assert torch.equal(s, s_all) and s.unique().numel() > 5
+    for one, all_ in zip(gradients, gradients_all):
+        tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 8e-3}[dtype]
+        assert (one - all_).abs().max() <= tolerance * all_.abs().max()
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize(
+    "half, settings", [(torch.bfloat16, dict(levels=(-4, 4), v_reset=None, threshold="rms")), (torch.float16, {})], ids=str
+)
+def test_spikes_of_float32_inputs_may_have_16_bits(name, half, settings):
+    T = 1 if settings else 3
+    x, g = torch.randn(2, T, 2, 5, 37, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in (half, None):
+        leaf, factor = x.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True)
+        with backend(name):
+            s = lif(leaf, v_threshold=factor, spike_dtype=dtype, tau=1.0 if settings else 2.0, **settings)
+        assert s.dtype == (dtype or torch.float32)
+        found.append((s.detach().float(), *torch.autograd.grad(s, (leaf, factor), g.to(half).to(s.dtype))))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -19,6 +19,7 @@ from ..layout import LIF_CHECKPOINT_STEPS, layout_of, sum_over_steps
 from ..neuron import printer, trace
 from ..neuron.trace import HUGE, is_condition
 from ..surrogate import SURROGATES
+from . import one_step
 from .intrinsics import (
     CODES,
     F64,
@@ -375,6 +376,9 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
     states, V = _same_dtype(states, dtype)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states))
     more, outputs = placed_all(layout, (placed, (s,)), (placed_state, finals), (placed, seqs), (placed, checkpoints))
+    if s.dtype.is_floating_point and one_step.fits(variant, p, x.shape[0], *states, *finals, *seqs):
+        one_step.forward(variant, p, layout, x, s, inputs[:3:2], outputs[:3:2])
+        return
     columns = _columns(variant, layout.C, FORWARD_COLUMNS)
     _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread, variant.norm, columns)(
         x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
@@ -397,19 +401,25 @@ def neuron_backward(
     states, V = _same_dtype(states, dtype)
     into = [d if d is None or CODES[d.dtype] == V else d.to(dtype) for d in d_states]
     g_finals, g_seqs = ([None if t is None else t.to(dtype) for t in group] for group in (g_finals, g_seqs))
-    g, g_ = placed_gradient(layout, g, x, columns)
+    one = dx is not None and dx.dtype == x.dtype and one_step.fits(variant, p, x.shape[0], *states, *g_finals, *g_seqs)
+    g, g_ = placed_gradient(layout, g, g if one and g is not None else x, columns)
     alive, inputs = placed_all(layout, (placed, (x,)), (placed_state, states), (placed, checkpoints))
     more, upstream = placed_all(layout, (placed_state, g_finals), (placed, g_seqs))
     most, gradients = placed_all(layout, (placed, (dx,)), (placed_state, into))
     group, groups, sums, sums_ = p.partial_sums(layout, wanted, x.shape[0], columns, normed)
     written = x if dx is None else dx
-    _backward_kernel(
-        CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
-        dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
-    )(
-        2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
-        p.addresses,
-    )  # fmt: skip
+    if one:
+        # places of x, g and dx are (address, stride of T, stride of R, ..)
+        places = (place[:3:2] for place in (inputs, g_, gradients))
+        one_step.backward(variant, p, layout, x, g, *places, sums_[normed] if sums_ else 0, columns)
+    else:
+        _backward_kernel(
+            CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
+            dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
+        )(
+            2 * x.numel(), x.shape[0], layout.R, layout.C, group, groups, inputs, g_ + upstream, gradients + sums_, p.numbers,
+            p.addresses,
+        )  # fmt: skip
     for d, filled in zip(d_states, into):
         if filled is not d:
             d.copy_(filled)

@@ -32,7 +32,6 @@ from .intrinsics import (
     num,
     state_code,
     store,
-    sum_tile,
     tile,
 )
 
@@ -129,6 +128,25 @@ def vstore(typingctx, address, index, value, V):
 
 
 @intrinsic(prefer_literal=True)
+def vstore_exact(typingctx, address, index, value, V):
+    """Write values that the storage type holds exactly, such as small integers; bfloat16 is then the upper half of float32."""
+    code, lanes = code_of(V.literal_value), lanes_of(V.literal_value)
+
+    def codegen(context, builder, signature, args):
+        x = args[2]
+        if code == BF16:
+            bits = builder.bitcast(x, ir.VectorType(I32, lanes))
+            high = builder.lshr(bits, ir.Constant(bits.type, [16] * lanes))
+            x = builder.trunc(high, ir.VectorType(ir.IntType(16), lanes))
+        elif code == F16:
+            x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), lanes))
+        builder.store(x, _pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, value, V), codegen
+
+
+@intrinsic(prefer_literal=True)
 def vset(typingctx, value, V):
     """Return the float64 ``value``, rounded once, in every lane. If V is only a storage code, return a number."""
     vector = _of(V.literal_value)
@@ -204,6 +222,22 @@ def fma(typingctx, x, y, z):
 
 
 @intrinsic
+def vsum(typingctx, x):
+    """Return the sum of all lanes, a power of two. As in ``sum_tile``, halves are added until one lane is left."""
+
+    def codegen(context, builder, signature, args):
+        v, lanes = args[0], lanes_of(x.V)
+        while lanes > 1:
+            lanes //= 2
+            halves = (ir.Constant(ir.VectorType(I32, lanes), [start + i for i in range(lanes)]) for start in (0, lanes))
+            low, high = (builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), half) for half in halves)
+            v = builder.fadd(low, high)
+        return builder.extract_element(v, ir.Constant(I32, 0))
+
+    return (types.float64 if x.element == LLVM_TYPES[F64] else types.float32)(x), codegen
+
+
+@intrinsic
 def negative_abs(typingctx, x):
     """Return -|x|."""
 
@@ -270,24 +304,6 @@ def all_at_most(typingctx, x, y):
         )
 
     return types.boolean(x, y), codegen
-
-
-@intrinsic
-def vsum(typingctx, x):
-    """Return the sum over all lanes. Each half is added to the other until one lane is left."""
-
-    def codegen(context, builder, signature, args):
-        y, lanes = args[0], lanes_of(x.V)
-        while lanes > 1:
-            lanes //= 2
-            low, high = (
-                builder.shuffle_vector(y, y, ir.Constant(ir.VectorType(I32, lanes), list(range(start, start + lanes))))
-                for start in (0, lanes)
-            )
-            y = builder.fadd(low, high)
-        return builder.extract_element(y, ir.Constant(I32, 0))
-
-    return _of(state_code(code_of(x.V)))(x), codegen
 
 
 @intrinsic
@@ -438,7 +454,7 @@ def norm_of_row(norm, X):
 
     @inline
     def norm_of_row(x, n):
-        sums, whole, a = tile(STEP, S), n // STEP * STEP, vset(0.0, V)
+        whole, a = n // STEP * STEP, vset(0.0, V)
         b, c, d = a, a, a
         for i in range(0, whole, STEP):
             a = a + size(vload(x, i, V))
@@ -447,13 +463,13 @@ def norm_of_row(norm, X):
             d = d + size(vload(x, i + 3 * LANES, V))
         for i in range(whole, n - LANES + 1, LANES):
             a = a + size(vload(x, i, V))
-        vstore(sums, 0, a, W)
-        vstore(sums, LANES, b, W)
-        vstore(sums, 2 * LANES, c, W)
-        vstore(sums, 3 * LANES, d, W)
-        for i in range(n // LANES * LANES, n):
-            store(sums, i % LANES, load(sums, i % LANES, S) + size(load(x, i, X)), S)
-        mean = sum_tile(sums, STEP, STEP, S) / num(n * 1.0, S)
+        if n % LANES:
+            sums = tile(LANES, S)
+            vstore(sums, 0, a, W)
+            for i in range(n // LANES * LANES, n):
+                store(sums, i % LANES, load(sums, i % LANES, S) + size(load(x, i, X)), S)
+            a = vload(sums, 0, W)
+        mean = vsum((a + c) + (b + d)) / num(n * 1.0, S)
         found, most = mean + num(EPS, S), num(MOST, S)
         if RMS:
             found = math.sqrt(found)

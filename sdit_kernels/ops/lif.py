@@ -24,6 +24,7 @@ from ..neuron import LIF, Variant
 from ..pending import Pending, computed, run_with_norm
 from ..reference.neuron import norm_of_tokens, returned
 from .neuron import (
+    HALF_DTYPES,
     allocate_parameter_gradients,
     any_given,
     check_spike_dtype,
@@ -293,8 +294,9 @@ def lif(
         detach_threshold: True: no gradient flows to x through the norm.
         return_v: also return the membrane potential after the last step, x.shape[1:], float32 (float64).
         return_v_seq: also return the membrane potential after every step, x.shape, float32 (float64).
-        spike_dtype: dtype of the spikes. None: the dtype of x. For inference torch.uint8 and torch.bool, with levels
-            torch.uint8 and torch.int8, where a NaN becomes 0.
+        spike_dtype: dtype of the spikes. None: the dtype of x. For float32 x also torch.bfloat16 and torch.float16: a matrix
+            multiplication under autocast then takes the spikes as they are. For inference torch.uint8 and torch.bool, with
+            levels torch.uint8 and torch.int8, where a NaN becomes 0.
 
     Returns:
         s, with the shape of x; or a tuple (s, v), (s, v_seq) or (s, v, v_seq). Gradients reach x, v, tau and v_threshold from
@@ -324,7 +326,8 @@ def lif(
     if isinstance(x, Pending):
         from .norm_lif import run_norm_lif  # which builds on this module
 
-        if threshold is None and not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold)):
+        single = not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold))
+        if threshold is None and single and spike_dtype not in HALF_DTYPES:
             spikes = run_with_norm(
                 run_norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
                 detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
@@ -342,7 +345,7 @@ def lif(
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, tokens=True
     )
-    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels)
+    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels, half=True)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)

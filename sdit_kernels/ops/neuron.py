@@ -31,6 +31,7 @@ from .operator import kernels, register, values_are_readable
 
 INFERENCE_DTYPES = (torch.uint8, torch.bool)
 LEVEL_DTYPES = (torch.uint8, torch.int8)  # for inference with integer or ternary spikes
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check_steps(x, states, **flags):
@@ -58,20 +59,21 @@ def check_state(state, names):
     return tuple(state)
 
 
-def check_spike_dtype(spike_dtype, x, *tensors, levels=None):
-    """Check the dtype of the spikes. tensors: what may need a gradient besides x."""
+def check_spike_dtype(spike_dtype, x, *tensors, levels=None, half=False):
+    """Check the dtype of the spikes. tensors: what may need a gradient besides x. half: float32 x may give 16-bit spikes."""
     if spike_dtype is None and levels is None:
         return
     given = spike_dtype is not None and spike_dtype != x.dtype
     allowed = INFERENCE_DTYPES if levels is None else LEVEL_DTYPES
-    if given and spike_dtype not in allowed:
-        names = " or ".join(map(str, allowed))
+    halves = HALF_DTYPES if half and x.dtype == torch.float32 else ()
+    if given and spike_dtype not in (*allowed, *halves):
+        names = " or ".join(map(str, (*halves, *allowed)))
         raise ValueError(f"spike_dtype must be None (x's dtype, {x.dtype}), {names}, got {spike_dtype}")
     if levels is not None:
         check_levels_fit(levels, spike_dtype if given else x.dtype, "the dtype of the spikes")
-        if given and levels != "ternary" and Levels(*levels).scale != 1:
+        if given and spike_dtype not in halves and levels != "ternary" and Levels(*levels).scale != 1:
             raise ValueError(f"spike_dtype={spike_dtype} holds integers: leave out the scale of levels, or spike_dtype")
-    if given and wants_gradient(x, *tensors):
+    if given and spike_dtype not in halves and wants_gradient(x, *tensors):
         raise ValueError(f"spike_dtype={spike_dtype} carries no gradient: call under torch.no_grad(), or leave it out")
 
 
