@@ -97,11 +97,14 @@ def empty_strided(shape, stride, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def empty_contiguous(shape, dtype: torch.dtype, like: Tensor) -> Tensor:
-    if type(like) in _PLAIN and math.prod(shape) * dtype.itemsize >= _LARGE:
-        stride = [1]
-        for n in shape[:0:-1]:
-            stride.append(stride[-1] * n)
-        return empty_strided(shape, stride[::-1], dtype, like)
+    if type(like) in _PLAIN:
+        if math.prod(shape) * dtype.itemsize >= _LARGE:
+            stride = [1]
+            for n in shape[:0:-1]:
+                stride.append(stride[-1] * n)
+            return empty_strided(shape, stride[::-1], dtype, like)
+        if shape == like.shape:  # 0.5 us faster
+            return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 

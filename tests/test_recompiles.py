@@ -20,6 +20,7 @@ if native_triton.setup() == "interpreter":
 
 import triton
 
+import sdit_kernels.triton.launch
 import sdit_kernels.triton.mix
 import sdit_kernels.triton.neuron
 import sdit_kernels.triton.rate
@@ -43,6 +44,7 @@ def empty_caches():
     for kernel in KERNELS:
         kernel.device_caches.clear()
     sdit_kernels.triton.neuron.bind.cache_clear()
+    sdit_kernels.triton.launch.forget()
     try:
         yield
     finally:

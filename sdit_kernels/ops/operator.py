@@ -242,10 +242,12 @@ def register(
     def run(*args):
         return call_below_autograd(*args) if needs_dispatcher(args) else run_directly(*args)
 
+    # autograd.Function takes 0.3 us per argument, so arguments that are not tensors are one tuple.
     class Autograd(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *args):
-            output = run(*args)
+            args = *args[:-1], *args[-1]
+            output = run_directly(*args)
             save(ctx, args, output)
             return output
 
@@ -255,7 +257,10 @@ def register(
     class Dispatched(Autograd):
         @staticmethod
         def forward(ctx, *args):
-            return filled(Autograd.forward(ctx, *args), args)
+            args = *args[:-1], *args[-1]
+            output = run(*args)
+            save(ctx, args, output)
+            return filled(output, args)
 
     class Functorch(torch.autograd.Function):  # torch.func needs a separate setup_context, which costs 18 us per call
         generate_vmap_rule = True
@@ -272,7 +277,9 @@ def register(
         jvp = staticmethod(_refuse_forward_mode)
 
     def autograd(*args):  # called by the dispatcher
-        return Dispatched.apply(*args) if may_need_grad(args) else filled(run(*args), args)
+        if not may_need_grad(args):
+            return filled(run(*args), args)
+        return Dispatched.apply(*args[:tensor_count], args[tensor_count:])
 
     def run_without_gradient(*args):
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensor_count]):
@@ -301,6 +308,8 @@ def register(
             return operator(*args)
         if mutates:
             return run_without_gradient(*args)
-        return Autograd.apply(*args) if may_need_grad(args) else run_directly(*args)
+        if may_need_grad(args):
+            return Autograd.apply(*args[:tensor_count], args[tensor_count:])
+        return run_directly(*args)
 
     return entry
