@@ -15,8 +15,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from sdit_kernels import dispatch
-from sdit_kernels.triton import launch, tiles
+from sdit_kernels import dispatch, repeat
+from sdit_kernels.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
 
@@ -111,7 +111,7 @@ def _active_driver():
 
 def _forget_the_device():
     """Clear what the package has cached about its device."""
-    launch.forget()
+    repeat.forget()
     tiles.warps_of.cache_clear()
     tiles.all_registers.cache_clear()
     dispatch.forget_devices()

@@ -43,7 +43,8 @@ def check_steps(x, states, **flags):
         if v is not None:
             check_membrane(name, v, shape, x)
     for name, flag in flags.items():
-        check_flag(name, flag)
+        if flag is not False and flag is not True:
+            check_flag(name, flag)
     return shape[-1] if shape else None
 
 

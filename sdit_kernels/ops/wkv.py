@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, tuning
+from .. import dispatch, memory, reference, repeat, tuning
 from ..checks import check_flag, check_scan_state, check_tensor, check_tokens, wants_gradient
 from ..dtypes import state_dtype
 from ..layout import wkv_rows
@@ -46,6 +46,7 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
 
 def _check_lengths(cu_seqlens, max_seqlen, L):
     """Check the values of cu_seqlens, on the CPU only: reading them on a GPU would wait for the GPU."""
+    repeat.refuse()
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:])]
     if ends[0] != 0 or ends[-1] != L or min(lengths, default=0) < 0:

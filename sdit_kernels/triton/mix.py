@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..dtypes import state_dtype
 from ..layout import layout_of_step, same_strides, sequences, step_view
-from .launch import empty, launch, repeatable
+from .launch import launch
 from .tiles import STATES, Grid, cdiv, power_of_2, tile_of_program, warps_of
 
 _RUN, _RUN_BACK = 4, 8  # tokens per run: forward, backward
@@ -285,7 +285,7 @@ class _Shift:
     def find_stats(self):
         if self.norm == _STATS:
             rows = self.B * (self.L + 1)
-            self.stats = empty((rows, 4), self.mixes.dtype, self.x.device)
+            self.stats = torch.empty((rows, 4), dtype=self.mixes.dtype, device=self.x.device)
             self.launch(
                 token_shift_stats_kernel, rows, self.inputs, self.mixes, self.upstream, self.stats, self.L, self.C, self.eps,
                 M=len(self.gs), BC=self.BC,
@@ -295,7 +295,6 @@ class _Shift:
         return dict(F=Flags(self.M, self.run, self.norm), BR=self.BR, BC=self.BC)
 
 
-@repeatable
 def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
     """Fill the contiguous outs. mixes is (M, C), contiguous, in the state type. x must not be empty."""
     s = _Shift(tuning, x, last, mixes, norm_eps, _RUN, len(outs), outs[0])
@@ -307,7 +306,6 @@ def token_shift_forward(x, last, mixes, norm_eps, outs, tuning):
     )  # fmt: skip
 
 
-@repeatable
 def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tuning):
     """Fill dx, and dlast if given, both contiguous. If ``parameters``, return partial sums of d mixes, (groups, M, C)."""
     gs = same_strides([sequences(g) for g in gs])
@@ -316,7 +314,7 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
     blocks, tiles = cdiv(s.C, s.BC), cdiv(s.runs, s.BR)
     group = cdiv(tiles * blocks, tuning.sum_programs) if parameters else 1
     groups = cdiv(tiles, group)
-    sums = empty((groups, s.M, s.C), mixes.dtype, x.device) if parameters else None
+    sums = torch.empty((groups, s.M, s.C), dtype=mixes.dtype, device=x.device) if parameters else None
     s.launch(
         token_shift_backward_kernel, groups * blocks, s.inputs, mixes, s.upstream, s.stats, (dx, dlast), sums,
         s.L, s.C, s.chunks, s.runs, group, s.eps, **s.flags(),
@@ -324,7 +322,6 @@ def token_shift_backward(gs, x, last, mixes, norm_eps, dx, dlast, parameters, tu
     return sums
 
 
-@repeatable
 def relu_squared_forward(x, out, tuning):
     """Fill out. x must not be empty."""
     layout = layout_of_step(x, out, False)
@@ -334,7 +331,6 @@ def relu_squared_forward(x, out, tuning):
     )  # fmt: skip
 
 
-@repeatable
 def relu_squared_backward(g, x, dx, tuning):
     """Fill dx. x must not be empty."""
     layout = layout_of_step(x, dx, False)

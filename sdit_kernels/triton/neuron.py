@@ -30,7 +30,6 @@ from ..neuron import trace
 from ..neuron.printer import ENTRIES, TRITON, load, text
 from ..neuron.trace import is_condition
 from ..surrogate import SURROGATES
-from .launch import repeatable
 from .surrogate import surrogate_derivative
 from .tiles import (
     SINGLE,
@@ -482,7 +481,6 @@ def _views(view, layout, tensors):
     return tuple(view(layout, t) for t in tensors)
 
 
-@repeatable
 def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints, tuning):
     """Fill s, and per state the last one, its sequence and its checkpoint if given. x must not be empty."""
     T, per_channel = x.shape[0], variant.norm != "" or any(map(is_per_channel, parameters))
@@ -526,7 +524,6 @@ def _backward_by_segments(variant, g, g_finals, g_seqs, x, states, parameters, c
     return [torch.cat(parts, 1) if step else sum(parts) for step, parts in zip(steps, zip(*found))]
 
 
-@repeatable
 def neuron_backward(
     variant, g, g_finals, g_seqs, x, states, parameters, checkpoints, dx, d_states, with_parameters, tuning
 ):  # fmt: skip

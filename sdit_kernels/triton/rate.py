@@ -6,7 +6,6 @@ import triton.language as tl
 
 from ..layout import LIF_CHECKPOINT_STEPS, layout_of_step, step_view
 from ..neuron.trace import HUGE
-from .launch import repeatable
 from .neuron import as_integer, as_number, as_tiles, bind, flags_of, load_parameters, load_states, values_of
 from .tiles import Grid, divide, gradient_view, maybe_step_view, store_sums, tile_of_program
 
@@ -143,7 +142,6 @@ def rate_backward_kernel(
 # --- launchers: the same signatures as in cpu/rate.py ------------------------------------------------------------------------
 
 
-@repeatable
 def rate_forward(variant, x, residual, gate, parameters, T, out, tuning):
     """Fill out with residual + rate, or with the spike counts if out is uint8. x must not be empty."""
     K = T if T <= LIF_CHECKPOINT_STEPS else 0
@@ -158,7 +156,6 @@ def rate_forward(variant, x, residual, gate, parameters, T, out, tuning):
     )  # fmt: skip
 
 
-@repeatable
 def rate_backward(variant, g, x, gate, parameters, T, dx, dgate, with_parameters, tuning):
     """Fill dx, and dgate if given. If ``with_parameters``, return a partial sum per parameter. x must not be empty."""
     neuron, flags = variant.neuron, flags_of(variant, parameters, T if T <= LIF_CHECKPOINT_STEPS else 0)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from ..dtypes import state_dtype
 from ..layout import row_view, step_view
-from .launch import empty, launch
+from .launch import launch
 
 # A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
 _MAX_HELD_VALUES = 128
@@ -87,7 +87,7 @@ class Grid:
         shapes = {SINGLE: shape, CHANNEL: shape, TOKEN: tokens, STEP: (tokens[0], steps * layout.R)}
         # Separate tensors, not parts of one: the address of a part is aligned for some batch sizes only, and Triton compiles
         # another kernel for an unaligned address.
-        return tuple(empty(shapes[kind], state_dtype(like.dtype), like.device) for kind in kinds)
+        return tuple(torch.empty(shapes[kind], dtype=state_dtype(like.dtype), device=like.device) for kind in kinds)
 
     def launch(self, kernel, device, *args, **flags):
         flags |= dict(BR=self.BR, BC=self.BC, num_warps=warps_of(self.threads), enable_fp_fusion=False)

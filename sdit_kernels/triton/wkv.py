@@ -42,7 +42,7 @@ import triton.language as tl
 
 from .. import layout
 from ..dtypes import state_dtype
-from .launch import empty, launch, repeatable
+from .launch import launch
 from .tiles import STATES, cdiv, warps_of
 
 _PREFETCHED: tl.constexpr = tl.constexpr(8)  # summaries that are loaded before the first is used
@@ -752,7 +752,7 @@ class _Grid:
         return layout.wkv_rows(self.B, self.L, self.packed, self.tile * tiles)
 
     def empty(self, *leading, tiles):
-        return empty((*leading, self.rows(tiles), self.C), self.state, self.device)
+        return torch.empty((*leading, self.rows(tiles), self.C), dtype=self.state, device=self.device)
 
     def launch(self, kernel, tiles, *args, **flags):
         chunks, threads = cdiv(self.tiles, tiles) if tiles else 1, self.tuning.wkv_threads
@@ -784,7 +784,6 @@ def _plane_stride(rows):
     return 0 if rows is None else rows.stride(0)
 
 
-@repeatable
 def wkv_forward(
     k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, cu_seqlens, max_seqlen, bidirectional, algorithm, out, ybar_out,
     lse_out, checkpoint, tuning,
@@ -836,7 +835,6 @@ def parameter_sums(dw, du, decay, decay_is_log_of_rate, d_decay, d_bonus, tuning
     launch(wkv_sums_kernel, cdiv(C, block), dw.device, dw, du, decay, d_decay, d_bonus, rows, C, **flags)
 
 
-@repeatable
 def wkv_backward(
     g, g_ybar, g_lse, k, v, r, decay, bonus, decay_is_log_of_rate, ybar, lse, checkpoint, cu_seqlens, max_seqlen,
     bidirectional, algorithm, dk, dv, dr, d_decay, d_bonus, d_ybar, d_lse, tuning,
@@ -882,7 +880,7 @@ def wkv_backward(
         launch_backward(grid.coarse, start=entering_carries(False), out=True)
         return
     rows = layout.wkv_rows(grid.B, grid.L, grid.packed, grid.held)
-    entering = empty((2, 2, rows, grid.C), grid.state, grid.device)
+    entering = torch.empty((2, 2, rows, grid.C), dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         launch_backward(grid.coarse, start=entering_carries(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
     launch_backward(grid.fine, start=entering[0], left=entering[1], out=True)
