@@ -1,7 +1,7 @@
 """Repeat a known call of an operator without its Python code.
 
-Before a kernel runs, Python looks at strides, allocates outputs, computes sizes and builds 25 to 50 arguments. For small tensors
-this takes longer than the kernel. All of it follows from the shapes, strides, dtypes and alignments of the tensors and from the
+Before a kernel runs, Python looks at strides, allocates outputs, computes sizes and builds 25 to 50 arguments. For small
+tensors this takes longer than the kernel. All of it follows from the shapes, strides, dtypes and alignments of the tensors and from the
 other arguments. So ``repeatable`` keeps, per set of these, the allocations and launches of a call. The next call with the same
 set allocates, fills in the addresses and launches.
 

@@ -72,7 +72,7 @@ CASES = {  # op: (call, leaves for a seed, stem, launchers)
     "wkv": (wkv, lambda i: [*vectors(16, i), data(2, 5, 16, seed=i), data(2, 5, 16, seed=9 + i)], "wkv", ("wkv_forward",)),
     "relu_squared": (relu_squared, lambda i: [data(3, 17, seed=i)], "mix", ("relu_squared_forward", "relu_squared_backward")),
 }  # fmt: skip
-ALWAYS_RUN = {("cpu", "wkv")}  # its launcher computes with PyTorch
+ALWAYS_RUN = {("cpu", "wkv"), ("cpu", "lif_rate")}  # their launchers compute with PyTorch, or use tables of numpy
 
 
 def check(name, f, leaves, g=None):

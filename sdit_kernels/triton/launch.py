@@ -1,4 +1,4 @@
-"""Launch kernels, and let repeat.py repeat launches through the compiled kernel, without Triton's inspection of the arguments."""
+"""Launch kernels, and note launches for repeat.py, which repeats them through the compiled kernel."""
 
 import inspect
 

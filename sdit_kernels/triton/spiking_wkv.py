@@ -26,8 +26,8 @@ from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
 from ..neuron import trace
 from . import neuron, wkv
-from .neuron import as_number, as_tile, bind, load_parameters
 from .launch import launch
+from .neuron import as_number, as_tile, bind, load_parameters
 from .tiles import STATES, cdiv, divide, warps_of
 from .wkv import (
     LOG2E,
