@@ -1,13 +1,12 @@
 """Repeat a known call of an operator without its Python code.
 
 Before a kernel runs, Python looks at strides, allocates outputs, computes sizes and builds 25 to 50 arguments. For small
-tensors this takes longer than the kernel. All of it follows from the shapes, strides, dtypes and alignments of the tensors and from the
-other arguments. So ``repeatable`` keeps, per set of these, the allocations and launches of a call. The next call with the same
-set allocates, fills in the addresses and launches.
+tensors this takes longer than the kernel. All of it follows from the shapes, strides, dtypes and alignments of the tensors and
+from the other arguments. So ``repeatable`` keeps, per set of these, what a call did: a function that allocates, calls PyTorch's
+operators and launches, and nothing else. The next call with the same set runs this function on its tensors.
 
-While a call is recorded, a mode sees all operators of PyTorch. The call is kept only if they allocate tensors or make views,
-and if every address among the arguments of a launch belongs to a known tensor. So a call that reads, copies or computes
-anything runs its Python code every time.
+While a call is recorded, a mode sees all operators of PyTorch. The call is kept only if they are known to read no values into
+Python, and if every address among the arguments of a launch belongs to a known tensor.
 """
 
 import functools
@@ -42,16 +41,9 @@ _local = _Local()
 # --- what a call did --------------------------------------------------------------------------------------------------------
 
 
-class _Launch(NamedTuple):
-    start: Callable[..., object]
-    arguments: Callable[[list[int], list[int]], tuple]  # of the addresses of the given and of the allocated tensors
-    hooks: Sequence  # as long as it is not empty, the call is not repeated
-
-
 class _Call(NamedTuple):
-    allocations: tuple[Callable[[list[Tensor]], Tensor], ...]
-    launches: tuple[_Launch, ...]
-    returned: Callable[[list[Tensor]], Any]
+    run: Callable[[list[Tensor], list[int]], Any]  # of the given tensors and their addresses
+    hooks: tuple[Sequence, ...]  # as long as one of them is not empty, the call is not repeated
     tuning: Any  # kept alive, because the key holds its address
 
 
@@ -65,102 +57,165 @@ _VIEWS = {
     _aten.select.int, _aten.slice.Tensor, _aten.squeeze.dim, _aten.t.default, _aten.transpose.int, _aten.unbind.int,
     _aten.unsqueeze.default, _aten.view.default, _aten.view.dtype,
 }  # fmt: skip
+# Operators that read no values into Python and draw no random numbers.
+_COMPUTATIONS = {
+    _aten._to_copy.default, _aten.add.Tensor, _aten.add_.Tensor, _aten.clone.default, _aten.copy_.default, _aten.div.Scalar,
+    _aten.div.Tensor, _aten.fill_.Scalar, _aten.full.default, _aten.mul.Scalar, _aten.mul.Tensor, _aten.mul_.Tensor,
+    _aten.neg.default, _aten.new_zeros.default, _aten.pow.Tensor_Scalar, _aten.reciprocal.default, _aten.sqrt.default,
+    _aten.stack.default, _aten.sub.Tensor, _aten.sum.IntList_out, _aten.sum.default, _aten.sum.dim_IntList, _aten.zero_.default,
+    _aten.zeros.default, _aten.zeros_like.default,
+}  # fmt: skip
+
+
+class _Unknown(Exception):
+    """A call cannot be repeated."""
 
 
 class _Recording(OperatorMode):
-    """Sees the operators of a call, and gets its launches from ``note_launch``."""
+    """Sees the operators of a call, and gets its launches from ``note_launch``. Prints the call as the code of a function.
+
+    In this code, g0, g1, .. are the given tensors, m0, m1, .. the tensors that the call makes, p0, q0, .. the addresses of
+    these, and c0, c1, .. constants.
+    """
 
     def __init__(self, tensors):
         super().__init__()
-        self.given, self.made, self.launches = tensors, [], []
-        self.is_complete = True
+        self.given, self.steps, self.hooks, self.is_complete = tensors, [], [], True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **kwargs or {})
         if function in _ALLOCATIONS:
-            self.made.append(out)
+            self.steps.append((None, out, (), {}))
+        elif function in _COMPUTATIONS:
+            self.steps.append((function, out, args, kwargs or {}))
         elif function not in _VIEWS:
             self.is_complete = False
         return out
 
     def finish(self, found):
         """Return the call that did what was recorded, or None."""
-        if not self.is_complete or any(t.data_ptr() % 16 for t in self.made):
+        if not self.is_complete:
             return None
-        self._owners = [(f"a[{i}]", t) for i, t in enumerate(self.given)] + [(f"m[{i}]", t) for i, t in enumerate(self.made)]
-        launches = []
-        for start, args, hooks in self.launches:
-            constants: list = []
-            source = self._source(args, constants)
-            if source is None:
-                return None
-            launches.append(_Launch(start, eval(f"lambda a, m: {source}", {"c": tuple(constants)}), hooks))
-        returned = self._source_of_output(found)
-        if returned is None:
+        self._owners = [(f"g{i}", f"p{i}", t) for i, t in enumerate(self.given)]
+        self._constants: dict[str, Any] = {}
+        names, addresses = ("".join(f"{name}, " for name in column) for column in list(zip(*self._owners))[:2])
+        lines = [f"{names}= given", f"{addresses}= addresses"]
+        returned = self._allocate_as_returned(found)
+        try:
+            for function, out, args, kwargs in self.steps:
+                lines += self._print(function, out, args, kwargs)
+            lines.append(f"return {self._print_output(returned)}")
+        except _Unknown:
             return None
-        allocations = tuple(map(self._allocation, self.made))
-        return _Call(allocations, tuple(launches), eval(f"lambda m: {returned}"), tuning.current())
+        code = "def call(given, addresses):\n" + "".join(f"    {line}\n" for line in lines)
+        exec(code, self._constants)
+        return _Call(self._constants["call"], tuple(self.hooks), tuning.current())
 
-    def _source(self, value, constants):
-        """Return an expression for an argument, None if it holds an unknown address. c: the constants in it."""
+    def _print(self, function, out, args, kwargs):
+        """Return the lines of a step, and enter the tensor that it makes."""
+        if function is note_launch:
+            return [f"{self._constant(out)}({', '.join(map(self._print_address, args))})"]
+        value = self._print_allocation(out)
+        if function is not None:
+            given = [self._print_tensors(a) for a in args] + [f"{k}={self._print_tensors(a)}" for k, a in kwargs.items()]
+            value = f"{self._constant(function)}({', '.join(given)})"
+            if any(self._holds(t, out) for _, _, t in self._owners):  # in place
+                return [value]
+        if function is None and out.data_ptr() % 16:
+            raise _Unknown
+        i = len(self._owners)
+        self._owners.append((f"m{i}", f"q{i}", out))
+        return [f"m{i} = {value}", f"q{i} = m{i}.data_ptr()"]
+
+    def _print_allocation(self, t):
+        """Return an expression that allocates a tensor like t."""
+        how = f"dtype={self._constant(t.dtype)}, device={self._constant(t.device)}"
+        if not t.is_contiguous():
+            return f"{self._constant(torch.empty_strided)}({tuple(t.shape)}, {t.stride()}, {how})"
+        for name, _, like in self._owners:
+            if name[0] == "g" and like.shape == t.shape and like.dtype == t.dtype and like.is_contiguous():
+                return f"{self._constant(torch.empty_like)}({name})"  # 0.5 us faster than empty
+        return f"{self._constant(torch.empty)}({tuple(t.shape)}, {how})"
+
+    def _print_address(self, value):
+        """Return an expression for an argument of a launch, in which addresses stand for tensors."""
         if type(value) is tuple:
-            items = [self._source(item, constants) for item in value]
-            return None if None in items else f"({''.join(f'{item}, ' for item in items)})"
+            return f"({''.join(f'{self._print_address(item)}, ' for item in value)})"
         if isinstance(value, Tensor):
-            return self._owner(value.data_ptr(), value.untyped_storage().data_ptr())
+            return self._find_address(value.data_ptr(), value.untyped_storage().data_ptr())
         if type(value) is int and value >= _LEAST_ADDRESS:
-            return self._owner(value)
-        constants.append(value)
-        return f"c[{len(constants) - 1}]"
+            return self._find_address(value)
+        return self._constant(value)
 
-    def _owner(self, address, storage=None):
-        same = {name for name, t in self._owners if t.data_ptr() == address}
+    def _find_address(self, address, storage=None):
+        same = {p for _, p, t in self._owners if t.data_ptr() == address}
         if len(same) == 1:
             return same.pop()
         inside = []
-        for name, t in self._owners:
+        for _, p, t in self._owners:
             start = t.untyped_storage().data_ptr()
             if start <= address < start + t.untyped_storage().nbytes() and storage in (None, start):
-                inside.append((name, t.data_ptr()))
+                inside.append((p, t.data_ptr()))
         if same or len(inside) != 1:
-            return None
-        ((name, start),) = inside
-        return f"{name} + {address - start}"
+            raise _Unknown
+        ((p, start),) = inside
+        return f"{p} + {address - start}"
 
-    def _source_of_output(self, found):
+    def _print_tensors(self, value):
+        """Return an expression for an argument of an operator."""
+        if isinstance(value, tuple | list):
+            items = "".join(f"{self._print_tensors(item)}, " for item in value)
+            return f"[{items}]" if isinstance(value, list) else f"({items})"
+        if not isinstance(value, Tensor):
+            return self._constant(value)
+        same = {name for name, _, t in self._owners if _geometry(t) == _geometry(value)}
+        if len(same) == 1:
+            return same.pop()
+        owners = [(name, t) for name, _, t in self._owners if self._holds(t, value) and t.dtype == value.dtype]
+        if same or len(owners) != 1:
+            raise _Unknown
+        ((name, t),) = owners
+        offset = value.storage_offset() - t.storage_offset()
+        return f"{name}.as_strided({tuple(value.shape)}, {value.stride()}, {name}.storage_offset() + {offset})"
+
+    def _allocate_as_returned(self, found):
+        """Let a step that allocates a tensor of which a view is returned allocate the view."""
+        for t in found if isinstance(found, tuple | list) else (found,):
+            for i, (function, out, *rest) in enumerate(self.steps if t is not None else ()):
+                if function is None and self._holds(out, t) and t.dtype == out.dtype and t.numel() == out.numel():
+                    if t.is_contiguous() and out.is_contiguous():
+                        self.steps[i] = (None, t, *rest)
+        return found
+
+    def _print_output(self, found):
         if isinstance(found, tuple | list):
-            items = [self._source_of_output(t) for t in found]
-            if None in items:
-                return None
-            return f"[{', '.join(items)}]" if isinstance(found, list) else f"({''.join(f'{item}, ' for item in items)})"
+            items = "".join(f"{self._print_output(t)}, " for t in found)
+            return f"[{items}]" if isinstance(found, list) else f"({items})"
         if found is None:
             return "None"
-        same = [i for i, t in enumerate(self.made) if t.data_ptr() == found.data_ptr() and t.dtype == found.dtype]
-        if len(same) != 1:
-            return None
-        (i,) = same
-        t = self.made[i]
-        if (t.shape, t.stride()) != (found.shape, found.stride()):
-            if t.numel() != found.numel() or not (t.is_contiguous() and found.is_contiguous()):
-                return None
-            self.made[i] = found  # a view of all of t
-        return f"m[{i}]"
+        same = {name for name, _, t in self._owners if _geometry(t) == _geometry(found)}
+        if len(same) != 1 or (name := same.pop())[0] == "g":
+            raise _Unknown
+        return name
 
-    def _allocation(self, t):
-        """Return a function of the given tensors that allocates a tensor like t."""
-        shape, stride, dtype, device = tuple(t.shape), t.stride(), t.dtype, t.device
-        if not t.is_contiguous():
-            return lambda given: torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        for i, like in enumerate(self.given):
-            if like.shape == t.shape and like.dtype == dtype and like.is_contiguous():
-                return lambda given: torch.empty_like(given[i])  # 0.5 us faster than empty
-        return lambda given: torch.empty(shape, dtype=dtype, device=device)
+    def _holds(self, t, other):
+        return isinstance(other, Tensor) and t.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+    def _constant(self, value):
+        name = f"c{len(self._constants)}"
+        self._constants[name] = value
+        return name
+
+
+def _geometry(t):
+    return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
 def note_launch(start: Callable[..., object], args: tuple, hooks: Sequence = ()) -> None:
     """Note that start(*args) launched a kernel. Tensors and addresses in args may be replaced by other addresses."""
     if _local.recording is not None:
-        _local.recording.launches.append((start, args, hooks))
+        _local.recording.steps.append((note_launch, start, args, {}))
+        _local.recording.hooks.append(hooks)
 
 
 def refuse() -> None:
@@ -231,13 +286,13 @@ def repeatable(function, tensor_count: int):
         key = tuple(key)
         call = calls.get(key)
         if type(call) is _Call:
-            for launch in call.launches:
-                if launch.hooks:
+            for hooks in call.hooks:
+                if hooks:
                     return run_plainly(args)
             if dispatch_mode_count() > 0:
                 with without_modes():
-                    return repeat(call, tensors, addresses)
-            return repeat(call, tensors, addresses)
+                    return call.run(tensors, addresses)
+            return call.run(tensors, addresses)
         if call is _NEVER:
             return run_plainly(args)
         if len(calls) >= _MOST_CALLS:
@@ -246,12 +301,5 @@ def repeatable(function, tensor_count: int):
             calls[key] = _ONCE
             return run_plainly(args)
         return record(key, args, tensors)
-
-    def repeat(call, tensors, addresses):
-        made = [allocate(tensors) for allocate in call.allocations]
-        made_addresses = [t.data_ptr() for t in made]
-        for start, arguments, _ in call.launches:
-            start(*arguments(addresses, made_addresses))
-        return call.returned(made)
 
     return run

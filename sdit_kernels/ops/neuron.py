@@ -315,7 +315,8 @@ class NeuronOp:
         """Run a BatchNorm, a Norm of norm_lif.py, and this neuron, which has one state, in one pass; see run_norm_lif there."""
         from .norm_lif import define_norm  # which builds on this module
 
-        axis = norm.check(x, {f"state's {self.neuron.states[0]}": v}, return_v=return_v, return_v_seq=return_v_seq)
+        states = {f"state's {self.neuron.states[0]}": v}
+        axis = norm.check(x, states, statistics is not None, return_v=return_v, return_v_seq=return_v_seq)
         values, tensors, alpha = self._check(
             x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
         )  # fmt: skip
