@@ -182,9 +182,9 @@ class _Recording(OperatorMode):
         """Let a step that allocates a tensor of which a view is returned allocate the view."""
         for t in found if isinstance(found, tuple | list) else (found,):
             for i, (function, out, *rest) in enumerate(self.steps if t is not None else ()):
-                if function is None and self._holds(out, t) and t.dtype == out.dtype and t.numel() == out.numel():
-                    if t.is_contiguous() and out.is_contiguous():
-                        self.steps[i] = (None, t, *rest)
+                is_whole = function is None and self._holds(out, t) and t.dtype == out.dtype and t.numel() == out.numel()
+                if is_whole and t.is_contiguous() and out.is_contiguous():
+                    self.steps[i] = (None, t, *rest)
         return found
 
     def _print_output(self, found):
@@ -255,6 +255,9 @@ def repeatable(function, tensor_count: int):
         _local.recording = recording = _Recording(tensors)
         try:
             with recording:
+                torch.empty(0, dtype=torch.float32, device="cpu")
+                recording.is_complete = len(recording.steps) == 1  # False: a context hides operators from modes
+                recording.steps.clear()
                 found = function(*args)
         finally:
             _local.recording = None

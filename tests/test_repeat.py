@@ -240,6 +240,13 @@ def test_only_allocations_views_and_launches_are_repeated(function, runs, monkey
     assert call_three_times(function, torch.ones(4), monkeypatch=monkeypatch) == runs
 
 
+def test_a_call_whose_operators_are_hidden_is_not_kept(monkeypatch):
+    from sdit_kernels._torch import without_modes
+
+    with without_modes():
+        assert call_three_times(lambda x, _: x.mul_(2) and None, torch.ones(()), monkeypatch=monkeypatch) == 3
+
+
 def test_a_kernel_without_the_names_that_repeated_launches_need(monkeypatch):
     launch = kernels("triton", "launch").launch
 

@@ -72,8 +72,8 @@ def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=F
         norm.check(steps, {})
     except (TypeError, ValueError):
         return None
+    statistics = norm.statistics(steps.detach(), 2, backend, unseen)
     with unseen():
-        statistics = norm.statistics(steps.detach(), 2, backend)
         if not training:  # they may change before the output is used
             norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
         return make_pending(x, norm if not training else norm.without_update(), axis, statistics)

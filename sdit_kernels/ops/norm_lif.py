@@ -7,6 +7,7 @@ need not write to its arguments, and the processes of a group exchange their sum
 import functools
 import math
 import numbers
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -485,8 +486,11 @@ class Norm(NamedTuple):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return axis
 
-    def statistics(self, x, axis, backend) -> "Statistics":
-        """Return the statistics to normalise x with. In training, update the running statistics."""
+    def statistics(self, x, axis, backend, context=nullcontext) -> "Statistics":
+        """Return the statistics to normalise x with. In training, update the running statistics.
+
+        context: makes a context for the arithmetic on vectors.
+        """
         if not self.training:
             assert self.running_mean is not None and self.running_var is not None  # check has made sure
             dtype = state_dtype(x.dtype)
@@ -494,10 +498,11 @@ class Norm(NamedTuple):
             return Statistics(mean, 1.0 / torch.sqrt(var + self.eps), None, "")
         group = self.process_group
         mean, squares, n = batch_statistics(x, axis, self.per_step, group, backend)
-        var = squares / n if group is not None or n else squares
-        if x.numel() or group is not None:
-            update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
-        rstd = 1.0 / torch.sqrt(var + self.eps)
+        with context():
+            var = squares / n if group is not None or n else squares
+            if x.numel() or group is not None:
+                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
+            rstd = 1.0 / torch.sqrt(var + self.eps)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
