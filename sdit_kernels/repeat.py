@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import memory, tuning
 from ._torch import OperatorMode, dispatch_mode_count, without_modes
 
 _MOST_CALLS = 4096  # calls that are kept per function
 _ONCE, _NEVER = "seen once", "cannot be repeated"
 _TENSORS = {Tensor, torch.nn.Parameter}
-_LEAST_ADDRESS = 1 << 20  # no memory of a process has a lower address; a call with a greater size is not kept
+# No memory of a process has a lower address. If integers may be addresses, a call with a greater size is not kept.
+_LEAST_ADDRESS = 1 << 20
 # For AMD, Triton also specialises on tensors whose storage is below 2 GiB.
 _LARGE_STORAGE = 1 << 31 if torch.version.hip else None
 
@@ -114,7 +115,8 @@ class _Recording(OperatorMode):
     def _print(self, function, out, args, kwargs):
         """Return the lines of a step, and enter the tensor that it makes."""
         if function is note_launch:
-            return [f"{self._constant(out)}({', '.join(map(self._print_address, args))})"]
+            printed = [self._print_address(a, **kwargs) for a in args]
+            return [f"{self._constant(out)}({', '.join(printed)})"]
         value = self._print_allocation(out)
         if function is not None:
             given = [self._print_tensors(a) for a in args] + [f"{k}={self._print_tensors(a)}" for k, a in kwargs.items()]
@@ -129,6 +131,8 @@ class _Recording(OperatorMode):
 
     def _print_allocation(self, t):
         """Return an expression that allocates a tensor like t."""
+        if t.device.type == "cpu" and t.nbytes >= memory.LARGE:  # memory.py allocates these
+            raise _Unknown
         how = f"dtype={self._constant(t.dtype)}, device={self._constant(t.device)}"
         if not t.is_contiguous():
             return f"{self._constant(torch.empty_strided)}({tuple(t.shape)}, {t.stride()}, {how})"
@@ -137,13 +141,13 @@ class _Recording(OperatorMode):
                 return f"{self._constant(torch.empty_like)}({name})"  # 0.5 us faster than empty
         return f"{self._constant(torch.empty)}({tuple(t.shape)}, {how})"
 
-    def _print_address(self, value):
-        """Return an expression for an argument of a launch, in which addresses stand for tensors."""
+    def _print_address(self, value, integers):
+        """Return an expression for an argument of a launch, in which addresses stand for tensors. integers: see note_launch."""
         if type(value) is tuple:
-            return f"({''.join(f'{self._print_address(item)}, ' for item in value)})"
+            return f"({''.join(f'{self._print_address(item, integers)}, ' for item in value)})"
         if isinstance(value, Tensor):
             return self._find_address(value.data_ptr(), value.untyped_storage().data_ptr())
-        if type(value) is int and value >= _LEAST_ADDRESS:
+        if integers and type(value) is int and value >= _LEAST_ADDRESS:
             return self._find_address(value)
         return self._constant(value)
 
@@ -211,10 +215,13 @@ def _geometry(t):
     return t.data_ptr(), t.shape, t.stride(), t.dtype
 
 
-def note_launch(start: Callable[..., object], args: tuple, hooks: Sequence = ()) -> None:
-    """Note that start(*args) launched a kernel. Tensors and addresses in args may be replaced by other addresses."""
+def note_launch(start: Callable[..., object], args: tuple, hooks: Sequence = (), integers: bool = False) -> None:
+    """Note that start(*args) launched a kernel. start may get addresses in place of the tensors in args.
+
+    hooks: as long as it is not empty, the call is not repeated. integers: integers in args may be addresses.
+    """
     if _local.recording is not None:
-        _local.recording.steps.append((note_launch, start, args, {}))
+        _local.recording.steps.append((note_launch, start, args, {"integers": integers}))
         _local.recording.hooks.append(hooks)
 
 

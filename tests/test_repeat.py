@@ -210,21 +210,23 @@ def started(*_):
     pass
 
 
-def note(*args, hooks=()):
-    repeat.note_launch(started, args, hooks)
+def note(*args, **options):
+    repeat.note_launch(started, args, **options)
 
 
 @pytest.mark.parametrize(
     ("function", "runs"),
     [
-        (lambda x, _: note(x, x.data_ptr(), (3, 1.0)), 2),
-        (lambda x, _: note(x[1:], x.data_ptr() + 8), 2),
+        (lambda x, _: note(x, x.data_ptr(), (3, 1.0), integers=True), 2),
+        (lambda x, _: note(x[1:], x.data_ptr() + 8, integers=True), 2),
+        (lambda x, _: note(x, 1 << 50), 2),
         (lambda x, _: torch.empty_like(x), 2),
         (lambda x, _: (None, torch.empty(3), torch.empty_strided((4, 4), (1, 4))), 2),
         (lambda x, _: torch.empty(2, 3).view(6), 2),
         (lambda x, _: torch.empty(2, 3)[0], 3),
         (lambda x, _: torch.stack([x, x + 1]).sum(0), 2),
-        (lambda x, _: note(x, 1 << 50), 3),  # an unknown address
+        (lambda x, _: note(x, 1 << 50, integers=True), 3),  # an unknown address
+        (lambda x, _: torch.empty(1 << 20), 3),  # memory.py must allocate it
         (lambda x, _: note(x * 2 + x[1:2]), 2),
         (lambda x, _: note(torch.ones(4)), 3),
         (lambda x, _: torch.rand(4), 3),

@@ -219,7 +219,7 @@ class Kernel:
         if threads == 1 or _OPENMP:
             start = functools.partial(self._compiled, (0, 1) if threads == 1 else (-1, threads))
             start(*args)
-            repeat.note_launch(start, args)
+            repeat.note_launch(start, args, integers=True)
         else:
             repeat.refuse()
             others = [_threads().submit(self._compiled, (i, threads), *args) for i in range(1, threads)]
