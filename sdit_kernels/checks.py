@@ -3,6 +3,7 @@
 Range checks read the values of CPU tensors only: reading the values of a GPU tensor would wait for the GPU.
 """
 
+import functools
 import math
 import numbers
 import warnings
@@ -88,6 +89,9 @@ class Neuron(NamedTuple):
     levels: str  # see levels.encode
 
 
+_NUMBERS = float, int
+
+
 def check_neuron(
     x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels=None, data="x", tokens=False,
     axis="last axis",
@@ -97,11 +101,26 @@ def check_neuron(
     axis: another name of the axis of the channels, for messages. tokens: tau and v_threshold may have a value per token too.
     Return (Neuron, tau tensor, v_threshold tensor). The Neuron is None if the user gave a surrogate function.
     """
+    dtype = state_dtype(x.dtype)
+    known = type(tau) in _NUMBERS and type(v_threshold) in _NUMBERS and type(surrogate) is str
+    if known and (levels is None or type(levels) is str) and not torch.compiler.is_compiling():
+        settings = float(tau), float(v_threshold), v_reset, decay_input, detach_reset, surrogate, alpha, levels, dtype
+        try:
+            return _check_known_settings(*settings), None, None
+        except TypeError:  # a setting is not hashable, or has a wrong type
+            return _check_settings(*settings), None, None
     tau_value, tau = check_neuron_parameter("tau", tau, x, channels, data, tokens, axis)
     threshold_value, v_threshold = check_neuron_parameter("v_threshold", v_threshold, x, channels, data, tokens, axis)
-    _check_tau(tau_value, decay_input)
-    dtype = state_dtype(x.dtype)
-    check_threshold(threshold_value, dtype)
+    neuron = _check_settings(
+        tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha, levels, dtype
+    )  # fmt: skip
+    return neuron, tau, v_threshold
+
+
+def _check_settings(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, dtype):
+    """Return the Neuron, None if the user gave a surrogate function. dtype: of the arithmetic."""
+    _check_tau(tau, decay_input)
+    check_threshold(v_threshold, dtype)
     if v_reset is not None:
         if not is_number(v_reset):
             raise TypeError(f"v_reset must be a number or None (soft reset), got {type(v_reset).__name__}")
@@ -111,12 +130,15 @@ def check_neuron(
     for name, flag in (("decay_input", decay_input), ("detach_reset", detach_reset)):
         check_flag(name, flag)
     if levels is not None:
-        levels = _check_levels(levels, threshold_value, v_reset, surrogate, alpha)
+        levels = _check_levels(levels, v_threshold, v_reset, surrogate, alpha)
     alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
-        return None, tau, v_threshold
-    neuron = Neuron(tau_value, threshold_value, v_reset, decay_input, detach_reset, surrogate, alpha, levels or BINARY)
-    return neuron, tau, v_threshold
+        return None
+    return Neuron(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels or BINARY)
+
+
+# The checks take 3 us, and most calls repeat the settings of an earlier one. typed: True is not a number here.
+_check_known_settings = functools.lru_cache(maxsize=1024, typed=True)(_check_settings)
 
 
 def _check_levels(levels, v_threshold, v_reset, surrogate, alpha):

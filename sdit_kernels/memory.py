@@ -18,7 +18,7 @@ import weakref
 import torch
 from torch import Tensor
 
-_LARGE = 4 << 20  # bytes; the C library keeps smaller blocks
+LARGE = 4 << 20  # bytes; the C library keeps smaller blocks
 _PAGE = 2 << 20  # a huge page; sizes are rounded up to it
 
 
@@ -79,7 +79,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _serves(like: Tensor, size: int) -> bool:
-    return pool.limit > 0 and size >= _LARGE and like.device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
+    return pool.limit > 0 and size >= LARGE and like.device.type == "cpu" and not torch.are_deterministic_algorithms_enabled()
 
 
 def empty_strided(shape, stride, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -97,16 +97,19 @@ def empty_strided(shape, stride, dtype: torch.dtype, like: Tensor) -> Tensor:
 
 
 def empty_contiguous(shape, dtype: torch.dtype, like: Tensor) -> Tensor:
-    if type(like) in _PLAIN and math.prod(shape) * dtype.itemsize >= _LARGE:
-        stride = [1]
-        for n in shape[:0:-1]:
-            stride.append(stride[-1] * n)
-        return empty_strided(shape, stride[::-1], dtype, like)
+    if type(like) in _PLAIN:
+        if math.prod(shape) * dtype.itemsize >= LARGE:
+            stride = [1]
+            for n in shape[:0:-1]:
+                stride.append(stride[-1] * n)
+            return empty_strided(shape, stride[::-1], dtype, like)
+        if shape == like.shape:  # 0.5 us faster
+            return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Allocate a tensor like the dense x, in the memory order of x."""
-    if type(x) in _PLAIN and x.numel() * dtype.itemsize >= _LARGE:
+    if type(x) in _PLAIN and x.numel() * dtype.itemsize >= LARGE:
         return empty_strided(x.shape, x.stride(), dtype, x)
     return torch.empty_like(x, dtype=dtype)

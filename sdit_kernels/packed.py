@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -520,6 +521,11 @@ class _Local(threading.local):
 
 
 _local = _Local()
+
+
+def unseen():
+    """Return a context in which the mode of packed_spikes does not see the operators: each then takes 3 to 10 us less."""
+    return nullcontext() if not _local.depth or has_other_modes() else without_modes()
 
 
 def has_other_modes() -> bool:

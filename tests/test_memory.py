@@ -16,7 +16,7 @@ import sdit_kernels
 from sdit_kernels import layout, memory
 
 ROOT = Path(__file__).resolve().parents[1]
-LARGE = memory._LARGE
+LARGE = memory.LARGE
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the pool serves Linux only")
 
 

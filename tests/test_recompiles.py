@@ -13,7 +13,7 @@ import native_triton
 import pytest
 import torch
 
-from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, spiking_wkv, token_shift, wkv
+from sdit_kernels import backend, leaky, lif, lif_rate, relu_squared, repeat, spiking_wkv, token_shift, wkv
 
 if native_triton.setup() == "interpreter":
     pytest.skip(f"the interpreter compiles nothing: {native_triton.reason()}", allow_module_level=True)
@@ -43,6 +43,7 @@ def empty_caches():
     for kernel in KERNELS:
         kernel.device_caches.clear()
     sdit_kernels.triton.neuron.bind.cache_clear()
+    repeat.forget()
     try:
         yield
     finally:

@@ -3,6 +3,9 @@
 with launches("hip:gfx942") as found:  # compiles the kernels that this call launches on the GPU
     sdit_kernels.lif(x)
 compiled, arguments = found[0]
+
+with no_launches("cuda:90"):  # the whole host code of a call, to a launch that does nothing
+    sdit_kernels.lif(x)
 """
 
 import contextlib
@@ -12,7 +15,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from sdit_kernels import dispatch
+from sdit_kernels import dispatch, repeat
 from sdit_kernels.triton import tiles
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942", "hip:gfx1100")
@@ -27,7 +30,16 @@ class _NoDriver:
     """Replacement for Triton's driver: it names the target, accepts CPU tensors and runs nothing."""
 
     def __init__(self, target):
-        self.target = target
+        self.target, self.utils = target, self
+
+    def launcher_cls(self, src, metadata):
+        return _do_nothing
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 1 << 24}
+
+    def load_binary(self, *_):
+        return self, None, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def get_current_target(self):
         return _gpu(self.target)
@@ -42,6 +54,10 @@ class _NoDriver:
         return torch.device("cpu")
 
 
+def _do_nothing(*_):
+    pass
+
+
 @contextlib.contextmanager
 def launches(target):
     """Compile @triton.jit kernels that are launched on CPU tensors during the with block for the target, without running them.
@@ -51,8 +67,7 @@ def launches(target):
     the GPU. Outputs are not written.
     """
     found = []
-    _forget_the_device()
-    run, before = triton.runtime.JITFunction.run, _active_driver()
+    run = triton.runtime.JITFunction.run
 
     def compile_only(kernel, *args, grid, warmup, **kwargs):
         compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
@@ -63,11 +78,25 @@ def launches(target):
         return compiled
 
     triton.runtime.JITFunction.run = compile_only
-    triton.runtime.driver.set_active(_NoDriver(target))
     try:
-        yield found
+        with no_launches(target):
+            yield found
     finally:
         triton.runtime.JITFunction.run = run
+
+
+@contextlib.contextmanager
+def no_launches(target):
+    """Let Triton kernels accept CPU tensors during the with block. They are compiled for the target, and a launch does nothing.
+
+    All code of the host runs as before a launch on a GPU, except the driver's own. Outputs are not written.
+    """
+    before = _active_driver()
+    _forget_the_device()
+    triton.runtime.driver.set_active(_NoDriver(target))
+    try:
+        yield
+    finally:
         triton.runtime.driver.set_active(before)
         _forget_the_device()
 
@@ -82,6 +111,7 @@ def _active_driver():
 
 def _forget_the_device():
     """Clear what the package has cached about its device."""
+    repeat.forget()
     tiles.warps_of.cache_clear()
     tiles.all_registers.cache_clear()
     dispatch.forget_devices()

@@ -15,7 +15,7 @@ from ..dispatch import choose
 from ..dtypes import DATA_DTYPES
 from ..ops.norm_lif import Norm
 from ..ops.pool import max_pool
-from ..packed import packed_spikes
+from ..packed import packed_spikes, unseen
 from ..pending import computed, is_waiting, make_pending, waiting
 from .swap import Left, Report, Swapped, changed_behaviour, counted, replace_methods
 
@@ -72,10 +72,11 @@ def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=F
         norm.check(steps, {})
     except (TypeError, ValueError):
         return None
-    statistics = norm.statistics(steps.detach(), 2, backend)
-    if not training:  # they may change before the output is used
-        norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
-    return make_pending(x, norm if not training else norm.without_update(), axis, statistics)
+    statistics = norm.statistics(steps.detach(), 2, backend, unseen)
+    with unseen():
+        if not training:  # they may change before the output is used
+            norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
+        return make_pending(x, norm if not training else norm.without_update(), axis, statistics)
 
 
 class FusedMultiStepNorm(FusedNorm):

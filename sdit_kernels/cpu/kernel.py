@@ -20,7 +20,7 @@ from numba import types
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 
-from .. import dispatch
+from .. import dispatch, repeat
 from .intrinsics import I32, I64, NO_ENTRY, inline
 
 
@@ -33,6 +33,7 @@ def _source_stamp() -> str:
 
 
 _STAMP = _source_stamp()
+repeat.environments["cpu"] = lambda: (torch.get_num_threads(), dispatch.forked)  # launchers split the work by them
 STREAM = 8 << 20  # an output of at least so many bytes bypasses the caches, because it does not fit into them
 _SERIAL_BELOW = 1 << 15  # neuron-steps; with less work, waking a second thread (about 3 us) does not pay
 _lock = threading.Lock()  # held while a kernel compiles
@@ -215,11 +216,12 @@ class Kernel:
             with _lock:
                 self._compiled = self._compiled or self._compile(args)
         threads = 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
-        if threads == 1:
-            self._compiled((0, 1), *args)
-        elif _OPENMP:
-            self._compiled((-1, threads), *args)
+        if threads == 1 or _OPENMP:
+            start = functools.partial(self._compiled, (0, 1) if threads == 1 else (-1, threads))
+            start(*args)
+            repeat.note_launch(start, args, integers=True)
         else:
+            repeat.refuse()
             others = [_threads().submit(self._compiled, (i, threads), *args) for i in range(1, threads)]
             self._compiled((0, threads), *args)
             for other in others:

@@ -1,5 +1,6 @@
 """lif and lif_rate: the public functions and the operators ``sdit_kernels::lif*`` behind them."""
 
+import functools
 import numbers
 from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
@@ -50,6 +51,7 @@ NEURON_SCHEMA = (
 # --- the operators ----------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1024)
 def lif_variant(
     tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, norm="", detach_norm=False
 ):  # fmt: skip

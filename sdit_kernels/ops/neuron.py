@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .. import dispatch, packed, reference, tuning
+from .. import dispatch, memory, packed, reference, tuning
 from ..checks import (
     check_data,
     check_flag,
@@ -44,7 +44,8 @@ def check_steps(x, states, **flags):
         if v is not None:
             check_membrane(name, v, shape, x)
     for name, flag in flags.items():
-        check_flag(name, flag)
+        if flag is not False and flag is not True:
+            check_flag(name, flag)
     return shape[-1] if shape else None
 
 
@@ -99,12 +100,15 @@ def have_tokens(parameters: Sequence[Tensor | None]) -> bool:
 
 
 def per_channel(parameters: Sequence[Tensor | None]) -> bool:
-    return any(p is not None and (p.numel() > 1 or p.dim() > 1) for p in parameters)
+    for p in parameters:  # noqa: SIM110, as above
+        if p is not None and (p.numel() > 1 or p.dim() > 1):
+            return True
+    return False
 
 
 def allocate_parameter_gradients(parameters, wanted):
     """Gradients that are not requested are None."""
-    return [p.new_empty(p.shape) if wanted and p is not None else None for p in parameters]
+    return [memory.empty_contiguous(p.shape, p.dtype, p) if wanted and p is not None else None for p in parameters]
 
 
 def sum_parameter_gradients(neuron, parameters, sums, found):
@@ -162,7 +166,7 @@ def define(
         states, parameters, values, flags, backend = rest[:S], rest[S : S + P], rest[S + P : -5], rest[-5:-1], rest[-1]
         given = variant(*values)
         s, finals, seqs, checkpoints = allocate(x, given, parameters, *flags)
-        if x.device.type == "cpu" and any_given(parameters):
+        if any_given(parameters) and x.device.type == "cpu":
             check(parameters, values, state_dtype(x.dtype))
         if x.numel():
             kernels(backend, "neuron").neuron_forward(
@@ -313,7 +317,8 @@ class NeuronOp:
         """Run a BatchNorm, a Norm of norm_lif.py, and this neuron, which has one state, in one pass; see run_norm_lif there."""
         from .norm_lif import define_norm  # which builds on this module
 
-        axis = norm.check(x, {f"state's {self.neuron.states[0]}": v}, return_v=return_v, return_v_seq=return_v_seq)
+        states = {f"state's {self.neuron.states[0]}": v}
+        axis = norm.check(x, states, statistics is not None, return_v=return_v, return_v_seq=return_v_seq)
         values, tensors, alpha = self._check(
             x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
         )  # fmt: skip

@@ -7,6 +7,7 @@ need not write to its arguments, and the processes of a group exchange their sum
 import functools
 import math
 import numbers
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -381,7 +382,7 @@ def _check_vector(name, p, shape, x, running=False):
     if p is None:
         return
     check_tensor(name, p, optional=True)
-    if p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, x.dtype) != p.dtype:
+    if p.dtype != x.dtype and (p.dtype not in DATA_DTYPES or torch.promote_types(p.dtype, x.dtype) != p.dtype):
         raise TypeError(
             f"{name} must be a floating tensor at least as wide as x ({x.dtype}), got {p.dtype}; cast it: {name}.to({x.dtype})"
         )
@@ -464,8 +465,11 @@ class Norm(NamedTuple):
         """Return the same norm for data that the running statistics have seen."""
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
-    def check(self, x, states, **flags):
-        """Check x, the states and the arguments of the norm. Return the axis of the channels, counted from 0."""
+    def check(self, x, states, is_known=False, **flags):
+        """Check x, the states and the arguments of the norm. Return the axis of the channels, counted from 0.
+
+        is_known: an earlier call has checked the arguments of the norm.
+        """
         check_data("x", x)
         axis = _check_axis(x, self.channel_axis)
         for name, v in states.items():
@@ -473,6 +477,8 @@ class Norm(NamedTuple):
                 check_membrane(name, v, x.shape[1:], x)
         for name, flag in flags.items():
             check_flag(name, flag)
+        if is_known:
+            return axis
         _check_norm(x, *self[:7], axis, *self[8:11])
         _check_group(self.process_group)
         per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if self.per_step else 1)) if x.numel() else 0
@@ -480,8 +486,11 @@ class Norm(NamedTuple):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return axis
 
-    def statistics(self, x, axis, backend) -> "Statistics":
-        """Return the statistics to normalise x with. In training, update the running statistics."""
+    def statistics(self, x, axis, backend, context=nullcontext) -> "Statistics":
+        """Return the statistics to normalise x with. In training, update the running statistics.
+
+        context: makes a context for the arithmetic on vectors.
+        """
         if not self.training:
             assert self.running_mean is not None and self.running_var is not None  # check has made sure
             dtype = state_dtype(x.dtype)
@@ -489,10 +498,11 @@ class Norm(NamedTuple):
             return Statistics(mean, 1.0 / torch.sqrt(var + self.eps), None, "")
         group = self.process_group
         mean, squares, n = batch_statistics(x, axis, self.per_step, group, backend)
-        var = squares / n if group is not None or n else squares
-        if x.numel() or group is not None:
-            update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
-        rstd = 1.0 / torch.sqrt(var + self.eps)
+        with context():
+            var = squares / n if group is not None or n else squares
+            if x.numel() or group is not None:
+                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
+            rstd = 1.0 / torch.sqrt(var + self.eps)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
@@ -627,7 +637,7 @@ def run_norm_lif(
     return_v_seq, spike_dtype,
 ):  # fmt: skip
     """Run norm_lif. statistics: of x; None: they are computed, and the running statistics are updated."""
-    axis = norm.check(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
+    axis = norm.check(x, {"v": v}, statistics is not None, return_v=return_v, return_v_seq=return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )

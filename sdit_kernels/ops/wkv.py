@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import dispatch, memory, reference, tuning
+from .. import dispatch, memory, reference, repeat, tuning
 from ..checks import check_flag, check_scan_state, check_tensor, check_tokens, wants_gradient
 from ..dtypes import state_dtype
 from ..layout import wkv_rows
@@ -46,6 +46,7 @@ def _check_cu_seqlens(cu_seqlens, max_seqlen, k):
 
 def _check_lengths(cu_seqlens, max_seqlen, L):
     """Check the values of cu_seqlens, on the CPU only: reading them on a GPU would wait for the GPU."""
+    repeat.refuse()
     ends = cu_seqlens.tolist()
     lengths = [b - a for a, b in zip(ends, ends[1:])]
     if ends[0] != 0 or ends[-1] != L or min(lengths, default=0) < 0:
@@ -71,8 +72,9 @@ def _wkv_outputs(k, cu_seqlens, bidirectional, return_state, keep, tokens):
     if return_state:
         ybar, lse = (k.new_empty((B if packed is None else packed, C), dtype=dtype) for _ in range(2))
     if keep:
-        rows = k.new_empty if packed is None else k.new_zeros  # packed: a few rows do not belong to any tile
-        checkpoint = rows((2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C), dtype=dtype)
+        rows = torch.empty if packed is None else torch.zeros  # packed: a few rows do not belong to any tile
+        shape = 2 if bidirectional else 1, 3, wkv_rows(B, L, packed, tokens), C
+        checkpoint = rows(shape, dtype=dtype, device=k.device)
     return out, ybar, lse, checkpoint
 
 
@@ -105,8 +107,8 @@ def _wkv_fake(
 def _backward_outputs(k, v, r, decay, bonus, ybar, lse, parameters):
     """Allocate dk, dv, dr, d decay, d bonus, d ybar and d lse. Gradients that are not requested are None."""
     data = [None if t is None else memory.empty_contiguous(k.shape, k.dtype, k) for t in (k, v, r)]
-    sums = [p.new_empty(p.shape) if parameters else None for p in (decay, bonus)]
-    state = [None if t is None else t.new_empty(t.shape) for t in (ybar, lse)]
+    sums = [memory.empty_contiguous(p.shape, p.dtype, p) if parameters else None for p in (decay, bonus)]
+    state = [None if t is None else memory.empty_contiguous(t.shape, t.dtype, t) for t in (ybar, lse)]
     return *data, *sums, *state
 
 

@@ -15,7 +15,8 @@ import triton.language as tl
 
 from ..dtypes import state_dtype
 from ..layout import layout_of_step, same_strides, sequences, step_view
-from .tiles import STATES, Grid, cdiv, launch, power_of_2, tile_of_program, warps_of
+from .launch import launch
+from .tiles import STATES, Grid, cdiv, power_of_2, tile_of_program, warps_of
 
 _RUN, _RUN_BACK = 4, 8  # tokens per run: forward, backward
 

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from ..layout import layout_of, row_view
-from .tiles import STATES, cdiv, launch, power_of_2, warps_of
+from .launch import launch
+from .tiles import STATES, cdiv, power_of_2, warps_of
 
 _MERGED = 32  # groups that the second kernel reads at once
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
-from .tiles import cdiv, launch, warps_of
+from .launch import launch
+from .tiles import cdiv, warps_of
 
 _ROW = 512  # bytes of a row of words
 _BLOCK = tl.constexpr(BLOCK)

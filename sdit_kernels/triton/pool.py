@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 
 from ..reference.pool import group_rows, per_byte
-from .tiles import cdiv, launch, power_of_2, warps_of
+from .launch import launch
+from .tiles import cdiv, power_of_2, warps_of
 
 _SIZES = ["rows", "groups", "OH", "OW", "H", "W", "size"]
 

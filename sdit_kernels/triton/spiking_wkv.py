@@ -26,8 +26,9 @@ from ..dtypes import state_dtype
 from ..layout import spiking_tile, wkv_rows
 from ..neuron import trace
 from . import neuron, wkv
+from .launch import launch
 from .neuron import as_number, as_tile, bind, load_parameters
-from .tiles import STATES, cdiv, divide, launch, warps_of
+from .tiles import STATES, cdiv, divide, warps_of
 from .wkv import (
     LOG2E,
     at_least_tiny,

@@ -1,4 +1,4 @@
-"""Helpers that several Triton files share: dtypes, tiles, strides, launches, parameters and the sums of their gradients.
+"""Helpers that several Triton files share: dtypes, tiles, strides, parameters and the sums of their gradients.
 
 The Python code of a launcher runs before every kernel, so its time matters. triton.cdiv and triton.next_power_of_2 first
 unwrap their arguments for compiled code, which takes several times as long as the arithmetic; this file has its own versions.
@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..dtypes import state_dtype
 from ..layout import row_view, step_view
+from .launch import launch
 
 # A thread of a backward pass holds fewer values than this; compile_report.py finds register spills above it.
 _MAX_HELD_VALUES = 128
@@ -33,15 +34,6 @@ def cdiv(a: int, b: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of 2 that is at least n."""
     return 1 << (n - 1).bit_length()
-
-
-def launch(kernel, programs, device, *args, **flags):
-    """Launch with the tensors' device as the current one, because Triton uses the current device."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **flags)
-    else:
-        kernel[(programs,)](*args, **flags)
 
 
 @functools.cache

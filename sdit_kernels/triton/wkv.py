@@ -42,7 +42,8 @@ import triton.language as tl
 
 from .. import layout
 from ..dtypes import state_dtype
-from .tiles import STATES, cdiv, launch, warps_of
+from .launch import launch
+from .tiles import STATES, cdiv, warps_of
 
 _PREFETCHED: tl.constexpr = tl.constexpr(8)  # summaries that are loaded before the first is used
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -751,7 +752,7 @@ class _Grid:
         return layout.wkv_rows(self.B, self.L, self.packed, self.tile * tiles)
 
     def empty(self, *leading, tiles):
-        return torch.empty(*leading, self.rows(tiles), self.C, dtype=self.state, device=self.device)
+        return torch.empty((*leading, self.rows(tiles), self.C), dtype=self.state, device=self.device)
 
     def launch(self, kernel, tiles, *args, **flags):
         chunks, threads = cdiv(self.tiles, tiles) if tiles else 1, self.tuning.wkv_threads
@@ -853,8 +854,9 @@ def wkv_backward(
         chunk_plane = _plane_stride(exit if start is None else start)
         sums = (None, None)
         if out:
-            new = torch.empty if cu_seqlens is None else torch.zeros  # packed: some rows do not belong to any chunk
-            sums = tuple(new(grid.rows(tiles), grid.C, dtype=grid.state, device=grid.device) for _ in range(2))  # both aligned
+            sums = tuple(grid.empty(tiles=tiles) for _ in range(2))  # both aligned
+            if cu_seqlens is not None:  # packed: some rows do not belong to any chunk
+                sums = tuple(torch.zeros_like(t) for t in sums)
         gradients = (dk, dv, dr, (d_ybar, d_lse, *sums)) if out else (_ABSENT,) * 3 + ((None,) * 4,)
         upstream = g, (None, None) if rightwards else (g_ybar, g_lse)
         grid.launch(
@@ -878,7 +880,7 @@ def wkv_backward(
         launch_backward(grid.coarse, start=entering_carries(False), out=True)
         return
     rows = layout.wkv_rows(grid.B, grid.L, grid.packed, grid.held)
-    entering = torch.empty(2, 2, rows, grid.C, dtype=grid.state, device=grid.device)
+    entering = torch.empty((2, 2, rows, grid.C), dtype=grid.state, device=grid.device)
     for rightwards in (False, True):
         launch_backward(grid.coarse, start=entering_carries(rightwards), keep=entering[int(rightwards)], rightwards=rightwards)
     launch_backward(grid.fine, start=entering[0], left=entering[1], out=True)
