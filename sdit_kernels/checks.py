@@ -134,6 +134,8 @@ def _check_settings(tau, v_threshold, v_reset, decay_input, detach_reset, surrog
     alpha = check_surrogate(surrogate, alpha, dtype)
     if alpha is None:
         return None
+    # 0.0 and -0.0 are one key of the cache below, so both become 0.0
+    v_threshold, v_reset = v_threshold + 0.0, None if v_reset is None else v_reset + 0.0
     return Neuron(tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels or BINARY)
 
 
