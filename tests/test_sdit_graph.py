@@ -14,7 +14,9 @@ from sdit import SDiT
 from sdit import train as trainer
 from sdit.checkpoint import checkpoints, load, newest
 from sdit.cli import main
+from sdit.data import load as load_data
 from sdit.execution import make_recorder
+from sdit.processes import Processes
 from sdit.sample import sample
 from sdit.train import train
 
@@ -132,6 +134,24 @@ def test_the_recording_notices_a_python_number(tmp_path, recorder, monkeypatch):
         run(tmp_path / name, name == "graph")
     eager, graph = (comparable_rows(tmp_path / name) for name in ("eager", "graph"))
     assert eager[:4] == graph[:4] and eager[5]["loss"] != graph[5]["loss"]
+
+
+def test_a_step_reads_no_value(tmp_path, monkeypatch):
+    """A GPU cannot record a step that needs a value on the CPU, or whose shapes depend on values."""
+    run = trainer._Run(TINY, settings(ema=0.9), tmp_path, load_data("digits"), {}, Processes(0, 1, torch.device("cpu")), False)
+    batch = run.batch(0)
+
+    def names_of_operators():
+        with Recording() as recording:
+            run.compute_row(run.model, **batch)
+            run.update()
+        return [str(function) for function, *_ in recording.calls]
+
+    reads = {"aten._local_scalar_dense.default", "aten.nonzero.default"}
+    assert reads <= set(names_of_operators())  # values that only CPU tensors have checked, see the next line
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    names = names_of_operators()
+    assert len(names) > 500 and "aten._fused_adamw_.tensor_lr" in names and not reads & set(names)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, recorder):
