@@ -1,6 +1,7 @@
 """Measure what is lost where tokens become spikes, for several neurons of SDiT in spikes alone, and the quality of the models.
 
     python perf/spike_information.py --steps 4000 --json perf/results/spike_information.json
+    python perf/spike_information.py --arm=-8..8+learnt --steps 1500 --images 0
     python perf/spike_information.py --dry-run        # seconds: trains and measures almost nothing
 
 Each arm trains ``--preset`` for the same steps with other neurons. Its words, with + between them:
@@ -144,7 +145,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="fashion_pure", choices=[n for n, c in PRESETS.items() if c.spiking == "pure"])
     p.add_argument("--steps", type=int, default=4000, help="training steps of every arm (%(default)s)")
-    p.add_argument("--arm", action="append", help=f"repeatable (default: {' '.join(ARMS)})")
+    p.add_argument("--arm", action="append", help=f"repeatable, --arm=-4..4 (default: {' '.join(ARMS)})")
     p.add_argument("--images", type=int, default=500, help="images to generate per arm, 0 for none (%(default)s)")
     p.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="write the rows; arms that are in the file do not run again"

@@ -33,7 +33,7 @@ class Pointwise(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(
             **dict(channels=channels, image_size=size, num_classes=3, learn_sigma=learn_sigma, dropout_label=0.1)
-            | dict(prediction="epsilon")
+            | dict(prediction="epsilon", spiking="rate")
             | changes
         )
         self.weight = nn.Parameter(torch.tensor([0.3, 0.7]))
