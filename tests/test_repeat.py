@@ -348,7 +348,7 @@ def test_without_a_name_of_triton_the_ordinary_path_runs(monkeypatch):
     monkeypatch.setattr(knobs.runtime, "interpret", True)
     assert not launch.can_repeat()
     monkeypatch.setattr(knobs.runtime, "interpret", False)
-    monkeypatch.setattr(launch, "_RUN", None)
+    monkeypatch.setattr(launch, "_TRITON_RUN", None)
     assert not launch.can_repeat()
     monkeypatch.undo()
     monkeypatch.delattr(type(knobs.runtime), "jit_cache_hook")
