@@ -20,7 +20,6 @@ from torch import Tensor
 from . import memory, tuning
 from ._torch import OperatorMode, dispatch_mode_count, without_modes
 
-_MOST_CALLS = 4096  # calls that are kept per function
 _ONCE, _NEVER = "seen once", "cannot be repeated"
 _TENSORS = {Tensor, torch.nn.Parameter}
 # No memory of a process has a lower address. If integers may be addresses, a call with a greater size is not kept.
@@ -243,11 +242,11 @@ def forget() -> None:
         calls.clear()
 
 
-def repeatable(function, tensor_count: int):
+def repeatable(function, tensor_count: int, most_calls: int = 4096):
     """Return the function, which repeats known calls.
 
     Its arguments are so many tensors or None, then values that are not tensors, of which the last is the backend. A call is
-    recorded when it is seen for the second time, so shapes that come once cost little.
+    recorded when it is seen for the second time, so shapes that come once cost little. most_calls: how many are kept.
     """
     calls: dict[tuple, _Call | str] = {}
     _all_calls.append(calls)
@@ -305,7 +304,7 @@ def repeatable(function, tensor_count: int):
             return call.run(tensors, addresses)
         if call is _NEVER:
             return run_plainly(args)
-        if len(calls) >= _MOST_CALLS:
+        if len(calls) >= most_calls:
             calls.clear()
         if call is None:
             calls[key] = _ONCE

@@ -16,7 +16,7 @@ def _find_run():
     return JITFunction.run if code is not None and code.co_filename == inspect.getfile(JITFunction) else None
 
 
-_RUN = _find_run()
+_TRITON_RUN = _find_run()
 
 
 def _is_set(hook) -> bool:
@@ -27,7 +27,7 @@ def _is_set(hook) -> bool:
 def _environment():
     """Return what a launch depends on besides its arguments. None: Triton must see the call."""
     if (
-        JITFunction.run is not _RUN
+        JITFunction.run is not _TRITON_RUN
         or _is_set(runtime.launch_enter_hook)
         or _is_set(runtime.launch_exit_hook)
         or runtime.jit_cache_hook is not None
@@ -42,7 +42,7 @@ def can_repeat() -> bool:
     """True if this version of Triton has all names that repeated launches need, and compiles its kernels."""
     names = "launch_enter_hook", "launch_exit_hook", "jit_cache_hook", "debug"
     known = all(hasattr(runtime, name) for name in names) and hasattr(compilation, "instrumentation_mode")
-    return known and _RUN is not None and not runtime.interpret
+    return known and _TRITON_RUN is not None and not runtime.interpret
 
 
 if can_repeat():
