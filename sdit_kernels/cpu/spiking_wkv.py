@@ -18,7 +18,7 @@ from ..layout import spiking_tile
 from ..neuron import trace
 from ..surrogate import SURROGATES
 from . import scan
-from .intrinsics import CODES, SIZES, inline, state_code, tile
+from .intrinsics import CODES, SIZES, inline, prefetch, state_code, tile
 from .kernel import Kernel, share
 from .launch import Parameters, address, placed_rows
 from .neuron import generate
@@ -154,6 +154,12 @@ def _forward_kernel(X, M, lanes, GATE, RATE, code, PER_CHANNEL, TILE):
                             own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
                         )
                         a, b = a * entered, b * entered
+                        for l in range(size):
+                            ahead = (l + tokens) * xb
+                            prefetch(kt + (c * xb + ahead * k_l), lanes * xb, 0)
+                            prefetch(vt + (c * xb + ahead * v_l), lanes * xb, 0)
+                            if GATE:
+                                prefetch(rt + (c * xb + ahead * r_l), lanes * xb, 0)
                         if shared_max:
                             for l in range(size):
                                 growth = vload(own_constants, (l + 2) * lanes, W)
@@ -247,6 +253,7 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
             adjoint = carries + area * sb  # the adjoint (P, Q) of every time step: the gradient with respect to (a, b)
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
             constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
+            line = lanes * xb
             p, start, alpha = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(numbers[4], W)
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
             for task in range(B * blocks * worker // workers, B * blocks * (worker + 1) // workers):
@@ -268,6 +275,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                         kt = k + (t * k_t + batch * k_b + first * k_l) * xb
                         vt = v + (t * v_t + batch * v_b + first * v_l) * xb
                         rt = r + (t * r_t + batch * r_b + first * r_l) * xb
+                        gt = g + (t * g_t + batch * g_b + first * g_l) * xb
+                        target = ((t * B + batch) * L + first) * C * xb
                         past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
                         for j in range(vectors):
                             c = min((begin + j) * lanes, C - lanes)
@@ -287,6 +296,14 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                                 if t == 0:
                                     x = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
                                     vstore(membrane, 0, x, W)
+                                for_next = (l - tokens) * xb
+                                prefetch(kt + (c * xb + for_next * k_l), line, 0)
+                                prefetch(vt + (c * xb + for_next * v_l), line, 0)
+                                if GATE:
+                                    prefetch(rt + (c * xb + for_next * r_l), line, 0)
+                                prefetch(gt + (l * g_l + c) * xb, line, 0)
+                                prefetch(dk + target + (l * C + c) * xb, line, 1)
+                                prefetch(dv + target + (l * C + c) * xb, line, 1)
                                 if shared_max:
                                     growth = vload(own_constants, (l + 2) * lanes, W)
                                     ka, m, a, b = recompute_token(
