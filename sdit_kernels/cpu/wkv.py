@@ -20,7 +20,7 @@ import torch
 
 from ..layout import wkv_rows
 from . import scan
-from .intrinsics import CODES, SIZES, inline, load_int, state_code, tile
+from .intrinsics import CODES, SIZES, inline, load_int, prefetch, state_code, tile
 from .kernel import Kernel, share
 from .launch import address, placed_rows
 from .vector import (
@@ -140,6 +140,7 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
     V, S = vec(X, lanes), state_code(X)
     W, xb, sb = vec(S, lanes), SIZES[X], SIZES[S]
     STATE = (_BLOCK + 1) * lanes
+    line = lanes * xb
     RIGHT, CONSTANTS = (TILE * lanes, 1) if BOTH else (1, (TILE + 2) * STATE)
 
     @inline
@@ -250,6 +251,11 @@ def _forward_kernel(X, lanes, GATE, BOTH, TILE):
                             high, low = scan.extremes(kt0 + TILE * k_l * xb, k_l, min(n - end, TILE), V)
                             vstore(highs, j * lanes, high, W)
                             vstore(lows, j * lanes, low, W)
+                    for t in range(TILE, TILE + end - start):  # the next tile's rows
+                        prefetch(kt0 + (TILE + t) * k_l * xb, line, 0)  # one tile further, as its extremes are found above
+                        prefetch(vt0 + t * v_l * xb, line, 0)
+                        if GATE:
+                            prefetch(rt0 + t * r_l * xb, line, 0)
                     if shared_max:
                         own_constants = constants + j * (TILE + 2) * lanes * sb
                         ka, m, a, b = top, since, a * entry, b * entry
@@ -413,6 +419,7 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
     SUMS = (_BLOCK + 1) * lanes
     SIZE = TILE * lanes
     CONSTANTS = 1 if BOTH else (TILE + 2) * SUMS
+    line = lanes * xb
 
     def wkv_backward(
         part, segments, count, C, blocks, inputs, parameters, state, keep, rows, upstream, adjoint, right_keep, gradients, sums
@@ -492,6 +499,16 @@ def _backward_kernel(X, lanes, GATE, BOTH, SUMMARY, TILE):
                     c = min((begin + j) * lanes, C - lanes)
                     w, u = vload(w_, c, W), vload(u_, c, W)
                     left = keep + ((row + i) * C + c) * sb
+                    for t in range(start - TILE, start - TILE + size):  # the next tile's rows
+                        prefetch(k0 + (t * k_l + c) * xb, line, 0)
+                        prefetch(v0 + (t * v_l + c) * xb, line, 0)
+                        if GATE:
+                            prefetch(r0 + (t * r_l + c) * xb, line, 0)
+                    for t in range(start, start + size):  # rows that are used after the tile is recomputed
+                        prefetch(g0 + (t * g_l + c) * xb, line, 0)
+                        if not SUMMARY:
+                            prefetch(dk + d0 + (t * d_l + c) * xb, line, 1)
+                            prefetch(dv + d0 + (t * d_l + c) * xb, line, 1)
                     ka, m, a, b, rka, rm, entry, mean = _recompute_tile(
                         size, k0 + (start * k_l + c) * xb, k_l, v0 + (start * v_l + c) * xb, v_l, left, left + side, rows, C,
                         w, u, constants + j * (TILE + 2) * lanes * sb, h, lanes, V, W, BOTH, sb, TILE,
