@@ -102,8 +102,10 @@ def main():
             if commit:
                 tree = pathlib.Path(folder, str(i))
                 tree.mkdir()
-                archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True, check=True).stdout
-                subprocess.run(["tar", "-x", "-C", tree], input=archive, check=True)
+                archive = subprocess.run(["git", "-C", ROOT, "archive", commit], capture_output=True)
+                if archive.returncode:
+                    p.error(archive.stderr.decode().strip())
+                subprocess.run(["tar", "-x", "-C", tree], input=archive.stdout, check=True)
             trees.append(tree)
         workers = [Worker(tree, args) for tree in (trees[0], trees[0], trees[1])]
         ops = args.only.split(",") if args.only else [op for op in workers[0].ops if op in workers[2].ops]

@@ -126,6 +126,8 @@ def main(argv=None):
     if not options.dry_run and not torch.cuda.is_available():
         raise SystemExit("gpu_train.py: torch sees no GPU; --dry-run runs on the CPU")
     began, out, small = time.monotonic(), pathlib.Path(options.out), options.dry_run
+    if out.exists():
+        p.error(f"--out must be a new folder, {out} exists")
     out.mkdir(parents=True)
     device = "cpu" if small else "cuda"
     sizes = {"dim": 32, "depth": 2} if small else {}

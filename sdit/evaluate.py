@@ -176,7 +176,7 @@ def draw(
         >>> images.shape, labels.tolist(), facts["seed"]
         (torch.Size([3, 8, 8, 1]), [0, 1, 2], 0)
     """
-    from . import diffusion
+    from . import diffusion, pure
     from . import model as network
     from . import sample as sampling
     from .checkpoint import load_model, newest
@@ -195,7 +195,7 @@ def draw(
         facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
         facts |= {"compile": compile, "graph": graph} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
         facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
-        facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, diffusion, sampling)}
+        facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, pure, diffusion, sampling)}
         key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
         folder = (cache_folder() / "evaluate" if folder is None else Path(folder)) / key
         facts["labels"] = "the classes in turn"
@@ -277,7 +277,15 @@ def _read_npz(path):
         if not zipfile.is_zipfile(path):
             raise ValueError(f"it is not an npz file, but {Path(path).stat().st_size} bytes of something else")
         with np.load(path) as file:
-            return torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+            images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+        if (
+            images.dtype != torch.uint8
+            or images.ndim != 4
+            or images.shape[1] != images.shape[2]
+            or images.shape[3] not in (1, 3)
+        ):
+            raise ValueError(f"images must be (N, S, S, 1 or 3) of uint8, got {tuple(images.shape)} of {images.dtype}")
+        return images, labels
     except (ValueError, KeyError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
         why = str(error).partition(". ")[0]  # numpy's next sentence recommends allow_pickle, which executes code
         raise ValueError(f"{path} must hold the arrays images and labels, as sdit sample --npz writes them: {why}") from None
@@ -326,7 +334,7 @@ def run(
 def _hold_files(npz, images, report):
     """Check that the files can be written, and hold their locks."""
     if images is not None:
-        check_image_folder(images)
+        check_image_folder(images, npz, report)
     with ExitStack() as stack:
         for name, path in (("npz", npz), ("json", report)):
             if path is not None:

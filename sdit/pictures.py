@@ -118,11 +118,21 @@ def save_gif(path, frames: Sequence[Tensor], labels=None, names=None, columns: i
     _save_picture(path, pictures[0], format="GIF", save_all=True, append_images=pictures[1:], duration=times, loop=0)
 
 
-def check_image_folder(folder) -> None:
-    """Raise ValueError if :func:`save_images` cannot use this folder, because tools would read earlier images as well."""
+def check_image_folder(folder, *others) -> None:
+    """Raise ValueError if :func:`save_images` cannot use this folder, because tools would read other images as well.
+
+    others: files that will be written too, or None.
+    """
+    if not str(folder):
+        raise ValueError("images must name a folder, got an empty name")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"images must be an empty or new folder, {folder} is a file")
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"images must be an empty or new folder, {folder} holds files already")
+    for other in others:
+        if other is not None and folder.resolve() in Path(other).resolve().parents:
+            raise ValueError(f"images must be a folder of its own, {other} would lie in {folder} too")
     folder.mkdir(parents=True, exist_ok=True)
 
 

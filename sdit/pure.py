@@ -86,7 +86,7 @@ def slots_of(s: Tensor, slots: int) -> Tensor:
         [[-1.0, 0.0, 1.0, 1.0], [-1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
     """
     slot = torch.arange(slots, dtype=s.dtype, device=s.device).view(-1, *[1] * s.dim())
-    return torch.where(s.abs() > slot, s.sign(), 0.0)
+    return torch.where(s.abs() <= slot, 0.0, s.sign())  # a NaN stays NaN
 
 
 class SpikeLinear(nn.Linear):

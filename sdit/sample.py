@@ -400,9 +400,9 @@ def run(
 @contextmanager
 def _hold_files(out, images, size):
     """Check that the files can be written, and hold the lock of ``out``."""
-    ensure_writable(out, "out", (1 << 20) + size)
     if images is not None:
-        check_image_folder(images)
+        check_image_folder(images, out)
+    ensure_writable(out, "out", (1 << 20) + size)
     with lock(out.with_name(f".{out.stem}.lock"), str(out), "wait until it ends, or choose another out (--out)"):
         yield
 

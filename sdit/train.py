@@ -396,7 +396,7 @@ class _Run:
                 done = step + 1
                 logs, saves = done % s.log_every == 0 or done == s.steps, done % s.save_every == 0 or done == s.steps
                 batch = self.batch(step)
-                with model.record() if logs and records_rates else nullcontext({}) as rates:
+                with model.record() if logs and records_rates else nullcontext({}) as rates, self.weights_in_errors(done):
                     row = compute(**batch)
                 if logs and not records_rates:
                     rates = self.measure_rates(batch)
@@ -447,9 +447,20 @@ class _Run:
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             where.append(f"the gradient of {lost[0]}{more} is not finite")
+        self.stop_diverged(where)
+
+    def stop_diverged(self, where):
         kept = checkpoints(self.out)
         where.append(f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was saved yet")
         raise FloatingPointError("; ".join(where) + ". A lower lr (--lr), or another clip (--clip), may help")
+
+    @contextmanager
+    def weights_in_errors(self, step):
+        """Turn a ValueError of a step into FloatingPointError: a neuron refuses a learnt threshold that is infinite or NaN."""
+        try:
+            yield
+        except ValueError as error:
+            self.stop_diverged([f"step {step}: a weight diverged: {error}"])
 
     @torch.no_grad()
     def first_not_finite(self, batch):

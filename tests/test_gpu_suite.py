@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,7 +98,11 @@ def test_weights_are_split_into_files(tmp_path):
 
 
 def test_a_training_that_takes_too_long_is_stopped():
-    with gpu_train.stop_after(0.05):
-        for _ in range(1000):
-            time.sleep(0.02)
-        pytest.fail("nobody stopped it")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell ignores Ctrl-C
+    try:
+        with gpu_train.stop_after(0.05):
+            for _ in range(1000):
+                time.sleep(0.02)
+            pytest.fail("nobody stopped it")
+    finally:
+        signal.signal(signal.SIGINT, before)

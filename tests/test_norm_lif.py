@@ -547,3 +547,20 @@ def test_launchers_have_equal_signatures():
 
 def test_the_op_is_exported():
     assert "norm_lif" in sdit_kernels.__all__
+
+
+INTERPRETED = """
+import torch
+from sdit_kernels import backend, norm_lif
+
+x = torch.randn(3, 2, 6, 4)
+spikes = norm_lif(x, training=True)
+with backend("reference"):
+    print(torch.equal(spikes, norm_lif(x, training=True)))
+"""
+
+
+@pytest.mark.process
+def test_training_runs_in_the_interpreter():
+    done = python(INTERPRETED, TRITON_INTERPRET="1")
+    assert done.stdout.split() == ["True"], done.stderr

@@ -70,9 +70,6 @@ def test_the_table_of_fused_layers_equals_the_results():
             kept = " | ".join(digits(other["kept_bytes"] / ours["kept_bytes"]) for other in others)
             step = " | ".join(digits(one["ratio"]).removesuffix("x") for one in (ours, others[2]))
             assert f"| {label}, {T} | {kept} | {step} |" in PAGES["fused-layers"]
-    for section, words in (("cnn_28", "a CNN keeps {} fewer bytes"), ("spikformer", "a Spikformer block {} (")):
-        own, ours = (row(rows("memory.json", section), name=f"T = 4, {way}") for way in ("SpikingJelly", "fused and packed"))
-        assert words.format(digits(own["kept_bytes"] / ours["kept_bytes"])) in README
 
 
 def test_the_table_of_the_gpu_equals_the_results():
@@ -294,35 +291,22 @@ def test_sentences_on_the_cpu_equal_the_results():
     assert "`relu_squared` is {} as fast forward and {} backward".format(*times) in PERFORMANCE
 
 
-def test_factors_in_the_readme_equal_the_results():
-    neurons = {r["name"]: r for r in rows("compat_snn.json", "jelly_neurons")}
-    factors = [neurons[f"{name}, SpikingJelly's own"]["times_fused"] for name in ("LIFNode, single steps", "LIFNode")]
-    assert "{} to {} for a neuron layer".format(*map(digits, factors)) in README
-    assert min(factors) == min(r.get("times_fused", 9) for r in neurons.values())
-    cnn = row(rows("compat_snn.json", "jelly_models"), name="spiking CNN, training step, SpikingJelly's own")["times_fused"]
-    assert f"{digits(cnn)} for a training step of a small CNN" in README
-    layer = row(rows("compat_snn.json", "snn_neurons"), name="subtract, the loop")["ratio"]
-    whole = row(rows("compat_snn.json", "snn_model"), name="snnTorch's own")["ratio"]
-    assert f"{digits(layer)} for a `Leaky` layer, {digits(whole)} for a training step" in README
-    model = row(rows("compat_rwkv.json", "rwkv_step"), name="transformers")["ratio"]
-    assert f"{digits(model)} for forward and backward of 4 layers" in README
-
-
-def test_the_picture_of_whole_models_equals_the_results(tmp_path, monkeypatch):
-    """Its bars are the figures of the tables. The script draws the committed picture."""
+def test_the_table_and_the_picture_of_whole_models_equal_the_results(tmp_path, monkeypatch):
     from perf import plot_models
 
-    found = {label.split("\n")[0]: ratios for label, *ratios in plot_models.models()}
-    for label, name, start in (
-        ("spiking CNN", "spikingjelly", "a spiking CNN"),
-        ("Spikformer block", "spikingjelly", "a Spikformer block"),
-        ("784-1000-10, 25 steps", "snntorch", "a network of"),
-    ):
-        cells = re.search(rf"\| {start}[^|]*\| ([\d.]+)x \| ([\d.]+)x \|", PAGES[name]).groups()
-        assert [digits(ratio) for ratio in found[label]] == [f"{cell}x" for cell in cells]
-    assert f"run {found['RWKV-4, 4 layers'][0]:.1f} times as fast" in PAGES["rwkv"]
-    assert f"| training step, batch 8 | {digits(found['SDiT, batch 8'][0])} |" in PERFORMANCE
-    assert f"keeps {100 / found['SDiT, batch 8'][1]:.0f} % of the plain form's bytes" in PERFORMANCE
+    table = {
+        "spiking CNN": "SpikingJelly's CNN",
+        "Spikformer block": "Spikformer block",
+        "784-1000-10, 25 steps": "snnTorch, 784-1000-10",
+        "RWKV-4, 4 layers": "RWKV-4, 4 layers",
+        "SDiT, batch 8": "SDiT, batch 8",
+    }
+    for label, ways in plot_models.models():
+        cells = [
+            f"{digits(1 / ways[way][0])} | {digits(1 / ways[way][1])}" if way in ways else "| "
+            for way in ("accelerated", "fused and packed")
+        ]
+        assert f"| {table[label.split(chr(10))[0]]} | {' | '.join(cells).rstrip()} |" in README
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(sys, "argv", ["plot_models.py", "--out", str(tmp_path)])
     plot_models.main()

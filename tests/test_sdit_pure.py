@@ -96,6 +96,7 @@ def test_slots_are_single_spikes():
     s = torch.arange(-4.0, 5.0)
     slots = slots_of(s, 4)
     assert slots.abs().max() == 1 and torch.equal(slots.sum(0), s) and torch.equal(slots.abs().sum(0), s.abs())
+    assert slots_of(torch.tensor([torch.nan]), 4).isnan().all()
 
 
 def test_spike_by_spike_equals_the_integer_pass_bit_for_bit():

@@ -964,3 +964,39 @@ def test_steepest_decay_over_masked_keys(name, algorithm, both):
             found.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
     for got, want in zip(*found):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("layout", ["transposed", "slice of channels", "every other row", "one row"])
+def test_a_state_may_have_any_strides(name, layout):
+    B, C = 2, 5
+    generator = torch.Generator().manual_seed(0)
+    data = [normal(generator, *shape, dtype=torch.float32) for shape in ((C,), (C,), (B, 3, C), (B, 3, C))]
+
+    def place(t):
+        if layout == "transposed":
+            return t.T.contiguous().T
+        if layout == "every other row":
+            return t.repeat_interleave(2, 0)[::2]
+        return t[:1].expand(t.shape) if layout == "one row" else with_layout(t, layout)
+
+    state = [place(normal(generator, B, C, dtype=torch.float32)).requires_grad_() for _ in range(2)]
+    plain = [t.detach().contiguous().requires_grad_() for t in state]
+    found, wanted = (run(name, wkv, *data, state=tuple(s), return_state=True) for s in (state, plain))
+    for f, w in zip((found[0], *found[1]), (wanted[0], *wanted[1]), strict=True):
+        assert torch.equal(f, w)
+    gradients = (
+        torch.autograd.grad(y.square().sum() + sum(t.sum() for t in new), s)
+        for (y, new), s in ((found, state), (wanted, plain))
+    )
+    for f, w in zip(*gradients, strict=True):
+        assert torch.equal(f, w)
+    tokens = [t[:, 0] for t in data[2:]]
+    with torch.no_grad():
+        for f, w in zip(*(run(name, wkv_step, *data[:2], *tokens, tuple(s)) for s in (state, plain)), strict=True):
+            torch.testing.assert_close(f, w, rtol=0, atol=0)
+        if layout != "one row":  # a step in place refuses it
+            for s in (state, plain):
+                s[:] = [t.detach() for t in s]
+            outputs = [run(name, wkv_step_, *data[:2], *tokens, tuple(s)) for s in (state, plain)]
+            assert torch.equal(*outputs) and all(map(torch.equal, state, plain))

@@ -18,7 +18,7 @@ from .kernel import Kernel, share
 from .launch import address, placed_state
 from .vector import LANES, fma, vec, vload, vset, vstore, vsum
 
-_LANES = 2 * LANES  # channels that are mixed at once
+_LANES = LANES  # channels that are mixed at once
 _RUN = 32  # tokens of a forward task
 _BLOCK = 8192  # elements of a task of relu_squared
 _GROUPS = 64  # the most partial sums per mix and channel

@@ -78,7 +78,7 @@ def norm_forward_kernel(
             at = (o + t).to(tl.int64) * x_t + b.to(tl.int64) * x_r
         x = tl.load(x_ptr + at + cols, mask=mask, other=0.0).to(STATE) - shift
         d = tl.where(mask, x - mean, 0.0)
-        mean += d * (1.0 / (i + 1).to(STATE))
+        mean += d * (1.0 / tl.full([], i + 1, STATE))
         squares += d * (x - mean)
         n += tl.where(k < count, 1.0, 0.0)
     n = tl.where(mask_c, n, 0.0)

@@ -790,6 +790,7 @@ def wkv_forward(
 ):  # fmt: skip
     """Fill out, and ybar_out, lse_out and checkpoint if given. k must not be empty."""
     decay, bonus = decay.contiguous(), bonus.contiguous()
+    ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     grid = _Grid(tuning, k, decay, decay_is_log_of_rate, cu_seqlens, max_seqlen, algorithm)
     k, v, r = map(_with_strides, (k, v, r))
     if checkpoint is not None and not checkpoint.numel():
@@ -841,6 +842,7 @@ def wkv_backward(
 ):  # fmt: skip
     """Fill dk and dv, and dr, d_decay, d_bonus, d_ybar and d_lse if given. k must not be empty."""
     decay, bonus = decay.contiguous(), bonus.contiguous()
+    ybar, lse = (None if s is None else s.contiguous() for s in (ybar, lse))
     grid = _Grid(tuning, k, decay, decay_is_log_of_rate, cu_seqlens, max_seqlen, algorithm)
     g = g if g is None or g.dtype == grid.state else g.to(k.dtype)
     g, k, v, r, dk, dv, dr = map(_with_strides, (g, k, v, r, dk, dv, dr))
