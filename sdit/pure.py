@@ -86,7 +86,7 @@ def slots_of(s: Tensor, slots: int) -> Tensor:
         [[-1.0, 0.0, 1.0, 1.0], [-1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]
     """
     slot = torch.arange(slots, dtype=s.dtype, device=s.device).view(-1, *[1] * s.dim())
-    return torch.where(s.abs() <= slot, 0.0, s.sign())  # a NaN stays NaN
+    return torch.where(s.abs() <= slot, 0.0, s / s.abs())  # s.sign() of NaN is 0
 
 
 class SpikeLinear(nn.Linear):
