@@ -293,7 +293,12 @@ def repeatable(function, tensor_count: int, most_calls: int = 4096):
                 return run_plainly(args)
         key.append(tensors[0].device)
         key = tuple(key)
-        call = calls.get(key)
+        try:
+            call = calls.get(key)
+        except TypeError:  # PyTorch's dispatcher gives several numbers as a list
+            values = tuple(tuple(value) if type(value) is list else value for value in args[tensor_count:])
+            key = *key[:2], values, *key[3:]
+            call = calls.get(key)
         if type(call) is _Call:
             for hooks in call.hooks:
                 if hooks:
