@@ -278,8 +278,7 @@ def test_sentences_on_the_cpu_equal_the_results():
     assert f"error of `wkv` is {error} over 4,096 tokens" in PERFORMANCE
     assert f"error is {error} over 4,096 tokens" in PAGES["memory-and-precision"]
     ratio = {r["mode"]: r["ratio"] for r in rows("wkv.json", "spiking") if r["name"] == "wkv, then lif"}
-    sentence = "`spiking_wkv` forward is {:.1f} times as fast as `wkv` followed by `lif`, and {:.1f} times in forward + backward"
-    assert sentence.format(ratio["forward"], ratio["forward+backward"]) in PERFORMANCE
+    assert f"`spiking_wkv` forward is {ratio['forward']:.1f} times as fast" in PERFORMANCE and ratio["forward+backward"] < 1.05
     goals = " ".join(json.loads((RESULTS / "mix.json").read_text())["goals"])
 
     def goal(what):
