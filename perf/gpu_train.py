@@ -157,8 +157,8 @@ def main(argv=None):
         seconds = SHARE_OF_TRAINING * seconds_left()
         steps = 6 if small else max(settings.warmup + 1, int(seconds * speed / settings.batch_size))
         settings = dataclasses.replace(settings, steps=steps, **MODES[mode])
-        record(mode=mode, probe_images_per_s=speed, settings=dataclasses.asdict(settings))
-        print(f"{mode}: {speed:.0f} images/s, {steps} steps", flush=True)
+        record(mode=mode, dry_run=small, probe_images_per_s=speed, settings=dataclasses.asdict(settings))
+        print(f"{mode}{' (a stand-in on the CPU)' if small else ''}: {speed:.0f} images/s, {steps} steps", flush=True)
 
         with stop_after(1.15 * seconds):
             train(config, settings, run, root=options.data, device=device, initial=initial, progress=False)

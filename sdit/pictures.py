@@ -139,7 +139,7 @@ def check_image_folder(folder, *others) -> None:
 def save_images(folder, images: Tensor | np.ndarray) -> None:
     """Write images (N, S, S, 1 or 3) uint8, as :func:`sdit.data.load` has them, into an empty folder: 00000.png, 00001.png, ...
 
-    Tools that compute the FID, such as clean-fid, read all image files of a folder and no labels.
+    clean-fid, which computes the FID, reads all image files of a folder and no labels.
     """
     check_pillow()
     from PIL import Image

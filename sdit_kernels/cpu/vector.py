@@ -100,6 +100,14 @@ def vload(typingctx, address, index, V):
 _BYTES = (4, 8, 2, 2)
 
 
+def _write(context, builder, args, x, code, lanes):
+    """Write x, of the storage type except for float16, to the address and index in args."""
+    if code == F16:
+        x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), lanes))
+    builder.store(x, _pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
+    return context.get_dummy_value()
+
+
 @intrinsic(prefer_literal=True)
 def vstore(typingctx, address, index, value, V):
     """Round to the storage type, to nearest with ties to even, and write."""
@@ -119,10 +127,7 @@ def vstore(typingctx, address, index, value, V):
             even = builder.lshr(builder.add(bits, bias), splat(16))
             nan = builder.or_(high, splat(0x40))
             x = builder.trunc(builder.select(builder.fcmp_unordered("uno", x, x), nan, even), narrow)
-        elif code == F16:
-            x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), lanes))
-        builder.store(x, _pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
-        return context.get_dummy_value()
+        return _write(context, builder, args, x, code, lanes)
 
     return types.void(types.int64, types.int64, value, V), codegen
 
@@ -138,10 +143,7 @@ def vstore_exact(typingctx, address, index, value, V):
             bits = builder.bitcast(x, ir.VectorType(I32, lanes))
             high = builder.lshr(bits, ir.Constant(bits.type, [16] * lanes))
             x = builder.trunc(high, ir.VectorType(ir.IntType(16), lanes))
-        elif code == F16:
-            x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), lanes))
-        builder.store(x, _pointer(builder, args[0], args[1], LLVM_TYPES[code], lanes), align=_BYTES[code])
-        return context.get_dummy_value()
+        return _write(context, builder, args, x, code, lanes)
 
     return types.void(types.int64, types.int64, value, V), codegen
 
