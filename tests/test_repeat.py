@@ -1,6 +1,7 @@
 """Repeated calls: a call seen three times skips its Python code, and no other call gets its kernels or sizes."""
 
 import contextlib
+from types import SimpleNamespace
 
 import native_triton
 import pytest
@@ -340,18 +341,18 @@ def test_what_changes_a_compilation_runs_the_launcher(change, monkeypatch):
 
 
 @compiled_only
-def test_without_a_name_of_triton_the_ordinary_path_runs(monkeypatch):
-    from triton import knobs
-
+@pytest.mark.parametrize("missing", ["compiler", "run", "jit_cache_hook"])
+def test_without_a_name_of_triton_the_ordinary_path_runs(missing, monkeypatch):
     launch = kernels("triton", "launch")
+    names = dict.fromkeys(("launch_enter_hook", "launch_exit_hook", "jit_cache_hook", "debug")) | {"interpret": False}
+    monkeypatch.setattr(launch, "runtime", SimpleNamespace(**names))
     assert launch.can_repeat()
-    monkeypatch.setattr(knobs.runtime, "interpret", True)
-    assert not launch.can_repeat()
-    monkeypatch.setattr(knobs.runtime, "interpret", False)
-    monkeypatch.setattr(launch, "_TRITON_RUN", None)
-    assert not launch.can_repeat()
-    monkeypatch.undo()
-    monkeypatch.delattr(type(knobs.runtime), "jit_cache_hook")
+    if missing == "compiler":
+        launch.runtime.interpret = True
+    elif missing == "run":
+        monkeypatch.setattr(launch, "_TRITON_RUN", None)
+    else:
+        delattr(launch.runtime, missing)
     assert not launch.can_repeat()
 
 
