@@ -39,7 +39,8 @@ Draw images with a trained model: a labelled grid, and a GIF of the denoising.
   sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
 """
 _EVALUATE = """\
-Measure images: Frechet distance, KID and label accuracy in the features of a small classifier, compared with real images.
+Measure images: Frechet distance, KID, precision, recall and label accuracy in the features of a small classifier, compared
+with real images.
 
   sdit evaluate runs/fashion -n 5000 --sampler dpm++ --steps 50 --json fashion.json
   sdit evaluate samples.npz                             images from sdit sample --npz
@@ -124,6 +125,10 @@ def _parser():
         default_steps = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
         option("--steps", f"steps of the sampler ({default_steps}); ddim needs a divisor of 1000", type=int, metavar="N")
         option("--guidance", "classifier-free guidance; 1 (the default) turns it off", type=float, metavar="X")
+        option(
+            "--guidance-interval", "the guidance applies only at times from LOW to HIGH; 1000 is noise, 0 the image",
+            type=float, nargs=2, metavar=("LOW", "HIGH"),
+        )  # fmt: skip
         option("--threshold", "threshold of all neurons (default: the trained value)", type=float, metavar="X")
         option("--clip", "limit the predicted image to [-1, 1] in every step", action="store_true")
         option("--seed", "seed; an image depends only on it and on its number (0)", type=int, metavar="N")

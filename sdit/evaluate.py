@@ -1,4 +1,4 @@
-"""Measure generated images: Frechet distance, KID and label accuracy, in the features of a small frozen classifier.
+"""Measure generated images: Frechet distance, KID, precision, recall and label accuracy, in the features of a classifier.
 
 ``evaluate`` measures images, ``draw`` generates them, and ``run`` is the body of ``sdit evaluate``.
 """
@@ -19,12 +19,13 @@ from .data import load
 from .execution import matmul_precision
 from .files import atomic_write, cache_folder, ensure_writable, sha256
 from .lock import lock
-from .metrics import frechet_distance, kid
+from .metrics import frechet_distance, kid, precision_recall
 from .pictures import check_image_folder, save_images, save_npz
 from .processes import join_processes
 
 __all__ = [
-    "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier", "run",
+    "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier",
+    "precision_recall", "run",
 ]  # fmt: skip
 
 
@@ -36,10 +37,11 @@ def evaluate(
 ) -> dict:
     """Measure images and, for comparison, the same number of real images (the *floor*).
 
-    Both sets are compared with the whole test split of the classifier's data set. The floor consists of N images of the train
-    split: the classes in turn, the first images of each class. Real images reach the floor, not 0. Both distances grow as N
-    falls. The classifier was trained on the train split, which raises the label accuracy of the floor. The label accuracy of
-    the test split is measured on real images that the classifier has not seen.
+    Both sets are compared with the whole test split of the classifier's data set; for precision and recall, with N images of
+    it. The floor consists of N images of the train split: the classes in turn, the first images of each class. Real images
+    reach the floor, not 0. Both distances grow as N falls. The classifier was trained on the train split, which raises the
+    label accuracy of the floor. The label accuracy of the test split is measured on real images that the classifier has not
+    seen.
 
     Args:
         images: N images, uint8, as :func:`features` takes them.
@@ -49,8 +51,9 @@ def evaluate(
 
     Returns:
         {"n", "dataset", "drawn", "floor", "test"}. "drawn" and "floor" hold "frechet_distance" (:func:`frechet_distance`),
-        "kid" and "kid_standard_error" (:func:`kid`), "label_accuracy" over the images with a label (None without labels), and
-        "label_accuracy_by_class". "test" holds the last two for the test split, and its number of images "n".
+        "kid" and "kid_standard_error" (:func:`kid`), "precision" and "recall" (:func:`precision_recall`), "label_accuracy" over
+        the images with a label (None without labels), and "label_accuracy_by_class". "test" holds the last two for the test
+        split, and its number of images "n".
 
     Raises:
         TypeError, ValueError: images or labels are wrong; there are too few images for a covariance of the features, or more
@@ -70,11 +73,14 @@ def evaluate(
     test, floor, floor_labels = _load_real_images(len(labels), classifier, root)
     drawn = features(classifier, images)
     reference = features(classifier, test.images)
+    equal = min(len(drawn), len(reference))  # sets of equal size, for precision and recall
+    some = reference[np.random.default_rng(0).permutation(len(reference))[:equal]]
 
     def measure(found, labels):
         mean, error = kid(found, reference)
+        precision, recall = precision_recall(found[:equal], some)
         measures = {"frechet_distance": frechet_distance(found, reference), "kid": mean, "kid_standard_error": error}
-        return measures | _accuracies(classifier, found, labels)
+        return measures | {"precision": precision, "recall": recall} | _accuracies(classifier, found, labels)
 
     return {
         "n": len(labels),
@@ -138,6 +144,7 @@ def draw(
     sampler: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     threshold: float | None = None,
     clip: bool = False,
     seed: int = 0,
@@ -156,7 +163,8 @@ def draw(
         folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
             hash of all settings that change them. You may delete it at any time.
         ema, bf16, tf32, device: as in ``sdit sample``.
-        sampler, steps, guidance, threshold, clip, seed, batch_size, compile, graph: as in :func:`sdit.sample.sample`.
+        sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, compile, graph: as in
+            :func:`sdit.sample.sample`.
 
     Returns:
         Images (n, S, S, C) uint8, labels (n,) int64, and a dict of the settings that determine the images, for JSON.
@@ -189,8 +197,8 @@ def draw(
         model = load_model(checkpoint, ema=ema).to(device)
         sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
         steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
-        settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "threshold": threshold, "clip": clip}
-        settings |= {"seed": seed, "batch_size": batch_size}
+        settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval}
+        settings |= {"threshold": threshold, "clip": clip, "seed": seed, "batch_size": batch_size}
         sampling.check_settings(model.config, **settings)
         facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
         facts |= {"compile": compile, "graph": graph} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
@@ -408,13 +416,14 @@ def _format_table(found):
     def percent(x):
         return "" if x is None else f"{100 * x:.1f} %"
 
-    rows = [("", "Frechet distance", "KID x 1000", "label accuracy")]
+    rows = [("", "Frechet distance", "KID x 1000", "precision", "recall", "label accuracy")]
     for name, row_title in (("drawn", f"{n} drawn images"), ("floor", f"floor: {n} train images")):
         measures = found[name]
         error = f"{1000 * measures['kid']:.3f} \N{PLUS-MINUS SIGN} {1000 * measures['kid_standard_error']:.3f}"
-        rows.append((row_title, f"{measures['frechet_distance']:.4f}", error, percent(measures["label_accuracy"])))
-    rows.append((f"{test['n']} test images", "", "", percent(test["label_accuracy"])))
-    lines = [f"{a:<26}{b:>18}{c:>18}{d:>18}" for a, b, c, d in rows]
+        cells = f"{measures['frechet_distance']:.4f}", error, f"{measures['precision']:.3f}", f"{measures['recall']:.3f}"
+        rows.append((row_title, *cells, percent(measures["label_accuracy"])))
+    rows.append((f"{test['n']} test images", *[""] * 4, percent(test["label_accuracy"])))
+    lines = [f"{a:<26}{b:>18}{c:>18}{d:>12}{e:>9}{f:>17}" for a, b, c, d, e, f in rows]
     by_class = found["drawn"]["label_accuracy_by_class"]
     least = ", ".join(f"{name} {100 * x:.0f}" for name, x in by_class.items() if x is not None)
     lines += [

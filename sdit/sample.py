@@ -4,6 +4,7 @@
 loads a checkpoint and writes files.
 """
 
+import functools
 import math
 import tempfile
 import time
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, to_uint8
-from .diffusion import check_guidance, make_scheduler, predict, reverse_step, samplers
+from .diffusion import STEPS, check_guidance, make_scheduler, predict, reverse_step, samplers
 from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
 from .files import ensure_writable
 from .lock import lock
@@ -36,6 +37,7 @@ def sample(
     sampler: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     first: int = 0,
     clip: bool = False,
@@ -61,6 +63,9 @@ def sample(
         sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "ddpm", or "euler" with prediction
             "flow".
         guidance: see :func:`sdit.diffusion.predict`.
+        guidance_interval: (low, high), 0 <= low <= high <= 1000: the guidance applies at times low <= t <= high, and is 1 at
+            other times (Kynkaanniemi et al., arXiv 2404.07724). t falls from 999, noise, to 0. None: at all times. Not with
+            guidance 1.
         seed: at least 0.
         first: number of the first image, at least 0.
         threshold: v_threshold of all neurons during this run; None keeps the trained value. Not with spiking "pure".
@@ -86,8 +91,9 @@ def sample(
         >>> sample(model, [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
         torch.Size([3, 1, 8, 8])
     """
-    settings = dict(sampler=sampler, steps=steps, guidance=guidance, seed=seed, first=first, clip=clip, threshold=threshold)
-    settings |= dict(batch_size=batch_size, compile=compile, graph=graph, progress=progress, callback=callback)
+    settings = dict(sampler=sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval, clip=clip)
+    settings |= dict(seed=seed, first=first, threshold=threshold, batch_size=batch_size, compile=compile, graph=graph)
+    settings |= dict(progress=progress, callback=callback)
     return torch.cat([images for _, images in sample_batches(model, labels, **settings)])
 
 
@@ -100,6 +106,7 @@ def sample_batches(
     sampler: str | None = None,
     steps: int | None = None,
     guidance: float = 1.0,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     first: int = 0,
     clip: bool = False,
@@ -127,7 +134,7 @@ def sample_batches(
     config = model.config
     labels = _check_labels(labels, config.num_classes)
     sampler = next(iter(samplers(config))) if sampler is None else sampler
-    check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first)
+    check_settings(config, sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, first)
     starts = range(0, len(labels), batch_size) if starts is None else starts
     if wrong := [start for start in starts if start % batch_size or not 0 <= start < len(labels)]:
         raise ValueError(f"starts must be multiples of {batch_size} in 0..{len(labels) - 1}, got {wrong[0]}")
@@ -136,9 +143,13 @@ def sample_batches(
     network = torch.compile(model, fullgraph=True) if compile else model
     shape = (1, config.channels, config.image_size, config.image_size)
 
-    def call(x, t, y):
+    low, high = (0, STEPS) if guidance_interval is None else guidance_interval
+
+    def call(guidance, x, t, y):
         with name_switch(compile, "draw"):
             return predict(network, x.to(weight.dtype), t, y, guidance).float()
+
+    calls = {value: functools.partial(call, value) for value in (guidance, 1.0)}
 
     was_training = model.training
     with ExitStack() as stack:
@@ -148,7 +159,7 @@ def sample_batches(
             stack.enter_context(_override_threshold(model, threshold))
         stack.enter_context(model.frozen())
         if recorder is not None:  # a recording is only valid inside this frozen()
-            call = replay_by_shape(call, recorder, "draw")
+            calls = {value: replay_by_shape(call, recorder, "draw") for value, call in calls.items()}
         bar = stack.enter_context(progress_bar(sum(len(labels[s : s + batch_size]) for s in starts), progress))
         for start in starts:
             y = labels[start : start + batch_size].to(weight.device)
@@ -161,7 +172,8 @@ def sample_batches(
                 callback(start, 0, len(times), x)
             for step, t in enumerate(times, start=1):
                 model_t = torch.full((len(y),), t, device=weight.device)
-                x = reverse_step(scheduler, call(x=x, t=model_t, y=y), t, x, generators)
+                out = calls[guidance if low <= t <= high else 1.0](x=x, t=model_t, y=y)
+                x = reverse_step(scheduler, out, t, x, generators)
                 advance_bar(bar, len(y) / len(times))
                 if callback is not None:
                     callback(start, step, len(times), x)
@@ -170,17 +182,31 @@ def sample_batches(
             yield start, x.float().clamp(-1, 1).cpu()
 
 
-def check_settings(config, sampler, steps, guidance, threshold, clip, seed, batch_size, first=0) -> None:
+def check_settings(
+    config, sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, first=0
+) -> None:  # fmt: skip
     """Raise TypeError, ValueError or ImportError if :func:`sample` cannot draw with these settings."""
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
         _check_int(name, value, least)
     make_scheduler(sampler, steps, config, clip)
     check_guidance(config, guidance)
-    number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
-    if threshold is not None and not (number and 0 < threshold < math.inf):
+    if guidance_interval is not None:
+        pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
+        if not (
+            pair and all(map(_is_number, guidance_interval)) and 0 <= guidance_interval[0] <= guidance_interval[1] <= STEPS
+        ):
+            allowed = f"two times, 0 <= low <= high <= {STEPS}, or None"
+            raise ValueError(f"guidance_interval must be {allowed}, got {guidance_interval!r}")
+        if guidance == 1:
+            raise ValueError(f"guidance_interval must be None with guidance 1, which has no effect, got {guidance_interval!r}")
+    if threshold is not None and not (_is_number(threshold) and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
     if threshold is not None and config.spiking == "pure":
         raise ValueError(f"threshold must be None with spiking='pure', whose thresholds are learnt, got {threshold!r}")
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_int(name, value, least):

@@ -27,7 +27,7 @@ from sdit.data import Images, load, to_uint8
 from sdit.evaluate import draw, evaluate
 from sdit.files import sha256
 from sdit.lock import lock
-from sdit.metrics import frechet_distance, kid
+from sdit.metrics import frechet_distance, kid, precision_recall
 
 pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -133,6 +133,36 @@ def test_kid_is_symmetric_and_rotation_invariant(seed):
     assert kid(x @ turn, y @ turn) == pytest.approx(kid(x, y))
     assert kid(x, y) == kid(torch.from_numpy(x), torch.from_numpy(y))
     assert metrics._mmd(x, y) == pytest.approx(metrics._mmd(y, x))
+
+
+# Precision and recall
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_equal_their_definition(k, monkeypatch):
+    monkeypatch.setattr(metrics, "_ROWS", 7)
+    g = np.random.default_rng(k)
+    a, b = g.normal(size=(40, 3)) + 0.8, g.normal(size=(25, 3))
+
+    def inside(points, centres):
+        radii = [sorted(np.linalg.norm(c - other) for other in centres)[k] for c in centres]
+        return np.mean([any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii)) for p in points])
+
+    assert precision_recall(a, b, k=k) == (inside(a, b), inside(b, a))
+    assert precision_recall(b, a, k=k) == precision_recall(a, b, k=k)[::-1]
+
+
+def test_precision_and_recall_tell_quality_from_variety():
+    real = np.random.default_rng(0).normal(size=(500, 2))
+    assert precision_recall(real, real) == (1, 1)
+    assert precision_recall(real + 100, real) == (0, 0)
+    assert precision_recall(np.repeat(real, 5, 0), real) == (1, 1)  # copies: the balls of a have the radius 0
+    precision, recall = precision_recall(real[:20], real[20:], k=1)  # few images
+    assert precision > 0.5
+    precision, recall = precision_recall(real[real[:, 0] > 0], real)  # half of the kinds
+    assert precision == 1 and 0.5 <= recall < 0.6
+    precision, recall = precision_recall(np.concatenate([real, real + 100]), real)  # half of the images are wrong
+    assert precision == 0.5 and recall == 1
 
 
 # The measures must rise on worse images of digits. The features come from a classifier trained here.
@@ -298,6 +328,9 @@ def test_wrong_arguments_are_refused(judge):
     for subsets in (1, 26, 2.0, True):
         with pytest.raises(ValueError, match="subsets must be an int of 2 to half of the smaller set, 25, got"):
             kid(x, y, subsets=subsets)
+    for k in (0, 50, 3.0, True):
+        with pytest.raises(ValueError, match="k must be an int of 1 to 49, below the smaller set, got"):
+            precision_recall(x, y, k=k)
     images, labels = last_images(100)
     for wrong, error, message in (
         (({"images": images.float()}), TypeError, "images must be uint8, got torch.float32"),
@@ -467,7 +500,15 @@ def test_saved_images_are_separate_for_every_setting(tiny, tmp_path, drawn_batch
     save_model(other_half, SDiT(PRESETS["digits"], dim=32, depth=2))
     same = tmp_path / "same.safetensors"
     shutil.copy(tiny, same)
-    variants = ({"seed": 1}, {"guidance": 2.0}, {"steps": 4}, {"clip": True}, {"sampler": "dpm++"}, {"threshold": 0.5})
+    variants = (
+        {"seed": 1},
+        {"guidance": 2.0},
+        {"guidance": 2.0, "guidance_interval": (0, 9)},
+        {"steps": 4},
+        {"clip": True},
+        {"sampler": "dpm++"},
+        {"threshold": 0.5},
+    )
     for i, change in enumerate(({}, *variants, {"batch_size": 8}, {"bf16": True}, {"ema": False}), start=1):
         draw(tiny, 8, folder=tmp_path / "kept", **(FAST | change))
         assert len(calls) == i, change
@@ -530,6 +571,8 @@ def test_the_command_prints_and_writes_the_measures(tiny, judge_file, tmp_path, 
     for part in (
         "Frechet distance",
         "KID x 1000",
+        f"{found['drawn']['precision']:.3f}",
+        f"{found['floor']['recall']:.3f}",
         "60 drawn images",
         "floor: 60 train images",
         "297 test images",

@@ -116,6 +116,16 @@ def test_guidance_doubles_the_batch_and_changes_images():
     )
 
 
+def test_guidance_applies_in_its_interval_only():
+    model, guided = Pointwise(), dict(sampler="ddim", steps=5, guidance=3.0)
+    sample(model, [0, 2], guidance_interval=(200, 600), **guided)
+    assert [(t[0], len(t)) for _, t, _ in model.seen] == [(800, 2), (600, 4), (400, 4), (200, 4), (0, 2)]
+    inside = sample(model, [0, 2], guidance_interval=[0, 1000], **guided)
+    assert torch.equal(inside, sample(model, [0, 2], **guided))
+    outside = sample(model, [0, 2], guidance_interval=(801, 999), **guided)
+    assert torch.equal(outside, sample(model, [0, 2], sampler="ddim", steps=5)) and not torch.equal(outside, inside)
+
+
 def test_clip_limits_every_prediction():
     class Far(Pointwise):
         def forward(self, x, t, y):
@@ -195,6 +205,16 @@ def test_values_that_are_not_finite_raise_an_error():
         ([0], {"sampler": "euler"}, ValueError, "sampler must be one of"),
         ([0], {"steps": 0}, ValueError, "steps of ddpm"),
         ([0], {"guidance": float("inf")}, ValueError, "guidance must be finite"),
+        *(
+            (
+                [0],
+                {"guidance": 2.0, "guidance_interval": wrong},
+                ValueError,
+                "guidance_interval must be two times, 0 <= low <= high <= 1000, or",
+            )
+            for wrong in ((600, 200), (-1, 5), (0, 1001), (0, float("nan")), (1, 2, 3), (True, 5), 5, "ab")
+        ),
+        ([0], {"guidance_interval": (0, 9)}, ValueError, r"guidance_interval must be None with guidance 1, .* got \(0, 9\)"),
     ],
 )
 def test_wrong_arguments_are_named(labels, settings, error, message):
