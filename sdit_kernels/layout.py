@@ -172,6 +172,11 @@ class ChannelLayout(NamedTuple):
     B: int  # the product of the axes before the channels
     C: int
     S: int | None  # the product of the axes behind them, in rows of contiguous values; None: the channels are contiguous
+    inner: int = 1  # S, if a row holds the values of all channels
+
+    def with_long_rows(self) -> "ChannelLayout":
+        """Return the layout of the same tensors as T x B x (C S) values."""
+        return self if self.S is None else self._replace(S=None, inner=self.S)
 
     def empty(self, like: Tensor, dtype: torch.dtype, steps: int | None) -> Tensor:
         """Allocate an output for x, or with other steps, or a state without the T axis (steps=None)."""
@@ -186,7 +191,8 @@ class ChannelLayout(NamedTuple):
 
     def view(self, t: Tensor) -> Tensor:
         """Return a tensor with the axes of x as (T, B, C, S) or (T, B, C), in place if one stride of rows describes it."""
-        rows = t.permute(0, *self.order).reshape(t.shape[0], self.B, self.C, *(() if self.S is None else (self.S,)))
+        rows = t.permute(0, *self.order)
+        rows = rows.reshape(t.shape[0], self.B, self.C * self.inner, *(() if self.S is None else (self.S,)))
         if rows.is_contiguous() or not any(rows.stride()):
             return rows
         shape = rows.shape[0], rows.shape[1:-1].numel(), rows.shape[-1]
@@ -197,13 +203,17 @@ class ChannelLayout(NamedTuple):
 
     def spread(self, p: Tensor) -> Tensor:
         """Return a value per channel, (C,), or per step and channel, (T, C), as parameter of a neuron for such a view."""
+        if self.inner > 1:
+            return p.unsqueeze(-1).expand(self.C, self.inner).reshape(-1)
         if self.S is None:
             return p.contiguous()
         p = p.unsqueeze(-1).unsqueeze(-3)
         return p.expand(*p.shape[:-3], self.B, self.C, 1)
 
     def gather(self, d: Tensor) -> Tensor:
-        """Sum a gradient that has the shape of ``spread`` over the rows of each channel."""
+        """Sum a gradient that has the shape of ``spread`` over the values of each channel."""
+        if self.inner > 1:
+            return d.view(self.C, self.inner).sum(-1)
         return d if self.S is None else d.sum(-3).squeeze(-1)
 
 

@@ -7,6 +7,7 @@ may do with the output of a norm whatever it likes, and nothing has to know in a
 """
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -274,16 +275,25 @@ def make_pending(x: Tensor, norm, axis: int, statistics) -> Tensor:
     norm: a Norm of ops/norm_lif.py, whose running statistics have seen x; in evaluation they must not change later. axis: the
     axis of the channels, 1 or 2.
     """
-    moves = [0] * x.dim()
-    moves[axis] = 1
-    if norm.per_step or norm.step_factor is not None:
-        moves[0] = x.shape[axis]
-    meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+    strides = x.stride()
     if not x.is_contiguous():  # as F.batch_norm chooses the order of its output
         keeps = x.dim() == 4 and axis == 1 and x.is_contiguous(memory_format=torch.channels_last)
-        meta = meta if keeps else torch.empty(x.shape, dtype=x.dtype, device="meta")
-    probe = torch.empty(0, dtype=x.dtype, device="meta").as_strided(x.shape, moves)
+        strides = strides if keeps else None
+    has_steps = norm.per_step or norm.step_factor is not None
+    meta, probe = _without_memory(x.shape, strides, x.dtype, axis, has_steps)
     return _make(_Place(_Call(x, norm, axis, statistics), x, probe, meta))
+
+
+@functools.lru_cache(maxsize=512)
+def _without_memory(shape, strides, dtype, axis, has_steps):
+    """Return the tensors ``meta`` and ``probe`` of a place."""
+    meta = torch.empty(shape, dtype=dtype, device="meta")
+    moves = [0] * len(shape)
+    moves[axis] = 1
+    if has_steps:
+        moves[0] = shape[axis]
+    probe = torch.empty(0, dtype=dtype, device="meta").as_strided(shape, moves)
+    return meta if strides is None else torch.empty_strided(shape, strides, dtype=dtype, device="meta"), probe
 
 
 def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settings: Any) -> Any:

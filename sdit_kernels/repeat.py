@@ -55,7 +55,7 @@ _ALLOCATIONS = {
 _VIEWS = {
     _aten.alias.default, _aten.as_strided.default, _aten.detach.default, _aten.expand.default, _aten.permute.default,
     _aten.select.int, _aten.slice.Tensor, _aten.squeeze.dim, _aten.t.default, _aten.transpose.int, _aten.unbind.int,
-    _aten.unsqueeze.default, _aten.view.default, _aten.view.dtype,
+    _aten.unsqueeze.default, _aten.view.default, _aten.view.dtype, _aten._unsafe_view.default,
 }  # fmt: skip
 # Operators that read no values into Python and draw no random numbers.
 _COMPUTATIONS = {

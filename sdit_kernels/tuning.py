@@ -38,6 +38,9 @@ class Tuning(NamedTuple):
     wkv_held_tokens: int = 8
     # Triton, wkv and spiking_wkv: rows and channels of a tile that sums parameter gradients.
     wkv_sums_block: int = 32
+    # CPU, norm_lif: if a channel has at most so many contiguous values, a row of the kernels holds all channels, because every
+    # row costs time.
+    norm_short_row_cpu: int = 32
     # CPU, wkv: tiles per segment in the chunked algorithm.
     wkv_segment_tiles: int = 16
 

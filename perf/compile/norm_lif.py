@@ -36,10 +36,10 @@ class NormCase(NamedTuple):
     def figures(self, launched: Launched) -> Figures:
         """Count per element of x. Vectors of channels, which a program reads once, and its partial sums do not count as bytes.
 
-        The kernel that combines the partial sums of the statistics reads no data.
+        The two kernels that combine partial sums read no data.
         """
         name, found, size = launched.name, launched.found, launched.size
-        if name == "norm_combine":
+        if name in ("norm_combine", "norm_gradients"):
             return Figures(name, widths={max(found["loads"])})
         if name == "norm_forward":  # a loop over tiles of rows
             loop = max(found["loops"], key=lambda loop: loop["bytes"])
@@ -72,8 +72,9 @@ CASES = (
 NOTES = """\
 
 - Columns as in compile_lif.md. `norm_forward` finds the statistics, `norm_combine` combines its partial results,
-  `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel (*sums*), and for the
-  gradient of x (*gradient*). With b bytes an element, the calls move 3 b in the forward pass and 5 b in the backward pass.
+  `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel (*sums*), which
+  `norm_gradients` combines, and for the gradient of x (*gradient*). With b bytes an element, the calls move 3 b in the forward
+  pass and 5 b in the backward pass.
 - Vectors of channels and partial sums do not count as bytes. images: (T, B, C, H, W), otherwise (T, B, L, C).
 """
 NORM_LIF = Stem(CASES, CASES[:1], 1.01, True, NOTES)

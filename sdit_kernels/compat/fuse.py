@@ -22,15 +22,22 @@ from .swap import Left, Report, Swapped, changed_behaviour, counted, replace_met
 _PLAIN = (Tensor, nn.Parameter)
 
 
+@functools.lru_cache(maxsize=16)
+def _with_axes(n):
+    return torch.empty((0,) * n, dtype=torch.float32, device="meta")
+
+
 class FusedNorm(Swapped):
     """A BatchNorm whose output is pending inside an accelerated model, and the norm's own otherwise."""
 
     def forward(self, x):
-        axis = self._find_axis(x) if is_waiting() and _can_wait(self, x) else None
-        if axis is None or not 0 <= (self.momentum or 0) <= 1:
-            return super().forward(x)
-        y = self._wait(x, axis)
-        return super().forward(x) if y is None else y
+        if is_waiting() and _can_wait(self, x) and 0 <= (self.momentum or 0) <= 1:
+            with unseen():
+                axis = self._find_axis(x)
+                y = None if axis is None else self._wait(x, axis)
+            if y is not None:
+                return y
+        return super().forward(x)
 
     def _find_axis(self, x):
         """Return the axis of the channels, or None if the norm's own code must judge x."""
@@ -38,7 +45,7 @@ class FusedNorm(Swapped):
             return None
         axis = 2 if self._takes_steps() else 1
         try:
-            self._check_input_dim(x.flatten(0, 1) if axis == 2 else x)
+            self._check_input_dim(_with_axes(x.dim() + 1 - axis))
         except (ValueError, AssertionError):
             return None
         C, N = x.shape[axis] if x.dim() > axis else 0, x.numel()
@@ -72,11 +79,10 @@ def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=F
         norm.check(steps, {})
     except (TypeError, ValueError):
         return None
-    statistics = norm.statistics(steps.detach(), 2, backend, unseen)
-    with unseen():
-        if not training:  # they may change before the output is used
-            norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
-        return make_pending(x, norm if not training else norm.without_update(), axis, statistics)
+    statistics = norm.statistics(steps.detach(), 2, backend)
+    if not training:  # they may change before the output is used
+        norm = norm._replace(running_mean=statistics.mean, running_var=norm.running_var.clone())
+    return make_pending(x, norm if not training else norm.without_update(), axis, statistics)
 
 
 class FusedMultiStepNorm(FusedNorm):

@@ -103,6 +103,7 @@ def _ready(neuron, x, axes=0):
     ``axes``: number of axes of x before the axes of a step.
     """
     refuse_symbols(neuron, x)
+    x = without_values(x)
     methods = fused_methods(neuron)
     reason = counted() or obstacle(neuron, methods) or _not_taken(neuron, x, axes)
     if reason is None:
@@ -133,17 +134,17 @@ def neuron_settings(neuron, methods, x):
     return shared | methods.firing(neuron) | methods.leak(neuron, x)
 
 
-def _start(neuron, x):
-    """Return the membrane before a step x; None if it is at rest."""
+def _start(neuron, x, axes=0):
+    """Return the membrane before the first step of x; None if it is at rest. axes: as in ``_ready``."""
     v, rest = neuron.v, 0.0 if neuron.v_reset is None else neuron.v_reset
     if not isinstance(v, torch.Tensor):
         if not isinstance(v, (int, float, numbers.Real)):  # the last: scalars of NumPy
             raise TypeError(f"v of {type(neuron).__name__} must be a number or a tensor, got {type(v).__name__}")
-        return None if v == rest else torch.full_like(x, float(v), requires_grad=False)
-    if v.shape != x.shape:
+        return None if v == rest else torch.full(x.shape[axes:], float(v), dtype=x.dtype, device=x.device)
+    if v.shape != x.shape[axes:]:
         if hasattr(neuron, "materialize_states"):
             return None  # SpikingJelly 2 starts from rest
-        v = v.expand(x.shape)
+        v = v.expand(x.shape[axes:])
     return v if v.dtype == x.dtype and v.device == x.device else v.to(x)
 
 
@@ -182,7 +183,7 @@ class Node(Methods):
             return own(neuron, x_seq, *args, **kwargs)
         if not x_seq.shape[0]:
             return own(neuron, x_seq, *args, **kwargs)  # it has an error for T = 0
-        v = _start(neuron, without_values(x_seq)[0])
+        v = _start(neuron, without_values(x_seq), 1)
         spikes, neuron.v, v_seq = _run_steps(x_seq, v, neuron.store_v_seq, settings)
         if neuron.store_v_seq or "v_seq" in neuron.__dict__:
             neuron.v_seq = v_seq

@@ -1,4 +1,4 @@
-"""The statistics of a normalisation per channel, and the end of its backward pass, on the CPU.
+"""The statistics of a normalisation per channel, and the arithmetic of its backward pass, on the CPU.
 
 The data are T x B x C x S values with contiguous S, or T x B x C. A task finds the mean and the sum of squared differences of
 every channel of a block for a group of its values, in chunks: two passes over a chunk that is in a cache. Chunks and groups are
@@ -6,6 +6,7 @@ combined with their counts, in float64 and in a fixed order, so a large mean los
 """
 
 import functools
+import math
 
 import numba
 import torch
@@ -14,7 +15,7 @@ from ..dtypes import state_dtype
 from ..layout import layout_of
 from .intrinsics import CODES, F64, INLINE, SIZES, load, load_input, num, state_code, store, store_output, tile
 from .kernel import Kernel, share
-from .launch import placed
+from .launch import address, placed
 
 _GROUPS = 64  # the most partial sums per channel
 _CHUNK = 4096  # values of a row that two passes read, 16 KiB
@@ -147,7 +148,7 @@ def _columns_kernel(X):
 
 @functools.cache
 def _combine_kernel(S):
-    def norm_combine(part, outer, K, C, L, size, groups, means, sums, mean, squares):
+    def norm_combine(part, outer, K, C, L, size, groups, eps, means, sums, mean, squares, rstd):
         for o in share(outer, part):
             at = o * groups * C * 8
             for group in range(1, groups):
@@ -157,10 +158,50 @@ def _combine_kernel(S):
                 for c in range(C):
                     _include(means + at, sums + at, c, before, load(means + here, c, F64), load(sums + here, c, F64), n)
             for c in range(C):
+                square = load(sums + at, c, F64)
                 store(mean, o * C + c, num(load(means + at, c, F64), S), S)
-                store(squares, o * C + c, num(load(sums + at, c, F64), S), S)
+                store(squares, o * C + c, num(square, S), S)
+                store(rstd, o * C + c, num(1.0 / math.sqrt(square / float(K * L) + eps), S), S)
 
     return Kernel(norm_combine, f"norm_combine_{S}")
+
+
+@functools.cache
+def _gradients_kernel(S, W, O):
+    """W, O: storage codes of weight and bias."""
+    BLOCK, WS, OS = _COLUMNS, state_code(W), state_code(O)
+
+    def norm_gradients(part, T, B, C, groups, n, scale, sums, weight, rstd, d_weight, d_bias, offset, slope):
+        by_factor, by_shift = sums
+        blocks = (C + BLOCK - 1) // BLOCK
+        for task in share(T * blocks, part):
+            t = task // blocks
+            c0 = (task - t * blocks) * BLOCK
+            width = min(BLOCK, C - c0)
+            factors, shifts = tile(BLOCK, F64), tile(BLOCK, F64)
+            for i in range(width):
+                store(factors, i, 0.0, F64)
+                store(shifts, i, 0.0, F64)
+            for row in range(groups * B):
+                group = row // B
+                at = ((group * T + t) * B + row - group * B) * C + c0
+                for i in range(width):
+                    store(factors, i, load(factors, i, F64) + float(load_input(by_factor, at + i, S)), F64)
+                    store(shifts, i, load(shifts, i, F64) + float(load_input(by_shift, at + i, S)), F64)
+            for i in range(width):
+                k = t * C + c0 + i
+                factor, shift, r = load(factors, i, F64), load(shifts, i, F64), float(load(rstd, k, S))
+                joint = r * scale / n
+                if weight != 0:
+                    joint *= float(load(weight, k, W))
+                if d_weight != 0:
+                    store(d_weight, k, num(factor * r * scale, WS), W)
+                if d_bias != 0:
+                    store(d_bias, k, num(shift, OS), O)
+                store(offset, k, num(joint * shift, S), S)
+                store(slope, k, num(joint * factor * r * r, S), S)
+
+    return Kernel(norm_gradients, f"norm_gradients_{S}{W}{O}")
 
 
 @functools.cache
@@ -202,8 +243,10 @@ def _backward_kernel(X, ROWS, STEPS):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
-def norm_forward(x, rows, mean, squares, tuning):
-    """Fill mean and squares, the sum of (x - mean)^2, both (C,), or (T, C) to have them per step. x is not empty.
+def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
+    """Fill mean, squares, the sum of (x - mean)^2, and rstd, 1 / sqrt(variance + eps). x is not empty.
+
+    The three are (C,), or (T, C) to have them per step.
 
     x is (T, B, C, S) if ``rows``, else (T, B, C).
     """
@@ -220,8 +263,24 @@ def norm_forward(x, rows, mean, squares, tuning):
     else:
         _columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, x_, means, sums)
     _combine_kernel(CODES[mean.dtype])(
-        table.numel(), outer, K, C, L, size, groups, means, sums, mean.data_ptr(), squares.data_ptr()
+        table.numel(), outer, K, C, L, size, groups, eps, means, sums, mean.data_ptr(), squares.data_ptr(), rstd.data_ptr()
     )
+
+
+def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):
+    """Fill the gradients of weight and bias that are given, and what norm_backward subtracts: offset and slope.
+
+    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, of T x B x C values
+    each, any number of times. n: values per channel.
+    """
+    sums = [t.contiguous() for t in sums]
+    C = rstd.shape[-1]
+    weight, rstd = (None if t is None else t.contiguous() for t in (weight, rstd))
+    codes = (CODES[rstd.dtype if t is None else t.dtype] for t in (weight, d_bias))
+    _gradients_kernel(CODES[rstd.dtype], *codes)(
+        sums[0].numel(), T, B, C, sums[0].numel() // (T * B * C), float(n), scale, tuple(map(address, sums)), address(weight),
+        rstd.data_ptr(), address(d_weight), address(d_bias), offset.data_ptr(), slope.data_ptr(),
+    )  # fmt: skip
 
 
 def norm_backward(d, dx, x, rows, mean, offset, slope, tuning):

@@ -7,7 +7,6 @@ need not write to its arguments, and the processes of a group exchange their sum
 import functools
 import math
 import numbers
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,29 +42,33 @@ from .operator import kernels, register, values_are_readable
 
 def _empty_statistics(x, axis, per_step):
     shape = (x.shape[0], x.shape[axis]) if per_step else (x.shape[axis],)
-    return [torch.empty(shape, dtype=state_dtype(x.dtype), device=x.device) for _ in range(2)]
+    return tuple(torch.empty(shape, dtype=state_dtype(x.dtype), device=x.device) for _ in range(3))
 
 
-def _statistics(x, axis, per_step, backend):
-    mean, squares = _empty_statistics(x, axis, per_step)
+def _statistics(x, axis, per_step, eps, backend):
+    found = mean, squares, rstd = _empty_statistics(x, axis, per_step)
     if x.numel():
         layout = channel_layout(x, axis, per_step)
-        kernels(backend, "norm").norm_forward(layout.view(x), layout.S is not None, mean, squares, tuning.current())
+        kernels(backend, "norm").norm_forward(layout.view(x), layout.S is not None, eps, *found, tuning.current())
     else:
-        mean.zero_(), squares.zero_()
-    return mean, squares
+        mean.zero_(), squares.zero_(), rstd.copy_(_rstd(squares, eps))
+    return found
 
 
-def _statistics_fake(x, axis, per_step, backend):
-    return tuple(_empty_statistics(x, axis, per_step))
+def _statistics_fake(x, axis, per_step, eps, backend):
+    return _empty_statistics(x, axis, per_step)
+
+
+def _rstd(var, eps):
+    return 1.0 / torch.sqrt(var + eps)
 
 
 _statistics_call = register(
-    "norm_statistics(Tensor x, int axis, bool per_step, str backend) -> (Tensor, Tensor)",
+    "norm_statistics(Tensor x, int axis, bool per_step, float eps, str backend) -> (Tensor, Tensor, Tensor)",
     _statistics,
     _statistics_fake,
     batch_axes=(1,),
-    output_axes=(0, 0),
+    output_axes=(0, 0, 0),
     loop=lambda given: True,
 )
 
@@ -101,6 +104,12 @@ def define_norm(neuron, names, schema, variant, check):
     def layout_for(x, given, options):
         return channel_layout(x, options[1], options[2] or given[2] is not None)
 
+    def rows_for(layout, given, options, backend):
+        """Return the layout for the kernels of the neuron."""
+        limit = tuning.current().norm_short_row_cpu if backend == "cpu" else 0
+        short = layout.S is not None and limit >= layout.S
+        return layout.with_long_rows() if short and given[2] is None and not options[2] else layout
+
     def neuron_of(values, learnt, centred=False):
         base = variant(*values)
         k = len(neuron.parameters)
@@ -130,7 +139,7 @@ def define_norm(neuron, names, schema, variant, check):
         if x.device.type == "cpu" and any_given(parameters):
             check(parameters, values, dtype)
         s, final, seq, checkpoint = outputs
-        given_variant = neuron_of(values, False)
+        given_variant, layout = neuron_of(values, False), rows_for(layout, given, options, backend)
         if x.numel():
             _, spread_ = spread(layout, given, options, dtype)
             kernels(backend, "neuron").neuron_forward(
@@ -182,15 +191,16 @@ def define_norm(neuron, names, schema, variant, check):
         """mode: "all", "sums" (everything except dx) or "apply" (only dx, from the joint ``sums``)."""
         layout, dx, dv, found = allocate_gradients(x, v, given, options, wanted)
         dtype, training = state_dtype(x.dtype), options[3]
-        joint = torch.zeros((2, *given[3].shape), dtype=dtype, device=x.device)
         if x.numel() == 0:
+            joint = torch.zeros((2, *given[3].shape), dtype=dtype, device=x.device)
             if dv is not None:
                 dv.zero_() if g_final is None else dv.copy_(g_final)
             for d in found:
                 if d is not None:
                     d.zero_()
             return dx, dv, found, joint
-        parameters = given[6:]
+        parameters, rows = given[6:], layout
+        layout = rows_for(layout, given, options, backend)
         factor, spread_ = spread(layout, given, options, dtype)
         y = layout.view(x)
         learnt = wanted and any(p is not None for p in parameters)
@@ -210,14 +220,14 @@ def define_norm(neuron, names, schema, variant, check):
         )  # fmt: skip
         centred = neuron_of(values, False, True)
 
-        def finish(joint, dx):
+        def finish(offset, slope):
             """Compute dx again, with the statistics' share."""
-            more = [layout.spread(c) for c in coefficients(joint, given, x)]
+            more = [layout.spread(c) for c in (offset, slope)]
             launch(centred, [*spread_, *more], dx=layout.view(dx), dv=None, wanted=False)
 
         if mode == "apply":
-            finish(sums, dx)
-            return dx, dv, found, joint
+            finish(*coefficients(sums, given, x))
+            return dx, dv, found, sums
         summing = neuron_of(values, learnt)
         # The CPU's kernel is bound by arithmetic. So it writes its gradient, and a second kernel adds the share of the
         # statistics. A GPU runs the kernel twice, and moves fewer bytes.
@@ -227,23 +237,35 @@ def define_norm(neuron, names, schema, variant, check):
             first = layout.empty(x, dtype, x.shape[0])
         partial = launch(summing, spread_, dx=_maybe(layout, first), dv=_state(layout, dv), wanted=wanted or training)
         if not (wanted or training):
-            return dx, dv, found, joint
-        k = len(summing.neuron.learnt)
-        gradients = sum_parameter_gradients(summing.neuron, spread_[:k], partial, [None] * k)
-        sums_ = [layout.gather(d) for d in gradients[:2]]
-        joint = joint_sums(sums_, factor, options)
-        if wanted:
-            vector_gradients(sums_, given, options, found)
-            for into, d in zip(found[3:], gradients[2:]):
-                if into is not None:
-                    into.copy_((layout.gather(d) if d.dim() > 1 else d).reshape(into.shape))
+            return dx, dv, found, None
+        k, joint = len(summing.neuron.learnt), None
+        parameters = spread_[:k]
+        at_once = mode == "all" and given[2] is None
+        if at_once:  # one kernel computes what the other branch does
+            offset, slope = (torch.empty_like(given[4]) for _ in range(2))
+            steps = x.shape[0] if options[2] else 1
+            sums_ = partial[:2] if layout.inner == 1 else [t.reshape(-1, layout.C, layout.inner).sum(-1) for t in partial[:2]]
+            kernels(backend, "norm").norm_gradients(
+                sums_, steps, 1 if layout.S is None else layout.B, given[0], given[4], options[0],
+                x.numel() // given[4].numel(), *found[:2], offset, slope, tuning.current(),
+            )  # fmt: skip
+            parameters = [None, None, *parameters[2:]]
+        gradients = sum_parameter_gradients(summing.neuron, parameters, partial, [None] * k)
+        if not at_once:
+            sums_ = [layout.gather(d) for d in gradients[:2]]
+            joint = joint_sums(sums_, factor, options)
+            offset, slope = coefficients(joint, given, x) if mode == "all" else (None, None)
+            if wanted:
+                vector_gradients(sums_, given, options, found)
+        for into, d in zip(found[3:], gradients[2:]):
+            if into is not None:
+                into.copy_((layout.gather(d) if d.dim() else d).reshape(into.shape))
         if training and mode == "all":
             if twice:
-                finish(joint, dx)
+                finish(offset, slope)
             else:
-                of_channels = given[3], *coefficients(joint, given, x)
                 kernels(backend, "norm").norm_backward(
-                    layout.view(first), layout.view(dx), y, layout.S is not None, *of_channels, tuning.current()
+                    rows.view(first), rows.view(dx), rows.view(x), rows.S is not None, given[3], offset, slope, tuning.current()
                 )
         return dx, dv, found, joint
 
@@ -434,11 +456,14 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
             raise ValueError(f"step_factor must be on the device of x, {x.device}, got {step_factor.device}")
 
 
-def batch_statistics(x, axis, per_step, group, backend):
-    """Return (mean, sum of (x - mean)^2, number of values) per channel; the number is a tensor if there is a group."""
-    mean, squares = _statistics_call(x.detach(), axis, per_step, backend)
+def batch_statistics(x, axis, per_step, eps, group, backend):
+    """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group."""
+    mean, squares, rstd = _statistics_call(x.detach(), axis, per_step, eps, backend)
     count = math.prod([x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis])  # torch.compile needs a list
-    return (mean, squares, count) if group is None else _combine(mean, squares, count, group)
+    if group is None:
+        return mean, squares, rstd, count
+    mean, squares, count = _combine(mean, squares, count, group)
+    return mean, squares, _rstd(squares / count, eps), count
 
 
 class Norm(NamedTuple):
@@ -486,23 +511,17 @@ class Norm(NamedTuple):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return axis
 
-    def statistics(self, x, axis, backend, context=nullcontext) -> "Statistics":
-        """Return the statistics to normalise x with. In training, update the running statistics.
-
-        context: makes a context for the arithmetic on vectors.
-        """
+    def statistics(self, x, axis, backend) -> "Statistics":
+        """Return the statistics to normalise x with. In training, update the running statistics."""
         if not self.training:
             assert self.running_mean is not None and self.running_var is not None  # check has made sure
             dtype = state_dtype(x.dtype)
             mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
-            return Statistics(mean, 1.0 / torch.sqrt(var + self.eps), None, "")
+            return Statistics(mean, _rstd(var, self.eps), None, "")
         group = self.process_group
-        mean, squares, n = batch_statistics(x, axis, self.per_step, group, backend)
-        with context():
-            var = squares / n if group is not None or n else squares
-            if x.numel() or group is not None:
-                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
-            rstd = 1.0 / torch.sqrt(var + self.eps)
+        mean, squares, rstd, n = batch_statistics(x, axis, self.per_step, float(self.eps), group, backend)
+        if (self.running_mean is not None or self.running_var is not None) and (x.numel() or group is not None):
+            update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):

@@ -21,10 +21,9 @@ def affine(rstd, weight, bias, step_factor, scale, dtype):
 
 def update_running(running_mean, running_var, mean, squares, count, momentum):
     """Update the running statistics in place. squares: the sum of (x - mean)^2 of a channel, count: its number of values."""
-    with torch.no_grad():
-        for running, new in ((running_mean, mean), (running_var, squares / (count - 1))):
-            if running is not None:
-                running.lerp_(new.detach().to(running.dtype), momentum)
+    for running, new in ((running_mean, mean), (running_var, squares / (count - 1))):
+        if running is not None:
+            running.lerp_(new if new.dtype == running.dtype else new.to(running.dtype), momentum)
 
 
 def _sum_over_processes(t, group):
@@ -96,7 +95,8 @@ def normalise(
         squares = _sum_over_processes((y - _spread(mean, y)).square().sum(axes), process_group)
         var = squares / count
         if x.numel():
-            update_running(running_mean, running_var, mean, squares, count, momentum)
+            with torch.no_grad():
+                update_running(running_mean, running_var, mean, squares, count, momentum)
     else:
         mean, var = running_mean.to(dtype), running_var.to(dtype)
     factor, shift = affine(1.0 / torch.sqrt(var + eps), weight, bias, step_factor, scale, dtype)

@@ -5,7 +5,7 @@ of the tile has its own running mean and sum of squares (Welford's update), of t
 channel. So a large mean loses no digits of the variance, and the threads exchange values only at the end. A second kernel
 combines the programs, in a fixed order.
 
-The backward pass needs no kernel of its own: neuron.py runs twice, see ops/norm_lif.py.
+In the backward pass, neuron.py runs twice, see ops/norm_lif.py. A kernel between adds the sums per channel.
 """
 
 from typing import NamedTuple
@@ -99,15 +99,15 @@ def norm_forward_kernel(
         tl.store(squares_ptr + g.to(tl.int64) * C + cols, sum_, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["K", "size", "groups", "parts"])
+@triton.jit(do_not_specialize=["K", "size", "groups", "parts", "eps"])
 def norm_combine_kernel(
-    inputs, partial, outputs, K, C, L, size, groups, parts,
+    inputs, partial, outputs, K, C, L, size, groups, parts, eps: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Combine ``parts`` partial results of every channel. WIDTH: the columns of a tile of the first kernel."""
     x_ptr, x_t, x_r = inputs
     means, sums = partial
-    mean_ptr, squares_ptr = outputs
+    mean_ptr, squares_ptr, rstd_ptr = outputs
     chunks = tl.cdiv(C, BC)
     o = (tl.program_id(0) // chunks).to(tl.int64)
     cols = tl.program_id(0) % chunks * BC + tl.arange(0, BC)[None, :]
@@ -139,13 +139,55 @@ def norm_combine_kernel(
         n_before += total
     tl.store(mean_ptr + o * C + cols, mean + shift, mask=mask_c)
     tl.store(squares_ptr + o * C + cols, squares, mask=mask_c)
+    var = squares / n_before + tl.full([], eps, STATE)
+    root = tl.sqrt_rn(var) if var.dtype == tl.float32 else tl.sqrt(var)
+    tl.store(rstd_ptr + o * C + cols, 1.0 / root, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=["T", "rows", "n", "scale"])
+def norm_gradients_kernel(
+    sums, vectors, outputs, T, B, C, rows, n: "fp64", scale: "fp64", STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """See norm_gradients. rows: the partial sums of a channel."""
+    by_factor, by_shift = sums
+    weight_ptr, rstd_ptr = vectors
+    d_weight, d_bias, offset, slope = outputs
+    chunks = tl.cdiv(C, BC)
+    t = tl.program_id(0) // chunks
+    cols = tl.program_id(0) % chunks * BC + tl.arange(0, BC)[None, :]
+    mask_c = cols < C
+    factor = tl.zeros([BR, BC], STATE)
+    shift = tl.zeros([BR, BC], STATE)
+    for i in range(0, rows, BR):
+        row = i + tl.arange(0, BR)[:, None]
+        group = row // B
+        at = ((group * T + t) * B + row - group * B).to(tl.int64) * C + cols
+        mask = mask_c & (row < rows)
+        factor += tl.load(by_factor + at, mask=mask, other=0.0)
+        shift += tl.load(by_shift + at, mask=mask, other=0.0)
+    factor = tl.sum(factor, 0)[None, :]
+    shift = tl.sum(shift, 0)[None, :]
+    at = t * C + cols
+    r = tl.load(rstd_ptr + at, mask=mask_c, other=0.0)
+    scaled = r * tl.full([], scale, STATE)
+    if d_weight is not None:
+        tl.store(d_weight + at, (factor * scaled).to(d_weight.dtype.element_ty), mask=mask_c)
+    if d_bias is not None:
+        tl.store(d_bias + at, shift.to(d_bias.dtype.element_ty), mask=mask_c)
+    joint = scaled / tl.full([], n, STATE)
+    if weight_ptr is not None:
+        joint *= tl.load(weight_ptr + at, mask=mask_c, other=0.0).to(STATE)
+    tl.store(offset + at, joint * shift, mask=mask_c)
+    tl.store(slope + at, joint * factor * r * r, mask=mask_c)
 
 
 # --- launchers: the same signatures as in cpu/norm.py ------------------------------------------------------------------------
 
 
-def norm_forward(x, rows, mean, squares, tuning):
-    """Fill mean and squares, the sum of (x - mean)^2, both (C,), or (T, C) to have them per step. x is not empty.
+def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
+    """Fill mean, squares, the sum of (x - mean)^2, and rstd, 1 / sqrt(variance + eps). x is not empty.
+
+    The three are (C,), or (T, C) to have them per step.
 
     x is (T, B, C, S) if ``rows``, else (T, B, C).
     """
@@ -169,6 +211,22 @@ def norm_forward(x, rows, mean, squares, tuning):
     )  # fmt: skip
     columns = min(32, power_of_2(C))
     launch(
-        norm_combine_kernel, outer * cdiv(C, columns), x.device, inputs, partial, (mean, squares), K, C, L, size, groups, parts,
-        BR=_MERGED, BC=columns, WIDTH=BC, num_warps=warps_of(128), **flags,
+        norm_combine_kernel, outer * cdiv(C, columns), x.device, inputs, partial, (mean, squares, rstd), K, C, L, size, groups,
+        parts, eps, BR=_MERGED, BC=columns, WIDTH=BC, num_warps=warps_of(128), **flags,
+    )  # fmt: skip
+
+
+def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):
+    """Fill the gradients of weight and bias that are given, and what the backward pass subtracts: offset and slope.
+
+    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, of T x B x C values
+    each, any number of times. n: values per channel.
+    """
+    C = rstd.shape[-1]
+    columns = min(32, power_of_2(C))
+    sums = tuple(t.contiguous() for t in sums)
+    vectors = tuple(None if t is None else t.contiguous() for t in (weight, rstd))
+    launch(
+        norm_gradients_kernel, T * cdiv(C, columns), rstd.device, sums, vectors, (d_weight, d_bias, offset, slope), T, B, C,
+        sums[0].numel() // (T * C), float(n), scale, STATE=STATES[rstd.dtype], BR=_MERGED, BC=columns, num_warps=warps_of(128),
     )  # fmt: skip
