@@ -316,9 +316,8 @@ def _info(args):
 
     from .checkpoint import load_model
     from .config import PRESETS
-    from .data import load, to_batch
-    from .diffusion import STEPS, add_noise
-    from .info import info
+    from .data import load
+    from .info import info, noisy_batch
     from .model import SDiT
 
     if args.model in PRESETS and not Path(args.model).exists():
@@ -333,22 +332,16 @@ def _info(args):
     n, config = args.batch_size, model.config
     if n < 1:
         raise ValueError(f"--batch-size must be at least 1, got {n}")
-    generator = torch.Generator().manual_seed(0)
-    t = torch.arange(n) * STEPS // n + STEPS // (2 * n)  # evenly spaced over all times
-    noise = torch.randn(n, config.channels, config.image_size, config.image_size, generator=generator)
     try:
         if config.dataset is None:
             raise FileNotFoundError("the model does not say which data set it is for (sdit convert --dataset NAME)")
         data = load(config.dataset, args.data or model.trained_on.get("root"), size=config.image_size, download=False)
     except FileNotFoundError as error:
-        print(info(model, (noise, t, torch.arange(n) % config.num_classes)))
+        print(info(model, noisy_batch(config, None, n)))
         reason = _in_options(str(error), args)
         print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {reason}")
         return
-    chosen = torch.randint(len(data), (n,), generator=generator)
-    x0 = to_batch(data.images[chosen], config)
-    xt, t, _ = add_noise(config, x0, noise, t)
-    print(info(model, (xt, t, data.labels[chosen])))
+    print(info(model, noisy_batch(config, data, n)))
 
 
 def _plot(args):

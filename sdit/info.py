@@ -9,9 +9,12 @@ from torch import Tensor
 from sdit_kernels import backend
 from sdit_kernels import energy as counter
 
+from .config import Config
+from .data import Images, to_batch
+from .diffusion import STEPS, add_noise
 from .model import SDiT
 
-__all__ = ["Info", "info"]
+__all__ = ["Info", "info", "noisy_batch"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,31 @@ class Info:
         if not self.synaptic_operations:
             lines.append("0 synaptic operations: rates are averaged, added and normalised before any weight meets them.")
         return "\n".join(lines)
+
+
+def noisy_batch(config: Config, data: Images | None, n: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return n noisy images at times spaced evenly over 0 .. 999, their times and labels: a batch for :func:`info`.
+
+    Args:
+        config: configuration of the model.
+        data: images to choose from; None: the batch is noise, and the labels are the classes in turn.
+        n: at least 1.
+
+    Example:
+        >>> from sdit import PRESETS
+        >>> from sdit.info import noisy_batch
+        >>> x, t, y = noisy_batch(PRESETS["digits"], None, 4)
+        >>> x.shape, t.tolist()
+        (torch.Size([4, 1, 8, 8]), [125, 375, 625, 875])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    t = torch.arange(n) * STEPS // n + STEPS // (2 * n)
+    noise = torch.randn(n, config.channels, config.image_size, config.image_size, generator=generator)
+    if data is None:
+        return noise, t, torch.arange(n) % config.num_classes
+    chosen = torch.randint(len(data), (n,), generator=generator)
+    xt, t, _ = add_noise(config, to_batch(data.images[chosen], config), noise, t)
+    return xt, t, data.labels[chosen]
 
 
 def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:

@@ -25,6 +25,7 @@ from sdit_kernels import lif, nvtx, spiking_wkv, token_shift
 from sdit_kernels.nn import ChannelMix, LIFRate, TimeMix
 
 from .config import Config
+from .diffusion import STEPS
 from .pure import BitPlanes, PureBlock, SpikeLinear, Spikes, TimeTable, set_normal
 
 try:
@@ -432,6 +433,10 @@ class SDiT(nn.Module):
             low, high = torch.aminmax(y)
             if low < 0 or high > config.num_classes:
                 raise ValueError(f"y must be labels 0 .. {config.num_classes}, the last the null label, got {low} .. {high}")
+        if self.pure and t.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = torch.aminmax(t)
+            if not (low >= 0 and high <= STEPS):
+                raise ValueError(f"t must be times 0 .. {STEPS}, as its table has no others, got {low} .. {high}")
 
     @contextlib.contextmanager
     def record(self, fired=None):

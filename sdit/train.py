@@ -134,9 +134,11 @@ def train(
         stack.enter_context(processes.only_first(held))
         if resume:
             state, meta = load(path := newest(out))
-            config, settings, start = _check_resumed(path, meta, config, settings)
+            config, settings, start, changes = _check_resumed(path, meta, config, settings)
             _check_arguments(config, settings)
             recorder = make_recorder(settings.graph, device, world)
+            for text in changes:  # after the errors
+                warnings.warn(text, stacklevel=2)
             data, remembered = _load_images(config, settings, world, data, root, meta.get("data", {}))
         else:
             _refuse_existing_run(out)
@@ -215,7 +217,10 @@ def _load_images(config, settings, world, data, root, before=None):
 
 
 def _check_resumed(path, meta, config, settings):
-    """Return (config, settings, step) of a resumed run, after checking that the arguments change only what may change."""
+    """Check that the arguments of a resumed run change only what may change.
+
+    Return (config, settings, step, warnings about settings that may change the rounding).
+    """
     try:
         stored_config, stored, step = Config.from_dict(meta["config"]), TrainSettings(**meta["settings"]), int(meta["step"])
     except (KeyError, TypeError, ValueError) as error:
@@ -229,15 +234,14 @@ def _check_resumed(path, meta, config, settings):
             key = changed[0]
             raise ValueError(f"{name}.{key} is {before[key]!r} in {path}, a resumed run cannot change it to {after[key]!r}")
     settings = settings or stored
-    for key in _ROUNDING:
-        before, after = getattr(stored, key), getattr(settings, key)
-        if before != after:
-            warnings.warn(
-                f"{key} was {before} until step {step} and is {after} from here on: the rounding may differ", stacklevel=3
-            )
+    changes = [
+        f"{key} was {before} until step {step} and is {after} from here on: the rounding may differ"
+        for key in _ROUNDING
+        if (before := getattr(stored, key)) != (after := getattr(settings, key))
+    ]
     if settings.steps < step:
         raise ValueError(f"steps must be at least the {step} steps that {path} has done, got {settings.steps}")
-    return stored_config, settings, step
+    return stored_config, settings, step, changes
 
 
 class _Run:

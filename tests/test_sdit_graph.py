@@ -208,6 +208,10 @@ def test_a_device_without_graphs_and_several_processes_are_refused_by_name(tmp_p
     with pytest.raises(ValueError, match=r"^graph \(--graph\) needs a GPU with CUDA graphs, the device is cpu$"):
         train(TINY, settings(graph=True), tmp_path / "run", device="cpu", progress=False)
     assert not (tmp_path / "run").exists()
+    train(TINY, settings(steps=1), tmp_path / "eager", device="cpu", progress=False)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"^graph \(--graph\) needs a GPU"):
+        warnings.simplefilter("error")
+        train(None, settings(steps=2, graph=True), tmp_path / "eager", resume=True, progress=False)
     with pytest.raises(ValueError, match=r"^graph \(--graph\) needs a GPU"):
         sample(SDiT(TINY), [1], graph=True)
     with pytest.raises(ValueError, match=r"^graph \(--graph\) trains in one process, got 2 processes"):

@@ -351,3 +351,12 @@ def test_the_model_compiles_as_one_graph():
     found = torch.compile(model, fullgraph=True)(*batch(model))
     for got, want in zip(torch.autograd.grad(found.square().sum(), list(model.parameters())), wanted):
         assert (got - want).abs().max() <= 1e-3 * want.abs().max()
+
+
+def test_times_outside_of_the_table_are_refused():
+    model, S = SDiT(SMALL), SMALL.image_size
+    x, y = torch.randn(2, SMALL.channels, S, S), torch.tensor([0, 1])
+    for t in ([-1, 5], [0, 1001], [0.5, float("nan")]):
+        with pytest.raises(ValueError, match=r"t must be times 0 \.\. 1000, as its table has no others, got"):
+            model(x, torch.tensor(t), y)
+    model(x, torch.tensor([0, 1000]), y)
