@@ -2,9 +2,10 @@
 
     python perf/spike_information.py --steps 4000 --json perf/results/spike_information.json
     python perf/spike_information.py --arm=-8..8+learnt --steps 1500 --images 0
+    python perf/spike_information.py --cpu-seconds 600 --arm=-4..4+learnt --arm=binary+learnt --seed 1
     python perf/spike_information.py --dry-run        # seconds: trains and measures almost nothing
 
-Each arm trains ``--preset`` for the same steps with other neurons. Its words, with + between them:
+Each arm trains ``--preset`` for the same steps, or for the same CPU time, with other neurons. Its words, with + between them:
 
     -4..4, 0..4, -1..1, ..   integer levels between two numbers (the hidden neurons: from 0), in one step
     binary                   T = 4 steps of a neuron that fires 0 or 1, without leak, soft reset; the current is x / (T theta)
@@ -128,13 +129,24 @@ def measure_information(model, test):
     return {name: part.figures() for name, part in found.items()}, objective
 
 
-def run_arm(arm, config, settings, data, test):
+def train_arm(arm, config, settings, data):
+    """Return (model, CPU seconds)."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sdit.train, "SDiT", lambda c: build_model(c, arm)):
         seconds = time.process_time()
         model = sdit.train.train(config, settings, folder, data=data, progress=False)
-        seconds = time.process_time() - seconds
+        return model, time.process_time() - seconds
+
+
+def count_steps(cpu_seconds, arm, config, settings, data):
+    """Return the number of steps that take so long."""
+    _, short, long = (train_arm(arm, config, dataclasses.replace(settings, steps=n), data)[1] for n in (2, 4, 40))
+    return max(1, round(cpu_seconds / ((long - short) / 36)))
+
+
+def run_arm(arm, config, settings, data, test):
+    model, seconds = train_arm(arm, config, settings, data)
     neurons, objective = measure_information(model, test)
-    row = {"arm": arm, "steps": settings.steps, "cpu_seconds": round(seconds, 1)}
+    row = {"arm": arm, "seed": settings.seed, "steps": settings.steps, "cpu_seconds": round(seconds, 1)}
     row |= {key: objective[key] for key in ("loss", "mse", "mse_by_time", "mse_without_label")}
     for key in ("error", "information", "rate"):
         row[f"mean_{key}"] = round(sum(figures[key] for figures in neurons.values()) / len(neurons), 4)
@@ -145,6 +157,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="fashion_pure", choices=[n for n, c in PRESETS.items() if c.spiking == "pure"])
     p.add_argument("--steps", type=int, default=4000, help="training steps of every arm (%(default)s)")
+    p.add_argument("--cpu-seconds", type=float, help="train every arm for so long instead")
+    p.add_argument("--seed", type=int, default=0, help="of weights, images and noise (%(default)s)")
     p.add_argument("--arm", action="append", help=f"repeatable, --arm=-4..4 (default: {' '.join(ARMS)})")
     p.add_argument("--images", type=int, default=500, help="images to generate per arm, 0 for none (%(default)s)")
     p.add_argument(
@@ -158,7 +172,7 @@ def main():
     for arm in arms:
         parse_arm(arm)
 
-    config, changes = PRESETS[args.preset], {"sample_every": 0, "save_every": 10**9, "bf16": True}
+    config, changes = PRESETS[args.preset], {"sample_every": 0, "save_every": 10**9, "bf16": True, "seed": args.seed}
     if args.dry_run:
         config, args.steps, args.images = dataclasses.replace(config, dim=16, depth=2), 2, 0
         pixels = torch.randint(256, (16, config.image_size, config.image_size, config.channels), dtype=torch.uint8)
@@ -170,10 +184,14 @@ def main():
     measure, real = make_measure(data, test, args.images) if args.images else (None, {})
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for arm in arms:
-        if any((row["arm"], row["steps"], row["images"]) == (arm, args.steps, args.images) for row in rows):
+        length = {"wanted_cpu_seconds": args.cpu_seconds} if args.cpu_seconds else {"steps": args.steps}
+        wanted = {"arm": arm, "seed": args.seed, "images": args.images, **length}
+        if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
             continue
+        if args.cpu_seconds:
+            settings = dataclasses.replace(settings, steps=count_steps(args.cpu_seconds, arm, config, settings, data))
         row, model = run_arm(arm, config, settings, data, test)
-        row["images"] = args.images
+        row |= wanted
         if args.images:
             row |= measure(*generate(model, args.images, 1.0, settings.bf16))
         row["date"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

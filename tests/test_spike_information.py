@@ -49,3 +49,10 @@ def test_a_run_writes_rows_once(tmp_path, monkeypatch, capsys):
     rows = json.loads(path.read_text())["rows"]
     assert [row["arm"] for row in rows] == ["-4..4+learnt", "binary+learnt+scale"] and capsys.readouterr().out.count("arm") == 2
     assert rows[0]["mean_error"] < rows[1]["mean_error"]
+    monkeypatch.setattr(
+        sys, "argv", ["perf/spike_information.py", *words[:2], *words[-2:], "--cpu-seconds", "0.3", "--seed", "1"]
+    )
+    for _ in range(2):
+        spike_information.main()
+    *_, last = rows = json.loads(path.read_text())["rows"]
+    assert len(rows) == 3 and (last["seed"], last["wanted_cpu_seconds"]) == (1, 0.3) and last["steps"] >= 1
