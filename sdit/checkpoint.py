@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .files import atomic_write
+from .files import PRETRAINED, atomic_write
 from .model import SDiT
 from .research import from_research, load_research
 
@@ -138,8 +138,9 @@ def load_model(path, ema: bool = True) -> SDiT:
     """Load the model of a checkpoint onto the CPU, in eval mode.
 
     Args:
-        path: a checkpoint; or the folder of a run, to load its newest checkpoint; or "pretrained", to load the model in this
-            package, which draws Fashion-MNIST.
+        path: a checkpoint; or the folder of a run, to load its newest checkpoint; or the name of a model in this package,
+            which draws Fashion-MNIST: "pretrained-hybrid" (preset fashion_tiny), "pretrained-pure" (fashion_pure), or
+            "pretrained", the default of ``sdit sample``, which is one of them.
         ema: load the averaged weights if the checkpoint has them.
 
     Raises:
@@ -178,20 +179,17 @@ def checkpoints(run) -> list[Path]:
     return sorted(Path(run).glob("checkpoints/step_*.safetensors"))
 
 
-PRETRAINED = Path(__file__).with_name("fashion_mnist.safetensors")  # averaged weights, trained with the preset fashion_tiny
-
-
 def newest(path) -> Path:
     """Return path if it is a file, or the newest checkpoint if it is the folder of a run.
 
-    "pretrained" is the model in this package, unless the current folder has a file or folder with that name.
+    A key of ``PRETRAINED`` is a model in this package, unless the current folder has a file or folder with that name.
 
     Raises:
         FileNotFoundError: path does not exist, or the folder holds no checkpoint. ValueError: path is neither file nor folder.
     """
     path = Path(path)
-    if str(path) == "pretrained" and not path.exists():
-        return PRETRAINED
+    if str(path) in PRETRAINED and not path.exists():
+        return PRETRAINED[str(path)]
     if not path.is_dir():
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: give a checkpoint or the folder of a run")

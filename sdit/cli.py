@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from .files import PRETRAINED
+
 __all__ = ["main"]
 
 _TRAIN = """\
@@ -35,6 +37,7 @@ _SAMPLE = """\
 Draw images with a trained model: a labelled grid, and a GIF of the denoising.
 
   sdit sample                                           Fashion-MNIST, with the model in this package
+  sdit sample pretrained-pure                           the same, with the model in spikes alone
   sdit sample runs/digits                               forty images, the classes in turn
   sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
 """
@@ -169,7 +172,8 @@ def _parser():
     part = command("sample", _SAMPLE, _sample)
     part.add_argument(
         "checkpoint", nargs="?", default="pretrained",
-        help="a .safetensors file, the folder of a run (its newest checkpoint), or the model in this package (%(default)s)",
+        help="a .safetensors file, the folder of a run (its newest checkpoint), or a model in this package: pretrained-hybrid, "
+             "pretrained-pure, or pretrained (the default), which is the hybrid one",
     )  # fmt: skip
     part.add_argument("--out", default="samples.png", help="the grid, a .png; the .gif and .npz get its name (%(default)s)")
     part.add_argument(
@@ -186,8 +190,8 @@ def _parser():
     part = command("evaluate", _EVALUATE, _evaluate)
     part.add_argument(
         "source",
-        help="a model to draw images with: a .safetensors file, the folder of a run, or pretrained; or an .npz file of images "
-             "(N, S, S, C) uint8 and labels (N,)",
+        help="a model to draw images with: a .safetensors file, the folder of a run, pretrained, pretrained-hybrid or "
+             "pretrained-pure; or an .npz file of images (N, S, S, C) uint8 and labels (N,)",
     )  # fmt: skip
     part.add_argument("-n", type=int, help="number of images, at least 129 (1000, or all of the .npz file)")
     part.add_argument(
@@ -205,7 +209,7 @@ def _parser():
     part.add_argument("--dataset", metavar="NAME", help=f"its data set, stored in the target: {', '.join(DATASETS)}")
 
     part = command("info", _INFO, _info)
-    part.add_argument("model", help=f"a checkpoint, the folder of a run, pretrained, or a preset: {', '.join(PRESETS)}")
+    part.add_argument("model", help=f"a checkpoint, the folder of a run, or one of {', '.join((*PRESETS, *PRETRAINED))}")
     part.add_argument("--batch-size", type=int, default=8, metavar="N", help="number of images to measure with (8)")
     data(part)
     change(part)
@@ -326,8 +330,9 @@ def _info(args):
     else:
         if args.changes:
             raise ValueError("--set is for presets; it cannot change a trained model")
-        if not Path(args.model).exists() and args.model != "pretrained":
-            raise FileNotFoundError(f"{args.model} is neither a file, nor a folder, nor a preset: {', '.join(PRESETS)}")
+        if not Path(args.model).exists() and args.model not in PRETRAINED:
+            names = ", ".join((*PRESETS, *PRETRAINED))
+            raise FileNotFoundError(f"{args.model} is neither a file, nor a folder, nor one of {names}")
         model = load_model(args.model)
     n, config = args.batch_size, model.config
     if n < 1:

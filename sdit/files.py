@@ -1,4 +1,4 @@
-"""Write files atomically, check beforehand that a file can be written, hash files, and locate the cache."""
+"""Write files atomically, check beforehand that a file can be written, hash files; where the cache and the models are."""
 
 import hashlib
 import os
@@ -6,7 +6,14 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_write", "cache_folder", "ensure_writable", "name_in_errors", "sha256"]
+__all__ = ["PRETRAINED", "atomic_write", "cache_folder", "ensure_writable", "name_in_errors", "sha256"]
+
+# The models in this package: averaged weights of the presets fashion_tiny and fashion_pure
+PRETRAINED = {
+    "pretrained": Path(__file__).with_name("fashion_mnist.safetensors"),
+    "pretrained-hybrid": Path(__file__).with_name("fashion_mnist.safetensors"),
+    "pretrained-pure": Path(__file__).with_name("fashion_mnist_pure.safetensors"),
+}
 
 
 @contextmanager

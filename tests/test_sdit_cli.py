@@ -167,7 +167,7 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("convert {tmp}/text {tmp}/o.safetensors", "is not a checkpoint of PyTorch"),
         ("convert {tmp}/text {tmp}/o.pt", "the file to write must end in .safetensors, got .*o.pt"),
         ("convert {tmp}/text {tmp}/o.safetensors --dataset x", "--dataset must be one of digits"),
-        ("info {tmp}/none", "is neither a file, nor a folder, nor a preset"),
+        ("info {tmp}/none", "is neither a file, nor a folder, nor one of mnist, "),
         ("info {run} --set T=3", "--set is for presets"),
         ("info digits --batch-size 0", "--batch-size must be at least 1"),
         ("plot {tmp}", "is not the folder of a run"),
