@@ -131,7 +131,8 @@ def about(path) -> dict:
 
 def save_model(path, model: SDiT) -> None:
     """Write a model without optimizer state, for :func:`load_model`. Errors are as in :func:`save`."""
-    save(path, {"model": model.state_dict()}, {"config": model.config.to_dict(), "data": model.trained_on})
+    meta = {"config": model.config.to_dict(), "data": model.trained_on}
+    save(path, {"model": model.state_dict()}, meta | ({"recommended": model.recommended} if model.recommended else {}))
 
 
 def load_model(path, ema: bool = True) -> SDiT:
@@ -170,7 +171,7 @@ def load_model(path, ema: bool = True) -> SDiT:
         raise ValueError(f"{path} holds no model: {' '.join(str(error).split())}") from None
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    model.trained_on = meta.get("data", {})
+    model.trained_on, model.recommended = meta.get("data", {}), meta.get("recommended", {})
     return model.eval()
 
 

@@ -124,10 +124,11 @@ def _parser():
         def option(name, text, **kind):
             part.add_argument(name, help=text, default=argparse.SUPPRESS, **kind)
 
-        option("--sampler", "ddpm (default), ddim, dpm++; for a model with prediction=flow: euler (default), heun")
+        option("--sampler", "dpm++ (default), ddpm, ddim; for a model with prediction=flow: euler (default), heun")
         default_steps = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
         option("--steps", f"steps of the sampler ({default_steps}); ddim needs a divisor of 1000", type=int, metavar="N")
-        option("--guidance", "classifier-free guidance; 1 (the default) turns it off", type=float, metavar="X")
+        text = "classifier-free guidance; 1 turns it off (default: what the checkpoint recommends, or 1)"
+        option("--guidance", text, type=float, metavar="X")
         option(
             "--guidance-interval", "the guidance applies only at times from LOW to HIGH; 1000 is noise, 0 the image",
             type=float, nargs=2, metavar=("LOW", "HIGH"),

@@ -11,6 +11,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -320,7 +321,7 @@ def check_guidance(config, guidance: float) -> None:
         )
 
 
-SAMPLERS = {"ddpm": 250, "ddim": 50, "dpm++": 20, "euler": 50, "heun": 25}  # name: default number of steps
+SAMPLERS = {"dpm++": 20, "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25}  # name: default number of steps
 
 
 def samplers(config) -> dict[str, int]:
@@ -334,7 +335,7 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     - ``ddpm``: ancestral sampling at equally spaced times in 0 .. 999 (rounded). It uses the variance that the model predicts,
       or the variance of the posterior if the model predicts none.
     - ``ddim``: deterministic (eta 0), at t = 0, k, 2k, .. with k = 1000 / steps.
-    - ``dpm++``: DPM-Solver++ (2M), deterministic.
+    - ``dpm++``: DPM-Solver++ (2M), deterministic, at times spaced evenly in log SNR: most steps lie where little noise is left.
     - ``euler``, ``heun``: only for prediction "flow". They solve dx/ds = prediction over equal steps of s from 1 to 1/1000,
       then one step to 0. heun calls the model twice in every step except the last.
 
@@ -397,9 +398,22 @@ def make_scheduler(name: str, steps: int | None, config, clip: bool = False):
     else:
         # This scheduler cannot clip. Dynamic thresholding with its threshold limited to [1, 1] does the same.
         limits = {"thresholding": True, "dynamic_thresholding_ratio": 1.0, "sample_max_value": 1.0} if clip else {}
-        scheduler = diffusers.DPMSolverMultistepScheduler(**betas, timestep_spacing="linspace", **limits)
+        scheduler = diffusers.DPMSolverMultistepScheduler(**betas, **limits)
+        scheduler.set_timesteps(timesteps=_times_even_in_log_snr(steps))
+        return scheduler
     scheduler.set_timesteps(steps)
     return scheduler
+
+
+def _times_even_in_log_snr(steps: int) -> list[int]:
+    """Return different times from 999 to 0, spaced evenly in log SNR as far as there are times between."""
+    tables = _tables(torch.device("cpu"), torch.float64)
+    log_snr = torch.log(tables.signal / tables.sigma).numpy()  # falls with the time
+    wanted = np.linspace(log_snr[0], log_snr[-1], steps) if steps > 1 else log_snr[-1:]
+    count = np.arange(steps)
+    times = np.interp(-wanted, -log_snr, np.arange(STEPS)).round().astype(int)
+    times = np.maximum.accumulate(times - count) + count  # each above the one before ..
+    return np.minimum(times, STEPS - steps + count)[::-1].tolist()  # .. and none above 999
 
 
 def reverse_step(scheduler, out: Tensor, t: int, x: Tensor, generator=None) -> Tensor:

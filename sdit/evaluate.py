@@ -22,6 +22,7 @@ from .lock import lock
 from .metrics import frechet_distance, kid, precision_recall
 from .pictures import check_image_folder, save_images, save_npz
 from .processes import join_processes
+from .sample import with_recommended
 
 __all__ = [
     "Classifier", "draw", "evaluate", "features", "frechet_distance", "kid", "label_accuracy", "load_classifier",
@@ -316,7 +317,8 @@ def run(
     Under ``torchrun`` the processes draw different batches, and the first process measures and writes.
 
     Args:
-        source: a checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``device`` and ``settings``.
+        source: a checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``device`` and ``settings``
+            (and the recommended guidance, as ``sdit sample``).
             Or an .npz file of images and labels: measure its first ``n`` (default: all) images.
         classifier: file of a classifier; None for the one in this package.
         root: folder of the data set.
@@ -373,7 +375,7 @@ def _evaluate_and_report(processes, source, n, classifier, root, npz, images, re
         _check_classifier_fits(loaded_classifier, config)
         _check_labels(torch.arange(max(n, 0)) % config.num_classes, loaded_classifier)
         _load_real_images(n, loaded_classifier, root)  # raises errors about the data before the images are generated
-        pixels, labels, facts = draw(source, n, **settings)
+        pixels, labels, facts = draw(source, n, **with_recommended(model, settings))
         facts = {"checkpoint": str(source)} | facts
     if processes.rank:
         return {}

@@ -230,6 +230,7 @@ class SDiT(nn.Module):
             config.levels time slots. The result is the same, except for rounding.
         trained_on: a dict that describes the training data, as the checkpoint stores it; empty for a new model. Keys: name,
             images (their number), classes (their names), root (where the files were, or None).
+        recommended: a dict of the guidance and guidance_interval that ``sdit sample`` and ``sdit evaluate`` use by default.
         checkpointing: True keeps only the input of each block for the backward pass, which recomputes the rest.
 
     Raises:
@@ -254,7 +255,7 @@ class SDiT(nn.Module):
         if unknown:
             raise TypeError(f"a Config does not have the fields {', '.join(unknown)}")
         self.config = config = dataclasses.replace(config, **overrides)
-        self.trained_on = {}
+        self.trained_on, self.recommended = {}, {}
         self.checkpointing = False
         C, P, pure = config.dim, config.patch_size, config.spiking == "pure"
         linear = SpikeLinear if pure else nn.Linear

@@ -26,7 +26,7 @@ from .processes import join_processes
 
 __all__ = [
     "Film", "advance_bar", "check_settings", "choose_labels", "class_names", "progress_bar", "run", "sample", "sample_batches",
-    "save_gif", "save_grid", "save_npz",
+    "save_gif", "save_grid", "save_npz", "with_recommended",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def sample(
     Args:
         model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.
         labels: N ints in 0 .. num_classes; num_classes is the null label, which draws an image of any class.
-        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "ddpm", or "euler" with prediction
+        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "dpm++", or "euler" with prediction
             "flow".
         guidance: see :func:`sdit.diffusion.predict`.
         guidance_interval: (low, high), 0 <= low <= high <= 1000: the guidance applies at times low <= t <= high, and is 1 at
@@ -180,6 +180,11 @@ def sample_batches(
             if not x.isfinite().all():
                 raise ValueError(f"the model outputs values that are not finite: images {start}..{start + len(y) - 1} are lost")
             yield start, x.float().clamp(-1, 1).cpu()
+
+
+def with_recommended(model, settings: dict) -> dict:
+    """Return settings of :func:`sample` with the guidance that the model's checkpoint recommends, if they have none."""
+    return settings if {"guidance", "guidance_interval"} & settings.keys() else model.recommended | settings
 
 
 def check_settings(
@@ -373,7 +378,8 @@ def run(
         bf16: run the network under bfloat16 autocast.
         tf32: on a GPU, compute float32 matrix multiplications in TF32.
         device: None takes a GPU if there is one.
-        seed, batch_size, settings: see :func:`sample`.
+        seed, batch_size, settings: see :func:`sample`. Without guidance and guidance_interval, those that the checkpoint
+            recommends are used (``model.recommended``).
 
     Returns:
         The paths of the files, and of the folder ``images``.
@@ -388,6 +394,7 @@ def run(
     with join_processes(device) as processes:
         rank, world, device = processes
         model = load_model(checkpoint, ema=ema).to(device)
+        settings = with_recommended(model, settings)
         names = class_names(model.config, model.trained_on.get("classes", ())) if names is None else tuple(names)
         chosen = choose_labels(labels, n, names, seed)
 

@@ -435,8 +435,7 @@ def test_every_sampler_finds_the_image_if_the_data_has_only_one(name, steps, lea
 def test_dpm_steps_equal_the_closed_form(clip):
     """DPM-Solver++(2M), algorithm 2 of arXiv 2211.01095: multistep of order 2, with a first and a last step of order 1."""
     scheduler = make_scheduler("dpm++", 8, config_with(learn_sigma=True), clip)
-    ts = np.linspace(0, 999, 9).round().astype(int)[::-1][:-1]
-    assert scheduler.timesteps.tolist() == ts.tolist()
+    ts = scheduler.timesteps.tolist()
     mine = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(12)).double().numpy()
     alpha, sigma = np.sqrt(ABAR), np.sqrt(1 - ABAR)
     last, last_h = None, None
@@ -455,6 +454,18 @@ def test_dpm_steps_equal_the_closed_form(clip):
         mine = theirs.double().numpy()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 8, 20, 100, 500, 999])
+def test_times_of_dpm_are_spaced_evenly_in_log_snr(steps):
+    times = make_scheduler("dpm++", steps, config_with()).timesteps.tolist()
+    assert len(times) == steps and times[0] == 999 and (steps == 1 or times[-1] == 0)
+    assert all(a > b for a, b in zip(times, times[1:]))
+    log_snr = np.log(ABAR / (1 - ABAR))
+    even = np.linspace(log_snr[999], log_snr[0], steps)
+    for t, wanted in zip(times, even):
+        if steps <= 100 and t > steps / 4:  # below, there are fewer times than steps
+            assert abs(log_snr[t] - wanted) <= log_snr[max(t - 1, 0)] - log_snr[min(t + 1, 999)]
+
+
 def test_clipping_limits_the_last_step_of_dpm():
     """The last step returns its prediction of x_0. Here the prediction lies far outside the limits."""
     scheduler = make_scheduler("dpm++", 5, config_with(learn_sigma=False), clip=True)
@@ -468,8 +479,8 @@ def test_clipping_limits_the_last_step_of_dpm():
 @pytest.mark.parametrize(
     "name, steps, error, message",
     [
-        ("rk4", 10, ValueError, r"sampler must be one of ddpm, ddim, dpm\+\+, euler, heun, got 'rk4'"),
-        ("euler", 10, ValueError, r"one of ddpm, ddim, dpm\+\+ for a model with prediction 'epsilon', got 'euler'"),
+        ("rk4", 10, ValueError, r"sampler must be one of dpm\+\+, ddpm, ddim, euler, heun, got 'rk4'"),
+        ("euler", 10, ValueError, r"one of dpm\+\+, ddpm, ddim for a model with prediction 'epsilon', got 'euler'"),
         ("ddpm", 1, ValueError, r"steps of ddpm must be in 2\.\.1000, got 1"),
         ("ddpm", 1001, ValueError, "steps of ddpm"),
         ("dpm++", 1000, ValueError, r"steps of dpm\+\+ must be in 1\.\.999"),
@@ -487,7 +498,7 @@ def test_samplers_have_default_numbers_of_steps():
         config = config_with(**changes)
         return [len(make_scheduler(name, None, config).timesteps) for name in diffusion.samplers(config)]
 
-    assert steps() == steps(prediction="v") == [250, 50, 20]
+    assert steps() == steps(prediction="v") == [20, 250, 50]
     assert steps(prediction="flow", learn_sigma=False) == [50, 2 * 25 - 1]
 
 

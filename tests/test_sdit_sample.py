@@ -15,6 +15,7 @@ from torch import nn
 
 from sdit import PRESETS, SDiT, pictures
 from sdit import sample as module
+from sdit.checkpoint import load_model, save_model
 from sdit.data import from_uint8, to_uint8
 from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
 from sdit.lock import lock
@@ -81,7 +82,7 @@ def test_an_image_depends_only_on_its_seed_number_and_label(sampler, changes):
 
 def test_images_equal_the_schedulers_chain():
     model = Pointwise()
-    images = sample(model, [2], steps=7, seed=1)
+    images = sample(model, [2], sampler="ddpm", steps=7, seed=1)
     generator = module._make_generator(1, 0)
     x = torch.randn(1, 1, 4, 4, generator=generator)
     scheduler = make_scheduler("ddpm", 7, model.config)
@@ -101,7 +102,7 @@ def test_sample_uses_the_default_steps_and_freezes_the_model_once():
         assert [t for _, (t, *_), _ in model.seen[:calls]] == make_scheduler(sampler, steps, model.config).timesteps.tolist()
     images = sample(model, [0, 1])
     assert torch.equal(images, sample(model, [0, 1], sampler="euler"))
-    assert torch.equal(sample(Pointwise(), [0]), sample(Pointwise(), [0], sampler="ddpm"))
+    assert torch.equal(sample(Pointwise(), [0]), sample(Pointwise(), [0], sampler="dpm++"))
 
 
 def test_guidance_doubles_the_batch_and_changes_images():
@@ -203,7 +204,7 @@ def test_values_that_are_not_finite_raise_an_error():
         ([0], {"seed": 1.5}, ValueError, "seed must be an int"),
         ([0], {"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
         ([0], {"sampler": "euler"}, ValueError, "sampler must be one of"),
-        ([0], {"steps": 0}, ValueError, "steps of ddpm"),
+        ([0], {"steps": 0}, ValueError, r"steps of dpm\+\+"),
         ([0], {"guidance": float("inf")}, ValueError, "guidance must be finite"),
         *(
             (
@@ -504,3 +505,19 @@ def test_two_processes_do_not_write_one_picture(tmp_path, checkpoint):
 def test_docstring_examples_run(module):
     failed, attempted = doctest.testmod(module)
     assert attempted and not failed
+
+
+def test_the_guidance_of_a_checkpoint_is_the_default(tmp_path, monkeypatch):
+    model, used = SDiT(PRESETS["digits"], dim=32, depth=2), []
+    model.recommended = {"guidance": 3.0, "guidance_interval": [0, 500]}
+    save_model(tmp_path / "a.safetensors", model)
+    assert load_model(tmp_path / "a.safetensors").recommended == model.recommended
+
+    def batches(model, labels, starts=None, **settings):
+        used.append({key: value for key, value in settings.items() if "guidance" in key})
+        return iter([(0, torch.zeros(len(labels), 1, 8, 8))])
+
+    monkeypatch.setattr("sdit.sample.sample_batches", batches)
+    for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}):
+        module.run(tmp_path / "a.safetensors", tmp_path / "a.png", n=2, gif=False, **given)
+    assert used == [model.recommended, {"guidance": 1.0}, {"guidance": 2.0}]
