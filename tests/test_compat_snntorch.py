@@ -717,7 +717,10 @@ def test_lapicque_equals_the_librarys_loop(snn, data):
             given_["beta"] = 0.5 + 0.4 * torch.rand(1, generator=made, dtype=torch.float64)
         if "learn_beta" in given_:
             given_["beta"] = given_["beta"].clone()
-            return snn.Lapicque(**given_)
+            neuron = snn.Lapicque(**given_)  # .double() would cut C off from beta
+            if isinstance(neuron.threshold, torch.nn.Parameter):  # the loop sums its gradients in its dtype
+                neuron.threshold = torch.nn.Parameter(neuron.threshold.detach().double())
+            return neuron
         return snn.Lapicque(**given_).double()
 
     made = torch.Generator().manual_seed(seed + 1)
