@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sdit.checkpoint import load_model
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "perf" / "results"
 DOCS = ROOT / "docs"
@@ -424,24 +426,45 @@ def percent(of):
     return f"{100 * of['label_accuracy']:.1f} %"
 
 
-def test_figures_of_the_model_equal_the_results():
-    found, slow = measured("dpm"), measured("ddpm")
-    assert found["n"] == slow["n"] == 5000 and found["floor"] == slow["floor"]
-    for label, of in (
-        ("5,000 drawn images, 50 steps of DPM-Solver++", found["drawn"]),
-        ("5,000 drawn images, 250 steps of DDPM", slow["drawn"]),
-        ("5,000 real images, for comparison", found["floor"]),
-    ):
-        row = f"| {label} | {figures(of)} | {percent(of)} |"
-        assert row in SDIT and (row in README) == (f"| {label} |" in README)
-    assert f"| all test images | | | {percent(found['test'])} |" in SDIT
-    for guidance in ("1", "1.5", "2", "3"):
-        of = measured("guidance")[guidance]["drawn"]
-        assert f"| {guidance} | {of['frechet_distance']:.2f} | {100 * of['label_accuracy']:.0f} % |" in SDIT
-    drawn, real = (100 * found[key]["label_accuracy_by_class"]["shirt"] for key in ("drawn", "test"))
-    assert f"assigns {drawn:.0f} % of the drawn shirts to shirts, and {real:.0f} % of the real ones" in SDIT
-    lines = (RESULTS / "fashion_mnist_run.jsonl").read_text().splitlines()
-    assert min(min(json.loads(line)["rates"].values()) for line in lines) >= 0.03
+def find_rows(n=5000):
+    """Return the rows of the figures of the included models with so many images."""
+    return [row for row in json.loads((RESULTS / "fashion_mnist_pictures.json").read_text())["rows"] if row["n"] == n]
+
+
+def name_of_guidance(row):
+    interval = row["guidance_interval"]
+    return f"{row['guidance']:g}" + ("" if interval is None else f" at {interval[0]:g} to {interval[1]:g}")
+
+
+def cells_of(of):
+    measures = [f"{of[key]:.2f}" for key in ("precision", "recall")]
+    return f"{of['frechet_distance']:.3f} | {1000 * of['kid']:.1f} | {' | '.join(measures)} | {percent(of)}"
+
+
+def test_figures_of_the_models_equal_the_results():
+    rows = find_rows()
+    for row in rows:
+        energy = " / ".join(f"{row['energy_mj'][kind]:.2g}" for kind in ("arithmetic", "with_memory", "quantised"))
+        line = f"| {row['model']} | {row['steps']} | {name_of_guidance(row)} | {cells_of(row['drawn'])} | {energy} |"
+        assert line in SDIT, line
+    assert f"| 5,000 real images | | | {cells_of(rows[0]['floor'])} | |" in SDIT
+    assert SDIT.count("| hybrid | ") + SDIT.count("| pure | ") == len(rows)
+    recommended = {name: load_model(f"pretrained-{name}").recommended for name in ("hybrid", "pure")}
+    shown = {
+        row["model"]: row
+        for row in rows
+        if row["steps"] == 20 and recommended[row["model"]] == {key: row[key] for key in ("guidance", "guidance_interval")}
+    }
+    assert set(shown) == {"hybrid", "pure"}
+    of = shown["hybrid"]["drawn"]
+    line = f"{of['frechet_distance']:.3f} | {1000 * of['kid']:.1f} ± {1000 * of['kid_standard_error']:.1f} | {percent(of)} |"
+    assert f"| 5,000 drawn images, 20 steps of DPM-Solver++ | {line}" in README
+    floor = rows[0]["floor"]
+    assert f"| 5,000 real images, for comparison | {figures(floor)} | {percent(floor)} |" in README
+    for name, total in (("hybrid", "1,280"), ("pure", "5,248")):
+        text = (RESULTS / f"fashion_mnist_{name}_info.txt").read_text()
+        silent = re.search(r"([\d,]+) of ([\d,]+) neurons fire nowhere", text).groups()
+        assert silent[1] == total and f"{silent[0]} of {total}" in SDIT
 
 
 def test_figures_of_the_spiking_form_equal_the_results():
@@ -454,8 +477,6 @@ def test_figures_of_the_spiking_form_equal_the_results():
         assert f'| `spiking="{found["spiking"]}"` | {" | ".join(cells)} |' in SDIT
     (energy,) = re.findall(r"every product a MAC.* ([\d.]+)$", "\n".join(measured("wkv")["rows"][1]["info"]), re.M)
     assert f"would take {energy} mJ" in SDIT
-    silent = re.search(r"([\d,]+ of [\d,]+) neurons fire nowhere", "\n".join(measured("wkv")["pretrained"]["info"]))[1]
-    assert f"Of single neurons, {silent} fire nowhere on 512 noisy images" in SDIT
     every, first = measured("wkv")["condition_every"]["evaluate"]["drawn"], measured("wkv")["rows"][0]["evaluate"]["drawn"]
     distances = f"{every['frechet_distance']:.3f} against {first['frechet_distance']:.3f}"
     assert f"Frechet distance {distances}, label accuracy {percent(every)} against {percent(first)}" in TRAINING

@@ -64,9 +64,11 @@ def test_the_pretrained_model_draws_images(tmp_path, capsys):
     """`sdit sample` uses this model if no path is given."""
     assert main(["sample", "-n", "2", "--sampler", "dpm++", "--steps", "2", "--no-gif", "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000 and "2 images" in capsys.readouterr().out
-    model = load_model("pretrained")
-    assert model.config.dataset == "fashion_mnist" and model.config.prediction == "v"
-    assert sum(p.numel() for p in model.parameters()) == 1_198_790
+    for name, spiking, parameters in (("pretrained", "rate", 1_215_302), ("pretrained-hybrid", "rate", 1_215_302),
+                                      ("pretrained-pure", "pure", 1_178_810)):  # fmt: skip
+        model = load_model(name)
+        assert (model.config.dataset, model.config.prediction, model.config.spiking) == ("fashion_mnist", "v", spiking)
+        assert sum(p.numel() for p in model.parameters()) == parameters and model.recommended["guidance"] > 1
 
 
 def test_plot_and_info_read_a_run(run, tmp_path, capsys):
@@ -162,7 +164,7 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("sample {tmp}/other", "is not a checkpoint of sdit: its header has no entry"),
         ("sample {tmp}/wrong", "holds no model: .*size mismatch"),
         ("sample {run} --labels 11", ": --labels must be all, random, or a list .*: 0 to 9, or none for no class; '11' is not"),
-        ("sample {run} --sampler heun", ": --sampler must be one of ddpm, ddim, dpm[+][+]"),
+        ("sample {run} --sampler heun", ": --sampler must be one of dpm[+][+], ddpm, ddim"),
         ("sample {run} --out a.jpg", ": --out must end in .png"),
         ("convert {tmp}/text {tmp}/o.safetensors", "is not a checkpoint of PyTorch"),
         ("convert {tmp}/text {tmp}/o.pt", "the file to write must end in .safetensors, got .*o.pt"),
