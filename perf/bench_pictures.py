@@ -62,7 +62,7 @@ def plot(path, rows):
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     colors = dict(zip(dict.fromkeys(row["model"] for row in rows), ("#0072b2", "#d55e00", "#009e73")))
     most = max(row["n"] for row in rows)
@@ -74,10 +74,10 @@ def plot(path, rows):
                 best = {}
                 for row in rows:
                     if (row["model"], row["n"], row["sampler"]) == (model, most, "dpm++"):
-                        at, distance = row["passes"], row["drawn"]["frechet_distance"]
-                        if at not in best or distance < best[at][1]:
-                            best[at] = row["energy_mj"][kind], distance, row
-                points = [best[at] for at in sorted(best)]
+                        steps, distance = row["steps"], row["drawn"]["frechet_distance"]
+                        if steps not in best or distance < best[steps][1]:
+                            best[steps] = row["energy_mj"][kind], distance, row
+                points = [best[steps] for steps in sorted(best)]
                 axes.plot([x for x, *_ in points], [y for _, y, _ in points], "o-", color=color, label=model, markersize=4)
                 for x, y, row in points:
                     axes.annotate(f"{row['steps']}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
@@ -85,6 +85,7 @@ def plot(path, rows):
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
             axes.set_title(title, fontsize=10)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(f"Frechet distance, {most:,} images")
