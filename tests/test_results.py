@@ -456,9 +456,9 @@ def test_figures_of_the_models_equal_the_results():
         if row["steps"] == 20 and recommended[row["model"]] == {key: row[key] for key in ("guidance", "guidance_interval")}
     }
     assert set(shown) == {"hybrid", "pure"}
-    of = shown["hybrid"]["drawn"]
-    line = f"{of['frechet_distance']:.3f} | {1000 * of['kid']:.1f} ± {1000 * of['kid_standard_error']:.1f} | {percent(of)} |"
-    assert f"| 5,000 drawn images, 20 steps of DPM-Solver++ | {line}" in README
+    for title, name in (("5,000 drawn images, 20 steps of DPM-Solver++", "hybrid"), ("the same in spikes alone", "pure")):
+        of = shown[name]["drawn"]
+        assert f"| {title} | {figures(of)} | {percent(of)} |" in README
     floor = rows[0]["floor"]
     assert f"| 5,000 real images, for comparison | {figures(floor)} | {percent(floor)} |" in README
     for name, total in (("hybrid", "1,280"), ("pure", "5,248")):
