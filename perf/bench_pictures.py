@@ -30,6 +30,7 @@ from sdit.files import sha256
 from sdit.info import info, noisy_batch
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_interval")
+SETTINGS = (*SAMPLING, "noise_scale", "clip", "seed", "bf16")
 
 
 def measure_energy(model, images=256):
@@ -49,7 +50,7 @@ def count_passes(config, sampler, steps, guidance, interval):
 
 def measure(path, row, energy):
     """Add the measures to a row of settings."""
-    settings = {key: row[key] for key in (*SAMPLING, "clip", "seed", "bf16")}
+    settings = {key: row[key] for key in SETTINGS}
     images, labels, _ = draw(path, row["n"], batch_size=100, **settings)
     passes = count_passes(load_model(path).config, *(row[key] for key in SAMPLING))
     row |= {"passes": passes, "energy_mj": {kind: round(passes * mj, 4) for kind, mj in energy.items()}}
@@ -106,6 +107,7 @@ def main():
     p.add_argument("--steps", action="append", type=int, help="repeatable (20)")
     p.add_argument("--guidance", action="append", type=float, help="repeatable (1)")
     p.add_argument("--interval", nargs=2, type=float, metavar=("LOW", "HIGH"), help="guidance only at these times")
+    p.add_argument("--noise-scale", action="append", type=float, help="repeatable (1)")
     p.add_argument("--clip", action="store_true", help="as in sdit sample")
     p.add_argument("-n", type=int, default=5000, help="images (%(default)s)")
     p.add_argument("--seed", type=int, default=0, help="%(default)s")
@@ -118,10 +120,10 @@ def main():
     for name, path in args.model:
         torch.manual_seed(0)
         digest, energy = sha256(path), None
-        for steps, guidance in itertools.product(args.steps or [20], args.guidance or [1.0]):
+        for steps, guidance, scale in itertools.product(args.steps or [20], args.guidance or [1.0], args.noise_scale or [1.0]):
             interval = args.interval if guidance != 1 else None
             wanted = {"model": name, "checkpoint_sha256": digest, "n": args.n, "seed": args.seed, "bf16": args.bf16}
-            wanted |= dict(zip(SAMPLING, (args.sampler, steps, guidance, interval)), clip=args.clip)
+            wanted |= dict(zip(SAMPLING, (args.sampler, steps, guidance, interval)), noise_scale=scale, clip=args.clip)
             if any(all(row.get(key) == value for key, value in wanted.items()) for row in rows):
                 continue
             energy = energy or measure_energy(load_model(path))
@@ -129,7 +131,7 @@ def main():
             of = row["drawn"]
             print(
                 f"{name}, {steps} steps, guidance {guidance:g}{f' at {interval}' if interval else ''}"
-                f"{', clip' if args.clip else ''}: distance "
+                f"{f', noise scale {scale:g}' if scale != 1 else ''}{', clip' if args.clip else ''}: distance "
                 f"{of['frechet_distance']:.4f}, precision {of['precision']:.3f}, recall {of['recall']:.3f}, label accuracy "
                 f"{of['label_accuracy']:.3f}, {row['energy_mj']['arithmetic']:.2f} mJ",
                 flush=True,

@@ -127,12 +127,14 @@ def _parser():
         option("--sampler", "dpm++ (default), ddpm, ddim; for a model with prediction=flow: euler (default), heun")
         default_steps = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
         option("--steps", f"steps of the sampler ({default_steps}); ddim needs a divisor of 1000", type=int, metavar="N")
-        text = "classifier-free guidance; 1 turns it off (default: what the checkpoint recommends, or 1)"
+        text = "classifier-free guidance; 1 turns it off (default of this and the next two: as the checkpoint recommends, or 1)"
         option("--guidance", text, type=float, metavar="X")
         option(
             "--guidance-interval", "the guidance applies only at times from LOW to HIGH; 1000 is noise, 0 the image",
             type=float, nargs=2, metavar=("LOW", "HIGH"),
         )  # fmt: skip
+        text = "multiply the predicted noise; slightly above 1, images have less noise left"
+        option("--noise-scale", text, type=float, metavar="X")
         option("--threshold", "threshold of all neurons (default: the trained value)", type=float, metavar="X")
         option("--clip", "limit the predicted image to [-1, 1] in every step", action="store_true")
         option("--seed", "seed; an image depends only on it and on its number (0)", type=int, metavar="N")

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SAMPLERS", "STEPS", "add_noise", "draw", "make_scheduler", "predict", "reverse_step", "samplers", "training_loss"]
+__all__ = [
+    "SAMPLERS", "STEPS", "add_noise", "draw", "make_scheduler", "predict", "reverse_step", "samplers", "scale_noise",
+    "training_loss",
+]  # fmt: skip
 
 STEPS = 1000
 _BETAS = (1e-4, 2e-2)
@@ -309,6 +312,61 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
     conditional, unconditional = model(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
     eps = torch.lerp(unconditional[:, : config.channels], conditional[:, : config.channels], guidance)
     return torch.cat([eps, conditional[:, config.channels :]], dim=1)
+
+
+def scale_noise(config, out: Tensor, x: Tensor, t: int, scale: float) -> Tensor:
+    r"""Multiply the noise that a model predicts by ``scale`` (epsilon scaling).
+
+    ::
+
+        eps'    = scale eps,    eps = signal v + sigma x for config.prediction "v"
+        x0_hat' = (x - sigma eps') / signal
+
+    A step of a sampler then removes scale times as much noise. Above 1, images have less noise and fewer rare details; below 1
+    it is the other way round. The best scale is near 1 (1.01 to 1.03 for the models in the package).
+
+    Args:
+        config: configuration of the model; channels and prediction are used.
+        out: output of the model for x at time t; a learned variance stays as it is.
+        x: noisy images (B, C, S, S), float32 or float64.
+        t: time of all images, 0 .. 999.
+        scale: a positive number.
+
+    Returns:
+        A tensor of the shape of out, of the same prediction.
+
+    Raises:
+        ValueError: scale is not a positive number, or it is not 1 and config.prediction is "flow", whose first step starts from
+            noise alone (signal = 0).
+
+    Source: Ning et al., Elucidating the exposure bias in diffusion models, arXiv 2308.15321, who divide by a number above 1.
+
+    Example:
+        >>> import torch
+        >>> from sdit import PRESETS
+        >>> from sdit.diffusion import scale_noise
+        >>> out = torch.ones(1, 2, 8, 8)
+        >>> scale_noise(PRESETS["digits"], out, torch.zeros(1, 1, 8, 8), 500, 1.5)[0, :, 0, 0]
+        tensor([1.5000, 1.0000])
+    """
+    check_noise_scale(config, scale)
+    if scale == 1:
+        return out
+    prediction = out[:, : config.channels]
+    if config.prediction == "epsilon":
+        prediction = scale * prediction
+    else:  # v' - v = (signal + sigma^2 / signal) (scale - 1) eps, and signal^2 + sigma^2 = 1
+        tables = _tables(x.device, x.dtype)
+        prediction = prediction + (scale - 1) * (prediction + tables.sigma[t] / tables.signal[t] * x)
+    return torch.cat([prediction, out[:, config.channels :]], dim=1)
+
+
+def check_noise_scale(config, scale: float) -> None:
+    """Raise ValueError if a model with this ``config`` cannot use this scale."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"noise_scale must be a positive number, got {scale!r}")
+    if scale != 1 and config.prediction == "flow":
+        raise ValueError(f"noise_scale must be 1 for a model with prediction 'flow', got {scale!r}")
 
 
 def check_guidance(config, guidance: float) -> None:

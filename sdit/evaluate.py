@@ -146,6 +146,7 @@ def draw(
     steps: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    noise_scale: float = 1.0,
     threshold: float | None = None,
     clip: bool = False,
     seed: int = 0,
@@ -164,7 +165,7 @@ def draw(
         folder: where to keep the images; None for ``~/.cache/sdit/evaluate``. The images lie in a sub-folder whose name is a
             hash of all settings that change them. You may delete it at any time.
         ema, bf16, tf32, device: as in ``sdit sample``.
-        sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, compile, graph: as in
+        sampler, steps, guidance, guidance_interval, noise_scale, threshold, clip, seed, batch_size, compile, graph: as in
             :func:`sdit.sample.sample`.
 
     Returns:
@@ -199,7 +200,7 @@ def draw(
         sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
         steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
         settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval}
-        settings |= {"threshold": threshold, "clip": clip, "seed": seed, "batch_size": batch_size}
+        settings |= {"noise_scale": noise_scale, "threshold": threshold, "clip": clip, "seed": seed, "batch_size": batch_size}
         sampling.check_settings(model.config, **settings)
         facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
         facts |= {"compile": compile, "graph": graph} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
@@ -318,7 +319,7 @@ def run(
 
     Args:
         source: a checkpoint: generate ``n`` (default: 1,000) images with it, by :func:`draw` with ``device`` and ``settings``
-            (and the recommended guidance, as ``sdit sample``).
+            (and the recommended settings, as ``sdit sample``).
             Or an .npz file of images and labels: measure its first ``n`` (default: all) images.
         classifier: file of a classifier; None for the one in this package.
         root: folder of the data set.

@@ -230,7 +230,8 @@ class SDiT(nn.Module):
             config.levels time slots. The result is the same, except for rounding.
         trained_on: a dict that describes the training data, as the checkpoint stores it; empty for a new model. Keys: name,
             images (their number), classes (their names), root (where the files were, or None).
-        recommended: a dict of the guidance and guidance_interval that ``sdit sample`` and ``sdit evaluate`` use by default.
+        recommended: a dict of settings of :func:`sdit.sample.sample` that ``sdit sample`` and ``sdit evaluate`` use by default:
+            guidance, guidance_interval, noise_scale.
         checkpointing: True keeps only the input of each block for the backward pass, which recomputes the rest.
 
     Raises:

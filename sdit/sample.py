@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, to_uint8
-from .diffusion import STEPS, check_guidance, make_scheduler, predict, reverse_step, samplers
+from .diffusion import STEPS, check_guidance, check_noise_scale, make_scheduler, predict, reverse_step, samplers, scale_noise
 from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
 from .files import ensure_writable
 from .lock import lock
@@ -38,6 +38,7 @@ def sample(
     steps: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    noise_scale: float = 1.0,
     seed: int = 0,
     first: int = 0,
     clip: bool = False,
@@ -66,6 +67,8 @@ def sample(
         guidance_interval: (low, high), 0 <= low <= high <= 1000: the guidance applies at times low <= t <= high, and is 1 at
             other times (Kynkaanniemi et al., arXiv 2404.07724). t falls from 999, noise, to 0. None: at all times. Not with
             guidance 1.
+        noise_scale: the predicted noise is multiplied by it, see :func:`sdit.diffusion.scale_noise`. Slightly above 1, images
+            have less noise left. 1 with prediction "flow".
         seed: at least 0.
         first: number of the first image, at least 0.
         threshold: v_threshold of all neurons during this run; None keeps the trained value. Not with spiking "pure".
@@ -91,9 +94,9 @@ def sample(
         >>> sample(model, [3, 1, 4], sampler="ddim", steps=10, seed=0).shape
         torch.Size([3, 1, 8, 8])
     """
-    settings = dict(sampler=sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval, clip=clip)
-    settings |= dict(seed=seed, first=first, threshold=threshold, batch_size=batch_size, compile=compile, graph=graph)
-    settings |= dict(progress=progress, callback=callback)
+    settings = dict(sampler=sampler, steps=steps, guidance=guidance, guidance_interval=guidance_interval)
+    settings |= dict(noise_scale=noise_scale, clip=clip, seed=seed, first=first, threshold=threshold, batch_size=batch_size)
+    settings |= dict(compile=compile, graph=graph, progress=progress, callback=callback)
     return torch.cat([images for _, images in sample_batches(model, labels, **settings)])
 
 
@@ -107,6 +110,7 @@ def sample_batches(
     steps: int | None = None,
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] | None = None,
+    noise_scale: float = 1.0,
     seed: int = 0,
     first: int = 0,
     clip: bool = False,
@@ -134,7 +138,7 @@ def sample_batches(
     config = model.config
     labels = _check_labels(labels, config.num_classes)
     sampler = next(iter(samplers(config))) if sampler is None else sampler
-    check_settings(config, sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, first)
+    check_settings(config, sampler, steps, guidance, guidance_interval, noise_scale, threshold, clip, seed, batch_size, first)
     starts = range(0, len(labels), batch_size) if starts is None else starts
     if wrong := [start for start in starts if start % batch_size or not 0 <= start < len(labels)]:
         raise ValueError(f"starts must be multiples of {batch_size} in 0..{len(labels) - 1}, got {wrong[0]}")
@@ -173,6 +177,7 @@ def sample_batches(
             for step, t in enumerate(times, start=1):
                 model_t = torch.full((len(y),), t, device=weight.device)
                 out = calls[guidance if low <= t <= high else 1.0](x=x, t=model_t, y=y)
+                out = scale_noise(config, out, x, t, noise_scale)
                 x = reverse_step(scheduler, out, t, x, generators)
                 advance_bar(bar, len(y) / len(times))
                 if callback is not None:
@@ -183,18 +188,19 @@ def sample_batches(
 
 
 def with_recommended(model, settings: dict) -> dict:
-    """Return settings of :func:`sample` with the guidance that the model's checkpoint recommends, if they have none."""
-    return settings if {"guidance", "guidance_interval"} & settings.keys() else model.recommended | settings
+    """Return settings of :func:`sample`, with those that the model's checkpoint recommends if none of them is given."""
+    return settings if {"guidance", "guidance_interval", "noise_scale"} & settings.keys() else model.recommended | settings
 
 
 def check_settings(
-    config, sampler, steps, guidance, guidance_interval, threshold, clip, seed, batch_size, first=0
+    config, sampler, steps, guidance, guidance_interval, noise_scale, threshold, clip, seed, batch_size, first=0
 ) -> None:  # fmt: skip
     """Raise TypeError, ValueError or ImportError if :func:`sample` cannot draw with these settings."""
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
         _check_int(name, value, least)
     make_scheduler(sampler, steps, config, clip)
     check_guidance(config, guidance)
+    check_noise_scale(config, noise_scale)
     if guidance_interval is not None:
         pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
         if not (
@@ -378,8 +384,8 @@ def run(
         bf16: run the network under bfloat16 autocast.
         tf32: on a GPU, compute float32 matrix multiplications in TF32.
         device: None takes a GPU if there is one.
-        seed, batch_size, settings: see :func:`sample`. Without guidance and guidance_interval, those that the checkpoint
-            recommends are used (``model.recommended``).
+        seed, batch_size, settings: see :func:`sample`. Without guidance, guidance_interval and noise_scale, those
+            that the checkpoint recommends are used (``model.recommended``).
 
     Returns:
         The paths of the files, and of the folder ``images``.

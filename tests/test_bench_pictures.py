@@ -24,6 +24,7 @@ def test_rows_are_measured_once_and_drawn(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_pictures, "measure_energy", lambda model: dict(arithmetic=1.0, with_memory=2.0, quantised=3.0))
     path, picture = tmp_path / "rows.json", tmp_path / "chart.png"
     words = ["--model", "best=pretrained", "--steps", "5", "--guidance", "1", "--guidance", "2", "--interval", "100", "800"]
+    words += ["--noise-scale", "1.01"]
     for more in ([], ["--steps", "10", "--plot", str(picture)]):
         monkeypatch.setattr(sys, "argv", ["perf/bench_pictures.py", *words, "-n", "200", "--json", str(path), *more])
         bench_pictures.main()
@@ -31,5 +32,6 @@ def test_rows_are_measured_once_and_drawn(tmp_path, monkeypatch, capsys):
     assert [(row["steps"], row["guidance"], row["guidance_interval"]) for row in rows] == [
         (5, 1.0, None), (5, 2.0, [100.0, 800.0]), (10, 1.0, None), (10, 2.0, [100.0, 800.0]),
     ]  # fmt: skip
+    assert {row["noise_scale"] for row in rows} == {1.01}
     assert rows[0]["energy_mj"] == pytest.approx({"arithmetic": 5, "with_memory": 10, "quantised": 15})
     assert capsys.readouterr().out.count("distance 0.5") == 4 and picture.stat().st_size > 5000

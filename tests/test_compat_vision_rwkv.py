@@ -77,9 +77,13 @@ def test_run_cuda_equals_the_formula(B, T, C, dtype, seed, steepness, four):
     limit = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     losses = (y.double() * g.double()).sum(), (wanted * g.double()).sum()
     gradients = (torch.autograd.grad(loss, tensors, materialize_grads=True) for loss in losses)  # one token does not use w
+    # dw is a sum over t and i of (|t - i| - 1) g p (v[i] - y[t]), so a rounded y costs up to T g of its rounding.
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps / 2
+    of_w = (T * eps * g.double().abs().sum((0, 1)) * wanted.abs().amax((0, 1))).max().item()
     for name, found, ours in zip("wukv", *gradients):
         assert found.dtype == dtype
-        assert (found.double() - ours.double()).abs().max() <= limit * ours.double().abs().max() + limit, name
+        most = limit * ours.double().abs().max() + limit + (of_w if name == "w" else 0)
+        assert (found.double() - ours.double()).abs().max() <= most, name
 
 
 @pytest.mark.parametrize("of_parameters", DTYPES)

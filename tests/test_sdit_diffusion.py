@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sdit import diffusion
-from sdit.diffusion import STEPS, draw, make_scheduler, predict, reverse_step, training_loss
+from sdit.diffusion import STEPS, draw, make_scheduler, predict, reverse_step, scale_noise, training_loss
 
 CONFIG = dict(channels=1, image_size=4, num_classes=3, learn_sigma=True, dropout_label=0.25)
 CONFIG |= dict(prediction="epsilon", weighting="uniform")
@@ -350,6 +350,34 @@ def test_guidance_needs_a_trained_null_label():
         predict(model, x, t, y, 2.0)
     with pytest.raises(ValueError, match="guidance must be finite, got nan"):
         predict(Given(function=lambda x, t, y: x), x, t, y, math.nan)
+
+
+@pytest.mark.parametrize("t", [0, 300, 999])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_the_predicted_noise_is_scaled(prediction, t):
+    """Both predictions of the same noise stay predictions of the same noise; the variance stays."""
+    config = config_with(prediction=prediction)
+    tables = diffusion._tables(torch.device("cpu"), torch.float64)
+    signal, sigma = tables.signal[t], tables.sigma[t]
+    x, eps, logits = torch.randn(3, 5, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+
+    def predicted(eps):
+        return eps if prediction == "epsilon" else signal * eps - sigma * (x - sigma * eps) / signal
+
+    out = scale_noise(config, torch.cat([predicted(eps), logits], 1), x, t, 1.25)
+    torch.testing.assert_close(out, torch.cat([predicted(1.25 * eps), logits], 1), rtol=1e-12, atol=1e-12)
+    assert scale_noise(config, out, x, t, 1.0) is out
+
+
+def test_wrong_scales_of_the_noise_are_named():
+    x = torch.zeros(1, 1, 4, 4)
+    for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
+        with pytest.raises(ValueError, match=f"noise_scale must be a positive number, got {wrong!r}"):
+            scale_noise(config_with(), x, x, 5, wrong)
+    flow = config_with(prediction="flow", learn_sigma=False)
+    assert scale_noise(flow, x, x, 5, 1) is x
+    with pytest.raises(ValueError, match="noise_scale must be 1 for a model with prediction 'flow', got 1.5"):
+        scale_noise(flow, x, x, 5, 1.5)
 
 
 # Samplers

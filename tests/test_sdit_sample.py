@@ -127,6 +127,18 @@ def test_guidance_applies_in_its_interval_only():
     assert torch.equal(outside, sample(model, [0, 2], sampler="ddim", steps=5)) and not torch.equal(outside, inside)
 
 
+@pytest.mark.parametrize("sampler", ["dpm++", "ddpm", "ddim"])
+def test_the_predicted_noise_is_scaled_in_every_step(sampler):
+    class Scaled(Pointwise):  # its prediction is the noise
+        def forward(self, x, t, y):
+            out = super().forward(x, t, y)
+            return torch.cat([1.125 * out[:, :1], out[:, 1:]], 1)
+
+    how = dict(sampler=sampler, steps=5, seed=3)
+    found = sample(Pointwise(), [0, 2], noise_scale=1.125, **how)
+    assert torch.equal(found, sample(Scaled(), [0, 2], **how)) and not torch.equal(found, sample(Pointwise(), [0, 2], **how))
+
+
 def test_clip_limits_every_prediction():
     class Far(Pointwise):
         def forward(self, x, t, y):
@@ -215,6 +227,7 @@ def test_values_that_are_not_finite_raise_an_error():
             )
             for wrong in ((600, 200), (-1, 5), (0, 1001), (0, float("nan")), (1, 2, 3), (True, 5), 5, "ab")
         ),
+        ([0], {"noise_scale": 0.0}, ValueError, "noise_scale must be a positive number, got 0.0"),
         ([0], {"guidance_interval": (0, 9)}, ValueError, r"guidance_interval must be None with guidance 1, .* got \(0, 9\)"),
     ],
 )
@@ -507,17 +520,17 @@ def test_docstring_examples_run(module):
     assert attempted and not failed
 
 
-def test_the_guidance_of_a_checkpoint_is_the_default(tmp_path, monkeypatch):
+def test_the_settings_that_a_checkpoint_recommends_are_the_default(tmp_path, monkeypatch):
     model, used = SDiT(PRESETS["digits"], dim=32, depth=2), []
-    model.recommended = {"guidance": 3.0, "guidance_interval": [0, 500]}
+    model.recommended = {"guidance": 3.0, "guidance_interval": [0, 500], "noise_scale": 1.01}
     save_model(tmp_path / "a.safetensors", model)
     assert load_model(tmp_path / "a.safetensors").recommended == model.recommended
 
     def batches(model, labels, starts=None, **settings):
-        used.append({key: value for key, value in settings.items() if "guidance" in key})
+        used.append({key: value for key, value in settings.items() if "guidance" in key or "noise" in key})
         return iter([(0, torch.zeros(len(labels), 1, 8, 8))])
 
     monkeypatch.setattr("sdit.sample.sample_batches", batches)
-    for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}):
+    for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}):
         module.run(tmp_path / "a.safetensors", tmp_path / "a.png", n=2, gif=False, **given)
-    assert used == [model.recommended, {"guidance": 1.0}, {"guidance": 2.0}]
+    assert used == [model.recommended, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}]
