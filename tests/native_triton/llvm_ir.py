@@ -133,7 +133,6 @@ def _kernel_signature(ir):
 # A tile with one lane is a function of thousands of lines. Several of the compiler's algorithms take time quadratic in
 # the number of branches or in the length of a basic block: a masked sum of 1024 elements took 15 s. It takes a fraction
 # of a second without branches around accesses, in shorter blocks and with the fast instruction selector.
-# fraction of a second.
 
 # These stand in Triton IR for two addresses that have no name there: one takes masked-off stores, and masked-off loads
 # read the other. The latter holds NaN, because a load without ``other`` may return anything.
@@ -141,7 +140,8 @@ _SPARE_ADDRESS, _UNDEFINED_ADDRESS = 0x5EA7ED000000, 0x5EA7ED000040
 _PLACES = {_SPARE_ADDRESS: "@native.spare", _UNDEFINED_ADDRESS: "@native.undefined"}
 _LINES_PER_BLOCK = 256
 
-_TTIR_ACCESS = re.compile(r"( *(?:%[\w#]+ = )?)tt\.(load|store) (%[\w#]+(?:, %[\w#]+)*)(.*?) : (\S+)( loc\(.*\))?")
+_NAME = r"%[\w$.#-]+"  # Triton 3.8 names values after variables: %found.1_64
+_TTIR_ACCESS = re.compile(rf"( *(?:{_NAME} = )?)tt\.(load|store) ({_NAME}(?:, {_NAME})*)(.*?) : (\S+)( loc\(.*\))?")
 _SELECT = re.compile(r"  (%[\w.]+) = select i1 (%[\w.]+), (half|bfloat|float|double) (\S+), \3 (\S+)$")
 _BITS = {"half": "i16", "bfloat": "i16", "float": "i32", "double": "i64"}
 

@@ -645,6 +645,18 @@ def test_unknown_intrinsic_is_named():
         native_triton.llvm_ir.intrinsic_body("llvm.amdgcn.s.sleep", "void")
 
 
+@pytest.mark.parametrize("name", ["%v_65", "%found.1_64", "%a-b", "%r#1", "%7"])
+def test_masks_are_found_whatever_the_names(name):
+    """Triton 3.8 names values after the variables of a kernel, with a number behind a dot."""
+    load = f"  %x = tt.load %p, {name}, %zero : tensor<4x!tt.ptr<f32>> loc(#loc3)"
+    store = f"  tt.store {name}, %x, %m : tensor<4x!tt.ptr<f32>> loc(#loc3)"
+    loaded, stored = (native_triton.llvm_ir.without_masks(line).splitlines() for line in (load, store))
+    assert f"arith.select {name}, %p, " in loaded[3] and loaded[4].endswith(
+        "tt.load %native0_d : tensor<4x!tt.ptr<f32>> loc(#loc3)"
+    )
+    assert f"arith.select %m, {name}, " in stored[3] and stored[4].startswith("tt.store %native0_d, %x : ")
+
+
 # --- Finding stray accesses ---
 
 
