@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import Config
+from .diffusion import check_recommended
 from .files import PRETRAINED, atomic_write
 from .model import SDiT
 from .research import from_research, load_research
@@ -130,7 +131,11 @@ def about(path) -> dict:
 
 
 def save_model(path, model: SDiT) -> None:
-    """Write a model without optimizer state, for :func:`load_model`. Errors are as in :func:`save`."""
+    """Write a model without optimizer state, for :func:`load_model`.
+
+    Errors are as in :func:`save`. ValueError: ``model.recommended`` is not a dict of settings that the model can use.
+    """
+    check_recommended(model.config, model.recommended)
     meta = {"config": model.config.to_dict(), "data": model.trained_on}
     save(path, {"model": model.state_dict()}, meta | ({"recommended": model.recommended} if model.recommended else {}))
 
@@ -167,6 +172,7 @@ def load_model(path, ema: bool = True) -> SDiT:
         with torch.device("meta"):
             model = SDiT(config)
         model.load_state_dict(weights, assign=True)
+        check_recommended(config, meta.get("recommended", {}))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model: {' '.join(str(error).split())}") from None
     for parameter in model.parameters():

@@ -363,20 +363,40 @@ def scale_noise(config, out: Tensor, x: Tensor, t: int, scale: float) -> Tensor:
 
 def check_noise_scale(config, scale: float) -> None:
     """Raise ValueError if a model with this ``config`` cannot use this scale."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    if not is_number(scale) or not 0 < scale < math.inf:
         raise ValueError(f"noise_scale must be a positive number, got {scale!r}")
     if scale != 1 and config.prediction == "flow":
         raise ValueError(f"noise_scale must be 1 for a model with prediction 'flow', got {scale!r}")
 
 
-def check_guidance(config, guidance: float) -> None:
-    """Raise ValueError if a model with this ``config`` cannot use this guidance."""
-    if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance}")
+def check_guidance(config, guidance: float, interval: tuple[float, float] | None = None) -> None:
+    """Raise ValueError if a model with this ``config`` cannot use this guidance in this interval of times."""
+    if not is_number(guidance) or not math.isfinite(guidance):
+        raise ValueError(f"guidance must be finite, got {guidance!r}")
     if guidance != 1 and not config.dropout_label > 0:
         raise ValueError(
             f"guidance {guidance} needs a model that was trained with dropout_label > 0; this model only allows guidance 1"
         )
+    if interval is None:
+        return
+    pair = isinstance(interval, (tuple, list)) and len(interval) == 2 and all(map(is_number, interval))
+    if not (pair and 0 <= interval[0] <= interval[1] <= STEPS):
+        raise ValueError(f"guidance_interval must be two times, 0 <= low <= high <= {STEPS}, or None, got {interval!r}")
+    if guidance == 1:
+        raise ValueError(f"guidance_interval must be None with guidance 1, which has no effect, got {interval!r}")
+
+
+def check_recommended(config, settings: dict) -> None:
+    """Raise ValueError if a checkpoint of a model with this ``config`` cannot recommend these settings of sampling."""
+    names = ("guidance", "guidance_interval", "noise_scale")
+    if not isinstance(settings, dict) or settings.keys() - set(names):
+        raise ValueError(f"recommended must be a dict of {', '.join(names)}, got {settings!r}")
+    check_guidance(config, settings.get("guidance", 1.0), settings.get("guidance_interval"))
+    check_noise_scale(config, settings.get("noise_scale", 1.0))
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 SAMPLERS = {"dpm++": 20, "ddpm": 250, "ddim": 50, "euler": 50, "heun": 25}  # name: default number of steps

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, to_uint8
-from .diffusion import STEPS, check_guidance, check_noise_scale, make_scheduler, predict, reverse_step, samplers, scale_noise
+from .diffusion import (
+    STEPS,
+    check_guidance,
+    check_noise_scale,
+    is_number,
+    make_scheduler,
+    predict,
+    reverse_step,
+    samplers,
+    scale_noise,
+)
 from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
 from .files import ensure_writable
 from .lock import lock
@@ -199,25 +209,12 @@ def check_settings(
     for name, value, least in (("seed", seed, 0), ("first", first, 0), ("batch_size", batch_size, 1)):
         _check_int(name, value, least)
     make_scheduler(sampler, steps, config, clip)
-    check_guidance(config, guidance)
+    check_guidance(config, guidance, guidance_interval)
     check_noise_scale(config, noise_scale)
-    if guidance_interval is not None:
-        pair = isinstance(guidance_interval, (tuple, list)) and len(guidance_interval) == 2
-        if not (
-            pair and all(map(_is_number, guidance_interval)) and 0 <= guidance_interval[0] <= guidance_interval[1] <= STEPS
-        ):
-            allowed = f"two times, 0 <= low <= high <= {STEPS}, or None"
-            raise ValueError(f"guidance_interval must be {allowed}, got {guidance_interval!r}")
-        if guidance == 1:
-            raise ValueError(f"guidance_interval must be None with guidance 1, which has no effect, got {guidance_interval!r}")
-    if threshold is not None and not (_is_number(threshold) and 0 < threshold < math.inf):
+    if threshold is not None and not (is_number(threshold) and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
     if threshold is not None and config.spiking == "pure":
         raise ValueError(f"threshold must be None with spiking='pure', whose thresholds are learnt, got {threshold!r}")
-
-
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_int(name, value, least):

@@ -15,7 +15,7 @@ from torch import nn
 
 from sdit import PRESETS, SDiT, pictures
 from sdit import sample as module
-from sdit.checkpoint import load_model, save_model
+from sdit.checkpoint import load_model, save, save_model
 from sdit.data import from_uint8, to_uint8
 from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
 from sdit.lock import lock
@@ -534,3 +534,24 @@ def test_the_settings_that_a_checkpoint_recommends_are_the_default(tmp_path, mon
     for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}):
         module.run(tmp_path / "a.safetensors", tmp_path / "a.png", n=2, gif=False, **given)
     assert used == [model.recommended, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"steps": 20}, "recommended must be a dict of guidance, guidance_interval, noise_scale, got {'steps': 20}"),
+        ([3.0], r"recommended must be a dict of .*, got \[3.0\]"),
+        ({"guidance": "3"}, "guidance must be finite, got '3'"),
+        ({"guidance": 3.0, "guidance_interval": [5, 1]}, "guidance_interval must be two times"),
+        ({"noise_scale": -1}, "noise_scale must be a positive number, got -1"),
+    ],
+)
+def test_recommended_settings_are_checked_when_written_and_read(tmp_path, wrong, message):
+    model, path = SDiT(PRESETS["digits"], dim=32, depth=2), tmp_path / "a.safetensors"
+    model.recommended = wrong
+    with pytest.raises(ValueError, match=message):
+        save_model(path, model)
+    assert not path.exists()
+    save(path, {"model": model.state_dict()}, {"config": model.config.to_dict(), "recommended": wrong})
+    with pytest.raises(ValueError, match=f"a.safetensors holds no model: {message}"):
+        load_model(path)
