@@ -3,6 +3,7 @@
     python perf/spike_information.py --steps 4000 --json perf/results/spike_information.json
     python perf/spike_information.py --arm=-8..8+learnt --steps 1500 --images 0
     python perf/spike_information.py --cpu-seconds 600 --arm=-4..4+learnt --arm=binary+learnt --seed 1
+    python perf/spike_information.py --json perf/results/spike_information.json --plot perf/results/spike_information.png
     python perf/spike_information.py --dry-run        # seconds: trains and measures almost nothing
 
 Each arm trains ``--preset`` for the same steps, or for the same CPU time, with other neurons. Its words, with + between them:
@@ -153,6 +154,40 @@ def run_arm(arm, config, settings, data, test):
     return row | {"neurons": neurons}, model
 
 
+def plot(path, rows):
+    """Draw error and information of each neuron, and the objective against the mean information, of rows of the same steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(ARMS, pyplot.get_cmap("tab10").colors))
+    rows = [row for row in rows if "wanted_cpu_seconds" not in row and row["arm"] in ARMS]
+    first = {row["arm"]: row for row in reversed(rows) if row["seed"] == min(other["seed"] for other in rows)}
+    shown = [arm for arm in ARMS if arm in first]
+    with pyplot.rc_context({"font.size": 9}):
+        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained", facecolor="white")
+        for axes, key, title in (
+            (panels[0], "error", "error of each neuron"),
+            (panels[1], "information", "bits of each neuron"),
+        ):
+            for arm in shown:
+                values = [figures[key] for figures in first[arm]["neurons"].values()]
+                axes.plot(range(1, len(values) + 1), values, "o-", color=colors[arm], label=arm, markersize=3, linewidth=1)
+            axes.set(xlabel="neuron, from the first layer to the last", title=title)
+        panels[0].set_ylim(0)
+        for row in rows:
+            label = row["arm"] if row is first.get(row["arm"]) else None
+            panels[2].plot(row["mean_information"], row["mse"], "o", color=colors[row["arm"]], label=label, markersize=5)
+        panels[2].set(xlabel="mean bits of a neuron", title="test error (mse), each seed")
+        panels[2].legend(frameon=False, fontsize=7)
+        for axes in panels:
+            axes.title.set_size(10)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="fashion_pure", choices=[n for n, c in PRESETS.items() if c.spiking == "pure"])
@@ -164,9 +199,14 @@ def main():
     p.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="write the rows; arms that are in the file do not run again"
     )
+    p.add_argument("--plot", type=pathlib.Path, metavar="PATH", help="draw the rows of --json into this PNG file, and end")
     p.add_argument("--dry-run", action="store_true", help="a narrow model, two steps, random images: does it run?")
     p.set_defaults(csv=None, device="cpu")
     args = p.parse_args()
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    if args.plot:
+        plot(args.plot, rows)
+        return
     torch.set_num_threads(1)  # the CPU time of several threads would include their waiting
     arms = ARMS if args.arm is None else args.arm
     for arm in arms:
@@ -182,7 +222,6 @@ def main():
         data, test = load(config.dataset), load(config.dataset, split="test")
     settings = TrainSettings.of(config, steps=args.steps, **changes)
     measure, real = make_measure(data, test, args.images) if args.images else (None, {})
-    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
     for arm in arms:
         length = {"wanted_cpu_seconds": args.cpu_seconds} if args.cpu_seconds else {"steps": args.steps}
         wanted = {"arm": arm, "seed": args.seed, "images": args.images, **length}

@@ -431,9 +431,12 @@ def find_rows(n=5000):
     return [row for row in json.loads((RESULTS / "fashion_mnist_pictures.json").read_text())["rows"] if row["n"] == n]
 
 
-def name_of_guidance(row):
+def cells_of_sampling(row):
+    """Return steps, guidance and noise scale."""
+    steps = f"{row['steps']}" + ("" if row["sampler"] == "dpm++" else f", {row['sampler'].upper()}")
     interval = row["guidance_interval"]
-    return f"{row['guidance']:g}" + ("" if interval is None else f" at {interval[0]:g} to {interval[1]:g}")
+    guidance = f"{row['guidance']:g}" + ("" if interval is None else f" at {interval[0]:g} to {interval[1]:g}")
+    return f"{steps} | {guidance} | {row['noise_scale']:g}"
 
 
 def cells_of(of):
@@ -445,15 +448,16 @@ def test_figures_of_the_models_equal_the_results():
     rows = find_rows()
     for row in rows:
         energy = " / ".join(f"{row['energy_mj'][kind]:.2g}" for kind in ("arithmetic", "with_memory", "quantised"))
-        line = f"| {row['model']} | {row['steps']} | {name_of_guidance(row)} | {cells_of(row['drawn'])} | {energy} |"
+        line = f"| {row['model']} | {cells_of_sampling(row)} | {cells_of(row['drawn'])} | {energy} |"
         assert line in SDIT, line
-    assert f"| 5,000 real images | | | {cells_of(rows[0]['floor'])} | |" in SDIT
+    assert f"| 5,000 real images | | | | {cells_of(rows[0]['floor'])} | |" in SDIT
     assert SDIT.count("| hybrid | ") + SDIT.count("| pure | ") == len(rows)
     recommended = {name: load_model(f"pretrained-{name}").recommended for name in ("hybrid", "pure")}
     shown = {
         row["model"]: row
         for row in rows
-        if row["steps"] == 20 and recommended[row["model"]] == {key: row[key] for key in ("guidance", "guidance_interval")}
+        if (row["sampler"], row["steps"]) == ("dpm++", 20)
+        and recommended[row["model"]] == {key: row[key] for key in recommended[row["model"]]}
     }
     assert set(shown) == {"hybrid", "pure"}
     for title, name in (("5,000 drawn images, 20 steps of DPM-Solver++", "hybrid"), ("the same in spikes alone", "pure")):

@@ -56,3 +56,7 @@ def test_a_run_writes_rows_once(tmp_path, monkeypatch, capsys):
         spike_information.main()
     *_, last = rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 3 and (last["seed"], last["wanted_cpu_seconds"]) == (1, 0.3) and last["steps"] >= 1
+    picture = tmp_path / "chart.png"
+    monkeypatch.setattr(sys, "argv", ["perf/spike_information.py", "--json", str(path), "--plot", str(picture)])
+    spike_information.main()
+    assert picture.stat().st_size > 5000
