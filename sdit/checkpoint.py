@@ -172,12 +172,15 @@ def load_model(path, ema: bool = True) -> SDiT:
         with torch.device("meta"):
             model = SDiT(config)
         model.load_state_dict(weights, assign=True)
-        check_recommended(config, meta.get("recommended", {}))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no model: {' '.join(str(error).split())}") from None
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     model.trained_on, model.recommended = meta.get("data", {}), meta.get("recommended", {})
+    try:
+        check_recommended(config, model.recommended)
+    except ValueError as error:
+        raise ValueError(f"{path} recommends settings that cannot be used: {error}") from None
     return model.eval()
 
 
@@ -199,13 +202,16 @@ def newest(path) -> Path:
         return PRETRAINED[str(path)]
     if not path.is_dir():
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist: give a checkpoint or the folder of a run")
+            names = f" or one of {', '.join(PRETRAINED)}"
+            raise FileNotFoundError(f"{path} does not exist: give a checkpoint, the folder of a run{names}")
         if not path.is_file():
             raise ValueError(f"{path} is neither a file nor a folder: give a checkpoint or the folder of a run")
         return path
     found = checkpoints(path)
     if not found:
-        raise FileNotFoundError(f"{path} holds no checkpoint: no file checkpoints/step_*.safetensors")
+        inside = any(path.glob("step_*.safetensors"))
+        why = f"give the folder of the run, {path.parent}" if inside else "no file checkpoints/step_*.safetensors"
+        raise FileNotFoundError(f"{path} holds no checkpoint: {why}")
     return found[-1]
 
 

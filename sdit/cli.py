@@ -96,6 +96,13 @@ _SETTINGS = {  # help of the fields of TrainSettings
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse unknown options here, so that the error names the command and not only sdit."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
 
@@ -127,17 +134,15 @@ def _parser():
         option("--sampler", "dpm++ (default), ddpm, ddim; for a model with prediction=flow: euler (default), heun")
         default_steps = ", ".join(f"{k}: {v}" for k, v in SAMPLERS.items())
         option("--steps", f"steps of the sampler ({default_steps}); ddim needs a divisor of 1000", type=int, metavar="N")
-        text = "classifier-free guidance; 1 turns it off (default of this and the next two: as the checkpoint recommends, or 1)"
-        option("--guidance", text, type=float, metavar="X")
-        option(
-            "--guidance-interval", "the guidance applies only at times from LOW to HIGH; 1000 is noise, 0 the image",
-            type=float, nargs=2, metavar=("LOW", "HIGH"),
-        )  # fmt: skip
-        text = "multiply the predicted noise; slightly above 1, images have less noise left"
+        otherwise = "(default: as the checkpoint recommends, or"
+        option("--guidance", f"classifier-free guidance; 1 turns it off {otherwise} 1)", type=float, metavar="X")
+        text = f"the guidance applies only at times from LOW to HIGH; 1000 is noise, 0 the image {otherwise} 0 1000)"
+        option("--guidance-interval", text, type=float, nargs=2, metavar=("LOW", "HIGH"))
+        text = f"multiply the predicted noise; slightly above 1, images have less noise left {otherwise} 1)"
         option("--noise-scale", text, type=float, metavar="X")
         option("--threshold", "threshold of all neurons (default: the trained value)", type=float, metavar="X")
         option("--clip", "limit the predicted image to [-1, 1] in every step", action="store_true")
-        option("--seed", "seed; an image depends only on it and on its number (0)", type=int, metavar="N")
+        option("--seed", "seed; an image depends only on it, on its number and on rounding (0)", type=int, metavar="N")
         option("--batch-size", "images at a time (64)", type=int, metavar="N")
         option("--ema", "use the averaged weights (the default)", action=argparse.BooleanOptionalAction)
         option("--bf16", "compute matrix multiplications in bfloat16", action="store_true")
@@ -326,6 +331,7 @@ def _info(args):
     from .data import load
     from .info import info, noisy_batch
     from .model import SDiT
+    from .sample import describe_guidance
 
     if args.model in PRESETS and not Path(args.model).exists():
         torch.manual_seed(0)
@@ -350,6 +356,8 @@ def _info(args):
         print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {reason}")
         return
     print(info(model, noisy_batch(config, data, n)))
+    if model.recommended:
+        print(f"\nsdit sample and sdit evaluate use {describe_guidance(model.recommended)}.")
 
 
 def _plot(args):

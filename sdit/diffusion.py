@@ -314,30 +314,30 @@ def predict(model, x: Tensor, t: Tensor, y: Tensor, guidance: float = 1.0) -> Te
     return torch.cat([eps, conditional[:, config.channels :]], dim=1)
 
 
-def scale_noise(config, out: Tensor, x: Tensor, t: int, scale: float) -> Tensor:
-    r"""Multiply the noise that a model predicts by ``scale`` (epsilon scaling).
+def scale_noise(config, out: Tensor, x: Tensor, t: int, noise_scale: float) -> Tensor:
+    r"""Multiply the noise that a model predicts by ``noise_scale`` (epsilon scaling).
 
     ::
 
-        eps'    = scale eps,    eps = signal v + sigma x for config.prediction "v"
+        eps'    = noise_scale eps,    eps = signal v + sigma x for config.prediction "v"
         x0_hat' = (x - sigma eps') / signal
 
-    A step of a sampler then removes scale times as much noise. Above 1, images have less noise and fewer rare details; below 1
-    it is the other way round. The best scale is near 1 (1.01 to 1.03 for the models in the package).
+    A step of a sampler then removes noise_scale times as much noise. Above 1, less noise and fewer rare details are left in an
+    image; below 1, more. The best scale is near 1 (about 1.02 for the models in the package).
 
     Args:
         config: configuration of the model; channels and prediction are used.
         out: output of the model for x at time t; a learned variance stays as it is.
         x: noisy images (B, C, S, S), float32 or float64.
         t: time of all images, 0 .. 999.
-        scale: a positive number.
+        noise_scale: a positive number.
 
     Returns:
         A tensor of the shape of out, of the same prediction.
 
     Raises:
-        ValueError: scale is not a positive number, or it is not 1 and config.prediction is "flow", whose first step starts from
-            noise alone (signal = 0).
+        ValueError: t or a shape is wrong; noise_scale is not a positive number, or it is not 1 and config.prediction is "flow",
+            whose first step starts from noise alone (signal = 0).
 
     Source: Ning et al., Elucidating the exposure bias in diffusion models, arXiv 2308.15321, who divide by a number above 1.
 
@@ -349,15 +349,19 @@ def scale_noise(config, out: Tensor, x: Tensor, t: int, scale: float) -> Tensor:
         >>> scale_noise(PRESETS["digits"], out, torch.zeros(1, 1, 8, 8), 500, 1.5)[0, :, 0, 0]
         tensor([1.5000, 1.0000])
     """
-    check_noise_scale(config, scale)
-    if scale == 1:
+    check_noise_scale(config, noise_scale)
+    if noise_scale == 1:
         return out
     prediction = out[:, : config.channels]
+    if x.shape != prediction.shape:
+        raise ValueError(f"x must have the shape of the prediction, {tuple(prediction.shape)}, got {tuple(x.shape)}")
+    if not isinstance(t, int) or not 0 <= t < STEPS:
+        raise ValueError(f"t must be an int in 0..{STEPS - 1}, got {t!r}")
     if config.prediction == "epsilon":
-        prediction = scale * prediction
-    else:  # v' - v = (signal + sigma^2 / signal) (scale - 1) eps, and signal^2 + sigma^2 = 1
+        prediction = noise_scale * prediction
+    else:  # v' - v = (signal + sigma^2 / signal) (noise_scale - 1) eps, and signal^2 + sigma^2 = 1
         tables = _tables(x.device, x.dtype)
-        prediction = prediction + (scale - 1) * (prediction + tables.sigma[t] / tables.signal[t] * x)
+        prediction = prediction + (noise_scale - 1) * (prediction + tables.sigma[t] / tables.signal[t] * x)
     return torch.cat([prediction, out[:, config.channels :]], dim=1)
 
 
@@ -372,7 +376,7 @@ def check_noise_scale(config, scale: float) -> None:
 def check_guidance(config, guidance: float, interval: tuple[float, float] | None = None) -> None:
     """Raise ValueError if a model with this ``config`` cannot use this guidance in this interval of times."""
     if not is_number(guidance) or not math.isfinite(guidance):
-        raise ValueError(f"guidance must be finite, got {guidance!r}")
+        raise ValueError(f"guidance must be a finite number, got {guidance!r}")
     if guidance != 1 and not config.dropout_label > 0:
         raise ValueError(
             f"guidance {guidance} needs a model that was trained with dropout_label > 0; this model only allows guidance 1"
@@ -383,7 +387,7 @@ def check_guidance(config, guidance: float, interval: tuple[float, float] | None
     if not (pair and 0 <= interval[0] <= interval[1] <= STEPS):
         raise ValueError(f"guidance_interval must be two times, 0 <= low <= high <= {STEPS}, or None, got {interval!r}")
     if guidance == 1:
-        raise ValueError(f"guidance_interval must be None with guidance 1, which has no effect, got {interval!r}")
+        raise ValueError(f"guidance_interval needs a guidance other than 1, got {interval!r} with guidance 1")
 
 
 def check_recommended(config, settings: dict) -> None:

@@ -62,11 +62,13 @@ def sample(
     r"""Draw one image per label.
 
     Image i has a random generator of its own on the CPU, seeded with (seed, first + i). So an image does not depend on
-    batch_size, on the other images or on the device, except for rounding in the network.
+    batch_size, on the other images or on the device, except for rounding in the network (see below).
 
     The network runs in the dtype of its weights and under the caller's autocast, the sampler in float32. Tensors that do not
     change during the run are computed once (``model.frozen``). The model's current weights are used; to use averaged weights,
-    load them first.
+    load them first. For the settings that a checkpoint recommends, call ``sample(model, labels, **model.recommended)``.
+
+    Rounding depends on the batch size and the machine, and spikes can amplify it until a pixel differs.
 
     Args:
         model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.
@@ -193,13 +195,34 @@ def sample_batches(
                 if callback is not None:
                     callback(start, step, len(times), x)
             if not x.isfinite().all():
-                raise ValueError(f"the model outputs values that are not finite: images {start}..{start + len(y) - 1} are lost")
+                lost = f"images {start}..{start + len(y) - 1} are lost"
+                how = describe_guidance(dict(guidance=guidance, guidance_interval=guidance_interval, noise_scale=noise_scale))
+                raise ValueError(f"the model outputs values that are not finite ({how}): {lost}")
             yield start, x.float().clamp(-1, 1).cpu()
 
 
 def with_recommended(model, settings: dict) -> dict:
-    """Return settings of :func:`sample`, with those that the model's checkpoint recommends if none of them is given."""
-    return settings if {"guidance", "guidance_interval", "noise_scale"} & settings.keys() else model.recommended | settings
+    """Return settings of :func:`sample`. For each that is missing, take what the model's checkpoint recommends.
+
+    Guidance 1 takes no interval.
+    """
+    found = model.recommended | settings
+    if found.get("guidance", 1.0) == 1 and "guidance_interval" not in settings:
+        found.pop("guidance_interval", None)
+    return found
+
+
+def describe_guidance(settings: dict) -> str:
+    """Return guidance and noise scale in words.
+
+    Example:
+        >>> from sdit.sample import describe_guidance
+        >>> describe_guidance({"guidance": 3.0, "guidance_interval": (0, 550), "noise_scale": 1.02})
+        'guidance 3 at times 0 to 550, noise scale 1.02'
+    """
+    interval = settings.get("guidance_interval")
+    times = "" if interval is None else f" at times {interval[0]:g} to {interval[1]:g}"
+    return f"guidance {settings.get('guidance', 1.0):g}{times}, noise scale {settings.get('noise_scale', 1.0):g}"
 
 
 def check_settings(
@@ -211,6 +234,8 @@ def check_settings(
     make_scheduler(sampler, steps, config, clip)
     check_guidance(config, guidance, guidance_interval)
     check_noise_scale(config, noise_scale)
+    if not isinstance(clip, bool):
+        raise TypeError(f"clip must be true or false, got {clip!r}")
     if threshold is not None and not (is_number(threshold) and 0 < threshold < math.inf):
         raise ValueError(f"threshold must be a positive number, got {threshold!r}")
     if threshold is not None and config.spiking == "pure":
@@ -223,7 +248,10 @@ def _check_int(name, value, least):
 
 
 def _check_labels(labels, num_classes):
-    labels = torch.as_tensor(labels, device="cpu")
+    try:
+        labels = torch.as_tensor(labels, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"labels must be ints in a sequence or tensor, got {labels!r}") from None
     if not labels.numel():
         raise ValueError("labels must name at least one image, got none")
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool or labels.ndim != 1:
@@ -303,6 +331,7 @@ def choose_labels(wanted: str, n: int | None, names: Sequence[str], seed: int = 
     """
     if n is not None and n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    wanted = wanted.lower() if wanted.lower() in ("all", "random") else wanted
     if wanted == "random":
         return torch.from_numpy(np.random.default_rng((seed,)).integers(len(names), size=n or 40))
     known = [*enumerate(map(str, range(len(names)))), *enumerate(names), (len(names), "none")]
@@ -381,8 +410,8 @@ def run(
         bf16: run the network under bfloat16 autocast.
         tf32: on a GPU, compute float32 matrix multiplications in TF32.
         device: None takes a GPU if there is one.
-        seed, batch_size, settings: see :func:`sample`. Without guidance, guidance_interval and noise_scale, those
-            that the checkpoint recommends are used (``model.recommended``).
+        seed, batch_size, settings: see :func:`sample`. For each of guidance, guidance_interval and
+            noise_scale that is missing, the checkpoint's recommendation is used (``model.recommended``).
 
     Returns:
         The paths of the files, and of the folder ``images``.
@@ -402,7 +431,7 @@ def run(
         chosen = choose_labels(labels, n, names, seed)
 
         film = Film(images=_MAX_SHOWN) if gif else None
-        columns = len(names) if labels == "all" and len(names) <= 20 else None
+        columns = len(names) if labels.lower() == "all" and len(names) <= 20 else None
         files = [out] + [out.with_suffix(".gif")] * gif + [out.with_suffix(".npz")] * npz
         written = files + ([] if images is None else [Path(images)])
         pixels = len(chosen) * model.config.channels * model.config.image_size**2
@@ -429,7 +458,8 @@ def run(
             _write_files(files, images, pictures, chosen, names, columns, film)
     shown = min(len(chosen), _MAX_SHOWN)
     summary = f"{len(pictures)} images" + (f" (the first {shown} shown)" if shown < len(pictures) else "")
-    print(f"{summary} in {seconds:.1f} s, {len(pictures) / seconds:.3g} images/s: {', '.join(map(str, written))}")
+    rate = f"{len(pictures) / seconds:.3g} images/s"
+    print(f"{summary} in {seconds:.1f} s, {rate}, {describe_guidance(settings)}: {', '.join(map(str, written))}")
     return written
 
 

@@ -153,7 +153,7 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("evaluate {tmp}/text.npz --seed 1 --batch-size 3", "images that exist already: --seed, --batch-size cannot"),
         ("sample {run} --batch-size 0", ": --batch-size must be an int of at least 1, got 0"),
         ("sample {run} --images {run}", ": --images must be an empty or new folder, .* holds files already"),
-        ("sample {run} --guidance nan", ": --guidance must be finite, got nan"),
+        ("sample {run} --guidance nan", ": --guidance must be a finite number, got nan"),
         ("sample {run} --out /proc/o.png", ": --out: no file of [0-9,]+ bytes can be written in /proc"),
         ("train --preset mnist --data {tmp}", "not found in folders named .*Leave --data out to have them downloaded"),
         ("train --preset digits --out {run}", "holds a run already: resume it .--resume .*., or choose another folder"),

@@ -348,7 +348,7 @@ def test_guidance_needs_a_trained_null_label():
     assert predict(model, x, t, y) is not None
     with pytest.raises(ValueError, match="guidance 2.0 needs a model that was trained with dropout_label > 0"):
         predict(model, x, t, y, 2.0)
-    with pytest.raises(ValueError, match="guidance must be finite, got nan"):
+    with pytest.raises(ValueError, match="guidance must be a finite number, got nan"):
         predict(Given(function=lambda x, t, y: x), x, t, y, math.nan)
 
 
@@ -374,6 +374,11 @@ def test_wrong_scales_of_the_noise_are_named():
     for wrong in (0, -1.0, math.inf, math.nan, True, "1"):
         with pytest.raises(ValueError, match=f"noise_scale must be a positive number, got {wrong!r}"):
             scale_noise(config_with(), x, x, 5, wrong)
+    for wrong in (-1, 1000, 1.5):
+        with pytest.raises(ValueError, match=rf"t must be an int in 0\.\.999, got {wrong}"):
+            scale_noise(config_with(), x, x, wrong, 1.5)
+    with pytest.raises(ValueError, match=r"x must have the shape of the prediction, \(2, 1, 4, 4\), got \(1, 1, 4, 4\)"):
+        scale_noise(config_with(), torch.zeros(2, 2, 4, 4), x, 5, 1.5)
     flow = config_with(prediction="flow", learn_sigma=False)
     assert scale_noise(flow, x, x, 5, 1) is x
     with pytest.raises(ValueError, match="noise_scale must be 1 for a model with prediction 'flow', got 1.5"):

@@ -199,7 +199,7 @@ def test_values_that_are_not_finite_raise_an_error():
             return torch.cat([x, x], 1) * float("nan")
 
     model = Broken().train()
-    with pytest.raises(ValueError, match=r"the model outputs values that are not finite: images 0\.\.1 are lost"):
+    with pytest.raises(ValueError, match=r"not finite \(guidance 1, noise scale 1\): images 0\.\.1 are lost"):
         sample(model, [0, 1], steps=3)
     assert model.training
 
@@ -217,7 +217,7 @@ def test_values_that_are_not_finite_raise_an_error():
         ([0], {"batch_size": 0}, ValueError, "batch_size must be an int of at least 1, got 0"),
         ([0], {"sampler": "euler"}, ValueError, "sampler must be one of"),
         ([0], {"steps": 0}, ValueError, r"steps of dpm\+\+"),
-        ([0], {"guidance": float("inf")}, ValueError, "guidance must be finite"),
+        ([0], {"guidance": float("inf")}, ValueError, "guidance must be a finite number"),
         *(
             (
                 [0],
@@ -227,8 +227,11 @@ def test_values_that_are_not_finite_raise_an_error():
             )
             for wrong in ((600, 200), (-1, 5), (0, 1001), (0, float("nan")), (1, 2, 3), (True, 5), 5, "ab")
         ),
+        ("12", {}, TypeError, "labels must be ints in a sequence or tensor, got '12'"),
+        (["1"], {}, TypeError, r"labels must be ints in a sequence or tensor, got \['1'\]"),
+        ([0], {"clip": 2}, TypeError, "clip must be true or false, got 2"),
         ([0], {"noise_scale": 0.0}, ValueError, "noise_scale must be a positive number, got 0.0"),
-        ([0], {"guidance_interval": (0, 9)}, ValueError, r"guidance_interval must be None with guidance 1, .* got \(0, 9\)"),
+        ([0], {"guidance_interval": (0, 9)}, ValueError, r"guidance_interval needs a guidance other than 1, got \(0, 9\)"),
     ],
 )
 def test_wrong_arguments_are_named(labels, settings, error, message):
@@ -531,9 +534,12 @@ def test_the_settings_that_a_checkpoint_recommends_are_the_default(tmp_path, mon
         return iter([(0, torch.zeros(len(labels), 1, 8, 8))])
 
     monkeypatch.setattr("sdit.sample.sample_batches", batches)
-    for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}):
+    for given in ({}, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}, {"guidance_interval": (5, 9)}):
         module.run(tmp_path / "a.safetensors", tmp_path / "a.png", n=2, gif=False, **given)
-    assert used == [model.recommended, {"guidance": 1.0}, {"guidance": 2.0}, {"noise_scale": 1.0}]
+    assert used == [
+        model.recommended, {"guidance": 1.0, "noise_scale": 1.01}, model.recommended | {"guidance": 2.0},
+        model.recommended | {"noise_scale": 1.0}, model.recommended | {"guidance_interval": (5, 9)},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -541,7 +547,7 @@ def test_the_settings_that_a_checkpoint_recommends_are_the_default(tmp_path, mon
     [
         ({"steps": 20}, "recommended must be a dict of guidance, guidance_interval, noise_scale, got {'steps': 20}"),
         ([3.0], r"recommended must be a dict of .*, got \[3.0\]"),
-        ({"guidance": "3"}, "guidance must be finite, got '3'"),
+        ({"guidance": "3"}, "guidance must be a finite number, got '3'"),
         ({"guidance": 3.0, "guidance_interval": [5, 1]}, "guidance_interval must be two times"),
         ({"noise_scale": -1}, "noise_scale must be a positive number, got -1"),
     ],
@@ -553,5 +559,5 @@ def test_recommended_settings_are_checked_when_written_and_read(tmp_path, wrong,
         save_model(path, model)
     assert not path.exists()
     save(path, {"model": model.state_dict()}, {"config": model.config.to_dict(), "recommended": wrong})
-    with pytest.raises(ValueError, match=f"a.safetensors holds no model: {message}"):
+    with pytest.raises(ValueError, match=f"a.safetensors recommends settings that cannot be used: {message}"):
         load_model(path)

@@ -241,4 +241,8 @@ def accelerate_whole(model: nn.Module, report: Report, fuse: bool, packed: bool)
         replace_methods(model, Whole)
     vars(model).update(_fuses=before[0] or fuse, _packs=before[1] or packed)
     changed = before != (before[0] or fuse, before[1] or packed)
-    return report._replace(replaced=(*report.replaced, (name, kind))) if changed else report
+    if not changed:
+        return report
+    options = " and ".join(["fuse"] * fuse + ["packed"] * packed)
+    outcome = report.outcome if report.replaced else f"{options} in its forward pass; {report.outcome}"
+    return report._replace(outcome=outcome, replaced=(*report.replaced, (name, kind)))
