@@ -65,8 +65,9 @@ def plot(path, rows):
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    colors = dict(zip(dict.fromkeys(row["model"] for row in rows), ("#0072b2", "#d55e00", "#009e73")))
     most = max(row["n"] for row in rows)
+    rows = [row for row in rows if (row["n"], row["sampler"]) == (most, "dpm++")]
+    colors = dict(zip(dict.fromkeys(row["model"] for row in rows), ("#0072b2", "#d55e00", "#009e73")))
     kinds = {"arithmetic": "arithmetic", "with_memory": "with memory", "quantised": "integers, with memory"}
     with pyplot.rc_context({"font.size": 9}):
         figure, panels = pyplot.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained", facecolor="white")
@@ -74,7 +75,7 @@ def plot(path, rows):
             for model, color in colors.items():
                 best = {}
                 for row in rows:
-                    if (row["model"], row["n"], row["sampler"]) == (model, most, "dpm++"):
+                    if row["model"] == model:
                         steps, distance = row["steps"], row["drawn"]["frechet_distance"]
                         if steps not in best or distance < best[steps][1]:
                             best[steps] = row["energy_mj"][kind], distance, row

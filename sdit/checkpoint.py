@@ -146,7 +146,7 @@ def load_model(path, ema: bool = True) -> SDiT:
     Args:
         path: a checkpoint; or the folder of a run, to load its newest checkpoint; or the name of a model in this package,
             which draws Fashion-MNIST: "pretrained-hybrid" (preset fashion_tiny), "pretrained-pure" (fashion_pure), or
-            "pretrained", the default of ``sdit sample``, which is one of them.
+            "pretrained", the default of ``sdit sample``, which is the pure one.
         ema: load the averaged weights if the checkpoint has them.
 
     Raises:
@@ -209,8 +209,9 @@ def newest(path) -> Path:
         return path
     found = checkpoints(path)
     if not found:
-        inside = any(path.glob("step_*.safetensors"))
-        why = f"give the folder of the run, {path.parent}" if inside else "no file checkpoints/step_*.safetensors"
+        why = "no file checkpoints/step_*.safetensors"
+        if any(path.glob("step_*.safetensors")):  # the folder of checkpoints, or a copy of it
+            why = f"give one of the files in it{f', or the run, {path.parent}' * (path.name == 'checkpoints')}"
         raise FileNotFoundError(f"{path} holds no checkpoint: {why}")
     return found[-1]
 

@@ -37,7 +37,7 @@ _SAMPLE = """\
 Draw images with a trained model: a labelled grid, and a GIF of the denoising.
 
   sdit sample                                           Fashion-MNIST, with the model in this package
-  sdit sample pretrained-pure                           the same, with the model in spikes alone
+  sdit sample pretrained-hybrid                         the same, with the model whose layers output firing rates
   sdit sample runs/digits                               forty images, the classes in turn
   sdit sample runs/digits --labels 3,1,4 -n 30 --guidance 2 --out 314.png
 """
@@ -180,8 +180,8 @@ def _parser():
     part = command("sample", _SAMPLE, _sample)
     part.add_argument(
         "checkpoint", nargs="?", default="pretrained",
-        help="a .safetensors file, the folder of a run (its newest checkpoint), or a model in this package: pretrained-hybrid, "
-             "pretrained-pure, or pretrained (the default), which is the hybrid one",
+        help="a .safetensors file, the folder of a run (its newest checkpoint), or a model in this package: pretrained-pure "
+             "(every matrix multiplication sees spikes), pretrained-hybrid, or pretrained (the default), which is the pure one",
     )  # fmt: skip
     part.add_argument("--out", default="samples.png", help="the grid, a .png; the .gif and .npz get its name (%(default)s)")
     part.add_argument(

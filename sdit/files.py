@@ -10,8 +10,8 @@ __all__ = ["PRETRAINED", "atomic_write", "cache_folder", "ensure_writable", "nam
 
 # The models in this package: averaged weights of the presets fashion_tiny and fashion_pure
 PRETRAINED = {
-    "pretrained": Path(__file__).with_name("fashion_mnist.safetensors"),
-    "pretrained-hybrid": Path(__file__).with_name("fashion_mnist.safetensors"),
+    "pretrained": Path(__file__).with_name("fashion_mnist_pure.safetensors"),
+    "pretrained-hybrid": Path(__file__).with_name("fashion_mnist_hybrid.safetensors"),
     "pretrained-pure": Path(__file__).with_name("fashion_mnist_pure.safetensors"),
 }
 

@@ -34,7 +34,7 @@ class Info:
         silent: {layer: number of neurons (channels) that never fire on the batch}; a larger batch has fewer.
         neurons: number of all neurons.
         synaptic_operations: {layer: additions for one image}, one addition per spike and weight. Only layers with a
-            spike-driven matrix multiplication are listed; the default model has none.
+            spike-driven matrix multiplication are listed; a model with spiking "rate" has none.
         spiking_multiply_adds: multiply-adds of these layers.
         images: number of images in the batch.
         report: all products of the plain form on the whole batch, a :class:`sdit_kernels.energy.Report`.
@@ -132,9 +132,10 @@ def info(model: SDiT, batch: tuple[Tensor, Tensor, Tensor]) -> Info:
 
     :func:`sdit_kernels.energy.count` counts the matrix multiplications and convolutions while the plain form runs. The energy
     is an estimate: these counts times the energy per operation. It leaves out scans and neurons, so it compares forms of one
-    network and does not predict the energy of a chip. The default model has 0 synaptic operations: it averages the rates over
-    T, adds them to real numbers and normalises them before the next matrix multiplication. So an estimate from additions alone
-    does not apply to it. ``spiking="wkv"`` has spike-driven matrix multiplications, and ``spiking="pure"`` has no others.
+    network and does not predict the energy of a chip. With ``spiking="rate"`` there are 0 synaptic operations: the model
+    averages the rates over T, adds them to real numbers and normalises them before the next matrix multiplication. So an
+    estimate from additions alone does not apply to it. ``spiking="wkv"`` has spike-driven matrix multiplications, and
+    ``spiking="pure"`` has no others.
 
     Args:
         model: any :class:`SDiT`.

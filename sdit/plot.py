@@ -89,15 +89,16 @@ def plot(run: str | Path, out: str | Path | None = None) -> Path:
         rates = [row["rates"].get(name) for row in rows]
         firing.plot(steps, rates, linewidth=1, color=color, linestyle=style, **marker)
     for block, color in blocks.items():
-        firing.plot([], [], color=color, label=f"block {block}" if any(kinds) else block)
+        firing.plot([], [], color=color, label=f"block {block}" if block.isdigit() else block)
     for kind, style in kinds.items() if any(kinds) else ():
         firing.plot([], [], color="0.3", linestyle=style, label=kind)
     firing.set(title="mean firing rate", xlabel="step", ylim=(0, None))
-    firing.legend(fontsize="x-small", ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    firing.legend(fontsize="x-small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     speed.plot(steps, [row["images_per_s"] for row in rows], **marker)
     speed.set(title="images/s", xlabel="step", ylim=(0, None))
     for axes in (loss, gradient, firing, speed):
         axes.grid(alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)  # more labels would run into each other
     figure.suptitle(Path(run).resolve().name)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)

@@ -460,7 +460,7 @@ def test_figures_of_the_models_equal_the_results():
         and recommended[row["model"]] == {key: row[key] for key in recommended[row["model"]]}
     }
     assert set(shown) == {"hybrid", "pure"}
-    for title, name in (("5,000 drawn images, 20 steps of DPM-Solver++", "hybrid"), ("the same in spikes alone", "pure")):
+    for title, name in (("5,000 drawn images, 20 steps of DPM-Solver++", "pure"), ("the same, `pretrained-hybrid`", "hybrid")):
         of = shown[name]["drawn"]
         assert f"| {title} | {figures(of)} | {percent(of)} |" in README
     floor = rows[0]["floor"]
@@ -469,6 +469,22 @@ def test_figures_of_the_models_equal_the_results():
         text = (RESULTS / f"fashion_mnist_{name}_info.txt").read_text()
         silent = re.search(r"([\d,]+) of ([\d,]+) neurons fire nowhere", text).groups()
         assert silent[1] == total and f"{silent[0]} of {total}" in SDIT
+
+
+def test_figures_of_sampling_equal_the_results():
+    """The table of 1,000 images, and the sentences on DDPM and on the models before their last steps."""
+    lines, distances = set(), {}
+    for row in find_rows(1000):
+        of = row["drawn"]
+        cells = f"{of['frechet_distance']:.3f} | {of['recall']:.2f} | {percent(of)}"
+        if row["seed"] == 1:
+            lines.add(f"| {row['model']} | {' | '.join(cells_of_sampling(row).split(' | ')[1:])} | {cells} |")
+        distances[row["model"], row["sampler"], row["seed"]] = f"{of['frechet_distance']:.3f}"
+    shown = sum(line in TRAINING for line in lines)
+    assert shown == TRAINING.count("| pure | ") + TRAINING.count("| hybrid | ") >= 8
+    for model in ("pure", "hybrid"):
+        assert f"{distances[f'{model}, 24,000 steps', 'dpm++', 1]} with `{model}`" in TRAINING
+        assert f"{distances[model, 'ddpm', 0]} with `{model}`" in SDIT
 
 
 def test_figures_of_the_spiking_form_equal_the_results():

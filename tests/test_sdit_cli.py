@@ -64,7 +64,7 @@ def test_the_pretrained_model_draws_images(tmp_path, capsys):
     """`sdit sample` uses this model if no path is given."""
     assert main(["sample", "-n", "2", "--sampler", "dpm++", "--steps", "2", "--no-gif", "--out", str(tmp_path / "a.png")]) == 0
     assert (tmp_path / "a.png").stat().st_size > 1000 and "2 images" in capsys.readouterr().out
-    for name, spiking, parameters in (("pretrained", "rate", 1_215_302), ("pretrained-hybrid", "rate", 1_215_302),
+    for name, spiking, parameters in (("pretrained", "pure", 1_178_810), ("pretrained-hybrid", "rate", 1_215_302),
                                       ("pretrained-pure", "pure", 1_178_810)):  # fmt: skip
         model = load_model(name)
         assert (model.config.dataset, model.config.prediction, model.config.spiking) == ("fashion_mnist", "v", spiking)
