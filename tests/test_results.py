@@ -482,6 +482,8 @@ def test_figures_of_sampling_equal_the_results():
         distances[row["model"], row["sampler"], row["seed"]] = f"{of['frechet_distance']:.3f}"
     shown = sum(line in TRAINING for line in lines)
     assert shown == TRAINING.count("| pure | ") + TRAINING.count("| hybrid | ") >= 8
+    log_snr, time = sorted(f"{row['drawn']['frechet_distance']:.3f}" for row in find_rows(1000) if "spacing" in row)
+    assert f"from {time} to {log_snr}" in TRAINING
     for model in ("pure", "hybrid"):
         assert f"{distances[f'{model}, 24,000 steps', 'dpm++', 1]} with `{model}`" in TRAINING
         assert f"{distances[model, 'ddpm', 0]} with `{model}`" in SDIT
