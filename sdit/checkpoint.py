@@ -202,16 +202,15 @@ def newest(path) -> Path:
         return PRETRAINED[str(path)]
     if not path.is_dir():
         if not path.exists():
-            names = f" or one of {', '.join(PRETRAINED)}"
-            raise FileNotFoundError(f"{path} does not exist: give a checkpoint, the folder of a run{names}")
+            names = ", ".join(PRETRAINED)
+            raise FileNotFoundError(f"{path} does not exist: give a checkpoint, the folder of a run, or one of {names}")
         if not path.is_file():
             raise ValueError(f"{path} is neither a file nor a folder: give a checkpoint or the folder of a run")
         return path
     found = checkpoints(path)
     if not found:
-        why = "no file checkpoints/step_*.safetensors"
-        if any(path.glob("step_*.safetensors")):  # the folder of checkpoints, or a copy of it
-            why = f"give one of the files in it{f', or the run, {path.parent}' * (path.name == 'checkpoints')}"
+        inside = any(path.glob("step_*.safetensors"))  # the folder of checkpoints itself, or a copy of it
+        why = "give one of the files in it" if inside else "no file checkpoints/step_*.safetensors"
         raise FileNotFoundError(f"{path} holds no checkpoint: {why}")
     return found[-1]
 

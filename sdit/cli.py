@@ -350,12 +350,12 @@ def _info(args):
         if config.dataset is None:
             raise FileNotFoundError("the model does not say which data set it is for (sdit convert --dataset NAME)")
         data = load(config.dataset, args.data or model.trained_on.get("root"), size=config.image_size, download=False)
+        reason = None
     except FileNotFoundError as error:
-        print(info(model, noisy_batch(config, None, n)))
-        reason = _in_options(str(error), args)
-        print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {reason}")
-        return
+        data, reason = None, _in_options(str(error), args)
     print(info(model, noisy_batch(config, data, n)))
+    if reason is not None:
+        print(f"\nThe firing rates and the numbers derived from them are of noise, not of images: {reason}")
     if model.recommended:
         print(f"\nsdit sample and sdit evaluate use {describe_guidance(model.recommended)}.")
 

@@ -62,13 +62,12 @@ def sample(
     r"""Draw one image per label.
 
     Image i has a random generator of its own on the CPU, seeded with (seed, first + i). So an image does not depend on
-    batch_size, on the other images or on the device, except for rounding in the network (see below).
+    batch_size, on the other images or on the device, except for rounding in the network. Spikes can amplify rounding until some
+    pixels differ visibly.
 
     The network runs in the dtype of its weights and under the caller's autocast, the sampler in float32. Tensors that do not
     change during the run are computed once (``model.frozen``). The model's current weights are used; to use averaged weights,
     load them first. For the settings that a checkpoint recommends, call ``sample(model, labels, **model.recommended)``.
-
-    Rounding depends on the batch size and the machine, and spikes can amplify it until a pixel differs.
 
     Args:
         model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.

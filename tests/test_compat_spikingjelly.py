@@ -124,6 +124,10 @@ def test_a_model_without_neurons_reports_nothing_replaced():
     for function in (accelerate, restore):
         with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
             function(3)
+    report = str(accelerate(torch.nn.Sequential(torch.nn.Linear(1, 1)), packed=True))
+    assert report.endswith(
+        "(the model)  Sequential: packed in its forward pass; nothing of SpikingJelly was found in the model"
+    )
 
 
 def test_docstring_examples_run():

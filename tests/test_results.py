@@ -482,6 +482,11 @@ def test_figures_of_sampling_equal_the_results():
         distances[row["model"], row["sampler"], row["seed"]] = f"{of['frechet_distance']:.3f}"
     shown = sum(line in TRAINING for line in lines)
     assert shown == TRAINING.count("| pure | ") + TRAINING.count("| hybrid | ") >= 8
+    for model in ("pure", "hybrid"):
+        log = [json.loads(line) for line in (RESULTS / f"fashion_mnist_{model}_run.jsonl").read_text().splitlines()]
+        losses = {at: [row["loss"] for row in log if at - 1000 < row["step"] <= at] for at in (24_000, 40_000)}
+        before, after = (f"{sum(values) / len(values):.4f}" for values in losses.values())
+        assert f"from {before} to {after} (`{model}`)" in TRAINING
     log_snr, time = sorted(f"{row['drawn']['frechet_distance']:.3f}" for row in find_rows(1000) if "spacing" in row)
     assert f"from {time} to {log_snr}" in TRAINING
     for model in ("pure", "hybrid"):

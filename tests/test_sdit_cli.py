@@ -161,6 +161,11 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
         ("train --resume {run} --set T=3", "--resume keeps the model and the folder of the run"),
         ("sample {tmp}/none", "does not exist"),
         ("sample {tmp}/text", "is not a checkpoint of sdit, or damaged"),
+        (
+            "sample {tmp}/nothing",
+            "does not exist: give a checkpoint, the folder of a run, or one of pretrained, pretrained-hybrid,",
+        ),
+        ("sample {run}/checkpoints", "holds no checkpoint: give one of the files in it"),
         ("sample {tmp}/other", "is not a checkpoint of sdit: its header has no entry"),
         ("sample {tmp}/wrong", "holds no model: .*size mismatch"),
         ("sample {run} --labels 11", ": --labels must be all, random, or a list .*: 0 to 9, or none for no class; '11' is not"),
@@ -363,3 +368,16 @@ def test_the_command_limits_how_long_openmp_threads_spin(given, want):
         command = [sys.executable, "-c", code.format(before)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == expected, done.stderr
+
+
+def test_an_unknown_option_names_its_command(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["sample", "--nope"])
+    expected = "sdit sample: error: unrecognized arguments: --nope (sdit sample --help says more)"
+    assert left.value.code == 2 and capsys.readouterr().err.strip() == expected
+
+
+def test_info_says_which_guidance_is_the_default(capsys):
+    assert main(["info", "pretrained", "--batch-size", "2"]) == 0
+    guidance = load_model("pretrained").recommended["guidance"]
+    assert f"sdit sample and sdit evaluate use guidance {guidance:g} at times " in capsys.readouterr().out
