@@ -479,8 +479,7 @@ def test_a_second_derivative_is_refused(name):
             assert torch.autograd.grad(gradient(x).square().sum(), x)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, name", [(torch.bfloat16, n) for n in CALLS] + [(torch.float16, n) for n in ("lif", "wkv")])
 def test_autocast_runs_fused(name, dtype):
     """The op takes the 16-bit output of a layer under autocast and returns 16 bits. Gradients reach the layer."""
     x, linear = torch.randn(3, 4, 5, requires_grad=True), torch.nn.Linear(5, 5)

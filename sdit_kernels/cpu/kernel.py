@@ -21,7 +21,8 @@ from numba.core import cgutils, event
 from numba.extending import intrinsic
 
 from .. import dispatch, repeat
-from .intrinsics import I32, I64, NO_ENTRY, inline
+from .compiler import NO_ENTRY, inline
+from .intrinsics import I32, I64
 
 
 def _source_stamp() -> str:

@@ -13,7 +13,8 @@ import torch
 
 from ..dtypes import state_dtype
 from ..layout import layout_of_step, same_strides, sequences
-from .intrinsics import CODES, INLINE, SIZES, load, load_int, num, prefetch, state_code, store
+from .compiler import INLINE
+from .intrinsics import CODES, SIZES, load, load_int, num, prefetch, state_code, store
 from .kernel import Kernel, share
 from .launch import address, placed_state
 from .vector import LANES, fma, vec, vload, vset, vstore, vsum

@@ -20,6 +20,7 @@ from ..neuron import printer, trace
 from ..neuron.trace import HUGE, is_condition
 from ..surrogate import SURROGATES
 from . import one_step
+from .compiler import inline
 from .intrinsics import (
     CODES,
     F64,
@@ -27,7 +28,6 @@ from .intrinsics import (
     add_rows,
     fill,
     fill_parameter,
-    inline,
     load,
     load_input,
     load_parameters,

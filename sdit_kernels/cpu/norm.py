@@ -13,7 +13,8 @@ import torch
 
 from ..dtypes import state_dtype
 from ..layout import layout_of
-from .intrinsics import CODES, F64, INLINE, SIZES, load, load_input, num, state_code, store, store_output, tile
+from .compiler import INLINE
+from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, store_output, tile
 from .kernel import Kernel, share
 from .launch import address, placed
 

@@ -13,7 +13,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
-from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, inline, load_int, state_code, tile
+from .compiler import inline
+from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, load_int, state_code, tile
 from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector

@@ -28,7 +28,8 @@ import torch
 
 from ..dtypes import state_dtype
 from ..reference.wkv import MIN_LOG_DECAY
-from .intrinsics import F64, inline
+from .compiler import inline
+from .intrinsics import F64
 from .vector import absolute, all_at_most, fma, negative_abs, vexp, vload, vset, vstore, where_equal, where_less
 
 # Limits of a shared-maximum tile. No value overflows, because 36 + 8 + 26 < 88 - ln 2^24.

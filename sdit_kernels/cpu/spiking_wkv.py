@@ -18,7 +18,8 @@ from ..layout import spiking_tile
 from ..neuron import trace
 from ..surrogate import SURROGATES
 from . import scan
-from .intrinsics import CODES, SIZES, inline, prefetch, state_code, tile
+from .compiler import inline
+from .intrinsics import CODES, SIZES, prefetch, state_code, tile
 from .kernel import Kernel, share
 from .launch import Parameters, address, placed_rows
 from .neuron import generate

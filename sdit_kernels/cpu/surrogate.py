@@ -2,7 +2,7 @@
 
 import math
 
-from .intrinsics import inline
+from .compiler import inline
 from .vector import absolute, exp_below, negative_abs, vset, where_less
 
 

@@ -19,21 +19,8 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, lower_builtin, overload, register_model, type_callable
 
 from ..neuron.trace import HUGE, THRESHOLD_EPS
-from .intrinsics import (
-    BF16,
-    F16,
-    F64,
-    I32,
-    INLINE,
-    LLVM_TYPES,
-    exp_negative,
-    inline,
-    load,
-    num,
-    state_code,
-    store,
-    tile,
-)
+from .compiler import INLINE, inline
+from .intrinsics import BF16, F16, F64, I32, LLVM_TYPES, exp_negative, load, num, state_code, store, tile
 
 LANES = 16  # a cache line of float32; the work on one AVX2 register hides the latency of the other
 

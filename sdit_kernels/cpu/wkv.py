@@ -20,7 +20,8 @@ import torch
 
 from ..layout import wkv_rows
 from . import scan
-from .intrinsics import CODES, SIZES, inline, load_int, prefetch, state_code, tile
+from .compiler import inline
+from .intrinsics import CODES, SIZES, load_int, prefetch, state_code, tile
 from .kernel import Kernel, share
 from .launch import address, placed_rows
 from .vector import (
