@@ -252,7 +252,7 @@ def test_the_table_of_the_model_equals_the_results():
 
 def test_the_tables_of_first_calls_equal_the_results():
     found = json.loads((RESULTS / "start.json").read_text())["rows"]
-    assert len(found) == 16
+    assert len(found) == 22
     first, later = re.search(r"First process \(compiles\):(.*)Later processes \(cached\):(.*?)##", PERFORMANCE).groups()
     for one in found:
         label = "`torch.compile` of the plain loop of `lif`" if one["name"].startswith("torch") else f"`{one['name']}`"
