@@ -24,10 +24,10 @@ import torch
 from perf import harness
 from sdit.checkpoint import load_model, newest
 from sdit.data import load
-from sdit.diffusion import make_scheduler
 from sdit.evaluate import draw, evaluate
 from sdit.files import sha256
 from sdit.info import info, noisy_batch
+from sdit.sampler import make_scheduler
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_interval")
 SETTINGS = (*SAMPLING, "noise_scale", "clip", "seed", "bf16")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .config import Config
-from .diffusion import check_recommended
 from .files import PRETRAINED, atomic_write
 from .model import SDiT
 from .research import from_research, load_research
+from .sampler import check_recommended
 
 __all__ = ["about", "checkpoints", "from_research", "load", "load_model", "load_research", "newest", "save", "save_model"]
 

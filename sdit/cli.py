@@ -110,7 +110,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser():
     from .config import PRESETS
     from .data import DATASETS
-    from .diffusion import SAMPLERS
+    from .sampler import SAMPLERS
     from .settings import TrainSettings
 
     def command(name, text, run):

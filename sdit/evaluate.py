@@ -189,6 +189,7 @@ def draw(
     from . import diffusion, pure
     from . import model as network
     from . import sample as sampling
+    from . import sampler as solver
     from .checkpoint import load_model, newest
 
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
@@ -197,15 +198,17 @@ def draw(
     with join_processes(device) as processes:
         device = processes.device
         model = load_model(checkpoint, ema=ema).to(device)
-        sampler = next(iter(diffusion.samplers(model.config))) if sampler is None else sampler
-        steps = diffusion.SAMPLERS.get(sampler) if steps is None else steps
+        sampler = next(iter(solver.samplers(model.config))) if sampler is None else sampler
+        steps = solver.SAMPLERS.get(sampler) if steps is None else steps
         settings = {"sampler": sampler, "steps": steps, "guidance": guidance, "guidance_interval": guidance_interval}
         settings |= {"noise_scale": noise_scale, "threshold": threshold, "clip": clip, "seed": seed, "batch_size": batch_size}
         sampling.check_settings(model.config, **settings)
         facts = {"checkpoint_sha256": sha256(checkpoint), **settings, "ema": ema, "bf16": bf16, "device": device.type}
         facts |= {"compile": compile, "graph": graph} | ({"tf32": tf32 and not bf16} if device.type == "cuda" else {})
         facts |= {"torch": torch.__version__, "diffusers": importlib.metadata.version("diffusers")}
-        facts["code_sha256"] = {module.__name__: sha256(module.__file__) for module in (network, pure, diffusion, sampling)}
+        facts["code_sha256"] = {
+            module.__name__: sha256(module.__file__) for module in (network, pure, diffusion, solver, sampling)
+        }
         key = hashlib.sha256(json.dumps(facts, default=repr).encode()).hexdigest()[:16]
         folder = (cache_folder() / "evaluate" if folder is None else Path(folder)) / key
         facts["labels"] = "the classes in turn"

@@ -17,8 +17,13 @@ import torch
 from torch import Tensor
 
 from .data import DATASETS, to_uint8
-from .diffusion import (
-    STEPS,
+from .diffusion import STEPS
+from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
+from .files import ensure_writable
+from .lock import lock
+from .pictures import Film, check_image_folder, check_pillow, save_gif, save_grid, save_images, save_npz
+from .processes import join_processes
+from .sampler import (
     check_guidance,
     check_noise_scale,
     is_number,
@@ -28,11 +33,6 @@ from .diffusion import (
     samplers,
     scale_noise,
 )
-from .execution import make_recorder, matmul_precision, name_switch, replay_by_shape
-from .files import ensure_writable
-from .lock import lock
-from .pictures import Film, check_image_folder, check_pillow, save_gif, save_grid, save_images, save_npz
-from .processes import join_processes
 
 __all__ = [
     "Film", "advance_bar", "check_settings", "choose_labels", "class_names", "progress_bar", "run", "sample", "sample_batches",
@@ -72,13 +72,13 @@ def sample(
     Args:
         model: :class:`sdit.SDiT`. It runs in eval mode; its own mode is restored afterwards.
         labels: N ints in 0 .. num_classes; num_classes is the null label, which draws an image of any class.
-        sampler, steps, clip: see :func:`sdit.diffusion.make_scheduler`; sampler None is "dpm++", or "euler" with prediction
+        sampler, steps, clip: see :func:`sdit.sampler.make_scheduler`; sampler None is "dpm++", or "euler" with prediction
             "flow".
-        guidance: see :func:`sdit.diffusion.predict`.
+        guidance: see :func:`sdit.sampler.predict`.
         guidance_interval: (low, high), 0 <= low <= high <= 1000: the guidance applies at times low <= t <= high, and is 1 at
             other times (Kynkaanniemi et al., arXiv 2404.07724). t falls from 999, noise, to 0. None: at all times. Not with
             guidance 1.
-        noise_scale: the predicted noise is multiplied by it, see :func:`sdit.diffusion.scale_noise`. Slightly above 1, images
+        noise_scale: the predicted noise is multiplied by it, see :func:`sdit.sampler.scale_noise`. Slightly above 1, images
             have less noise left. 1 with prediction "flow".
         seed: at least 0.
         first: number of the first image, at least 0.

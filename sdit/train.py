@@ -27,7 +27,7 @@ from .checkpoint import about, checkpoints, load, newest, prune_checkpoints, sav
 from .config import Config
 from .data import DATASETS, Images, Order, to_batch
 from .data import load as load_data
-from .diffusion import draw, make_scheduler, training_loss
+from .diffusion import draw, training_loss
 from .execution import Replayed, make_recorder, matmul_precision, name_switch, to_device
 from .files import atomic_write
 from .lock import lock
@@ -36,6 +36,7 @@ from .model import SDiT
 from .pictures import check_pillow, save_grid
 from .processes import join_processes, resolve_device
 from .sample import class_names, sample
+from .sampler import make_scheduler
 from .settings import RECIPES, TrainSettings
 
 __all__ = ["RECIPES", "TrainSettings", "train"]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from sdit import diffusion
-from sdit.diffusion import STEPS, draw, make_scheduler, predict, reverse_step, scale_noise, training_loss
+from sdit.diffusion import STEPS, draw, training_loss
+from sdit.sampler import make_scheduler, predict, reverse_step, samplers, scale_noise
 
 CONFIG = dict(channels=1, image_size=4, num_classes=3, learn_sigma=True, dropout_label=0.25)
 CONFIG |= dict(prediction="epsilon", weighting="uniform")
@@ -66,7 +67,7 @@ def reverse(xt, eps, v, t):
 
 
 def test_tables_equal_the_closed_forms():
-    tables = diffusion._tables(torch.device("cpu"), torch.float64)
+    tables = diffusion.make_tables(torch.device("cpu"), torch.float64)
     np.testing.assert_allclose(tables.signal.numpy(), np.sqrt(ABAR), rtol=1e-12)
     np.testing.assert_allclose(tables.sigma.numpy(), np.sqrt(1 - ABAR), rtol=1e-12)
     np.testing.assert_allclose(tables.log_beta.numpy(), np.log(BETA), rtol=1e-12)
@@ -264,7 +265,7 @@ def test_autocast_affects_only_the_network():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = training_loss(Given(function=network), x0, y, t=t, noise=noise, drop=drop)
     assert seen == [(torch.float32, torch.bfloat16)]
-    tables = diffusion._tables(x0.device, x0.dtype)
+    tables = diffusion.make_tables(x0.device, x0.dtype)
     xt = tables.signal[t].view(-1, 1, 1, 1) * x0 + tables.sigma[t].view(-1, 1, 1, 1) * noise
     out = torch.cat([xt, xt], 1).bfloat16().float()
     expected = training_loss(Given(out), x0, y, t=t, noise=noise, drop=drop)
@@ -357,7 +358,7 @@ def test_guidance_needs_a_trained_null_label():
 def test_the_predicted_noise_is_scaled(prediction, t):
     """Both predictions of the same noise stay predictions of the same noise; the variance stays."""
     config = config_with(prediction=prediction)
-    tables = diffusion._tables(torch.device("cpu"), torch.float64)
+    tables = diffusion.make_tables(torch.device("cpu"), torch.float64)
     signal, sigma = tables.signal[t], tables.sigma[t]
     x, eps, logits = torch.randn(3, 5, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
 
@@ -529,7 +530,7 @@ def test_wrong_schedules_are_named(name, steps, error, message):
 def test_samplers_have_default_numbers_of_steps():
     def steps(**changes):
         config = config_with(**changes)
-        return [len(make_scheduler(name, None, config).timesteps) for name in diffusion.samplers(config)]
+        return [len(make_scheduler(name, None, config).timesteps) for name in samplers(config)]
 
     assert steps() == steps(prediction="v") == [20, 250, 50]
     assert steps(prediction="flow", learn_sigma=False) == [50, 2 * 25 - 1]

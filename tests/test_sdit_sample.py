@@ -17,10 +17,10 @@ from sdit import PRESETS, SDiT, pictures
 from sdit import sample as module
 from sdit.checkpoint import load_model, save, save_model
 from sdit.data import from_uint8, to_uint8
-from sdit.diffusion import SAMPLERS, make_scheduler, reverse_step
 from sdit.lock import lock
 from sdit.pictures import Film, save_gif, save_grid, save_npz
 from sdit.sample import choose_labels, sample
+from sdit.sampler import SAMPLERS, make_scheduler, reverse_step
 from sdit_kernels import backend
 
 pytest.importorskip("diffusers", reason="the schedulers come from diffusers")
