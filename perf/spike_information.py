@@ -44,7 +44,7 @@ from sdit import PRESETS, SDiT
 from sdit.data import Images, load
 from sdit.pure import Spikes
 from sdit.settings import TrainSettings
-from sdit_kernels import lif
+from sdit_kernels import lif, lif_rate
 
 T = 4
 ARMS = ["-4..4+learnt", "0..4+learnt", "binary+learnt", "binary+learnt+scale", "-4..4", "0..4", "binary", "-1..1+learnt"]
@@ -58,10 +58,12 @@ class BinarySpikes(Spikes):
         self.scale = torch.nn.Parameter(torch.ones(T)) if scaled else None
 
     def forward(self, x):
-        current = (self.normalise(x) / T).expand(T, *x.shape)
-        if self.scale is not None:
-            current = current * self.scale.view(T, *[1] * x.dim())
-        s = lif(current, tau=float("inf"), decay_input=False, v_threshold=1.0, v_reset=None).sum(0)
+        current = self.normalise(x) / T
+        neuron = dict(tau=float("inf"), decay_input=False, v_threshold=1.0, v_reset=None)
+        if self.scale is None:
+            s = lif_rate(current, T, **neuron) * T
+        else:
+            s = lif(current * self.scale.view(T, *[1] * x.dim()), **neuron).sum(0)
         if self.recorder is not None:
             self.recorder("", (s != 0).detach())
         return s.to(x.dtype)

@@ -39,6 +39,16 @@ def test_figures_of_a_neuron():
     assert figures["information"] == 0.5  # the first channel fires always, the second in half of the rows
 
 
+def test_binary_spikes_with_factors_of_one_equal_those_without():
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    results = []
+    for scaled in (False, True):
+        s = spike_information.BinarySpikes(scaled)(x)
+        results.append((s, torch.autograd.grad((s * x.detach()).sum(), x)[0]))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0].unique().tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
 @pytest.mark.slow
 def test_a_run_writes_rows_once(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
