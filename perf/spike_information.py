@@ -48,6 +48,15 @@ from sdit_kernels import lif, lif_rate
 
 T = 4
 ARMS = ["-4..4+learnt", "0..4+learnt", "binary+learnt", "binary+learnt+scale", "-4..4", "0..4", "binary", "-1..1+learnt"]
+KINDS = {  # of neurons, for the chart: the part of their names
+    "mix, in": "attention.neuron",
+    "mix, out": "attention.gated",
+    "MLP, in": "mlp.neuron",
+    "MLP, hidden": "mlp.hidden",
+    "skip": "skip_neurons",
+    "last": "final",
+    "condition": "condition",
+}
 
 
 class BinarySpikes(Spikes):
@@ -157,7 +166,7 @@ def run_arm(arm, config, settings, data, test):
 
 
 def plot(path, rows):
-    """Draw error and information of each neuron, and the objective against the mean information, of rows of the same steps."""
+    """Draw error and information of each neuron, and the test error against the mean information, of rows of the same steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,15 +177,22 @@ def plot(path, rows):
     first = {row["arm"]: row for row in reversed(rows) if row["seed"] == min(other["seed"] for other in rows)}
     shown = [arm for arm in ARMS if arm in first]
     with pyplot.rc_context({"font.size": 9}):
-        figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.8), layout="constrained", facecolor="white")
+        figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained", facecolor="white")
         for axes, key, title in (
-            (panels[0], "error", "error of each neuron"),
-            (panels[1], "information", "bits of each neuron"),
+            (panels[0], "error", "error"),
+            (panels[1], "information", "bits"),
         ):
-            for arm in shown:
-                values = [figures[key] for figures in first[arm]["neurons"].values()]
-                axes.plot(range(1, len(values) + 1), values, "o-", color=colors[arm], label=arm, markersize=3, linewidth=1)
-            axes.set(xlabel="neuron, from the first layer to the last", title=title)
+            start, ticks = 0, {}
+            for kind, ending in KINDS.items():
+                names = [name for name in first[shown[0]]["neurons"] if ending in name]
+                for arm in shown:
+                    values = [first[arm]["neurons"][name][key] for name in names]
+                    places = range(start, start + len(values))
+                    axes.plot(places, values, "o-", color=colors[arm], label=arm, markersize=3, linewidth=1)
+                ticks[start + (len(names) - 1) / 2] = kind
+                start += len(names) + 2
+            axes.set(title=f"{title}, by kind, first block to last")
+            axes.set_xticks(list(ticks), list(ticks.values()), rotation=30, ha="right")
         panels[0].set_ylim(0)
         for row in rows:
             label = row["arm"] if row is first.get(row["arm"]) else None
