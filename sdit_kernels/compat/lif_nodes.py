@@ -89,12 +89,14 @@ def _check(x, shape, **settings):
         check_levels_fit(levels, x.dtype, "the dtype of the data")
 
 
-def obstacle(neuron, methods):
-    """Return the reason why the kernels cannot serve this neuron now, or None. ``methods``: what replaces its methods."""
+def find_firing(neuron, methods):
+    """Return the arguments of lif that tell how a neuron fires, or the reason why the kernels cannot serve it now.
+
+    ``methods``: what replaces its methods.
+    """
     if getattr(neuron, "_neuron_precision", None) is not None:
         return "it has a neuron precision, which the fused kernels do not have"
-    found = methods.firing(neuron)
-    return found if isinstance(found, str) else None
+    return methods.firing(neuron)
 
 
 def _ready(neuron, x, axes=0):
@@ -105,10 +107,11 @@ def _ready(neuron, x, axes=0):
     refuse_symbols(neuron, x)
     x = without_values(x)
     methods = fused_methods(neuron)
-    reason = counted() or obstacle(neuron, methods) or _not_taken(neuron, x, axes)
+    firing = find_firing(neuron, methods)
+    reason = counted() or (firing if isinstance(firing, str) else None) or _not_taken(neuron, x, axes)
     if reason is None:
         try:
-            found = neuron_settings(neuron, methods, x)
+            found = neuron_settings(neuron, firing, methods.leak(neuron, x))
             _check(x, x.shape[axes:], **found)
             return found
         except (TypeError, ValueError) as error:
@@ -128,10 +131,10 @@ def _not_taken(neuron, x, axes):
     return None if tau >= 1 else f"tau is {tau}, and the kernels need at least 1"
 
 
-def neuron_settings(neuron, methods, x):
-    """Return the arguments of lif for a neuron without an obstacle."""
+def neuron_settings(neuron, firing, leak):
+    """Return the arguments of lif for a neuron. firing, leak: those that tell how it fires and leaks."""
     shared = dict(v_threshold=neuron.v_threshold, v_reset=neuron.v_reset, detach_reset=neuron.detach_reset)
-    return shared | methods.firing(neuron) | methods.leak(neuron, x)
+    return shared | firing | leak
 
 
 def _start(neuron, x, axes=0):
@@ -417,6 +420,7 @@ NODES: dict[str, dict[str, type]] = {
 # --- copies of SpikingJelly under another name ------------------------------------------------------------------------------
 
 
+@functools.cache
 def is_trusted(cls) -> bool:
     """True for a class of this package or of an installed SpikingJelly. The tests compare these with the fused methods.
 

@@ -36,7 +36,7 @@ from ..checks import check_flag
 from ..dispatch import backend
 from ..ops.lif import lif
 from .fuse import FusedNorm, PackedMaxPool, Whole, accelerate_whole, choose_pool, norm_chooser
-from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, neuron_settings, obstacle
+from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, find_firing, neuron_settings
 from .swap import Report, changed_behaviour, check_model, fuse_class, suspected_neuron, swap, swap_back
 
 __all__ = ["accelerate", "restore"]
@@ -92,14 +92,17 @@ def _choose(module, bases):
     methods = bases[base]
     if isinstance(methods, str):
         return methods
-    reason = changed_behaviour(module, base) or obstacle(module, methods)
+    reason = changed_behaviour(module, base)
     if reason is not None:
         return reason
+    firing = find_firing(module, methods)
+    if isinstance(firing, str):
+        return firing
     device = next((p.device for p in module.parameters(recurse=False)), "cpu")
     try:
         x = torch.empty(0, device=device, dtype=torch.float32)
         with backend("reference"):
-            lif(x, **neuron_settings(module, methods, x))
+            lif(x, **neuron_settings(module, firing, methods.leak(module, x)))
     except (TypeError, ValueError) as error:
         return f"the kernels refuse its settings: {error}"
     return methods
