@@ -378,6 +378,39 @@ def test_the_tables_of_training_equal_the_results():
     cells("more simulation steps, T = 8 instead of 4", f"{four_steps:.4f}", f"{eight:.4f}", "400 steps")
 
 
+def test_the_table_of_spikes_equals_the_results(tmp_path):
+    found = json.loads((RESULTS / "spike_information.json").read_text())["rows"]
+    equal_steps = [r for r in found if "wanted_cpu_seconds" not in r]
+
+    def mean(rows_, key):
+        return sum(r[key] for r in rows_) / len(rows_)
+
+    labels = {"-4..4": "-4..4", "-1..1": "-1..1", "0..4": "0..4", "binary": "binary, T = 4"}
+    by_arm = {arm: [r for r in equal_steps if r["arm"] == arm] for arm in sorted({r["arm"] for r in equal_steps})}
+    groups = list(by_arm.items()) + [(r["arm"], [r]) for r in found if "wanted_cpu_seconds" in r]
+    for arm, rows_ in groups:
+        label = labels[arm.partition("+")[0]]
+        label += ", a factor per step" * ("scale" in arm) + ", fixed threshold" * ("learnt" not in arm)
+        label += f", {rows_[0]['steps']:,} steps" if "wanted_cpu_seconds" in rows_[0] else ""
+        values = len(rows_), *(f"{mean(rows_, key):.2f}" for key in ("mean_error", "mean_information"))
+        values += f"{mean(rows_, 'mse'):.4f}", f"{mean(rows_, 'frechet_distance'):.2f}"
+        values += f"{100 * mean(rows_, 'label_accuracy'):.0f} %", f"{mean(rows_, 'cpu_seconds') / 60:.0f} min"
+        assert f"| {label} | {' | '.join(map(str, values))} |" in TRAINING, (label, values)
+    first = [f"{sum(r['mse_by_time'][0] for r in by_arm[arm]) / 3:.3f}" for arm in ("-4..4+learnt", "0..4+learnt")]
+    assert "the loss is {} with -4..4 against {} with 0..4".format(*first) in TRAINING
+    learnt, fixed = mean(by_arm["-4..4+learnt"], "mse"), mean(by_arm["-4..4"], "mse")
+    assert f"the loss is {fixed - learnt:.3f} higher" in TRAINING
+    hidden = [n["error"] for r in by_arm["-4..4+learnt"] for name, n in r["neurons"].items() if "hidden" in name]
+    assert f"their error is {sum(hidden) / len(hidden):.2f} with -4..4" in TRAINING
+    best = max(r["mse"] for r in by_arm["-4..4+learnt"])
+    assert best < min(r["mse"] for arm in ("0..4+learnt", "binary+learnt") for r in by_arm[arm])
+    pytest.importorskip("matplotlib")
+    from perf import spike_information
+
+    spike_information.plot(tmp_path / "chart.png", found)
+    assert (tmp_path / "chart.png").stat().st_size > 10_000
+
+
 def test_sentences_on_training_equal_the_results():
     found = json.loads((RESULTS / "sdit_fashion_trials.json").read_text())
 
