@@ -398,6 +398,9 @@ def test_the_table_of_spikes_equals_the_results(tmp_path):
         assert f"| {label} | {' | '.join(map(str, values))} |" in TRAINING, (label, values)
     first = [f"{sum(r['mse_by_time'][0] for r in by_arm[arm]) / 3:.3f}" for arm in ("-4..4+learnt", "0..4+learnt")]
     assert "the loss is {} with -4..4 against {} with 0..4".format(*first) in TRAINING
+    (three,), five = by_arm["-1..1+learnt"], by_arm["0..4+learnt"]
+    assert three["mse"] == max(r["mse"] for r in equal_steps)
+    assert all(three["mean_error"] < r["mean_error"] and three["mean_information"] > r["mean_information"] for r in five)
     learnt, fixed = mean(by_arm["-4..4+learnt"], "mse"), mean(by_arm["-4..4"], "mse")
     assert f"the loss is {fixed - learnt:.3f} higher" in TRAINING
     hidden = [n["error"] for r in by_arm["-4..4+learnt"] for name, n in r["neurons"].items() if "hidden" in name]
