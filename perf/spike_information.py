@@ -197,7 +197,7 @@ def plot(path, rows):
         for row in rows:
             label = row["arm"] if row is first.get(row["arm"]) else None
             panels[2].plot(row["mean_information"], row["mse"], "o", color=colors[row["arm"]], label=label, markersize=5)
-        panels[2].set(xlabel="mean bits of a neuron", title="test error (mse), each seed")
+        panels[2].set(xlabel="mean bits of a neuron", title="loss on test images, each seed")
         panels[2].legend(frameon=False, fontsize=7)
         for axes in panels:
             axes.title.set_size(10)

@@ -2,21 +2,19 @@
 
 numba optimises every jitted function and turns it into machine code. For a function that is inlined into a kernel this work is
 wasted: only the kernel's entry, which holds the code of all others, runs. So here such a function stays as LLVM wrote it until
-the entry is optimised, and passes over numba's own IR that do nothing for these functions are left out. Seven kernels of lif
-and wkv compile in 7.8 s of CPU time instead of 11.0 s.
+the entry is optimised, and passes over numba's own IR that do nothing for these functions are left out.
 """
 
 import numba
 from numba.core import compiler, typed_passes, untyped_passes
 from numba.core.compiler_machinery import register_pass
 
-try:  # private names of numba; without them its own pipeline does the same, slower
+try:
     from numba.core.codegen import JITCodeLibrary
-
-    _PRIVATE = ("_optimize_final_module", "_finalize_dynamic_globals", "_verify_declare_only_symbols", "_finalize_final_module")
-    _OURS = all(hasattr(JITCodeLibrary, name) for name in _PRIVATE) and hasattr(typed_passes, "NativeLowering")
 except ImportError:
-    _OURS = False
+    JITCodeLibrary = None
+
+_PRIVATE = ("_optimize_final_module", "_finalize_dynamic_globals", "_verify_declare_only_symbols", "_finalize_final_module")
 
 
 def _make_pipeline():
@@ -60,7 +58,7 @@ def _make_pipeline():
 
 
 NO_ENTRY = dict(no_cpython_wrapper=True, no_cfunc_wrapper=True)
-if _OURS:
+if all(hasattr(JITCodeLibrary, name) for name in _PRIVATE):  # without these names, numba's own pipeline does the same, slower
     NO_ENTRY["pipeline_class"] = _make_pipeline()
 INLINE = dict(forceinline=True, error_model="numpy", **NO_ENTRY)
 inline = numba.njit(**INLINE)
