@@ -40,6 +40,7 @@ def pytest_report_header():
 
 
 MARKED = {  # markers of whole files
+    "alignment": ("test_native_triton", "test_neuron_triton", "test_recompiles", "test_repeat", "test_wkv_triton"),
     "process": ("test_gpu_suite", "test_nvtx", "test_packaging", "test_profile_sdit", "test_ttsem"),
     "peers": ("test_compat_rwkv", "test_compat_snntorch", "test_compat_spikingjelly", "test_published_models"),
 }
@@ -56,6 +57,16 @@ def pytest_collection_modifyitems(items):
 def same_draws_in_every_run(request):
     """A failure repeats: torch's generator starts from the name of the test, whatever ran before in the process."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def one_alignment(request):
+    """Compile half as many Triton kernels. Tests marked with ``alignment`` compile every variant, as on a GPU."""
+    if os.environ.get("TEST_TILES") == "users" or request.node.get_closest_marker("alignment"):
+        yield
+    else:
+        with native_triton.alignment_ignored():
+            yield
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +92,7 @@ def use_small_tiles():
     """Use small tiles: 32 float32 elements, and 4 tokens for WKV.
 
     Small tensors then need many programs and have incomplete tiles, and compiling takes a tenth of the time. test_oracle.py
-    also uses the numbers that users run. ``TEST_TILES=users pytest ...`` uses them in every test.
+    also uses the numbers that users run. ``TEST_TILES=users pytest ...`` uses them, and every alignment, in every test.
     """
     from helpers import SMALL, USERS
 

@@ -179,6 +179,7 @@ def test_neurons_equal_the_oracle_where_no_step_rounds(where, name, flags, dtype
     check_neuron(where, name, flags | numbers, data, equal=T < 18)
 
 
+@pytest.mark.alignment
 @on_backends([("triton", USERS)])
 @pytest.mark.parametrize("name", ["lif", "leaky"])
 @pytest.mark.parametrize(
@@ -393,6 +394,7 @@ def test_wkv_equals_the_oracle(where, dtype, case, algorithm):
     check_scan(where, data, algorithm=algorithm, **case)
 
 
+@pytest.mark.alignment
 @on_backends([("triton", USERS)])
 @pytest.mark.parametrize("algorithm", ["serial", "chunked"])
 @pytest.mark.parametrize("both", [False, True])
@@ -522,6 +524,7 @@ def test_spiking_wkv_equals_the_oracle(where, dtype, T, case):
     check_spiking_scan(where, data, **case)
 
 
+@pytest.mark.alignment
 @on_backends([("triton", USERS), ("one walk", USERS)])
 def test_spiking_wkv_equals_the_oracle_with_the_tiles_of_a_gpu(where):
     data = scan_inputs(torch.float32, 4, 2, L=37, C=40, gate=True, seed=20)

@@ -34,10 +34,10 @@ from .counting import launches
 from .gpu import use_gpu
 from .guards import guarded, poison_
 from .interpreter import use_interpreter
-from .native import install_native
+from .native import alignment_ignored, install_native
 from .support import unsupported_reason
 
-__all__ = ["guarded", "launches", "poison_", "reason", "setup", "unsupported_reason"]
+__all__ = ["alignment_ignored", "guarded", "launches", "poison_", "reason", "setup", "unsupported_reason"]
 
 _mode = None
 _reason = ""

@@ -1,5 +1,6 @@
 """The Triton backend that compiles kernels to x86-64 machine code, and their launch."""
 
+import contextlib
 import copy
 import ctypes
 import functools
@@ -139,6 +140,45 @@ class _NativeUtils:
 
 # --- Compiling ---
 
+_alignment_ignored = False
+
+
+@contextlib.contextmanager
+def alignment_ignored():
+    """Compile one variant of a kernel inside the block, whether or not addresses and integers are multiples of 16.
+
+    Triton compiles one for every pattern of multiples it meets. On a CPU these variants compute the same in the same way.
+    """
+    global _alignment_ignored
+    before, _alignment_ignored = _alignment_ignored, True
+    try:
+        yield
+    finally:
+        _alignment_ignored = before
+
+
+def _without_alignment(kind, key):
+    """Return the key of an argument without its note "D": divisible by 16."""
+    if isinstance(kind, tuple):
+        return tuple(map(_without_alignment, kind, key))
+    return "" if key == "D" and kind != "constexpr" else key
+
+
+def _let_alignment_be_ignored():
+    from triton.runtime import jit
+
+    specialize = getattr(jit, "native_specialize_impl", None)
+    if specialize is None:  # another version of Triton: every variant is compiled
+        return
+
+    def native_specialize_impl(*args):
+        kind, key = specialize(*args)
+        return (kind, _without_alignment(kind, key)) if _alignment_ignored else (kind, key)
+
+    jit.native_specialize_impl = native_specialize_impl
+
+
+
 # A GPU without matrix cores, so dots become multiply-adds, and without packed or buffer instructions that matter here.
 _ARCH = "gfx1030"
 _ELEMENTS_PER_LANE = 1  # 8 elements would take twice the time to compile
@@ -176,6 +216,7 @@ def install_native():
         raise RuntimeError("triton was imported with TRITON_INTERPRET set, and can no longer compile.")
     compiler, driver = _native_backend(), _native_driver()
     backends["x86"] = Backend(compiler, driver)
+    _let_alignment_be_ignored()
     triton.runtime.driver.set_active(driver())
 
 
