@@ -30,9 +30,12 @@ class Peer(NamedTuple):
     same_as: Callable | None = None  # our call with the same outputs and gradients, if that is not the op's default
 
 
+compiler = "inductor"  # backend of torch.compile
+
+
 def try_compile(f, leaves):
     """Return (torch.compile of f, None), or (None, the reason why it fails)."""
-    found = torch.compile(f)
+    found = torch.compile(f, backend=compiler)
     try:
         found(*leaves)
     except Exception as e:  # a missing C++ compiler (CPU) or Triton (GPU) raises errors of several types

@@ -417,9 +417,12 @@ def test_a_surrogate_function_runs_the_reference():
 GROUP = """
 import sys
 sys.path[:0] = ["tests"]
+import native_triton
 import test_norm_lif as tests
 import torch
+from helpers import SMALL
 from sdit_kernels import backend, norm_lif
+from sdit_kernels.tuning import tuned
 from torch import distributed
 rank = int(sys.argv[1])
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
@@ -432,7 +435,7 @@ for name in tests.BACKENDS:
         results = []
         for x, group in ((whole, None), (whole[:, part].contiguous(), distributed.group.WORLD)):
             x, running = x.clone().requires_grad_(), (torch.zeros(size).double(), torch.ones(size).double())
-            with backend(name):
+            with backend(name), tuned(SMALL), native_triton.alignment_ignored():
                 s = norm_lif(
                     x, running_mean=running[0], running_var=running[1], training=True, process_group=group,
                     per_step=variant.get("per_step", False), **tensors,

@@ -178,7 +178,6 @@ def _let_alignment_be_ignored():
     jit.native_specialize_impl = native_specialize_impl
 
 
-
 # A GPU without matrix cores, so dots become multiply-adds, and without packed or buffer instructions that matter here.
 _ARCH = "gfx1030"
 _ELEMENTS_PER_LANE = 1  # 8 elements would take twice the time to compile
