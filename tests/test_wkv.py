@@ -155,7 +155,7 @@ def compare(name, a, dtype, used=None, **flags):
         if n in ("ybar", "lse"):  # every token of the sequence sees the state
             tokens = a["k"].shape[1]
 
-        # The gradient of time_decay is that of the rate, e^time_decay, times the rate, so its rounding errors are as well.
+        # The gradient of time_decay is the gradient of the rate, e^time_decay, times the rate, and so are its rounding errors.
         rate = a[n].double().exp() if n == "decay" and not flags.get("log_decay") else 1.0
 
         def own_error(n=n, rate=rate):
