@@ -12,6 +12,7 @@ CONDITIONS = ("first", "every")
 SCANS = ("rows", "four")
 PREDICTIONS = ("epsilon", "v", "flow")
 WEIGHTINGS = ("uniform", "min_snr")
+TIMES = ("uniform", "logit_normal")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Config:
         prediction: the network's target, see ``sdit.diffusion.training_loss``: "epsilon", the noise in the image; "v", the
             velocity of the diffusion; "flow", the velocity of a straight line from image to noise (rectified flow).
         weighting: weight of the squared error over time: "uniform", or "min_snr" (Min-SNR-5).
+        times: distribution of the training times: "uniform", or "logit_normal", 1000 sigmoid(z - 1) with z normal: 73 % of the
+            times are between 100 and 500.
         condition: the tokens that receive the condition (time and label): "first", one condition token, from which the scan
             carries it to the others; or "every", which also adds a learned projection of the condition to each patch.
         scan: order of the patches in a block: "rows"; or "four", where successive blocks use four orders in turn: rows, rows
@@ -81,6 +84,7 @@ class Config:
     dataset: str | None = None
     prediction: str = "epsilon"
     weighting: str = "uniform"
+    times: str = "uniform"
     condition: str = "first"
     scan: str = "rows"
     levels: int = 4
@@ -112,7 +116,7 @@ class Config:
         if not 0 <= self.dropout_label < 1:
             raise ValueError(f"dropout_label must be a probability below 1, got {self.dropout_label}")
         named = {"spiking": SPIKING, "variant": VARIANTS, "condition": CONDITIONS, "scan": SCANS}
-        named |= {"prediction": PREDICTIONS, "weighting": WEIGHTINGS}
+        named |= {"prediction": PREDICTIONS, "weighting": WEIGHTINGS, "times": TIMES}
         for name, allowed in named.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}")

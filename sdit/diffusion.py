@@ -50,6 +50,13 @@ def make_tables(device: torch.device, dtype: torch.dtype) -> Tables:
     return Tables(*(table.to(device, dtype) for table in tables))
 
 
+@lru_cache(maxsize=16)
+def _logit_normal_times(device: torch.device) -> Tensor:
+    """Return the function from uniform times to times 1000 sigmoid(z - 1), z normal, as a table (1000,)."""
+    quantiles = (torch.arange(STEPS, dtype=torch.float64, device="cpu") + 0.5) / STEPS
+    return (STEPS * torch.sigmoid(torch.special.ndtri(quantiles) - 1)).to(device, torch.int64)
+
+
 def config_of(model):
     """Return the configuration of a model, also if DistributedDataParallel wraps it."""
     return model.config if hasattr(model, "config") else model.module.config
@@ -61,16 +68,19 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
     If each of several processes draws for the whole batch and takes its slice, they train as one process does.
 
     Args:
-        config: configuration of the model; channels, image_size and dropout_label are used.
+        config: configuration of the model; channels, image_size, dropout_label and times are used.
         n: number of images.
         generator: the only source of randomness.
 
     Returns:
-        t (n,) int64, uniform in 0 .. 999; noise (n, C, S, S) float32, normal; drop (n,) bool, True with probability
-        dropout_label, where the label becomes the null label. All are on the generator's device.
+        t (n,) int64 in 0 .. 999, distributed as config.times says, which changes nothing else; noise (n, C, S, S) float32,
+        normal; drop (n,) bool, True with probability dropout_label, where the label becomes the null label. All are on the
+        generator's device.
 
     Raises:
         TypeError: generator is not a torch.Generator.
+
+    Source: logit-normal times: Esser et al., Scaling rectified flow transformers, arXiv 2403.03206.
 
     Example:
         >>> import torch
@@ -84,6 +94,8 @@ def draw(config, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Te
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
     at = {"generator": generator, "device": generator.device}
     t = torch.randint(STEPS, (n,), **at)
+    if config.times == "logit_normal":
+        t = _logit_normal_times(t.device)[t]
     noise = torch.randn(n, config.channels, config.image_size, config.image_size, dtype=torch.float32, **at)
     drop = torch.rand(n, dtype=torch.float32, **at) < config.dropout_label
     return t, noise, drop

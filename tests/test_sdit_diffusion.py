@@ -14,7 +14,7 @@ from sdit.diffusion import STEPS, draw, training_loss
 from sdit.sampler import make_scheduler, predict, reverse_step, samplers, scale_noise
 
 CONFIG = dict(channels=1, image_size=4, num_classes=3, learn_sigma=True, dropout_label=0.25)
-CONFIG |= dict(prediction="epsilon", weighting="uniform")
+CONFIG |= dict(prediction="epsilon", weighting="uniform", times="uniform")
 PREDICTIONS = ("epsilon", "v", "flow")
 BETA = np.linspace(1e-4, 2e-2, STEPS)
 ABAR = np.cumprod(1 - BETA)
@@ -249,6 +249,18 @@ def test_draw_has_the_documented_distributions():
     assert noise.dtype == torch.float32 and abs(noise.std() - 1) < 0.01 and abs(noise.mean()) < 0.01
     assert abs(drop.float().mean() - 0.1) < 0.01
     assert not draw(config_with(dropout_label=0.0), 1000, torch.Generator())[2].any()
+
+
+def test_logit_normal_times_have_their_distribution_and_change_nothing_else():
+    config, of_times = config_with(), config_with(times="logit_normal")
+    (t, *others), (times, *same) = (draw(c, 20000, torch.Generator().manual_seed(0)) for c in (config, of_times))
+    assert all(torch.equal(a, b) for a, b in zip(others, same))
+    assert times.dtype == torch.int64 and times.min() >= 0 and times.max() <= 999
+    normal = torch.special.ndtr
+    for below in (50, 125, 250, 500, 750):
+        exact = normal(torch.logit(torch.tensor(below / 1000, dtype=torch.float64)) + 1)
+        assert abs((times < below).double().mean() - exact) < 0.012
+    assert (times[t.argsort()].diff() >= 0).all()
 
 
 def test_autocast_affects_only_the_network():

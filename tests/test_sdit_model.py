@@ -375,7 +375,7 @@ def test_a_checkpoint_keeps_its_scan_and_condition(tmp_path):
     loaded = sdit.checkpoint.load_model(tmp_path / "a.safetensors")
     inputs = batch(model, dtype=torch.float32)
     assert loaded.config == model.config and torch.equal(loaded(*inputs), model(*inputs))
-    old = {k: v for k, v in SMALL.to_dict().items() if k not in ("prediction", "weighting", "condition", "scan")}
+    old = {k: v for k, v in SMALL.to_dict().items() if k not in ("prediction", "weighting", "times", "condition", "scan")}
     assert Config.from_dict(old) == SMALL  # a checkpoint from before these fields existed
 
 
@@ -737,6 +737,7 @@ def test_info_counts_synaptic_operations_of_spikes():
         ({"scan": "columns"}, ValueError, "scan must be 'rows' or 'four', got 'columns'"),
         ({"prediction": "x0"}, ValueError, "prediction must be 'epsilon' or 'v' or 'flow', got 'x0'"),
         ({"weighting": "snr"}, ValueError, "weighting must be 'uniform' or 'min_snr', got 'snr'"),
+        ({"times": "normal"}, ValueError, "times must be 'uniform' or 'logit_normal', got 'normal'"),
         ({"prediction": "flow"}, ValueError, "learn_sigma must be false with prediction='flow'"),
         ({"dataset": 3}, TypeError, "dataset must be a name or None"),
         ({"width": 3}, TypeError, "a Config does not have the fields width"),
