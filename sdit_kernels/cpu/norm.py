@@ -14,9 +14,10 @@ import torch
 from ..dtypes import state_dtype
 from ..layout import layout_of
 from .compiler import INLINE
-from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, store_output, tile
+from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, tile
 from .kernel import Kernel, share
 from .launch import address, placed
+from .vector import LANES, vec, vload, vset, vstore
 
 _GROUPS = 64  # the most partial sums per channel
 _CHUNK = 4096  # values of a row that two passes read, 16 KiB
@@ -210,33 +211,34 @@ def _backward_kernel(X, ROWS, STEPS):
     """d - offset - (x - mean) * slope. STEPS: these have a value per step."""
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
+    V, W, LINE = vec(X, LANES), vec(S, LANES), LANES
 
     def norm_backward(part, T, B, C, L, x_, d_, out_, mean, offset, slope):
         (x, x_t, x_r), (d, d_t, d_r), (out, out_t, out_r) = x_, d_, out_
-        if ROWS:
-            for task in share(T * B, part):
-                t = task // B
-                b = task - t * B
-                for c in range(C):
-                    k = t * C + c if STEPS else c
+        n = L if ROWS else C
+        whole = n // LINE * LINE
+        for task in share(T * B, part):
+            t = task // B
+            b = task - t * B
+            for c in range(C if ROWS else 1):
+                row = b * C + c if ROWS else b
+                source, target = x + (t * x_t + row * x_r) * xb, out + (t * out_t + row * out_r) * xb
+                gradient = d + (t * d_t + row * d_r) * sb
+                k = t * C + c if STEPS else c
+                if ROWS:
                     m, o, s = load(mean, k, S), load(offset, k, S), load(slope, k, S)
-                    source = x + (t * x_t + (b * C + c) * x_r) * xb
-                    gradient = d + (t * d_t + (b * C + c) * d_r) * sb
-                    target = out + (t * out_t + (b * C + c) * out_r) * xb
-                    for i in range(L):
-                        y = load_input(source, i, X)
-                        store_output(target, i, load(gradient, i, S) - o - (y - m) * s, X)
-        else:
-            for task in share(T * B, part):
-                t = task // B
-                b = task - t * B
-                source = x + (t * x_t + b * x_r) * xb
-                gradient = d + (t * d_t + b * d_r) * sb
-                target = out + (t * out_t + b * out_r) * xb
-                for i in range(C):
-                    y = load_input(source, i, X)
-                    o, s = load_input(offset, i, S), load_input(slope, i, S)
-                    store_output(target, i, load(gradient, i, S) - o - (y - load_input(mean, i, S)) * s, X)
+                    # explicit vectors, because d may be dx, and then LLVM runs a loop over single elements
+                    for i in range(0, whole, LINE):
+                        y = (vload(source, i, V) - vset(m, W)) * vset(s, W)
+                        vstore(target, i, vload(gradient, i, W) - vset(o, W) - y, V)
+                else:
+                    for i in range(0, whole, LINE):
+                        y = (vload(source, i, V) - vload(mean, i, W)) * vload(slope, i, W)
+                        vstore(target, i, vload(gradient, i, W) - vload(offset, i, W) - y, V)
+                for i in range(whole, n):
+                    k = k if ROWS else i
+                    y = (load(source, i, X) - load(mean, k, S)) * load(slope, k, S)
+                    store(target, i, load(gradient, i, S) - load(offset, k, S) - y, X)
 
     return Kernel(norm_backward, f"norm_backward_{X}{ROWS:d}{STEPS:d}")
 
