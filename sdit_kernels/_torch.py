@@ -6,8 +6,11 @@ every eager call of an op calls several of them.
 """
 
 import contextlib
+import functools
 import inspect
+import operator
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,14 @@ tree_map: Callable = getattr(getattr(torch.utils, "_pytree", None), "tree_map", 
 
 # A context in which no mode sees the operators. Fallback: the modes see them, which costs 5 us per operator.
 without_modes = getattr(_C, "_DisableTorchDispatch", contextlib.nullcontext)
+
+
+def _same(function):
+    return function
+
+
+# Returns an operator of ``torch.ops`` as a function in C. Fallback: the operator, whose call runs Python.
+as_function: Callable[[Any], Callable] = operator.attrgetter("_op") if hasattr(torch.ops.aten.add.Tensor, "_op") else _same
 
 
 def _in_forward_mode() -> bool:
@@ -122,6 +133,19 @@ _TELLS_TRANSFORMS = all(
 )
 
 
+# True if a tensor was made in a transform of torch.func, also one that has ended. Fallback: True, and calls go through the
+# dispatcher.
+is_of_transform: Callable[[Any], bool] = getattr(_functorch, "is_functorch_wrapped_tensor", _always)
+
+
+def find_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Return ``apply`` of an autograd.Function without a setup_context, for tensors that belong to no transform of torch.func.
+
+    PyTorch's own looks for such tensors in Python and takes 3 us more.
+    """
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
 def mark_transform(v: Tensor) -> Tensor | None:
     """Return a mark of the transform of torch.func that made v, for ``has_ended``; None if v was made outside a transform.
 
@@ -179,6 +203,34 @@ class OperatorMode(_TorchDispatchMode):
 # A base class of modes that torch.compile does not trace. PyTorch's wrapper imports the compiler at the first call.
 UntracedMode: Any = _TorchDispatchMode
 
+# Returns None if the compiler does not see the frames of this thread. Fallback: True if the compiler is loaded.
+compiler_callback: Callable[[], Any] = getattr(
+    getattr(getattr(_C, "_dynamo", None), "eval_frame", None),
+    "get_eval_frame_callback",
+    lambda: True if "torch._dynamo" in sys.modules else None,
+)
+
+
+@functools.cache
+def skip_frames(function) -> bool:
+    """Let the compiler, which is loaded, run the frames of a function as they are. It still traces what they call.
+
+    Fallback: do nothing and return False.
+    """
+    skip = getattr(getattr(sys.modules["torch._dynamo"], "decorators", None), "skip_code", None)
+    if skip is not None:
+        skip(function.__code__)
+    return skip is not None
+
+
+def _nothing(_):
+    return None
+
+
+_autograd: Any = getattr(_C, "_autograd", None)
+
+# Returns the functions of the innermost hooks on saved tensors, or None. Fallback: None.
+innermost_hooks: Callable[[bool], tuple | None] = getattr(_autograd, "_top_saved_tensors_default_hooks", _nothing)
 
 _HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
 

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from . import dispatch, memory, tuning
-from ._torch import OperatorMode, UntracedMode, dispatch_mode_count, is_tracing, transforms_active, without_modes
+from ._torch import (
+    OperatorMode,
+    UntracedMode,
+    compiler_callback,
+    dispatch_mode_count,
+    innermost_hooks,
+    is_tracing,
+    skip_frames,
+    transforms_active,
+    without_modes,
+)
 from .dtypes import DATA_DTYPES, state_dtype
 from .levels import decode, encode
 from .reference.pack import Window, bits_of
@@ -227,14 +237,11 @@ class _Known(weakref.ref):
     """A weak reference to a storage, and what is known about its elements."""
 
     __slots__ = ("dtype", "key", "kind", "packed", "version")
+    key: int
+    version: int
+    dtype: torch.dtype
+    kind: "Values | Counts | Indices"
     packed: "weakref.ref | None"
-
-    def __new__(cls, storage, *_):
-        return super().__new__(cls, storage, _forget)
-
-    def __init__(self, storage, version, dtype, kind):
-        super().__init__(storage, _forget)
-        self.key, self.version, self.dtype, self.kind, self.packed = id(storage), version, dtype, kind, None
 
 
 _known: dict[int, _Known] = {}  # by id(storage). A storage keeps its Python object while it lives
@@ -272,8 +279,8 @@ def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
     storage = t.untyped_storage()
     size = storage.nbytes()
     if size and size == t.numel() * t.itemsize:  # t covers the storage
-        known = _Known(storage, t._version, t.dtype, kind)
-        _known[known.key] = known
+        known = _known[id(storage)] = _Known(storage, _forget)
+        known.key, known.version, known.dtype, known.kind, known.packed = id(storage), t._version, t.dtype, kind, None
 
 
 def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None:
@@ -307,16 +314,19 @@ def _pack_storage(known: _Known, t: Tensor):
     packed = None if known.packed is None else known.packed()
     if packed is None:
         storage = t.untyped_storage()
-        flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (storage.nbytes() // t.itemsize,), (1,))
-        backend = dispatch.choose(t.device.type)
-        kind = known.kind
+        n, kind, backend = storage.nbytes() // t.itemsize, known.kind, dispatch.choose(t.device.type)
+        flat = t
+        if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():  # that kernel reads memory
+            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (n,), (1,))
         packed = _pack_values(flat, kind, backend) if type(kind) is Values else kind.pack(flat, backend)
         known.packed = None if packed is None else weakref.ref(packed)
     return packed
 
 
 def _pack(t):
-    known = None if is_tracing() else _find(t)
+    known = None
+    if type(t) in _PLAIN_TENSOR_TYPES and t.layout is torch.strided and id(t.untyped_storage()) in _known and not is_tracing():
+        known = _find(t)  # of few tensors
     if known is not None and t.untyped_storage().nbytes() >= _SMALL:
         with without_modes():
             packed = _pack_storage(known, t)
@@ -339,6 +349,25 @@ def _unpack(saved):
 
 
 _HOOKS = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+
+
+def apply_without_hooks(apply: Callable, tensors: tuple, rest: tuple) -> Any:
+    """Call apply(*tensors, rest) of an autograd.Function. Our hooks see what it saves only if a tensor is known.
+
+    They take 5 us per tensor in both passes together.
+    """
+    given = [t for t in tensors if t is not None]
+    if not _local.depth or len(given) < 3 or any([id(t.untyped_storage()) in _known for t in given]):
+        return apply(*tensors, rest)
+    hooks = innermost_hooks(True)
+    if hooks is None or hooks[0] is not _pack:
+        return apply(*tensors, rest)
+    _HOOKS.__exit__()
+    try:
+        return apply(*tensors, rest)
+    finally:
+        _HOOKS.__enter__()
+
 
 # --- operators that move elements -------------------------------------------------------------------------------------------
 
@@ -460,7 +489,7 @@ def _note_narrow(axes, out, args, kwargs):
     _note(out[1], Indices(args[0].shape[-axes:].numel(), (), None))
 
 
-_RULES: dict[Any, Callable[..., None]] = {
+_rules: dict[Any, Callable[..., None]] = {
     **dict.fromkeys(
         (
             _aten.clone.default, _aten.index_select.default, _aten.index.Tensor, _aten.gather.default, _aten.repeat.default,
@@ -485,24 +514,37 @@ _RULES: dict[Any, Callable[..., None]] = {
 }  # fmt: skip
 
 
+_RULES = {id(function): rule for function, rule in _rules.items()}  # the hash of an operator is a function in Python
+
+
 def _dispatch(function, args, kwargs):
-    kwargs = kwargs or {}
-    out = function(*args, **kwargs)
-    rule = _RULES.get(function)
+    out = function(*args, **kwargs or {})
+    rule = _RULES.get(id(function))
     if rule is not None and not is_tracing():
-        rule(out, args, kwargs)
+        rule(out, args, kwargs or {})
     return out
+
+
+@functools.cache
+def _untraced():
+    return torch.compiler.disable(_dispatch)
 
 
 class _Mode(OperatorMode):
     """See PyTorch's operators, and note the results of those in _RULES."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        return _dispatch(function, args, kwargs)
+        if compiler_callback() is not None:  # or it would trace what runs here
+            return _untraced()(function, args, kwargs)
+        out = function(*args, **kwargs or {})  # repeats the code of _dispatch, because this runs for every operator
+        rule = _RULES.get(id(function))
+        if rule is not None and not is_tracing():
+            rule(out, args, kwargs or {})
+        return out
 
 
 class _ModeBesideCompiler(UntracedMode):
-    """The same where the compiler is loaded. Otherwise it would trace the mode."""
+    """The same where the compiler is loaded, if it cannot skip the frames of _Mode."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return _dispatch(function, args, kwargs)
@@ -577,7 +619,7 @@ class packed_spikes:  # noqa: N801, a context manager is called like a function
         if active:
             _HOOKS.__enter__()
             if not _local.depth:
-                _local.mode = _local.modes["torch._dynamo" in sys.modules]
+                _local.mode = _local.modes["torch._dynamo" in sys.modules and not skip_frames(_Mode.__torch_dispatch__)]
                 _local.mode.__enter__()
             _local.depth += 1
         _local.entered.append(active)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._torch import make_wrapper_subclass, tree_map, without_functions_of_subclasses
+from ._torch import find_apply, is_of_transform, make_wrapper_subclass, tree_map, without_functions_of_subclasses
 
 # Functions that do not read the values.
 _METADATA = {
@@ -72,18 +72,13 @@ class _Call:
     def __init__(self, x, norm, axis, statistics):
         self.x, self.norm, self.axis, self.statistics = x, norm, axis, statistics
         self.needs_grad = torch.is_grad_enabled()
-        self.versions = self._count_changes()
+        self.inputs = [t for t in (x, *norm.learnt) if t is not None]
+        self.versions = [t._version for t in self.inputs]
         self.output: Tensor | None = None
         self.is_fused = False
 
-    def parameters(self):
-        return [t for t in self.norm.learnt if t is not None]
-
-    def _count_changes(self):
-        return [t._version for t in (self.x, *self.parameters())]
-
     def check_changes(self):
-        if self.versions != self._count_changes():
+        if self.versions != [t._version for t in self.inputs]:
             raise RuntimeError(
                 "the input, weight or bias of a fused BatchNorm was changed in place before its output was used: change a "
                 "copy, or use the output before, or accelerate the model without fuse"
@@ -139,6 +134,9 @@ class _Link(torch.autograd.Function):
         return None, *(next(found) if n else None for n in needed)
 
 
+_link = find_apply(_Link)
+
+
 class _Values(torch.autograd.Function):
     """The values of a pending tensor that another autograd.Function has returned. Gradients go through that function."""
 
@@ -190,13 +188,18 @@ class _Place:
         The probe has the shape of the tensor. A step along its axis of channels moves it by 1, along its axis of time steps by
         a larger number, along all others by 0.
         """
-        moves = [(axis, move) for axis, (n, move) in enumerate(zip(self.probe.shape, self.probe.stride())) if n > 1 and move]
-        channels, steps = [axis for axis, move in moves if move == 1], [axis for axis, move in moves if move > 1]
-        call = self.call
-        has_steps = call.norm.per_step or call.norm.step_factor is not None
-        if len(channels) != 1 or channels[0] == 0 or self.probe.shape[channels[0]] != call.x.shape[call.axis]:
-            return None
-        return channels[0] if steps == ([0] if has_steps and call.x.shape[0] > 1 else []) else None
+        call, norm = self.call, self.call.norm
+        has_steps = (norm.per_step or norm.step_factor is not None) and call.x.shape[0] > 1
+        return _find_axis(self.probe.shape, self.probe.stride(), call.x.shape[call.axis], has_steps)
+
+
+@functools.lru_cache(maxsize=512)
+def _find_axis(shape, strides, C, has_steps):
+    moves = [(axis, move) for axis, (n, move) in enumerate(zip(shape, strides)) if n > 1 and move]
+    channels, steps = [axis for axis, move in moves if move == 1], [axis for axis, move in moves if move > 1]
+    if len(channels) != 1 or channels[0] == 0 or shape[channels[0]] != C:
+        return None
+    return channels[0] if steps == ([0] if has_steps else []) else None
 
 
 class Pending(Tensor):
@@ -232,16 +235,11 @@ class Pending(Tensor):
         return function(*tree_map(plain, args), **tree_map(plain, kwargs or {}))
 
 
-def _graph_of(t: Pending):
-    """Return the autograd node of a pending tensor."""
-    with without_functions_of_subclasses():
-        return t.grad_fn
-
-
 def _is_own(t: Pending) -> bool:
     """True if gradients of t go to the norm, and not to an autograd.Function that returned t."""
-    node = _graph_of(t)
-    return node is None and not t.requires_grad or type(node).__name__ == "_LinkBackward"
+    with without_functions_of_subclasses():
+        node = t.grad_fn
+        return node is None and not t.requires_grad or type(node).__name__ == "_LinkBackward"
 
 
 def _waits(t: Pending) -> bool:
@@ -249,7 +247,8 @@ def _waits(t: Pending) -> bool:
 
 
 def _make(place: _Place, ends_with_block=True) -> Tensor:
-    t = _Link.apply(place, place.call.x, *place.call.parameters())
+    inputs = place.call.inputs
+    t = _Link.apply(place, *inputs) if any(map(is_of_transform, inputs)) else _link(place, *inputs)
     t._place = place
     if ends_with_block:
         _local.blocks[-1].append(weakref.ref(t)) if _local.blocks else place.compute()
@@ -307,7 +306,8 @@ def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settin
         return None
     call.check_changes()
     call.is_fused = True
-    return op(place.x, call.norm._replace(channel_axis=axis), v, call.statistics, **settings)
+    norm = call.norm if axis == call.norm.channel_axis else call.norm._replace(channel_axis=axis)
+    return op(place.x, norm, v, call.statistics, **settings)
 
 
 def without_values(t):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import memory, tuning
-from ._torch import OperatorMode, dispatch_mode_count, without_modes
+from ._torch import OperatorMode, as_function, dispatch_mode_count, without_modes
 
 _ONCE, _NEVER = "seen once", "cannot be repeated"
 _TENSORS = {Tensor, torch.nn.Parameter}
@@ -119,7 +119,7 @@ class _Recording(OperatorMode):
         value = self._print_allocation(out)
         if function is not None:
             given = [self._print_tensors(a) for a in args] + [f"{k}={self._print_tensors(a)}" for k, a in kwargs.items()]
-            value = f"{self._constant(function)}({', '.join(given)})"
+            value = f"{self._constant(as_function(function))}({', '.join(given)})"
             if any(self._holds(t, out) for _, _, t in self._owners):  # in place
                 return [value]
         if function is None and out.data_ptr() % 16:

@@ -11,7 +11,7 @@ from torch import nn
 
 import sdit_kernels
 import sdit_kernels.ops.norm_lif as norm_lif_module
-from sdit_kernels import energy
+from sdit_kernels import energy, packed
 from sdit_kernels.compat import handwritten
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 from sdit_kernels.nn import IF, LIF, OverTime
@@ -580,6 +580,51 @@ def test_copies_pickles_keys_and_restore(fused_calls):
     assert restore(net).replaced == (("(the model)", "Net"), ("norm", "BatchNorm2d")) and type(net.norm) is nn.BatchNorm2d
     net.neuron.reset()
     assert torch.equal(net(x), wanted) and len(fused_calls) == 3
+
+
+class Reads(nn.Module):
+    """Neurons and a layer that reads their spikes; ``turned``: from a copy that is not contiguous."""
+
+    def __init__(self, layer, turned):
+        super().__init__()
+        self.neuron, self.layer, self.turned = LIF(), layer, turned
+
+    def forward(self, x):
+        s = self.neuron(x)
+        s = s.flatten(0, 1) if s.dim() == 5 else s
+        return self.layer(s.transpose(-1, -2).contiguous().transpose(-1, -2) if self.turned else s)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize(
+    "kind, shape", [("Linear(16, 8)", (4, 8, 8, 16)), ("Conv2d(4, 8, 3)", (4, 8, 4, 16, 16)), ("Conv1d(8, 4, 3)", (8, 8, 64))]
+)
+def test_layers_that_read_spikes_hide_their_operators_from_packed_spikes(kind, shape, cast, turned, monkeypatch):
+    """A cast or a copy of spikes stays visible, because the layer keeps it, as bits."""
+    kept, seen, pack, dispatch = [], [], packed._pack_storage, packed._Mode.__torch_dispatch__
+
+    def watched(self, function, *args):
+        seen.append(str(function))
+        return dispatch(self, function, *args)
+
+    own, x = Reads(eval(f"nn.{kind}"), turned), 3 * torch.randn(shape)
+    net, found = copy.deepcopy(own), []
+    assert accelerate(net, packed=True).replaced == (("(the model)", "Reads"),)
+    cls = type(net.layer)
+    assert accelerate(net, packed=True).replaced == () and type(net.layer) is cls
+    assert cls is not type(own.layer) and issubclass(cls, type(own.layer))
+    assert type(copy.deepcopy(net).layer) is type(pickle.loads(pickle.dumps(net.layer))) is cls
+    monkeypatch.setattr(packed, "_pack_storage", lambda *args: kept.append(args[1].dtype) or pack(*args))
+    monkeypatch.setattr(packed._Mode, "__torch_dispatch__", watched)
+    for n in (own, net):
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            y = n(x)
+        y.float().square().sum().backward()
+        found.append((y, n.layer.weight.grad))
+    assert all(map(torch.equal, *found)) and kept == [torch.bfloat16 if cast else torch.float32]
+    assert any("mm" in name or "convolution" in name for name in seen) == (turned or cast)
+    assert restore(net).replaced == (("(the model)", "Reads"),) and type(net.layer) is type(own.layer)
 
 
 def test_autocast_and_checkpointing(fused_calls):

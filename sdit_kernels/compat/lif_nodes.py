@@ -102,10 +102,9 @@ def find_firing(neuron, methods):
 def _ready(neuron, x, axes=0):
     """Return the arguments of lif for data x. If SpikingJelly's code must run, warn and return None.
 
-    ``axes``: number of axes of x before the axes of a step.
+    x: as ``without_values`` returns it. ``axes``: number of axes of x before the axes of a step.
     """
     refuse_symbols(neuron, x)
-    x = without_values(x)
     methods = fused_methods(neuron)
     firing = find_firing(neuron, methods)
     reason = counted() or (firing if isinstance(firing, str) else None) or _not_taken(neuron, x, axes)
@@ -153,12 +152,13 @@ def _start(neuron, x, axes=0):
 
 def _run_steps(x_seq, v, store, settings):
     """Run T steps from v. Return (spikes, v, v_seq or None), in the dtype of the data."""
+    dtype = without_values(x_seq).dtype
     if v is not None and not torch.compiler.is_compiling() and v.is_inference() and not torch.is_inference_mode_enabled():
         v = v.clone()  # autograd saves v, and refuses a tensor that was made in inference_mode
     found = lif(x_seq, v, **settings, return_v=True, return_v_seq=store)
     spikes, *states = found
-    v, v_seq = (state.to(x_seq.dtype) for state in states) if store else (states[0].to(x_seq.dtype), None)
-    return spikes, v, v_seq
+    v, *v_seq = [state if state.dtype == dtype else state.to(dtype) for state in states]
+    return spikes, v, v_seq[0] if store else None
 
 
 class Node(Methods):
@@ -171,22 +171,22 @@ class Node(Methods):
 
     @staticmethod
     def single_step_forward(own, neuron, x, *args, **kwargs):
-        settings = _ready(neuron, x)
+        readable = without_values(x)
+        settings = _ready(neuron, readable)
         if settings is None:
             return own(neuron, x, *args, **kwargs)
-        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, without_values(x)), False, settings)
+        spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), _start(neuron, readable), False, settings)
         if neuron.store_v_seq and hasattr(neuron, "_append_v_seq"):  # SpikingJelly 2 collects the steps
             neuron._append_v_seq(neuron.v)
         return spikes.squeeze(0)
 
     @staticmethod
     def multi_step_forward(own, neuron, x_seq, *args, **kwargs):
-        settings = _ready(neuron, x_seq, 1)
-        if settings is None:
+        x = without_values(x_seq)
+        settings = _ready(neuron, x, 1)
+        if settings is None or not x.shape[0]:  # SpikingJelly has an error for T = 0
             return own(neuron, x_seq, *args, **kwargs)
-        if not x_seq.shape[0]:
-            return own(neuron, x_seq, *args, **kwargs)  # it has an error for T = 0
-        v = _start(neuron, without_values(x_seq), 1)
+        v = _start(neuron, x, 1)
         spikes, neuron.v, v_seq = _run_steps(x_seq, v, neuron.store_v_seq, settings)
         if neuron.store_v_seq or "v_seq" in neuron.__dict__:
             neuron.v_seq = v_seq
@@ -194,7 +194,7 @@ class Node(Methods):
 
     @staticmethod
     def single_step_functional_forward(own, neuron, inputs, states, **kwargs):
-        settings = _ready(neuron, inputs[0])
+        settings = _ready(neuron, without_values(inputs[0]))
         if settings is None:
             return own(neuron, inputs, states, **kwargs)
         spikes, v, _ = _run_steps(inputs[0].unsqueeze(0), states[0], False, settings)
@@ -202,7 +202,7 @@ class Node(Methods):
 
     @staticmethod
     def multi_step_functional_forward(own, neuron, inputs, states, **kwargs):
-        settings = _ready(neuron, inputs[0], 1)
+        settings = _ready(neuron, without_values(inputs[0]), 1)
         if settings is None:
             return own(neuron, inputs, states, **kwargs)
         spikes, v, _ = _run_steps(inputs[0], states[0], False, settings)
@@ -311,10 +311,11 @@ class SingleStep(Methods):
 
     @staticmethod
     def forward(own, neuron, x):
-        settings = _ready(neuron, x)
+        readable = without_values(x)
+        settings = _ready(neuron, readable)
         if settings is None:
             return _run_own(own, neuron, x)
-        step, v = _same_shape(neuron, without_values(x))
+        step, v = _same_shape(neuron, readable)
         x = x if x.shape == step.shape else x.expand(step.shape)
         spikes, neuron.v, _ = _run_steps(x.unsqueeze(0), v, False, settings)
         return spikes.squeeze(0)
@@ -327,11 +328,12 @@ class MultiStep(Methods):
 
     @staticmethod
     def forward(own, neuron, x_seq):
-        settings = _ready(neuron, x_seq, 1)
-        if settings is None or x_seq.dim() < 2 or not x_seq.shape[0]:
+        readable = without_values(x_seq)
+        settings = _ready(neuron, readable, 1)
+        if settings is None or readable.dim() < 2 or not readable.shape[0]:
             return _run_own(own, neuron, x_seq)
-        x, v = _same_shape(neuron, without_values(x_seq)[0])
-        if x_seq.shape[1:] != x.shape:  # v has more axes, or longer ones
+        x, v = _same_shape(neuron, readable[0])
+        if readable.shape[1:] != x.shape:  # v has more axes, or longer ones
             missing = [1] * (1 + x.dim() - x_seq.dim())
             x_seq = x_seq.reshape(len(x_seq), *missing, *x_seq.shape[1:]).expand(-1, *x.shape)
         spikes, neuron.v, _ = _run_steps(x_seq, v, False, settings)

@@ -35,7 +35,7 @@ import torch
 from ..checks import check_flag
 from ..dispatch import backend
 from ..ops.lif import lif
-from .fuse import FusedNorm, PackedMaxPool, Whole, accelerate_whole, choose_pool, norm_chooser
+from .fuse import FusedNorm, PackedMaxPool, Whole, accelerate_whole, choose_pool, norm_chooser, restore_readers
 from .lif_nodes import NODES, MultiStep, Node, SingleStep, difference_of_copy, find_firing, neuron_settings
 from .swap import Report, changed_behaviour, check_model, fuse_class, suspected_neuron, swap, swap_back
 
@@ -169,4 +169,6 @@ def restore(model: torch.nn.Module) -> Report:
     Raises:
         TypeError: model is not a module.
     """
-    return swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm, PackedMaxPool, Whole))
+    report = swap_back("SpikingJelly", model, (Node, SingleStep, MultiStep, FusedNorm, PackedMaxPool, Whole))
+    restore_readers(model)
+    return report

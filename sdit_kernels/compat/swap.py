@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._torch import active_modes, assume_constant_result, dispatch_mode_count, function_mode_count
+from ..packed import has_other_modes
 
 
 class Left(NamedTuple):
@@ -338,7 +339,12 @@ def refuse_symbols(module, x):
 def counted() -> str | None:
     """Return why the library's own code must run now: SpikingJelly is counting operations, and a fused kernel would count as
     nothing. None: no counter is active."""
-    if torch.compiler.is_compiling() or not (dispatch_mode_count() or function_mode_count()):
+    return None if torch.compiler.is_compiling() else find_counter()
+
+
+def find_counter() -> str | None:
+    """Return what ``counted`` returns, outside torch.compile."""
+    if not (function_mode_count() or (dispatch_mode_count() and has_other_modes())):
         return None
     modes = active_modes()
     if modes is None and "spikingjelly.activation_based.op_counter" in sys.modules:

@@ -4,6 +4,7 @@ A chunk is a cache line of words and the elements of their bits. Its accumulator
 vector code, because numba computes with 64-bit integers only. Tables of up to 16 values are compared value by value.
 """
 
+import ctypes
 import functools
 
 import torch
@@ -344,12 +345,12 @@ def _window_indices_kernel(KH, KW):
 def pack(flat, values, tuning):
     """Return (words, True if each element of flat is one of the values bit for bit)."""
     words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
-    wrong = torch.zeros((), dtype=torch.int64, device=flat.device)
+    wrong = ctypes.c_int64()
     _pack_kernel(CODES[flat.dtype], values.n)(
-        flat.numel(), flat.numel(), flat.data_ptr(), values.table.data_ptr(), words.data_ptr(), wrong.data_ptr(),
+        flat.numel(), flat.numel(), flat.data_ptr(), values.table.data_ptr(), words.data_ptr(), ctypes.addressof(wrong),
         float(values.first), values.inverse,
     )  # fmt: skip
-    return words, not wrong.item()
+    return words, not wrong.value
 
 
 def unpack(words, values, flat, tuning):
@@ -363,11 +364,11 @@ def unpack(words, values, flat, tuning):
 def window_codes(flat, shape, window, tuning):
     """Return (codes, True if all indices are in their windows); see reference/pack.py."""
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
-    wrong = torch.zeros((), dtype=torch.int64, device=flat.device)
+    wrong = ctypes.c_int64()
     _window_codes_kernel(*window.size)(
-        flat.numel(), shape[0] * shape[1], shape[1:], flat.data_ptr(), codes.data_ptr(), wrong.data_ptr(), *window[1:]
+        flat.numel(), shape[0] * shape[1], shape[1:], flat.data_ptr(), codes.data_ptr(), ctypes.addressof(wrong), *window[1:]
     )
-    return codes, not wrong.item()
+    return codes, not wrong.value
 
 
 def window_indices(codes, shape, window, flat, tuning):

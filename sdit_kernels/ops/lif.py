@@ -202,6 +202,13 @@ No = Literal[False]
 Yes = Literal[True]
 
 
+@functools.cache
+def _norm_lif():
+    from . import norm_lif  # which builds on this module
+
+    return norm_lif
+
+
 @overload
 def lif(
     x: Tensor, v: Tensor | None = ..., *, return_v: No = ..., return_v_seq: No = ..., **settings: "Unpack[_Settings]"
@@ -326,12 +333,11 @@ def lif(
         [0.0, 1.0]
     """
     if isinstance(x, Pending):
-        from .norm_lif import run_norm_lif  # which builds on this module
-
-        single = not any(isinstance(p, Tensor) and p.numel() > 1 for p in (tau, v_threshold))
-        if threshold is None and single and spike_dtype not in HALF_DTYPES:
+        # no genexpr, which takes 1 us
+        several = isinstance(tau, Tensor) and tau.numel() > 1 or isinstance(v_threshold, Tensor) and v_threshold.numel() > 1
+        if threshold is None and not several and spike_dtype not in HALF_DTYPES:
             spikes = run_with_norm(
-                run_norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+                _norm_lif().run_norm_lif, x, v, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
                 detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
                 return_v_seq=return_v_seq, spike_dtype=spike_dtype,
             )  # fmt: skip

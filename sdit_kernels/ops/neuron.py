@@ -315,10 +315,10 @@ class NeuronOp:
         self, x, norm, v, statistics, *, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
     ):  # fmt: skip
         """Run a BatchNorm, a Norm of norm_lif.py, and this neuron, which has one state, in one pass; see run_norm_lif there."""
-        from .norm_lif import define_norm  # which builds on this module
+        from .norm_lif import check_state_and_flags, define_norm  # which builds on this module
 
-        states = {f"state's {self.neuron.states[0]}": v}
-        axis = norm.check(x, states, statistics is not None, return_v=return_v, return_v_seq=return_v_seq)
+        axis = norm.check(x) if statistics is None else norm.channel_axis
+        check_state_and_flags(x, f"state's {self.neuron.states[0]}", v, return_v, return_v_seq)
         values, tensors, alpha = self._check(
             x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
         )  # fmt: skip

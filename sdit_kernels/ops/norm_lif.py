@@ -31,7 +31,6 @@ from ..layout import LIF_CHECKPOINT_STEPS, channel_layout
 from ..levels import encode
 from ..neuron import LIF, Variant
 from ..neuron.norm import after_norm
-from ..reference.neuron import returned
 from ..reference.norm import affine, update_running
 from .lif import NEURON_SCHEMA, lif_variant
 from .neuron import any_given, check_spike_dtype, sum_parameter_gradients
@@ -386,7 +385,7 @@ _lif_call = define_norm(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant,
 
 
 def _check_axis(x, channel_axis):
-    if isinstance(channel_axis, bool) or not isinstance(channel_axis, numbers.Integral):
+    if type(channel_axis) is not int and (isinstance(channel_axis, bool) or not isinstance(channel_axis, numbers.Integral)):
         raise TypeError(f"channel_axis must be an int, got {type(channel_axis).__name__}")
     if x.dim() < 2:
         raise ValueError(f"x must have a time axis and a channel axis, (T, .., C, ..), got shape {tuple(x.shape)}")
@@ -456,10 +455,19 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
             raise ValueError(f"step_factor must be on the device of x, {x.device}, got {step_factor.device}")
 
 
+def check_state_and_flags(x, name, v, return_v, return_v_seq):
+    """Check the state, which the messages call ``name``, and the flags."""
+    if v is not None:
+        check_membrane(name, v, x.shape[1:], x)
+    for name, flag in (("return_v", return_v), ("return_v_seq", return_v_seq)):
+        if flag is not False and flag is not True:
+            check_flag(name, flag)
+
+
 def batch_statistics(x, axis, per_step, eps, group, backend):
     """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group."""
-    mean, squares, rstd = _statistics_call(x.detach(), axis, per_step, eps, backend)
-    count = math.prod([x.shape[a] for a in range(1 if per_step else 0, x.dim()) if a != axis])  # torch.compile needs a list
+    mean, squares, rstd = _statistics_call(x.detach() if x.requires_grad else x, axis, per_step, eps, backend)
+    count = x.numel() // mean.numel() if mean.numel() else 0
     if group is None:
         return mean, squares, rstd, count
     mean, squares, count = _combine(mean, squares, count, group)
@@ -490,20 +498,10 @@ class Norm(NamedTuple):
         """Return the same norm for data that the running statistics have seen."""
         return self._replace(running_mean=None, running_var=None) if self.training else self
 
-    def check(self, x, states, is_known=False, **flags):
-        """Check x, the states and the arguments of the norm. Return the axis of the channels, counted from 0.
-
-        is_known: an earlier call has checked the arguments of the norm.
-        """
+    def check(self, x):
+        """Check x and the arguments of the norm. Return the axis of the channels, counted from 0."""
         check_data("x", x)
         axis = _check_axis(x, self.channel_axis)
-        for name, v in states.items():
-            if v is not None:
-                check_membrane(name, v, x.shape[1:], x)
-        for name, flag in flags.items():
-            check_flag(name, flag)
-        if is_known:
-            return axis
         _check_norm(x, *self[:7], axis, *self[8:11])
         _check_group(self.process_group)
         per_channel = x.numel() // (x.shape[axis] * (x.shape[0] if self.per_step else 1)) if x.numel() else 0
@@ -521,19 +519,21 @@ class Norm(NamedTuple):
         group = self.process_group
         mean, squares, rstd, n = batch_statistics(x, axis, self.per_step, float(self.eps), group, backend)
         if (self.running_mean is not None or self.running_var is not None) and (x.numel() or group is not None):
-            update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
+            with packed.unseen():
+                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
         """Run the neuron whose operator is ``call``. Return what norm_lif returns."""
-        T = x.shape[0]
+        T, learnt = x.shape[0], (self.weight, self.bias, self.step_factor)
         # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
-        keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *self.learnt, *parameters)
+        keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt, *parameters)
         s, final, seq, _ = call(
-            x, v, *self.learnt, *statistics[:3], *parameters, float(self.scale), axis, self.per_step, self.training,
+            x, v, *learnt, *statistics[:3], *parameters, float(self.scale), axis, self.per_step, self.training,
             statistics.group, *values, return_v, return_v_seq, spike_dtype, keep, backend,
         )  # fmt: skip
-        return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
+        states = final if return_v else None, seq if return_v_seq else None
+        return (s, *[v for v in states if v is not None]) if return_v or return_v_seq else s
 
 
 class Statistics(NamedTuple):
@@ -655,12 +655,14 @@ def run_norm_lif(
     x, norm, v, statistics, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, return_v,
     return_v_seq, spike_dtype,
 ):  # fmt: skip
-    """Run norm_lif. statistics: of x; None: they are computed, and the running statistics are updated."""
-    axis = norm.check(x, {"v": v}, statistics is not None, return_v=return_v, return_v_seq=return_v_seq)
+    """Run norm_lif. statistics: of x, which was checked; None: they are computed, and the running statistics are updated."""
+    axis = norm.check(x) if statistics is None else norm.channel_axis
+    check_state_and_flags(x, "v", v, return_v, return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )
-    check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels)
+    if spike_dtype is not None or levels is not None:
+        check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)

@@ -16,7 +16,9 @@ from .. import nvtx, packed
 from .._torch import (
     below_autograd,
     dispatch_mode_count,
+    find_apply,
     in_forward_mode,
+    is_of_transform,
     is_tracing,
     is_zerotensor,
     profiler_enabled,
@@ -140,7 +142,7 @@ def _make_backward(gradient):
                 "to keep the membrane (for neurons of SpikingJelly functional.reset_net or detach_net, for neurons of snnTorch "
                 "snntorch.utils.reset); if not, call the first backward pass with retain_graph=True"
             ) from error
-        return *(d if need else None for d, need in zip(found, needs)), *[None] * (len(needs) - len(found))
+        return *[d if need else None for d, need in zip(found, needs)], *[None] * (len(needs) - len(found))
 
     return backward
 
@@ -214,12 +216,14 @@ def register(
 
     def needs_dispatcher(args):
         """True if PyTorch's dispatcher must see this call: the profiler or a dispatch mode is active, or an argument is a
-        tensor subclass, meta, or lazily negated. The mode of packed_spikes need not see it. Otherwise an eager call skips the
-        dispatcher and saves about 24 us."""
+        tensor subclass, meta, lazily negated, or of a transform of torch.func that has ended. The mode of packed_spikes need
+        not see it. Otherwise an eager call skips the dispatcher and saves about 24 us."""
         if (dispatch_mode_count() > 0 and packed.has_other_modes()) or profiler_enabled():
             return True
         for t in args[:tensor_count]:  # a loop takes half the time of any()
-            if t is not None and (type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t)):
+            if t is not None and (
+                type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t) or is_of_transform(t)
+            ):
                 return True
         return False
 
@@ -247,6 +251,8 @@ def register(
 
         backward = staticmethod(gradient)
         jvp = staticmethod(_refuse_forward_mode)
+
+    apply = find_apply(Autograd)
 
     class Dispatched(Autograd):
         @staticmethod
@@ -303,7 +309,9 @@ def register(
         if mutates:
             return run_without_gradient(*args)
         if may_need_grad(args):
-            return Autograd.apply(*args[:tensor_count], args[tensor_count:])
+            if dispatch_mode_count() > 0:  # the mode of packed_spikes
+                return packed.apply_without_hooks(apply, args[:tensor_count], args[tensor_count:])
+            return apply(*args[:tensor_count], args[tensor_count:])
         return implementation(*args)
 
     return entry
