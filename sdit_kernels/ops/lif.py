@@ -347,13 +347,15 @@ def lif(
     channels = check_steps(x, {"v": v}, return_v=return_v, return_v_seq=return_v_seq)
     if threshold is not None:
         _check_norm(x, v_threshold, threshold)
-    check_flag("detach_threshold", detach_threshold)
+    if detach_threshold is not False:
+        check_flag("detach_threshold", detach_threshold)
     if detach_threshold and threshold is None:
         raise ValueError("detach_threshold=True needs threshold='rms' or 'mean', got threshold=None")
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, channels, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, tokens=True
     )
-    check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels, half=True)
+    if spike_dtype is not None or levels is not None:
+        check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels, half=True)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device.type, fused=neuron is not None)
@@ -375,7 +377,7 @@ def lif(
             threshold_tensor, threshold = norm_of_tokens(x, threshold, detach_threshold) * factor, None
         parameters, values = (tau_tensor, threshold_tensor), (*neuron, threshold or "", detach_threshold)
         found = launch(_lif_call, x, (v,), parameters, values, return_v, return_v_seq, spike_dtype, backend)
-        found = returned(found, single=True)
+        found = returned(found, single=True) if return_v or return_v_seq else found[0]
     packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
     return found
 
