@@ -414,6 +414,45 @@ def test_the_table_of_spikes_equals_the_results(tmp_path):
     assert (tmp_path / "chart.png").stat().st_size > 10_000
 
 
+def label_of_trial(r):
+    """Return the first cell of a row of the table of trials of fashion_pure."""
+    words = dict(word.split("=") for word in r["arm"].split()[1:])
+    if "averages" in words:
+        return {0.999: "no change", 0: "trained weights, no average"}.get(r["ema"], f"average with decay {r['ema']:g}")
+    if "batch_size" in words:
+        return f"batch {words['batch_size']}, {r['steps']:,} steps, learning rate {words.get('lr', '5e-3')}"
+    if "times" in words:
+        kind, number = words["times"].split(":")
+        label = f"times 1000 u^{number}" if kind == "power" else f"logit-normal times, mean {number}"
+        return f"{label}, seed {words['seed']}" if "seed" in words else label
+    return {"keys": "keys normalised", "keys_learnt": "keys normalised, a learnt factor per channel"}[words["norm"]]
+
+
+def test_the_table_of_trials_of_the_pure_model_equals_the_results():
+    found = json.loads((RESULTS / "sdit_fashion_pure_trials.json").read_text())["rows"]
+    table = TRAINING.partition("## Train more at the times between noise and image")[2].partition("## ")[0]
+    assert table.count(" s |") == len(found)  # CPU times
+    for r in found:
+        values = f"{r['mse']:.4f}", *(f"{r[f'frechet_distance_guidance_{g}']:.2f}" for g in ("1", "1.5"))
+        values += *(f"{100 * r[f'label_accuracy_guidance_{g}']:.0f} %" for g in ("1", "1.5")), f"{r['cpu_seconds']:.0f} s"
+        assert f"| {label_of_trial(r)} | {' | '.join(values)} |" in table
+        assert r["steps"] * r["batch_size"] == 3000 * 64
+    averages = {r["ema"]: {k: v for k, v in r.items() if k not in ("ema", "date")} for r in found if "averages" in r["arm"]}
+    assert averages[0.999] == averages[0.9995]  # "give the same model"
+    others = [r for r in found if "times" not in r["arm"]]
+    assert max(r["mse"] for r in found) - min(r["mse"] for r in found) < 0.002  # "all losses are equal"
+    for guidance in ("1", "1.5"):
+        key = f"frechet_distance_guidance_{guidance}"
+        best = min(r[key] for r in others)
+        assert all(r[key] < best - 0.35 for r in found if r not in others)  # "by about 0.4 or more"
+        assert max(others, key=lambda r: r[key])["batch_size"] == 128
+    logit_normal, base = (
+        row(found, arm=f"bf16=true {arm}", ema=0.999) for arm in ("times=logit_normal:-1", "averages=0,0.99,0.9995")
+    )
+    rises = [a > b for a, b in zip(logit_normal["mse_by_time"], base["mse_by_time"])]
+    assert rises == [True, *[False] * 5, True, True]  # "below 125 and above 750"
+
+
 def test_sentences_on_training_equal_the_results():
     found = json.loads((RESULTS / "sdit_fashion_trials.json").read_text())
 
