@@ -449,6 +449,9 @@ def test_the_table_of_trials_of_the_pure_model_equals_the_results():
     logit_normal, base = (
         row(found, arm=f"bf16=true {arm}", ema=0.999) for arm in ("times=logit_normal:-1", "averages=0,0.99,0.9995")
     )
+    small, large = row(found, batch_size=32), row(found, batch_size=128)
+    assert small["cpu_seconds"] > base["cpu_seconds"]
+    assert f"half of the steps | {base['mse']:.4f} | {large['mse']:.4f} | 192,000 images |" in TRAINING
     rises = [a > b for a, b in zip(logit_normal["mse_by_time"], base["mse_by_time"])]
     assert rises == [True, *[False] * 5, True, True]  # "below 125 and above 750"
     spikes = json.loads((RESULTS / "spike_information.json").read_text())["rows"]
