@@ -100,7 +100,7 @@ def parse_arm(words, preset):
         raise ValueError(f"old= takes {', '.join(PARTS)}, got {','.join(old)}")
     deviations = {name[4:]: float(given.pop(name)) for name in list(given) if name.startswith("std.")}
     averages = tuple(float(decay) for decay in given.pop("averages", "").split(",") if decay)
-    times, norm = given.pop("times", None), given.pop("norm", None)
+    times, norm = given.pop("times") if ":" in given.get("times", "") else None, given.pop("norm", None)
     if times is not None:
         kind, _, number = times.partition(":")
         if kind not in TIMES:

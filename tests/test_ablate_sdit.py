@@ -30,7 +30,7 @@ def test_an_arm_changes_the_named_settings():
         ("nope=1", "'nope'"),
         ("old=nope", "nope"),
         ("times=nope:1", "nope"),
-        ("times=power", "float"),
+        ("times=power", "times must be 'uniform' or 'logit_normal'"),
         ("norm=nope", "nope"),
         ("norm=keys", 'spiking="pure"'),
     ):
@@ -79,6 +79,7 @@ def test_times_have_the_named_distribution_and_the_rest_stays_the_same():
         return ablate_sdit.draw_at(patches.times, config, 4000, torch.Generator().manual_seed(0))
 
     t, noise, drop = drawn("")
+    assert torch.equal(drawn("times=logit_normal")[0], drawn("times=logit_normal:-1")[0])
     for words, below in (("times=power:1.5", 0.25 ** (2 / 3)), ("times=logit_normal:-1", 0.4608)):  # P(t < 250)
         changed, same_noise, same_drop = drawn(words)
         assert torch.equal(noise, same_noise) and torch.equal(drop, same_drop)
