@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-import torch._inductor.config
 from test_sdit_train import TINY, comparable_rows, settings, states_equal
 from torch import nn
 
@@ -16,15 +15,8 @@ from sdit.sample import sample
 from sdit.train import train
 
 
-@pytest.fixture
-def compiled_once(tmp_path_factory, monkeypatch):
-    """Let torch reuse the code of graphs that it compiled before, in a folder of this test."""
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", False)
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
-
-
 @pytest.mark.slow
-def test_a_compiled_run_resumes_bit_for_bit_and_equals_a_plain_one(tmp_path, compiled_once):
+def test_a_compiled_run_resumes_bit_for_bit_and_equals_a_plain_one(tmp_path):
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
     train(TINY, settings(save_every=3), plain, progress=False)
     train(TINY, settings(save_every=3, compile=True), whole, progress=False)
