@@ -165,7 +165,7 @@ def draw_at(times, config, n, generator):
     return t, noise, drop
 
 
-class RunWithAverages(sdit.train._Run):
+class RunWithAverages(sdit.train.Run):
     """A training run that also keeps the averages of ``models``, {decay: None}, and fills in the models."""
 
     def __init__(self, models, *args):
@@ -190,7 +190,7 @@ def train_arm(config, settings, patches):
     replaced = {
         "SDiT": functools.partial(build_model, patches=patches),
         "draw": functools.partial(draw_at, patches.times),
-        "_Run": functools.partial(RunWithAverages, models),
+        "Run": functools.partial(RunWithAverages, models),
     }
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(sdit.train, **replaced):
         cpu, wall = time.process_time(), time.perf_counter()

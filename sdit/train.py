@@ -147,7 +147,7 @@ def train(
         stack.enter_context(matmul_precision(device, settings.tf32))
         if device.type == "cuda" and settings.tf32 and not settings.bf16 and progress and rank == 0:
             print("float32 matrix multiplications run in TF32; --no-tf32 turns it off", file=sys.stderr)
-        run = _Run(config, settings, out, data, remembered, processes, progress, initial)
+        run = Run(config, settings, out, data, remembered, processes, progress, initial)
         run.restore(state, start)
         run.loop(start, recorder)
         return (run.ema or run.model).eval()
@@ -245,7 +245,7 @@ def _check_resumed(path, meta, config, settings):
     return stored_config, settings, step, changes
 
 
-class _Run:
+class Run:
     """The state of one training run in one process."""
 
     def __init__(self, config, settings, out, data, remembered, processes, progress, initial=None):

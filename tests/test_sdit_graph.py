@@ -121,7 +121,7 @@ def test_a_replayed_run_equals_an_eager_one(tmp_path, recorder, changes):
 
 def test_the_recording_notices_a_python_number(tmp_path, recorder, monkeypatch):
     """With a learning rate that is a Python number, a replay repeats the rate of the recorded step."""
-    update = trainer._Run.update
+    update = trainer.Run.update
 
     def with_a_number(self):
         group = self.optimizer.param_groups[0]
@@ -130,7 +130,7 @@ def test_the_recording_notices_a_python_number(tmp_path, recorder, monkeypatch):
         group["lr"] = rate
 
     for name in ("eager", "graph"):
-        monkeypatch.setattr(trainer._Run, "update", with_a_number)
+        monkeypatch.setattr(trainer.Run, "update", with_a_number)
         run(tmp_path / name, name == "graph")
     eager, graph = (comparable_rows(tmp_path / name) for name in ("eager", "graph"))
     assert eager[:4] == graph[:4] and eager[5]["loss"] != graph[5]["loss"]
@@ -138,7 +138,7 @@ def test_the_recording_notices_a_python_number(tmp_path, recorder, monkeypatch):
 
 def test_a_step_reads_no_value(tmp_path, monkeypatch):
     """A GPU cannot record a step that needs a value on the CPU, or whose shapes depend on values."""
-    run = trainer._Run(TINY, settings(ema=0.9), tmp_path, load_data("digits"), {}, Processes(0, 1, torch.device("cpu")), False)
+    run = trainer.Run(TINY, settings(ema=0.9), tmp_path, load_data("digits"), {}, Processes(0, 1, torch.device("cpu")), False)
     batch = run.batch(0)
 
     def names_of_operators():
@@ -173,7 +173,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, recorder):
 
 
 def test_a_loss_that_is_not_finite_stops_a_replayed_run(tmp_path, recorder, monkeypatch):
-    batch = trainer._Run.batch
+    batch = trainer.Run.batch
 
     def poisoned(run, step):
         found = batch(run, step)
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_a_replayed_run(tmp_path, recorder, monk
             found["noise"][0, 0, 0, 0] = math.nan
         return found
 
-    monkeypatch.setattr(trainer._Run, "batch", poisoned)
+    monkeypatch.setattr(trainer.Run, "batch", poisoned)
     said = []
     for name in ("eager", "graph"):
         with pytest.raises(FloatingPointError, match="step 6: mse is nan") as caught:

@@ -138,7 +138,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tmp_path):
     grads = {}
     for parts in (1, 4):
         alone = Processes(0, 1, torch.device("cpu"))
-        run = trainer._Run(TINY, settings(accumulate=parts), tmp_path, load_data("digits"), {}, alone, False)
+        run = trainer.Run(TINY, settings(accumulate=parts), tmp_path, load_data("digits"), {}, alone, False)
         run.compute_gradients(run.model, run.batch(5))
         grads[parts] = [p.grad for p in run.parameters]
     for one, four in zip(*grads.values()):
@@ -293,14 +293,14 @@ def test_a_run_may_start_from_the_weights_of_a_model(whole, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path, monkeypatch):
-    batch = trainer._Run.batch
+    batch = trainer.Run.batch
 
     def poisoned(run, step):
         found = batch(run, step)
         found["noise"][0, 0, 0, 0] = math.nan if step == 5 else found["noise"][0, 0, 0, 0]
         return found
 
-    monkeypatch.setattr(trainer._Run, "batch", poisoned)
+    monkeypatch.setattr(trainer.Run, "batch", poisoned)
     with pytest.raises(FloatingPointError) as caught:
         train(TINY, settings(save_every=2), tmp_path, progress=False)
     said = str(caught.value)
