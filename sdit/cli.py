@@ -107,7 +107,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help says more)\n")
 
 
-def _parser():
+def make_parser():
     from .config import PRESETS
     from .data import DATASETS
     from .sampler import SAMPLERS
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     command, args = "sdit", argparse.Namespace(debug=False)
     try:
         _shorten_thread_spinning()
-        args = _parser().parse_args(argv)
+        args = make_parser().parse_args(argv)
         command = f"sdit {args.command}"
         args.run(args)
     except KeyboardInterrupt as stop:

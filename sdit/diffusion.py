@@ -52,7 +52,7 @@ def make_tables(device: torch.device, dtype: torch.dtype) -> Tables:
 
 @lru_cache(maxsize=16)
 def _logit_normal_times(device: torch.device) -> Tensor:
-    """Return the function from uniform times to times 1000 sigmoid(z - 1), z normal, as a table (1000,)."""
+    """Return a table (1000,) that turns uniform times into times 1000 sigmoid(z - 1), z normal: both have the same quantile."""
     quantiles = (torch.arange(STEPS, dtype=torch.float64, device="cpu") + 0.5) / STEPS
     return (STEPS * torch.sigmoid(torch.special.ndtri(quantiles) - 1)).to(device, torch.int64)
 

@@ -52,8 +52,7 @@ def check_tensor(name, t, optional=False):
 
 def check_data(name, t, like=None):
     """Check a data tensor. With ``like``, check that t has the shape and device of ``like``, which the messages call x."""
-    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_nested:
-        check_tensor(name, t, optional=like is not None)
+    check_tensor(name, t, optional=like is not None)
     if like is None:
         if t.dtype not in DATA_DTYPES:
             raise TypeError(
@@ -104,7 +103,7 @@ def check_neuron(
     """
     dtype = state_dtype(x.dtype)
     known = type(tau) in _NUMBERS and type(v_threshold) in _NUMBERS and type(surrogate) is str
-    if known and (levels is None or type(levels) is str) and not torch.compiler.is_dynamo_compiling():
+    if known and (levels is None or type(levels) is str) and not torch.compiler.is_compiling():
         settings = float(tau), float(v_threshold), v_reset, decay_input, detach_reset, surrogate, alpha, levels, dtype
         try:
             return _check_known_settings(*settings), None, None

@@ -316,7 +316,9 @@ def _pack_storage(known: _Known, t: Tensor):
         storage = t.untyped_storage()
         n, kind, backend = storage.nbytes() // t.itemsize, known.kind, dispatch.choose(t.device.type)
         flat = t
-        if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():  # that kernel reads memory
+        if (
+            backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous()
+        ):  # the CPU kernel reads memory
             flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (n,), (1,))
         packed = _pack_values(flat, kind, backend) if type(kind) is Values else kind.pack(flat, backend)
         known.packed = None if packed is None else weakref.ref(packed)
@@ -514,7 +516,7 @@ _rules: dict[Any, Callable[..., None]] = {
 }  # fmt: skip
 
 
-_RULES = {id(function): rule for function, rule in _rules.items()}  # the hash of an operator is a function in Python
+_RULES = {id(function): rule for function, rule in _rules.items()}  # an operator computes its hash in Python
 
 
 def _dispatch(function, args, kwargs):

@@ -190,11 +190,11 @@ class _Place:
         """
         call, norm = self.call, self.call.norm
         has_steps = (norm.per_step or norm.step_factor is not None) and call.x.shape[0] > 1
-        return _find_axis(self.probe.shape, self.probe.stride(), call.x.shape[call.axis], has_steps)
+        return _find_channel_axis(self.probe.shape, self.probe.stride(), call.x.shape[call.axis], has_steps)
 
 
 @functools.lru_cache(maxsize=512)
-def _find_axis(shape, strides, C, has_steps):
+def _find_channel_axis(shape, strides, C, has_steps):
     moves = [(axis, move) for axis, (n, move) in enumerate(zip(shape, strides)) if n > 1 and move]
     channels, steps = [axis for axis, move in moves if move == 1], [axis for axis, move in moves if move > 1]
     if len(channels) != 1 or channels[0] == 0 or shape[channels[0]] != C:

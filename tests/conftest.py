@@ -61,7 +61,7 @@ def same_draws_in_every_run(request):
 
 @pytest.fixture(autouse=True)
 def one_alignment(request):
-    """Compile half as many Triton kernels. Tests marked with ``alignment`` compile every variant, as on a GPU."""
+    """Compile fewer variants of Triton kernels. Tests marked with ``alignment`` compile all of them, as on a GPU."""
     if os.environ.get("TEST_TILES") == "users" or request.node.get_closest_marker("alignment"):
         yield
     else:

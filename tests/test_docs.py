@@ -122,9 +122,9 @@ def is_script(words):
 
 
 def sdit_parses(words):
-    from sdit.cli import _parser
+    from sdit.cli import make_parser
 
-    return _parser().parse_args(words)
+    return make_parser().parse_args(words)
 
 
 def test_every_command_is_valid():

@@ -304,7 +304,7 @@ def test_ctrl_c_inside_exec_exits_with_130(tmp_path):
     """As when a dataclass is built: python -m then wants to exit by the signal, even if the exception is caught."""
     code = """if 1:
         from sdit import cli
-        cli._parser = lambda: exec("raise KeyboardInterrupt")
+        cli.make_parser = lambda: exec("raise KeyboardInterrupt")
         raise SystemExit(cli.main([]))"""
     (tmp_path / "interrupted.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}

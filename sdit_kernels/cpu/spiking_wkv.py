@@ -6,8 +6,8 @@ the membrane of that token. The state of a vector of channels stays in registers
 
 The checkpoint holds the scan state at the entry of each tile, with its exponent rounded to one number (see cpu/scan.py). The
 forward pass uses these rounded states too. The backward pass recomputes each tile from them, with the same operations in the
-same order, so it gets the same spikes. It finishes one vector of channels of a tile before the next, so that the recomputed
-values, about 20 KB, stay in the L1 cache.
+same order, so it gets the same spikes. It finishes one vector of channels of a tile before the next, so it holds the
+recomputed values of one vector only.
 """
 
 import functools

@@ -31,6 +31,7 @@ from ..layout import LIF_CHECKPOINT_STEPS, channel_layout
 from ..levels import encode
 from ..neuron import LIF, Variant
 from ..neuron.norm import after_norm
+from ..reference.neuron import returned
 from ..reference.norm import affine, update_running
 from .lif import NEURON_SCHEMA, lif_variant
 from .neuron import any_given, check_spike_dtype, sum_parameter_gradients
@@ -525,15 +526,16 @@ class Norm(NamedTuple):
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
         """Run the neuron whose operator is ``call``. Return what norm_lif returns."""
-        T, learnt = x.shape[0], (self.weight, self.bias, self.step_factor)
+        T, learnt = x.shape[0], self.learnt
         # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
         keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt, *parameters)
         s, final, seq, _ = call(
             x, v, *learnt, *statistics[:3], *parameters, float(self.scale), axis, self.per_step, self.training,
             statistics.group, *values, return_v, return_v_seq, spike_dtype, keep, backend,
         )  # fmt: skip
-        states = final if return_v else None, seq if return_v_seq else None
-        return (s, *[v for v in states if v is not None]) if return_v or return_v_seq else s
+        if not (return_v or return_v_seq):
+            return s
+        return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
 
 
 class Statistics(NamedTuple):
