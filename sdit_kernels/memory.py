@@ -4,10 +4,14 @@ The C library returns large blocks to the system when they are freed, and gets z
 takes longer than the op itself. This pool keeps freed blocks in huge pages and reuses the newest first. It holds at most a
 sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` megabytes (0: none). torch allocates all other tensors: small
 ones, tensors on other devices or on systems other than Linux, and tensors in deterministic mode, which fills new memory.
+
+Blocks begin at different cache lines of a page: a kernel that walks through many tensors side by side, such as wkv's, is slower
+where all of them begin at multiples of 256 bytes.
 """
 
 import contextlib
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -20,6 +24,7 @@ from torch import Tensor
 
 LARGE = 4 << 20  # bytes; the C library keeps smaller blocks
 _PAGE = 2 << 20  # a huge page; sizes are rounded up to it
+_LINES, _SKIP = 64, 37  # cache lines of a small page, and from one block's place in it to the next: no common divisor
 
 
 def _limit_from_environment() -> int:
@@ -40,7 +45,8 @@ def _limit_from_environment() -> int:
 class _Pool:
     def __init__(self, limit: int):
         self.limit = limit  # maximum bytes of all idle blocks
-        self._idle = []  # (bytes, block), the newest last
+        self._idle = []  # (bytes, block, place), the newest last
+        self._numbers = itertools.count()
         self._renew_lock()
         os.register_at_fork(after_in_child=self._renew_lock)
 
@@ -50,27 +56,31 @@ class _Pool:
     def take(self, size: int) -> memoryview:
         """Return ``size`` bytes of writable, uninitialised memory. They return to the pool when nothing refers to them."""
         rounded = -(-size // _PAGE) * _PAGE
-        block = self._reuse(rounded)
-        if block is None:
-            block = mmap.mmap(-1, rounded + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):  # the kernel may lack huge pages
-                    block.madvise(mmap.MADV_HUGEPAGE)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _PAGE
-        view = memoryview(block)[start : start + size]
-        weakref.finalize(view, self._give_back, rounded, block).atexit = False
+        block, place = self._reuse(rounded) or self._make(rounded)
+        view = memoryview(block)[place : place + size]
+        weakref.finalize(view, self._give_back, rounded, block, place).atexit = False
         return view
+
+    def _make(self, rounded):
+        """Return new memory, and the place in it where a tensor begins."""
+        block = mmap.mmap(-1, rounded + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        first = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % _PAGE
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # the kernel may lack huge pages
+                block.madvise(mmap.MADV_HUGEPAGE, first, rounded)
+                block.madvise(mmap.MADV_NOHUGEPAGE, first + rounded)  # a tensor reaches at most a small page into the rest
+        return block, first + next(self._numbers) * _SKIP % _LINES * 64
 
     def _reuse(self, rounded):
         with self._lock:
             for i in range(len(self._idle) - 1, -1, -1):
                 if self._idle[i][0] == rounded:
-                    return self._idle.pop(i)[1]
+                    return self._idle.pop(i)[1:]
 
-    def _give_back(self, rounded, block):
+    def _give_back(self, rounded, block, place):
         with self._lock:
-            self._idle.append((rounded, block))
-            while self._idle and sum(size for size, _ in self._idle) > self.limit:
+            self._idle.append((rounded, block, place))
+            while self._idle and sum(size for size, *_ in self._idle) > self.limit:
                 self._idle.pop(0)
 
 

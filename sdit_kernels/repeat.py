@@ -52,6 +52,7 @@ _ALLOCATIONS = {
     _aten.empty.memory_format, _aten.empty_like.default, _aten.empty_strided.default, _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }  # fmt: skip
+_SET = _aten.set_.source_Storage_storage_offset
 _VIEWS = {
     _aten.alias.default, _aten.as_strided.default, _aten.detach.default, _aten.expand.default, _aten.permute.default,
     _aten.select.int, _aten.slice.Tensor, _aten.squeeze.dim, _aten.t.default, _aten.transpose.int, _aten.unbind.int,
@@ -88,6 +89,8 @@ class _Recording(OperatorMode):
             self.steps.append((None, out, (), {}))
         elif function in _COMPUTATIONS:
             self.steps.append((function, out, args, kwargs or {}))
+        elif function is _SET and self.steps and self.steps[-1][1] is out:
+            pass  # memory.py gives the tensor that it has just allocated its memory
         elif function not in _VIEWS:
             self.is_complete = False
         return out
@@ -130,8 +133,9 @@ class _Recording(OperatorMode):
 
     def _print_allocation(self, t):
         """Return an expression that allocates a tensor like t."""
-        if t.device.type == "cpu" and t.nbytes >= memory.LARGE:  # memory.py allocates these
-            raise _Unknown
+        if t.device.type == "cpu" and t.nbytes >= memory.LARGE:
+            dtype, like = self._constant(t.dtype), self._owners[0][0]
+            return f"{self._constant(memory.empty_strided)}({tuple(t.shape)}, {t.stride()}, {dtype}, {like})"
         how = f"dtype={self._constant(t.dtype)}, device={self._constant(t.device)}"
         if not t.is_contiguous():
             return f"{self._constant(torch.empty_strided)}({tuple(t.shape)}, {t.stride()}, {how})"

@@ -32,14 +32,14 @@ def empty_tensor(*shape, dtype=torch.float32):
 
 
 def idle_sizes():
-    return [size for size, _ in memory.pool._idle]
+    return [size for size, *_ in memory.pool._idle]
 
 
 def test_a_freed_block_is_used_again():
     x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32)
     address, nbytes = a.data_ptr(), a.nbytes
-    assert address % (2 << 20) == 0 and nbytes == LARGE
+    assert address % 64 == 0 and nbytes == LARGE
     view = a[5:]
     del a
     assert idle_sizes() == []  # the view still holds the block
@@ -49,6 +49,17 @@ def test_a_freed_block_is_used_again():
     assert b.data_ptr() == address and idle_sizes() == []
     c = memory.empty_like(x, torch.float32)
     assert c.data_ptr() != address
+
+
+def test_tensors_begin_at_different_cache_lines():
+    tensors = [memory.empty_like(empty_tensor(LARGE // 4 + n), torch.float32).fill_(n) for n in (0, 1, 2) for _ in range(8)]
+    addresses = [t.data_ptr() for t in tensors]
+    lines = {address % 4096 for address in addresses}
+    assert len(lines) == len(tensors) and not any(line % 64 for line in lines)
+    assert {line % 256 for line in lines} == {0, 64, 128, 192}
+    ranges = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors)
+    assert all(end <= start for (_, end), (start, _) in zip(ranges, ranges[1:]))
+    assert all((t == t[0]).all() for t in tensors)
 
 
 def test_torch_allocates_small_tensors_other_devices_and_in_deterministic_mode():

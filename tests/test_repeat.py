@@ -7,7 +7,7 @@ import native_triton
 import pytest
 import torch
 
-from sdit_kernels import backend, leaky, lif, lif_rate, packed_spikes, relu_squared, repeat, wkv
+from sdit_kernels import backend, leaky, lif, lif_rate, memory, packed_spikes, relu_squared, repeat, wkv
 from sdit_kernels.ops.operator import kernels
 from sdit_kernels.tuning import tuned
 
@@ -229,7 +229,9 @@ def note(*args, **options):
         (lambda x, _: torch.empty(2, 3)[0], 3),
         (lambda x, _: torch.stack([x, x + 1]).sum(0), 2),
         (lambda x, _: note(x, 1 << 50, integers=True), 3),  # an unknown address
-        (lambda x, _: torch.empty(1 << 20), 3),  # memory.py must allocate it
+        (lambda x, _: torch.empty(1 << 20), 2),
+        (lambda x, _: memory.empty_like(torch.empty(1 << 20), torch.bfloat16), 2),
+        (lambda x, _: memory.empty_strided((1 << 10, 1 << 10), (1, 1 << 10), torch.float32, x), 2),
         (lambda x, _: note(x * 2 + x[1:2]), 2),
         (lambda x, _: note(torch.ones(4)), 3),
         (lambda x, _: torch.rand(4), 3),
