@@ -14,6 +14,8 @@ import threading
 import warnings
 from contextlib import contextmanager
 
+import torch
+
 from ._torch import assume_constant_result
 
 BACKENDS = ("reference", "cpu", "triton")
@@ -138,19 +140,21 @@ def explain(device: str, name: str | None = None) -> tuple[str | None, str]:
     return (None, f"backend {name!r}: {obstacle}") if obstacle else (name, why)
 
 
-_resolved = {}
+_resolved: dict[tuple[torch.device, str | None], str] = {}
 
 
 @assume_constant_result  # so that torch.compile does not trace the search for installed packages
-def _resolve(device: str, name: str | None) -> str:
-    if (device, name) not in _resolved:
-        chosen, why = explain(device, name)
-        if chosen is None:
-            raise RuntimeError(f"sdit_kernels cannot serve a {device!r} tensor with {why}")
-        if chosen == "reference" and name is None:
-            warnings.warn(f"sdit_kernels has {why}; the plain PyTorch reference serves it", stacklevel=4)
-        _resolved[device, name] = chosen
-    return _resolved[device, name]
+def _resolve(device: torch.device, name: str | None) -> str:
+    known = _resolved.get((device, name))
+    if known is not None:
+        return known
+    chosen, why = explain(device.type, name)
+    if chosen is None:
+        raise RuntimeError(f"sdit_kernels cannot serve a {device.type!r} tensor with {why}")
+    if chosen == "reference" and name is None:
+        warnings.warn(f"sdit_kernels has {why}; the plain PyTorch reference serves it", stacklevel=4)
+    _resolved[device, name] = chosen
+    return chosen
 
 
 def forget_devices() -> None:
@@ -164,6 +168,6 @@ def requested() -> str | None:
     return _choice.name
 
 
-def choose(device: str, fused: bool = True) -> str:
-    """Return the backend for tensors on ``device`` (a ``torch.device.type``): the reference unless ``fused``."""
+def choose(device: torch.device, fused: bool = True) -> str:
+    """Return the backend for tensors on a device: the reference unless ``fused``."""
     return _resolve(device, _choice.name) if fused else "reference"

@@ -314,7 +314,7 @@ def _pack_storage(known: _Known, t: Tensor):
     packed = None if known.packed is None else known.packed()
     if packed is None:
         storage = t.untyped_storage()
-        n, kind, backend = storage.nbytes() // t.itemsize, known.kind, dispatch.choose(t.device.type)
+        n, kind, backend = storage.nbytes() // t.itemsize, known.kind, dispatch.choose(t.device)
         flat = t
         if (
             backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous()

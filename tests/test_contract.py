@@ -332,7 +332,7 @@ def test_an_unknown_backend_is_refused(name):
 
 @pytest.mark.process
 def test_an_environment_variable_chooses_the_backend():
-    code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose('cpu'))"
+    code = "import torch, sdit_kernels; print(sdit_kernels.dispatch.choose(torch.device('cpu')))"
     assert output_of(code, SDIT_KERNELS_BACKEND="reference").strip() == "reference"
     code = "\ntry: import sdit_kernels\nexcept ValueError as e: print(e)"
     assert "SDIT_KERNELS_BACKEND must be one of" in output_of(code, SDIT_KERNELS_BACKEND="gpu")
@@ -342,7 +342,7 @@ def test_an_environment_variable_chooses_the_backend():
     # setup() makes Triton 3.6 work with numpy 2.4
     mended = "import sys; sys.path.insert(0, 'tests'); import native_triton; native_triton.setup()"
     code = (
-        f"{mended}; import torch, sdit_kernels as k; print(k.dispatch.choose('cpu'), k.lif(torch.ones(2, 3) * 2).sum().item())"
+        f"{mended}; import torch, sdit_kernels as k; print(k.dispatch.choose(torch.device('cpu')), k.lif(torch.ones(2, 3) * 2).sum().item())"
     )
     assert output_of(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
 
@@ -362,10 +362,10 @@ def test_a_backend_is_restored_and_set_per_thread():
 def test_devices_without_kernels_run_the_reference_with_one_warning(monkeypatch):
     monkeypatch.setattr(sdit_kernels.dispatch, "_resolved", {})
     with pytest.warns(UserWarning, match="plain PyTorch reference"):
-        assert sdit_kernels.dispatch.choose("mps") == "reference"
-    assert sdit_kernels.dispatch.choose("mps") == "reference"
+        assert sdit_kernels.dispatch.choose(torch.device("mps")) == "reference"
+    assert sdit_kernels.dispatch.choose(torch.device("mps")) == "reference"
     with pytest.raises(RuntimeError, match="serves CPU tensors"), sdit_kernels.backend("cpu"):
-        sdit_kernels.dispatch.choose("cuda")
+        sdit_kernels.dispatch.choose(torch.device("cuda"))
 
 
 ONE = torch.ones(5)

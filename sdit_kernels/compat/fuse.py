@@ -70,7 +70,7 @@ class FusedNorm(Swapped):
 
 def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=False, step_factor=None):
     """Compute the statistics of x and return a pending output, or None if norm_lif refuses the arguments."""
-    backend = choose(x.device.type)
+    backend = choose(x.device)
     with unseen():
         steps = (x if axis == 2 else x.unsqueeze(0)).detach()  # (T, B, C, ..)
     norm = Norm(weight, bias, mean, var, training, momentum, eps, 2, per_step, step_factor, 1.0, None)

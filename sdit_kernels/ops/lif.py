@@ -358,7 +358,7 @@ def lif(
         check_spike_dtype(spike_dtype, x, v, tau_tensor, threshold_tensor, levels=levels, half=True)
     if neuron is None:
         warn_of_custom_surrogate()
-    backend = dispatch.choose(x.device.type, neuron is not None)
+    backend = dispatch.choose(x.device, neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))
@@ -485,7 +485,7 @@ def lif_rate(
             raise ValueError("return_counts carries no gradient: call under torch.no_grad(), or leave it out")
     if neuron is None:
         warn_of_custom_surrogate()
-    backend = dispatch.choose(x.device.type, fused=neuron is not None)
+    backend = dispatch.choose(x.device, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))

@@ -240,7 +240,7 @@ def token_shift(
     elif dtype != x.dtype and not (x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
         narrower = ", bfloat16 or float16" if x.dtype == torch.float32 else ""
         raise TypeError(f"dtype must be None or the dtype of x, {x.dtype}{narrower}, got {dtype!r}")
-    backend = dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device)
     if backend == "reference":
         return reference.token_shift(x, *mixes, norm_eps=norm_eps, last=last, dtype=dtype)
     state = state_dtype(x.dtype)
@@ -272,7 +272,7 @@ def relu_squared(x: Tensor) -> Tensor:
         [0.0, 0.25, 9.0]
     """
     check_data("x", x)
-    backend = dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device)
     if backend == "reference":
         return reference.relu_squared(x)
     return _relu_squared_call(x, backend)

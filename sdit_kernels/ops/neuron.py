@@ -37,16 +37,16 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 def check_steps(x, states, **flags):
     """Check x, the states by their names in messages, and flags. Return the number of channels, or None if x is (T,)."""
     check_data("x", x)
-    if x.dim() == 0:
+    axes = x.dim()
+    if axes == 0:
         raise ValueError("x must have a time axis, (T, ...), got a tensor without axes")
-    shape = x.shape[1:]
     for name, v in states.items():
         if v is not None:
-            check_membrane(name, v, shape, x)
+            check_membrane(name, v, x.shape[1:], x)
     for name, flag in flags.items():
         if flag is not False and flag is not True:
             check_flag(name, flag)
-    return shape[-1] if shape else None
+    return x.shape[-1] if axes > 1 else None
 
 
 def check_state(state, names):
@@ -322,7 +322,7 @@ class NeuronOp:
         values, tensors, alpha = self._check(
             x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
         )  # fmt: skip
-        backend = dispatch.choose(x.device.type, fused=alpha is not None)
+        backend = dispatch.choose(x.device, fused=alpha is not None)
         if backend == "reference":
             if values_are_readable(x):
                 self._check_values(tensors, (), state_dtype(x.dtype))
@@ -384,7 +384,7 @@ class NeuronOp:
     ):  # fmt: skip
         values, tensors, alpha = self._check(x, states, parameters, surrogate, alpha, spike_dtype, channels)
         dtype = state_dtype(x.dtype)
-        backend = dispatch.choose(x.device.type, fused=alpha is not None)
+        backend = dispatch.choose(x.device, fused=alpha is not None)
         if backend == "reference":
             if values_are_readable(x):
                 self._check_values(tensors, (), dtype)

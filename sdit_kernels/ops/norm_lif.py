@@ -667,7 +667,7 @@ def run_norm_lif(
         check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels)
     if neuron is None:
         warn_of_custom_surrogate()
-    backend = dispatch.choose(x.device.type, fused=neuron is not None)
+    backend = dispatch.choose(x.device, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(x):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(x.dtype), encode(levels))

@@ -74,7 +74,7 @@ def max_pool(x: Tensor, window: tuple[int, int]) -> Tensor | None:
     fits = kh <= shape[-2] and kw <= shape[-1] and shape[-1] // kw <= MOST and x.numel() > 0
     if not fits or not x.is_contiguous():  # torch pools channels_last in place
         return None
-    backend = dispatch.choose(x.device.type)
+    backend = dispatch.choose(x.device)
     if backend == "reference":
         return None
     y, _ = _call(x.reshape(-1, *shape[-2:]), kh, kw, backend)

@@ -312,7 +312,7 @@ def spiking_wkv(
         raise ValueError("rate is a mean over time and needs at least one step, got k with T = 0")
     if neuron is None:
         warn_of_custom_surrogate()
-    backend = dispatch.choose(k.device.type, fused=neuron is not None)
+    backend = dispatch.choose(k.device, fused=neuron is not None)
     if backend == "reference":
         if values_are_readable(k):
             check_neuron_values(tau_tensor, threshold_tensor, decay_input, state_dtype(k.dtype), encode(levels))

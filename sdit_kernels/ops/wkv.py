@@ -352,7 +352,7 @@ def wkv(
     ybar, lse = (None, None) if state is None else check_scan_state(state, (sequences, k.shape[-1]), k)
     if algorithm not in _ALGORITHMS:
         raise ValueError(f"algorithm must be one of {', '.join(map(repr, _ALGORITHMS))}, got {algorithm!r}")
-    backend = dispatch.choose(k.device.type)
+    backend = dispatch.choose(k.device)
     if backend == "reference":
         if cu_seqlens is not None and values_are_readable(k):
             _check_lengths(cu_seqlens, longest, k.shape[1])
@@ -415,7 +415,7 @@ def wkv_step(
     """
     decay, decay_is_log_of_rate = check_tokens(time_decay, time_first, k, v, r, log_decay, ("B", "C"))
     ybar, lse = (None, None) if state is None else check_scan_state(state, (k.shape[0], k.shape[-1]), k)
-    backend = dispatch.choose(k.device.type)
+    backend = dispatch.choose(k.device)
     if backend == "reference":
         return reference.wkv_step(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
     keep = wants_gradient(k, v, r, decay, time_first, ybar, lse)
@@ -478,7 +478,7 @@ def wkv_step_(
         raise ValueError("state must be two tensors to update, got the same one as ybar and lse")
     if wants_gradient(k, v, r, decay, time_first, ybar, lse):
         raise RuntimeError("wkv_step_ overwrites its state and has no gradient: call it under torch.no_grad(), or use wkv_step")
-    backend = dispatch.choose(k.device.type)
+    backend = dispatch.choose(k.device)
     if backend == "reference":
         return reference.wkv_step_(time_decay, time_first, k, v, state, r=r, log_decay=log_decay)
     return _step_call_(k, v, r, decay, time_first, ybar, lse, decay_is_log_of_rate, backend)
