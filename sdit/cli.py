@@ -24,6 +24,7 @@ Train a model, with a progress bar that shows loss and mean firing rate.
   sdit train --preset digits --set prediction=flow --set learn_sigma=false --out runs/flow
   sdit train --preset fashion_tiny --set dataset=folder --set num_classes=2 --data photos --out runs/photos
   sdit train --resume runs/digits                       continue after a crash, a kill or Ctrl-C
+  sdit train --initial pretrained --steps 2000 --out runs/mine    start from the weights of a model
   torchrun --nproc-per-node 2 -m sdit train --preset mnist
 
 The data set "folder" holds your own images, of any size, in one folder per class: photos/cat/1.png, photos/dog/a.jpg, ...
@@ -168,7 +169,11 @@ def make_parser():
     part = command("train", _TRAIN, _train)
     part.add_argument("--preset", metavar="NAME", help=f"preset to train: {', '.join(PRESETS)}")
     part.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
-    part.add_argument("--out", metavar="RUN", help="folder of the run (runs/NAME)")
+    part.add_argument(
+        "--initial", metavar="MODEL",
+        help=f"start a new run from the weights of a model: a checkpoint, the folder of a run, or one of {', '.join(PRETRAINED)}",
+    )  # fmt: skip
+    part.add_argument("--out", metavar="RUN", help="folder of the run (runs/NAME; with --initial it must be given)")
     data(part)
     change(part)
     part.add_argument("--device", help=device)
@@ -257,13 +262,16 @@ def field_values(dataclass, changes) -> dict:
 
 
 def _train(args):
-    from .checkpoint import about, newest
+    from .checkpoint import about, load_model, newest
     from .settings import TrainSettings
     from .train import train
 
-    if bool(args.preset) == bool(args.resume):
-        given = "both" if args.preset else "neither"
-        raise ValueError(f"give either --preset to start a run, or --resume to continue one; got {given}")
+    ways = [f"--{way}" for way in ("preset", "initial", "resume") if getattr(args, way) is not None]
+    if len(ways) != 1:
+        raise ValueError(
+            "give one of --preset to start a run, --initial to start a run from the weights of a model, and --resume to "
+            f"continue a run; got {' and '.join(ways) or 'none'}"
+        )
     given = {name: value for name in _SETTINGS if (value := getattr(args, name)) is not None}
     if args.resume:
         if args.changes or args.out:
@@ -279,11 +287,15 @@ def _train(args):
         train(None, settings, out, resume=True, root=args.data, device=args.device)
         more = f"its {settings.steps:,} steps were done before; --steps N continues" if meta["step"] >= settings.steps else ""
     else:
-        config, more = _config(args.preset, args.changes), ""
-        if args.out == "":
-            raise ValueError("--out must name a folder, got ''")
+        initial, more = None if args.initial is None else load_model(args.initial), ""
+        if initial is None:
+            config = _config(args.preset, args.changes)
+        else:
+            config = dataclasses.replace(initial.config, **field_values(initial.config, args.changes))
+        if args.out == "" or (initial is not None and args.out is None):
+            raise ValueError(f"--out must name a folder, got {args.out!r}")
         out = args.out or f"runs/{args.preset}"
-        train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device)
+        train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device, initial=initial)
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"done: sdit sample {out}, sdit plot {out}" + (more and f" ({more})"))
 

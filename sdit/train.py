@@ -86,7 +86,8 @@ def train(
         data: images to train on; None loads ``sdit.data.load(config.dataset, root)``.
         root: folder of the data set; None with ``resume`` takes the folder that the checkpoint stores.
         device: None takes a GPU if there is one, or with ``resume`` the device that was named at the start.
-        initial: start from the weights of this model, with a new optimiser; None draws initial weights from the seed.
+        initial: start from the weights of this model, which must fit config, with a new optimiser; None draws initial weights
+            from the seed.
         progress: show a progress bar with loss and mean firing rate.
 
     Returns:
@@ -120,8 +121,8 @@ def train(
     else:
         _refuse_existing_run(out)
         config, settings = _check_arguments(config, settings)
-        if initial is not None and initial.config != config:
-            raise ValueError(f"initial must be a model of config, {config}; got a model of {initial.config}")
+        if initial is not None:
+            _check_initial(initial, config)
     if resume and initial is not None:
         raise ValueError("initial must be None with resume, which continues from the weights of the checkpoint")
     named = device
@@ -151,6 +152,18 @@ def train(
         run.restore(state, start)
         run.loop(start, recorder)
         return (run.ema or run.model).eval()
+
+
+def _check_initial(model, config):
+    with torch.device("meta"):
+        wanted = {name: tuple(p.shape) for name, p in SDiT(config).state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    for name in (*wanted, *found):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"initial must be a model whose weights fit config: {name} has shape {wanted.get(name, 'None, it is not there')} "
+                f"in a model of config, and {found.get(name, 'None, it is not there')} in initial"
+            )
 
 
 def _refuse_existing_run(out):

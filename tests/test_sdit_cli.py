@@ -116,8 +116,11 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
 @pytest.mark.parametrize(
     "command, message",
     [
-        ("train", "give either --preset to start a run, or --resume to continue one; got neither"),
-        ("train --preset digits --resume nonsense", "give either --preset .*; got both"),
+        ("train", "give one of --preset to start a run, --initial .*, and --resume to continue a run; got none"),
+        ("train --preset digits --resume nonsense", "give one of --preset .*; got --preset and --resume"),
+        ("train --initial {run}", "--out must name a folder, got None"),
+        ("train --initial {tmp}/none --out {tmp}/n", "none does not exist"),
+        ("train --initial {run} --out {tmp}/n --set dim=16", ": --initial must be a model whose weights fit config: "),
         ("train --preset nope", "--preset must be one of mnist, fashion_mnist, .*, got 'nope'"),
         ("train --preset digits --lr -1", ": --lr must be positive and finite, got -1.0"),
         ("train --preset digits --lr 0", ": --lr must be positive and finite, got 0.0"),

@@ -283,7 +283,11 @@ def test_a_run_may_start_from_the_weights_of_a_model(whole, tmp_path):
     for a, b in zip(got.parameters(), model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     assert not torch.equal(got.position, SDiT(TINY).position)
-    with pytest.raises(ValueError, match="initial must be a model of config, .*dim=64"):
+    config = dataclasses.replace(TINY, times="logit_normal")  # the same weights
+    got = train(config, settings(steps=1), tmp_path / "times", initial=model, progress=False)
+    assert got.config.times == "logit_normal"
+    fit = r"initial must be a model whose weights fit config: position .* \(1, 17, 64\) in a model .* \(1, 17, 32\) in initial"
+    with pytest.raises(ValueError, match=fit):
         train(PRESETS["digits"], settings(), tmp_path / "other", initial=model, progress=False)
     with pytest.raises(ValueError, match="initial must be None with resume"):
         train(out_dir=out, resume=True, initial=model, progress=False)
