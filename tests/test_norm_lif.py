@@ -287,6 +287,33 @@ def test_running_statistics_are_updated_as_batch_norm_does(name):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("per_step", [False, True])
+@pytest.mark.parametrize("case", ["contiguous", "strided", "float64", "one missing", "inference"])
+def test_running_statistics_of_any_kind_are_updated(name, per_step, case):
+    x, size = draw((3, 4, 5, 6), mean=2.0).float(), (3, 5) if per_step else (5,)
+    dtype = torch.float64 if case == "float64" else torch.float32
+    kept = torch.zeros(size, dtype=dtype), torch.ones(size, dtype=dtype)
+    if case == "strided":
+        kept = tuple(torch.stack([t, t + 7], -1)[..., 0] for t in kept)
+    if case == "one missing":
+        kept = kept[0], None
+    versions = [None if t is None else t._version for t in kept]
+    axes = (1, 3) if per_step else (0, 1, 3)
+    with backend(name), torch.inference_mode(case == "inference"):
+        kept = tuple(t.clone() for t in kept) if case == "inference" else kept
+        for _ in range(4):  # a known call repeats what it did
+            norm_lif(x, running_mean=kept[0], running_var=kept[1], training=True, momentum=0.3, per_step=per_step)
+    share = 1 - 0.7**4
+    torch.testing.assert_close(kept[0].double(), share * x.double().mean(axes), rtol=1e-5, atol=1e-6)
+    if kept[1] is not None:
+        torch.testing.assert_close(kept[1].double(), 1 - share + share * x.double().var(axes), rtol=1e-5, atol=1e-6)
+    if case == "strided":
+        assert torch.equal(kept[1]._base[..., 1], torch.full(size, 8.0))  # the neighbours in memory stay
+    if case != "inference":
+        assert all(t is None or t._version == before + 4 for t, before in zip(kept, versions))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_running_statistics_of_16_bit_models(name):
     """A model in bfloat16 has parameters and running statistics in bfloat16."""
     x = draw((4, 3, 5, 2), mean=2.0, dtype=torch.bfloat16)
@@ -384,7 +411,10 @@ def test_opcheck(layout, per_step):
     mean, rstd, weight = draw(size).float(), draw(size, 1).abs().float(), torch.ones(size, requires_grad=True)
     operators = torch.ops.sdit_kernels
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(operators.norm_statistics.default, (x, 2, per_step, 1e-5, "cpu"), test_utils=tests)
+    settings = 2, per_step, 1e-5, 0.1, "cpu"
+    torch.library.opcheck(operators.norm_statistics.default, (x, None, None, *settings), test_utils=tests)
+    running = torch.zeros(size), torch.ones(size)
+    torch.library.opcheck(operators.norm_statistics_.default, (x, *running, *settings), test_utils=tests)
     neuron = 2.0, 1.0, 0.0, True, False, "atan", 2.0, "binary"
     vectors_ = weight, None, None, mean, rstd, None, None, None, 1.0, 2, per_step, True, ""
     arguments = (x.requires_grad_(), None, *vectors_, *neuron, True, True, None, False, "cpu")

@@ -148,9 +148,20 @@ def _columns_kernel(X):
     return Kernel(norm_columns, f"norm_columns_{X}")
 
 
+@row_sum
+def _move(running, i, new, momentum, R, S):
+    """Move a running statistic towards its new value. R: its storage code; S: the code of its arithmetic."""
+    old = float(load_input(running, i, R))
+    store(running, i, num(old + momentum * (new - old), S), R)
+
+
 @functools.cache
-def _combine_kernel(S):
-    def norm_combine(part, outer, K, C, L, size, groups, eps, means, sums, mean, squares, rstd):
+def _combine_kernel(S, M, V):
+    """M, V: storage codes of the running statistics."""
+    MS, VS = state_code(M), state_code(V)
+
+    def norm_combine(part, outer, K, C, L, size, groups, eps, means, sums, mean, squares, rstd, running, momentum):
+        running_mean, running_var = running
         for o in share(outer, part):
             at = o * groups * C * 8
             for group in range(1, groups):
@@ -160,12 +171,16 @@ def _combine_kernel(S):
                 for c in range(C):
                     _include(means + at, sums + at, c, before, load(means + here, c, F64), load(sums + here, c, F64), n)
             for c in range(C):
-                square = load(sums + at, c, F64)
-                store(mean, o * C + c, num(load(means + at, c, F64), S), S)
+                m, square = load(means + at, c, F64), load(sums + at, c, F64)
+                store(mean, o * C + c, num(m, S), S)
                 store(squares, o * C + c, num(square, S), S)
                 store(rstd, o * C + c, num(1.0 / math.sqrt(square / float(K * L) + eps), S), S)
+                if running_mean != 0:
+                    _move(running_mean, o * C + c, m, momentum, M, MS)
+                if running_var != 0:
+                    _move(running_var, o * C + c, square / float(K * L - 1), momentum, V, VS)
 
-    return Kernel(norm_combine, f"norm_combine_{S}")
+    return Kernel(norm_combine, f"norm_combine_{S}{M}{V}")
 
 
 @functools.cache
@@ -246,10 +261,11 @@ def _backward_kernel(X, ROWS, STEPS):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
-def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
+def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
     """Fill mean, squares, the sum of (x - mean)^2, and rstd, 1 / sqrt(variance + eps). x is not empty.
 
-    The three are (C,), or (T, C) to have them per step.
+    The three are (C,), or (T, C) to have them per step. running: (mean, variance), to be moved by ``momentum``; contiguous, or
+    None.
 
     x is (T, B, C, S) if ``rows``, else (T, B, C).
     """
@@ -265,9 +281,11 @@ def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
         _rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, x_, means, sums)
     else:
         _columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, x_, means, sums)
-    _combine_kernel(CODES[mean.dtype])(
-        table.numel(), outer, K, C, L, size, groups, eps, means, sums, mean.data_ptr(), squares.data_ptr(), rstd.data_ptr()
-    )
+    codes = (CODES[mean.dtype if t is None else t.dtype] for t in running)
+    _combine_kernel(CODES[mean.dtype], *codes)(
+        table.numel(), outer, K, C, L, size, groups, eps, means, sums, mean.data_ptr(), squares.data_ptr(), rstd.data_ptr(),
+        tuple(map(address, running)), momentum,
+    )  # fmt: skip
 
 
 def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, packed, reference, tuning
-from .._torch import gather_over_processes, sum_over_processes
+from .._torch import gather_over_processes, is_tracing, sum_over_processes, transforms_active
 from ..checks import (
     check_data,
     check_flag,
@@ -45,17 +45,19 @@ def _empty_statistics(x, axis, per_step):
     return tuple(torch.empty(shape, dtype=state_dtype(x.dtype), device=x.device) for _ in range(3))
 
 
-def _statistics(x, axis, per_step, eps, backend):
+def _statistics(x, running_mean, running_var, axis, per_step, eps, momentum, backend):
     found = mean, squares, rstd = _empty_statistics(x, axis, per_step)
     if x.numel():
-        layout = channel_layout(x, axis, per_step)
-        kernels(backend, "norm").norm_forward(layout.view(x), layout.S is not None, eps, *found, tuning.current())
+        layout, running = channel_layout(x, axis, per_step), (running_mean, running_var)
+        kernels(backend, "norm").norm_forward(
+            layout.view(x), layout.S is not None, eps, *found, running, momentum, tuning.current()
+        )
     else:
         mean.zero_(), squares.zero_(), rstd.copy_(_rstd(squares, eps))
     return found
 
 
-def _statistics_fake(x, axis, per_step, eps, backend):
+def _statistics_fake(x, running_mean, running_var, axis, per_step, eps, momentum, backend):
     return _empty_statistics(x, axis, per_step)
 
 
@@ -63,14 +65,26 @@ def _rstd(var, eps):
     return 1.0 / torch.sqrt(var + eps)
 
 
-_statistics_call = register(
-    "norm_statistics(Tensor x, int axis, bool per_step, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-    _statistics,
-    _statistics_fake,
-    batch_axes=(1,),
-    output_axes=(0, 0, 0),
-    loop=lambda given: True,
+_statistics_call, _updating_call = (
+    register(
+        f"{name}(Tensor x, Tensor{a}? running_mean, Tensor{b}? running_var, int axis, bool per_step, float eps, "
+        "float momentum, str backend) -> (Tensor, Tensor, Tensor)",
+        _statistics,
+        _statistics_fake,
+        batch_axes=(1, None, None),
+        output_axes=(0, 0, 0),
+        loop=lambda given: True,
+        mutates=mutates,
+    )
+    for name, a, b, mutates in (("norm_statistics", "", "", ()), ("norm_statistics_", "(a!)", "(b!)", (1, 2)))
 )
+
+
+def _can_update(running_mean, running_var):
+    """True if the kernel may update running statistics. Traces and transforms see PyTorch's operators instead."""
+    if torch.compiler.is_compiling() or transforms_active() or is_tracing():
+        return False
+    return all(t is not None and t.is_contiguous() and not t.is_inference() for t in (running_mean, running_var))
 
 
 def _combine(mean, squares, count, group):
@@ -465,9 +479,16 @@ def check_state_and_flags(x, name, v, return_v, return_v_seq):
             check_flag(name, flag)
 
 
-def batch_statistics(x, axis, per_step, eps, group, backend):
-    """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group."""
-    mean, squares, rstd = _statistics_call(x.detach() if x.requires_grad else x, axis, per_step, eps, backend)
+def batch_statistics(x, axis, per_step, eps, group, backend, running=None, momentum=0.0):
+    """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group.
+
+    running: the running (mean, variance), to be moved by ``momentum``; without a group.
+    """
+    x = x.detach() if x.requires_grad else x
+    if running is None:
+        mean, squares, rstd = _statistics_call(x, None, None, axis, per_step, eps, 0.0, backend)
+    else:
+        mean, squares, rstd = _updating_call(x, *running, axis, per_step, eps, momentum, backend)
     count = x.numel() // mean.numel() if mean.numel() else 0
     if group is None:
         return mean, squares, rstd, count
@@ -517,11 +538,14 @@ class Norm(NamedTuple):
             dtype = state_dtype(x.dtype)
             mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
             return Statistics(mean, _rstd(var, self.eps), None, "")
-        group = self.process_group
-        mean, squares, rstd, n = batch_statistics(x, axis, self.per_step, float(self.eps), group, backend)
-        if (self.running_mean is not None or self.running_var is not None) and (x.numel() or group is not None):
+        group, running = self.process_group, (self.running_mean, self.running_var)
+        inside = group is None and x.numel() > 0 and _can_update(*running)
+        mean, squares, rstd, n = batch_statistics(
+            x, axis, self.per_step, float(self.eps), group, backend, running if inside else None, float(self.momentum)
+        )
+        if not inside and any_given(running) and (x.numel() or group is not None):
             with packed.unseen():
-                update_running(self.running_mean, self.running_var, mean, squares, n, self.momentum)
+                update_running(*running, mean, squares, n, self.momentum)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
     def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):

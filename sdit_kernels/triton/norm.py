@@ -99,15 +99,24 @@ def norm_forward_kernel(
         tl.store(squares_ptr + g.to(tl.int64) * C + cols, sum_, mask=mask_c)
 
 
-@triton.jit(do_not_specialize=["K", "size", "groups", "parts", "eps"])
+@triton.jit
+def _move(running_ptr, at, new, momentum, mask):
+    """Move running statistics towards their new values."""
+    old = tl.load(running_ptr + at, mask=mask, other=0.0).to(new.dtype)
+    moved = old + tl.full([], momentum, new.dtype) * (new - old)
+    tl.store(running_ptr + at, moved.to(running_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["K", "size", "groups", "parts", "eps", "momentum"])
 def norm_combine_kernel(
-    inputs, partial, outputs, K, C, L, size, groups, parts, eps: "fp64",
+    inputs, partial, outputs, running, K, C, L, size, groups, parts, eps: "fp64", momentum: "fp64",
     F: tl.constexpr, STATE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Combine ``parts`` partial results of every channel. WIDTH: the columns of a tile of the first kernel."""
     x_ptr, x_t, x_r = inputs
     means, sums = partial
     mean_ptr, squares_ptr, rstd_ptr = outputs
+    running_mean, running_var = running
     chunks = tl.cdiv(C, BC)
     o = (tl.program_id(0) // chunks).to(tl.int64)
     cols = tl.program_id(0) % chunks * BC + tl.arange(0, BC)[None, :]
@@ -142,6 +151,10 @@ def norm_combine_kernel(
     var = squares / n_before + tl.full([], eps, STATE)
     root = tl.sqrt_rn(var) if var.dtype == tl.float32 else tl.sqrt(var)
     tl.store(rstd_ptr + o * C + cols, 1.0 / root, mask=mask_c)
+    if running_mean is not None:
+        _move(running_mean, o * C + cols, mean + shift, momentum, mask_c)
+    if running_var is not None:
+        _move(running_var, o * C + cols, squares / (n_before - 1.0), momentum, mask_c)
 
 
 @triton.jit(do_not_specialize=["T", "rows", "n", "scale"])
@@ -184,10 +197,11 @@ def norm_gradients_kernel(
 # --- launchers: the same signatures as in cpu/norm.py ------------------------------------------------------------------------
 
 
-def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
+def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
     """Fill mean, squares, the sum of (x - mean)^2, and rstd, 1 / sqrt(variance + eps). x is not empty.
 
-    The three are (C,), or (T, C) to have them per step.
+    The three are (C,), or (T, C) to have them per step. running: (mean, variance), to be moved by ``momentum``; contiguous, or
+    None.
 
     x is (T, B, C, S) if ``rows``, else (T, B, C).
     """
@@ -211,8 +225,8 @@ def norm_forward(x, rows, eps, mean, squares, rstd, tuning):
     )  # fmt: skip
     columns = min(32, power_of_2(C))
     launch(
-        norm_combine_kernel, outer * cdiv(C, columns), x.device, inputs, partial, (mean, squares, rstd), K, C, L, size, groups,
-        parts, eps, BR=_MERGED, BC=columns, WIDTH=BC, num_warps=warps_of(128), **flags,
+        norm_combine_kernel, outer * cdiv(C, columns), x.device, inputs, partial, (mean, squares, rstd), running, K, C, L, size,
+        groups, parts, eps, momentum, BR=_MERGED, BC=columns, WIDTH=BC, num_warps=warps_of(128), **flags,
     )  # fmt: skip
 
 
