@@ -26,10 +26,11 @@ class NormCase(NamedTuple):
     def launch(self, dtype):
         shape, axis = (IMAGES, 2) if self.images else (SHAPE, -1)
         x = torch.empty(self.T, *shape, dtype=dtype, requires_grad=True)
+        running = torch.zeros(x.shape[axis]), torch.ones(x.shape[axis])
         weight, bias, *more = (torch.full((x.shape[axis],), 2.0, requires_grad=True) for _ in range(4 if self.learnt else 2))
         with sdit_kernels.backend("triton"):
             s = sdit_kernels.norm_lif(
-                x, weight, bias, training=True, channel_axis=axis, **dict(zip(("tau", "v_threshold"), more))
+                x, weight, bias, *running, training=True, channel_axis=axis, **dict(zip(("tau", "v_threshold"), more))
             )
             torch.autograd.grad(s, [x, weight, bias, *more], torch.empty_like(s))
 
@@ -71,10 +72,10 @@ CASES = (
 )
 NOTES = """\
 
-- Columns as in compile_lif.md. `norm_forward` finds the statistics, `norm_combine` combines its partial results,
-  `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel (*sums*), which
-  `norm_gradients` combines, and for the gradient of x (*gradient*). With b bytes an element, the calls move 3 b in the forward
-  pass and 5 b in the backward pass.
+- Columns as in compile_lif.md. `norm_forward` finds the statistics, `norm_combine` combines its partial results and updates
+  the running statistics, `norm_lif_forward` runs the neurons. The backward kernel runs twice: for the sums per channel
+  (*sums*), which `norm_gradients` combines, and for the gradient of x (*gradient*). With b bytes an element, the calls move
+  3 b in the forward pass and 5 b in the backward pass.
 - Vectors of channels and partial sums do not count as bytes. images: (T, B, C, H, W), otherwise (T, B, L, C).
 """
 NORM_LIF = Stem(CASES, CASES[:1], 1.01, True, NOTES)
