@@ -53,18 +53,21 @@ class FusedNorm(Swapped):
         return getattr(self, "step_mode", "s") == "m"
 
     def _wait(self, x, axis, step_factor=None):
-        uses_data = self.training or (self.running_mean is None and self.running_var is None)
-        keeps = not self.training or self.track_running_stats
-        mean, var = (self.running_mean, self.running_var) if keeps else (None, None)
+        training, tracks = self.training, self.track_running_stats
+        mean, var = self.running_mean, self.running_var  # nn.Module looks for them in Python
+        uses_data = training or (mean is None and var is None)
+        if training and not tracks:
+            mean = var = None
         if (mean is None) != (var is None):
             return None
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.momentum is None and self.num_batches_tracked is not None and self.training:
-            momentum = 1.0 / float(self.num_batches_tracked + 1)
+        count = self.num_batches_tracked if training and tracks else None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0 if count is None else 1.0 / float(count + 1)
         y = _begin(x, axis, self.weight, self.bias, mean, var, uses_data, momentum, self.eps, step_factor=step_factor)
-        if y is not None and self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        if y is not None and count is not None:
             with unseen():
-                self.num_batches_tracked.add_(1)
+                count.add_(1)
         return y
 
 
