@@ -15,8 +15,8 @@ class Tuning(NamedTuple):
     # Forward and backward together, 8 takes 1.13 to 1.17 times as long, and 32 takes 1.10 to 1.17 times as long.
     wkv_checkpoint_tokens: int = 16
     # spiking_wkv: pairs (time step, token) between its checkpoints, and at most wkv_checkpoint_tokens tokens: as many as the
-    # backward pass can hold, in the L1 cache on the CPU (18 KiB in float32) and in registers in Triton.
-    spiking_pairs_cpu: int = 32
+    # backward pass can hold, in a cache on the CPU and in registers in Triton.
+    spiking_pairs_cpu: int = 64
     spiking_pairs_triton: int = 16
 
     # Triton, lif, lif_rate, leaky, relu_squared, token_shift: threads per program. lif_rate takes 0.875 of its time with 64

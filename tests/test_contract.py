@@ -341,9 +341,8 @@ def test_an_environment_variable_chooses_the_backend():
     assert "TRITON_INTERPRET=1" in message and "move them to a GPU" in message
     # setup() makes Triton 3.6 work with numpy 2.4
     mended = "import sys; sys.path.insert(0, 'tests'); import native_triton; native_triton.setup()"
-    code = (
-        f"{mended}; import torch, sdit_kernels as k; print(k.dispatch.choose(torch.device('cpu')), k.lif(torch.ones(2, 3) * 2).sum().item())"
-    )
+    chosen = "k.dispatch.choose(torch.device('cpu'))"
+    code = f"{mended}; import torch, sdit_kernels as k; print({chosen}, k.lif(torch.ones(2, 3) * 2).sum().item())"
     assert output_of(code, TRITON_INTERPRET="1", SDIT_KERNELS_BACKEND="").split() == ["triton", "6.0"]
 
 

@@ -20,7 +20,7 @@ from ..neuron import trace
 from ..surrogate import SURROGATES
 from . import scan
 from .compiler import inline
-from .intrinsics import CODES, SIZES, prefetch, state_code, tile
+from .intrinsics import CODES, SIZES, load, num, prefetch, state_code, store, tile
 from .kernel import Kernel, share
 from .launch import Parameters, address, placed_rows
 from .neuron import generate
@@ -28,10 +28,11 @@ from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_equa
 
 _WIDTH = 8  # the most vectors that a forward task holds; the last task of a sequence holds one more for the last channels
 _BACK = 4  # the same limit for a backward task
-# Values that the backward pass recomputes per time step and token, indexed by: (a, b) before the token (_A, _B); the weights
-# that include it (_KEEP, _NEW); the weights of the token and of the state in y (_SELF, _SEEN); the tape of the neuron (_TAPE);
-# with a gate, sigmoid(r) and its derivative (_OPEN, _SLOPE); and last the current, if the neuron's pullback uses it.
-_A, _B, _KEEP, _NEW, _SELF, _SEEN, _TAPE, _OPEN, _SLOPE = range(9)
+# Values that the backward pass recomputes per time step and token, indexed by: (a, b) before the token (_A, _B); the weight of
+# the token in the state (_NEW), and of the state in y (_SEEN); the tape of the neuron (_TAPE); the weight of the state in the
+# next state (_KEEP), and of the token in y (_SELF); with a gate, sigmoid(r) and its derivative (_OPEN, _SLOPE); and last the
+# current, if the neuron's pullback uses it. With a shared maximum, _KEEP and _SELF follow from others and are not stored.
+_A, _B, _NEW, _SEEN, _TAPE, _KEEP, _SELF, _OPEN, _SLOPE = range(9)
 
 
 @functools.cache
@@ -229,15 +230,61 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
             inverse = one / z
             x = y * inverse
         vstore(here, _SEEN * lanes, old * inverse, W)
-        vstore(here, _SELF * lanes, new * inverse, W)
-        vstore(here, _KEEP * lanes, A, W)
         vstore(here, _NEW * lanes, E, W)
+        if not shared_max:
+            vstore(here, _KEEP * lanes, A, W)
+            vstore(here, _SELF * lanes, new * inverse, W)
         if USES_X:
             vstore(here, CURRENT * lanes, x, W)
         tape, after = record(x, (vload(membrane, 0, W),), p)
         vstore(here, _TAPE * lanes, tape[0], W)
         vstore(membrane, 0, after[0], W)
         return ka, m, a, b
+
+    @inline
+    def differentiate_token(
+        shared_max, bonus, decay, here, P, Q, in_w, in_u, in_leak, in_th, g, g_l, v, v_l, dk, dv, dr, target, carries, m0,
+        at_m0, g_m, d_m, at, past_step, l, C, c, t, T, steps, start, alpha, p,
+    ):  # fmt: skip
+        """Return the adjoint and the sums after a token. at: the place of the token in the gradients of the membranes."""
+        zero, value = vset(0.0, W), vload(v, l * v_l + c, V)
+        a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
+        seen, E = vload(here, _SEEN * lanes, W), vload(here, _NEW * lanes, W)
+        self = bonus * E * seen if shared_max else vload(here, _SELF * lanes, W)
+        y = fma(self, value, seen * a)
+        # the backward pass of the neuron
+        ds = vload(g, l * g_l + c, V)
+        if RATE:
+            ds = ds / steps
+        if t < T - 1:
+            carry = vload(carries, l * lanes, W)
+        else:
+            carry = vload(g_m, at, W) if g_m != 0 else zero
+        before = zero
+        if USES_STATES:
+            if t > 0:
+                before = vload(here - past_step, _TAPE * lanes, W)
+            else:
+                before = vload(m0, at_m0, MV) if m0 != 0 else start
+        x = vload(here, CURRENT * lanes, W) if USES_X else zero
+        dy, d_before, d_p = pullback((vload(here, _TAPE * lanes, W),), x, (before,), p, ds, (carry,), alpha)
+        if PARAMETERS:
+            in_leak, in_th = in_leak + d_p[0], in_th + d_p[1]
+        if t > 0:
+            vstore(carries, l * lanes, d_before[0], W)
+        elif d_m != 0:
+            vstore(d_m, at, d_before[0], MV)
+        if GATE:
+            vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
+            dy = dy * vload(here, _OPEN * lanes, W)
+        # the backward pass of the scan
+        A = decay if shared_max else vload(here, _KEEP * lanes, W)
+        gs, gp = dy * self, dy * seen
+        own = gs * (value - y)
+        vstore(dv + target, l * C + c, fma(E, P, gs), V)
+        vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
+        in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
+        return fma(A, P, gp), A * Q - gp * y, in_w, in_u, in_leak, in_th
 
     def spiking_wkv_backward(
         part, T, B, L, C, cut, work, inputs, weights, upstream, gradients, sums, numbers, per_channel
@@ -250,11 +297,13 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
         (dw, du), (d_leak, d_theta) = sums
         area = tokens * lanes
         for worker in share(workers, part):
-            history = work + worker * (T * (FIELDS * area + 2 * ROW + lanes) + area) * sb
-            carries = history + T * FIELDS * area * sb  # the membranes of the tile, then the gradients with respect to them
+            past_step = FIELDS * area * sb
+            history = work + worker * (T * (FIELDS * area + 2 * ROW + 2 * lanes) + area) * sb
+            carries = history + T * past_step  # the membranes of the tile, then the gradients with respect to them
             adjoint = carries + area * sb  # the adjoint (P, Q) of every time step: the gradient with respect to (a, b)
             sum_w, sum_u, sum_leak, sum_th = tile(ROW, S), tile(ROW, S), tile(ROW, S), tile(ROW, S)
             constants, entries = tile(CONSTANTS, S), adjoint + 2 * T * ROW * sb
+            modes = entries + T * lanes * sb  # per time step, 1 in a tile with a shared maximum
             line = lanes * xb
             p, start, alpha = _neuron_parameters(numbers, (0, 0, 0), 0, W), vset(numbers[3], W), vset(numbers[4], W)
             zero, one, steps = vset(0.0, W), vset(1.0, W), vset(float(T), W)
@@ -284,13 +333,16 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                             rt = r + (t * r_t + batch * r_b + first * r_l) * xb
                             gt = g + (t * g_t + batch * g_b + first * g_l) * xb
                             target = ((t * B + batch) * L + first) * C * xb
-                            past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
+                            past, Pt = history + t * past_step, adjoint + 2 * t * ROW * sb
+                            for n in range(3):  # the state before the previous tile
+                                prefetch(entry + (n * field - C + c) * sb, lanes * sb, 0)
                             a, b, ka = vload(entry, c, W), vload(entry, field + c, W), vload(entry, 2 * field + c, W)
                             m = zero
                             shared_max, ka, entered, bonus, decay = _enter_tile(
                                 own_constants, kt + c * xb, k_l, size, tokens, ka, b, w, u, V, W
                             )
                             vstore(entries, t * lanes, entered, W)
+                            store(modes, t * lanes, num(1.0 if shared_max else 0.0, S), S)
                             a, b = a * entered, b * entered
                             for l in range(size):
                                 here, membrane = past + l * lanes * FIELDS * sb, carries + l * lanes * sb
@@ -305,6 +357,8 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                                 prefetch(gt + (l * g_l + c) * xb, line, 0)
                                 prefetch(dk + target + (l * C + c) * xb, line, 1)
                                 prefetch(dv + target + (l * C + c) * xb, line, 1)
+                                if GATE:
+                                    prefetch(dr + target + (l * C + c) * xb, line, 1)
                                 if shared_max:
                                     growth = vload(own_constants, (l + 2) * lanes, W)
                                     ka, m, a, b = recompute_token(
@@ -333,52 +387,30 @@ def _backward_kernel(X, M, lanes, GATE, RATE, code, kind, PER_CHANNEL, PARAMETER
                         in_w, in_u, in_leak, in_th = zero, zero, zero, zero
                         for t in range(T - 1, -1, -1):  # compute the gradients
                             user = (t * B + batch) * C
-                            past, Pt = history + t * FIELDS * area * sb, adjoint + 2 * t * ROW * sb
+                            past, Pt = history + t * past_step, adjoint + 2 * t * ROW * sb
                             vt = v + (t * v_t + batch * v_b + first * v_l) * xb
                             gt = g + (t * g_t + batch * g_b + first * g_l) * xb
                             target = ((t * B + batch) * L + first) * C * xb
                             P, Q = vload(Pt, slot, W), vload(Pt, ROW + slot, W)
-                            for l in range(size - 1, -1, -1):
-                                here = past + l * lanes * FIELDS * sb
-                                value = vload(vt, l * v_l + c, V)
-                                a, b = vload(here, _A * lanes, W), vload(here, _B * lanes, W)
-                                seen, self = vload(here, _SEEN * lanes, W), vload(here, _SELF * lanes, W)
-                                y = fma(self, value, seen * a)
-                                # the backward pass of the neuron
-                                ds = vload(gt, l * g_l + c, V)
-                                if RATE:
-                                    ds = ds / steps
-                                if t < T - 1:
-                                    carry = vload(carries, l * lanes, W)
-                                else:
-                                    carry = vload(g_m, (batch * L + first + l) * C + c, W) if g_m != 0 else zero
-                                before = zero
-                                if USES_STATES:
-                                    if t > 0:
-                                        before = vload(here - FIELDS * area * sb, _TAPE * lanes, W)
-                                    else:
-                                        before = vload(m0, batch * m0_b + (first + l) * m0_l + c, MV) if m0 != 0 else start
-                                x = vload(here, CURRENT * lanes, W) if USES_X else zero
-                                dy, d_before, d_p = pullback(
-                                    (vload(here, _TAPE * lanes, W),), x, (before,), p, ds, (carry,), alpha
-                                )
-                                if PARAMETERS:
-                                    in_leak, in_th = in_leak + d_p[0], in_th + d_p[1]
-                                if t > 0:
-                                    vstore(carries, l * lanes, d_before[0], W)
-                                elif d_m != 0:
-                                    vstore(d_m, (batch * L + first + l) * C + c, d_before[0], MV)
-                                if GATE:
-                                    vstore(dr + target, l * C + c, dy * y * vload(here, _SLOPE * lanes, W), V)
-                                    dy = dy * vload(here, _OPEN * lanes, W)
-                                # the backward pass of the scan
-                                A, E = vload(here, _KEEP * lanes, W), vload(here, _NEW * lanes, W)
-                                gs, gp = dy * self, dy * seen
-                                own = gs * (value - y)
-                                vstore(dv + target, l * C + c, fma(E, P, gs), V)
-                                vstore(dk + target, l * C + c, fma(E, fma(P, value, Q), own), V)
-                                in_w, in_u = fma(A, fma(P, a, Q * b), in_w), in_u + own
-                                P, Q = fma(A, P, gp), A * Q - gp * y
+                            if load(modes, t * lanes, S) != 0:
+                                bonus, decay = vload(own_constants, 0, W), vload(own_constants, lanes, W)
+                                for l in range(size - 1, -1, -1):
+                                    here, at = past + l * lanes * FIELDS * sb, (batch * L + first + l) * C + c
+                                    at_m0 = batch * m0_b + (first + l) * m0_l + c
+                                    P, Q, in_w, in_u, in_leak, in_th = differentiate_token(
+                                        True, bonus, decay, here, P, Q, in_w, in_u, in_leak, in_th, gt, g_l, vt, v_l, dk, dv,
+                                        dr, target, carries, m0, at_m0, g_m, d_m, at, past_step, l, C, c, t, T, steps, start,
+                                        alpha, p,
+                                    )  # fmt: skip
+                            else:
+                                for l in range(size - 1, -1, -1):
+                                    here, at = past + l * lanes * FIELDS * sb, (batch * L + first + l) * C + c
+                                    at_m0 = batch * m0_b + (first + l) * m0_l + c
+                                    P, Q, in_w, in_u, in_leak, in_th = differentiate_token(
+                                        False, one, one, here, P, Q, in_w, in_u, in_leak, in_th, gt, g_l, vt, v_l, dk, dv, dr,
+                                        target, carries, m0, at_m0, g_m, d_m, at, past_step, l, C, c, t, T, steps, start, alpha,
+                                        p,
+                                    )  # fmt: skip
                             if i == 0 and d_ybar != 0:
                                 a, b = vload(past, _A * lanes, W), vload(past, _B * lanes, W)
                                 vstore(d_ybar, user + c, P * b, W)
@@ -455,7 +487,7 @@ def spiking_wkv_backward(
     blocks = _count_blocks(B, C, lanes, _BACK)
     workers = min(torch.get_num_threads(), B * blocks)
     fields = _fields(r is not None, p.code, with_parameters)
-    work = w.new_empty(workers, T * (fields * tokens + 2 * (_BACK + 1) + 1) + tokens, lanes)
+    work = w.new_empty(workers, T * (fields * tokens + 2 * (_BACK + 1) + 2) + tokens, lanes)
     g = k.new_zeros(()).expand(k.shape) if g is None else g.to(k.dtype)
     (k, k_), (v, v_), (r, r_), (g, g_) = (placed_rows(t, 3) for t in (k, v, r, g.expand(k.shape)))
     membrane, membrane_ = placed_rows(membrane)

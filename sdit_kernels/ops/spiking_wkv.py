@@ -246,7 +246,7 @@ def spiking_wkv(
     the currents then exist during the call.
 
     The backward pass keeps k, v, r, the given states, and the scan states at the start of every tile of tokens. (A tile has
-    32 / T tokens on the CPU and 16 / T on a GPU, at least 2.) It recomputes everything else, the spikes bit for bit. The spikes
+    64 / T tokens on the CPU and 16 / T on a GPU, at least 2.) It recomputes everything else, the spikes bit for bit. The spikes
     of two backends may differ if the membrane potential is within rounding of the threshold, because the exponentials of the
     backends differ in rounding. Parameter gradients are summed in a fixed order: they are the same bit for bit for every number
     of threads.
