@@ -171,7 +171,8 @@ def make_parser():
     part.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     part.add_argument(
         "--initial", metavar="MODEL",
-        help=f"start a new run from the weights of a model: a checkpoint, the folder of a run, or one of {', '.join(PRETRAINED)}",
+        help="start a new run from the weights of a model: a checkpoint, the folder of a run, or one of "
+             f"{', '.join(PRETRAINED)}",
     )  # fmt: skip
     part.add_argument("--out", metavar="RUN", help="folder of the run (runs/NAME; with --initial it must be given)")
     data(part)

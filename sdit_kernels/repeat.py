@@ -10,8 +10,10 @@ Python, and if every address among the arguments of a launch belongs to a known 
 """
 
 import functools
+import math
 import threading
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -152,6 +154,8 @@ class _Recording(OperatorMode):
             return self._find_address(value.data_ptr(), value.untyped_storage().data_ptr())
         if integers and type(value) is int and value >= _LEAST_ADDRESS:
             return self._find_address(value)
+        if type(value) in (int, bool, NoneType) or (type(value) is float and math.isfinite(value)):
+            return repr(value)  # Python joins literals to constant tuples
         return self._constant(value)
 
     def _find_address(self, address, storage=None):
@@ -226,6 +230,10 @@ def note_launch(start: Callable[..., object], args: tuple, hooks: Sequence = (),
     if _local.recording is not None:
         _local.recording.steps.append((note_launch, start, args, {"integers": integers}))
         _local.recording.hooks.append(hooks)
+
+
+def is_recording() -> bool:
+    return _local.recording is not None
 
 
 def refuse() -> None:
