@@ -523,6 +523,10 @@ def cells_of_sampling(row):
     return f"{steps} | {guidance} | {row['noise_scale']:g}"
 
 
+def settings_of(row):
+    return [row[key] for key in ("seed", "sampler", "steps", "guidance", "guidance_interval", "noise_scale")]
+
+
 def cells_of(of):
     measures = [f"{of[key]:.2f}" for key in ("precision", "recall")]
     return f"{of['frechet_distance']:.3f} | {1000 * of['kid']:.1f} | {' | '.join(measures)} | {percent(of)}"
@@ -556,8 +560,10 @@ def test_figures_of_the_models_equal_the_results():
 
 
 def test_figures_of_sampling_equal_the_results():
-    """The table of 1,000 images, and the sentences on DDPM and on the models before their last steps."""
+    """The tables of 1,000 images, and the sentences on DDPM and on the models before their last steps."""
     lines, distances = set(), {}
+    rows_of_times = [row for row in find_rows(1000) if "logit-normal" in row["model"] and row["noise_scale"] == 1.02]
+    assert len(rows_of_times) == 6
     for row in find_rows(1000):
         of = row["drawn"]
         cells = f"{of['frechet_distance']:.3f} | {of['recall']:.2f} | {percent(of)}"
@@ -571,6 +577,14 @@ def test_figures_of_sampling_equal_the_results():
         losses = {at: [row["loss"] for row in log if at - 1000 < row["step"] <= at] for at in (24_000, 40_000)}
         before, after = (f"{sum(values) / len(values):.4f}" for values in losses.values())
         assert f"from {before} to {after} (`{model}`)" in TRAINING
+    for row in rows_of_times:
+        name = row["model"].partition(",")[0]
+        (same,) = (other for other in find_rows(1000) if other["model"] == name and settings_of(other) == settings_of(row))
+        guidance = cells_of_sampling(row).split(" | ")[1]
+        shown = (f"{of['drawn']['frechet_distance']:.3f}" for of in (same, row))
+        assert f"| {name}, {guidance} | {' | '.join(shown)} |" in TRAINING
+        if row["guidance"] == 1:
+            assert f"from {percent(same['drawn'])} to {percent(row['drawn'])} (`{name}`)" in TRAINING
     log_snr, time = sorted(f"{row['drawn']['frechet_distance']:.3f}" for row in find_rows(1000) if "spacing" in row)
     assert f"from {time} to {log_snr}" in TRAINING
     for model in ("pure", "hybrid"):
