@@ -1,6 +1,7 @@
 """Repeated calls: a call seen three times skips its Python code, and no other call gets its kernels or sizes."""
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import native_triton
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from sdit_kernels import backend, leaky, lif, lif_rate, memory, packed_spikes, relu_squared, repeat, wkv
+from sdit_kernels.cpu.kernel import untyped_call
 from sdit_kernels.ops.operator import kernels
 from sdit_kernels.tuning import tuned
 
@@ -270,6 +272,33 @@ def test_a_kernel_without_the_names_that_repeated_launches_need(monkeypatch):
     cpu = torch.device("cpu")
     assert call_three_times(lambda x, _: launch(Kernel(), 1, cpu, x), torch.ones(4), monkeypatch=monkeypatch) == 3
     assert Kernel.launched == 3
+
+
+def test_repeated_cpu_launches_do_not_need_the_private_names_of_numba(monkeypatch):
+    """With them, a repeated launch calls the machine code; without them, numba's dispatcher."""
+    calls = []
+
+    class Compiled:
+        overloads = {}
+
+        def __call__(self, *args):
+            calls.append(args)
+
+    function, args = untyped_call(Compiled(), (0, 1), (5, (2.0, 3)))
+    function(*args)
+    assert calls == [((0, 1), 5, (2.0, 3))] and args == (5, (2.0, 3))
+    found = []
+    for without in (False, True):
+        with monkeypatch.context() as patch:
+            if without:
+                patch.setattr("sdit_kernels.cpu.kernel.untyped_call", lambda f, part, a: (functools.partial(f, part), a))
+            repeat.forget()
+            with backend("cpu"):
+                found.append([lif(data(4, 300, seed=i, grad=False)) for i in range(4)])
+            (call,) = (call for calls in repeat._all_calls for call in calls.values() if isinstance(call, repeat._Call))
+            launches = [f for f in call.run.__globals__.values() if "lif" in getattr(f, "__name__", "")]
+            assert [type(f).__name__ for f in launches] == ([] if without else ["builtin_function_or_method"])
+    assert all(map(torch.equal, *found))
 
 
 # --- what Triton must see ---------------------------------------------------------------------------------------------------
