@@ -171,14 +171,16 @@ def make_parser():
     part.add_argument("--resume", metavar="RUN", help="continue the run in this folder from its newest checkpoint")
     part.add_argument(
         "--initial", metavar="MODEL",
-        help="start a new run from the weights of a model: a checkpoint, the folder of a run, or one of "
+        help="start a new run from the averaged weights of a model: a checkpoint, the folder of a run, or one of "
              f"{', '.join(PRETRAINED)}",
     )  # fmt: skip
     part.add_argument("--out", metavar="RUN", help="folder of the run (runs/NAME; with --initial it must be given)")
     data(part)
     change(part)
     part.add_argument("--device", help=device)
-    group = part.add_argument_group("settings", "default: values that suit the preset; run.json lists the values of a run")
+    group = part.add_argument_group(
+        "settings", "default: values that suit the preset, or the model of --initial; run.json lists them"
+    )
     for field in dataclasses.fields(TrainSettings):
         kind = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "N"}
         group.add_argument(f"--{field.name.replace('_', '-')}", default=None, help=_SETTINGS[field.name], **kind)
@@ -288,13 +290,17 @@ def _train(args):
         train(None, settings, out, resume=True, root=args.data, device=args.device)
         more = f"its {settings.steps:,} steps were done before; --steps N continues" if meta["step"] >= settings.steps else ""
     else:
-        initial, more = None if args.initial is None else load_model(args.initial), ""
+        if args.initial == "":
+            raise ValueError("--initial must name a model, got ''")
+        initial, more = args.initial and load_model(args.initial), ""
         if initial is None:
             config = _config(args.preset, args.changes)
         else:
             config = dataclasses.replace(initial.config, **field_values(initial.config, args.changes))
-        if args.out == "" or (initial is not None and args.out is None):
-            raise ValueError(f"--out must name a folder, got {args.out!r}")
+        if args.out == "":
+            raise ValueError("--out must name a folder, got ''")
+        if initial is not None and args.out is None:
+            raise ValueError("--initial needs --out, the folder of the new run")
         out = args.out or f"runs/{args.preset}"
         train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device, initial=initial)
     if int(os.environ.get("RANK", "0")) == 0:

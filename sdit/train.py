@@ -160,8 +160,8 @@ def _check_initial(model, config):
     found = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in (*wanted, *found):
         if wanted.get(name) != found.get(name):
-            shapes = f"{wanted.get(name, 'no place')} in a model of config, and {found.get(name, 'no place')} in initial"
-            raise ValueError(f"initial must be a model whose weights fit config: {name} has the shape {shapes}")
+            shapes = f"{found.get(name, 'no place')} there, and {wanted.get(name, 'no place')} in the configuration of the run"
+            raise ValueError(f"initial must be a model whose weights fit the run: {name} has the shape {shapes}")
 
 
 def _refuse_existing_run(out):

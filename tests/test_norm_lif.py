@@ -314,6 +314,24 @@ def test_running_statistics_of_any_kind_are_updated(name, per_step, case):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_running_statistics_that_cannot_be_updated_stay_as_they_are(name):
+    x, kept = draw((3, 4, 5, 6)).float(), torch.zeros(5)
+    with torch.inference_mode():
+        made = torch.zeros(5), torch.ones(5)
+    for mean, var, message in (
+        (*made, "running_mean was made in inference_mode and can be updated only there"),
+        (kept, made[1], "running_var was made in inference_mode"),
+        (kept, torch.ones(1).expand(5), "running_var is updated in place, and its elements must not share memory"),
+    ):
+        for _ in range(3):
+            with backend(name), pytest.raises(ValueError, match=message):
+                norm_lif(x, None, None, mean, var, training=True)
+    assert not kept.any() and not made[0].any()
+    with backend(name):
+        norm_lif(x, None, None, *made, training=False)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_running_statistics_of_16_bit_models(name):
     """A model in bfloat16 has parameters and running statistics in bfloat16."""
     x = draw((4, 3, 5, 2), mean=2.0, dtype=torch.bfloat16)

@@ -118,9 +118,10 @@ def test_convert_writes_a_checkpoint(tmp_path, capsys):
     [
         ("train", "give one of --preset to start a run, --initial .*, and --resume to continue a run; got none"),
         ("train --preset digits --resume nonsense", "give one of --preset .*; got --preset and --resume"),
-        ("train --initial {run}", "--out must name a folder, got None"),
+        ("train --initial {run}", "--initial needs --out, the folder of the new run"),
+        ("train --initial= --out {tmp}/n", "--initial must name a model, got ''"),
         ("train --initial {tmp}/none --out {tmp}/n", "none does not exist"),
-        ("train --initial {run} --out {tmp}/n --set dim=16", ": --initial must be a model whose weights fit config: "),
+        ("train --initial {run} --out {tmp}/n --set dim=16", ": --initial must be a model whose weights fit the run: "),
         ("train --preset nope", "--preset must be one of mnist, fashion_mnist, .*, got 'nope'"),
         ("train --preset digits --lr -1", ": --lr must be positive and finite, got -1.0"),
         ("train --preset digits --lr 0", ": --lr must be positive and finite, got 0.0"),

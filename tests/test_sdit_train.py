@@ -286,7 +286,7 @@ def test_a_run_may_start_from_the_weights_of_a_model(whole, tmp_path):
     config = dataclasses.replace(TINY, times="logit_normal")  # the same weights
     got = train(config, settings(steps=1), tmp_path / "times", initial=model, progress=False)
     assert got.config.times == "logit_normal"
-    fit = r"initial must be a model whose weights fit config: position .* \(1, 17, 64\) in a model .* \(1, 17, 32\) in initial"
+    fit = r"initial must be a model whose weights fit the run: position has the shape \(1, 17, 32\) there, and \(1, 17, 64\) in"
     with pytest.raises(ValueError, match=fit):
         train(PRESETS["digits"], settings(), tmp_path / "other", initial=model, progress=False)
     with pytest.raises(ValueError, match="initial must be None with resume"):

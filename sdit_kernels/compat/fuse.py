@@ -94,7 +94,8 @@ def _is_accepted(norm, x):
     key = (
         type(x), x.shape, x.dtype, x.device, training, type(momentum), eps, type(eps), per_step,
         *[p if p is None else (type(p), p.shape, p.dtype, p.device, p.layout) for p in (weight, bias, mean, var, step_factor)],
-        mean is None or mean.requires_grad, var is None or var.requires_grad,
+        *[p is None or (p.requires_grad, p.is_inference(), p.stride()) for p in (mean, var)],
+        training and torch.is_inference_mode_enabled(),
     )  # fmt: skip
     if key not in _accepted:
         if len(_accepted) > 1024:

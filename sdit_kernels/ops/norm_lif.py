@@ -429,6 +429,8 @@ def _check_vector(name, p, shape, x, running=False):
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {p.device}")
     if running and p.requires_grad:
         raise ValueError(f"{name} is updated in place and must not require a gradient")
+    if running and any(n > 1 and step == 0 for n, step in zip(p.shape, p.stride())):
+        raise ValueError(f"{name} is updated in place, and its elements must not share memory: clone it")
 
 
 def _check_group(group):
@@ -444,6 +446,9 @@ def _check_norm(x, weight, bias, running_mean, running_var, training, momentum, 
         _check_vector(name, p, shape, x)
     for name, p in (("running_mean", running_mean), ("running_var", running_var)):
         _check_vector(name, p, shape, x, running=True)
+        inference = training and p is not None and not torch.compiler.is_compiling() and p.is_inference()
+        if inference and not torch.is_inference_mode_enabled():  # PyTorch would raise after it has changed the values
+            raise ValueError(f"{name} was made in inference_mode and can be updated only there: clone it outside")
     if not training and (running_mean is None or running_var is None):
         raise ValueError("running_mean and running_var must be given where training=False; without them use training=True")
     if not is_number(momentum):
@@ -626,7 +631,7 @@ def norm_lif(
         x: input, (T, .., C, ..), float32, float64, bfloat16 or float16; statistics and arithmetic are float32 (float64).
         weight, bias: (C,), or (T, C) with ``per_step``, at least as wide as x. None: 1 and 0.
         running_mean, running_var: running statistics, in the shape of weight. Training updates them in place. None: not kept;
-            then use training=True.
+            then use training=True. Under torch.func.vmap, each member of the batch needs its own.
         v: membrane potential before the first step, x.shape[1:]. None: v_reset, or 0 with soft reset.
         training: True: normalise with the statistics of x; False: with the running statistics.
         momentum: weight of the new statistics. For a cumulative average (momentum=None of torch.nn.BatchNorm2d), give
