@@ -27,7 +27,7 @@ from .neuron import generate
 from .vector import LANES, fma, vec, vexp, vload, vlog, vset, vstore, where_equal, where_less
 
 _WIDTH = 8  # the most vectors that a forward task holds; the last task of a sequence holds one more for the last channels
-_BACK = 4  # the same limit for a backward task
+_BACK = 6  # the same limit for a backward task
 # Values that the backward pass recomputes per time step and token, indexed by: (a, b) before the token (_A, _B); the weight of
 # the token in the state (_NEW), and of the state in y (_SEEN); the tape of the neuron (_TAPE); the weight of the state in the
 # next state (_KEEP), and of the token in y (_SELF); with a gate, sigmoid(r) and its derivative (_OPEN, _SLOPE); and last the
