@@ -290,17 +290,18 @@ def _train(args):
         train(None, settings, out, resume=True, root=args.data, device=args.device)
         more = f"its {settings.steps:,} steps were done before; --steps N continues" if meta["step"] >= settings.steps else ""
     else:
-        if args.initial == "":
-            raise ValueError("--initial must name a model, got ''")
-        initial, more = args.initial and load_model(args.initial), ""
-        if initial is None:
-            config = _config(args.preset, args.changes)
-        else:
-            config = dataclasses.replace(initial.config, **field_values(initial.config, args.changes))
         if args.out == "":
             raise ValueError("--out must name a folder, got ''")
-        if initial is not None and args.out is None:
+        if args.preset is None and args.out is None:
             raise ValueError("--initial needs --out, the folder of the new run")
+        if args.initial == "":
+            raise ValueError("--initial must name a model, got ''")
+        if args.initial is None:
+            initial, config = None, _config(args.preset, args.changes)
+        else:
+            initial = load_model(args.initial)
+            config = dataclasses.replace(initial.config, **field_values(initial.config, args.changes))
+        more = ""
         out = args.out or f"runs/{args.preset}"
         train(config, TrainSettings.of(config, **given), out, root=args.data, device=args.device, initial=initial)
     if int(os.environ.get("RANK", "0")) == 0:

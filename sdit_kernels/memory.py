@@ -5,8 +5,8 @@ takes longer than the op itself. This pool keeps freed blocks in huge pages and 
 sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` megabytes (0: none). torch allocates all other tensors: small
 ones, tensors on other devices or on systems other than Linux, and tensors in deterministic mode, which fills new memory.
 
-Blocks begin at different cache lines of a page: a kernel that walks through many tensors side by side, such as wkv's, is slower
-where all of them begin at multiples of 256 bytes.
+Blocks begin at different cache lines of a page. On an Intel Xeon, kernels that walk through many tensors side by side, such as
+wkv's, were slower where all of them began at multiples of 256 bytes.
 """
 
 import contextlib

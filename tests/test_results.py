@@ -280,8 +280,8 @@ def test_sentences_on_the_cpu_equal_the_results():
     assert f"error of `wkv` is {error} over 4,096 tokens" in PERFORMANCE
     assert f"error is {error} over 4,096 tokens" in PAGES["memory-and-precision"]
     ratio = {r["mode"]: r["ratio"] for r in rows("wkv.json", "spiking") if r["name"] == "wkv, then lif"}
-    times = f"{ratio['forward']:.1f} times as fast as `wkv` followed by `lif`, and {ratio['forward+backward']:.1f} times in forward"
-    assert f"`spiking_wkv` is {times} + backward" in PERFORMANCE
+    one, both = (f"{ratio[mode]:.1f} times" for mode in ("forward", "forward+backward"))
+    assert f"`spiking_wkv` is {one} as fast as `wkv` followed by `lif`, and {both} in forward + backward" in PERFORMANCE
     goals = " ".join(json.loads((RESULTS / "mix.json").read_text())["goals"])
 
     def goal(what):

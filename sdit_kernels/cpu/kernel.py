@@ -265,9 +265,9 @@ def _set_cache_key(compiled, key) -> bool:
 
 
 def untyped_call(compiled, part, args):
-    """Return a function and its arguments that call compiled(part, *args) and do not look at the types: 0.7 us less.
+    """Return (function, arguments) for a repeated call of compiled(part, *args) that does not look at the types again.
 
-    If this version of numba lacks the private names, the function looks at them.
+    If this version of numba lacks the private names, numba looks at them.
     """
     overloads = getattr(compiled, "overloads", {})
     entry = getattr(overloads.get((numba.typeof(part), numba.typeof(args))), "entry_point", None)
