@@ -36,6 +36,9 @@ environments: dict[str, Callable[[], tuple | None]] = {}
 class _Local(threading.local):
     recording: "_Recording | None" = None  # of the function that runs on this thread
 
+    def __init__(self):
+        self.scratch: list[tuple[int, int, Tensor]] = []  # memory for the calls of this thread: (bytes, address, owner)
+
 
 _local = _Local()
 
@@ -74,11 +77,24 @@ class _Unknown(Exception):
     """A call cannot be repeated."""
 
 
+_LINE = 64  # bytes between which scratch memory is aligned
+_MOST_SCRATCH = 1 << 20  # bytes that a thread keeps
+
+
+def _take_scratch(size: int) -> tuple[int, int, Tensor]:
+    """Return (bytes, address, owner) of memory for one call. Two launches of a call may be interrupted by another call."""
+    if _local.scratch and _local.scratch[-1][0] >= size:
+        return _local.scratch.pop()
+    _local.scratch.clear()
+    owner = torch.empty(size + _LINE, dtype=torch.uint8, device="cpu")
+    return size, -(-owner.data_ptr() // _LINE) * _LINE, owner
+
+
 class _Recording(OperatorMode):
     """Sees the operators of a call, and gets its launches from ``note_launch``. Prints the call as the code of a function.
 
     In this code, g0, g1, .. are the given tensors, m0, m1, .. the tensors that the call makes, p0, q0, .. the addresses of
-    these, and c0, c1, .. constants.
+    these, and c0, c1, .. constants. Tensors that only CPU kernels use are places in one scratch memory.
     """
 
     def __init__(self, tensors):
@@ -106,15 +122,30 @@ class _Recording(OperatorMode):
         names, addresses = ("".join(f"{name}, " for name in column) for column in list(zip(*self._owners))[:2])
         lines = [f"{names}= given", f"{addresses}= addresses"]
         returned = self._allocate_as_returned(found)
+        self._scratch, self._scratch_size = self._find_scratch(returned), 0
         try:
-            for function, out, args, kwargs in self.steps:
-                lines += self._print(function, out, args, kwargs)
-            lines.append(f"return {self._print_output(returned)}")
+            steps = [line for step in self.steps for line in self._print(*step)]
+            if self._scratch_size:
+                lines.append(f"_, scratch, _ = taken = {self._constant(_take_scratch)}({self._scratch_size})")
+                steps.append(f"{self._constant(_local)}.scratch.append(taken)")
+            lines += [*steps, f"return {self._print_output(returned)}"]
         except _Unknown:
             return None
         code = "def call(given, addresses):\n" + "".join(f"    {line}\n" for line in lines)
         exec(code, self._constants)
         return _Call(self._constants["call"], tuple(self.hooks), tuning.current())
+
+    def _find_scratch(self, returned):
+        """Return the addresses of the small storages on the CPU that the call makes, and that only launches use."""
+        made, used = set(), set()
+        for function, out, args, kwargs in self.steps:
+            if function is None and out.device.type == "cpu" and out.is_contiguous() and out.nbytes:
+                made.add(out.untyped_storage().data_ptr())
+            elif function is note_launch and not kwargs["integers"]:  # takes tensors
+                return set()
+            elif function is not note_launch:
+                used.update(_storages((out, args, tuple(kwargs.values()))))
+        return made - used - set(_storages(returned))
 
     def _print(self, function, out, args, kwargs):
         """Return the lines of a step, and enter the tensor that it makes."""
@@ -130,6 +161,12 @@ class _Recording(OperatorMode):
         if function is None and out.data_ptr() % 16:
             raise _Unknown
         i = len(self._owners)
+        if function is None and out.untyped_storage().data_ptr() in self._scratch:
+            at, size = self._scratch_size, -(-out.nbytes // _LINE) * _LINE
+            if at + size <= _MOST_SCRATCH:
+                self._scratch_size += size
+                self._owners.append((f"m{i}", f"q{i}", out))
+                return [f"q{i} = scratch + {at}"]
         self._owners.append((f"m{i}", f"q{i}", out))
         return [f"m{i} = {value}", f"q{i} = m{i}.data_ptr()"]
 
@@ -216,6 +253,15 @@ class _Recording(OperatorMode):
         name = f"c{len(self._constants)}"
         self._constants[name] = value
         return name
+
+
+def _storages(tree):
+    """Yield the addresses of the storages of all tensors in nested tuples and lists."""
+    if isinstance(tree, Tensor):
+        yield tree.untyped_storage().data_ptr()
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _storages(item)
 
 
 def _geometry(t):

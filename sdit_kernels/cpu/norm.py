@@ -57,6 +57,16 @@ def _include(means, sums, i, before, mean, squares, n):
     store(sums, i, load(sums, i, F64) + squares + d * d * before * share_, F64)
 
 
+@row_sum
+def _pair_of_sums(a, b, first, n, S):
+    """Return the sums of n elements of two arrays, in float64."""
+    total_a, total_b = 0.0, 0.0
+    for i in range(first, first + n):
+        total_a += float(load(a, i, S))
+        total_b += float(load(b, i, S))
+    return total_a, total_b
+
+
 @functools.cache
 def _rows_kernel(X):
     S, xb = state_code(X), SIZES[X]
@@ -184,11 +194,33 @@ def _combine_kernel(S, M, V):
 
 
 @functools.cache
-def _gradients_kernel(S, W, O):
-    """W, O: storage codes of weight and bias."""
+def _vectors_kernel(S, W, O, GIVEN):
+    """W, O: storage codes of weight and bias. GIVEN: write the factor only."""
+
+    def norm_vectors(part, n, inner, scale, rstd, weight, bias, mean, out):
+        wide = n * inner
+        for c in share(n, part):
+            factor, shift, m = load(rstd, c, S), num(0.0, S), load(mean, c, S)
+            if weight != 0:
+                factor *= num(float(load(weight, c, W)), S)
+            if bias != 0:
+                shift = num(float(load(bias, c, O)), S)
+            factor *= num(scale, S)
+            for i in range(c * inner, (c + 1) * inner):
+                store(out, i, factor, S)
+                if not GIVEN:
+                    store(out, wide + i, shift, S)
+                    store(out, 2 * wide + i, m, S)
+
+    return Kernel(norm_vectors, f"norm_vectors_{S}{W}{O}{GIVEN:d}")
+
+
+@functools.cache
+def _gradients_kernel(S, W, O, INNER):
+    """W, O: storage codes of weight and bias. INNER: there are sums per value of a channel."""
     BLOCK, WS, OS = _COLUMNS, state_code(W), state_code(O)
 
-    def norm_gradients(part, T, B, C, groups, n, scale, sums, weight, rstd, d_weight, d_bias, offset, slope):
+    def norm_gradients(part, T, B, C, inner, groups, n, scale, sums, weight, rstd, d_weight, d_bias, offset, slope):
         by_factor, by_shift = sums
         blocks = (C + BLOCK - 1) // BLOCK
         for task in share(T * blocks, part):
@@ -203,8 +235,12 @@ def _gradients_kernel(S, W, O):
                 group = row // B
                 at = ((group * T + t) * B + row - group * B) * C + c0
                 for i in range(width):
-                    store(factors, i, load(factors, i, F64) + float(load_input(by_factor, at + i, S)), F64)
-                    store(shifts, i, load(shifts, i, F64) + float(load_input(by_shift, at + i, S)), F64)
+                    if INNER:
+                        factor, shift = _pair_of_sums(by_factor, by_shift, (at + i) * inner, inner, S)
+                    else:
+                        factor, shift = float(load_input(by_factor, at + i, S)), float(load_input(by_shift, at + i, S))
+                    store(factors, i, load(factors, i, F64) + factor, F64)
+                    store(shifts, i, load(shifts, i, F64) + shift, F64)
             for i in range(width):
                 k = t * C + c0 + i
                 factor, shift, r = load(factors, i, F64), load(shifts, i, F64), float(load(rstd, k, S))
@@ -218,7 +254,7 @@ def _gradients_kernel(S, W, O):
                 store(offset, k, num(joint * shift, S), S)
                 store(slope, k, num(joint * factor * r * r, S), S)
 
-    return Kernel(norm_gradients, f"norm_gradients_{S}{W}{O}")
+    return Kernel(norm_gradients, f"norm_gradients_{S}{W}{O}{INNER:d}")
 
 
 @functools.cache
@@ -288,19 +324,37 @@ def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
     )  # fmt: skip
 
 
+def norm_vectors(mean, rstd, weight, bias, scale, inner):
+    """Return (rstd weight scale, bias, mean) as vectors for a kernel that computes (x - mean) factor + shift.
+
+    The arguments are (C,), or (T, C). inner: each value stands so often in the result.
+    """
+    mean, rstd, weight, bias = (None if t is None else t.contiguous() for t in (mean, rstd, weight, bias))
+    given = inner == 1 and bias is not None and bias.dtype == rstd.dtype  # then only the factor is new
+    made = torch.empty((1 if given else 3, rstd.numel() * inner), dtype=rstd.dtype, device="cpu")
+    codes = (CODES[rstd.dtype if t is None else t.dtype] for t in (weight, bias))
+    _vectors_kernel(CODES[rstd.dtype], *codes, given)(
+        made.numel(), rstd.numel(), inner, scale, rstd.data_ptr(), address(weight), address(bias), mean.data_ptr(),
+        made.data_ptr(),
+    )  # fmt: skip
+    if given:
+        return made.view(rstd.shape), bias, mean
+    return made.view(3, *rstd.shape[:-1], -1).unbind()
+
+
 def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):
     """Fill the gradients of weight and bias that are given, and what norm_backward subtracts: offset and slope.
 
-    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, of T x B x C values
-    each, any number of times. n: values per channel.
+    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, (.., C, inner). Each
+    holds T x B x C x inner values any number of times. n: values per channel.
     """
     sums = [t.contiguous() for t in sums]
-    C = rstd.shape[-1]
+    C, inner = sums[0].shape[-2:]
     weight, rstd = (None if t is None else t.contiguous() for t in (weight, rstd))
     codes = (CODES[rstd.dtype if t is None else t.dtype] for t in (weight, d_bias))
-    _gradients_kernel(CODES[rstd.dtype], *codes)(
-        sums[0].numel(), T, B, C, sums[0].numel() // (T * B * C), float(n), scale, tuple(map(address, sums)), address(weight),
-        rstd.data_ptr(), address(d_weight), address(d_bias), offset.data_ptr(), slope.data_ptr(),
+    _gradients_kernel(CODES[rstd.dtype], *codes, inner > 1)(
+        sums[0].numel(), T, B, C, inner, sums[0].numel() // (T * B * C * inner), float(n), scale, tuple(map(address, sums)),
+        address(weight), rstd.data_ptr(), address(d_weight), address(d_bias), offset.data_ptr(), slope.data_ptr(),
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Spikes as bits on the CPU. A task packs or restores one block; reference/pack.py defines the packed form.
 
-A chunk is a cache line of words and the elements of their bits. Its accumulators stay in registers: the code is explicit
-vector code, because numba computes with 64-bit integers only. Tables of up to 16 values are compared value by value.
+A chunk is one or a few cache lines of words and the elements of their bits. Its accumulators stay in registers: the code is
+explicit vector code, because numba computes with 64-bit integers only. Tables of up to 16 values are compared value by value.
 """
 
 import ctypes
@@ -20,6 +20,7 @@ from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
+_LINES = 4  # lines of words that are unpacked together, so that the elements are written in longer runs
 _COMPARED = 16  # values of a table that are compared one by one
 
 
@@ -157,32 +158,36 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n):
 
 @intrinsic(prefer_literal=True)
 def _unpack_chunk(typingctx, words, table, out, nontemporal, code, n):
-    """Write the elements of a line of words. nontemporal: past the caches; ``out`` is then a multiple of 64."""
+    """Write the elements of _LINES lines of words. nontemporal: past the caches; ``out`` is then a multiple of 64."""
     code_, n_, nontemporal_ = code.literal_value, n.literal_value, nontemporal.literal_value
 
     def codegen(context, builder, signature, args):
         words, table, out = args[:3]
         word, lanes, W = _words(code_)
         vector, bits = ir.VectorType(word, lanes), bits_of(n_)
-        rows = [_pointer(builder, _row(builder, words, j), vector) for j in range(bits)]
-        planes = [builder.load(row, align=SIZES[code_]) for row in rows]
+
+        def place(row, i):
+            return _pointer(builder, builder.add(row, ir.Constant(I64, i * _LINE)), vector)
+
+        rows = [_row(builder, words, j) for j in range(bits)]
+        planes = [[builder.load(place(row, i), align=SIZES[code_]) for row in rows] for i in range(_LINES)]
         values = _values(builder, table, word, lanes, n_) if n_ <= _COMPARED else None
-        for k in _each_bit(builder, W, values):
-            one = _bit(builder, vector, k)
-            masks = [_has_bit(builder, plane, one) for plane in planes]
-            if values:
-                found = values + values[:1] * ((1 << bits) - n_)
-                for mask in masks:
-                    found = [builder.select(mask, b, a) for a, b in zip(found[::2], found[1::2])]
-                elements = found[0]
-            else:
-                wide = ir.VectorType(I32, lanes)
-                codes = [builder.select(mask, _splat(wide, 1 << j), _splat(wide, 0)) for j, mask in enumerate(masks)]
-                elements = _look_up(builder, table, _any(builder, codes), word, lanes)
-            align = _LINE if nontemporal_ else SIZES[code_]
-            stored = builder.store(elements, _pointer(builder, _row(builder, out, k), vector), align=align)
-            if nontemporal_:
-                stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
+        for k in _each_bit(builder, W, False):
+            row, one = _row(builder, out, k), _bit(builder, vector, k)
+            for i, line in enumerate(planes):
+                masks = [_has_bit(builder, plane, one) for plane in line]
+                if values:
+                    found = values + values[:1] * ((1 << bits) - n_)
+                    for mask in masks:
+                        found = [builder.select(mask, b, a) for a, b in zip(found[::2], found[1::2])]
+                    elements = found[0]
+                else:
+                    wide = ir.VectorType(I32, lanes)
+                    codes = [builder.select(mask, _splat(wide, 1 << j), _splat(wide, 0)) for j, mask in enumerate(masks)]
+                    elements = _look_up(builder, table, _any(builder, codes), word, lanes)
+                stored = builder.store(elements, place(row, i), align=_LINE if nontemporal_ else SIZES[code_])
+                if nontemporal_:
+                    stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, nontemporal, code, n), codegen
@@ -267,12 +272,12 @@ def _unpack_kernel(X, n, nontemporal):
             rest = N - task * BLOCK
             if rest < BLOCK:
                 padded = tile(BLOCK, S)
-                for line in range(0, _ROW, _LINE):
+                for line in range(0, _ROW, _LINES * _LINE):
                     _unpack_chunk(source + line, table, padded + line, 0, X, n)
                 for i in range(rest):
                     _copy_element(target, i, padded, i, X)
             else:
-                for line in range(0, _ROW, _LINE):
+                for line in range(0, _ROW, _LINES * _LINE):
                     _unpack_chunk(source + line, table, target + line, nontemporal, X, n)
 
     return Kernel(unpack, f"unpack_{X}_{n}_{nontemporal}")

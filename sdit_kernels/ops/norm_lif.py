@@ -131,12 +131,16 @@ def define_norm(neuron, names, schema, variant, check):
         values = (1.0, 0.0, *base.values[:k], *fixed, *base.values[k:])
         return Variant(after_norm(neuron, learnt, centred), base.flags, values, base.surrogate, base.alpha)
 
-    def spread(layout, given, options, dtype):
+    def spread(layout, given, options, dtype, backend):
         """Return the parameters of the neuron behind the norm, as the view of the data needs them."""
         weight, bias, step_factor, mean, rstd, _, *parameters = given
-        factor, shift = affine(rstd, weight, bias, step_factor, options[0], dtype)
+        if backend == "cpu" and step_factor is None:  # one kernel, because a small operator of PyTorch takes as long
+            vectors = kernels(backend, "norm").norm_vectors(mean, rstd, weight, bias, options[0], layout.inner)
+        else:
+            vectors = *affine(rstd, weight, bias, step_factor, options[0], dtype), mean
+        factor, shift, mean = map(layout.spread, vectors) if layout.inner == 1 else vectors
         parameters = [p if p is None else p.reshape(()) if p.numel() == 1 else layout.spread(p.to(dtype)) for p in parameters]
-        return factor, [layout.spread(factor), layout.spread(shift), *parameters, layout.spread(mean)]
+        return [factor, shift, *parameters, mean]
 
     def allocate(x, given, options, return_v, return_v_seq, spike_dtype, keep):
         layout, dtype = layout_for(x, given, options), state_dtype(x.dtype)
@@ -155,7 +159,7 @@ def define_norm(neuron, names, schema, variant, check):
         s, final, seq, checkpoint = outputs
         given_variant, layout = neuron_of(values, False), rows_for(layout, given, options, backend)
         if x.numel():
-            _, spread_ = spread(layout, given, options, dtype)
+            spread_ = spread(layout, given, options, dtype, backend)
             kernels(backend, "neuron").neuron_forward(
                 given_variant, layout.view(x), (_state(layout, v),), spread_, layout.view(s), (_state(layout, final),),
                 (_maybe(layout, seq),), (_maybe(layout, checkpoint),), tuning.current(),
@@ -215,7 +219,7 @@ def define_norm(neuron, names, schema, variant, check):
             return dx, dv, found, joint
         parameters, rows = given[6:], layout
         layout = rows_for(layout, given, options, backend)
-        factor, spread_ = spread(layout, given, options, dtype)
+        spread_ = spread(layout, given, options, dtype, backend)
         y = layout.view(x)
         learnt = wanted and any(p is not None for p in parameters)
         if x.shape[0] <= LIF_CHECKPOINT_STEPS:
@@ -258,7 +262,7 @@ def define_norm(neuron, names, schema, variant, check):
         if at_once:  # one kernel computes what the other branch does
             offset, slope = (torch.empty_like(given[4]) for _ in range(2))
             steps = x.shape[0] if options[2] else 1
-            sums_ = partial[:2] if layout.inner == 1 else [t.reshape(-1, layout.C, layout.inner).sum(-1) for t in partial[:2]]
+            sums_ = [t.reshape(-1, layout.C, layout.inner) for t in partial[:2]]
             kernels(backend, "norm").norm_gradients(
                 sums_, steps, 1 if layout.S is None else layout.B, given[0], given[4], options[0],
                 x.numel() // given[4].numel(), *found[:2], offset, slope, tuning.current(),
@@ -267,7 +271,7 @@ def define_norm(neuron, names, schema, variant, check):
         gradients = sum_parameter_gradients(summing.neuron, parameters, partial, [None] * k)
         if not at_once:
             sums_ = [layout.gather(d) for d in gradients[:2]]
-            joint = joint_sums(sums_, factor, options)
+            joint = joint_sums(sums_, affine(given[4], *given[:3], options[0], dtype)[0], options)
             offset, slope = coefficients(joint, given, x) if mode == "all" else (None, None)
             if wanted:
                 vector_gradients(sums_, given, options, found)
