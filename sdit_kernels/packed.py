@@ -33,7 +33,7 @@ from ._torch import (
     without_modes,
 )
 from .dtypes import DATA_DTYPES, state_dtype
-from .levels import decode, encode
+from .levels import BINARY, decode, encode
 from .reference.pack import Window, bits_of
 
 _PACKED_DTYPES = (*DATA_DTYPES, torch.uint8, torch.int8, torch.bool)  # what the kernels take
@@ -116,6 +116,7 @@ def _spike_values(levels: str, dtype: torch.dtype, steps: int | None) -> Values 
     return _multiples(lo, hi, scale, steps or 1, kind == "integer" and dtype.is_floating_point, dtype)
 
 
+@functools.lru_cache(maxsize=512)
 def _sum_of(a: Values, b: Values) -> Values | None:
     """Return the values of the sum of two tensors: exact if both are multiples of the same power of two."""
     scale = 1 / a.inverse
@@ -130,20 +131,20 @@ def _sum_of(a: Values, b: Values) -> Values | None:
 class _Bits:
     """The elements of a storage as codes."""
 
-    __slots__ = ("__weakref__", "backend", "dtype", "n", "values", "words")
+    __slots__ = ("__weakref__", "backend", "dtype", "values", "words")
 
-    def __init__(self, words, values, backend, dtype, n):
-        self.words, self.values, self.backend, self.dtype, self.n = words, values, backend, dtype, n
+    def __init__(self, words, values, backend, dtype):
+        self.words, self.values, self.backend, self.dtype = words, values, backend, dtype
 
-    def restore(self) -> Tensor:
-        flat = memory.empty_contiguous((self.n,), self.dtype, self.words)
-        _kernels(self.backend).unpack(self.words, self.values, flat, tuning.current())
-        return flat
+    def restore(self, shape) -> Tensor:
+        t = memory.empty_contiguous(shape, self.dtype, self.words)
+        _kernels(self.backend).unpack(self.words, self.values, t, tuning.current())
+        return t
 
 
 def _pack_values(flat, values, backend):
     words, exact = _kernels(backend).pack(flat, values, tuning.current())
-    return _Bits(words, values, backend, flat.dtype, flat.numel()) if exact else None
+    return _Bits(words, values, backend, flat.dtype) if exact else None
 
 
 class _Codes:
@@ -154,11 +155,11 @@ class _Codes:
     def __init__(self, bits, shape, window):
         self.bits, self.shape, self.window = bits, shape, window
 
-    def restore(self) -> Tensor:
-        codes = self.bits.restore()
+    def restore(self, shape) -> Tensor:
+        codes = self.bits.restore((math.prod(shape),))
         flat = memory.empty_contiguous(codes.shape, torch.int64, codes)
         _kernels(self.bits.backend).window_indices(codes, self.shape, self.window, flat, tuning.current())
-        return flat
+        return flat.view(shape)
 
 
 class _Narrow:
@@ -169,8 +170,8 @@ class _Narrow:
     def __init__(self, flat):
         self.flat = flat
 
-    def restore(self) -> Tensor:
-        return self.flat.long()
+    def restore(self, shape) -> Tensor:
+        return self.flat.long().view(shape)
 
 
 class Indices(NamedTuple):
@@ -198,8 +199,8 @@ class _Plain(NamedTuple):
     codes: Tensor
     backend: str
 
-    def restore(self) -> Tensor:
-        return self.codes
+    def restore(self, shape) -> Tensor:
+        return self.codes.view(shape)
 
 
 class Counts(NamedTuple):
@@ -211,7 +212,7 @@ class Counts(NamedTuple):
     def pack(self, flat, backend):
         numbers = flat.mul(1 / self.unit).to(torch.int16)
         packed = _Multiples(numbers, self.unit, flat.dtype)
-        exact = flat.device.type != "cpu" or torch.equal(packed.restore(), flat)
+        exact = flat.device.type != "cpu" or torch.equal(packed.restore(flat.shape), flat)
         return packed if exact else None
 
     def cast(self, dtype: torch.dtype) -> "Counts | None":
@@ -226,8 +227,8 @@ class _Multiples:
     def __init__(self, numbers, unit, dtype):
         self.numbers, self.unit, self.dtype = numbers, unit, dtype
 
-    def restore(self) -> Tensor:
-        return self.numbers.to(self.dtype).mul_(self.unit)
+    def restore(self, shape) -> Tensor:
+        return self.numbers.to(self.dtype).mul_(self.unit).view(shape)
 
 
 # --- known tensors ----------------------------------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ class _Multiples:
 class _Known(weakref.ref):
     """A weak reference to a storage, and what is known about its elements."""
 
-    __slots__ = ("dtype", "key", "kind", "packed", "version")
+    __slots__ = ("dtype", "key", "kind", "nbytes", "packed", "version")
     key: int
+    nbytes: int
     version: int
     dtype: torch.dtype
     kind: "Values | Counts | Indices"
@@ -279,14 +281,16 @@ def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
     storage = t.untyped_storage()
     size = storage.nbytes()
     if size and size == t.numel() * t.itemsize:  # t covers the storage
-        known = _known[id(storage)] = _Known(storage, _forget)
-        known.key, known.version, known.dtype, known.kind, known.packed = id(storage), t._version, t.dtype, kind, None
+        key = id(storage)
+        known = _known[key] = _Known(storage, _forget)
+        known.key, known.nbytes, known.version, known.dtype = key, size, t._version, t.dtype
+        known.kind, known.packed = kind, None
 
 
 def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None:
     """Inside packed_spikes, note that s is the spikes of an op, or with ``steps`` their mean over so many time steps."""
     if _local.depth and not transforms_active() and not is_tracing():
-        values = _spike_values(encode(levels), s.dtype, steps)
+        values = _spike_values(BINARY if levels is None else encode(levels), s.dtype, steps)
         if values is not None:
             _note(s, values)
 
@@ -304,22 +308,20 @@ class _Saved(NamedTuple):
     """A view of a packed storage."""
 
     packed: Any
-    size: tuple
+    size: torch.Size
     stride: tuple
     offset: int
+    elements: int  # of the storage
 
 
 def _pack_storage(known: _Known, t: Tensor):
     """Return the packed storage of t. All tensors that share the storage share it. None: an element is not as noted."""
     packed = None if known.packed is None else known.packed()
     if packed is None:
-        storage = t.untyped_storage()
-        n, kind, backend = storage.nbytes() // t.itemsize, known.kind, dispatch.choose(t.device)
-        flat = t
-        if (
-            backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous()
-        ):  # the CPU kernel reads memory
-            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(storage, 0, (n,), (1,))
+        n, kind, backend = known.nbytes // t.itemsize, known.kind, dispatch.choose(t.device)
+        flat = t  # the CPU kernel takes only its address
+        if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():
+            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, (n,), (1,))
         packed = _pack_values(flat, kind, backend) if type(kind) is Values else kind.pack(flat, backend)
         known.packed = None if packed is None else weakref.ref(packed)
     return packed
@@ -329,18 +331,20 @@ def _pack(t):
     known = None
     if type(t) in _PLAIN_TENSOR_TYPES and t.layout is torch.strided and id(t.untyped_storage()) in _known and not is_tracing():
         known = _find(t)  # of few tensors
-    if known is not None and t.untyped_storage().nbytes() >= _SMALL:
+    if known is not None and known.nbytes >= _SMALL:
         with without_modes():
             packed = _pack_storage(known, t)
         if packed is not None:
-            return _Saved(packed, t.size(), t.stride(), t.storage_offset())
+            return _Saved(packed, t.size(), t.stride(), t.storage_offset(), known.nbytes // t.itemsize)
         _known.pop(known.key, None)
     return t, None if t.is_inference() else t._version
 
 
 def _unpack(saved):
     if type(saved) is _Saved:
-        return saved.packed.restore().as_strided(*saved[1:])
+        packed, size, stride, offset, n = saved
+        t = packed.restore(size if size.numel() == n else (n,))
+        return t if t.stride() == stride else t.as_strided(size, stride, offset)
     t, version = saved
     if version is not None and t._version != version:  # autograd does not check this where hooks are active
         raise RuntimeError(

@@ -72,8 +72,11 @@ class _Call:
     def __init__(self, x, norm, axis, statistics):
         self.x, self.norm, self.axis, self.statistics = x, norm, axis, statistics
         self.needs_grad = torch.is_grad_enabled()
-        self.inputs = [t for t in (x, *norm.learnt) if t is not None]
-        self.versions = [t._version for t in self.inputs]
+        self.inputs, self.versions = [x], [x._version]
+        for t in norm.learnt:
+            if t is not None:
+                self.inputs.append(t)
+                self.versions.append(t._version)
         self.output: Tensor | None = None
         self.is_fused = False
 

@@ -5,6 +5,7 @@ for pairs: what follows a norm may change from call to call.
 """
 
 import functools
+import operator
 from contextlib import nullcontext
 
 import torch
@@ -54,58 +55,76 @@ class FusedNorm(Swapped):
 
     def _wait(self, x, axis, step_factor=None):
         training, tracks = self.training, self.track_running_stats
-        mean, var = self.running_mean, self.running_var  # nn.Module looks for them in Python
+        weight, bias, mean, var, count = _find_tensors(self)
         uses_data = training or (mean is None and var is None)
         if training and not tracks:
             mean = var = None
         if (mean is None) != (var is None):
             return None
-        count = self.num_batches_tracked if training and tracks else None
+        count = count if training and tracks else None
         momentum = self.momentum
         if momentum is None:
             momentum = 0.0 if count is None else 1.0 / float(count + 1)
-        y = _begin(x, axis, self.weight, self.bias, mean, var, uses_data, momentum, self.eps, step_factor=step_factor)
-        if y is not None and count is not None:
-            with unseen():
-                count.add_(1)
-        return y
+        return _begin(x, axis, weight, bias, mean, var, uses_data, momentum, self.eps, step_factor=step_factor, count=count)
 
 
-def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=False, step_factor=None):
-    """Compute the statistics of x and return a pending output, or None if norm_lif refuses the arguments."""
+_TENSORS = "weight", "bias", "running_mean", "running_var", "num_batches_tracked"
+
+
+def _find_tensors(norm):
+    """Return the tensors of a norm. nn.Module looks for an attribute in Python, and the norms of a model add up."""
+    parameters, buffers = norm._parameters.get, norm._buffers.get
+    found = parameters("weight"), parameters("bias"), *map(buffers, _TENSORS[2:])
+    for t in found:
+        if t is None:  # or an attribute of another kind
+            return tuple([getattr(norm, name) for name in _TENSORS])
+    return found
+
+
+def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=False, step_factor=None, count=None):
+    """Compute the statistics of x and return a pending output, or None if norm_lif refuses the arguments.
+
+    count: the number of batches, to be increased.
+    """
     backend = choose(x.device)
-    with unseen():
-        steps = (x if axis == 2 else x.unsqueeze(0)).detach()  # (T, B, C, ..)
     norm = Norm(weight, bias, mean, var, training, momentum, eps, 2, per_step, step_factor, 1.0, None)
-    if backend == "reference" or not _is_accepted(norm, steps):
+    if backend == "reference" or not _is_accepted(norm, x, axis):
         return None
-    statistics = norm.statistics(steps, 2, backend)
-    if not training:  # they may change before the output is used
-        norm = norm._replace(running_mean=statistics.mean, running_var=var.clone())
+    with unseen():
+        steps = x.detach()
+        statistics = norm.statistics(steps if axis == 2 else steps.unsqueeze(0), 2, backend)
+        if not training:  # they may change before the output is used
+            norm = norm._replace(running_mean=statistics.mean, running_var=var.clone())
+        if count is not None:
+            count.add_(1)
     return make_pending(x, norm, axis, statistics)
 
 
 _accepted: dict[tuple, bool] = {}
+_properties = operator.attrgetter("__class__", "shape", "dtype", "device", "layout")
 
 
-def _is_accepted(norm, x):
+def _is_accepted(norm, x, axis):
     """True if norm_lif accepts these arguments. The checks take 20 us, and what they look at seldom changes."""
     weight, bias, mean, var, training, momentum, eps, _, per_step, step_factor, *_ = norm
     key = (
-        type(x), x.shape, x.dtype, x.device, training, type(momentum), eps, type(eps), per_step,
-        *[p if p is None else (type(p), p.shape, p.dtype, p.device, p.layout) for p in (weight, bias, mean, var, step_factor)],
-        *[p is None or (p.requires_grad, p.is_inference(), p.stride()) for p in (mean, var)],
-        training and torch.is_inference_mode_enabled(),
+        _properties(x), axis, training, type(momentum), eps, type(eps), per_step,
+        mean is None or (mean.requires_grad, mean.is_inference(), mean.stride(), *_properties(mean)),
+        var is None or (var.requires_grad, var.is_inference(), var.stride(), *_properties(var)),
+        weight is None or _properties(weight), bias is None or _properties(bias),
+        step_factor is None or _properties(step_factor), training and torch.is_inference_mode_enabled(),
     )  # fmt: skip
-    if key not in _accepted:
+    found = _accepted.get(key)
+    if found is None:
         if len(_accepted) > 1024:
             _accepted.clear()
         try:
-            norm.check(x)
-            _accepted[key] = True
+            norm.check(x if axis == 2 else x.unsqueeze(0))  # (T, B, C, ..)
+            found = True
         except (TypeError, ValueError):
-            _accepted[key] = False
-    return _accepted[key]
+            found = False
+        _accepted[key] = found
+    return found
 
 
 class FusedMultiStepNorm(FusedNorm):

@@ -347,23 +347,30 @@ def _window_indices_kernel(KH, KW):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=256)
+def _form(dtype, n):
+    """Return (the dtype of words, their shape in a block, the kernel that packs) for n values of a dtype."""
+    _, *shape = words_shape(1, dtype.itemsize, n)
+    return WORDS[dtype.itemsize], shape, _pack_kernel(CODES[dtype], n)
+
+
 def pack(flat, values, tuning):
     """Return (words, True if each element of flat is one of the values bit for bit)."""
-    words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
+    table, n = values.table, flat.numel()
+    word, shape, kernel = _form(table.dtype, values.n)
+    words = torch.empty((-(-n // BLOCK), *shape), dtype=word, device="cpu")
     wrong = ctypes.c_int64()
-    _pack_kernel(CODES[flat.dtype], values.n)(
-        flat.numel(), flat.numel(), flat.data_ptr(), values.table.data_ptr(), words.data_ptr(), ctypes.addressof(wrong),
-        float(values.first), values.inverse,
-    )  # fmt: skip
+    kernel(
+        n, n, flat.data_ptr(), table.data_ptr(), words.data_ptr(), ctypes.addressof(wrong), float(values.first), values.inverse
+    )
     return words, not wrong.value
 
 
 def unpack(words, values, flat, tuning):
     """Fill flat."""
-    nontemporal = int(flat.nbytes >= STREAM and flat.data_ptr() % _LINE == 0)
-    _unpack_kernel(CODES[flat.dtype], values.n, nontemporal)(
-        flat.numel(), flat.numel(), words.data_ptr(), values.table.data_ptr(), flat.data_ptr()
-    )
+    table, n, out = values.table, flat.numel(), flat.data_ptr()
+    past_caches = int(flat.nbytes >= STREAM and out % _LINE == 0)
+    _unpack_kernel(CODES[table.dtype], values.n, past_caches)(n, n, words.data_ptr(), table.data_ptr(), out)
 
 
 def window_codes(flat, shape, window, tuning):

@@ -82,9 +82,10 @@ _statistics_call, _updating_call = (
 
 def _can_update(running_mean, running_var):
     """True if the kernel may update running statistics. Traces and transforms see PyTorch's operators instead."""
-    if torch.compiler.is_compiling() or transforms_active() or is_tracing():
+    if running_mean is None or running_var is None or torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return False
-    return all(t is not None and t.is_contiguous() and not t.is_inference() for t in (running_mean, running_var))
+    contiguous = running_mean.is_contiguous() and running_var.is_contiguous()
+    return contiguous and not (running_mean.is_inference() or running_var.is_inference())
 
 
 def _combine(mean, squares, count, group):
@@ -488,16 +489,10 @@ def check_state_and_flags(x, name, v, return_v, return_v_seq):
             check_flag(name, flag)
 
 
-def batch_statistics(x, axis, per_step, eps, group, backend, running=None, momentum=0.0):
-    """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group.
-
-    running: the running (mean, variance), to be moved by ``momentum``; without a group.
-    """
+def batch_statistics(x, axis, per_step, eps, group, backend):
+    """Return (mean, sum of (x - mean)^2, rstd, number of values) per channel; the number is a tensor if there is a group."""
     x = x.detach() if x.requires_grad else x
-    if running is None:
-        mean, squares, rstd = _statistics_call(x, None, None, axis, per_step, eps, 0.0, backend)
-    else:
-        mean, squares, rstd = _updating_call(x, *running, axis, per_step, eps, momentum, backend)
+    mean, squares, rstd = _statistics_call(x, None, None, axis, per_step, eps, 0.0, backend)
     count = x.numel() // mean.numel() if mean.numel() else 0
     if group is None:
         return mean, squares, rstd, count
@@ -547,12 +542,14 @@ class Norm(NamedTuple):
             dtype = state_dtype(x.dtype)
             mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
             return Statistics(mean, _rstd(var, self.eps), None, "")
-        group, running = self.process_group, (self.running_mean, self.running_var)
-        inside = group is None and x.numel() > 0 and _can_update(*running)
-        mean, squares, rstd, n = batch_statistics(
-            x, axis, self.per_step, float(self.eps), group, backend, running if inside else None, float(self.momentum)
-        )
-        if not inside and any_given(running) and (x.numel() or group is not None):
+        group, mean, var, eps = self.process_group, self.running_mean, self.running_var, float(self.eps)
+        if group is None and x.numel() and _can_update(mean, var):
+            x = x.detach() if x.requires_grad else x
+            mean, _, rstd = _updating_call(x, mean, var, axis, self.per_step, eps, float(self.momentum), backend)
+            return Statistics(mean, rstd, None, "")
+        running = mean, var
+        mean, squares, rstd, n = batch_statistics(x, axis, self.per_step, eps, group, backend)
+        if any_given(running) and (x.numel() or group is not None):
             with packed.unseen():
                 update_running(*running, mean, squares, n, self.momentum)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)

@@ -279,11 +279,14 @@ def register(
             return filled(run(*args), args)
         return Dispatched.apply(*args[:tensor_count], args[tensor_count:])
 
-    def run_without_gradient(*args):
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:tensor_count]):
-            raise RuntimeError(
-                f"sdit_kernels::{name} writes to its arguments and has no gradient: call it under torch.no_grad()"
-            )
+    def write(run, args):
+        """Run an operator that writes to its arguments."""
+        if torch.is_grad_enabled():
+            for t in args[:tensor_count]:
+                if t is not None and t.requires_grad:
+                    raise RuntimeError(
+                        f"sdit_kernels::{name} writes to its arguments and has no gradient: call it under torch.no_grad()"
+                    )
         if in_forward_mode() and any(
             t is not None and forward_ad.unpack_dual(t).tangent is not None for t in args[:tensor_count]
         ):
@@ -292,7 +295,7 @@ def register(
         torch.autograd.graph.increment_version([args[i] for i in mutates])
         return output
 
-    _LIBRARY.impl(name, run_without_gradient if mutates else autograd, "Autograd")
+    _LIBRARY.impl(name, (lambda *args: write(run, args)) if mutates else autograd, "Autograd")
 
     def entry(*args):
         if torch.compiler.is_compiling():
@@ -305,7 +308,7 @@ def register(
         if needs_dispatcher(args):
             return operator(*args)
         if mutates:
-            return run_without_gradient(*args)
+            return write(implementation, args)
         if may_need_grad(args):
             for t in args[:tensor_count]:
                 if t is not None and is_of_transform(t):  # which has ended: ``apply`` does not know such tensors

@@ -45,12 +45,12 @@ def pack(flat: Tensor, values, tuning=None) -> tuple[Tensor, bool]:
 
 
 def unpack(words: Tensor, values, flat: Tensor, tuning=None) -> None:
-    """Fill flat with the elements that ``pack`` has packed."""
+    """Fill flat, of any shape, with the elements that ``pack`` has packed."""
     shifts = torch.arange(8 * words.itemsize, dtype=words.dtype, device=words.device).view(-1, 1)
     ones = (words.unsqueeze(2) >> shifts & 1).int()  # (blocks, bits, bits of a word, lanes)
     planes = torch.arange(words.shape[1], dtype=torch.int32, device=words.device).view(-1, 1, 1)
     codes = (ones << planes).sum(1).flatten()[: flat.numel()]
-    flat.copy_(values.on(flat.device)[codes])
+    flat.view(-1).copy_(values.on(flat.device)[codes])
 
 
 # --- the indices of a max-pooling -------------------------------------------------------------------------------------------
