@@ -249,6 +249,15 @@ def written_arguments(function: Any, args: tuple, kwargs: dict) -> list[Any]:
     return [*(a for a, w in zip(args, written) if w), *(v for k, v in kwargs.items() if k in named)]
 
 
+def increase(counts: list[Tensor]) -> None:
+    """Add 1 to each tensor, on a GPU in one launch. Fallback: one operator per tensor."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(counts, 1)
+    else:
+        for count in counts:
+            count.add_(1)
+
+
 # The number of the running backward pass, -1 outside one. Fallback: -1, and a pass that repeats the forward pass counts twice.
 _graph_task: Callable[[], int] = getattr(_C, "_current_graph_task_id", lambda: -1)
 

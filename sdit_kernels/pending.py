@@ -1,9 +1,12 @@
 """``Pending``: the output of a BatchNorm that nobody has computed yet.
 
-Inside a ``waiting`` block, a norm computes its statistics and returns ``make_pending(x, norm, ..)``. Views of it stay pending.
-If a neuron's op gets one, it computes norm and neuron in one pass from the norm's input (ops/norm_lif.py). Any other use
-computes the output, and continues with it. At its end, the block computes all pending tensors that are still alive. So a model
-may do with the output of a norm whatever it likes, and nothing has to know in advance which module comes next.
+Inside a ``waiting`` block, a norm returns ``make_pending(x, norm, ..)``. Views of it stay pending. If a neuron's op gets one, it
+computes norm and neuron in one pass from the norm's input (ops/norm_lif.py). Any other use computes the output, and continues
+with it. At its end, the block computes all pending tensors that are still alive. So a model may do with the output of a norm
+whatever it likes, and nothing has to know in advance which module comes next.
+
+In training, whoever computes first also updates the running statistics; ``settle`` does so where nobody has. The norm calls it
+before it shows its running statistics to anyone (compat/fuse.py), and the block calls it at its end.
 """
 
 import contextlib
@@ -17,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._torch import find_apply, is_of_transform, make_wrapper_subclass, tree_map, without_functions_of_subclasses
+from ._torch import (
+    find_apply,
+    increase,
+    is_of_transform,
+    make_wrapper_subclass,
+    tree_map,
+    without_functions_of_subclasses,
+)
+from .packed import unseen
 
 # Functions that do not read the values.
 _METADATA = {
@@ -39,9 +50,28 @@ _COPIES = {Tensor.contiguous}
 _TOO_LATE = {Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook}
 
 
+class _Block:
+    """What a ``waiting`` block must do at its end."""
+
+    def __init__(self):
+        self.made: list[weakref.ref] = []  # its pending tensors
+        self.owing: dict[int, _Call] = {}  # by id(running_mean), the calls that have not updated it
+        self.counts: dict[int, Tensor] = {}  # by id, the numbers of batches to be increased
+
+    def end(self, compute):
+        if self.counts:
+            with unseen():
+                increase(list(self.counts.values()))
+        for reference in self.made if compute else ():
+            if (t := reference()) is not None:
+                t._place.compute()
+        for call in list(self.owing.values()):
+            call.update()
+
+
 class _Local(threading.local):
     def __init__(self):
-        self.blocks = []  # of the thread: per block, weak references to its pending tensors
+        self.blocks: list[_Block] = []  # of the thread
 
 
 _local = _Local()
@@ -55,22 +85,38 @@ def is_waiting() -> bool:
 @contextlib.contextmanager
 def waiting():
     """Let norms wait for their neurons inside this block."""
-    made: list[weakref.ref] = []
-    _local.blocks.append(made)
+    _local.blocks.append(_Block())
+    compute = False  # after an exception: activation checkpointing raises one to stop a forward pass
     try:
         yield
+        compute = True
     finally:
-        _local.blocks.pop()
-    for reference in made:  # not after an exception: activation checkpointing raises one to stop a forward pass
-        if (t := reference()) is not None:
-            t._place.compute()
+        _local.blocks.pop().end(compute)
+
+
+def settle(running_mean: Tensor, count: Tensor | None = None) -> None:
+    """Update the statistics of a norm, and its number of batches, if a block of this thread has put that off."""
+    for block in _local.blocks:
+        if (call := block.owing.get(id(running_mean))) is not None:
+            call.update()
+        if count is not None and block.counts.pop(id(count), None) is not None:
+            increase([count])
+
+
+def count_later(count: Tensor) -> None:
+    """Increase the number of batches of a norm at the end of the block, in one operator with all others of the block."""
+    counts = _local.blocks[-1].counts
+    if id(count) in counts:  # the operator must not get a tensor twice
+        increase([count])
+    counts[id(count)] = count
 
 
 class _Call:
     """One call of a norm. All pending views of its output share it."""
 
-    def __init__(self, x, norm, axis, statistics):
-        self.x, self.norm, self.axis, self.statistics = x, norm, axis, statistics
+    def __init__(self, x, norm, axis, statistics, backend):
+        self.x, self.norm, self.axis, self.statistics, self.backend = x, norm, axis, statistics, backend
+        self.owed: dict[int, _Call] | None = None  # where the block keeps the call while the running statistics wait for x
         self.needs_grad = torch.is_grad_enabled()
         self.inputs, self.versions = [x], [x._version]
         for t in norm.learnt:
@@ -79,6 +125,28 @@ class _Call:
                 self.versions.append(t._version)
         self.output: Tensor | None = None
         self.is_fused = False
+
+    def owe(self):
+        """Let the running statistics wait for the first use."""
+        mean = self.norm.running_mean
+        settle(mean)
+        self.owed, self.version = _local.blocks[-1].owing, mean._version
+        self.owed[id(mean)] = self
+
+    def pay(self, certain=True):
+        """Note that the running statistics have seen x. Not certain: if their version tells so."""
+        if self.owed is not None and (certain or self.norm.running_mean._version != self.version):
+            del self.owed[id(self.norm.running_mean)]
+            self.owed, self.norm = None, self.norm.without_update()
+
+    def update(self):
+        """Update the running statistics without the output."""
+        if self.owed is not None:
+            self.check_changes()
+            x = self.x.detach()
+            with unseen():
+                self.norm.statistics(x if self.axis == 2 else x.unsqueeze(0), 2, self.backend)
+            self.pay()
 
     def check_changes(self):
         if self.versions != [t._version for t in self.inputs]:
@@ -91,24 +159,28 @@ class _Call:
         """Return the output as PyTorch computes it."""
         if self.output is None:
             with torch.set_grad_enabled(self.needs_grad):
-                self.output = self.evaluate(self.x, *self.norm.learnt)
+                self.output = self.evaluate(self.x, *self.norm.learnt, self.owed is not None)
+            self.pay()
         return self.output
 
-    def evaluate(self, x, weight, bias, step_factor):
+    def evaluate(self, x, weight, bias, step_factor, update=False):
+        """update: update the running statistics."""
         self.check_changes()
-        norm, mean = self.norm, self.statistics.mean
+        norm, running = self.norm, (None, None)
+        if update:
+            running = norm.running_mean, norm.running_var
+        elif not norm.training:  # they may have changed since
+            running = self.statistics.mean.to(norm.running_var.dtype), norm.running_var
         if norm.per_step:
-            rows = zip(x, *((None,) * len(x) if t is None else t for t in (weight, bias, mean, norm.running_var)))
+            rows = zip(x, *((None,) * len(x) if t is None else t for t in (weight, bias, *running)))
             y = torch.stack([self._normalise(*row) for row in rows])
         else:
-            y = self._normalise(x.flatten(0, 1) if self.axis == 2 else x, weight, bias, mean, norm.running_var)
+            y = self._normalise(x.flatten(0, 1) if self.axis == 2 else x, weight, bias, *running)
             y = y.view(x.shape) if self.axis == 2 else y
         return y if step_factor is None else y * step_factor.view(-1, *[1] * (x.dim() - 1))
 
     def _normalise(self, x, weight, bias, mean, var):
-        training = self.norm.training
-        mean, var = (None, None) if training else (mean.to(var.dtype), var)
-        return F.batch_norm(x, mean, var, weight, bias, training, 0.0, self.norm.eps)
+        return F.batch_norm(x, mean, var, weight, bias, self.norm.training, self.norm.momentum, self.norm.eps)
 
 
 class _Link(torch.autograd.Function):
@@ -254,7 +326,7 @@ def _make(place: _Place, ends_with_block=True) -> Tensor:
     t = _Link.apply(place, *inputs) if any(map(is_of_transform, inputs)) else _link(place, *inputs)
     t._place = place
     if ends_with_block:
-        _local.blocks[-1].append(weakref.ref(t)) if _local.blocks else place.compute()
+        _local.blocks[-1].made.append(weakref.ref(t)) if _local.blocks else place.compute()
     return t
 
 
@@ -271,11 +343,11 @@ def computed(t):
     return y if _is_own(t) else _Values.apply(t, y)
 
 
-def make_pending(x: Tensor, norm, axis: int, statistics) -> Tensor:
+def make_pending(x: Tensor, norm, axis: int, statistics, backend: str) -> Tensor:
     """Return the output of a BatchNorm on x, without computing it.
 
-    norm: a Norm of ops/norm_lif.py, whose running statistics have seen x; in evaluation they must not change later. axis: the
-    axis of the channels, 1 or 2.
+    norm: a Norm of ops/norm_lif.py, which accepts x; in evaluation its running statistics must not change later. axis: the axis
+    of the channels, 1 or 2. statistics: of x, which the running statistics have seen; None: they wait for the first use.
     """
     strides = x.stride()
     if not x.is_contiguous():  # as F.batch_norm chooses the order of its output
@@ -283,7 +355,10 @@ def make_pending(x: Tensor, norm, axis: int, statistics) -> Tensor:
         strides = strides if keeps else None
     has_steps = norm.per_step or norm.step_factor is not None
     meta, probe = _without_memory(x.shape, strides, x.dtype, axis, has_steps)
-    return _make(_Place(_Call(x, norm, axis, statistics), x, probe, meta))
+    call = _Call(x, norm, axis, statistics, backend)
+    if statistics is None and (norm.running_mean is not None or norm.running_var is not None):
+        call.owe()
+    return _make(_Place(call, x, probe, meta))
 
 
 @functools.lru_cache(maxsize=512)
@@ -299,7 +374,7 @@ def _without_memory(shape, strides, dtype, axis, has_steps):
 
 
 def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settings: Any) -> Any:
-    """Run op(x, norm, v, statistics, ..), which computes norm and neuron in one pass, in place of a neuron on t.
+    """Run op(x, norm, v, statistics, checked, ..), which computes norm and neuron in one pass, in place of a neuron on t.
 
     Return None if t must be computed first, because somebody has read it, or its axes have no place in the op.
     """
@@ -310,7 +385,10 @@ def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settin
     call.check_changes()
     call.is_fused = True
     norm = call.norm if axis == call.norm.channel_axis else call.norm._replace(channel_axis=axis)
-    return op(place.x, norm, v, call.statistics, **settings)
+    try:
+        return op(place.x, norm, v, call.statistics, True, **settings)
+    finally:  # activation checkpointing stops a forward pass by an exception when the op saves its tensors
+        call.pay(certain=False)
 
 
 def without_values(t):

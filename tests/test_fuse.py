@@ -203,9 +203,22 @@ def test_a_norm_without_a_reader_updates_its_statistics():
     accelerate(fused, fuse=True)
     x = torch.randn(5, C, 3, 3, dtype=torch.float64, requires_grad=True)
     norm(x)
+    norm(x)
     with waiting():
-        assert isinstance(fused(x), Pending)
-        same(list(fused.buffers()), list(norm.buffers()))
+        fused(x)  # its output is gone
+        y = fused(x)
+        assert isinstance(y, Pending)
+        same([fused.running_mean, fused.running_var, fused.num_batches_tracked], list(norm.buffers()))
+        norm(x)
+        y = fused(x)
+    same(list(fused.buffers()), list(norm.buffers()))
+    norm(x)
+    with pytest.raises(KeyError), waiting():
+        y = fused(x)
+        raise KeyError
+    same(list(fused.buffers()), list(norm.buffers()))
+    same([y + 0], [norm(x)])
+    assert fused.num_batches_tracked == 4
 
 
 def test_a_pending_tensor_looks_like_a_tensor():

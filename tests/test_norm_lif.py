@@ -580,7 +580,7 @@ def test_define_norm_serves_other_neurons():
     mine = dataclasses.replace(LEAKY, name="leaky_of_this_test")  # leaky itself has these operators after its first use
 
     schema = "float beta_value, float v_threshold_value, str reset, bool delay, str surrogate, float alpha"
-    call = define_norm(mine, ("beta", "v_threshold"), schema, variant, lambda *_: None)
+    call = define_norm(mine, ("beta", "v_threshold"), schema, variant, lambda *_: None).call
     x, weight = draw((4, 3, 5, 6)).requires_grad_(), (1 + draw((5,), 1).abs()).requires_grad_()
     mean, _, rstd, _ = batch_statistics(x, 2, False, 1e-5, None, "cpu")
     vectors_ = weight, None, None, mean, rstd, None, None, None

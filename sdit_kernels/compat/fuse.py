@@ -17,7 +17,7 @@ from ..dtypes import DATA_DTYPES, autocast_dtype
 from ..ops.norm_lif import Norm
 from ..ops.pool import max_pool
 from ..packed import packed_spikes, unseen
-from ..pending import computed, is_waiting, make_pending, waiting
+from ..pending import computed, count_later, is_waiting, make_pending, settle, waiting
 from .swap import Left, Report, Swapped, changed_behaviour, find_counter, original_class, replace_methods
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -37,6 +37,13 @@ def _find_axis(kind, C, axis, shape):
 
 class FusedNorm(Swapped):
     """A BatchNorm whose output is pending inside an accelerated model, and the norm's own otherwise."""
+
+    def __getattr__(self, name):
+        """Return a buffer with the value that it has without this class; see ../pending.py."""
+        if name in _TENSORS[2:] and is_waiting():
+            buffers = self.__dict__["_buffers"]
+            settle(buffers.get("running_mean"), buffers.get("num_batches_tracked"))
+        return super().__getattr__(name)
 
     def forward(self, x):
         if is_waiting() and _can_wait(self, x) and 0 <= (self.momentum or 0) <= 1:
@@ -64,7 +71,7 @@ class FusedNorm(Swapped):
         count = count if training and tracks else None
         momentum = self.momentum
         if momentum is None:
-            momentum = 0.0 if count is None else 1.0 / float(count + 1)
+            momentum = 0.0 if count is None else 1.0 / float(self.num_batches_tracked + 1)
         return _begin(x, axis, weight, bias, mean, var, uses_data, momentum, self.eps, step_factor=step_factor, count=count)
 
 
@@ -82,22 +89,23 @@ def _find_tensors(norm):
 
 
 def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=False, step_factor=None, count=None):
-    """Compute the statistics of x and return a pending output, or None if norm_lif refuses the arguments.
+    """Return a pending output, or None if norm_lif refuses the arguments.
 
     count: the number of batches, to be increased.
     """
-    backend = choose(x.device)
+    backend, statistics = choose(x.device), None
     norm = Norm(weight, bias, mean, var, training, momentum, eps, 2, per_step, step_factor, 1.0, None)
     if backend == "reference" or not _is_accepted(norm, x, axis):
         return None
-    with unseen():
-        steps = x.detach()
-        statistics = norm.statistics(steps if axis == 2 else steps.unsqueeze(0), 2, backend)
-        if not training:  # they may change before the output is used
-            norm = norm._replace(running_mean=statistics.mean, running_var=var.clone())
-        if count is not None:
-            count.add_(1)
-    return make_pending(x, norm, axis, statistics)
+    if not training or per_step or (mean is not None and mean.is_inference()):
+        with unseen():
+            steps = x.detach()
+            statistics = norm.statistics(steps if axis == 2 else steps.unsqueeze(0), 2, backend)
+            if not training:  # they may change before the output is used
+                norm = norm._replace(running_mean=statistics.mean, running_var=var.clone())
+    if count is not None:
+        count_later(count)
+    return make_pending(x, norm, axis, statistics, backend)
 
 
 _accepted: dict[tuple, bool] = {}

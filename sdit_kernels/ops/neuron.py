@@ -274,7 +274,7 @@ class NeuronOp:
         values = [f"float {name}_value" for name in neuron.parameters]
         flags = [f"{type(flag).__name__} {name}" for name, flag in neuron.flags.items()]
         schema = ", ".join([*values, *flags, "str surrogate", "float alpha"])
-        self.schema, self._norm_call = schema, None
+        self.schema, self._norm_calls = schema, None
         self._call = define(neuron, neuron.parameters, schema, self._variant, self._check_values)
 
     def _variant(self, *values):
@@ -312,12 +312,12 @@ class NeuronOp:
         )  # fmt: skip
 
     def after_norm(
-        self, x, norm, v, statistics, *, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
+        self, x, norm, v, statistics, checked, *, parameters, flags, surrogate, alpha, return_v, return_v_seq, spike_dtype
     ):  # fmt: skip
         """Run a BatchNorm, a Norm of norm_lif.py, and this neuron, which has one state, in one pass; see run_norm_lif there."""
         from .norm_lif import check_state_and_flags, define_norm  # which builds on this module
 
-        axis = norm.check(x) if statistics is None else norm.channel_axis
+        axis = norm.channel_axis if checked else norm.check(x)
         check_state_and_flags(x, f"state's {self.neuron.states[0]}", v, return_v, return_v_seq)
         values, tensors, alpha = self._check(
             x, (v, *norm.learnt), parameters, surrogate, alpha, spike_dtype, x.shape[axis], axis="channel axis"
@@ -334,13 +334,12 @@ class NeuronOp:
             found = reference.norm.move_back(returned(found, single=True), x, axis)
         else:
             assert alpha is not None  # the reference has served a custom surrogate function
-            if self._norm_call is None:
+            if self._norm_calls is None:
                 names, schema = self.neuron.parameters, self.schema
-                self._norm_call = define_norm(self.neuron, names, schema, self._variant, self._check_values)
-            statistics = norm.statistics(x, axis, backend) if statistics is None else statistics
+                self._norm_calls = define_norm(self.neuron, names, schema, self._variant, self._check_values)
             settings = (*values, *flags, surrogate, alpha)
             found = norm.launch(
-                self._norm_call, x, v, axis, statistics, tensors, settings, return_v, return_v_seq, spike_dtype, backend
+                self._norm_calls, x, v, axis, statistics, tensors, settings, return_v, return_v_seq, spike_dtype, backend
             )
         self._noted(found if isinstance(found, tuple) else (found,))
         return found

@@ -7,6 +7,7 @@ need not write to its arguments, and the processes of a group exchange their sum
 import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ from ..reference.neuron import returned
 from ..reference.norm import affine, update_running
 from .lif import NEURON_SCHEMA, lif_variant
 from .neuron import any_given, check_spike_dtype, sum_parameter_gradients
-from .operator import kernels, register, values_are_readable
+from .operator import eager, kernels, register, values_are_readable
 
 # --- statistics -------------------------------------------------------------------------------------------------------------
 
@@ -80,14 +81,6 @@ _statistics_call, _updating_call = (
 )
 
 
-def _can_update(running_mean, running_var):
-    """True if the kernel may update running statistics. Traces and transforms see PyTorch's operators instead."""
-    if running_mean is None or running_var is None or torch.compiler.is_compiling() or transforms_active() or is_tracing():
-        return False
-    contiguous = running_mean.is_contiguous() and running_var.is_contiguous()
-    return contiguous and not (running_mean.is_inference() or running_var.is_inference())
-
-
 def _combine(mean, squares, count, group):
     """Combine the statistics of the processes of a group, whose counts may differ. Return (mean, squares, count)."""
     own = torch.stack([mean, squares, torch.full_like(mean, count)]).double()
@@ -102,11 +95,12 @@ def _combine(mean, squares, count, group):
 
 
 def define_norm(neuron, names, schema, variant, check):
-    """Define the operators ``sdit_kernels::norm_<neuron.name>*`` of a neuron with one state. Return the function to call.
+    """Define the operators ``sdit_kernels::norm_<neuron.name>*`` of a neuron with one state. Return the functions to call.
 
     names, schema, variant, check: as in ops/neuron.py. The arguments are x, the state, weight, bias, step_factor, mean, rstd,
     count (of the values per channel, from all processes; None: of x), the parameters, scale, axis, per_step, training, group,
-    the values of ``schema``, return_v, return_v_seq, spike_dtype, keep, backend.
+    the values of ``schema``, return_v, return_v_seq, spike_dtype, keep, backend. ``train``, which also finds and updates the
+    statistics, takes the running statistics in the places of mean and rstd, and before the backend eps and momentum.
     """
     name, P = neuron.name, len(names)
     vectors = 6 + P  # tensors without the shape of the data
@@ -328,6 +322,17 @@ def define_norm(neuron, names, schema, variant, check):
         given, options, *_ = split(rest)
         return allocate_gradients(x, v, given, options, False)[1]
 
+    def train(x, v, *rest):
+        *rest, eps, momentum, backend = rest
+        given, options, values = unpack(rest)
+        if x.device.type == "cpu" and any_given(given[6:]):  # before the running statistics change
+            check(given[6:], values[:-4], state_dtype(x.dtype))
+        mean, _, rstd = _statistics(x, *given[3:5], options[1], options[2], eps, momentum, backend)
+        return *forward(x, v, *given[:3], mean, rstd, *given[5:], *options, *values, backend), mean, rstd
+
+    def save_train(ctx, arguments, results):
+        save(ctx, (*arguments[:5], *results[4:], *arguments[7:-3], arguments[-1]), results)
+
     def save(ctx, arguments, outputs):
         ctx.rest = arguments[2 + vectors :]
         ctx.save_for_backward(*arguments[: 2 + vectors], outputs[3])
@@ -360,6 +365,7 @@ def define_norm(neuron, names, schema, variant, check):
         "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
         forward, forward_fake, **axes, save=save, gradient=gradient, **rule,
     )  # fmt: skip
+    train_call = eager(f"norm_{name}_train", train, 2 + vectors, 4, save_train, gradient, mutates=(5, 6))
     upstream_axes = (1, 0, 1, 1, 0, *[None] * vectors, 1)
     backward_call = register(
         f"norm_{name}_backward({data}{tensors}{behind}) -> ({found})",
@@ -373,7 +379,14 @@ def define_norm(neuron, names, schema, variant, check):
         f"norm_{name}_apply(Tensor joint, {data}{tensors}{behind}) -> Tensor",
         apply, apply_fake, batch_axes=(0, *upstream_axes), output_axes=(1,), **rule,
     )  # fmt: skip
-    return call
+    return NormCalls(call, train_call)
+
+
+class NormCalls(NamedTuple):
+    """What define_norm returns."""
+
+    call: Callable
+    train: Callable  # returns NotImplemented where PyTorch must see the operators
 
 
 def _start(neuron, given):
@@ -398,7 +411,7 @@ def _check_values(parameters, values, dtype):
     check_neuron_values(*parameters, values[3], dtype, values[7])
 
 
-_lif_call = define_norm(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant, _check_values)
+_lif_calls = define_norm(LIF, ("tau", "v_threshold"), NEURON_SCHEMA, lif_variant, _check_values)
 
 
 # --- the public function ----------------------------------------------------------------------------------------------------
@@ -535,6 +548,16 @@ class Norm(NamedTuple):
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         return axis
 
+    def _can_update(self, x):
+        """True if the kernel that finds the statistics may update the running statistics. Traces and transforms see PyTorch's
+        operators instead."""
+        if not self.training or self.process_group is not None or not x.numel():
+            return False
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None or torch.compiler.is_compiling() or transforms_active() or is_tracing():
+            return False
+        return mean.is_contiguous() and var.is_contiguous() and not (mean.is_inference() or var.is_inference())
+
     def statistics(self, x, axis, backend) -> "Statistics":
         """Return the statistics to normalise x with. In training, update the running statistics."""
         if not self.training:
@@ -543,7 +566,7 @@ class Norm(NamedTuple):
             mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
             return Statistics(mean, _rstd(var, self.eps), None, "")
         group, mean, var, eps = self.process_group, self.running_mean, self.running_var, float(self.eps)
-        if group is None and x.numel() and _can_update(mean, var):
+        if self._can_update(x):
             x = x.detach() if x.requires_grad else x
             mean, _, rstd = _updating_call(x, mean, var, axis, self.per_step, eps, float(self.momentum), backend)
             return Statistics(mean, rstd, None, "")
@@ -554,15 +577,25 @@ class Norm(NamedTuple):
                 update_running(*running, mean, squares, n, self.momentum)
         return Statistics(mean, rstd, None, "") if group is None else Statistics(mean, rstd, n, group.group_name)
 
-    def launch(self, call, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
-        """Run the neuron whose operator is ``call``. Return what norm_lif returns."""
-        T, learnt = x.shape[0], self.learnt
+    def launch(self, calls, x, v, axis, statistics, parameters, values, return_v, return_v_seq, spike_dtype, backend):
+        """Run the neuron with these calls. Return what norm_lif returns.
+
+        statistics: None: they are computed and, in training, the running statistics are updated.
+        """
+        T, learnt, found = x.shape[0], self.learnt, NotImplemented
         # a comparison would specialise a symbolic T; then the backward pass recomputes the checkpoint
         keep = isinstance(T, int) and T > LIF_CHECKPOINT_STEPS and wants_gradient(x, v, *learnt, *parameters)
-        s, final, seq, _ = call(
-            x, v, *learnt, *statistics[:3], *parameters, float(self.scale), axis, self.per_step, self.training,
-            statistics.group, *values, return_v, return_v_seq, spike_dtype, keep, backend,
-        )  # fmt: skip
+        options = float(self.scale), axis, self.per_step, self.training
+        rest = *values, return_v, return_v_seq, spike_dtype, keep
+        if statistics is None and self._can_update(x):
+            found = calls.train(
+                x, v, *learnt, self.running_mean, self.running_var, None, *parameters, *options, "", *rest, float(self.eps),
+                float(self.momentum), backend,
+            )  # fmt: skip
+        if found is NotImplemented:
+            mean, rstd, count, group = self.statistics(x, axis, backend) if statistics is None else statistics
+            found = calls.call(x, v, *learnt, mean, rstd, count, *parameters, *options, group, *rest, backend)
+        s, final, seq, _ = found
         if not (return_v or return_v_seq):
             return s
         return returned((s, (final,) if return_v else None, (seq,) if return_v_seq else None), single=True)
@@ -678,17 +711,18 @@ def norm_lif(
     norm = Norm(weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
                 process_group)  # fmt: skip
     return run_norm_lif(
-        x, norm, v, None, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
+        x, norm, v, None, False, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
         surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
     )  # fmt: skip
 
 
 def run_norm_lif(
-    x, norm, v, statistics, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, return_v,
+    x, norm, v, statistics, checked, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, return_v,
     return_v_seq, spike_dtype,
 ):  # fmt: skip
-    """Run norm_lif. statistics: of x, which was checked; None: they are computed, and the running statistics are updated."""
-    axis = norm.check(x) if statistics is None else norm.channel_axis
+    """Run norm_lif. statistics: of x; None: they are computed, and the running statistics are updated. checked: x and the
+    arguments of the norm are right, and channel_axis counts from 0."""
+    axis = norm.channel_axis if checked else norm.check(x)
     check_state_and_flags(x, "v", v, return_v, return_v_seq)
     neuron, tau_tensor, threshold_tensor = check_neuron(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
@@ -709,9 +743,8 @@ def run_norm_lif(
             alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
     else:
-        statistics = norm.statistics(x, axis, backend) if statistics is None else statistics
         found = norm.launch(
-            _lif_call, x, v, axis, statistics, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype,
+            _lif_calls, x, v, axis, statistics, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype,
             backend,
         )  # fmt: skip
     packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)

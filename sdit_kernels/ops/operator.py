@@ -162,6 +162,75 @@ def refuse_script(*_):
     )
 
 
+def _needs_dispatcher(tensors):
+    """True if PyTorch's dispatcher must see a call: the profiler or a dispatch mode is active, or an argument is a tensor
+    subclass, meta, or lazily negated. The mode of packed_spikes need not see it. Otherwise an eager call skips the dispatcher
+    and saves about 24 us."""
+    if (dispatch_mode_count() > 0 and packed.has_other_modes()) or profiler_enabled():
+        return True
+    for t in tensors:  # a loop takes half the time of any()
+        if t is not None and (type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t)):
+            return True
+    return False
+
+
+def _may_need_grad(tensors):
+    """True if a derivative may be needed; otherwise the call skips autograd.Function and saves 11 us."""
+    if in_forward_mode():
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def _apply(apply, tensors, rest):
+    """Call ``apply`` of an autograd.Function. Return NotImplemented if a tensor belongs to a transform that has ended."""
+    for t in tensors:
+        if t is not None and is_of_transform(t):  # ``apply`` does not know such tensors
+            return NotImplemented
+    if dispatch_mode_count() > 0:  # the mode of packed_spikes
+        return packed.apply_without_hooks(apply, tensors, rest)
+    return apply(*tensors, rest)
+
+
+def eager(name, implementation, tensor_count, outputs, save, gradient, mutates):
+    """Return a function that does the work of two operators in eager mode, with less overhead than two calls.
+
+    It returns the first ``outputs`` results of the implementation. It returns NotImplemented, before it has done anything,
+    where PyTorch must see the operators. save(ctx, args, results) and the rest are as for ``register``.
+    """
+    implementation = nvtx.range(name).untraced(repeatable(implementation, tensor_count))
+
+    def run(*args):
+        results = implementation(*args)
+        torch.autograd.graph.increment_version([args[i] for i in mutates])
+        return results
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *args):
+            args = *args[:-1], *args[-1]
+            results = run(*args)
+            save(ctx, args, results)
+            return results[:outputs]
+
+        backward = staticmethod(_make_backward(gradient))
+
+    apply = find_apply(Eager)
+
+    def entry(*args):
+        tensors = args[:tensor_count]
+        if torch.compiler.is_compiling() or is_tracing() or transforms_active() or in_forward_mode():
+            return NotImplemented
+        if _needs_dispatcher(tensors):
+            return NotImplemented
+        return _apply(apply, tensors, args[tensor_count:]) if _may_need_grad(tensors) else run(*args)[:outputs]
+
+    return entry
+
+
 def register(
     schema, implementation, fake, batch_axes, output_axes, save=None, gradient=None, flatten=False, loop=None, mutates=()
 ):  # fmt: skip
@@ -214,29 +283,8 @@ def register(
             with below_autograd():
                 return operator(*args)
 
-    def needs_dispatcher(args):
-        """True if PyTorch's dispatcher must see this call: the profiler or a dispatch mode is active, or an argument is a
-        tensor subclass, meta, or lazily negated. The mode of packed_spikes need not see it. Otherwise an eager call skips the
-        dispatcher and saves about 24 us."""
-        if (dispatch_mode_count() > 0 and packed.has_other_modes()) or profiler_enabled():
-            return True
-        for t in args[:tensor_count]:  # a loop takes half the time of any()
-            if t is not None and (type(t) not in _PLAIN_TENSOR_TYPES or t.is_meta or t.is_neg() or is_zerotensor(t)):
-                return True
-        return False
-
-    def may_need_grad(args):
-        """True if a derivative may be needed; otherwise the call skips autograd.Function and saves 11 us."""
-        if in_forward_mode():
-            return True
-        if torch.is_grad_enabled():
-            for t in args[:tensor_count]:
-                if t is not None and t.requires_grad:
-                    return True
-        return False
-
     def run(*args):
-        return call_below_autograd(*args) if needs_dispatcher(args) else implementation(*args)
+        return call_below_autograd(*args) if _needs_dispatcher(args[:tensor_count]) else implementation(*args)
 
     # autograd.Function takes 0.3 us per argument, so arguments that are not tensors are one tuple.
     class Autograd(torch.autograd.Function):
@@ -275,7 +323,7 @@ def register(
         jvp = staticmethod(_refuse_forward_mode)
 
     def autograd(*args):  # called by the dispatcher
-        if not may_need_grad(args):
+        if not _may_need_grad(args[:tensor_count]):
             return filled(run(*args), args)
         return Dispatched.apply(*args[:tensor_count], args[tensor_count:])
 
@@ -305,17 +353,14 @@ def register(
             return operator(*args)
         if transforms_active():
             return operator(*args) if mutates else Functorch.apply(*args)
-        if needs_dispatcher(args):
+        tensors = args[:tensor_count]
+        if _needs_dispatcher(tensors):
             return operator(*args)
         if mutates:
             return write(implementation, args)
-        if may_need_grad(args):
-            for t in args[:tensor_count]:
-                if t is not None and is_of_transform(t):  # which has ended: ``apply`` does not know such tensors
-                    return operator(*args)
-            if dispatch_mode_count() > 0:  # the mode of packed_spikes
-                return packed.apply_without_hooks(apply, args[:tensor_count], args[tensor_count:])
-            return apply(*args[:tensor_count], args[tensor_count:])
+        if _may_need_grad(tensors):
+            found = _apply(apply, tensors, args[tensor_count:])
+            return operator(*args) if found is NotImplemented else found
         return implementation(*args)
 
     return entry
