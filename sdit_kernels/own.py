@@ -175,8 +175,8 @@ class Op:
             process_group,
         )  # fmt: skip
         found = self._operator.after_norm(
-            x, norm, v, None, False, parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha, return_v=return_state,
-            return_v_seq=return_state_seq, spike_dtype=spike_dtype,
+            x, norm, v, None, False, parameters=parameters, flags=flags, surrogate=surrogate, alpha=alpha,
+            return_v=return_state, return_v_seq=return_state_seq, spike_dtype=spike_dtype,
         )  # fmt: skip
         return (found[0], *((v,) for v in found[1:])) if isinstance(found, tuple) else found
 

@@ -1,9 +1,9 @@
 """``Pending``: the output of a BatchNorm that nobody has computed yet.
 
-Inside a ``waiting`` block, a norm returns ``make_pending(x, norm, ..)``. Views of it stay pending. If a neuron's op gets one, it
-computes norm and neuron in one pass from the norm's input (ops/norm_lif.py). Any other use computes the output, and continues
-with it. At its end, the block computes all pending tensors that are still alive. So a model may do with the output of a norm
-whatever it likes, and nothing has to know in advance which module comes next.
+Inside a ``waiting`` block, a norm returns ``make_pending(x, norm, ..)``. Views of it stay pending. If a neuron's op gets one,
+it computes norm and neuron in one pass from the norm's input (ops/norm_lif.py). Any other use computes the output, and
+continues with it. At its end, the block computes all pending tensors that are still alive. So a model may do with the output
+of a norm whatever it likes, and nothing has to know in advance which module comes next.
 
 In training, whoever computes first also updates the running statistics; ``settle`` does so where nobody has. The norm calls it
 before it shows its running statistics to anyone (compat/fuse.py), and the block calls it at its end.

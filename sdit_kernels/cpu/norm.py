@@ -72,14 +72,15 @@ def _rows_kernel(X):
     S, xb = state_code(X), SIZES[X]
     CHUNK, BLOCK = _CHUNK, 64
 
-    def norm_rows(part, outer, K, B, C, L, size, groups, x_, means, sums):
+    def norm_rows(part, outer, K, B, C, L, size, groups, steps, x_, means, sums):
         x, x_t, x_r = x_
-        blocks = (C + BLOCK - 1) // BLOCK
-        for task in share(outer * groups * blocks, part):
-            group = task // blocks
+        blocks, samples = (C + BLOCK - 1) // BLOCK, outer * groups // steps
+        for task in share(samples * blocks * steps, part):
+            rest, t = task // steps, task % steps
+            group = t * samples + rest // blocks
             o = group // groups
             first = (group - o * groups) * size
-            c0 = (task - group * blocks) * BLOCK
+            c0 = rest % blocks * BLOCK
             mean_at, sum_at = means + group * C * 8, sums + group * C * 8
             for c in range(c0, min(C, c0 + BLOCK)):
                 store(mean_at, c, 0.0, F64)
@@ -262,16 +263,17 @@ def _backward_kernel(X, ROWS, STEPS):
     """d - offset - (x - mean) * slope. STEPS: these have a value per step."""
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
-    V, W, LINE = vec(X, LANES), vec(S, LANES), LANES
+    V, W, LINE, BLOCK = vec(X, LANES), vec(S, LANES), LANES, 64
 
     def norm_backward(part, T, B, C, L, x_, d_, out_, mean, offset, slope):
         (x, x_t, x_r), (d, d_t, d_r), (out, out_t, out_r) = x_, d_, out_
         n = L if ROWS else C
         whole = n // LINE * LINE
-        for task in share(T * B, part):
-            t = task // B
-            b = task - t * B
-            for c in range(C if ROWS else 1):
+        blocks = (C + BLOCK - 1) // BLOCK if ROWS else 1
+        for task in share(B * blocks * T, part):  # a thread gets all steps of a block, as in the kernel of the neuron
+            rest, t = task // T, task % T
+            b, c0 = rest // blocks, rest % blocks * BLOCK
+            for c in range(c0, min(C, c0 + BLOCK) if ROWS else 1):
                 row = b * C + c if ROWS else b
                 source, target = x + (t * x_t + row * x_r) * xb, out + (t * out_t + row * out_r) * xb
                 gradient = d + (t * d_t + row * d_r) * sb
@@ -314,7 +316,9 @@ def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
     table = torch.empty((2, outer * groups, C), dtype=torch.float64, device="cpu")
     means, sums = table[0].data_ptr(), table[1].data_ptr()
     if rows:
-        _rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, x_, means, sums)
+        # Each thread gets all steps of some samples, because the kernel of the neuron reads them next on the same thread.
+        steps = T if groups * outer % T == 0 else 1
+        _rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, steps, x_, means, sums)
     else:
         _columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, x_, means, sums)
     codes = (CODES[mean.dtype if t is None else t.dtype] for t in running)
@@ -345,8 +349,8 @@ def norm_vectors(mean, rstd, weight, bias, scale, inner):
 def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):
     """Fill the gradients of weight and bias that are given, and what norm_backward subtracts: offset and slope.
 
-    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, (.., C, inner). Each
-    holds T x B x C x inner values any number of times. n: values per channel.
+    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, (.., C, inner),
+    T x B x C x inner values each, any number of times. n: values per channel.
     """
     sums = [t.contiguous() for t in sums]
     C, inner = sums[0].shape[-2:]

@@ -565,12 +565,11 @@ class Norm(NamedTuple):
             dtype = state_dtype(x.dtype)
             mean, var = self.running_mean.to(dtype, copy=True), self.running_var.to(dtype)
             return Statistics(mean, _rstd(var, self.eps), None, "")
-        group, mean, var, eps = self.process_group, self.running_mean, self.running_var, float(self.eps)
+        group, running, eps = self.process_group, (self.running_mean, self.running_var), float(self.eps)
         if self._can_update(x):
             x = x.detach() if x.requires_grad else x
-            mean, _, rstd = _updating_call(x, mean, var, axis, self.per_step, eps, float(self.momentum), backend)
+            mean, _, rstd = _updating_call(x, *running, axis, self.per_step, eps, float(self.momentum), backend)
             return Statistics(mean, rstd, None, "")
-        running = mean, var
         mean, squares, rstd, n = batch_statistics(x, axis, self.per_step, eps, group, backend)
         if any_given(running) and (x.numel() or group is not None):
             with packed.unseen():
@@ -711,14 +710,15 @@ def norm_lif(
     norm = Norm(weight, bias, running_mean, running_var, training, momentum, eps, channel_axis, per_step, step_factor, scale,
                 process_group)  # fmt: skip
     return run_norm_lif(
-        x, norm, v, None, False, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input, detach_reset=detach_reset,
-        surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v, return_v_seq=return_v_seq, spike_dtype=spike_dtype,
+        x, norm, v, None, False, tau=tau, v_threshold=v_threshold, v_reset=v_reset, decay_input=decay_input,
+        detach_reset=detach_reset, surrogate=surrogate, alpha=alpha, levels=levels, return_v=return_v,
+        return_v_seq=return_v_seq, spike_dtype=spike_dtype,
     )  # fmt: skip
 
 
 def run_norm_lif(
-    x, norm, v, statistics, checked, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, return_v,
-    return_v_seq, spike_dtype,
+    x, norm, v, statistics, checked, *, tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels,
+    return_v, return_v_seq, spike_dtype,
 ):  # fmt: skip
     """Run norm_lif. statistics: of x; None: they are computed, and the running statistics are updated. checked: x and the
     arguments of the norm are right, and channel_axis counts from 0."""

@@ -233,8 +233,8 @@ def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
 def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset, slope, tuning):
     """Fill the gradients of weight and bias that are given, and what the backward pass subtracts: offset and slope.
 
-    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, (.., C, 1). Each holds
-    T x B x C values any number of times. n: values per channel.
+    The vectors are (C,), or (T, C). sums: partial sums of the gradients of rstd weight scale and of bias, (.., C, 1), T x B x C
+    values each, any number of times. n: values per channel.
     """
     C = rstd.shape[-1]
     columns = min(32, power_of_2(C))
