@@ -229,6 +229,9 @@ def _nothing(_):
 
 _autograd: Any = getattr(_C, "_autograd", None)
 
+# Returns how many tensors and Python objects use the storage with this address (``_cdata``). Fallback: None.
+storage_users: Callable[[int], int] | None = getattr(_C, "_storage_Use_Count", None)
+
 # Returns the functions of the innermost hooks on saved tensors, or None. Fallback: None.
 innermost_hooks: Callable[[bool], tuple | None] = getattr(_autograd, "_top_saved_tensors_default_hooks", _nothing)
 

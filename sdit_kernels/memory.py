@@ -5,6 +5,9 @@ takes longer than the op itself. This pool keeps freed blocks in huge pages and 
 sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` megabytes (0: none). torch allocates all other tensors: small
 ones, tensors on other devices or on systems other than Linux, and tensors in deterministic mode, which fills new memory.
 
+A smaller tensor that lives shortly, such as spikes that a backward pass restores, takes the memory of the last tensor of its
+shape, if that is free again (``empty_again``). The C library looks for a block in memory that no cache holds.
+
 Blocks begin at different cache lines of a page. On an Intel Xeon, kernels that walk through many tensors side by side, such as
 wkv's, were slower where all of them began at multiples of 256 bytes.
 """
@@ -21,6 +24,8 @@ import weakref
 
 import torch
 from torch import Tensor
+
+from ._torch import storage_users
 
 LARGE = 4 << 20  # bytes; the C library keeps smaller blocks
 _PAGE = 2 << 20  # a huge page; sizes are rounded up to it
@@ -86,6 +91,7 @@ class _Pool:
 
 pool = _Pool(_limit_from_environment())
 _PLAIN = (Tensor, torch.nn.Parameter)
+_CPU = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _serves(like: Tensor, size: int) -> bool:
@@ -116,6 +122,34 @@ def empty_contiguous(shape, dtype: torch.dtype, like: Tensor) -> Tensor:
         if shape == like.shape:  # 0.5 us faster
             return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
     return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+class _Recent(threading.local):
+    def __init__(self):
+        self.kept: dict[tuple, tuple] = {}  # by shape and dtype: (tensor, its storage, how many use the storage)
+        self.size = 0
+
+
+_recent = _Recent()
+_MOST_RECENT = 16 << 20  # bytes that a thread keeps for ``empty_again``
+
+
+def empty_again(shape, dtype: torch.dtype) -> Tensor:
+    """Allocate a contiguous tensor on the CPU that lives shortly; see the top of this file."""
+    found = _recent.kept.get((shape, dtype))
+    if found is not None and storage_users(found[1]._cdata) == found[2]:
+        return found[0].detach()
+    size = math.prod(shape) * dtype.itemsize
+    if size >= LARGE or not pool.limit or storage_users is None or torch.are_deterministic_algorithms_enabled():
+        return empty_contiguous(shape, dtype, _CPU)
+    t = torch.empty(shape, dtype=dtype, device="cpu")
+    if _recent.size + size > _MOST_RECENT:
+        _recent.kept.clear()
+        _recent.size = 0
+    _recent.size += size if (shape, dtype) not in _recent.kept else 0
+    storage = t.untyped_storage()
+    _recent.kept[shape, dtype] = t, storage, storage_users(storage._cdata)
+    return t.detach()
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:

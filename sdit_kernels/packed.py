@@ -137,7 +137,10 @@ class _Bits:
         self.words, self.values, self.backend, self.dtype = words, values, backend, dtype
 
     def restore(self, shape) -> Tensor:
-        t = memory.empty_contiguous(shape, self.dtype, self.words)
+        if self.backend == "cpu":
+            t = memory.empty_again(shape, self.dtype)
+        else:
+            t = memory.empty_contiguous(shape, self.dtype, self.words)
         _kernels(self.backend).unpack(self.words, self.values, t, tuning.current())
         return t
 
@@ -362,10 +365,13 @@ def apply_without_hooks(apply: Callable, tensors: tuple, rest: tuple) -> Any:
 
     They take 5 us per tensor in both passes together.
     """
-    given = [t for t in tensors if t is not None]
-    if not _local.depth or len(given) < 3 or any([id(t.untyped_storage()) in _known for t in given]):
-        return apply(*tensors, rest)
-    hooks = innermost_hooks(True)
+    given = 0
+    for t in tensors:
+        if t is not None:
+            if id(t.untyped_storage()) in _known:
+                return apply(*tensors, rest)
+            given += 1
+    hooks = innermost_hooks(True) if _local.depth and given > 2 else None
     if hooks is None or hooks[0] is not _pack:
         return apply(*tensors, rest)
     _HOOKS.__exit__()

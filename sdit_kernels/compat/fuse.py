@@ -288,19 +288,32 @@ class Reader(Swapped):
     The mode must see a cast or a copy of the spikes, which is what the layer keeps then.
     """
 
+    _of_steps: type | None = None  # PyTorch's class of a layer of SpikingJelly that flattens T and B of its input
+
+    @classmethod
+    def made_from(cls, mixin, original):
+        if original.__name__.startswith("Conv") and original.__module__.startswith("spikingjelly.activation_based."):
+            cls._of_steps = getattr(nn, original.__name__)
+
     def forward(self, *args, **kwargs):
         x = args[0] if args else None
-        hidden = type(x) in _PLAIN and not torch.compiler.is_compiling() and x.is_contiguous() and autocast_dtype(x) is None
-        with unseen() if hidden else nullcontext():
+        if type(x) not in _PLAIN or torch.compiler.is_compiling() or not x.is_contiguous() or autocast_dtype(x) is not None:
             return super().forward(*args, **kwargs)
+        own = self._of_steps
+        with unseen():
+            if own is None or self.step_mode != "m" or len(args) + len(kwargs) > 1 or x.dim() != self.weight.dim() + 1:
+                return super().forward(*args, **kwargs)
+            y = own.forward(self, x.flatten(0, 1))
+            return y.view(*x.shape[:2], *y.shape[1:])
 
 
-_READERS = ("Conv1d", "Conv2d", "Conv3d", "Linear")
+_READERS = ("Linear", *(f"{name}{d}d" for name in ("Conv", "AvgPool", "AdaptiveAvgPool") for d in (1, 2, 3)))
 
 
 def _is_reader(module):
     kind = type(module)
-    known = kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear") or kind.__module__.startswith(_JELLY_FILES)
+    theirs = kind.__module__.startswith(_JELLY_FILES)
+    known = theirs or kind.__module__ in ("torch.nn.modules.conv", "torch.nn.modules.linear", "torch.nn.modules.pooling")
     pads = getattr(module, "padding_mode", "zeros") == "zeros" and not isinstance(getattr(module, "padding", 0), str)
     return known and pads and kind.__name__ in _READERS and "forward" not in vars(module) and not isinstance(module, Swapped)
 
