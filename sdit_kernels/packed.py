@@ -137,11 +137,9 @@ class _Bits:
         self.words, self.values, self.backend, self.dtype = words, values, backend, dtype
 
     def restore(self, shape) -> Tensor:
-        if self.backend == "cpu":
-            t = memory.empty_again(shape, self.dtype)
-        else:
-            t = memory.empty_contiguous(shape, self.dtype, self.words)
-        _kernels(self.backend).unpack(self.words, self.values, t, tuning.current())
+        backend, dtype = self.backend, self.dtype
+        t = memory.empty_again(shape, dtype) if backend == "cpu" else memory.empty_contiguous(shape, dtype, self.words)
+        _kernels(backend).unpack(self.words, self.values, t, tuning.current())
         return t
 
 

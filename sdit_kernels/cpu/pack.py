@@ -348,29 +348,36 @@ def _window_indices_kernel(KH, KW):
 
 
 @functools.lru_cache(maxsize=256)
-def _form(dtype, n):
-    """Return (the dtype of words, their shape in a block, the kernel that packs) for n values of a dtype."""
-    _, *shape = words_shape(1, dtype.itemsize, n)
-    return WORDS[dtype.itemsize], shape, _pack_kernel(CODES[dtype], n)
+def _packing(values):
+    """Return (the dtype of words, their shape in a block, the kernel that packs, arguments of it)."""
+    dtype = values.table.dtype
+    _, *shape = words_shape(1, dtype.itemsize, values.n)
+    kernel = _pack_kernel(CODES[dtype], values.n).prepared(0, 0, 0, 0, 0, 0.0, 0.0)
+    return WORDS[dtype.itemsize], shape, kernel, values.table.data_ptr(), float(values.first), values.inverse
+
+
+@functools.lru_cache(maxsize=256)
+def _unpacking(values, past_caches):
+    """Return (the kernel that unpacks, the address of its table)."""
+    kernel = _unpack_kernel(CODES[values.table.dtype], values.n, past_caches).prepared(0, 0, 0, 0)
+    return kernel, values.table.data_ptr()
 
 
 def pack(flat, values, tuning):
     """Return (words, True if each element of flat is one of the values bit for bit)."""
-    table, n = values.table, flat.numel()
-    word, shape, kernel = _form(table.dtype, values.n)
+    word, shape, run, table, first, inverse = _packing(values)
+    n = flat.numel()
     words = torch.empty((-(-n // BLOCK), *shape), dtype=word, device="cpu")
     wrong = ctypes.c_int64()
-    kernel(
-        n, n, flat.data_ptr(), table.data_ptr(), words.data_ptr(), ctypes.addressof(wrong), float(values.first), values.inverse
-    )
+    run(n, (n, flat.data_ptr(), table, words.data_ptr(), ctypes.addressof(wrong), first, inverse))
     return words, not wrong.value
 
 
 def unpack(words, values, flat, tuning):
     """Fill flat."""
-    table, n, out = values.table, flat.numel(), flat.data_ptr()
-    past_caches = int(flat.nbytes >= STREAM and out % _LINE == 0)
-    _unpack_kernel(CODES[table.dtype], values.n, past_caches)(n, n, words.data_ptr(), table.data_ptr(), out)
+    n, out = flat.numel(), flat.data_ptr()
+    run, table = _unpacking(values, int(n * flat.itemsize >= STREAM and out % _LINE == 0))
+    run(n, (n, words.data_ptr(), table, out))
 
 
 def window_codes(flat, shape, window, tuning):
