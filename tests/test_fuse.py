@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import sdit_kernels
 import sdit_kernels.ops.norm_lif as norm_lif_module
-from sdit_kernels import energy, packed
+from sdit_kernels import energy, packed, packed_spikes
 from sdit_kernels.compat import handwritten
 from sdit_kernels.compat.spikingjelly import accelerate, restore
 from sdit_kernels.nn import IF, LIF, OverTime
@@ -608,6 +609,11 @@ class Reads(nn.Module):
         return self.layer(s.transpose(-1, -2).contiguous().transpose(-1, -2) if self.turned else s)
 
 
+class ReadsSteps(Reads):
+    def forward(self, x):
+        return self.layer(self.neuron(x))
+
+
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize(
@@ -638,6 +644,44 @@ def test_layers_that_read_spikes_hide_their_operators_from_packed_spikes(kind, s
     assert all(map(torch.equal, *found)) and kept == [torch.bfloat16 if cast else torch.float32]
     assert any("mm" in name or "convolution" in name for name in seen) == (turned or cast)
     assert restore(net).replaced == (("(the model)", "Reads"),) and type(net.layer) is type(own.layer)
+
+
+@pytest.mark.parametrize(
+    "kind, shape",
+    [
+        ("Conv2d(4, 8, 3, stride=2, bias=False, step_mode='m')", (4, 8, 4, 16, 16)),
+        ("Conv2d(4, 8, 3, groups=2, padding_mode='circular', padding=1, step_mode='m')", (4, 8, 4, 16, 16)),
+        ("Conv1d(8, 4, 3, step_mode='m')", (4, 8, 8, 64)),
+        ("Conv3d(2, 4, 3, step_mode='m')", (4, 8, 2, 4, 16, 16)),
+        ("Conv1d(8, 4, 3)", (8, 8, 64)),
+        ("AvgPool2d(2, step_mode='m')", (4, 8, 4, 16, 16)),
+        ("AdaptiveAvgPool2d(1, step_mode='m')", (4, 8, 4, 16, 16)),
+    ],
+)
+def test_layers_of_spikingjelly_that_read_spikes(kind, shape, monkeypatch):
+    layer = pytest.importorskip("spikingjelly.activation_based.layer")
+    seen, dispatch, found = [], packed._Mode.__torch_dispatch__, []
+
+    def watched(self, function, *args):
+        seen.append(str(function))
+        return dispatch(self, function, *args)
+
+    own = ReadsSteps(eval(f"layer.{kind}", {"layer": layer}), False)
+    net = copy.deepcopy(own)
+    accelerate(net, packed=True)
+    monkeypatch.setattr(packed._Mode, "__torch_dispatch__", watched)
+    for n in (own, net):
+        x = (3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).requires_grad_()
+        y = n(x)
+        y.square().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in n.parameters())])
+    assert all(map(torch.equal, *found)) and found[0][0].stride() == found[1][0].stride()
+    assert "circular" in kind or not any("convolution" in name or "pool" in name for name in seen)
+    wrong = torch.zeros(shape[1:] if "step_mode" in kind else (2, 2, *shape))
+    with pytest.raises(Exception) as wanted:
+        own.layer(wrong)
+    with packed_spikes(), pytest.raises(type(wanted.value), match=re.escape(str(wanted.value))):
+        net.layer(wrong)
 
 
 def test_autocast_and_checkpointing(fused_calls):

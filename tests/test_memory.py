@@ -133,6 +133,45 @@ def test_threads_never_share_a_block():
     assert not wrong and sum(idle_sizes()) <= memory.pool.limit
 
 
+def test_short_lived_tensors_take_the_memory_of_the_last_one(monkeypatch):
+    monkeypatch.setattr(memory, "_recent", memory._Recent())
+    shape = torch.Size((3, 500))
+    a = memory.empty_again(shape, torch.float32).fill_(1)
+    address = a.data_ptr()
+    view = a[1]
+    del a
+    b = memory.empty_again(shape, torch.float32).fill_(2)
+    assert b.data_ptr() != address and (view == 1).all()  # the view held the memory
+    other, address = memory.empty_again(shape, torch.float64), b.data_ptr()
+    assert other.dtype == torch.float64 and other.data_ptr() != address
+    del b
+    c = memory.empty_again(shape, torch.float32)
+    assert c.data_ptr() == address and c.is_contiguous() and c.grad_fn is None
+    found = []
+    thread = threading.Thread(target=lambda: found.append(memory.empty_again(shape, torch.float32).data_ptr()))
+    del c
+    thread.start()
+    thread.join()
+    assert found[0] != address
+    for n in range(1, 40):
+        memory.empty_again(torch.Size((n << 17,)), torch.float32)
+        assert memory._recent.size == sum(t.nbytes for t, *_ in memory._recent.kept.values()) <= memory._MOST_RECENT
+    assert idle_sizes()  # the pool has served the large ones
+
+
+@pytest.mark.parametrize("why", ["no pool", "deterministic", "an older PyTorch"])
+def test_short_lived_tensors_are_new(why, monkeypatch):
+    monkeypatch.setattr(memory, "_recent", memory._Recent())
+    if why == "no pool":
+        memory.pool.limit = 0
+    if why == "deterministic":
+        torch.use_deterministic_algorithms(True)
+    if why == "an older PyTorch":
+        monkeypatch.setattr(memory, "storage_users", None)
+    t = memory.empty_again((3, 500), torch.float32)
+    assert t.shape == (3, 500) and not memory._recent.kept and (why != "deterministic" or t.isnan().all())
+
+
 def test_a_forked_child_gets_its_own_blocks():
     x = empty_tensor(LARGE // 4)
     a = memory.empty_like(x, torch.float32).fill_(1)

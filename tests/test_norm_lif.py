@@ -1,5 +1,6 @@
 """norm_lif: the definition against torch's BatchNorm, every backend against the oracle, statistics, groups, memory, errors."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -329,6 +330,40 @@ def test_running_statistics_that_cannot_be_updated_stay_as_they_are(name):
     assert not kept.any() and not made[0].any()
     with backend(name):
         norm_lif(x, None, None, *made, training=False)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("shape", [(4, 3, 5, 40), (4, 3, 5, 6), (18, 3, 5)])
+def test_one_call_for_statistics_and_neuron_equals_two(name, shape):
+    """Under a profiler PyTorch sees the operators of both. The third call repeats the first."""
+    found = []
+    for watched in (True, False, False, False):
+        leaves = [draw(shape).float(), 1 + draw((5,), 1).float().abs(), draw((5,), 2).float(), torch.full((5,), 2.5)]
+        x, weight, bias, tau = [t.requires_grad_() for t in leaves]
+        running = torch.zeros(5), torch.ones(5)
+        context = (
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) if watched else contextlib.nullcontext()
+        )
+        with backend(name):
+            with context:
+                s, v = norm_lif(x, weight, bias, *running, training=True, tau=tau, return_v=True, momentum=0.3)
+            gradients = torch.autograd.grad(s.sum() + v.square().sum(), (x, weight, bias, tau))
+        found.append((s, v, *gradients, *running))
+        with backend(name), torch.no_grad():
+            norm_lif(x, weight, bias, *running, training=True, tau=tau)
+        assert [t._version for t in running] == [2, 2]
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_running_statistics_stay_where_a_value_is_refused(name):
+    running, x = (torch.zeros(5), torch.ones(5)), draw((4, 3, 5, 6)).float()
+    for tau in (torch.tensor(0.5), torch.full((5,), -1.0)):
+        for _ in range(3):
+            with backend(name), pytest.raises(ValueError, match="tau"):
+                norm_lif(x, None, None, *running, training=True, tau=tau)
+    assert not running[0].any() and (running[1] == 1).all()
 
 
 @pytest.mark.parametrize("name", BACKENDS)

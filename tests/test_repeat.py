@@ -181,6 +181,29 @@ def test_inside_packed_spikes(name):
             assert all(map(torch.equal, found, wanted))
 
 
+def test_scratch_memory_of_calls():
+    """Memory that only launches use comes from the thread. What a call returns never does."""
+    x, tau = data(8, 3, 64), torch.full((64,), 2.0, requires_grad=True)
+    results = []
+    for _ in range(5):
+        s = lif(x, tau=tau)
+        results.append((s, *torch.autograd.grad(s.square().sum(), (x, tau))))
+    assert len({t.data_ptr() for found in results for t in found}) == 15
+    assert all(torch.equal(a, b) for found in results for a, b in zip(found, results[0]))
+    ((size, address, owner),) = repeat._local.scratch
+    assert address % 64 == 0 and 0 <= address - owner.data_ptr() <= owner.nbytes - size
+
+
+def test_scratch_memory_is_taken_and_returned(monkeypatch):
+    monkeypatch.setattr(repeat, "_local", repeat._Local())
+    a = repeat._take_scratch(1000)
+    b = repeat._take_scratch(100)  # another call, before the first has ended
+    assert a[1] + 1000 <= b[1] or b[1] + 100 <= a[1]
+    repeat._local.scratch += [b, a]
+    assert repeat._take_scratch(900) is a and repeat._local.scratch == [b]
+    assert repeat._take_scratch(200)[0] == 200 and repeat._local.scratch == []
+
+
 def test_the_number_of_kept_calls_is_bounded(monkeypatch):
     monkeypatch.setitem(repeat.environments, "fake", lambda: ())
     ran = []
