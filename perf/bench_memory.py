@@ -181,7 +181,8 @@ def compare_ways(name, make, goals, args, settings):
             extra = {"kept_bytes": kept[way], **error}
             contestants.append(Contestant(f"T = {T}, {way}", make_training_step(n, x, reset), extra=extra))
         baseline = contestants[2].name
-        found = compare(contestants, **(settings | {"rounds": 3 if args.quick else 9}), baseline=baseline)
+        rounds = settings["rounds"] if T == 4 else 9  # a step of T = 16 takes up to a second
+        found = compare(contestants, **(settings | {"rounds": 3 if args.quick else rounds}), baseline=baseline)
         ideal, ours = ideal_bytes(nets[2], x, reset), kept[WAYS[3]]
         what = f"{name}, T = {T}"
         for way, least in goals.items():

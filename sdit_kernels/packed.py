@@ -129,12 +129,27 @@ def _sum_of(a: Values, b: Values) -> Values | None:
 
 
 class _Bits:
-    """The elements of a storage as codes."""
+    """The elements of a storage as codes.
 
-    __slots__ = ("__weakref__", "backend", "dtype", "values", "words")
+    readers: how many operators have saved the storage and not yet read it. On the CPU, the tensor that was restored for the
+    first stays until the last one reads it: q, k and v of an attention have the same input, and so have a block and its
+    shortcut. On a GPU they may run on different streams.
+    """
+
+    __slots__ = ("__weakref__", "backend", "dtype", "readers", "restored", "values", "words")
 
     def __init__(self, words, values, backend, dtype):
         self.words, self.values, self.backend, self.dtype = words, values, backend, dtype
+        self.readers, self.restored = 0, None
+
+    def read(self, shape) -> Tensor:
+        """Restore the elements for one of the readers."""
+        self.readers -= 1
+        t, version = self.restored or (None, 0)
+        if t is None or t._version != version:
+            t = self.restore(shape)
+        self.restored = (t, t._version) if self.readers > 0 and self.backend == "cpu" else None
+        return t if t.shape == shape else t.view(shape)
 
     def restore(self, shape) -> Tensor:
         backend, dtype = self.backend, self.dtype
@@ -336,6 +351,8 @@ def _pack(t):
         with without_modes():
             packed = _pack_storage(known, t)
         if packed is not None:
+            if type(packed) is _Bits:
+                packed.readers += 1
             return _Saved(packed, t.size(), t.stride(), t.storage_offset(), known.nbytes // t.itemsize)
         _known.pop(known.key, None)
     return t, None if t.is_inference() else t._version
@@ -344,7 +361,8 @@ def _pack(t):
 def _unpack(saved):
     if type(saved) is _Saved:
         packed, size, stride, offset, n = saved
-        t = packed.restore(size if size.numel() == n else (n,))
+        restore = packed.read if type(packed) is _Bits else packed.restore
+        t = restore(size if size.numel() == n else (n,))
         return t if t.stride() == stride else t.as_strided(size, stride, offset)
     t, version = saved
     if version is not None and t._version != version:  # autograd does not check this where hooks are active
