@@ -18,12 +18,15 @@ WAYS = {  # color of Okabe and Ito
 
 
 def read(T, results=RESULTS):
-    """Return {model: {way: (kept bytes, median seconds)}}; "ideal" has no time."""
+    """Return {model: {way: (kept bytes, time relative to accelerated)}}; "ideal" has no time.
+
+    Such a ratio is the median of the ratios within each round, so what slows a whole round down does not change it.
+    """
     rows, found = json.loads((results / "memory.json").read_text())["rows"], {}
     for row in rows:
         steps, way = row["name"].split(", ", 1)
         if steps == f"T = {T}":
-            found.setdefault(row["section"], {})[way] = row["kept_bytes"], row.get("median_s")
+            found.setdefault(row["section"], {})[way] = row["kept_bytes"], row.get("ratio")
     return found
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ._torch import (
     find_apply,
+    in_backward,
     increase,
     is_of_transform,
     make_wrapper_subclass,
@@ -62,11 +63,14 @@ class _Block:
         if self.counts:
             with unseen():
                 increase(list(self.counts.values()))
-        for reference in self.made if compute else ():
-            if (t := reference()) is not None:
-                t._place.compute()
-        for call in list(self.owing.values()):
-            call.update()
+        try:
+            for reference in self.made if compute else ():
+                if (t := reference()) is not None:
+                    t._place.compute()
+        finally:
+            for call in list(self.owing.values()):
+                if compute or not call.has_changes():  # an error of the model must not be hidden by one of this file
+                    call.update()
 
 
 class _Local(threading.local):
@@ -82,6 +86,12 @@ def is_waiting() -> bool:
     return bool(_local.blocks) and make_wrapper_subclass is not None
 
 
+def may_wait() -> bool:
+    """True if a norm may return a pending tensor. Activation checkpointing repeats a forward pass without its block, in the
+    backward pass, and what it then saves must be what the forward pass has saved."""
+    return is_waiting() or (make_wrapper_subclass is not None and not torch.compiler.is_compiling() and in_backward())
+
+
 @contextlib.contextmanager
 def waiting():
     """Let norms wait for their neurons inside this block."""
@@ -94,7 +104,7 @@ def waiting():
         _local.blocks.pop().end(compute)
 
 
-def settle(running_mean: Tensor, count: Tensor | None = None) -> None:
+def settle(running_mean: Tensor | None, count: Tensor | None = None) -> None:
     """Update the statistics of a norm, and its number of batches, if a block of this thread has put that off."""
     for block in _local.blocks:
         if (call := block.owing.get(id(running_mean))) is not None:
@@ -148,11 +158,16 @@ class _Call:
                 self.norm.statistics(x if self.axis == 2 else x.unsqueeze(0), 2, self.backend)
             self.pay()
 
+    def has_changes(self):
+        if self.owed is not None and self.norm.running_mean._version != self.version:
+            return True
+        return self.versions != [t._version for t in self.inputs]
+
     def check_changes(self):
-        if self.versions != [t._version for t in self.inputs]:
+        if self.has_changes():
             raise RuntimeError(
-                "the input, weight or bias of a fused BatchNorm was changed in place before its output was used: change a "
-                "copy, or use the output before, or accelerate the model without fuse"
+                "the input, weight, bias or running statistics of a fused BatchNorm were changed in place before its output "
+                "was used: change a copy, or use the output before, or accelerate the model without fuse"
             )
 
     def compute(self) -> Tensor:
@@ -326,7 +341,10 @@ def _make(place: _Place, ends_with_block=True) -> Tensor:
     t = _Link.apply(place, *inputs) if any(map(is_of_transform, inputs)) else _link(place, *inputs)
     t._place = place
     if ends_with_block:
-        _local.blocks[-1].made.append(weakref.ref(t)) if _local.blocks else place.compute()
+        if _local.blocks:
+            _local.blocks[-1].made.append(weakref.ref(t))
+        elif not in_backward():
+            place.compute()
     return t
 
 
@@ -380,7 +398,7 @@ def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settin
     """
     place = t._place
     call, axis = place.call, place.find_axis()
-    if axis is None or not _waits(t):
+    if axis is None or not _waits(t) or (torch.is_grad_enabled() and not call.needs_grad):
         return None
     call.check_changes()
     call.is_fused = True

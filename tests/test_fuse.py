@@ -217,9 +217,16 @@ def test_a_norm_without_a_reader_updates_its_statistics():
     with pytest.raises(KeyError), waiting():
         y = fused(x)
         raise KeyError
+    with waiting():  # evaluation reads what training has not yet updated
+        fused(x)
+        z = fused.eval()(x)
+    fused.train()
+    norm(x)
+    same([z + 0], [norm.eval()(x)])
+    norm.train()
     same(list(fused.buffers()), list(norm.buffers()))
     same([y + 0], [norm(x)])
-    assert fused.num_batches_tracked == 4
+    assert fused.num_batches_tracked == 5
 
 
 def test_a_pending_tensor_looks_like_a_tensor():
@@ -319,7 +326,10 @@ def test_changes_in_place_before_the_neuron_are_errors(what):
         return parts[2](y.view(4, 3, 8))
 
     _, net = both(Calls(linear_net(), changes).eval())
-    with torch.no_grad(), pytest.raises(RuntimeError, match="the input, weight or bias of a fused BatchNorm was changed"):
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="the input, weight, bias or running statistics of a fused BatchNorm were changed"),
+    ):
         net(torch.randn(12, 8, dtype=torch.float64))
 
 
@@ -708,6 +718,85 @@ def test_autocast_and_checkpointing(fused_calls):
             y.sum().backward()
             results.append([y, x.grad, *(p.grad for p in n.parameters()), *n.buffers()])
         same(*results, 1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("packs", [False, True])
+def test_checkpointing_of_a_part_of_the_model(reentrant, training, packs, fused_calls):
+    """The backward pass repeats the part outside of the model's forward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    class Part(Net):
+        def forward(self, x):
+            def part(h):
+                self.neuron.reset()
+                return direct(self, self.again(h))
+
+            return checkpoint(part, self.conv(x), use_reentrant=reentrant) * 2
+
+    net = Part(direct)
+    net.again = nn.Conv2d(C, C, 3, padding=1)
+    net, results = net.double().train(training), []
+    fused = copy.deepcopy(net)
+    accelerate(fused, fuse=True, packed=packs)
+    for n in (net, fused):
+        x = torch.randn(T * B, 2, 5, 7, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+        y = n(x)
+        y.square().sum().backward()
+        results.append([y, x.grad, *(p.grad for p in n.parameters()), *n.buffers()])
+    same(*results)
+    assert len(fused_calls) == 2 and fused.norm.num_batches_tracked == 2 * training
+
+
+def test_a_norm_without_gradients_passes_none_on(fused_calls):
+    class Frozen(Net):
+        def forward(self, x):
+            y = self.conv(x)
+            with torch.no_grad():
+                y = self.norm(y)
+            assert not y.requires_grad
+            return self.again(self.neuron(y.reshape(T, B, C, 5, 7)).flatten(0, 1))
+
+    net, results = Frozen(direct), []
+    net.again = nn.Conv2d(C, C, 3)
+    net = net.double()
+    fused = copy.deepcopy(net)
+    accelerate(fused, fuse=True)
+    x = torch.randn(T * B, 2, 5, 7, dtype=torch.float64)
+    for n in (net, fused):
+        y = n(x)
+        y.square().sum().backward()
+        assert n.norm.weight.grad is None and n.conv.weight.grad is None
+        results.append([y, n.again.weight.grad, *n.buffers()])
+    same(*results)
+    with torch.no_grad():
+        same([net(x)], [fused(x)])
+    assert len(fused_calls) == 1
+
+
+@pytest.mark.parametrize("write", [lambda n: n.load_state_dict(n.state_dict()), lambda n: [b.zero_() for b in n.buffers()]])
+def test_running_statistics_that_change_before_the_neuron(write):
+    norm = nn.BatchNorm2d(C)
+    accelerate(norm, fuse=True)
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match="or running statistics of a fused BatchNorm were changed"),
+        waiting(),
+    ):
+        y = norm(torch.randn(5, C, 3, 3))
+        write(norm)
+        y + 0
+
+
+def test_an_error_of_the_model_is_not_hidden():
+    norm = nn.BatchNorm2d(C)
+    accelerate(norm, fuse=True)
+    x = torch.randn(5, C, 3, 3)
+    with torch.no_grad(), pytest.raises(KeyError), waiting():
+        norm(x)
+        x.relu_()
+        raise KeyError
 
 
 def test_a_compiled_model_runs_the_norms_own_code(fused_calls):

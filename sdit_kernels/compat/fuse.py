@@ -17,7 +17,7 @@ from ..dtypes import DATA_DTYPES, autocast_dtype
 from ..ops.norm_lif import Norm
 from ..ops.pool import max_pool
 from ..packed import packed_spikes, unseen
-from ..pending import computed, count_later, is_waiting, make_pending, settle, waiting
+from ..pending import computed, count_later, is_waiting, make_pending, may_wait, settle, waiting
 from .swap import Left, Report, Swapped, changed_behaviour, find_counter, original_class, replace_methods
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -41,12 +41,12 @@ class FusedNorm(Swapped):
     def __getattr__(self, name):
         """Return a buffer with the value that it has without this class; see ../pending.py."""
         if name in _TENSORS[2:] and is_waiting():
-            buffers = self.__dict__["_buffers"]
+            buffers = self.__dict__.get("_buffers", {})
             settle(buffers.get("running_mean"), buffers.get("num_batches_tracked"))
         return super().__getattr__(name)
 
     def forward(self, x):
-        if is_waiting() and _can_wait(self, x) and 0 <= (self.momentum or 0) <= 1:
+        if may_wait() and _can_wait(self, x) and 0 <= (self.momentum or 0) <= 1:
             axis = self._find_axis(x)
             y = None if axis is None else self._wait(x, axis)
             if y is not None:
@@ -97,14 +97,18 @@ def _begin(x, axis, weight, bias, mean, var, training, momentum, eps, per_step=F
     norm = Norm(weight, bias, mean, var, training, momentum, eps, 2, per_step, step_factor, 1.0, None)
     if backend == "reference" or not _is_accepted(norm, x, axis):
         return None
-    if not training or per_step or (mean is not None and mean.is_inference()):
+    in_block = is_waiting()
+    if not training or per_step or not in_block or (mean is not None and mean.is_inference()):
+        settle(mean)
         with unseen():
             steps = x.detach()
             statistics = norm.statistics(steps if axis == 2 else steps.unsqueeze(0), 2, backend)
             if not training:  # they may change before the output is used
                 norm = norm._replace(running_mean=statistics.mean, running_var=var.clone())
-    if count is not None:
+    if count is not None and in_block:
         count_later(count)
+    elif count is not None:
+        count.add_(1)
     return make_pending(x, norm, axis, statistics, backend)
 
 
