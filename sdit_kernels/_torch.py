@@ -235,6 +235,10 @@ storage_users: Callable[[int], int] | None = getattr(_C, "_storage_Use_Count", N
 # Returns the functions of the innermost hooks on saved tensors, or None. Fallback: None.
 innermost_hooks: Callable[[bool], tuple | None] = getattr(_autograd, "_top_saved_tensors_default_hooks", _nothing)
 
+# Enter and leave hooks on saved tensors. Fallback: None, and the hooks stay.
+push_hooks: Callable[[Callable, Callable], None] | None = getattr(_autograd, "_push_saved_tensors_default_hooks", None)
+pop_hooks: Callable[[], None] | None = getattr(_autograd, "_pop_saved_tensors_default_hooks", None)
+
 _HAS_SCHEMA = hasattr(torch.ops.aten.add.Tensor, "_schema")
 
 

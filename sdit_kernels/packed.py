@@ -28,6 +28,8 @@ from ._torch import (
     dispatch_mode_count,
     innermost_hooks,
     is_tracing,
+    pop_hooks,
+    push_hooks,
     skip_frames,
     transforms_active,
     without_modes,
@@ -388,13 +390,13 @@ def apply_without_hooks(apply: Callable, tensors: tuple, rest: tuple) -> Any:
                 return apply(*tensors, rest)
             given += 1
     hooks = innermost_hooks(True) if _local.depth and given > 2 else None
-    if hooks is None or hooks[0] is not _pack:
+    if hooks is None or hooks[0] is not _pack or pop_hooks is None or push_hooks is None:
         return apply(*tensors, rest)
-    _HOOKS.__exit__()
+    pop_hooks()
     try:
         return apply(*tensors, rest)
     finally:
-        _HOOKS.__enter__()
+        push_hooks(_pack, _unpack)
 
 
 # --- operators that move elements -------------------------------------------------------------------------------------------
