@@ -257,7 +257,7 @@ def written_arguments(function: Any, args: tuple, kwargs: dict) -> list[Any]:
 
 
 def increase(counts: list[Tensor]) -> None:
-    """Add 1 to each tensor, on a GPU in one launch. Fallback: one operator per tensor."""
+    """Add 1 to each tensor in one operator. Fallback: one operator per tensor."""
     if hasattr(torch, "_foreach_add_"):
         torch._foreach_add_(counts, 1)
     else:
