@@ -45,6 +45,8 @@ is_tracing = getattr(_C, "_is_tracing", torch.jit.is_tracing)
 # A context in which operators run without their autograd formula. None: register defines a second operator without a formula.
 below_autograd = getattr(_C, "_AutoDispatchBelowAutograd", None)
 
+# True if autocast is on for any device. Fallback: True, and Python asks for the device.
+any_autocast: Callable[[], bool] = getattr(_C, "_is_any_autocast_enabled", _always)
 
 # What pending tensors need: a context in which functions treat them as ordinary tensors, and a tensor without memory. Fallback
 # of the second: None, and norms do not wait for their neurons.

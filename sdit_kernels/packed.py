@@ -160,8 +160,8 @@ class _Bits:
         return t
 
 
-def _pack_values(flat, values, backend):
-    words, exact = _kernels(backend).pack(flat, values, tuning.current())
+def _pack_values(flat, values, backend, steps=1):
+    words, exact = _kernels(backend).pack(flat, values, tuning.current(), steps)
     return _Bits(words, values, backend, flat.dtype) if exact else None
 
 
@@ -255,13 +255,14 @@ class _Multiples:
 class _Known(weakref.ref):
     """A weak reference to a storage, and what is known about its elements."""
 
-    __slots__ = ("dtype", "key", "kind", "nbytes", "packed", "version")
+    __slots__ = ("dtype", "key", "kind", "nbytes", "packed", "steps", "version")
     key: int
     nbytes: int
     version: int
     dtype: torch.dtype
     kind: "Values | Counts | Indices"
     packed: "weakref.ref | None"
+    steps: int  # time steps that a thread has written together
 
 
 _known: dict[int, _Known] = {}  # by id(storage). A storage keeps its Python object while it lives
@@ -278,7 +279,7 @@ def _find(t: Tensor) -> _Known | None:
         return None
     storage = t.untyped_storage()
     known = _known.get(id(storage))
-    if known is None or known() is not storage or known.dtype != t.dtype or t.is_neg() or t._version != known.version:
+    if known is None or known() is not storage or known.dtype != t.dtype or t._version != known.version or t.is_neg():
         return None
     return known
 
@@ -293,7 +294,7 @@ def _numbers_at(t: Any) -> "Values | Counts | None":
     return known.kind if known is not None and type(known.kind) in (Values, Counts) else None
 
 
-def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
+def _note(t: Tensor, kind: "Values | Counts | Indices", steps: int = 1) -> None:
     if type(t) not in _PLAIN_TENSOR_TYPES or t.is_inference() or t.is_meta:
         return
     storage = t.untyped_storage()
@@ -302,7 +303,7 @@ def _note(t: Tensor, kind: "Values | Counts | Indices") -> None:
         key = id(storage)
         known = _known[key] = _Known(storage, _forget)
         known.key, known.nbytes, known.version, known.dtype = key, size, t._version, t.dtype
-        known.kind, known.packed = kind, None
+        known.kind, known.packed, known.steps = kind, None, steps
 
 
 def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None:
@@ -310,7 +311,7 @@ def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None
     if _local.depth and not transforms_active() and not is_tracing():
         values = _spike_values(BINARY if levels is None else encode(levels), s.dtype, steps)
         if values is not None:
-            _note(s, values)
+            _note(s, values, s.shape[0] if steps is None else 1)
 
 
 def note_same(out: Tensor, source: Tensor) -> None:
@@ -337,21 +338,19 @@ def _pack_storage(known: _Known, t: Tensor):
     packed = None if known.packed is None else known.packed()
     if packed is None:
         n, kind, backend = known.nbytes // t.itemsize, known.kind, dispatch.choose(t.device)
-        flat = t  # the CPU kernel takes only its address
-        if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():
-            flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, (n,), (1,))
-        packed = _pack_values(flat, kind, backend) if type(kind) is Values else kind.pack(flat, backend)
+        with without_modes():
+            flat = t  # the CPU kernel takes only its address
+            if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():
+                flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, (n,), (1,))
+            packed = _pack_values(flat, kind, backend, known.steps) if type(kind) is Values else kind.pack(flat, backend)
         known.packed = None if packed is None else weakref.ref(packed)
     return packed
 
 
 def _pack(t):
-    known = None
-    if type(t) in _PLAIN_TENSOR_TYPES and t.layout is torch.strided and id(t.untyped_storage()) in _known and not is_tracing():
-        known = _find(t)  # of few tensors
-    if known is not None and known.nbytes >= _SMALL:
-        with without_modes():
-            packed = _pack_storage(known, t)
+    known = _find(t)
+    if known is not None and known.nbytes >= _SMALL and not is_tracing():
+        packed = _pack_storage(known, t)
         if packed is not None:
             if type(packed) is _Bits:
                 packed.readers += 1
@@ -378,20 +377,21 @@ def _unpack(saved):
 _HOOKS = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
 
 
-def apply_without_hooks(apply: Callable, tensors: tuple, rest: tuple) -> Any:
-    """Call apply(*tensors, rest) of an autograd.Function. Our hooks see what it saves only if a tensor is known.
+def apply_without_hooks(apply: Callable, tensors: tuple, rest: tuple, data: int) -> Any:
+    """Call apply(*tensors, rest) of an autograd.Function. Our hooks see what it saves only if one of the first ``data`` tensors
+    is known.
 
     They take 5 us per tensor in both passes together.
     """
     given = 0
     for t in tensors:
-        if t is not None:
-            if id(t.untyped_storage()) in _known:
-                return apply(*tensors, rest)
-            given += 1
+        given += t is not None
     hooks = innermost_hooks(True) if _local.depth and given > 2 else None
     if hooks is None or hooks[0] is not _pack or pop_hooks is None or push_hooks is None:
         return apply(*tensors, rest)
+    for t in tensors[:data]:
+        if t is not None and id(t.untyped_storage()) in _known:
+            return apply(*tensors, rest)
     pop_hooks()
     try:
         return apply(*tensors, rest)

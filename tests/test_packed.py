@@ -123,6 +123,8 @@ def test_packing_restores_every_bit(name, dtype, numbers):
         found = torch.empty_like(x)
         kernels.unpack(words, values, found, tuning)
         assert same_bits(found, x)
+    x = values.table[torch.randint(values.n, (6 * definition.BLOCK,))]
+    assert torch.equal(kernels.pack(x, values, USERS, 3)[0], kernels.pack(x, values, USERS)[0])  # in another order
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])

@@ -16,7 +16,7 @@ NAMES = [
     "_get_current_dispatch_mode_stack", "_forward_hooks", "_C", "_schema",
     "_current_graph_task_id", "_make_wrapper_subclass", "_pytree", "_DisableTorchDispatch", "_foreach_sub", "_dynamo", "_op",
     "_autograd", "_top_saved_tensors_default_hooks", "_storage_Use_Count", "_push_saved_tensors_default_hooks",
-    "_pop_saved_tensors_default_hooks",
+    "_pop_saved_tensors_default_hooks", "_is_any_autocast_enabled",
 ]  # fmt: skip
 
 

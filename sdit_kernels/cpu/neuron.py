@@ -70,6 +70,7 @@ from .vector import (
     minimum,
     norm_of_row,
     sign,
+    use_wide_vectors,
     vset,
     where_at_least,
     where_equal,
@@ -105,6 +106,7 @@ def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
     (step,), norm_of_row = generate(code, S, 0, False, ("step",)), _norm_of_row(norm, X)
 
     def neuron_forward(part, T, R, C, inputs, outputs, numbers, places):
+        use_wide_vectors()
         x, x_t, x_r = inputs[:3]
         s, s_t, s_r = outputs[:3]
         before, after, seq, keep = inputs[3:], outputs[FINALS:SEQS], outputs[SEQS:KEEPS], outputs[KEEPS:]
@@ -184,6 +186,7 @@ def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED, norm
     norm_of_row, INTO, MOST = _norm_of_row(norm, X), S if THROUGH else D, HUGE[S == F64]
 
     def neuron_backward(part, T, R, C, group, groups, inputs, upstream, gradients, numbers, places):
+        use_wide_vectors()
         x, x_t, x_r = inputs[:3]
         g, g_t, g_r, g_c = upstream[:4]
         dx, dx_t, dx_r = gradients[:3]

@@ -17,7 +17,7 @@ from .compiler import INLINE
 from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, tile
 from .kernel import Kernel, share
 from .launch import address, placed
-from .vector import LANES, vec, vload, vset, vstore
+from .vector import LANES, use_wide_vectors, vec, vload, vset, vstore
 
 _GROUPS = 64  # the most partial sums per channel
 _CHUNK = 4096  # values of a row that two passes read, 16 KiB
@@ -58,6 +58,15 @@ def _include(means, sums, i, before, mean, squares, n):
 
 
 @row_sum
+def _include_tile(means, sums, width, before, around, total, squares, n, S):
+    """Include n values of each of so many channels, whose sums around ``around`` are known."""
+    for i in range(width):
+        rest = float(load(total, i, S)) / n
+        mean, square = float(load(around, i, S)) + rest, float(load(squares, i, S)) - rest * rest * n
+        _include(means, sums, i, before, mean, square, n)
+
+
+@row_sum
 def _pair_of_sums(a, b, first, n, S):
     """Return the sums of n elements of two arrays, in float64."""
     total_a, total_b = 0.0, 0.0
@@ -73,8 +82,11 @@ def _rows_kernel(X):
     CHUNK, BLOCK = _CHUNK, 64
 
     def norm_rows(part, outer, K, B, C, L, size, groups, steps, x_, means, sums):
+        use_wide_vectors()
         x, x_t, x_r = x_
         blocks, samples = (C + BLOCK - 1) // BLOCK, outer * groups // steps
+        around, total, squares = tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
+        together = max(1, min(BLOCK, 2 * CHUNK // L))  # channels whose chunks stay in a cache for the second pass
         for task in share(samples * blocks * steps, part):
             rest, t = task // steps, task % steps
             group = t * samples + rest // blocks
@@ -88,18 +100,21 @@ def _rows_kernel(X):
             for k in range(first, min(K, first + size)):
                 t = k // B
                 row = (o + t) * x_t + (k - t * B) * C * x_r
-                before = float((k - first) * L)
-                for c in range(c0, min(C, c0 + BLOCK)):
-                    done = 0
-                    while done < L:
+                for c in range(c0, min(C, c0 + BLOCK), together):
+                    width = min(together, min(C, c0 + BLOCK) - c)
+                    for done in range(0, L, CHUNK):
                         n = min(CHUNK, L - done)
-                        at = x + (row + c * x_r + done) * xb
-                        around = _sum(at, n, X, S) / num(float(n), S)
-                        total, squares = _sums_around(at, n, around, X, S)
-                        n_ = float(n)
-                        rest = float(total) / n_
-                        _include(mean_at, sum_at, c, before + done, float(around) + rest, float(squares) - rest * rest * n_, n_)
-                        done += n
+                        at, share_ = x + (row + c * x_r + done) * xb, num(1.0, S) / num(float(n), S)
+                        for i in range(width):
+                            store(around, i, _sum(at + i * x_r * xb, n, X, S) * share_, S)
+                        for i in range(width):
+                            sums_ = _sums_around(at + i * x_r * xb, n, load(around, i, S), X, S)
+                            store(total, i, sums_[0], S)
+                            store(squares, i, sums_[1], S)
+                        _include_tile(
+                            mean_at + c * 8, sum_at + c * 8, width, float((k - first) * L + done), around, total, squares,
+                            float(n), S,
+                        )  # fmt: skip
 
     return Kernel(norm_rows, f"norm_rows_{X}")
 
@@ -110,6 +125,7 @@ def _columns_kernel(X):
     BLOCK, ROWS = _COLUMNS, _ROWS
 
     def norm_columns(part, outer, K, B, C, size, groups, x_, means, sums):
+        use_wide_vectors()
         x, x_t, x_r = x_
         blocks = (C + BLOCK - 1) // BLOCK
         for task in share(outer * groups * blocks, part):
@@ -148,13 +164,7 @@ def _columns_kernel(X):
                         d = load_input(at, i, X) - load(around, i, S)
                         store(total, i, load(total, i, S) + d, S)
                         store(squares, i, load(squares, i, S) + d * d, S)
-                before, rows_ = float(k0 - first), float(rows)
-                for i in range(n):
-                    rest = float(load(total, i, S)) / rows_
-                    _include(
-                        mean_at, sum_at, i, before, float(load(around, i, S)) + rest,
-                        float(load(squares, i, S)) - rest * rest * rows_, rows_,
-                    )  # fmt: skip
+                _include_tile(mean_at, sum_at, n, float(k0 - first), around, total, squares, float(rows), S)
 
     return Kernel(norm_columns, f"norm_columns_{X}")
 

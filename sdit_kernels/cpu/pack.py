@@ -242,8 +242,10 @@ def _store_integer(typingctx, address, i, value, itemsize):
 def _pack_kernel(X, n):
     size, S, bits = SIZES[X], state_code(X), bits_of(n)
 
-    def pack(part, N, x, table, words, flag, first, inverse):
-        for task in share((N + BLOCK - 1) // BLOCK, part):
+    def pack(part, N, steps, x, table, words, flag, first, inverse):
+        blocks = (N + BLOCK - 1) // BLOCK
+        for place in share(blocks, part):
+            task = place % steps * (blocks // steps) + place // steps
             source, target = x + task * BLOCK * size, words + task * bits * _ROW
             rest = N - task * BLOCK
             if rest < BLOCK:
@@ -352,7 +354,7 @@ def _packing(values):
     """Return (the dtype of words, their shape in a block, the kernel that packs, arguments of it)."""
     dtype = values.table.dtype
     _, *shape = words_shape(1, dtype.itemsize, values.n)
-    kernel = _pack_kernel(CODES[dtype], values.n).prepared(0, 0, 0, 0, 0, 0.0, 0.0)
+    kernel = _pack_kernel(CODES[dtype], values.n).prepared(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     return WORDS[dtype.itemsize], shape, kernel, values.table.data_ptr(), float(values.first), values.inverse
 
 
@@ -363,13 +365,17 @@ def _unpacking(values, past_caches):
     return kernel, values.table.data_ptr()
 
 
-def pack(flat, values, tuning):
-    """Return (words, True if each element of flat is one of the values bit for bit)."""
+def pack(flat, values, tuning, steps=1):
+    """Return (words, True if each element of flat is one of the values bit for bit).
+
+    steps: of flat, if each thread has written all steps of a part of it; then it finds this part in its caches.
+    """
     word, shape, run, table, first, inverse = _packing(values)
     n = flat.numel()
     words = torch.empty((-(-n // BLOCK), *shape), dtype=word, device="cpu")
     wrong = ctypes.c_int64()
-    run(n, (n, flat.data_ptr(), table, words.data_ptr(), ctypes.addressof(wrong), first, inverse))
+    steps = steps if n % (steps * BLOCK) == 0 else 1
+    run(n, (n, steps, flat.data_ptr(), table, words.data_ptr(), ctypes.addressof(wrong), first, inverse))
     return words, not wrong.value
 
 

@@ -365,7 +365,7 @@ def define_norm(neuron, names, schema, variant, check):
         "ScalarType? spike_dtype, bool keep, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
         forward, forward_fake, **axes, save=save, gradient=gradient, **rule,
     )  # fmt: skip
-    train_call = eager(f"norm_{name}_train", train, 2 + vectors, 4, save_train, gradient, mutates=(5, 6))
+    train_call = eager(f"norm_{name}_train", train, 2, 2 + vectors, 4, save_train, gradient, mutates=(5, 6))
     upstream_axes = (1, 0, 1, 1, 0, *[None] * vectors, 1)
     backward_call = register(
         f"norm_{name}_backward({data}{tensors}{behind}) -> ({found})",

@@ -185,20 +185,24 @@ def _may_need_grad(tensors):
     return False
 
 
-def _apply(apply, tensors, rest):
-    """Call ``apply`` of an autograd.Function. Return NotImplemented if a tensor belongs to a transform that has ended."""
+def _apply(apply, tensors, rest, data):
+    """Call ``apply`` of an autograd.Function. Return NotImplemented if a tensor belongs to a transform that has ended.
+
+    data: the number of leading tensors that are data and not parameters.
+    """
     for t in tensors:
         if t is not None and is_of_transform(t):  # ``apply`` does not know such tensors
             return NotImplemented
     if dispatch_mode_count() > 0:  # the mode of packed_spikes
-        return packed.apply_without_hooks(apply, tensors, rest)
+        return packed.apply_without_hooks(apply, tensors, rest, data)
     return apply(*tensors, rest)
 
 
-def eager(name, implementation, tensor_count, outputs, save, gradient, mutates):
+def eager(name, implementation, data, tensor_count, outputs, save, gradient, mutates):
     """Return a function that does the work of two operators in eager mode, with less overhead than two calls.
 
-    It returns the first ``outputs`` results of the implementation. It returns NotImplemented, before it has done anything,
+    data, tensor_count: the numbers of the leading arguments that are data, and tensors. It returns the first ``outputs``
+    results of the implementation. It returns NotImplemented, before it has done anything,
     where PyTorch must see the operators. save(ctx, args, results) and the rest are as for ``register``.
     """
     implementation = nvtx.range(name).untraced(repeatable(implementation, tensor_count))
@@ -226,7 +230,7 @@ def eager(name, implementation, tensor_count, outputs, save, gradient, mutates):
             return NotImplemented
         if _needs_dispatcher(tensors):
             return NotImplemented
-        return _apply(apply, tensors, args[tensor_count:]) if _may_need_grad(tensors) else run(*args)[:outputs]
+        return _apply(apply, tensors, args[tensor_count:], data) if _may_need_grad(tensors) else run(*args)[:outputs]
 
     return entry
 
@@ -244,6 +248,7 @@ def register(
     derivative would be a second derivative, and with ``mutates``.
     """
     name, tensor_count = schema.partition("(")[0], len(batch_axes)
+    data = (*batch_axes, None).index(None) or tensor_count
     save, gradient = save or _save_nothing, _make_backward(gradient) if gradient else _refuse_second_derivative
     implementation = nvtx.range(name).untraced(repeatable(implementation, tensor_count))
 
@@ -359,7 +364,7 @@ def register(
         if mutates:
             return write(implementation, args)
         if _may_need_grad(tensors):
-            found = _apply(apply, tensors, args[tensor_count:])
+            found = _apply(apply, tensors, args[tensor_count:], data)
             return operator(*args) if found is NotImplemented else found
         return implementation(*args)
 

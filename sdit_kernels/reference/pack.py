@@ -26,8 +26,11 @@ def words_shape(elements: int, itemsize: int, n: int) -> tuple[int, int, int]:
     return -(-elements // BLOCK), bits_of(n), BLOCK // (8 * itemsize)
 
 
-def pack(flat: Tensor, values, tuning=None) -> tuple[Tensor, bool]:
-    """Return (words, True if each element is a value of ``values.table`` bit for bit). flat has one axis."""
+def pack(flat: Tensor, values, tuning=None, steps=1) -> tuple[Tensor, bool]:
+    """Return (words, True if each element is a value of ``values.table`` bit for bit). flat has one axis.
+
+    steps: a kernel on the CPU may work on so many equal parts of flat side by side. The result is the same.
+    """
     word = WORDS[flat.itemsize]
     blocks, bits, lanes = words_shape(flat.numel(), flat.itemsize, values.n)
     x, table = flat.view(word), values.on(flat.device).view(word)

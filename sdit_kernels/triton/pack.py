@@ -126,7 +126,7 @@ def _launch(kernel, blocks, lanes, device, tuning, *args, **flags):
     )
 
 
-def pack(flat, values, tuning):
+def pack(flat, values, tuning, steps=1):
     """Return (words, True). The elements of flat are values of the table."""
     words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
     _launch(
