@@ -20,7 +20,6 @@ and continues, for example:
 
 import argparse
 import csv
-import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -75,18 +74,6 @@ def setup(args) -> dict:
     if args.device == "cuda":
         min_time /= 100  # GPU time only: it excludes overwriting the L2 cache between the calls, and the wait in the queue
     return {"device": args.device, "rounds": 3 if args.quick else 21, "min_time": min_time}
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep all memory that is freed, until the process ends.
-
-    By default it gives large blocks back to the system now and then, and whichever contestant runs next waits for new pages, in
-    a step of a whole model for thousands of them. Does nothing where the C library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, its maximum
 
 
 # ---- correctness gate ------------------------------------------------------------------------------------------------
