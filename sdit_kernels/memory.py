@@ -6,7 +6,7 @@ sixteenth of the machine's memory, or ``SDIT_KERNELS_CPU_POOL_MB`` megabytes (0:
 ones, tensors on other devices or on systems other than Linux, and tensors in deterministic mode, which fills new memory.
 
 A smaller tensor that lives shortly, such as spikes that a backward pass restores, takes the memory of the last tensor of its
-shape, if that is free again (``empty_again``). This is faster than a call of the C library.
+shape, if that is free again (``empty_again``). This saves a call of the C library.
 
 Blocks begin at different cache lines of a page. On an Intel Xeon, kernels that walk through many tensors side by side, such as
 wkv's, were slower where all of them began at multiples of 256 bytes.

@@ -262,7 +262,7 @@ class _Known(weakref.ref):
     dtype: torch.dtype
     kind: "Values | Counts | Indices"
     packed: "weakref.ref | None"
-    steps: int  # time steps that a thread has written together
+    steps: int  # as in cpu/pack.py
 
 
 _known: dict[int, _Known] = {}  # by id(storage). A storage keeps its Python object while it lives

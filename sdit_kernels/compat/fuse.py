@@ -293,12 +293,11 @@ class Reader(Swapped):
     """
 
     _of_steps: type | None = None  # PyTorch's class of a layer of SpikingJelly that flattens T and B of its input
-    _axes = 0  # the number of axes of this input
 
     @classmethod
     def made_from(cls, mixin, original):
         if original.__name__.startswith("Conv") and original.__module__.startswith("spikingjelly.activation_based."):
-            cls._of_steps, cls._axes = getattr(nn, original.__name__), 3 + int(original.__name__[4])
+            cls._of_steps = getattr(nn, original.__name__)
 
     def forward(self, *args, **kwargs):
         x = args[0] if args else None
@@ -306,12 +305,12 @@ class Reader(Swapped):
             return super().forward(*args, **kwargs)
         if any_autocast() and autocast_dtype(x) is not None:
             return super().forward(*args, **kwargs)
-        own, shape = self._of_steps, x.shape
+        own = self._of_steps
         with unseen():
-            if own is None or self.step_mode != "m" or len(args) + len(kwargs) > 1 or len(shape) != self._axes:
+            if own is None or self.step_mode != "m" or len(args) + len(kwargs) > 1 or x.dim() != self.weight.dim() + 1:
                 return super().forward(*args, **kwargs)
             y = own.forward(self, x.flatten(0, 1))
-            return y.view(*shape[:2], *y.shape[1:])
+            return y.view(*x.shape[:2], *y.shape[1:])
 
 
 _READERS = ("Linear", *(f"{name}{d}d" for name in ("Conv", "AvgPool", "AdaptiveAvgPool") for d in (1, 2, 3)))

@@ -244,7 +244,7 @@ def _pack_kernel(X, n):
 
     def pack(part, N, steps, x, table, words, flag, first, inverse):
         blocks = (N + BLOCK - 1) // BLOCK
-        for place in share(blocks, part):
+        for place in share(blocks, part):  # the first block of every step, then the second of every step, ..
             task = place % steps * (blocks // steps) + place // steps
             source, target = x + task * BLOCK * size, words + task * bits * _ROW
             rest = N - task * BLOCK

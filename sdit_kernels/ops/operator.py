@@ -201,9 +201,9 @@ def _apply(apply, tensors, rest, data):
 def eager(name, implementation, data, tensor_count, outputs, save, gradient, mutates):
     """Return a function that does the work of two operators in eager mode, with less overhead than two calls.
 
-    data, tensor_count: the numbers of the leading arguments that are data, and tensors. It returns the first ``outputs``
-    results of the implementation. It returns NotImplemented, before it has done anything,
-    where PyTorch must see the operators. save(ctx, args, results) and the rest are as for ``register``.
+    It returns the first ``outputs`` results of the implementation. It returns NotImplemented, before it has done anything,
+    where PyTorch must see the operators. data: as for ``_apply``. tensor_count: how many of the leading arguments are tensors.
+    save(ctx, args, results) and the rest are as for ``register``.
     """
     implementation = nvtx.range(name).untraced(repeatable(implementation, tensor_count))
 
@@ -248,7 +248,7 @@ def register(
     derivative would be a second derivative, and with ``mutates``.
     """
     name, tensor_count = schema.partition("(")[0], len(batch_axes)
-    data = (*batch_axes, None).index(None) or tensor_count
+    data = (*batch_axes, None).index(None) or tensor_count  # without batch axes, any tensor may be data
     save, gradient = save or _save_nothing, _make_backward(gradient) if gradient else _refuse_second_derivative
     implementation = nvtx.range(name).untraced(repeatable(implementation, tensor_count))
 
