@@ -130,6 +130,11 @@ def _sum_of(a: Values, b: Values) -> Values | None:
 # --- packed data ------------------------------------------------------------------------------------------------------------
 
 
+def _allocate(shape, dtype, backend, like):
+    """Return memory for elements that a backward pass restores."""
+    return memory.empty_again(shape, dtype) if backend == "cpu" else memory.empty_contiguous(shape, dtype, like)
+
+
 class _Bits:
     """The elements of a storage as codes.
 
@@ -154,14 +159,13 @@ class _Bits:
         return t if t.shape == shape else t.view(shape)
 
     def restore(self, shape) -> Tensor:
-        backend, dtype = self.backend, self.dtype
-        t = memory.empty_again(shape, dtype) if backend == "cpu" else memory.empty_contiguous(shape, dtype, self.words)
-        _kernels(backend).unpack(self.words, self.values, t, tuning.current())
+        t = _allocate(shape, self.dtype, self.backend, self.words)
+        _kernels(self.backend).unpack(self.words, self.values, t, tuning.current())
         return t
 
 
-def _pack_values(flat, values, backend, steps=1):
-    words, exact = _kernels(backend).pack(flat, values, tuning.current(), steps)
+def _pack_values(flat, values, backend, parts=1):
+    words, exact = _kernels(backend).pack(flat, values, tuning.current(), parts)
     return _Bits(words, values, backend, flat.dtype) if exact else None
 
 
@@ -228,10 +232,8 @@ class Counts(NamedTuple):
     most: int  # the greatest integer
 
     def pack(self, flat, backend):
-        numbers = flat.mul(1 / self.unit).to(torch.int16)
-        packed = _Multiples(numbers, self.unit, flat.dtype)
-        exact = flat.device.type != "cpu" or torch.equal(packed.restore(flat.shape), flat)
-        return packed if exact else None
+        numbers, exact = _kernels(backend).pack_counts(flat, self.unit, tuning.current())
+        return _Multiples(numbers, self.unit, backend, flat.dtype) if exact else None
 
     def cast(self, dtype: torch.dtype) -> "Counts | None":
         return self if dtype in (torch.float32, torch.float64) else None
@@ -240,13 +242,15 @@ class Counts(NamedTuple):
 class _Multiples:
     """Numbers of 16 bits and their unit."""
 
-    __slots__ = ("__weakref__", "dtype", "numbers", "unit")
+    __slots__ = ("__weakref__", "backend", "dtype", "numbers", "unit")
 
-    def __init__(self, numbers, unit, dtype):
-        self.numbers, self.unit, self.dtype = numbers, unit, dtype
+    def __init__(self, numbers, unit, backend, dtype):
+        self.numbers, self.unit, self.backend, self.dtype = numbers, unit, backend, dtype
 
     def restore(self, shape) -> Tensor:
-        return self.numbers.to(self.dtype).mul_(self.unit).view(shape)
+        t = _allocate(shape, self.dtype, self.backend, self.numbers)
+        _kernels(self.backend).unpack_counts(self.numbers, self.unit, t, tuning.current())
+        return t
 
 
 # --- known tensors ----------------------------------------------------------------------------------------------------------
@@ -255,14 +259,14 @@ class _Multiples:
 class _Known(weakref.ref):
     """A weak reference to a storage, and what is known about its elements."""
 
-    __slots__ = ("dtype", "key", "kind", "nbytes", "packed", "steps", "version")
+    __slots__ = ("dtype", "key", "kind", "nbytes", "packed", "parts", "version")
     key: int
     nbytes: int
     version: int
     dtype: torch.dtype
     kind: "Values | Counts | Indices"
     packed: "weakref.ref | None"
-    steps: int  # as in cpu/pack.py
+    parts: int  # as in cpu/pack.py
 
 
 _known: dict[int, _Known] = {}  # by id(storage). A storage keeps its Python object while it lives
@@ -294,7 +298,7 @@ def _numbers_at(t: Any) -> "Values | Counts | None":
     return known.kind if known is not None and type(known.kind) in (Values, Counts) else None
 
 
-def _note(t: Tensor, kind: "Values | Counts | Indices", steps: int = 1) -> None:
+def _note(t: Tensor, kind: "Values | Counts | Indices", parts: int = 1) -> None:
     if type(t) not in _PLAIN_TENSOR_TYPES or t.is_inference() or t.is_meta:
         return
     storage = t.untyped_storage()
@@ -303,15 +307,18 @@ def _note(t: Tensor, kind: "Values | Counts | Indices", steps: int = 1) -> None:
         key = id(storage)
         known = _known[key] = _Known(storage, _forget)
         known.key, known.nbytes, known.version, known.dtype = key, size, t._version, t.dtype
-        known.kind, known.packed, known.steps = kind, None, steps
+        known.kind, known.packed, known.parts = kind, None, parts
 
 
-def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None) -> None:
-    """Inside packed_spikes, note that s is the spikes of an op, or with ``steps`` their mean over so many time steps."""
+def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None, parts: int | None = None) -> None:
+    """Inside packed_spikes, note that s is the spikes of an op, or with ``steps`` their mean over so many time steps.
+
+    parts: as in cpu/pack.py; None: the time steps.
+    """
     if _local.depth and not transforms_active() and not is_tracing():
         values = _spike_values(BINARY if levels is None else encode(levels), s.dtype, steps)
         if values is not None:
-            _note(s, values, s.shape[0] if steps is None else 1)
+            _note(s, values, 1 if steps is not None else parts or s.shape[0])
 
 
 def note_same(out: Tensor, source: Tensor) -> None:
@@ -342,7 +349,7 @@ def _pack_storage(known: _Known, t: Tensor):
             flat = t  # the CPU kernel takes only its address
             if backend != "cpu" or type(kind) is not Values or t.numel() != n or not t.is_contiguous():
                 flat = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage(), 0, (n,), (1,))
-            packed = _pack_values(flat, kind, backend, known.steps) if type(kind) is Values else kind.pack(flat, backend)
+            packed = _pack_values(flat, kind, backend, known.parts) if type(kind) is Values else kind.pack(flat, backend)
         known.packed = None if packed is None else weakref.ref(packed)
     return packed
 

@@ -127,6 +127,7 @@ class _Call:
     def __init__(self, x, norm, axis, statistics, backend):
         self.x, self.norm, self.axis, self.statistics, self.backend = x, norm, axis, statistics, backend
         self.owed: dict[int, _Call] | None = None  # where the block keeps the call while the running statistics wait for x
+        self.has_paid = False
         self.needs_grad = torch.is_grad_enabled()
         self.inputs, self.versions = [x], [x._version]
         for t in norm.learnt:
@@ -147,7 +148,7 @@ class _Call:
         """Note that the running statistics have seen x. Not certain: if their version tells so."""
         if self.owed is not None and (certain or self.norm.running_mean._version != self.version):
             del self.owed[id(self.norm.running_mean)]
-            self.owed, self.norm = None, self.norm.without_update()
+            self.owed, self.has_paid = None, True
 
     def update(self):
         """Update the running statistics without the output."""
@@ -263,11 +264,16 @@ class _Place:
 
     def view(self, function, args, kwargs) -> "_Place | None":
         """Return the place of a view of this one, or None if the norm's input or the probe have no such view."""
-        meta = function(self.meta, *args, **kwargs)
+        arguments = self.meta, self.probe, function, tuple(tuple(a) if type(a) is list else a for a in args)
         try:
-            with torch.set_grad_enabled(self.call.needs_grad):
+            meta, probe = _view_without_memory(*arguments, **kwargs)
+        except TypeError:  # an argument without a hash
+            meta, probe = _view_without_memory.__wrapped__(*arguments, **kwargs)
+        if probe is None:
+            return None
+        try:
+            with torch.set_grad_enabled(self.call.needs_grad), unseen():
                 x = function(self.x, *args, **kwargs)
-            probe = self.probe if function in _COPIES else function(self.probe, *args, **kwargs)
         except RuntimeError:
             return None
         return _Place(self.call, x, probe, meta, (*self.views, (function, args, kwargs)))
@@ -290,6 +296,17 @@ def _find_channel_axis(shape, strides, C, has_steps):
     if len(channels) != 1 or channels[0] == 0 or shape[channels[0]] != C:
         return None
     return channels[0] if steps == ([0] if has_steps else []) else None
+
+
+@functools.lru_cache(maxsize=512)
+def _view_without_memory(meta, probe, function, args, **kwargs):
+    """Return the tensors ``meta`` and ``probe`` of a view; a probe that has no such view is None."""
+    with unseen():
+        meta = function(meta, *args, **kwargs)
+        try:
+            return meta, probe if function in _COPIES else function(probe, *args, **kwargs)
+        except RuntimeError:
+            return meta, None
 
 
 class Pending(Tensor):
@@ -402,7 +419,8 @@ def run_with_norm(op: Callable[..., Any], t: Pending, v: Tensor | None, **settin
         return None
     call.check_changes()
     call.is_fused = True
-    norm = call.norm if axis == call.norm.channel_axis else call.norm._replace(channel_axis=axis)
+    norm = call.norm.without_update() if call.has_paid else call.norm
+    norm = norm if axis == norm.channel_axis else norm._replace(channel_axis=axis)
     try:
         return op(place.x, norm, v, call.statistics, True, **settings)
     finally:  # activation checkpointing stops a forward pass by an exception when the op saves its tensors

@@ -18,7 +18,9 @@ from hypothesis import assume, given, settings
 from oracle import loops
 
 import sdit_kernels
-from sdit_kernels import backend, leaky, lif, norm_lif
+from sdit_kernels import backend, leaky, lif, norm_lif, repeat
+from sdit_kernels.cpu import norm_neuron
+from sdit_kernels.layout import channel_layout
 from sdit_kernels.neuron import LEAKY, Variant
 from sdit_kernels.ops.norm_lif import batch_statistics, define_norm
 from sdit_kernels.tuning import tuned
@@ -634,6 +636,64 @@ def test_launchers_have_equal_signatures():
     cpu, triton = (importlib.import_module(f"sdit_kernels.{room}.norm") for room in ("cpu", "triton"))
     for name in ("norm_forward", "norm_gradients"):
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(triton, name))
+
+
+# --- blocks of channels on the CPU ------------------------------------------------------------------------------------------
+
+
+def run_in_blocks(monkeypatch, block, shape, dtype, affine, states, threads=2):
+    """Return the results of training, with so many channels at a time; 0: one kernel after the other on all channels."""
+    monkeypatch.setattr(norm_neuron, "block_of", lambda *_: block or None)
+    repeat.forget()
+    C, before = shape[2], torch.get_num_threads()
+    learnt = {"x": draw(shape, 0, dtype, 1.0, 2.0)}
+    if affine:
+        learnt |= {"weight": 1 + 0.3 * draw((C,), 1, dtype), "bias": draw((C,), 2, dtype)}
+    if states:
+        learnt |= {"v": 0.3 * draw(shape[1:], 3, dtype)}
+    learnt = {name: t.requires_grad_() for name, t in learnt.items()}
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(3):  # plainly, recorded, repeated
+            wide = torch.promote_types(dtype, torch.float32)
+            running = draw((C,), 4, wide), draw((C,), 5, wide).abs()
+            out = norm_lif(
+                **learnt, running_mean=running[0], running_var=running[1], training=True, return_v=states, return_v_seq=states
+            )
+            out = out if states else (out,)
+            upstream = [draw(o.shape, 6 + i, o.dtype) for i, o in enumerate(out)]
+            found = *out, *running, *torch.autograd.grad(out, learnt.values(), upstream)
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(4, 2, 12, 4, 4), (3, 2, 12, 7, 9), (18, 70, 4, 3), (2, 3, 6, 300)])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("states", [True, False])
+def test_blocks_of_channels_change_nothing(shape, dtype, affine, states, monkeypatch):
+    """Rows of the kernel of the neuron hold a channel, or all channels of a sample if a channel has at most 32 values."""
+    wanted = run_in_blocks(monkeypatch, 0, shape, dtype, affine, states)
+    for block, threads in ((1, 2), (2, 1), (shape[2] // 2, 2), (shape[2], 2)):
+        found = run_in_blocks(monkeypatch, block, shape, dtype, affine, states, threads)
+        for f, w in zip(found, wanted, strict=True):
+            # the sums over a channel of more than 256 values are added in another order, in float64
+            exact = shape[3:] != (300,) or dtype != torch.float64
+            torch.testing.assert_close(f, w, rtol=0 if exact else 1e-12, atol=0 if exact else 1e-12)
+
+
+def test_blocks_divide_the_channels_and_fit_into_a_cache(monkeypatch):
+    def block_of(*shape, dtype=torch.float32, threads=2, forward=True):
+        monkeypatch.setattr(norm_neuron, "thread_count", lambda work: threads)
+        return norm_neuron.block_of(shape[0], channel_layout(torch.empty(shape, dtype=dtype), 2, False), dtype, forward)
+
+    assert block_of(4, 2, 64, 32, 32) == 8 and block_of(4, 2, 64, 32, 32, forward=False) == 4
+    assert block_of(4, 2, 512, 4, 4) == 256 and block_of(4, 2, 512, 4, 4, threads=16) == 32
+    assert block_of(4, 2, 7, 9, 9) == 1 and block_of(4, 2, 9, 9, 9) == 3
+    assert block_of(4, 2, 64, 32, 32, dtype=torch.bfloat16) == 8  # the arithmetic is float32
+    assert block_of(16, 16, 64, 64, 64) is None  # 4 MiB a channel
+    assert block_of(4, 2, 61, 4, 4) is None  # runs of 64 bytes
 
 
 def test_the_op_is_exported():

@@ -105,8 +105,9 @@ TABLES = [
     (0, 4, 0.1, True),
     (0, 14, 1.0, True),
     (-30, 60, 0.1, True),
+    (-30, 60, 0.25, False),
 ]
-CASES = [(torch.float32, t) for t in TABLES] + [(d, TABLES[i]) for d in DTYPES[1:4] for i in (0, 3, 5)]
+CASES = [(torch.float32, t) for t in TABLES] + [(d, TABLES[i]) for d in DTYPES[1:4] for i in (0, 3, 5, 6)]
 CASES += [(torch.uint8, (0, 1, 1.0, False)), (torch.uint8, (0, 20, 1.0, False)), (torch.bool, (0, 1, 1.0, False))]
 
 
@@ -138,6 +139,27 @@ def test_packing_finds_any_other_value(name, dtype, numbers):
             y = x.clone()
             y[at] = other
             assert not KERNELS[name].pack(y, values, USERS)[1], (other, at)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("unit", [1.0, 2.0**-5, 4.0])
+def test_counts_are_restored_and_any_other_value_is_found(name, dtype, unit):
+    kernels = KERNELS[name]
+    for n in (1, 15, 9001, 2 * definition.BLOCK):
+        counts = torch.randint(1 << 15, (n,), dtype=torch.int32)
+        counts[-1] = (1 << 15) - 1
+        x = counts.to(dtype) * unit
+        numbers, exact = kernels.pack_counts(x, unit, USERS)
+        assert exact and torch.equal(numbers, counts.short())
+        found = torch.empty_like(x)
+        kernels.unpack_counts(numbers, unit, found, USERS)
+        assert same_bits(found, x)
+    for other in (-0.0, -1.0, 0.57, 1.5, 32768.0, 1e30, torch.inf, -torch.inf, torch.nan) if name != "triton" else ():
+        for at in (0, 8191):
+            y = x.clone()
+            y[at] = other * unit
+            assert not kernels.pack_counts(y, unit, USERS)[1], (other, at)
 
 
 def test_launchers_have_equal_signatures_on_every_backend():

@@ -37,6 +37,8 @@ def _source_stamp() -> str:
 _STAMP = _source_stamp()
 repeat.environments["cpu"] = lambda: (torch.get_num_threads(), dispatch.forked)  # launchers split the work by them
 STREAM = 8 << 20  # an output of at least so many bytes bypasses the caches, because it does not fit into them
+# Python's error model tests every divisor for zero, and LLVM does not vectorise this test.
+_OPTIONS = dict(nogil=True, error_model="numpy")
 _SERIAL_BELOW = 1 << 15  # neuron-steps; with less work, waking a second thread (about 3 us) does not pay
 _lock = threading.Lock()  # held while a kernel compiles
 
@@ -108,6 +110,11 @@ def share(tasks, part):
     return range(tasks * i // n, tasks * (i + 1) // n)
 
 
+def thread_count(work: int) -> int:
+    """Return the number of threads that run a kernel with so much work; see Kernel.__call__."""
+    return 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
+
+
 @intrinsic
 def _run_team(typingctx, body, threads, args):
     """Call body((i, n), *args) on every thread i of an OpenMP team of n threads."""
@@ -155,14 +162,17 @@ class Kernel:
     """
 
     def __init__(self, function, name: str):
-        self._function, self._name = function, f"{name}_{_STAMP}" + ("" if _OPENMP else "_threads")
-        self._compiled = None
+        self.name, self._name = name, f"{name}_{_STAMP}" + ("" if _OPENMP else "_threads")
+        self._function, self._compiled = function, None
+
+    @functools.cached_property
+    def body(self):
+        """The function, to be called by the code of another kernel."""
+        self._function.__name__ = self._function.__qualname__ = self._name
+        return numba.njit(self._function, **_OPTIONS, **NO_ENTRY)
 
     def _compile(self, args):
-        # Python's error model tests every divisor for zero, and LLVM does not vectorise this test.
-        options = dict(nogil=True, error_model="numpy")
-        self._function.__name__ = self._function.__qualname__ = self._name
-        body = numba.njit(self._function, **options, **NO_ENTRY)
+        body = self.body
 
         if _OPENMP:
 
@@ -179,14 +189,14 @@ class Kernel:
         entry.__name__ = entry.__qualname__ = self._name
         signature = numba.typeof((0, 1)), numba.typeof(args)
         try:
-            compiled = numba.njit(entry, cache=True, no_cfunc_wrapper=True, **options)
+            compiled = numba.njit(entry, cache=True, no_cfunc_wrapper=True, **_OPTIONS)
         except RuntimeError:  # numba did not find a writable folder
             _warn_uncached(_NO_FOLDER)
-            compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
+            compiled = numba.njit(entry, no_cfunc_wrapper=True, **_OPTIONS)
         else:
             if not _set_cache_key(compiled, self._key()):
                 _warn_uncached(_NO_CACHE)
-                compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
+                compiled = numba.njit(entry, no_cfunc_wrapper=True, **_OPTIONS)
         with event.install_listener("numba:compile", _SlowCompileNotice(compiled)):
             try:
                 compiled.compile(signature)
@@ -197,7 +207,7 @@ class Kernel:
                     _warn_uncached(_NO_FOLDER)
                     emptied = False
                 if not emptied:
-                    compiled = numba.njit(entry, no_cfunc_wrapper=True, **options)
+                    compiled = numba.njit(entry, no_cfunc_wrapper=True, **_OPTIONS)
                 compiled.compile(signature)
         return compiled
 
@@ -228,7 +238,7 @@ class Kernel:
             return lambda work, args: self(work, *args)
 
         def run(work, args):
-            threads = 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
+            threads = thread_count(work)
             entry((0, 1) if threads == 1 else (-1, threads), args)
 
         return run
@@ -236,7 +246,7 @@ class Kernel:
     def __call__(self, work: int, *args):
         """Run the kernel. ``work`` is a number of elementary steps; if it is small, one thread runs all tasks."""
         self._compile_once(args)
-        threads = 1 if work < _SERIAL_BELOW or dispatch.forked else torch.get_num_threads()
+        threads = thread_count(work)
         if threads == 1 or _OPENMP:
             part = (0, 1) if threads == 1 else (-1, threads)
             self._compiled(part, *args)

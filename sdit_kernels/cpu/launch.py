@@ -14,7 +14,7 @@ from ..layout import row_view, step_view
 
 FORWARD_COLUMNS = 1024  # the most columns of a forward task of a neuron
 BACKWARD_COLUMNS = 256  # the most columns of a backward task, which keeps LIF_CHECKPOINT_STEPS steps of them: 16 KiB
-_GROUPS = 64  # the most partial sums per channel
+GROUPS = 64  # the most partial sums per channel
 
 
 def address(t):
@@ -86,7 +86,7 @@ def placed_all(layout, *groups):
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(variant):
+def constants_of(variant):
     """Return (code, numbers) of a neuron whose parameters are numbers; see Parameters."""
     neuron, flags, values, _, alpha, *_ = variant
     given = dict(zip((*neuron.parameters, *neuron.numbers), values))
@@ -112,7 +112,7 @@ class Parameters:
 
     def __init__(self, variant, parameters, dtype, axes=0):
         """axes: the number of axes of the data, T included. A parameter with as many has a value per step."""
-        self.code, self.numbers = _constants(variant)
+        self.code, self.numbers = constants_of(variant)
         self._dtype, self._count, self._alive = dtype, len(variant.neuron.learnt), []
         places, self.are_numbers, kinds = [(0, 0, 0, 0)] * len(variant.values), True, set()
         for i, p in enumerate(parameters):
@@ -144,7 +144,7 @@ class Parameters:
         the parameters has several values, otherwise (tasks,). For a parameter with a value per token it is
         (blocks of columns, number of values); for the parameter ``normed``, a factor of a norm, (1, steps * rows).
         """
-        group = -(-layout.R // _GROUPS) if wanted else 1
+        group = -(-layout.R // GROUPS) if wanted else 1
         groups = -(-layout.R // group)
         if not wanted:
             return group, groups, None, ()

@@ -94,7 +94,7 @@ def generate(code, V, kind, with_parameters, entries):
 
 
 @functools.cache
-def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
+def forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
     S = state_code(X)
     xb, ob, sb = SIZES[X], SIZES[O], SIZES[S]
     STATES, NORM, NORMED = len(code[0].states), norm != "", _normed(code, norm)
@@ -164,7 +164,7 @@ def _forward_kernel(X, O, V, code, spread, norm="", BLOCK=FORWARD_COLUMNS):
 
 
 @functools.cache
-def _backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED, norm="", THROUGH=False, BLOCK=BACKWARD_COLUMNS):
+def backward_kernel(X, D, V, code, kind, spread, WANTED, WRITES, STREAMED, norm="", THROUGH=False, BLOCK=BACKWARD_COLUMNS):
     """WANTED: the gradients of the parameters are wanted. WRITES: dx is. STREAMED: dx bypasses the caches.
 
     THROUGH: dx includes the norm.
@@ -383,7 +383,7 @@ def neuron_forward(variant, x, states, parameters, s, finals, seqs, checkpoints,
         one_step.forward(variant, p, layout, x, s, inputs[:3:2], outputs[:3:2])
         return
     columns = _columns(variant, layout.C, FORWARD_COLUMNS)
-    _forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread, variant.norm, columns)(
+    forward_kernel(CODES[x.dtype], CODES[s.dtype], V, p.code, p.spread, variant.norm, columns)(
         x.numel(), x.shape[0], layout.R, layout.C, inputs, outputs, p.numbers, p.addresses
     )
 
@@ -416,7 +416,7 @@ def neuron_backward(
         places = (place[:3:2] for place in (inputs, g_, gradients))
         one_step.backward(variant, p, layout, x, g, *places, sums_[normed] if sums_ else 0, columns)
     else:
-        _backward_kernel(
+        backward_kernel(
             CODES[x.dtype], CODES[written.dtype], V, p.code, SURROGATES[variant.surrogate].id, p.spread, wanted, dx is not None,
             dx is not None and dx.nbytes >= STREAM, variant.norm, through, columns,
         )(

@@ -16,10 +16,9 @@ from ..layout import layout_of
 from .compiler import INLINE
 from .intrinsics import CODES, F64, SIZES, load, load_input, num, state_code, store, tile
 from .kernel import Kernel, share
-from .launch import address, placed
+from .launch import GROUPS, address, placed
 from .vector import LANES, use_wide_vectors, vec, vload, vset, vstore
 
-_GROUPS = 64  # the most partial sums per channel
 _CHUNK = 4096  # values of a row that two passes read, 16 KiB
 _COLUMNS, _ROWS = 256, 32  # channels and rows of a chunk where the channels are contiguous: 32 KiB
 
@@ -77,13 +76,13 @@ def _pair_of_sums(a, b, first, n, S):
 
 
 @functools.cache
-def _rows_kernel(X):
+def rows_kernel(X):
     S, xb = state_code(X), SIZES[X]
     CHUNK, BLOCK = _CHUNK, 64
 
     def norm_rows(part, outer, K, B, C, L, size, groups, steps, x_, means, sums):
         use_wide_vectors()
-        x, x_t, x_r = x_
+        x, x_t, x_b, x_r = x_
         blocks, samples = (C + BLOCK - 1) // BLOCK, outer * groups // steps
         around, total, squares = tile(BLOCK, S), tile(BLOCK, S), tile(BLOCK, S)
         together = max(1, min(BLOCK, 2 * CHUNK // L))  # channels whose chunks stay in a cache for the second pass
@@ -99,7 +98,7 @@ def _rows_kernel(X):
                 store(sum_at, c, 0.0, F64)
             for k in range(first, min(K, first + size)):
                 t = k // B
-                row = (o + t) * x_t + (k - t * B) * C * x_r
+                row = (o + t) * x_t + (k - t * B) * x_b
                 for c in range(c0, min(C, c0 + BLOCK), together):
                     width = min(together, min(C, c0 + BLOCK) - c)
                     for done in range(0, L, CHUNK):
@@ -120,7 +119,7 @@ def _rows_kernel(X):
 
 
 @functools.cache
-def _columns_kernel(X):
+def columns_kernel(X):
     S, xb = state_code(X), SIZES[X]
     BLOCK, ROWS = _COLUMNS, _ROWS
 
@@ -177,7 +176,7 @@ def _move(running, i, new, momentum, R, S):
 
 
 @functools.cache
-def _combine_kernel(S, M, V):
+def combine_kernel(S, M, V):
     """M, V: storage codes of the running statistics."""
     MS, VS = state_code(M), state_code(V)
 
@@ -205,7 +204,7 @@ def _combine_kernel(S, M, V):
 
 
 @functools.cache
-def _vectors_kernel(S, W, O, GIVEN):
+def vectors_kernel(S, W, O, GIVEN):
     """W, O: storage codes of weight and bias. GIVEN: write the factor only."""
 
     def norm_vectors(part, n, inner, scale, rstd, weight, bias, mean, out):
@@ -227,7 +226,7 @@ def _vectors_kernel(S, W, O, GIVEN):
 
 
 @functools.cache
-def _gradients_kernel(S, W, O, INNER):
+def gradients_kernel(S, W, O, INNER):
     """W, O: storage codes of weight and bias. INNER: there are sums per value of a channel."""
     BLOCK, WS, OS = _COLUMNS, state_code(W), state_code(O)
 
@@ -269,7 +268,7 @@ def _gradients_kernel(S, W, O, INNER):
 
 
 @functools.cache
-def _backward_kernel(X, ROWS, STEPS):
+def backward_kernel(X, ROWS, STEPS):
     """d - offset - (x - mean) * slope. STEPS: these have a value per step."""
     S = state_code(X)
     xb, sb = SIZES[X], SIZES[S]
@@ -320,19 +319,19 @@ def norm_forward(x, rows, eps, mean, squares, rstd, running, momentum, tuning):
     T, B, C = x.shape[:3]
     L = x.shape[3] if rows else 1
     outer, K = (T, B) if mean.dim() == 2 else (1, T * B)
-    size = -(-K // _GROUPS)
+    size = -(-K // GROUPS)
     groups = -(-K // size)
-    x, x_ = placed(layout_of(x, x, True), x)
+    x, (at, x_t, x_r) = placed(layout_of(x, x, True), x)
     table = torch.empty((2, outer * groups, C), dtype=torch.float64, device="cpu")
     means, sums = table[0].data_ptr(), table[1].data_ptr()
     if rows:
         # Each thread gets all steps of some samples, because the kernel of the neuron reads them next on the same thread.
         steps = T if groups * outer % T == 0 else 1
-        _rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, steps, x_, means, sums)
+        rows_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, L, size, groups, steps, (at, x_t, C * x_r, x_r), means, sums)
     else:
-        _columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, x_, means, sums)
+        columns_kernel(CODES[x.dtype])(x.numel(), outer, K, B, C, size, groups, (at, x_t, x_r), means, sums)
     codes = (CODES[mean.dtype if t is None else t.dtype] for t in running)
-    _combine_kernel(CODES[mean.dtype], *codes)(
+    combine_kernel(CODES[mean.dtype], *codes)(
         table.numel(), outer, K, C, L, size, groups, eps, means, sums, mean.data_ptr(), squares.data_ptr(), rstd.data_ptr(),
         tuple(map(address, running)), momentum,
     )  # fmt: skip
@@ -347,7 +346,7 @@ def norm_vectors(mean, rstd, weight, bias, scale, inner):
     given = inner == 1 and bias is not None and bias.dtype == rstd.dtype  # then only the factor is new
     made = torch.empty((1 if given else 3, rstd.numel() * inner), dtype=rstd.dtype, device="cpu")
     codes = (CODES[rstd.dtype if t is None else t.dtype] for t in (weight, bias))
-    _vectors_kernel(CODES[rstd.dtype], *codes, given)(
+    vectors_kernel(CODES[rstd.dtype], *codes, given)(
         made.numel(), rstd.numel(), inner, scale, rstd.data_ptr(), address(weight), address(bias), mean.data_ptr(),
         made.data_ptr(),
     )  # fmt: skip
@@ -366,7 +365,7 @@ def norm_gradients(sums, T, B, weight, rstd, scale, n, d_weight, d_bias, offset,
     C, inner = sums[0].shape[-2:]
     weight, rstd = (None if t is None else t.contiguous() for t in (weight, rstd))
     codes = (CODES[rstd.dtype if t is None else t.dtype] for t in (weight, d_bias))
-    _gradients_kernel(CODES[rstd.dtype], *codes, inner > 1)(
+    gradients_kernel(CODES[rstd.dtype], *codes, inner > 1)(
         sums[0].numel(), T, B, C, inner, sums[0].numel() // (T * B * C * inner), float(n), scale, tuple(map(address, sums)),
         address(weight), rstd.data_ptr(), address(d_weight), address(d_bias), offset.data_ptr(), slope.data_ptr(),
     )  # fmt: skip
@@ -383,6 +382,6 @@ def norm_backward(d, dx, x, rows, mean, offset, slope, tuning):
     x, x_ = placed(layout, x)
     d, d_ = placed(layout, d)
     dx, dx_ = placed(layout, dx)
-    _backward_kernel(CODES[x.dtype], rows, mean.dim() == 2)(
+    backward_kernel(CODES[x.dtype], rows, mean.dim() == 2)(
         x.numel(), T, B, C, x.shape[-1], x_, d_, dx_, mean.data_ptr(), offset.data_ptr(), slope.data_ptr()
     )

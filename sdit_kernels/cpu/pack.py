@@ -2,10 +2,12 @@
 
 A chunk is one or a few cache lines of words and the elements of their bits. Its accumulators stay in registers: the code is
 explicit vector code, because numba computes with 64-bit integers only. Tables of up to 16 values are compared value by value.
+Larger ones are computed if they are exact multiples of a power of two, and otherwise looked up.
 """
 
 import ctypes
 import functools
+import math
 
 import torch
 from llvmlite import ir
@@ -15,13 +17,14 @@ from numba.extending import intrinsic
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
 from .compiler import inline
-from .intrinsics import BF16, CODES, F16, F64, I32, I64, SIZES, U8, load_int, state_code, tile
+from .intrinsics import BF16, CODES, F16, F32, F64, I32, I64, SIZES, U8, load_int, state_code, tile
 from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
 _LINES = 4  # lines of words that are unpacked together, so that the elements are written in longer runs
 _COMPARED = 16  # values of a table that are compared one by one
+_COUNTED = 16  # elements of a vector of counts
 
 
 def _words(code):
@@ -57,6 +60,16 @@ def _look_up(builder, table, codes, word, lanes):
         code = builder.zext(builder.extract_element(codes, ir.Constant(I32, i)), I64)
         found = builder.insert_element(found, builder.load(builder.gep(pointer, [code])), ir.Constant(I32, i))
     return found
+
+
+def _multiples_of(builder, codes, first, unit, code):
+    """Return the bits of the vector of (codes + first) * unit."""
+    real = ir.VectorType(ir.DoubleType() if code == F64 else ir.FloatType(), codes.type.count)
+    if code == F32:
+        first, unit = (builder.fptrunc(value, real.element) for value in (first, unit))
+    first, unit = (_broadcast(builder, value, real.count) for value in (first, unit))
+    found = builder.fmul(builder.fadd(builder.sitofp(codes, real), first), unit)
+    return builder.bitcast(found, ir.VectorType(ir.IntType(8 * SIZES[code]), real.count))
 
 
 def _as_float(builder, x, code, lanes):
@@ -119,9 +132,12 @@ def _row(builder, address, k):
 
 
 @intrinsic(prefer_literal=True)
-def _pack_chunk(typingctx, x, words, table, first, inverse, code, n):
-    """Write a line of words of each bit. Return 1 if an element is not a value of the table, else 0."""
-    code_, n_ = code.literal_value, n.literal_value
+def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
+    """Write a line of words of each bit. Return 1 if an element is not a value of the table, else 0.
+
+    linear: the values are computed.
+    """
+    code_, n_, linear_ = code.literal_value, n.literal_value, linear.literal_value
 
     def codegen(context, builder, signature, args):
         x, words, table, first, inverse = args[:5]
@@ -143,7 +159,12 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n):
             else:
                 codes = _nearest_codes(builder, elements, first, inverse, code_, lanes, n_)
                 masks = [_has_bit(builder, codes, _splat(codes.type, 1 << j)) for j in range(bits)]
-                other = builder.icmp_unsigned("!=", elements, _look_up(builder, table, codes, word, lanes))
+                if linear_:
+                    unit = builder.fdiv(ir.Constant(inverse.type, 1.0), inverse)
+                    found = _multiples_of(builder, codes, first, unit, code_)
+                else:
+                    found = _look_up(builder, table, codes, word, lanes)
+                other = builder.icmp_unsigned("!=", elements, found)
             builder.store(builder.or_(builder.load(unknown), other), unknown)
             one = _bit(builder, vector, k)
             for memory, mask in zip(planes, masks):
@@ -153,16 +174,16 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n):
         any_ = builder.bitcast(builder.load(unknown), ir.IntType(lanes))
         return builder.zext(builder.icmp_unsigned("!=", any_, ir.Constant(any_.type, 0)), I64)
 
-    return types.int64(types.int64, types.int64, types.int64, types.float64, types.float64, code, n), codegen
+    return types.int64(types.int64, types.int64, types.int64, types.float64, types.float64, code, n, linear), codegen
 
 
 @intrinsic(prefer_literal=True)
-def _unpack_chunk(typingctx, words, table, out, nontemporal, code, n):
+def _unpack_chunk(typingctx, words, table, out, first, unit, nontemporal, code, n, linear):
     """Write the elements of _LINES lines of words. nontemporal: past the caches; ``out`` is then a multiple of 64."""
-    code_, n_, nontemporal_ = code.literal_value, n.literal_value, nontemporal.literal_value
+    code_, n_, nontemporal_, linear_ = (t.literal_value for t in (code, n, nontemporal, linear))
 
     def codegen(context, builder, signature, args):
-        words, table, out = args[:3]
+        words, table, out, first, unit = args[:5]
         word, lanes, W = _words(code_)
         vector, bits = ir.VectorType(word, lanes), bits_of(n_)
 
@@ -184,13 +205,59 @@ def _unpack_chunk(typingctx, words, table, out, nontemporal, code, n):
                 else:
                     wide = ir.VectorType(I32, lanes)
                     codes = [builder.select(mask, _splat(wide, 1 << j), _splat(wide, 0)) for j, mask in enumerate(masks)]
-                    elements = _look_up(builder, table, _any(builder, codes), word, lanes)
+                    codes = _any(builder, codes)
+                    if linear_:
+                        elements = _multiples_of(builder, codes, first, unit, code_)
+                    else:
+                        elements = _look_up(builder, table, codes, word, lanes)
                 stored = builder.store(elements, place(row, i), align=_LINE if nontemporal_ else SIZES[code_])
                 if nontemporal_:
                     stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, nontemporal, code, n), codegen
+    kinds = types.int64, types.int64, types.int64, types.float64, types.float64, nontemporal, code, n, linear
+    return types.void(*kinds), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _count_chunk(typingctx, x, numbers, unit, inverse, code):
+    """Write _COUNTED elements divided by unit, in 16 bits each. Return 1 if an element is not such a multiple, else 0."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        x, numbers, unit, inverse = args[:4]
+        real = ir.VectorType(ir.DoubleType() if code_ == F64 else ir.FloatType(), _COUNTED)
+        word, wide = ir.VectorType(ir.IntType(8 * SIZES[code_]), _COUNTED), ir.VectorType(I32, _COUNTED)
+        elements = builder.load(_pointer(builder, x, real), align=SIZES[code_])
+        factor = inverse if code_ == F64 else builder.fptrunc(inverse, real.element)
+        z = builder.fmul(elements, _broadcast(builder, factor, _COUNTED))
+        for sign, bound in ((">", 0.0), ("<", 32767.0)):
+            bound = ir.Constant(real, [bound] * _COUNTED)
+            z = builder.select(builder.fcmp_ordered(sign, z, bound), z, bound)
+        codes = builder.fptosi(z, wide)
+        found = _multiples_of(builder, codes, ir.Constant(unit.type, 0.0), unit, code_)
+        pointer = _pointer(builder, numbers, ir.VectorType(ir.IntType(16), _COUNTED))
+        builder.store(builder.trunc(codes, pointer.type.pointee), pointer, align=2)
+        wrong = builder.bitcast(builder.icmp_unsigned("!=", builder.bitcast(elements, word), found), ir.IntType(_COUNTED))
+        return builder.zext(builder.icmp_unsigned("!=", wrong, ir.Constant(wrong.type, 0)), I64)
+
+    return types.int64(types.int64, types.int64, types.float64, types.float64, code), codegen
+
+
+@intrinsic(prefer_literal=True)
+def _multiple_chunk(typingctx, numbers, x, unit, code):
+    """Write _COUNTED numbers of 16 bits times unit."""
+    code_ = code.literal_value
+
+    def codegen(context, builder, signature, args):
+        numbers, x, unit = args[:3]
+        wide = ir.VectorType(I32, _COUNTED)
+        codes = builder.load(_pointer(builder, numbers, ir.VectorType(ir.IntType(16), _COUNTED)), align=2)
+        found = _multiples_of(builder, builder.zext(codes, wide), ir.Constant(unit.type, 0.0), unit, code_)
+        builder.store(found, _pointer(builder, x, found.type), align=SIZES[code_])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float64, code), codegen
 
 
 @intrinsic(prefer_literal=True)
@@ -239,13 +306,13 @@ def _store_integer(typingctx, address, i, value, itemsize):
 
 
 @functools.cache
-def _pack_kernel(X, n):
+def _pack_kernel(X, n, linear):
     size, S, bits = SIZES[X], state_code(X), bits_of(n)
 
-    def pack(part, N, steps, x, table, words, flag, first, inverse):
+    def pack(part, N, parts, x, table, words, flag, first, inverse):
         blocks = (N + BLOCK - 1) // BLOCK
-        for place in share(blocks, part):  # the first block of every step, then the second of every step, ..
-            task = place % steps * (blocks // steps) + place // steps
+        for place in share(blocks, part):  # the first block of every part, then the second of every part, ..
+            task = place % parts * (blocks // parts) + place // parts
             source, target = x + task * BLOCK * size, words + task * bits * _ROW
             rest = N - task * BLOCK
             if rest < BLOCK:
@@ -257,32 +324,77 @@ def _pack_kernel(X, n):
                 source = padded
             wrong = 0
             for line in range(0, _ROW, _LINE):
-                wrong |= _pack_chunk(source + line, target + line, table, first, inverse, X, n)
+                wrong |= _pack_chunk(source + line, target + line, table, first, inverse, X, n, linear)
             if wrong != 0:
                 _set_flag(flag)
 
-    return Kernel(pack, f"pack_{X}_{n}")
+    return Kernel(pack, f"pack_{X}_{n}_{linear}")
 
 
 @functools.cache
-def _unpack_kernel(X, n, nontemporal):
+def _unpack_kernel(X, n, nontemporal, linear):
     size, S, bits = SIZES[X], state_code(X), bits_of(n)
 
-    def unpack(part, N, words, table, out):
+    def unpack(part, N, words, table, out, first, unit):
         for task in share((N + BLOCK - 1) // BLOCK, part):
             source, target = words + task * bits * _ROW, out + task * BLOCK * size
             rest = N - task * BLOCK
             if rest < BLOCK:
                 padded = tile(BLOCK, S)
                 for line in range(0, _ROW, _LINES * _LINE):
-                    _unpack_chunk(source + line, table, padded + line, 0, X, n)
+                    _unpack_chunk(source + line, table, padded + line, first, unit, 0, X, n, linear)
                 for i in range(rest):
                     _copy_element(target, i, padded, i, X)
             else:
                 for line in range(0, _ROW, _LINES * _LINE):
-                    _unpack_chunk(source + line, table, target + line, nontemporal, X, n)
+                    _unpack_chunk(source + line, table, target + line, first, unit, nontemporal, X, n, linear)
 
-    return Kernel(unpack, f"unpack_{X}_{n}_{nontemporal}")
+    return Kernel(unpack, f"unpack_{X}_{n}_{nontemporal}_{linear}")
+
+
+@functools.cache
+def _counts_kernel(X):
+    size = SIZES[X]
+
+    def pack_counts(part, N, x, numbers, flag, unit, inverse):
+        wrong = 0
+        for task in share((N + BLOCK - 1) // BLOCK, part):
+            first, last = task * BLOCK, min(N, (task + 1) * BLOCK)
+            whole = last - last % _COUNTED
+            for i in range(first, whole, _COUNTED):
+                wrong |= _count_chunk(x + i * size, numbers + i * 2, unit, inverse, X)
+            if whole < last:
+                some, found = tile(_COUNTED, F64), tile(_COUNTED, F32)
+                for i in range(_COUNTED):
+                    _copy_element(some, i, x, min(whole + i, N - 1), X)
+                wrong |= _count_chunk(some, found, unit, inverse, X)
+                for i in range(last - whole):
+                    _copy_element(numbers, whole + i, found, i, F16)
+        if wrong != 0:
+            _set_flag(flag)
+
+    return Kernel(pack_counts, f"pack_counts_{X}")
+
+
+@functools.cache
+def _multiples_kernel(X):
+    size = SIZES[X]
+
+    def unpack_counts(part, N, numbers, x, unit):
+        for task in share((N + BLOCK - 1) // BLOCK, part):
+            first, last = task * BLOCK, min(N, (task + 1) * BLOCK)
+            whole = last - last % _COUNTED
+            for i in range(first, whole, _COUNTED):
+                _multiple_chunk(numbers + i * 2, x + i * size, unit, X)
+            if whole < last:
+                some, found = tile(_COUNTED, F32), tile(_COUNTED, F64)
+                for i in range(_COUNTED):
+                    _copy_element(some, i, numbers, min(whole + i, N - 1), F16)
+                _multiple_chunk(some, found, unit, X)
+                for i in range(last - whole):
+                    _copy_element(x, whole + i, found, i, X)
+
+    return Kernel(unpack_counts, f"unpack_counts_{X}")
 
 
 @inline
@@ -349,41 +461,67 @@ def _window_indices_kernel(KH, KW):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
+def _is_linear(values):
+    """True if the kernels compute the values, as multiples of a power of two."""
+    unit = 1 / values.inverse
+    if values.n <= _COMPARED or values.nan or CODES[values.table.dtype] not in (F32, F64) or math.frexp(unit)[0] != 0.5:
+        return False
+    return torch.equal(values.table, torch.arange(values.first, values.last + 1, dtype=values.table.dtype, device="cpu") * unit)
+
+
 @functools.lru_cache(maxsize=256)
 def _packing(values):
     """Return (the dtype of words, their shape in a block, the kernel that packs, arguments of it)."""
     dtype = values.table.dtype
     _, *shape = words_shape(1, dtype.itemsize, values.n)
-    kernel = _pack_kernel(CODES[dtype], values.n).prepared(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+    kernel = _pack_kernel(CODES[dtype], values.n, int(_is_linear(values))).prepared(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     return WORDS[dtype.itemsize], shape, kernel, values.table.data_ptr(), float(values.first), values.inverse
 
 
 @functools.lru_cache(maxsize=256)
 def _unpacking(values, past_caches):
-    """Return (the kernel that unpacks, the address of its table)."""
-    kernel = _unpack_kernel(CODES[values.table.dtype], values.n, past_caches).prepared(0, 0, 0, 0)
-    return kernel, values.table.data_ptr()
+    """Return (the kernel that unpacks, the address of its table, arguments of it)."""
+    kernel = _unpack_kernel(CODES[values.table.dtype], values.n, past_caches, int(_is_linear(values)))
+    return kernel.prepared(0, 0, 0, 0, 0.0, 0.0), values.table.data_ptr(), float(values.first), 1 / values.inverse
 
 
-def pack(flat, values, tuning, steps=1):
+def pack(flat, values, tuning, parts=1):
     """Return (words, True if each element of flat is one of the values bit for bit).
 
-    steps: of flat, if each thread has written all steps of a part of it; then it finds this part in its caches.
+    parts: equal parts of flat, of which each thread has written its share; then it finds this share in its caches.
     """
     word, shape, run, table, first, inverse = _packing(values)
     n = flat.numel()
     words = torch.empty((-(-n // BLOCK), *shape), dtype=word, device="cpu")
     wrong = ctypes.c_int64()
-    steps = steps if n % (steps * BLOCK) == 0 else 1
-    run(n, (n, steps, flat.data_ptr(), table, words.data_ptr(), ctypes.addressof(wrong), first, inverse))
+    parts = parts if n % (parts * BLOCK) == 0 else 1
+    run(n, (n, parts, flat.data_ptr(), table, words.data_ptr(), ctypes.addressof(wrong), first, inverse))
     return words, not wrong.value
 
 
 def unpack(words, values, flat, tuning):
     """Fill flat."""
     n, out = flat.numel(), flat.data_ptr()
-    run, table = _unpacking(values, int(n * flat.itemsize >= STREAM and out % _LINE == 0))
-    run(n, (n, words.data_ptr(), table, out))
+    run, table, first, unit = _unpacking(values, int(n * flat.itemsize >= STREAM and out % _LINE == 0))
+    run(n, (n, words.data_ptr(), table, out, first, unit))
+
+
+def pack_counts(flat, unit, tuning):
+    """Return (the elements divided by unit, in 16 bits, True if each is such a multiple from 0 to 32,767 bit for bit).
+
+    unit: a power of two. flat is float32 or float64.
+    """
+    numbers, wrong = torch.empty(flat.shape, dtype=torch.int16, device="cpu"), ctypes.c_int64()
+    _counts_kernel(CODES[flat.dtype])(
+        flat.numel(), flat.numel(), flat.data_ptr(), numbers.data_ptr(), ctypes.addressof(wrong), float(unit), 1 / unit
+    )
+    return numbers, not wrong.value
+
+
+def unpack_counts(numbers, unit, flat, tuning):
+    """Fill flat."""
+    n = flat.numel()
+    _multiples_kernel(CODES[flat.dtype])(n, n, numbers.data_ptr(), flat.data_ptr(), float(unit))
 
 
 def window_codes(flat, shape, window, tuning):

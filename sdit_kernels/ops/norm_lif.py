@@ -145,6 +145,14 @@ def define_norm(neuron, names, schema, variant, check):
         rows = max(x.shape[0] - 1, 0) // LIF_CHECKPOINT_STEPS if keep else 0
         return layout, (s, final, seq, layout.empty(x, dtype, rows) if keep else None)
 
+    def find_block(x, layout, given, options, backend, forward):
+        """Return how many channels the CPU's kernel of norm and neuron takes at a time, or None if it cannot serve the call."""
+        if backend != "cpu" or not options[3] or options[2] or options[4] or layout.S is None or not x.is_contiguous():
+            return None
+        if given[2] is not None or any_given(given[6:]) or not x.numel():
+            return None
+        return kernels(backend, "norm_neuron").block_of(x.shape[0], layout, x.dtype, forward)
+
     def forward(x, v, *rest):
         given, options, (*values, return_v, return_v_seq, spike_dtype, keep, backend) = unpack(rest)
         layout, outputs = allocate(x, given, options, return_v, return_v_seq, spike_dtype, keep)
@@ -212,6 +220,15 @@ def define_norm(neuron, names, schema, variant, check):
                 if d is not None:
                     d.zero_()
             return dx, dv, found, joint
+        keeps = x.shape[0] <= LIF_CHECKPOINT_STEPS or (checkpoint is not None and checkpoint.numel() > 0)
+        block = find_block(x, layout, given, options, backend, False) if mode == "all" and keeps and given[5] is None else None
+        if block is not None:
+            checkpoint = checkpoint if x.shape[0] > LIF_CHECKPOINT_STEPS else None
+            kernels(backend, "norm_neuron").norm_neuron_backward(
+                neuron_of(values, False), block, rows_for(layout, given, options, backend).S is None, g, g_final, g_seq,
+                layout.view(x), v, given[:2], *given[3:5], options[0], checkpoint, dx, dv, found[:2],
+            )  # fmt: skip
+            return dx, dv, found, None
         parameters, rows = given[6:], layout
         layout = rows_for(layout, given, options, backend)
         spread_ = spread(layout, given, options, dtype, backend)
@@ -325,6 +342,15 @@ def define_norm(neuron, names, schema, variant, check):
     def train(x, v, *rest):
         *rest, eps, momentum, backend = rest
         given, options, values = unpack(rest)
+        block = find_block(x, layout_for(x, given, options), given, options, backend, True)
+        if block is not None:
+            (*values, return_v, return_v_seq, spike_dtype, keep), found = values, _empty_statistics(x, options[1], False)
+            layout, outputs = allocate(x, given, options, return_v, return_v_seq, spike_dtype, keep)
+            kernels(backend, "norm_neuron").norm_neuron_forward(
+                neuron_of(values, False), block, rows_for(layout, given, options, backend).S is None, layout.view(x), v,
+                given[:2], given[3:5], eps, momentum, options[0], found, outputs,
+            )  # fmt: skip
+            return *outputs, found[0], found[2]
         if x.device.type == "cpu" and any_given(given[6:]):  # before the running statistics change
             check(given[6:], values[:-4], state_dtype(x.dtype))
         mean, _, rstd = _statistics(x, *given[3:5], options[1], options[2], eps, momentum, backend)
@@ -747,5 +773,7 @@ def run_norm_lif(
             _lif_calls, x, v, axis, statistics, (tau_tensor, threshold_tensor), neuron, return_v, return_v_seq, spike_dtype,
             backend,
         )  # fmt: skip
-    packed.note_spikes(found[0] if isinstance(found, tuple) else found, levels)
+    s = found[0] if isinstance(found, tuple) else found
+    by_sample = norm.training and axis == 2  # a thread of the CPU writes some channels of every sample
+    packed.note_spikes(s, levels, parts=s.shape[0] * s.shape[1] if by_sample else None)
     return found

@@ -26,10 +26,10 @@ def words_shape(elements: int, itemsize: int, n: int) -> tuple[int, int, int]:
     return -(-elements // BLOCK), bits_of(n), BLOCK // (8 * itemsize)
 
 
-def pack(flat: Tensor, values, tuning=None, steps=1) -> tuple[Tensor, bool]:
+def pack(flat: Tensor, values, tuning=None, parts=1) -> tuple[Tensor, bool]:
     """Return (words, True if each element is a value of ``values.table`` bit for bit). flat has one axis.
 
-    steps: a kernel on the CPU may work on so many equal parts of flat side by side. The result is the same.
+    parts: a kernel on the CPU may work on so many equal parts of flat side by side. The result is the same.
     """
     word = WORDS[flat.itemsize]
     blocks, bits, lanes = words_shape(flat.numel(), flat.itemsize, values.n)
@@ -54,6 +54,19 @@ def unpack(words: Tensor, values, flat: Tensor, tuning=None) -> None:
     planes = torch.arange(words.shape[1], dtype=torch.int32, device=words.device).view(-1, 1, 1)
     codes = (ones << planes).sum(1).flatten()[: flat.numel()]
     flat.view(-1).copy_(values.on(flat.device)[codes])
+
+
+def pack_counts(flat: Tensor, unit: float, tuning=None) -> tuple[Tensor, bool]:
+    """Return (the elements divided by unit, in 16 bits, True if each is such a multiple from 0 to 32,767 bit for bit)."""
+    numbers, word = (flat / unit).nan_to_num().clamp(0, (1 << 15) - 1).to(torch.int16), WORDS[flat.itemsize]
+    found = torch.empty_like(flat)
+    unpack_counts(numbers, unit, found)
+    return numbers, torch.equal(found.view(word), flat.view(word))
+
+
+def unpack_counts(numbers: Tensor, unit: float, flat: Tensor, tuning=None) -> None:
+    """Fill flat."""
+    flat.view(-1).copy_(numbers.view(-1)).mul_(unit)
 
 
 # --- the indices of a max-pooling -------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _launch(kernel, blocks, lanes, device, tuning, *args, **flags):
     )
 
 
-def pack(flat, values, tuning, steps=1):
+def pack(flat, values, tuning, parts=1):
     """Return (words, True). The elements of flat are values of the table."""
     words = torch.empty(words_shape(flat.numel(), flat.itemsize, values.n), dtype=WORDS[flat.itemsize], device=flat.device)
     _launch(
@@ -143,6 +143,16 @@ def unpack(words, values, flat, tuning):
         unpack_kernel, words.shape[0], words.shape[2], flat.device, tuning, words, table, _as_word(flat), flat.numel(),
         BINARY=values.is_binary, BITS=bits_of(values.n),
     )  # fmt: skip
+
+
+def pack_counts(flat, unit, tuning):
+    """Return (numbers of 16 bits, True)."""
+    return flat.mul(1 / unit).to(torch.int16), True
+
+
+def unpack_counts(numbers, unit, flat, tuning):
+    """Fill flat."""
+    flat.copy_(numbers.view(flat.shape)).mul_(unit)
 
 
 def _launch_windows(kernel, source, target, shape, window, tuning):
