@@ -181,7 +181,7 @@ def compare_ways(name, make, goals, args, settings):
             extra = {"kept_bytes": kept[way], **error}
             contestants.append(Contestant(f"T = {T}, {way}", make_training_step(n, x, reset), extra=extra))
         baseline = contestants[2].name
-        rounds, pairs = (3, 3) if args.quick else (15, 121) if T == 4 else (7, 31)
+        rounds, pairs = (3, 3) if args.quick else (15, 301) if T == 4 else (7, 61)
         found = compare(contestants, **(settings | {"rounds": rounds}), baseline=baseline)
         found[2:] = compare(contestants[2:], **(settings | {"rounds": pairs}))  # a goal depends on their ratio
         ideal, ours = ideal_bytes(nets[2], x, reset), kept[WAYS[3]]
