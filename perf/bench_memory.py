@@ -11,6 +11,7 @@ that autograd saves. The times of the last two ways come from rounds of these tw
 
 import copy
 import functools
+import importlib
 import pathlib
 import sys
 
@@ -22,7 +23,8 @@ from torch import nn
 from perf import harness
 from perf.bench_compat import gradients_of_copy, make_training_step, skip_section, spikformer_block, spiking_cnn
 from perf.harness import Contestant, check_gradients, compare, reason_if_missing, record_goal
-from sdit_kernels import memory
+from sdit_kernels import dispatch, memory, packed, tuning
+from sdit_kernels.levels import BINARY, encode
 
 WAYS = ("SpikingJelly", "SpikingJelly, memopt", "accelerated", "fused and packed")
 
@@ -216,7 +218,36 @@ def spikformer(args, settings):
     return compare_ways("Spikformer block", spikformer_block, goals, args, settings)
 
 
-SECTIONS = {f.__name__: f for f in (cnn_28, cnn_64, sew_resnet18, spikformer)}
+def packing(args, settings):
+    """The kernels that pack and restore spikes, on data larger than the caches, against copies"""
+    kernels = importlib.import_module(f"sdit_kernels.{dispatch.choose(torch.device(args.device))}.pack")
+    rows, record = [], tuning.current()
+    for name, levels, dtype in (
+        ("binary, fp32", BINARY, torch.float32), ("ternary, fp32", "ternary", torch.float32),
+        ("5 levels, fp32", encode((0, 4)), torch.float32), ("binary, bf16", BINARY, torch.bfloat16),
+    ):  # fmt: skip
+        values = packed._spike_values(levels, dtype, None)
+        codes = torch.randint(values.n - values.nan, (1 << (22 if args.quick else 26),), device=args.device)
+        x, restored = values.on(codes.device)[codes], torch.empty(codes.shape, dtype=dtype, device=args.device)
+        words, exact = kernels.pack(x, values, record)
+        kernels.unpack(words, values, restored, record)
+        assert exact and torch.equal(restored, x)
+        moved = x.nbytes + words.nbytes
+        found = compare(
+            [
+                harness.make_copy_contestant(moved, args.device),
+                Contestant(f"{name}: pack", functools.partial(kernels.pack, x, values, record), bytes=moved),
+                Contestant(f"{name}: restore", functools.partial(kernels.unpack, words, values, restored, record), bytes=moved),
+            ],
+            **settings,
+        )
+        for row in found[1:]:
+            record_goal(f"{row['name']}, share of copy_ bandwidth", row["percent_of_copy"], 80, " %")
+        rows += found
+    return "Spikes as bits; bytes: the spikes and their bits, once each", rows
+
+
+SECTIONS = {f.__name__: f for f in (cnn_28, cnn_64, sew_resnet18, spikformer, packing)}
 
 if __name__ == "__main__":
     sys.exit(harness.run_sections(__doc__, SECTIONS))

@@ -173,11 +173,15 @@ class _Call:
 
     def compute(self) -> Tensor:
         """Return the output as PyTorch computes it."""
-        if self.output is None:
-            with torch.set_grad_enabled(self.needs_grad):
-                self.output = self.evaluate(self.x, *self.norm.learnt, self.owed is not None)
-            self.pay()
-        return self.output
+        if self.output is not None:
+            return self.output
+        with torch.set_grad_enabled(self.needs_grad):
+            y = self.evaluate(self.x, *self.norm.learnt, self.owed is not None)
+        self.pay()
+        # Below autograd, as for an operator inside torch.func.vmap, there is no graph that a neuron could use later.
+        if y.requires_grad or not (self.needs_grad and any(t.requires_grad for t in self.inputs)):
+            self.output = y
+        return y
 
     def evaluate(self, x, weight, bias, step_factor, update=False):
         """update: update the running statistics."""
@@ -250,11 +254,14 @@ class _Place:
         self.output: Tensor | None = None
 
     def compute(self) -> Tensor:
-        if self.output is None:
-            y = self.call.compute()
-            with torch.set_grad_enabled(self.call.needs_grad):
-                self.output = self.show(y)
-        return self.output
+        if self.output is not None:
+            return self.output
+        y = self.call.compute()
+        with torch.set_grad_enabled(self.call.needs_grad):
+            shown = self.show(y)
+        if y is self.call.output:
+            self.output = shown
+        return shown
 
     def show(self, y):
         """Return this view of the output y of the call."""

@@ -809,6 +809,32 @@ def test_a_compiled_model_runs_the_norms_own_code(fused_calls):
     same([found], [net(x)])
 
 
+@pytest.mark.parametrize("use", [
+    lambda z: torch.func.vmap(torch.sum)(z), lambda z: torch.func.vmap(lambda row: row * 2)(z[..., :2]),
+    lambda z: torch.func.grad(lambda t: t.square().sum())(z), lambda z: torch.func.jacrev(torch.sum)(z),
+    lambda z: torch.func.vmap(lambda row: (row + z.sum()).sum())(torch.ones(2, 3)),
+])  # fmt: skip
+def test_transforms_of_torch_func_read_the_output_of_a_norm(use):
+    """Inside a transform the output has no graph. The neuron, which gets it later, must not miss it."""
+
+    def path(net, y):
+        z = net.norm(y).view(T, B, C, 5, 7)
+        read = use(z)
+        return net.neuron(z) + 0.01 * read.square().mean() + z.square().mean()
+
+    fused = Net(path).double()
+    plain, x = copy.deepcopy(fused), torch.randn(T * B, 2, 5, 7, dtype=torch.float64)
+    accelerate(fused, fuse=True)
+    found, wanted = fused(x), plain(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(wanted)
+    gradients = [torch.autograd.grad(y, list(n.parameters()), weights) for y, n in ((found, fused), (wanted, plain))]
+    for f, w in zip(*gradients, strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-9, atol=1e-9)
+    for f, w in zip(fused.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(f, w, rtol=1e-12, atol=1e-12)
+
+
 def test_transforms_of_torch_func():
     net = Net(direct).double().eval()
     accelerate(net, fuse=True)

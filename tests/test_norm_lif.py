@@ -638,6 +638,24 @@ def test_launchers_have_equal_signatures():
         assert inspect.signature(getattr(cpu, name)) == inspect.signature(getattr(triton, name))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axis", [2, -1])
+def test_16_bit_spikes_of_float32_data(name, dtype, axis):
+    x, weight = draw((4, 3, 6, 6), dtype=torch.float32).requires_grad_(), draw((6,), 1, torch.float32).requires_grad_()
+    running = torch.zeros(6), torch.ones(6)
+    upstream = draw(x.shape, 2, dtype)
+    with backend(name):
+        for _ in range(3):
+            s = norm_lif(x, weight, None, *running, training=True, channel_axis=axis, spike_dtype=dtype)
+            found = torch.autograd.grad(s, [x, weight], upstream)
+        want = norm_lif(x, weight, None, *running, training=True, channel_axis=axis)
+        wanted = torch.autograd.grad(want, [x, weight], upstream.float())
+    assert s.dtype == dtype and torch.equal(s.float(), want)
+    for f, w in zip(found, wanted):
+        torch.testing.assert_close(f, w, rtol=0, atol=0)
+
+
 # --- blocks of channels on the CPU ------------------------------------------------------------------------------------------
 
 

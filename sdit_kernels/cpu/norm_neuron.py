@@ -218,7 +218,7 @@ def norm_neuron_backward(
     else:
         g = g.to(x.dtype).contiguous()
         upstream = g.data_ptr(), B * C * L, C * L, 1
-    affine = [None if t is None else t.contiguous() for t in affine]
+    affine, mean, rstd = [None if t is None else t.contiguous() for t in affine], mean.contiguous(), rstd.contiguous()
     codes = *_codes(dtype, dx if local is None else local, v), *_codes(dtype, *affine), *_codes(dtype, d_affine[1])
     kernel = _backward_kernel(CODES[x.dtype], *codes, code, SURROGATES[variant.surrogate].id, long_rows)
     kernel(

@@ -754,7 +754,7 @@ def run_norm_lif(
         x, x.shape[axis], tau, v_threshold, v_reset, decay_input, detach_reset, surrogate, alpha, levels, axis="channel axis"
     )
     if spike_dtype is not None or levels is not None:
-        check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels)
+        check_spike_dtype(spike_dtype, x, v, *norm.learnt, tau_tensor, threshold_tensor, levels=levels, half=True)
     if neuron is None:
         warn_of_custom_surrogate()
     backend = dispatch.choose(x.device, fused=neuron is not None)
