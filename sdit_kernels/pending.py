@@ -178,7 +178,7 @@ class _Call:
         with torch.set_grad_enabled(self.needs_grad):
             y = self.evaluate(self.x, *self.norm.learnt, self.owed is not None)
         self.pay()
-        # Below autograd, as for an operator inside torch.func.vmap, there is no graph that a neuron could use later.
+        # Below autograd, as inside torch.func.vmap, y has no graph, which a neuron would need later.
         if y.requires_grad or not (self.needs_grad and any(t.requires_grad for t in self.inputs)):
             self.output = y
         return y
