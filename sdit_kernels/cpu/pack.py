@@ -2,7 +2,7 @@
 
 A chunk is one or a few cache lines of words and the elements of their bits. Its accumulators stay in registers: the code is
 explicit vector code, because numba computes with 64-bit integers only. Tables of up to 16 values are compared value by value.
-Larger ones are computed if they are exact multiples of a power of two, and otherwise looked up.
+Larger ones are computed if they are exact multiples of a power of two, and otherwise looked up; to pack, from 4 values on.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
 _LINES = 4  # lines of words that are unpacked together, so that the elements are written in longer runs
 _COMPARED = 16  # values of a table that are compared one by one
+_COMPUTED = 4  # values of the smallest table that the packing kernel computes
 _COUNTED = 16  # elements of a vector of counts
 
 
@@ -100,6 +101,45 @@ def _nearest_codes(builder, x, first, inverse, code, lanes, n):
     return builder.select(builder.fcmp_unordered("uno", x, x), _splat(wide, n - 1), codes)
 
 
+def _codes_in_mantissa(builder, elements, first, inverse, table, n, nan, code):
+    """Return (integers whose lowest bits are the codes, a mask of the elements that are not values of a computed table).
+
+    A float32 from 2^23 to 2^24, a float64 from 2^52 to 2^53, has the lowest bits of its integer. nan: the last value is NaN.
+    """
+    count = elements.type.count
+    real = ir.VectorType(ir.DoubleType() if code == F64 else ir.FloatType(), count)
+
+    def each(value):
+        return _broadcast(builder, value if code == F64 else builder.fptrunc(value, real.element), count)
+
+    double = ir.DoubleType()
+    magic = ir.Constant(double, 2.0 ** (52 if code == F64 else 23))
+    unit = builder.fdiv(ir.Constant(double, 1.0), inverse)
+    last = builder.fadd(first, ir.Constant(double, float(n - 1 - nan)))
+    low, high = each(builder.fmul(first, unit)), each(builder.fmul(last, unit))
+    shift = each(builder.fsub(magic, first))
+    x = builder.bitcast(elements, real)
+    x = builder.select(builder.fcmp_ordered("<", x, high), x, high)
+    x = builder.select(builder.fcmp_ordered(">", x, low), x, low)
+    moved = builder.fadd(builder.fmul(x, each(inverse)), shift)
+    found = builder.bitcast(builder.fmul(builder.fsub(moved, shift), each(unit)), elements.type)
+    codes, other = builder.bitcast(moved, elements.type), builder.icmp_unsigned("!=", elements, found)
+    if nan:
+        pointer = builder.inttoptr(table, elements.type.element.as_pointer())
+        value = _broadcast(builder, builder.load(builder.gep(pointer, [ir.Constant(I64, n - 1)])), count)
+        is_nan = builder.icmp_unsigned("==", elements, value)
+        codes = builder.select(is_nan, _splat(elements.type, n - 1), codes)
+        other = builder.and_(other, builder.not_(is_nan))
+    return codes, other
+
+
+def _moved_bit(builder, codes, j, k):
+    """Return words with bit j of the codes as bit k, and no other bit."""
+    amount = _splat(codes.type, abs(k - j))
+    moved = builder.shl(codes, amount) if k > j else builder.lshr(codes, amount)
+    return builder.and_(moved, _splat(codes.type, 1 << k))
+
+
 def _has_bit(builder, words, bit):
     return builder.icmp_unsigned("!=", builder.and_(words, bit), _splat(words.type, 0))
 
@@ -135,7 +175,7 @@ def _row(builder, address, k):
 def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
     """Write a line of words of each bit. Return 1 if an element is not a value of the table, else 0.
 
-    linear: the values are computed.
+    linear: 0, 1: the values are computed, or 2: the same, and the last is NaN.
     """
     code_, n_, linear_ = code.literal_value, n.literal_value, linear.literal_value
 
@@ -143,15 +183,21 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
         x, words, table, first, inverse = args[:5]
         word, lanes, W = _words(code_)
         vector, bits = ir.VectorType(word, lanes), bits_of(n_)
-        values = _values(builder, table, word, lanes, n_) if n_ <= _COMPARED else None
+        values = _values(builder, table, word, lanes, n_) if n_ <= _COMPARED and not linear_ else None
         zero = _splat(vector, 0)
         planes = [cgutils.alloca_once_value(builder, zero) for _ in range(bits)]
         unknown = cgutils.alloca_once_value(builder, ir.Constant(ir.VectorType(ir.IntType(1), lanes), [0] * lanes))
         for memory in planes:  # the entry block has stored the value once, but a chunk is one of many
             builder.store(zero, memory)
         builder.store(ir.Constant(ir.VectorType(ir.IntType(1), lanes), [0] * lanes), unknown)
-        for k in _each_bit(builder, W, values):
+        for k in _each_bit(builder, W, values or linear_):
             elements = builder.load(_pointer(builder, _row(builder, x, k), vector), align=SIZES[code_])
+            if linear_:
+                codes, other = _codes_in_mantissa(builder, elements, first, inverse, table, n_, linear_ == 2, code_)
+                for j, memory in enumerate(planes):
+                    builder.store(builder.or_(builder.load(memory), _moved_bit(builder, codes, j, k)), memory)
+                builder.store(builder.or_(builder.load(unknown), other), unknown)
+                continue
             if values:
                 equal = [builder.icmp_unsigned("==", elements, value) for value in values]
                 masks = [_any(builder, [e for c, e in enumerate(equal) if c >> j & 1]) for j in range(bits)]
@@ -159,12 +205,7 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
             else:
                 codes = _nearest_codes(builder, elements, first, inverse, code_, lanes, n_)
                 masks = [_has_bit(builder, codes, _splat(codes.type, 1 << j)) for j in range(bits)]
-                if linear_:
-                    unit = builder.fdiv(ir.Constant(inverse.type, 1.0), inverse)
-                    found = _multiples_of(builder, codes, first, unit, code_)
-                else:
-                    found = _look_up(builder, table, codes, word, lanes)
-                other = builder.icmp_unsigned("!=", elements, found)
+                other = builder.icmp_unsigned("!=", elements, _look_up(builder, table, codes, word, lanes))
             builder.store(builder.or_(builder.load(unknown), other), unknown)
             one = _bit(builder, vector, k)
             for memory, mask in zip(planes, masks):
@@ -461,12 +502,13 @@ def _window_indices_kernel(KH, KW):
 # --- launchers --------------------------------------------------------------------------------------------------------------
 
 
-def _is_linear(values):
-    """True if the kernels compute the values, as multiples of a power of two."""
-    unit = 1 / values.inverse
-    if values.n <= _COMPARED or values.nan or CODES[values.table.dtype] not in (F32, F64) or math.frexp(unit)[0] != 0.5:
+def _are_multiples(values):
+    """True if the values, except NaN, are exact multiples of a power of two, and float32 or float64."""
+    unit, dtype = 1 / values.inverse, values.table.dtype
+    if CODES[dtype] not in (F32, F64) or math.frexp(unit)[0] != 0.5:
         return False
-    return torch.equal(values.table, torch.arange(values.first, values.last + 1, dtype=values.table.dtype, device="cpu") * unit)
+    found = torch.arange(values.first, values.last + 1, dtype=dtype, device="cpu") * unit
+    return torch.equal(values.table[: len(found)], found)
 
 
 @functools.lru_cache(maxsize=256)
@@ -474,14 +516,16 @@ def _packing(values):
     """Return (the dtype of words, their shape in a block, the kernel that packs, arguments of it)."""
     dtype = values.table.dtype
     _, *shape = words_shape(1, dtype.itemsize, values.n)
-    kernel = _pack_kernel(CODES[dtype], values.n, int(_is_linear(values))).prepared(0, 0, 0, 0, 0, 0, 0.0, 0.0)
+    linear = 1 + values.nan if values.n >= _COMPUTED and _are_multiples(values) else 0
+    kernel = _pack_kernel(CODES[dtype], values.n, linear).prepared(0, 0, 0, 0, 0, 0, 0.0, 0.0)
     return WORDS[dtype.itemsize], shape, kernel, values.table.data_ptr(), float(values.first), values.inverse
 
 
 @functools.lru_cache(maxsize=256)
 def _unpacking(values, past_caches):
     """Return (the kernel that unpacks, the address of its table, arguments of it)."""
-    kernel = _unpack_kernel(CODES[values.table.dtype], values.n, past_caches, int(_is_linear(values)))
+    linear = int(values.n > _COMPARED and not values.nan and _are_multiples(values))
+    kernel = _unpack_kernel(CODES[values.table.dtype], values.n, past_caches, linear)
     return kernel.prepared(0, 0, 0, 0, 0.0, 0.0), values.table.data_ptr(), float(values.first), 1 / values.inverse
 
 
