@@ -24,6 +24,7 @@ _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
 _LINES = 4  # lines of words that are unpacked together, so that the elements are written in longer runs
 _COMPARED = 16  # values of a table that are compared one by one
+_AHEAD = 1 << 14  # bytes from the elements that are packed to those that are fetched
 _COMPUTED = 4  # values of the smallest table that the packing kernel computes
 _COUNTED = 16  # elements of a vector of counts
 
@@ -171,6 +172,14 @@ def _row(builder, address, k):
     return builder.add(address, offset)
 
 
+def _fetch(builder, address):
+    """Bring a cache line to the L2 cache, whose queue of loads is longer than the L1's."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, flag) for flag in (0, 2, 1))])
+
+
 @intrinsic(prefer_literal=True)
 def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
     """Write a line of words of each bit. Return 1 if an element is not a value of the table, else 0.
@@ -191,7 +200,9 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
             builder.store(zero, memory)
         builder.store(ir.Constant(ir.VectorType(ir.IntType(1), lanes), [0] * lanes), unknown)
         for k in _each_bit(builder, W, values or linear_):
-            elements = builder.load(_pointer(builder, _row(builder, x, k), vector), align=SIZES[code_])
+            row = _row(builder, x, k)
+            elements = builder.load(_pointer(builder, row, vector), align=SIZES[code_])
+            _fetch(builder, builder.add(row, ir.Constant(I64, _AHEAD)))
             if linear_:
                 codes, other = _codes_in_mantissa(builder, elements, first, inverse, table, n_, linear_ == 2, code_)
                 for j, memory in enumerate(planes):
