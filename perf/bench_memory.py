@@ -226,7 +226,7 @@ def packing(args, settings):
         ("binary, fp32", BINARY, torch.float32), ("ternary, fp32", "ternary", torch.float32),
         ("5 levels, fp32", encode((0, 4)), torch.float32), ("binary, bf16", BINARY, torch.bfloat16),
     ):  # fmt: skip
-        values = packed._spike_values(levels, dtype, None)
+        values = packed.spike_values(levels, dtype, None)
         codes = torch.randint(values.n - values.nan, (1 << (22 if args.quick else 26),), device=args.device)
         x, restored = values.on(codes.device)[codes], torch.empty(codes.shape, dtype=dtype, device=args.device)
         words, exact = kernels.pack(x, values, record)

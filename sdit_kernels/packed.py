@@ -106,7 +106,7 @@ def _multiples(first: int, last: int, scale: float, divisor: int, nan: bool, dty
 
 
 @functools.lru_cache(maxsize=512)
-def _spike_values(levels: str, dtype: torch.dtype, steps: int | None) -> Values | None:
+def spike_values(levels: str, dtype: torch.dtype, steps: int | None) -> Values | None:
     """Return the values of spikes with these levels, as ``encode`` returns them; with ``steps``, of their mean over time."""
     kind, *rest = decode(levels)
     (lo, hi), scale = ((0, 1), 1.0) if kind == "binary" else ((-1, 1), 1.0) if kind == "ternary" else (rest[0], rest[2])
@@ -316,7 +316,7 @@ def note_spikes(s: Tensor, levels: Any = None, steps: int | None = None, parts: 
     parts: as in cpu/pack.py; None: the time steps.
     """
     if _local.depth and not transforms_active() and not is_tracing():
-        values = _spike_values(BINARY if levels is None else encode(levels), s.dtype, steps)
+        values = spike_values(BINARY if levels is None else encode(levels), s.dtype, steps)
         if values is not None:
             _note(s, values, 1 if steps is not None else parts or s.shape[0])
 
