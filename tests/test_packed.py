@@ -163,7 +163,7 @@ def test_counts_are_restored_and_any_other_value_is_found(name, dtype, unit):
 
 
 def test_launchers_have_equal_signatures_on_every_backend():
-    for name in ("pack", "unpack", "window_codes", "window_indices"):
+    for name in ("pack", "unpack", "pack_counts", "unpack_counts", "window_codes", "window_indices"):
         cpu, triton, reference = (inspect.signature(getattr(KERNELS[k], name)) for k in KERNELS)
         assert list(cpu.parameters) == list(triton.parameters) == list(reference.parameters)
 

@@ -274,16 +274,20 @@ def replaced(typingctx, values, index, value):
     return values(values, index, value), codegen
 
 
+def fetch_line(builder, address, write=0):
+    """Bring a cache line to the L2 cache."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, flag) for flag in (write, 2, 1))])
+
+
 @intrinsic(prefer_literal=True)
 def _prefetch(typingctx, address, write):
     write_ = write.literal_value
 
     def codegen(context, builder, signature, args):
-        pointer = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        flags = [ir.Constant(I32, flag) for flag in (write_, 2, 1)]
-        builder.call(function, [builder.inttoptr(args[0], pointer), *flags])
+        fetch_line(builder, args[0], write_)
         return context.get_dummy_value()
 
     return types.void(types.int64, write), codegen

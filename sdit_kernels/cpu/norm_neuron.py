@@ -1,7 +1,7 @@
-"""BatchNorm in training and a neuron on the CPU, channel by channel: one launch a pass, and x comes from memory once.
+"""BatchNorm in training and a neuron on the CPU by blocks of channels, with one launch a pass.
 
-A task takes a block of channels, whose data of all steps and samples fit into a cache, and runs the kernels of norm.py and
-neuron.py on it, one after the other. The sums have the order that these kernels give them, whatever the block.
+A task takes a block of channels, small enough that its data of all steps and samples stay in a cache, and runs the kernels of
+norm.py and neuron.py on it, one after the other. The sums have the order that these kernels give them, whatever the block.
 
 The data are T x B x C x L contiguous values. A row of the neuron's kernel is a channel of a sample, or, with LONG, all channels
 of the block of a sample.
@@ -14,10 +14,12 @@ import torch
 from ..dtypes import state_dtype
 from ..surrogate import SURROGATES
 from . import neuron, norm
+from .compiler import inline
 from .intrinsics import CODES, SIZES, replaced, state_code
 from .kernel import Kernel, share, thread_count
 from .launch import CHANNELS, GROUPS, ROWS, address, constants_of, placed_gradient
 
+# For an L2 cache of 1 to 2 MiB; other sizes were not timed.
 _FORWARD_BYTES, _BACKWARD_BYTES = 1 << 18, 1 << 17  # of x in the state type, per block; more only if a channel has more
 _MOST_BYTES = 3 << 18  # of a channel; with more, the block is not in a cache when it is read again
 _LEAST_RUN = 256  # contiguous bytes of a block
@@ -50,6 +52,12 @@ def _parameter_places(variant, LONG, block):
     return tuple(n for i in range(count) for n in (0, 0, block if i in rows else 0, 0))
 
 
+@inline
+def at(address, offset):
+    """Return a place in an array that may not be given, 0."""
+    return address + offset if address != 0 else 0
+
+
 @functools.cache
 def _forward_kernel(X, O, V, M, R, W, G, code, LONG):
     """M, R, W, G: storage codes of running mean, running variance, weight and bias."""
@@ -73,24 +81,24 @@ def _forward_kernel(X, O, V, M, R, W, G, code, LONG):
         row, wide = C * L if LONG else L, block * inner * sb
         for task in share(C // block, part):
             c, whole = task * block, (0, 1)
-            means, at, to = table + task * groups * block * 16, x + c * L * xb, made + task * 3 * wide
+            means, to = table + task * groups * block * 16, made + task * 3 * wide
             sums = means + groups * block * 8
-            rows(whole, 1, T * B, B, block, L, size, groups, 1, (at, step, C * L, L), means, sums)
+            rows(whole, 1, T * B, B, block, L, size, groups, 1, (x + c * L * xb, step, C * L, L), means, sums)
             combine(
                 whole, 1, T * B, block, L, size, groups, eps, means, sums, mean + c * sb, squares + c * sb, rstd + c * sb,
-                (running_mean + (running_mean != 0) * c * mb, running_var + (running_var != 0) * c * rb), momentum,
+                (at(running_mean, c * mb), at(running_var, c * rb)), momentum,
             )  # fmt: skip
             vectors(
-                whole, block, inner, scale, rstd + c * sb, weight + (weight != 0) * c * wb, bias + (bias != 0) * c * gb,
+                whole, block, inner, scale, rstd + c * sb, at(weight, c * wb), at(bias, c * gb),
                 mean + c * sb, to,
             )  # fmt: skip
             p = replaced(replaced(replaced(places, 0, to), SHIFT, to + wide), MEAN, to + 2 * wide)
             for b in range(1 if LONG else B):
                 i = c * L + b * C * L
-                inputs = x + i * xb, step, row, v + (v != 0) * i * vb, row
+                inputs = x + i * xb, step, row, at(v, i * vb), row
                 outputs = (
-                    s + i * ob, step, row, final + (final != 0) * i * sb, row, seq + (seq != 0) * i * sb, step, row,
-                    keep + (keep != 0) * i * sb, step, row,
+                    s + i * ob, step, row, at(final, i * sb), row, at(seq, i * sb), step, row,
+                    at(keep, i * sb), step, row,
                 )  # fmt: skip
                 if LONG:
                     run(whole, T, B, block * L, inputs, outputs, numbers, p)
@@ -127,7 +135,7 @@ def _backward_kernel(X, D, V, W, G, DG, code, kind, LONG):
             c, whole = task * block, (0, 1)
             to, sums_at = made + task * 3 * wide, sums + task * 2 * parts * wide
             vectors(
-                whole, block, inner, scale, rstd + c * sb, weight + (weight != 0) * c * wb, bias + (bias != 0) * c * gb,
+                whole, block, inner, scale, rstd + c * sb, at(weight, c * wb), at(bias, c * gb),
                 mean + c * sb, to,
             )  # fmt: skip
             p = replaced(replaced(replaced(places, 0, to), SHIFT, to + wide), MEAN, to + 2 * wide)
@@ -138,20 +146,20 @@ def _backward_kernel(X, D, V, W, G, DG, code, kind, LONG):
             d_row = d_b if LONG else L
             for b in range(1 if LONG else B):
                 i, here = c * L + b * C * L, sums_at + b * chunks * wide
-                inputs = x + i * xb, step, row, v + (v != 0) * i * vb, row, keep + (keep != 0) * i * sb, step, row
+                inputs = x + i * xb, step, row, at(v, i * vb), row, at(keep, i * sb), step, row
                 upstream_ = (
                     g + (b * g_b + c * L * g_l) * xb, g_t, g_b if LONG else L * g_l, g_l,
-                    g_final + (g_final != 0) * i * sb, row, g_seq + (g_seq != 0) * i * sb, step, row,
+                    at(g_final, i * sb), row, at(g_seq, i * sb), step, row,
                 )  # fmt: skip
-                into = d + b * d_b * db, d_t, d_row, dv + (dv != 0) * i * vb, row, here, here + parts * wide
+                into = d + b * d_b * db, d_t, d_row, at(dv, i * vb), row, here, here + parts * wide
                 if LONG:
                     run(whole, T, B, block * L, group, groups, inputs, upstream_, into, numbers, p)
                 else:
                     run(whole, T, block, L, block, 1, inputs, upstream_, into, numbers, p)
             gradients(
                 whole, 1, 1, block, inner, parts, float(T * B * L), scale, (sums_at, sums_at + parts * wide),
-                weight + (weight != 0) * c * wb, rstd + c * sb, d_weight + (d_weight != 0) * c * wb,
-                d_bias + (d_bias != 0) * c * hb, offset + c * sb, slope + c * sb,
+                at(weight, c * wb), rstd + c * sb, at(d_weight, c * wb),
+                at(d_bias, c * hb), offset + c * sb, slope + c * sb,
             )  # fmt: skip
             for b in range(B):
                 i = c * L + b * C * L
@@ -213,8 +221,8 @@ def norm_neuron_backward(
     g_final, g_seq = (None if t is None else t.to(dtype).contiguous() for t in (g_final, g_seq))
     v = v if v is None else v.contiguous()
     if g is None or (g.numel() > neuron.BACKWARD_COLUMNS and not any(g.stride())):
-        g, (at, *_) = placed_gradient(None, g, x)
-        upstream = at, 0, 0, 0
+        g, (value, *_) = placed_gradient(None, g, x)
+        upstream = value, 0, 0, 0
     else:
         g = g.to(x.dtype).contiguous()
         upstream = g.data_ptr(), B * C * L, C * L, 1

@@ -17,14 +17,14 @@ from numba.extending import intrinsic
 
 from ..reference.pack import BLOCK, WORDS, bits_of, words_shape
 from .compiler import inline
-from .intrinsics import BF16, CODES, F16, F32, F64, I32, I64, SIZES, U8, load_int, state_code, tile
+from .intrinsics import BF16, CODES, F16, F32, F64, I32, I64, SIZES, U8, fetch_line, load_int, state_code, tile
 from .kernel import STREAM, Kernel, share
 
 _LINE = 64  # bytes of a vector
 _ROW = 512  # bytes between the elements of two neighbouring bits of a word
 _LINES = 4  # lines of words that are unpacked together, so that the elements are written in longer runs
 _COMPARED = 16  # values of a table that are compared one by one
-_AHEAD = 1 << 14  # bytes from the elements that are packed to those that are fetched
+_AHEAD = 1 << 14  # bytes from the elements that are packed to those that come to the L2 cache meanwhile
 _COMPUTED = 4  # values of the smallest table that the packing kernel computes
 _COUNTED = 16  # elements of a vector of counts
 
@@ -172,19 +172,11 @@ def _row(builder, address, k):
     return builder.add(address, offset)
 
 
-def _fetch(builder, address):
-    """Bring a cache line to the L2 cache, whose queue of loads is longer than the L1's."""
-    pointer = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), (pointer, I32, I32, I32))
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.inttoptr(address, pointer), *(ir.Constant(I32, flag) for flag in (0, 2, 1))])
-
-
 @intrinsic(prefer_literal=True)
 def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
     """Write a line of words of each bit. Return 1 if an element is not a value of the table, else 0.
 
-    linear: 0, 1: the values are computed, or 2: the same, and the last is NaN.
+    linear: 0: the values are compared or looked up; 1: they are computed; 2: all are computed except the last, NaN.
     """
     code_, n_, linear_ = code.literal_value, n.literal_value, linear.literal_value
 
@@ -202,7 +194,7 @@ def _pack_chunk(typingctx, x, words, table, first, inverse, code, n, linear):
         for k in _each_bit(builder, W, values or linear_):
             row = _row(builder, x, k)
             elements = builder.load(_pointer(builder, row, vector), align=SIZES[code_])
-            _fetch(builder, builder.add(row, ir.Constant(I64, _AHEAD)))
+            fetch_line(builder, builder.add(row, ir.Constant(I64, _AHEAD)))
             if linear_:
                 codes, other = _codes_in_mantissa(builder, elements, first, inverse, table, n_, linear_ == 2, code_)
                 for j, memory in enumerate(planes):
